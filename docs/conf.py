@@ -1,0 +1,44 @@
+"""Sphinx configuration; the build is strict, offline, and executes every file of examples/."""
+
+from importlib.metadata import version as installed_version
+
+project = "tdcache"
+author = "tdcache contributors"
+copyright = "2026, tdcache contributors"  # noqa: A001 - Sphinx's name
+version = release = installed_version("tdcache")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_gallery.gen_gallery",
+]
+exclude_patterns = ["_build", "auto_examples/**.ipynb", "auto_examples/**.py.md5"]
+
+html_theme = "furo"
+html_title = f"tdcache {release}"
+html_show_sourcelink = False
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # an Attributes section would otherwise document each dataclass field a second time
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "auto_examples",
+    "filename_pattern": r"\.py$",  # every example is executed, not only plot_*.py
+    "backreferences_dir": None,
+    "download_all_examples": False,
+    "remove_config_comments": True,
+    "show_memory": False,
+    "run_stale_examples": True,  # an example that did not change may still be broken by a change in src/
+    "show_signature": False,
+}

@@ -1,0 +1,82 @@
+"""The project's commands: ``python -m nox -s demo``, ``tests``, ``lint``, ``types``, ``docs``, ``bench``."""
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["tests", "lint", "types", "docs"]
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+
+# The libraries that benchmarks/ measures beside tdcache. None is needed: the bench runs with those it finds.
+PEERS = ("captum", "nnsight", "transformer-lens", "pyvene", "tdhook==0.1.3")
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def install(session, *requirements, **options):
+    """Install pinned versions: without the constraints pip would take the newest torch, gigabytes of it."""
+    session.install("--disable-pip-version-check", "-c", "constraints.txt", *requirements, **options)
+
+
+def install_group(session, group, *requirements):
+    """Install one dependency group of pyproject.toml, and what else is asked for, in a single resolution."""
+    install(session, *nox.project.dependency_groups(PROJECT, group), *requirements)
+
+
+@nox.session
+def demo(session):
+    """Run the quickstart on real weights: prints the selection, writes a picture."""
+    install(session, ".[examples]")
+    session.run("python", "examples/quickstart.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def tests(session):
+    """Run tests, doctests and the README's blocks; arguments after ``--`` go to pytest."""
+    # Editable, so that the doctests of src/ and the tests see one and the same package.
+    install_group(session, "tests", "-e", ".[examples]")
+    workers = str(min(os.cpu_count() or 1, 4))  # each imports torch: more than four only costs memory
+    session.run("python", "-m", "pytest", "-n", workers, "--dist", "worksteal", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def lint(session):
+    """Check style and formatting."""
+    install_group(session, "lint")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session):
+    """Check the package's annotations, strictly."""
+    install_group(session, "types", ".")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def docs(session):
+    """Build the documentation, executing every example; any warning fails."""
+    install_group(session, "docs", ".[examples]")
+    build = Path("docs", "_build")
+    session.run(
+        *("python", "-m", "sphinx", "--fail-on-warning", "--keep-going", "--fresh-env"),
+        *("-b", "html", "-d", str(build / "doctrees"), *session.posargs, "docs", str(build / "html")),
+        env=OFFLINE,
+    )
+
+
+@nox.session
+def bench(session):
+    """Measure tdcache beside its peers, as ratios in one process; arguments after ``--`` go to the script."""
+    install(session, ".[examples]")
+    for peer in PEERS:
+        install(session, peer, success_codes=range(256))  # a peer that cannot be had leaves its column out
+    # A peer may bring a torchvision built for another torch, which breaks `import transformers`; none needs it here.
+    session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision")
+    session.run("python", "benchmarks/run.py", *session.posargs, env=OFFLINE)

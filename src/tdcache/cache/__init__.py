@@ -1,0 +1,21 @@
+"""The capture side: taps take values, channels hold them, targets write them into the TensorDict."""
+
+from tdcache.cache.channel import Channel
+from tdcache.cache.keep import Keep, Transfers
+from tdcache.cache.recorder import Recorder
+from tdcache.cache.taps import CallbackTap, GradientTap, OutputTap, StopTap, ValueTap
+from tdcache.cache.target import StackBy, Target
+
+__all__ = [
+    "CallbackTap",
+    "Channel",
+    "GradientTap",
+    "Keep",
+    "OutputTap",
+    "Recorder",
+    "StackBy",
+    "StopTap",
+    "Target",
+    "Transfers",
+    "ValueTap",
+]

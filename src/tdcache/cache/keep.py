@@ -1,0 +1,85 @@
+"""From the tensor that a hook sees to the one that is kept: slice, hold, cast, move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tdcache.types import Hold, Index
+
+__all__ = ["Keep", "Transfers"]
+
+
+class Transfers:
+    """Copies from an accelerator to pinned memory that are still under way."""
+
+    def __init__(self) -> None:
+        self._devices: set[torch.device] = set()
+
+    def to_cpu(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Start copying ``tensor`` to pinned memory; readable after :meth:`wait`."""
+        source = tensor if dtype is None else tensor.to(dtype)
+        pinned = torch.empty_like(source, device="cpu", pin_memory=True)
+        pinned.copy_(source, non_blocking=True)
+        self._devices.add(source.device)
+        return pinned
+
+    def wait(self) -> None:
+        """Wait until every copy that was started has arrived."""
+        while self._devices:
+            torch.accelerator.current_stream(self._devices.pop()).synchronize()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """What is kept of a tensor; the options are those of :class:`tdcache.ActivationCaching`."""
+
+    hold: Hold = "detached"
+    index: Index = None
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    transfers: Transfers = field(default_factory=Transfers, compare=False, repr=False)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the tensor is kept as it is, up to its graph."""
+        return self.hold != "snapshot" and self.index is None and self.dtype is None and self.device is None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The kept tensor: ``tensor`` itself or an alias of it where nothing asks for a copy.
+
+        A slice is copied, so that it never pins the whole activation; so is an inference tensor, which has no version
+        counter that could tell of a later in-place operation.
+        """
+        kept = tensor if self.hold == "live" or not tensor.requires_grad else tensor.detach()
+        if self.index is not None:
+            kept = self._copied(kept[self.index], of=tensor)
+        kept = self._moved(kept)
+        if self.hold == "snapshot" or tensor.is_inference():
+            kept = self._copied(kept, of=tensor)
+        return kept
+
+    def _moved(self, kept: Tensor) -> Tensor:
+        device = self.device or kept.device
+        if device == kept.device or (device.index is None and device.type == kept.device.type):
+            return kept if self.dtype is None else kept.to(self.dtype)
+        leaves_accelerator = device.type == "cpu" and kept.device.type in ("cuda", "xpu")
+        if leaves_accelerator and not kept.requires_grad:
+            return self.transfers.to_cpu(kept, self.dtype)
+        return kept.to(device=device, dtype=self.dtype)
+
+    @staticmethod
+    def _copied(kept: Tensor, *, of: Tensor) -> Tensor:
+        return kept.clone() if shares_memory(kept, of) else kept
+
+
+def shares_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether writing to one tensor in place could change the other."""
+    if one is other:
+        return True
+    try:
+        return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() and one.device == other.device
+    except (NotImplementedError, RuntimeError):  # sparse, nested and wrapper tensors have no storage of their own
+        return True

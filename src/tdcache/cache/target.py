@@ -1,0 +1,219 @@
+"""Writing a forward's entries into a TensorDict, whatever kind of TensorDict it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from tdcache.errors import CacheWriteError, CaptureError, listed
+from tdcache.selection import Site
+from tdcache.types import CacheKey
+
+__all__ = ["StackBy", "Target"]
+
+
+class Target:
+    """Where one direction's entries go: the cache itself, or the node of that direction in it.
+
+    Entries are written by reference into an ordinary TensorDict, and copied into the tensors that are there where it is
+    locked or memory-mapped.
+
+    Args:
+        cache: the TensorDict that the user sees.
+        node: the direction's name, where the cache has one node per direction.
+        batch_dims: how many leading dimensions all entries share, as batch size.
+    """
+
+    def __init__(self, cache: TensorDictBase, node: str | None, batch_dims: int) -> None:
+        self.cache = cache
+        self.node = node
+        self.batch_dims = batch_dims
+        self.in_place = cache.is_locked or cache.is_memmap()
+        self.written: dict[CacheKey, None] = {}
+
+    def check(self, keys: Sequence[CacheKey]) -> None:
+        """Refuse a locked cache that lacks entries for ``keys``.
+
+        Raises:
+            CacheWriteError: it names the missing ones and the remedy.
+        """
+        if not self.in_place:
+            return
+        missing = [self._full(key) for key in keys if self.cache.get(self._full(key), None) is None]
+        if missing:
+            raise CacheWriteError(
+                f"the cache is locked and has no preallocated entry for {listed(missing)}; allocate them before locking "
+                "it, or call cache.unlock_()",
+                paths=[str(key) for key in missing],
+            )
+
+    def write(self, entries: Mapping[CacheKey, Any], *, complete: bool) -> None:
+        """Make ``entries`` the direction's entries.
+
+        Args:
+            entries: key to tensor (or TensorDict).
+            complete: whether every site is among them, so that no older entry can be left over.
+        """
+        if self.in_place:
+            for key, value in entries.items():
+                self._copy_in(key, value)
+            return
+        stale = () if complete else [key for key in self.written if key not in entries]
+        if not complete:
+            self.written.update(dict.fromkeys(entries))
+        if self.batch_dims:
+            self._write_batched(entries)
+        elif self.node is None:
+            self.cache.update(entries)
+        else:
+            self._own_node().update(entries)
+        for key in stale:
+            self._drop(key)
+
+    def put(self, key: CacheKey, value: Tensor) -> None:
+        """Write one entry at once."""
+        if self.in_place:
+            self._copy_in(key, value)
+            return
+        self.written[key] = None
+        if self.batch_dims:
+            self._write_batched({key: value})
+        else:
+            self._own_node()[key] = value
+
+    def reset(self) -> None:
+        """Drop every entry that was written here."""
+        if self.in_place:
+            return
+        if self.node is not None and self.cache.get(self.node, None) is not None:
+            self.cache[self.node] = TensorDict(batch_size=[], device=self.cache.device)
+        else:
+            for key in self.written:
+                self._drop(key)
+        self.written.clear()
+
+    def ensure(self) -> None:
+        """Make the direction's node exist, so that ``cache["bwd"]`` can be read before the first gradient."""
+        if not self.in_place:
+            self._own_node()
+
+    def _own_node(self) -> TensorDictBase:
+        if self.node is None:
+            return self.cache
+        node = self.cache.get(self.node, None)
+        if node is None:
+            node = TensorDict(batch_size=[], device=self.cache.device)
+            self.cache[self.node] = node
+            node = self.cache.get(self.node)
+        return node
+
+    def _drop(self, key: CacheKey) -> None:
+        full = self._full(key)
+        if self.cache.get(full, None) is not None:
+            self.cache.del_(full)
+        self.written.pop(key, None)
+
+    def _full(self, key: CacheKey) -> CacheKey:
+        if self.node is None:
+            return key
+        return (self.node, *key) if isinstance(key, tuple) else (self.node, key)
+
+    def _copy_in(self, key: CacheKey, value: Any) -> None:
+        there = self.cache.get(self._full(key), None)
+        if there is None:
+            self.check((key,))
+        if there.shape != value.shape or there.dtype != value.dtype:
+            raise CacheWriteError(
+                f"the locked cache's entry {self._full(key)!r} does not fit its value:\n"
+                f"  cache: shape {tuple(there.shape)}, {there.dtype}\n  value: shape {tuple(value.shape)}, {value.dtype}\n"
+                "allocate it in this shape and dtype, or use index= and dtype= to change what is kept",
+                paths=[str(self._full(key))],
+            )
+        there.copy_(value)
+
+    def _write_batched(self, entries: Mapping[CacheKey, Any]) -> None:
+        shapes = {key: tuple(value.shape[: self.batch_dims]) for key, value in entries.items()}
+        if len(set(shapes.values())) > 1 or any(len(shape) < self.batch_dims for shape in shapes.values()):
+            common = max(set(shapes.values()), key=list(shapes.values()).count)
+            odd = [f"{key!r} {tuple(entries[key].shape)}" for key, shape in shapes.items() if shape != common or len(shape) < self.batch_dims]
+            raise CaptureError(
+                f"batch_dims={self.batch_dims} needs the same leading dims at every site; most have {common}, but "
+                f"{', '.join(odd[:5])}; select other sites, lower batch_dims, or bring them in line with callback=",
+                paths=[str(key) for key, shape in shapes.items() if shape != common],
+            )
+        batch = torch.Size(next(iter(shapes.values()), ()))
+        node = self._own_node()
+        for td in {id(self.cache): self.cache, id(node): node}.values():
+            if td.batch_size != batch:
+                td.batch_size = torch.Size([])
+        node.update(entries)
+        node.batch_size = batch
+        if node is not self.cache and all(tuple(value.shape[: self.batch_dims]) == batch for value in self.cache.values()):
+            self.cache.batch_size = batch
+
+
+class StackBy:
+    """Joins the entries of sites that differ in one named group into one dense tensor, with that group as leading axis.
+
+    The key of a joined entry is the values of the other named groups, joined by dots; where there are none, the path
+    with the group's value replaced by ``*``.
+
+    Args:
+        group: the name of the group, for instance ``"layer"``.
+        sites: the selected sites.
+
+    Raises:
+        CaptureError: a site has no such group.
+    """
+
+    def __init__(self, group: str, sites: Sequence[Site]) -> None:
+        without = [site.path for site in sites if site.groups.get(group) is None]
+        if without:
+            there = sorted({name for site in sites for name in site.groups})
+            raise CaptureError(
+                f"stack_by={group!r} needs a named group (?P<{group}>...) in the pattern; "
+                f"{listed(without)} have {f'only {listed(there)}' if there else 'no named groups'}",
+                paths=without,
+            )
+        self.group = group
+        self.members: dict[str, list[str]] = {}
+        for site in sorted(sites, key=lambda site: _axis_order(site.groups[group])):
+            self.members.setdefault(_rest_of(site, group), []).append(site.path)
+
+    def __call__(self, entries: Mapping[CacheKey, Tensor]) -> dict[CacheKey, Tensor]:
+        """The joined entries."""
+        joined: dict[CacheKey, Tensor] = {}
+        for key, paths in self.members.items():
+            missing = [path for path in paths if path not in entries]
+            if missing:
+                raise CaptureError(
+                    f"stack_by={self.group!r} cannot stack {key!r}: {listed(missing)} saw no value in this forward; "
+                    "select only what runs, or leave stack_by= out",
+                    paths=missing,
+                )
+            shapes = {tuple(entries[path].shape) for path in paths}
+            if len(shapes) > 1:
+                raise CaptureError(
+                    f"stack_by={self.group!r} cannot stack {key!r}: the sites differ in shape, "
+                    f"{', '.join(f'{path!r} {tuple(entries[path].shape)}' for path in paths[:5])}; use index= or callback=",
+                    paths=paths,
+                )
+            joined[key] = torch.stack([entries[path] for path in paths])
+        return joined
+
+
+def _axis_order(value: str) -> tuple[int, int, str]:
+    return (0, int(value), "") if value.isdecimal() else (1, 0, value)
+
+
+def _rest_of(site: Site, group: str) -> str:
+    others = [value for name, value in site.groups.items() if name != group and value is not None]
+    if others:
+        return ".".join(others)
+    parts = site.path.split(".")
+    value = site.groups[group]
+    return ".".join("*" if part == value else part for part in parts)

@@ -1,0 +1,242 @@
+"""Caching activations and gradients: the reference recipe, to be read first and copied.
+
+A recipe is configuration (``__init__``), a selection (which sites), and one tap per site (what is taken there). The
+context that it is bound to holds all state; entering it calls ``_hook_module``, leaving it removes what that returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar, get_args
+
+import torch
+from tensordict import TensorDictBase
+from torch import nn
+
+from tdcache.cache import (
+    CallbackTap,
+    Channel,
+    GradientTap,
+    Keep,
+    OutputTap,
+    Recorder,
+    StackBy,
+    StopTap,
+    Target,
+    Transfers,
+    ValueTap,
+)
+from tdcache.contexts import HookingContext, HookingContextFactory, HookingContextWithCache
+from tdcache.errors import DirectionError
+from tdcache.hooks import MultiHookHandle, Order, attach, bracket, direction_row
+from tdcache.hooks.factory import check_callback
+from tdcache.modules import HookedModule
+from tdcache.reducers import Last, Reducer
+from tdcache.selection import Selection, Site, as_matcher, select
+from tdcache.types import Hold, HookDirection, Index, Match, Pick, Removable, Selector
+
+__all__ = ["ActivationCaching", "cache_activations"]
+
+
+class ActivationCaching(HookingContextFactory):
+    """Keeps what flows through every selected module, in a TensorDict.
+
+    Entries are keyed by path: ``cache["layers.0.attn"]``, or ``cache["fwd", "layers.0.attn"]`` with several directions
+    or ``use_nested_keys``. They are detached aliases by default, on the device they were computed on, valid as long as
+    nothing overwrites them in place (which raises). Each forward replaces the entries of the one before, unless a
+    ``reducer`` gathers over forwards; its result is in ``hooked.cache`` when that is read and when the block ends.
+    Gradients arrive during the user's own backward, inside the block.
+
+    Args:
+        key_pattern: which modules: a regex on the whole path, a compiled pattern, a module class, a predicate
+            ``(path, module) -> bool``, or a sequence of these. Can be set between two uses.
+        relative: match and name paths relative to the model; with False, relative to the hooked module around it.
+        cache: the TensorDict to write to. With a device: values are moved there. Locked or memory-mapped: values are
+            copied into the entries that are there.
+        callback: called as ``callback(module=, args=, output=, key=, direction=)`` (the gradient directions get
+            ``grad_input=, grad_output=`` instead of the last two values, as torch has them); returns what is kept.
+        directions: any of ``"fwd"`` (output; the default), ``"fwd_pre"`` (input), ``"bwd"`` (gradient of the output),
+            ``"grad_in"`` (gradient of the input), and their relatives in :data:`tdcache.HookDirection`.
+        use_nested_keys: key by direction and path even with one direction.
+        clear_cache: empty the cache when the context is entered.
+        match: ``"full"``, ``"prefix"`` or ``"search"``.
+        pick: which tensor of a structured value: an index, a key, a path of these, a callable, ``"all"`` for every
+            tensor under nested keys, or None for the first.
+        index: kept part of the tensor, as in ``tensor[index]``; copied, so that it does not pin the rest.
+        hold: ``"detached"`` (an alias without graph), ``"live"`` (with its graph) or ``"snapshot"`` (a copy).
+        dtype: cast to it.
+        device: move there; from an accelerator to the CPU asynchronously, by pinned memory.
+        reducer: what is kept over calls: ``Last()`` (default), ``First()``, ``Stack()``, ``Concatenate()``, statistics.
+        batch_dims: the number of leading dimensions that all entries share, as batch size of the cache.
+        stack_by: the named group of the pattern that becomes a leading axis: sites that differ only in it are stacked.
+        stop_early: end the forward once every site has fired (not with gradients). Call ``hooked(...)``, which then
+            returns no output.
+        allow_empty: a selector that matches nothing is no error.
+        prepend: see values before edits at the same site; by default captures see the final value.
+
+    Raises:
+        DirectionError: unknown direction, or a gradient with ``stop_early``.
+        SelectionError: an unusable selector; on entering, one that matches nothing.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 2))
+        >>> with ActivationCaching(r"0|2").prepare(model) as hooked:
+        ...     y = hooked(torch.randn(5, 4))
+        >>> hooked.cache["0"].shape
+        torch.Size([5, 3])
+    """
+
+    _hooking_context_class: ClassVar[type[HookingContext]] = HookingContextWithCache
+
+    def __init__(
+        self,
+        key_pattern: Selector,
+        relative: bool = True,
+        cache: TensorDictBase | None = None,
+        callback: Callable[..., Any] | None = None,
+        directions: Sequence[HookDirection] | None = None,
+        use_nested_keys: bool = False,
+        clear_cache: bool = True,
+        *,
+        match: Match = "full",
+        pick: Pick = None,
+        index: Index = None,
+        hold: Hold = "detached",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        reducer: Reducer | type[Reducer] | None = None,
+        batch_dims: int = 0,
+        stack_by: str | None = None,
+        stop_early: bool = False,
+        allow_empty: bool = False,
+        prepend: bool = False,
+    ) -> None:
+        super().__init__()
+        self._hooking_context_kwargs = {"cache": cache, "clear_cache": clear_cache}
+        self._match = match
+        self.key_pattern = key_pattern
+        self._relative = relative
+        self._callback = callback
+        self._directions = _checked_directions(directions, callback, stop_early)
+        self._nested = use_nested_keys or len(self._directions) > 1
+        self._pick = pick
+        if hold not in get_args(Hold):
+            raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {hold!r}")
+        self._keep = Keep(hold=hold, index=index, dtype=dtype, device=None if device is None else torch.device(device))
+        self._reducer = Last() if reducer is None else reducer() if isinstance(reducer, type) else reducer
+        self._batch_dims = batch_dims
+        self._stack_by = stack_by
+        self._stop_early = stop_early
+        self._allow_empty = allow_empty
+        self._prepend = prepend
+
+    @property
+    def key_pattern(self) -> Selector:
+        """Which modules; can be set between two uses."""
+        return self._key_pattern
+
+    @key_pattern.setter
+    def key_pattern(self, selector: Selector) -> None:
+        as_matcher(selector, self._match)  # an unusable selector is refused here, not when the context is entered
+        self._key_pattern = selector
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._key_pattern!r}, directions={list(self._directions)!r})"
+
+    def _hook_module(self, module: HookedModule) -> MultiHookHandle:
+        context = module.hooking_context
+        selection = self._select(module)
+        recorder = context.recorder
+        if recorder is None:
+            recorder = self._recorder(context.cache, selection)
+        handle = MultiHookHandle()
+        try:
+            for index, direction in enumerate(self._directions):
+                for site in selection:
+                    handle.add(self._tap(site, index, direction, recorder))
+            if self._stop_early:
+                self._stop_when_all_fired(handle, selection, recorder)
+            for bracket_handle in bracket(module.model, recorder.begin, recorder.end):
+                handle.add(bracket_handle)
+        except BaseException:
+            handle.remove()
+            raise
+        context.recorder = recorder
+        return handle
+
+    def _select(self, module: HookedModule) -> Selection:
+        root = module.model if self._relative else module
+        return select(root, self._key_pattern, match=self._match, allow_empty=self._allow_empty)
+
+    def _recorder(self, cache: TensorDictBase, selection: Selection) -> Recorder:
+        keep = replace(self._keep, device=self._keep.device or cache.device, transfers=Transfers())
+        stack_by = None if self._stack_by is None else StackBy(self._stack_by, selection)
+        channels = []
+        for direction in self._directions:
+            target = Target(cache, direction if self._nested else None, self._batch_dims)
+            if self._pick != "all":
+                target.check(selection.paths if stack_by is None else tuple(stack_by.members))
+            channels.append(Channel(direction, selection.paths, keep, target, self._reducer, stack_by))
+        return Recorder(channels)
+
+    def _tap(self, site: Site, index: int, direction: HookDirection, recorder: Recorder) -> Removable:
+        """Put one tap on one site. Plain outputs take the fast path; everything else costs a little more."""
+        path, module, _ = site
+        order = Order.FIRST if self._prepend else Order.CAPTURE
+        if self._callback is not None:
+            key = (direction, path) if self._nested else path
+            row = direction_row(direction)
+            asked = CallbackTap(path, index, recorder, order, key=key, row=row, callback=self._callback)
+            return attach(module, asked.on_call, direction, order=order, path=path)
+        if direction in ("fwd", "fwd_kwargs"):
+            if self._pick is None and self._keep.plain and recorder.channels[index].takes_aliases:
+                return attach(module, OutputTap(path, index, recorder, order).on_output, "fwd", order=order)
+            return attach(module, ValueTap(path, index, recorder, order, self._pick).on_output, "fwd", order=order)
+        if direction in ("fwd_pre", "fwd_pre_kwargs"):
+            tap = ValueTap(path, index, recorder, order, self._pick)
+            return attach(module, tap.on_input, "fwd_pre_kwargs", order=order)
+        if direction == "grad_in":
+            tap = ValueTap(path, index, recorder, order, self._pick)
+            return attach(module, tap.on_grad_input, "grad_in", order=order, path=path)
+        return attach(module, GradientTap(path, index, recorder, order, self._pick).on_output, "fwd", order=order)
+
+    def _stop_when_all_fired(self, handle: MultiHookHandle, selection: Selection, recorder: Recorder) -> None:
+        recorder.stop_after = frozenset(selection.paths)
+        needs_output = any(not direction.startswith("fwd_pre") for direction in self._directions)
+        for path, module, _ in selection:
+            stop = StopTap(path, recorder, Order.STOP)
+            handle.add(attach(module, stop.on_call, "fwd" if needs_output else "fwd_pre", order=Order.STOP))
+
+
+def _checked_directions(
+    directions: Sequence[HookDirection] | None, callback: Callable[..., Any] | None, stop_early: bool
+) -> tuple[HookDirection, ...]:
+    if isinstance(directions, str):
+        raise DirectionError(f"directions is a sequence: write directions=[{directions!r}]")
+    found = tuple(dict.fromkeys(directions or ("fwd",)))
+    for direction in found:
+        row = direction_row(direction)
+        check_callback(callback, row.params)
+        if stop_early and row.gradient:
+            raise DirectionError(f"stop_early ends the forward, so no backward can bring {direction!r}; leave one of them out")
+    return found
+
+
+@contextmanager
+def cache_activations(model: nn.Module, pattern: Selector, **options: Any) -> Iterator[TensorDictBase]:
+    """Cache in one line: ``with cache_activations(model, r"layers\.\d+") as cache: model(x)``.
+
+    Args:
+        model: any ``nn.Module``; call it as usual inside the block.
+        pattern: which modules; see :class:`ActivationCaching`, which also has the ``options``.
+        **options: keyword arguments of :class:`ActivationCaching`.
+
+    Yields:
+        The cache itself, current after each forward and backward (with a gathering ``reducer``: after the block).
+    """
+    with ActivationCaching(pattern, **options).prepare(model) as hooked:
+        yield hooked.cache

@@ -1,0 +1,284 @@
+"""The binding of a recipe to one model, for the length of a ``with`` block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import nn
+
+from tdcache.cache.recorder import Recorder
+from tdcache.hooks.compiled import eager_where_stale
+from tdcache.errors import CacheWriteError, ContextError
+from tdcache.hooks.attach import MultiHookHandle
+from tdcache.modules.call import ModelCall
+from tdcache.modules.hooked import HookedModule
+from tdcache.types import CacheKey
+
+if TYPE_CHECKING:
+    from tdcache.contexts.factory import HookingContextFactory
+
+__all__ = ["HookingContext", "HookingContextWithCache"]
+
+
+class HookingContext:
+    """A recipe bound to one model. Entering installs, all or nothing; leaving restores the model exactly.
+
+    It can be entered again after it was left, but not inside itself. Several contexts may be open on one model, in any
+    order; each removes only its own hooks.
+
+    Args:
+        factory: the recipe.
+        module: the model.
+        in_keys: see :meth:`HookingContextFactory.prepare`.
+        out_keys: likewise.
+        pre_factories: recipes whose contexts are entered first and left last.
+    """
+
+    def __init__(
+        self,
+        factory: HookingContextFactory,
+        module: nn.Module,
+        in_keys: Sequence[CacheKey] | Mapping[CacheKey, str] | None = None,
+        out_keys: Sequence[CacheKey] | None = None,
+        pre_factories: Sequence[HookingContextFactory] | None = None,
+    ) -> None:
+        self.factory = factory
+        self._pre_factories = tuple(pre_factories or ())
+        if isinstance(module, HookedModule):
+            self._module: TensorDictModuleBase = module
+            self._extra_relative_path = module.relative_path
+            self.model = module.model
+        elif isinstance(module, ModelCall):
+            self._module, self._extra_relative_path, self.model = module, "module", module.module
+        elif isinstance(module, TensorDictModuleBase):
+            self._module, self._extra_relative_path, self.model = module, "", module
+        else:
+            self._module, self._extra_relative_path, self.model = ModelCall(module, in_keys, out_keys), "module", module
+        self._in_keys, self._out_keys = list(self._module.in_keys), list(self._module.out_keys)
+        self._in_context = False
+        self._paused = False
+        self._managed = True
+        self._was_traced = False
+        self._hooked_module: HookedModule | None = None
+        self._handle = MultiHookHandle()
+        self._undo = ExitStack()
+
+    def __repr__(self) -> str:
+        state = "open" if self._in_context else "closed"
+        return f"<{state} {type(self).__name__} of {self.factory!r} on {type(self.model).__name__}>"
+
+    def __enter__(self) -> HookedModule:
+        return self._enter()
+
+    def open(self) -> HookedModule:
+        """Enter without a ``with`` block; the hooked module's ``restore()`` leaves."""
+        hooked = self._enter()
+        self._managed = False
+        return hooked
+
+    def _enter(self) -> HookedModule:
+        if self._in_context:
+            raise ContextError(
+                "this context is open already; it can be entered again after it was left, not inside itself: "
+                "prepare a second one for nesting"
+            )
+        with ExitStack() as undo:
+            undo.callback(self._forget)
+            working = self._enter_inner(undo)
+            extra = working.relative_path if isinstance(working, HookedModule) else self._extra_relative_path
+            keys = (self._in_keys, self._out_keys, extra)
+            prepared = self.factory._prepare_module(working, *keys)
+            undo.callback(self.factory._restore_module, prepared, *keys)
+            self._was_traced = eager_where_stale(self.model, undo)
+            self._hooked_module = self.factory._spawn_hooked_module(prepared, self, extra)
+            self._in_context = self._managed = True
+            self._install()
+            undo.callback(self._uninstall)
+            self._undo = undo.pop_all()
+        return self._hooked_module
+
+    def _enter_inner(self, undo: ExitStack) -> TensorDictModuleBase:
+        """Enter the contexts that come first; what is wrapped is the module, or the last one's hooked module."""
+        working = self._module
+        for factory in self._pre_factories:
+            working = undo.enter_context(factory.prepare(working))
+        return working
+
+    def _install(self) -> None:
+        self._handle = self.factory._hook_module(self._needed())
+
+    def _uninstall(self) -> None:
+        self._handle.remove()
+
+    def _forget(self) -> None:
+        self._in_context = False
+        self._hooked_module = None
+        self._handle = MultiHookHandle()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        undo, self._undo = self._undo, ExitStack()
+        try:
+            leaving = ExitStack()
+            leaving.callback(self._finish, error)
+            leaving.push(undo.__exit__)  # runs first: the model is restored before anything is reported
+            leaving.__exit__(kind, error, traceback)
+        except BaseException as failure:
+            if error is None:
+                raise
+            error.add_note(f"while leaving the context: {type(failure).__name__}: {failure}")
+
+    def _finish(self, error: BaseException | None) -> None:
+        """What is left to do when the model is restored; ``error`` is the body's."""
+
+    def restore(self) -> None:
+        """Leave a context that was entered by ``prepare(..., return_context=False)`` or :meth:`open`."""
+        self._needed()
+        if self._managed:
+            raise ContextError("this context belongs to a with block, which leaves it at its end")
+        self.__exit__(None, None, None)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take the hooks off inside a block and put them back on after it; what was captured stays."""
+        self._needed()
+        if self._paused:
+            raise ContextError("this context is paused already")
+        self._uninstall()
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+            if self._in_context:
+                self._install()
+
+    def disable_hooks(self) -> Any:
+        """The same as :meth:`paused`."""
+        return self.paused()
+
+    @contextmanager
+    def disable(self) -> Iterator[nn.Module]:
+        """Undo everything inside a block, which gets the user's own model."""
+        with self.paused():
+            keys = (self._in_keys, self._out_keys, self._extra_relative_path)
+            hooked = self._needed()
+            self.factory._restore_module(hooked.td_module, *keys)
+            try:
+                yield self.model
+            finally:
+                hooked.td_module = self.factory._prepare_module(self._module, *keys)
+
+    def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Carry out a call of the hooked module."""
+        if args and isinstance(args[0], TensorDictBase):
+            forward = self.runner(lambda data: module.call_model(data, *args[1:], **kwargs))
+            return forward(args[0])
+        if self.runs_module:
+            raise ContextError(
+                f"{self.factory!r} needs a TensorDict: call hooked(TensorDict({{...}})) with the entries {self._in_keys!r}"
+            )
+        return module.call_model(*args, **kwargs)
+
+    @property
+    def runs_module(self) -> bool:
+        """Whether the recipe carries out calls itself."""
+        return self.factory.runs_module
+
+    def runner(self, forward: Callable[[TensorDictBase], TensorDictBase]) -> Callable[[TensorDictBase], TensorDictBase]:
+        """``forward`` as the recipe carries it out."""
+        if not self.factory.runs_module:
+            return forward
+        return lambda data: self.factory._run_module(self._needed(), data, forward)
+
+    def _needed(self) -> HookedModule:
+        if not self._in_context or self._hooked_module is None:
+            raise ContextError("this context is closed; enter it first: with context as hooked: ...")
+        return self._hooked_module
+
+
+class HookingContextWithCache(HookingContext):
+    """A context with a cache, which stays readable after the block.
+
+    Args:
+        cache: the TensorDict to write to; a new one by default.
+        clear_cache: empty it when the context is entered (a locked one is left as it is).
+        *args: see :class:`HookingContext`.
+        **kwargs: likewise.
+    """
+
+    def __init__(self, *args: Any, cache: TensorDictBase | None = None, clear_cache: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.has_own_cache = cache is None
+        self._cache = TensorDict(batch_size=[]) if cache is None else cache
+        self._clear_cache = clear_cache
+        self.recorder: Recorder | None = None
+        """The state of the capture while the context is open; made by the recipe."""
+
+    @property
+    def cache(self) -> TensorDictBase:
+        """The cache, up to date: one TensorDict for the life of the context, updated in place by every forward.
+
+        Raises:
+            InplaceModificationError: a kept alias was overwritten since.
+        """
+        if self.recorder is not None:
+            self.recorder.refresh()
+        return self._cache
+
+    def share(self, cache: TensorDictBase) -> None:
+        """Write to ``cache``, which somebody else clears, from the next entry on."""
+        self._cache = cache
+        self._clear_cache = False
+
+    def clear(self) -> None:
+        """Empty the cache, and forget what the reducers hold."""
+        if self.recorder is not None:
+            self.recorder.forget()
+        if not self._cache.is_locked:
+            self._cache.batch_size = []
+            self._cache.clear()
+
+    def _enter(self) -> HookedModule:
+        if self._clear_cache and not self._in_context:
+            self.clear()
+        return super()._enter()
+
+    def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Carry out a call; refuses to write outputs over cache entries."""
+        if args and args[0] is self._cache and self.recorder is not None:
+            taken = {path for channel in self.recorder.channels for path in channel.paths if channel.target.node is None}
+            if clash := taken & set(map(str, self._out_keys)):
+                raise CacheWriteError(
+                    f"the cache is the TensorDict that the model writes to, and {sorted(clash)!r} name both a site and an "
+                    "output; give the output another name with out_keys=, or hand in another cache",
+                    paths=sorted(clash),
+                )
+        return super().call(module, args, kwargs)
+
+    def _install(self) -> None:
+        super()._install()
+        if self.recorder is not None:
+            self.recorder.open = True
+
+    def _uninstall(self) -> None:
+        super()._uninstall()
+        if self.recorder is not None:
+            self.recorder.open = False
+
+    def _finish(self, error: BaseException | None) -> None:
+        recorder, self.recorder = self.recorder, None
+        if recorder is None:
+            return
+        try:
+            recorder.refresh()
+            if error is None:
+                recorder.report_unfired(self.model)
+        finally:
+            recorder.close()

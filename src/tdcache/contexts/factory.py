@@ -1,0 +1,121 @@
+"""Recipes: what every method of this library, and of its users, is a subclass of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, overload
+
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import nn
+
+from tdcache.contexts.context import HookingContext
+from tdcache.errors import ContextError
+from tdcache.hooks.attach import MultiHookHandle
+from tdcache.modules.hooked import HookedModule
+from tdcache.paths import join
+from tdcache.types import CacheKey
+
+__all__ = ["HookingContextFactory"]
+
+InKeys = Sequence[CacheKey] | Mapping[CacheKey, str] | None
+OutKeys = Sequence[CacheKey] | None
+
+
+class HookingContextFactory:
+    """A recipe that can be bound to any model; it holds configuration and nothing of a model.
+
+    Write one's own by overriding :meth:`_hook_module`, and, where the method needs it, :meth:`_prepare_module` with
+    :meth:`_restore_module`, or :meth:`_run_module`. Class attributes choose the context and the hooked module.
+
+    Example:
+        >>> import torch
+        >>> from tdcache import HookingContextFactory, MultiHookManager
+        >>> class AddOne(HookingContextFactory):
+        ...     def _hook_module(self, module):
+        ...         manager = MultiHookManager(r"linear\\d")
+        ...         hook = lambda module, args, output: output + 1
+        ...         return manager.register_hook(module, lambda path: hook, relative_path=module.relative_path)
+    """
+
+    _hooked_module_class: ClassVar[type[HookedModule]] = HookedModule
+    _hooking_context_class: ClassVar[type[HookingContext]] = HookingContext
+    # Defaults for subclasses that do not call super().__init__(); instances get their own.
+    _hooking_context_kwargs: Mapping[str, Any] = {}
+    _hooked_module_kwargs: Mapping[str, Any] = {}
+
+    def __init__(self) -> None:
+        self._hooking_context_kwargs: dict[str, Any] = {}
+        self._hooked_module_kwargs: dict[str, Any] = {}
+
+    @overload
+    def prepare(
+        self, module: nn.Module, in_keys: InKeys = None, out_keys: OutKeys = None, *, return_context: Literal[True] = True
+    ) -> HookingContext: ...
+    @overload
+    def prepare(
+        self, module: nn.Module, in_keys: InKeys = None, out_keys: OutKeys = None, *, return_context: Literal[False]
+    ) -> HookedModule: ...
+    def prepare(
+        self, module: nn.Module, in_keys: InKeys = None, out_keys: OutKeys = None, *, return_context: bool = True
+    ) -> HookingContext | HookedModule:
+        """Bind the recipe to a model.
+
+        Args:
+            module: any ``nn.Module``; also a TensorDict module, or a hooked module of another open context.
+            in_keys: the TensorDict entries passed to a plain module, ``["input"]`` by default; a mapping names keyword
+                arguments.
+            out_keys: where its results are written, ``["output"]`` by default.
+            return_context: with False, enter at once and return the hooked module; its ``restore()`` leaves.
+
+        Raises:
+            ContextError: no module, or keys that a TensorDict module does not have.
+        """
+        if not isinstance(module, nn.Module):
+            raise ContextError(f"prepare() takes an nn.Module, got {type(module).__name__}")
+        if isinstance(module, TensorDictModuleBase):
+            _check_keys(module, in_keys, out_keys)
+        context = self._hooking_context_class(self, module, in_keys, out_keys, **self._hooking_context_kwargs)
+        return context if return_context else context.open()
+
+    def _prepare_module(
+        self, module: TensorDictModuleBase, in_keys: list[CacheKey], out_keys: list[CacheKey], extra_relative_path: str
+    ) -> TensorDictModuleBase:
+        """The module to call instead of ``module``; undone by :meth:`_restore_module`."""
+        return module
+
+    def _restore_module(
+        self, module: TensorDictModuleBase, in_keys: list[CacheKey], out_keys: list[CacheKey], extra_relative_path: str
+    ) -> TensorDictModuleBase:
+        """Undo what :meth:`_prepare_module` did to ``module``."""
+        return module
+
+    def _spawn_hooked_module(
+        self, prep_module: TensorDictModuleBase, hooking_context: HookingContext, extra_relative_path: str
+    ) -> HookedModule:
+        """The hooked module that the context yields."""
+        kwargs = dict(self._hooked_module_kwargs)
+        relative_path = join(kwargs.pop("relative_path", "td_module"), extra_relative_path)
+        return self._hooked_module_class(prep_module, hooking_context=hooking_context, relative_path=relative_path, **kwargs)
+
+    def _hook_module(self, module: HookedModule) -> MultiHookHandle:
+        """Register the hooks, either all of them or none, and return the handle that removes them."""
+        return MultiHookHandle()
+
+    def _run_module(
+        self, module: HookedModule, data: TensorDictBase, forward: Callable[[TensorDictBase], TensorDictBase]
+    ) -> TensorDictBase:
+        """Carry out ``hooked(data)``; ``forward`` runs the model once. Override to run it more often, or on other data."""
+        return forward(data)
+
+    @property
+    def runs_module(self) -> bool:
+        """Whether :meth:`_run_module` is overridden, so that calls need a TensorDict."""
+        return type(self)._run_module is not HookingContextFactory._run_module
+
+
+def _check_keys(module: TensorDictModuleBase, in_keys: InKeys, out_keys: OutKeys) -> None:
+    for name, wanted, there in (("in_keys", in_keys, module.in_keys), ("out_keys", out_keys, module.out_keys)):
+        unknown = [key for key in wanted or () if key not in there]
+        if unknown:
+            raise ContextError(f"{name}={list(wanted or ())!r}: the TensorDict module has {there!r}, but not {unknown!r}")

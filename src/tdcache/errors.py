@@ -1,0 +1,135 @@
+"""Every error and warning that tdcache raises, in one tree.
+
+    TdcacheError
+    ├── SelectionError(ValueError)         a selector matches nothing, or cannot be used
+    │   └── PathError                      an explicit path that no module has
+    ├── DirectionError(ValueError)         an unknown direction, or one that cannot be used here
+    ├── HookSignatureError(ValueError)     a hook or callback with the wrong parameters
+    ├── ContextError(RuntimeError)         a context used in a state that does not allow it
+    ├── CaptureError(RuntimeError)         a value that cannot be kept
+    │   ├── InplaceModificationError       a kept alias was overwritten afterwards
+    │   └── CacheWriteError                the cache cannot take the value
+    └── EditError(RuntimeError)            a replacement that does not fit
+
+    TdcacheWarning(UserWarning)
+    ├── RepeatedCallWarning                one module ran twice in a forward and only one value is kept
+    └── UnfiredSiteWarning                 a selected site saw no value
+
+``StopForward`` is no error: it derives from ``BaseException`` so that a model's own ``except Exception`` does not
+swallow it on its way to the context that asked for the stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "CacheWriteError",
+    "CaptureError",
+    "ContextError",
+    "DirectionError",
+    "EditError",
+    "HookSignatureError",
+    "InplaceModificationError",
+    "PathError",
+    "RepeatedCallWarning",
+    "SelectionError",
+    "StopForward",
+    "TdcacheError",
+    "TdcacheWarning",
+    "UnfiredSiteWarning",
+    "listed",
+]
+
+
+class TdcacheError(Exception):
+    """Base of every error that tdcache raises on purpose."""
+
+
+class SelectionError(TdcacheError, ValueError):
+    """A selector matches nothing or cannot be used.
+
+    Attributes:
+        selector: what the user passed.
+        near: the names that come closest, best first.
+    """
+
+    def __init__(self, message: str, *, selector: object = None, near: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.selector = selector
+        self.near = tuple(near)
+
+
+class PathError(SelectionError):
+    """An explicit path that names no module; ``near`` holds the closest names."""
+
+
+class DirectionError(TdcacheError, ValueError):
+    """An unknown direction, or one that cannot be used where it was asked for."""
+
+
+class HookSignatureError(TdcacheError, ValueError):
+    """A hook or callback whose parameters do not fit its direction."""
+
+
+class ContextError(TdcacheError, RuntimeError):
+    """A context or hooked module used in a state that does not allow it."""
+
+
+class CaptureError(TdcacheError, RuntimeError):
+    """A value that cannot be kept.
+
+    Attributes:
+        paths: the sites concerned.
+    """
+
+    def __init__(self, message: str, *, paths: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.paths = tuple(paths)
+
+
+class InplaceModificationError(CaptureError):
+    """A kept alias was overwritten by a later in-place operation, so it no longer is the activation."""
+
+
+class CacheWriteError(CaptureError):
+    """The cache cannot take a value: locked, another shape or dtype, or a key that is already in use."""
+
+
+class EditError(TdcacheError, RuntimeError):
+    """A replacement value that does not fit the value it replaces."""
+
+
+class StopForward(BaseException):
+    """Raised by a stopping hook to end the forward; the run or context that asked for it swallows it.
+
+    Attributes:
+        key: the path at which the forward was stopped.
+    """
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the forward was stopped at {key!r}")
+        self.key = key
+
+
+class TdcacheWarning(UserWarning):
+    """Base of every warning that tdcache issues."""
+
+
+class RepeatedCallWarning(TdcacheWarning):
+    """A module ran more than once in one forward while only one of its values is kept."""
+
+
+class UnfiredSiteWarning(TdcacheWarning):
+    """A selected site saw no value in the forwards (or backwards) that ran."""
+
+
+def listed(names: Sequence[object], limit: int = 5) -> str:
+    """Names for a message: quoted, comma-separated, cut after ``limit``.
+
+    >>> listed(["a", "b", "c"], limit=2)
+    "'a', 'b' and 1 more"
+    """
+    shown = ", ".join(repr(name) for name in names[:limit])
+    rest = len(names) - limit
+    return f"{shown} and {rest} more" if rest > 0 else shown

@@ -1,0 +1,188 @@
+"""The only place where torch hooks are added: one at a time, or all of them or none.
+
+At one site our hooks run in the order of :class:`Order`, whatever order they were added in: edits before captures, so
+that a capture sees the final value, and a stop after both. ``prepend=True`` puts a hook before everything that is there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from tdcache.errors import HookSignatureError
+from tdcache.hooks.directions import Direction, direction_row
+from tdcache.hooks.gradients import GradientHandle, GradInputHook, GradOutputHook
+from tdcache.introspect import post_hooks, pre_hooks
+from tdcache.types import HookDirection, Removable
+
+__all__ = ["MultiHookHandle", "Order", "UserHook", "attach", "bracket", "check_signature", "register_hook_to_module", "settle"]
+
+
+class Order(IntEnum):
+    """Where a hook stands among ours at one site."""
+
+    FIRST = -1
+    """Registered with ``prepend=True``: stays in front."""
+    EDIT = 0
+    EDIT_GRADIENT = 1
+    CAPTURE = 2
+    STOP = 3
+
+
+@dataclass(frozen=True, slots=True)
+class UserHook:
+    """A hook that a user wrote, with the path it was registered at; calls it and nothing else."""
+
+    hook: Callable[..., Any]
+    path: str
+    direction: str
+    order: int
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the hook."""
+        return self.hook(*args)
+
+
+def attach(
+    module: nn.Module, hook: Callable[..., Any], direction: HookDirection = "fwd", *, order: int = Order.EDIT, path: str = ""
+) -> Removable:
+    """Register ``hook`` on ``module``; the signature is trusted.
+
+    Args:
+        module: where.
+        hook: called with the parameters of the direction's row.
+        direction: a key of :data:`~tdcache.hooks.directions.DIRECTIONS`.
+        order: one of :class:`Order`. The hook must answer to an ``order`` attribute of that value (itself, or the
+            object it is a bound method of) to keep its place when others are added later.
+        path: the name for messages.
+    """
+    prepend = order == Order.FIRST
+    if direction == "fwd" or direction == "fwd_kwargs":
+        handle = module.register_forward_hook(hook, prepend=prepend, with_kwargs=direction == "fwd_kwargs")
+        if not prepend:
+            settle(post_hooks(module), order)
+        return handle
+    if direction == "fwd_pre" or direction == "fwd_pre_kwargs":
+        handle = module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=direction == "fwd_pre_kwargs")
+        if not prepend:
+            settle(pre_hooks(module), order)
+        return handle
+    if direction == "bwd_pre":
+        outer = GradOutputHook(hook, order)
+        return GradientHandle(outer, (attach(module, outer.on_output, "fwd", order=order),))  # type: ignore[arg-type]
+    inner = GradInputHook(hook, order, path)
+    before = attach(module, inner.on_input, "fwd_pre_kwargs", order=order)
+    return GradientHandle(inner, (before, attach(module, inner.on_output, "fwd", order=order)))  # type: ignore[arg-type]
+
+
+def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None]) -> list[Removable]:
+    """Call ``begin`` before and ``end`` after every forward of ``root``, also one that raises."""
+    before = root.register_forward_pre_hook(begin, prepend=True)
+    return [before, root.register_forward_hook(end, always_call=True)]
+
+
+def settle(hooks: Any, order: int) -> None:
+    """Move our hooks that come after ``order`` behind the one that was just added to the ordered dict ``hooks``."""
+    if len(hooks) < 2:
+        return
+    ranked = [(_order_of(hook), key) for key, hook in hooks.items()]
+    later = sorted((rank, at) for at, (rank, _) in enumerate(ranked) if rank > order)
+    for _, at in later:
+        hooks.move_to_end(ranked[at][1])
+
+
+def _order_of(hook: Any) -> int:
+    order = getattr(getattr(hook, "__self__", hook), "order", None)
+    return order if isinstance(order, int) else Order.FIRST  # a foreign hook stays where it is
+
+
+def register_hook_to_module(
+    module: nn.Module,
+    hook: Callable[..., Any],
+    direction: HookDirection = "fwd",
+    prepend: bool = False,
+    *,
+    path: str = "",
+) -> Removable:
+    """Register a user's hook after checking its signature.
+
+    Raises:
+        DirectionError: unknown direction.
+        HookSignatureError: the hook does not take the direction's parameters.
+    """
+    row = direction_row(direction)
+    check_signature(hook, row)
+    default = Order.EDIT_GRADIENT if row.gradient else Order.EDIT
+    order = Order.FIRST if prepend else getattr(hook, "order", default)
+    return attach(module, UserHook(hook, path, direction, order), direction, order=order, path=path)
+
+
+def check_signature(hook: Callable[..., Any], row: Direction) -> None:
+    """Refuse a hook that cannot be called with the direction's parameters.
+
+    Raises:
+        HookSignatureError: it names the parameters that are expected and those that are there.
+    """
+    if not callable(hook):
+        raise HookSignatureError(f"a hook is a callable ({', '.join(row.params)}), got {hook!r}")
+    try:
+        signature = inspect.signature(hook)
+    except (TypeError, ValueError):  # some builtins have none; the call itself will tell
+        return
+    try:
+        signature.bind(*row.params)
+    except TypeError:
+        raise HookSignatureError(
+            f"a hook of direction {row.name!r} is called as hook({', '.join(row.params)}), "
+            f"but {getattr(hook, '__name__', hook)!r} takes {signature}"
+        ) from None
+
+
+class MultiHookHandle:
+    """Several registrations that are undone together, last first; adding two handles gives one over both."""
+
+    def __init__(self, handles: Iterable[Removable] | None = None) -> None:
+        self._handles = list(handles or ())
+
+    def remove(self) -> None:
+        """Undo every registration, also when one of them fails; the first failure is raised at the end.
+
+        A second call does nothing.
+        """
+        failure: BaseException | None = None
+        while self._handles:
+            try:
+                self._handles.pop().remove()
+            except BaseException as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def add(self, handle: Removable) -> None:
+        """Take one more registration in."""
+        self._handles.append(handle)
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def __enter__(self) -> MultiHookHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __add__(self, other: object) -> MultiHookHandle:
+        if not isinstance(other, MultiHookHandle):
+            raise TypeError(f"a MultiHookHandle can be added to another, not to {type(other).__name__}")
+        return MultiHookHandle([*self._handles, *other._handles])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} handles)"

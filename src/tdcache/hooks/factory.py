@@ -1,0 +1,218 @@
+"""Ready hooks for one's own contexts: caching, setting, reading and stopping ones, each a small object with a repr."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdcache.errors import CaptureError, EditError, HookSignatureError, StopForward
+from tdcache.hooks.attach import Order
+from tdcache.hooks.directions import Direction, direction_row
+from tdcache.hooks.values import first_tensor, replace_tensor
+from tdcache.types import CacheKey, HookDirection
+
+__all__ = ["CacheProxy", "CachingHook", "HookFactory", "ReadingHook", "SettingHook", "StoppingHook", "check_callback"]
+
+
+class CacheProxy:
+    """A value that will be in a cache: made before the forward, resolved when it is needed.
+
+    The cache is held weakly, so that a forgotten proxy keeps no activations alive.
+    """
+
+    def __init__(self, key: CacheKey, cache: Any) -> None:
+        self._key = key
+        self._cache = weakref.ref(cache)
+
+    def resolve(self) -> Any:
+        """The value, or None where nothing was written yet.
+
+        Raises:
+            ValueError: the cache is gone.
+        """
+        return _live(self._cache(), self._key).get(self._key, None)
+
+    def __repr__(self) -> str:
+        return f"CacheProxy({self._key!r})"
+
+
+def _live(cache: Any, key: CacheKey) -> Any:
+    found = cache.resolve() if hasattr(cache, "resolve") else cache
+    if found is None:
+        raise ValueError(f"the cache that was to hold {key!r} no longer exists; keep a reference to it")
+    return found
+
+
+def check_callback(callback: Callable[..., Any] | None, expected: tuple[str, ...]) -> None:
+    """Refuse a callback that cannot be called with the ``expected`` names as keyword arguments.
+
+    Raises:
+        HookSignatureError: it names the missing parameters.
+    """
+    if callback is None:
+        return
+    parameters = inspect.signature(callback).parameters.values()
+    if any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters):
+        raise HookSignatureError("a callback is called with keyword arguments only; it cannot have positional-only parameters")
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    missing = [name for name in expected if name not in {parameter.name for parameter in parameters}]
+    if missing:
+        raise HookSignatureError(
+            f"the callback lacks the parameters {', '.join(map(repr, missing))}; it is called with "
+            f"{', '.join(f'{name}=' for name in expected)} (take **kwargs for those you do not need)"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CachingHook:
+    """Writes the value, or what ``callback`` makes of it, to ``cache[key]``."""
+
+    key: CacheKey
+    cache: Any
+    row: Direction
+    callback: Callable[..., Any] | None = None
+    order: int = Order.CAPTURE
+
+    def __call__(self, *args: Any) -> None:
+        """Write."""
+        if self.callback is None:
+            value = args[self.row.value_index]
+            kept = value if isinstance(value, Tensor | TensorDictBase) else first_tensor(value)
+        else:
+            named = dict(zip(self.row.params, args, strict=True))
+            value = kept = self.callback(**named, key=self.key, direction=self.row.name)
+        if not isinstance(kept, Tensor | TensorDictBase):
+            raise CaptureError(
+                f"a cache holds tensors and TensorDicts; the value for {self.key!r} is {type(value).__name__}: "
+                "return a tensor from callback="
+            )
+        _live(self.cache, self.key)[self.key] = kept
+
+
+@dataclass(frozen=True, slots=True)
+class SettingHook:
+    """Replaces the value by ``value`` (a proxy is resolved when the hook runs), or by what ``callback`` returns.
+
+    None leaves the value as it is. A tensor given for a structured value replaces the first tensor in it.
+    """
+
+    value: Any
+    row: Direction
+    callback: Callable[..., Any] | None = None
+    order: int = Order.EDIT
+
+    def __call__(self, *args: Any) -> Any:
+        """Replace."""
+        old = args[self.row.returns_index]
+        new = self.value.resolve() if hasattr(self.value, "resolve") else self.value
+        if self.callback is not None:
+            named = dict(zip(self.row.params, args, strict=True))
+            new = self.callback(**named, value=new, direction=self.row.name)
+        if new is None:
+            return None
+        if isinstance(new, Tensor) and first_tensor(old) is not None:
+            return self._returned(replace_tensor(old, new), args)
+        if type(new) is not type(old):
+            raise EditError(
+                f"a {self.row.returns} of type {type(old).__name__} cannot be replaced by {type(new).__name__}; "
+                "return the same type, a tensor for the first tensor in it, or None for no change"
+            )
+        return self._returned(new, args)
+
+    def _returned(self, new: Any, args: tuple[Any, ...]) -> Any:
+        # torch wants (args, kwargs) back from a pre-hook that was registered with keyword arguments.
+        return (new, args[-1]) if self.row.name == "fwd_pre_kwargs" else new
+
+
+@dataclass(frozen=True, slots=True)
+class ReadingHook:
+    """Shows the value to ``callback`` and changes nothing."""
+
+    callback: Callable[..., Any]
+    row: Direction
+    order: int = Order.CAPTURE
+
+    def __call__(self, *args: Any) -> None:
+        """Show."""
+        self.callback(**dict(zip(self.row.params, args, strict=True)), direction=self.row.name)
+
+
+@dataclass(frozen=True, slots=True)
+class StoppingHook:
+    """Ends the forward: raises :class:`~tdcache.errors.StopForward`, which runs and contexts swallow."""
+
+    key: str
+    order: int = Order.STOP
+
+    def __call__(self, module: Any, args: Any, output: Any) -> None:
+        """Stop."""
+        raise StopForward(self.key)
+
+
+class HookFactory:
+    """Makes the hooks that one's own context registers. Directions and their parameters: see the table of directions."""
+
+    @staticmethod
+    def make_caching_hook(
+        key: CacheKey, cache: Any, *, callback: Callable[..., Any] | None = None, direction: HookDirection = "fwd"
+    ) -> CachingHook:
+        """A hook that writes the value to ``cache[key]``.
+
+        Args:
+            key: where in the cache.
+            cache: a TensorDict, or an object whose ``resolve()`` gives one when the hook runs.
+            callback: called with the direction's parameters, ``key=`` and ``direction=``; returns what is written.
+                Without it the value itself is written (the first tensor of a structured one), with its graph.
+            direction: which value.
+
+        Raises:
+            DirectionError: unknown direction.
+            HookSignatureError: the callback lacks a parameter.
+        """
+        row = direction_row(direction)
+        check_callback(callback, row.params)
+        return CachingHook(key, cache, row, callback)
+
+    @staticmethod
+    def make_setting_hook(
+        value: Any, *, callback: Callable[..., Any] | None = None, direction: HookDirection = "fwd"
+    ) -> SettingHook:
+        """A hook that replaces the value.
+
+        Args:
+            value: the new value, or an object whose ``resolve()`` gives it when the hook runs.
+            callback: called with the direction's parameters, ``value=`` and ``direction=``; returns the new value, or
+                None for no change.
+            direction: which value.
+
+        Raises:
+            DirectionError: unknown direction.
+            HookSignatureError: the callback lacks a parameter.
+        """
+        row = direction_row(direction)
+        check_callback(callback, row.params)
+        return SettingHook(value, row, callback, Order.EDIT_GRADIENT if row.gradient else Order.EDIT)
+
+    @staticmethod
+    def make_reading_hook(*, callback: Callable[..., Any], direction: HookDirection = "fwd") -> ReadingHook:
+        """A hook that calls ``callback`` with the direction's parameters and ``direction=``, and changes nothing.
+
+        Raises:
+            DirectionError: unknown direction.
+            HookSignatureError: the callback lacks a parameter.
+        """
+        row = direction_row(direction)
+        check_callback(callback, row.params)
+        return ReadingHook(callback, row)
+
+    @staticmethod
+    def make_stopping_hook(key: str) -> StoppingHook:
+        """A hook (direction ``"fwd"``) that ends the forward; ``key`` is the path for messages."""
+        return StoppingHook(key)

@@ -1,0 +1,103 @@
+"""Registering one hook at every module that a selector means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from tdcache.errors import SelectionError
+from tdcache.hooks.attach import MultiHookHandle, register_hook_to_module
+from tdcache.hooks.directions import direction_row
+from tdcache.paths import resolve
+from tdcache.selection import Selection, select
+from tdcache.types import HookDirection, Match, Selector
+
+__all__ = ["MultiHookManager"]
+
+
+class MultiHookManager:
+    """Registers hooks at the modules that a selector and two class filters mean.
+
+    Args:
+        pattern: any selector. ``None`` means every module of ``classes_to_hook``, and nothing where that is left at its
+            default.
+        classes_to_hook: only instances of these.
+        classes_to_skip: never instances of these.
+        match: how patterns are held against paths.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> manager = MultiHookManager(r"\\d+", classes_to_skip=(nn.ReLU,))
+        >>> with manager.register_hook(model, lambda path: lambda module, args, output: output + 1) as handle:
+        ...     len(handle)
+        1
+    """
+
+    def __init__(
+        self,
+        pattern: Selector | None = None,
+        classes_to_hook: tuple[type[nn.Module], ...] = (nn.Module,),
+        classes_to_skip: tuple[type[nn.Module], ...] = (),
+        *,
+        match: Match = "full",
+    ) -> None:
+        self.pattern = pattern
+        self.classes_to_hook = classes_to_hook
+        self.classes_to_skip = classes_to_skip
+        self.match: Match = match
+
+    def select(self, module: nn.Module) -> Selection:
+        """The sites below ``module`` that are meant.
+
+        Raises:
+            SelectionError: a pattern was given and nothing is meant by it.
+        """
+        if self.pattern is None:
+            wanted = () if self.classes_to_hook == (nn.Module,) else self.classes_to_hook
+            found = select(module, wanted, allow_empty=True)
+        else:
+            found = select(module, self.pattern, match=self.match)
+        kept = [
+            site
+            for site in found
+            if isinstance(site.module, self.classes_to_hook) and not isinstance(site.module, self.classes_to_skip)
+        ]
+        if not kept and self.pattern is not None:
+            raise SelectionError(
+                f"pattern {self.pattern!r} matches {len(found)} modules of {type(module).__name__}, but none of them "
+                f"passes classes_to_hook={self.classes_to_hook!r}, classes_to_skip={self.classes_to_skip!r}",
+                selector=self.pattern,
+            )
+        return Selection(kept, selector=found.selector, model_name=found.model_name)
+
+    def register_hook(
+        self,
+        module: nn.Module,
+        hook_factory: Callable[[str], Callable[..., Any]],
+        *,
+        direction: HookDirection = "fwd",
+        prepend: bool = False,
+        relative_path: str | None = None,
+    ) -> MultiHookHandle:
+        """Register ``hook_factory(path)`` at every site; either all of them, or none.
+
+        Args:
+            module: the model, or anything that holds it.
+            hook_factory: makes the hook for one path.
+            direction: what the hooks are called with.
+            prepend: in front of the hooks that are there.
+            relative_path: where below ``module`` the model begins; paths are relative to it.
+        """
+        direction_row(direction)
+        root = resolve(module, relative_path) if relative_path else module
+        handle = MultiHookHandle()
+        try:
+            for path, submodule, _ in self.select(root):
+                handle.add(register_hook_to_module(submodule, hook_factory(path), direction, prepend, path=path))
+        except BaseException:
+            handle.remove()
+            raise
+        return handle

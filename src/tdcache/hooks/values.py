@@ -1,0 +1,157 @@
+"""Tensors inside structured values: finding the one that is meant, and putting another in its place.
+
+A value is what a module returns or receives: a tensor, or tensors in tuples, lists, mappings, dataclasses and Hugging
+Face ``ModelOutput``s. ``pick`` names one tensor of it: an index, a key or attribute, a path of these, a callable, or
+``None`` for the first tensor in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdcache.errors import CaptureError, EditError
+from tdcache.types import Pick
+
+__all__ = ["check_fits", "first_tensor", "leaves", "pick_tensor", "replace_tensor"]
+
+Step = int | str
+
+
+def children(value: Any) -> Iterator[tuple[Step, Any]]:
+    """The named parts of a structured value; nothing for a leaf."""
+    if isinstance(value, TensorDictBase | Mapping):
+        yield from value.items()
+    elif isinstance(value, tuple | list):
+        yield from enumerate(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield field.name, getattr(value, field.name)
+
+
+def leaves(value: Any, above: tuple[Step, ...] = ()) -> Iterator[tuple[tuple[Step, ...], Tensor]]:
+    """Every tensor of a value with the steps that lead to it, in order."""
+    if isinstance(value, Tensor):
+        yield above, value
+        return
+    for step, child in children(value):
+        yield from leaves(child, (*above, step))
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor of a value, or None."""
+    if isinstance(value, Tensor):
+        return value
+    return next((tensor for _, tensor in leaves(value)), None)
+
+
+def pick_tensor(value: Any, pick: Pick, path: str) -> Any:
+    """The tensor (or, for a callable, whatever it returns) that ``pick`` means in ``value``.
+
+    Raises:
+        CaptureError: nothing there; the message names ``path``, the type and what is there.
+    """
+    if pick is None:
+        found = first_tensor(value)
+        if found is None:
+            raise CaptureError(
+                f"the value at {path!r} is {_describe(value)} and holds no tensor; say what to keep with pick= "
+                "(an index, a key or a callable), or select another module",
+                paths=(path,),
+            )
+        return found
+    if callable(pick):
+        return pick(value)
+    found = value
+    for step in pick if isinstance(pick, tuple) else (pick,):
+        found = _step_into(found, step, path, pick)
+    return found
+
+
+def _step_into(value: Any, step: Step, path: str, pick: Pick) -> Any:
+    named = dict(children(value))
+    # A negative index, and the position of a mapping's entry (HF outputs allow output[0]), count as steps too.
+    if step not in named and isinstance(step, int) and -len(named) <= step < len(named):
+        return list(named.values())[step]
+    if step not in named:
+        raise CaptureError(
+            f"pick={pick!r} finds nothing at {path!r}: the value is {_describe(value)}; use one of {list(named)!r}"
+            if named
+            else f"pick={pick!r} finds nothing at {path!r}: the value is {_describe(value)}, which has no parts",
+            paths=(path,),
+        )
+    return named[step]
+
+
+def replace_tensor(value: Any, new: Any, *, pick: Pick = None, path: str = "") -> Any:
+    """``value`` with the picked tensor replaced by ``new`` and everything else kept; ``value`` itself is not changed.
+
+    Raises:
+        EditError: ``new`` has another shape, dtype or device than the tensor it replaces, or there is none to replace.
+    """
+    if isinstance(value, Tensor) and pick is None:
+        check_fits(new, value, path)
+        return new
+    if callable(pick):
+        raise EditError(f"a callable pick= cannot say where to put the new value at {path!r}; use an index or a key")
+    steps = _steps_to(value, pick, path)
+    return _rebuild(value, steps, new, path)
+
+
+def _steps_to(value: Any, pick: Pick, path: str) -> tuple[Step, ...]:
+    if pick is not None:
+        return pick if isinstance(pick, tuple) else (pick,)  # type: ignore[return-value]  # a callable was refused
+    for steps, _ in leaves(value):
+        return steps
+    raise EditError(f"the value at {path!r} is {_describe(value)} and holds no tensor to replace; say which with pick=")
+
+
+def _rebuild(value: Any, steps: tuple[Step, ...], new: Any, path: str) -> Any:
+    if not steps:
+        check_fits(new, value, path)
+        return new
+    step, rest = steps[0], steps[1:]
+    inner = _rebuild(_step_into(value, step, path, steps), rest, new, path)
+    if isinstance(value, tuple | list):
+        items = list(value)
+        items[step] = inner  # type: ignore[index]  # _step_into accepted it
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, TensorDictBase):
+        return value.copy().set(step, inner)
+    name = step if isinstance(step, str) else list(dict(children(value)))[step]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{name: inner})
+    return type(value)({**value, name: inner})
+
+
+def check_fits(new: Any, old: Any, path: str) -> None:
+    """Refuse a replacement tensor whose shape, dtype or device differs from the tensor it replaces.
+
+    Raises:
+        EditError: it names what differs, in both.
+    """
+    if not isinstance(old, Tensor):
+        return
+    if not isinstance(new, Tensor):
+        raise EditError(f"the value at {path!r} is a tensor; it cannot be replaced by {_describe(new)}")
+    if new.shape != old.shape or new.dtype != old.dtype or new.device != old.device:
+        raise EditError(
+            f"the replacement at {path!r} does not fit:\n"
+            f"  there: {_signature(old)}\n  given: {_signature(new)}\n"
+            "reshape, expand or cast it first, e.g. value.expand_as(output).to(output)"
+        )
+
+
+def _signature(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__} of ({', '.join(type(item).__name__ for item in value)})"
+    return type(value).__name__ if not isinstance(value, torch.Tensor) else f"Tensor{tuple(value.shape)}"

@@ -1,0 +1,86 @@
+"""The only reader of torch's private state: hook dicts, compiled frames, and why a module was not called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any
+
+from torch import nn
+
+__all__ = ["compiled_modules", "has_stale_graph", "is_optimized_module", "post_hooks", "pre_hooks", "why_not_called"]
+
+
+def post_hooks(module: nn.Module) -> Any:
+    """The ordered dict of a module's forward hooks, by registration number."""
+    return module._forward_hooks
+
+
+def pre_hooks(module: nn.Module) -> Any:
+    """The ordered dict of a module's forward pre-hooks, by registration number."""
+    return module._forward_pre_hooks
+
+
+def is_optimized_module(model: nn.Module) -> bool:
+    """Whether ``model`` is what ``torch.compile(module)`` returns."""
+    return type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules
+
+
+def compiled_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of ``model`` on which ``module.compile()`` was called."""
+    return [module for module in model.modules() if getattr(module, "_compiled_call_impl", None) is not None]
+
+
+def has_stale_graph(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` has traced this model (or another of the same classes), so that hooks added now are skipped.
+
+    Graphs belong to code objects, not to instances: one that was traced for another model of the class serves here too.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None or not dynamo.utils.counters:  # nothing was ever compiled in this process
+        return False
+    entries = dynamo.eval_frame._debug_get_cache_entry_list
+    return any(entries(code) for code in _traced_codes(model, dynamo))
+
+
+def _traced_codes(model: nn.Module, dynamo: Any) -> Iterator[CodeType]:
+    if is_optimized_module(model):  # a model of torch.nn's own classes is traced through a helper
+        constants = dynamo.external_utils.wrap_inline.__code__.co_consts
+        yield from (constant for constant in constants if isinstance(constant, CodeType))
+    for kind in {type(module) for module in model.modules()}:
+        code = getattr(kind.forward, "__code__", None)
+        if code is not None:
+            yield code
+
+
+_REASONS = (
+    (
+        (nn.TransformerEncoder, nn.TransformerEncoderLayer),
+        "the fused fast path of {kind} {owner!r} calls no submodules in eval mode; switch it off with "
+        "torch.backends.mha.set_fastpath_enabled(False), or call model.train()",
+    ),
+    (
+        (nn.MultiheadAttention,),
+        "nn.MultiheadAttention {owner!r} uses the weights of its projections without calling them; select {owner!r} itself",
+    ),
+)
+
+
+def why_not_called(model: nn.Module, path: str) -> str | None:
+    """The known reason why the module at ``path`` sees no forward, or None."""
+    parts = path.split(".")
+    owner, owners = model, [("", model)]
+    for end, name in enumerate(parts, 1):
+        child = owner._modules.get(name)
+        if child is None:
+            return None
+        owner = child
+        owners.append((".".join(parts[:end]), owner))
+    if isinstance(owner, nn.ModuleList | nn.ModuleDict):
+        return f"{type(owner).__name__} {path!r} is a container that is never called; select its members"
+    for name, module in reversed(owners[:-1]):
+        for kinds, text in _REASONS:
+            if isinstance(module, kinds):
+                return text.format(kind=type(module).__name__, owner=name)
+    return None

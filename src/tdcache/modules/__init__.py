@@ -1,0 +1,6 @@
+"""Hooked modules: how a model is called inside a context."""
+
+from tdcache.modules.call import ModelCall
+from tdcache.modules.hooked import HookedModule
+
+__all__ = ["HookedModule", "ModelCall"]

@@ -1,0 +1,83 @@
+"""Calling a plain module with a TensorDict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+
+from tdcache.errors import ContextError
+from tdcache.hooks.values import children, first_tensor
+from tdcache.types import CacheKey
+
+__all__ = ["ModelCall"]
+
+
+class ModelCall(TensorDictModuleBase):
+    """Reads a module's arguments from a TensorDict and writes its results back to it.
+
+    Args:
+        module: any module.
+        in_keys: the entries passed as positional arguments, in order; or a mapping of entries to the names of keyword
+            arguments, as in ``TensorDictModule``.
+        out_keys: where results go. Of a mapping-like result (a dict, a Hugging Face ``ModelOutput``, a dataclass) an
+            entry is taken by name where the names agree; otherwise results are taken in order. ``"_"`` skips one.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        in_keys: Sequence[CacheKey] | Mapping[CacheKey, str] | None = None,
+        out_keys: Sequence[CacheKey] | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        given = ["input"] if in_keys is None else [in_keys] if isinstance(in_keys, str) else in_keys
+        self.keywords = tuple(given.values()) if isinstance(given, Mapping) else None
+        self.in_keys = list(given)
+        self.out_keys = [out_keys] if isinstance(out_keys, str) else list(out_keys or ["output"])
+
+    def forward(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+        """A TensorDict in, the same TensorDict out; anything else goes to the module as it is."""
+        if not isinstance(data, TensorDictBase) or args:
+            return self.module(data, *args, **kwargs)
+        values = [self._read(data, key) for key in self.in_keys]
+        if self.keywords is None:
+            result = self.module(*values, **kwargs)
+        else:
+            result = self.module(**dict(zip(self.keywords, values, strict=True)), **kwargs)
+        for key, value in self._named(result):
+            data.set(key, value)
+        return data
+
+    @staticmethod
+    def _read(data: TensorDictBase, key: CacheKey) -> Any:
+        value = data.get(key, None)
+        if value is None:
+            there = list(data.keys(include_nested=True, leaves_only=True))
+            raise KeyError(f"the TensorDict has no entry {key!r} for the model's input; it has {there!r}: choose with in_keys=")
+        return value
+
+    def _named(self, result: Any) -> list[tuple[CacheKey, Any]]:
+        if isinstance(result, Tensor | TensorDictBase):
+            results: list[Any] = [result]
+            named: dict[Any, Any] = {}
+        else:
+            named = dict(children(result))
+            results = list(named.values())
+        found = []
+        for position, key in enumerate(self.out_keys):
+            if key == "_":
+                continue
+            value = named[key] if key in named else results[position] if position < len(results) else None
+            value = value if isinstance(value, Tensor | TensorDictBase) else first_tensor(value)
+            if value is None:
+                raise ContextError(
+                    f"the model returned {type(result).__name__} with {list(named)!r}, nothing to write to out_key {key!r}; "
+                    "choose with out_keys="
+                )
+            found.append((key, value))
+        return found

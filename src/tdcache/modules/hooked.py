@@ -1,0 +1,169 @@
+"""The callable that a context yields."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from textwrap import indent
+from typing import Any, Protocol
+
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, TensorDictModuleWrapper
+from torch import nn
+
+from tdcache.errors import ContextError, StopForward, TdcacheWarning
+from tdcache.hooks.attach import register_hook_to_module
+from tdcache.modules.call import ModelCall
+from tdcache.paths import resolve, resolve_all
+from tdcache.types import CacheKey, HookDirection, Removable
+
+__all__ = ["HookedModule", "OwningContext"]
+
+
+class OwningContext(Protocol):
+    """What a hooked module asks of the context it belongs to."""
+
+    _in_context: bool
+
+    @property
+    def cache(self) -> TensorDictBase:
+        """The context's cache."""
+
+    def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Carry out a call of the hooked module."""
+
+
+class HookedModule(TensorDictModuleWrapper):
+    """A model inside an open context, or one made by :meth:`from_module` without a context.
+
+    Called with a TensorDict it reads ``in_keys``, runs the model, writes ``out_keys`` and returns the same TensorDict;
+    called with anything else it passes everything to the model and returns the model's own result. A forward that was
+    stopped early returns the TensorDict without outputs, or None.
+
+    Args:
+        td_module: what is called.
+        hooking_context: the context it belongs to; calling it while that is closed is an error.
+        relative_path: where below this module the user's own model is; paths are relative to it.
+    """
+
+    def __init__(
+        self,
+        td_module: TensorDictModuleBase,
+        hooking_context: OwningContext | None = None,
+        relative_path: str = "td_module",
+    ) -> None:
+        super().__init__(td_module)
+        self._hooking_context = hooking_context
+        self._relative_path = relative_path
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        in_keys: Sequence[CacheKey] | Mapping[CacheKey, str] | None = None,
+        out_keys: Sequence[CacheKey] | None = None,
+        *,
+        hooking_context: OwningContext | None = None,
+    ) -> HookedModule:
+        """A hooked module around ``module`` without a context: for runs, and for hooks of one's own."""
+        if isinstance(module, TensorDictModuleBase):
+            return cls(module, hooking_context=hooking_context)
+        return cls(ModelCall(module, in_keys, out_keys), hooking_context=hooking_context, relative_path="td_module.module")
+
+    @property
+    def relative_path(self) -> str:
+        """Where below this module the user's own model is."""
+        return self._relative_path
+
+    @property
+    def hooking_context(self) -> Any:
+        """The context this module belongs to, or None."""
+        return self._hooking_context
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's own model, which all paths are relative to."""
+        return resolve(self, self._relative_path)
+
+    @property
+    def cache(self) -> TensorDictBase:
+        """The cache of the context, up to date.
+
+        Raises:
+            ContextError: there is no context, or it has no cache.
+        """
+        if self._hooking_context is None or not hasattr(type(self._hooking_context), "cache"):
+            raise ContextError("this hooked module has no cache; prepare a caching factory such as ActivationCaching")
+        return self._hooking_context.cache
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; see the class."""
+        context = self._hooking_context
+        if context is None:
+            return self.call_model(*args, **kwargs)
+        if not context._in_context:
+            raise ContextError("this hooked module's context is closed; enter it again, or call your own model")
+        return context.call(self, args, kwargs)
+
+    def call_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model without asking the context; a stopped forward gives the TensorDict, or None."""
+        try:
+            return self.td_module(*args, **kwargs)
+        except StopForward:
+            return args[0] if args and isinstance(args[0], TensorDictBase) else None
+
+    def register_submodule_hook(
+        self,
+        key: str,
+        hook: Callable[..., Any],
+        direction: HookDirection = "fwd",
+        prepend: bool = False,
+        relative: bool = True,
+    ) -> Removable:
+        """Register a hook at one path; the caller removes it.
+
+        Args:
+            key: the path, relative to the user's own model; ``""`` is the model.
+            hook: called with the direction's parameters.
+            direction: which value.
+            prepend: in front of the hooks that are there.
+            relative: with False, the path is relative to this wrapper.
+
+        Raises:
+            PathError: no such path.
+            HookSignatureError: the hook does not take the direction's parameters.
+        """
+        path, module = resolve_all(self.model if relative else self, key)
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            warnings.warn(
+                f"{key!r} is a {type(module).__name__}, which is never called; hook its members instead",
+                TdcacheWarning,
+                stacklevel=2,
+            )
+        return register_hook_to_module(module, hook, direction, prepend, path=path)
+
+    @contextmanager
+    def disable_context_hooks(self) -> Iterator[None]:
+        """Suspend the context's hooks inside a block."""
+        with self._needed_context().disable_hooks():
+            yield
+
+    @contextmanager
+    def disable_context(self) -> Iterator[nn.Module]:
+        """Suspend the context inside a block, and give the user's own model."""
+        with self._needed_context().disable() as module:
+            yield module
+
+    def restore(self) -> None:
+        """Close the context of a module that came from ``prepare(..., return_context=False)``."""
+        self._needed_context().restore()
+
+    def _needed_context(self) -> Any:
+        if self._hooking_context is None:
+            raise ContextError("this hooked module has no context; get one from factory.prepare(model)")
+        return self._hooking_context
+
+    def __repr__(self) -> str:
+        fields = f"td_module={self.td_module},\nin_keys={self.in_keys},\nout_keys={self.out_keys}"
+        return f"{type(self).__name__}(\n{indent(fields, 4 * ' ')})"

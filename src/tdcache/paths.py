@@ -1,0 +1,112 @@
+"""Names of modules: joining them, finding the module behind one, and the nearest names to a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import SequenceMatcher
+from time import monotonic
+from typing import Any
+
+import regex
+from torch import nn
+
+from tdcache.errors import PathError, listed
+
+__all__ = ["canonical_path", "join", "near_misses", "resolve", "resolve_all"]
+
+# One step of a path: .name  <any name>  [0]  [-1]  ['key']
+_STEP = regex.compile(
+    r"""\.?(?:(?P<name>[^.\[\]<>]+)|<(?P<quoted>[^>]+)>|\[(?P<index>-?\d+)\]|\[(?P<q>["'])(?P<key>.*?)(?P=q)\])"""
+)
+_FUZZY_SECONDS = 0.5
+
+
+def join(*parts: str) -> str:
+    """Join the non-empty parts with dots: ``join("encoder", "", "layer")`` is ``"encoder.layer"``."""
+    return ".".join(part for part in parts if part)
+
+
+def resolve(root: nn.Module, path: str) -> nn.Module:
+    """The module that ``path`` names, below ``root``.
+
+    ``path`` is a name as ``named_modules()`` gives it. Indexing is understood as well: ``"layers[-1]"``,
+    ``"blocks['a']"``, and ``"<odd/name>"`` for a name that holds dots or brackets. Nothing is evaluated.
+
+    Raises:
+        PathError: no module there; the message names the nearest paths.
+    """
+    return resolve_all(root, path)[1]
+
+
+def canonical_path(root: nn.Module, path: str) -> str:
+    """The name in ``named_modules()`` of the module that ``path`` names: ``"layers[-1]"`` becomes ``"layers.11"``."""
+    return resolve_all(root, path)[0]
+
+
+def resolve_all(root: nn.Module, path: str) -> tuple[str, nn.Module]:
+    """Canonical name and module of ``path``, below ``root``; see :func:`resolve`."""
+    if not isinstance(path, str):
+        raise PathError(f"a path is a string such as 'layers.0', got {path!r} ({type(path).__name__})", selector=path)
+    module, names, end = root, [], 0
+    while end < len(path):
+        step = _STEP.match(path, end)
+        found = None if step is None else _child(module, step)
+        if step is None or found is None:
+            raise _no_such_path(root, path)
+        name, module = found
+        names.append(name)
+        end = step.end()
+    return ".".join(names), module
+
+
+def _child(module: nn.Module, step: regex.Match[str]) -> tuple[str, nn.Module] | None:
+    children: dict[str, nn.Module | None] = module._modules
+    if step["index"] is not None:
+        position = int(step["index"])
+        names = list(children)
+        if not -len(names) <= position < len(names):
+            return None
+        name = names[position]
+    else:
+        name = step["name"] or step["quoted"] or step["key"]
+    child = children.get(name)
+    if child is None:  # an attribute that reaches a module elsewhere in the tree, such as HF's base_model
+        child = getattr(module, name, None)
+    return (name, child) if isinstance(child, nn.Module) else None
+
+
+def _no_such_path(root: nn.Module, path: str) -> PathError:
+    names = [name for name, _ in root.named_modules(remove_duplicate=False) if name]
+    near = near_misses(regex.escape(path), names)
+    hint = f"; did you mean {listed(near, 3)}?" if near else "; list the names with tdcache.select(model, '.*')"
+    return PathError(
+        f"path {path!r} names none of the {len(names)} modules of {type(root).__name__}{hint}",
+        selector=path,
+        near=near,
+    )
+
+
+def near_misses(pattern: str, names: Sequence[str], limit: int = 3) -> tuple[str, ...]:
+    """The names that ``pattern`` nearly matches, by fewest edits (``regex``'s fuzzy matching), best first.
+
+    Bounded in time: at most half a second is spent, whatever the pattern.
+    """
+    edits = max(1, min(4, len(pattern) // 4))
+    try:
+        fuzzy = regex.compile(f"(?b)(?:{pattern}){{e<={edits}}}")
+    except regex.error:
+        return ()
+    scored = [(edits, -SequenceMatcher(None, pattern, name).ratio(), name) for edits, name in _scores(fuzzy, names)]
+    return tuple(name for _, _, name in sorted(scored)[:limit])
+
+
+def _scores(fuzzy: regex.Pattern[str], names: Iterable[str]) -> Iterable[tuple[int, str]]:
+    deadline = monotonic() + _FUZZY_SECONDS
+    for name in names:
+        left = deadline - monotonic()
+        try:
+            match: Any = fuzzy.fullmatch(name, timeout=max(left, 1e-3))
+        except TimeoutError:
+            return
+        if match is not None:
+            yield sum(match.fuzzy_counts), name

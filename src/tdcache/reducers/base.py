@@ -1,0 +1,62 @@
+"""What every reducer is."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import ClassVar, Self
+
+from tensordict import TensorDict
+from torch import Tensor
+
+from tdcache.errors import CaptureError
+
+__all__ = ["Reducer"]
+
+
+class Reducer(ABC):
+    """What is kept of the values that pass one site, over calls, forwards and (after ``merge``) processes.
+
+    Subclasses are dataclasses: their fields are the configuration, their state is not part of it. A factory holds one
+    as a recipe; every site of every context gets its own :meth:`fresh` one.
+    """
+
+    ordered: ClassVar[bool] = True
+    """Whether the order of updates changes the result; gradients, which arrive in reverse, are put in order for these."""
+
+    aliases: ClassVar[bool] = False
+    """Whether :meth:`update` keeps the tensor itself, so that a later in-place operation would change what is kept."""
+
+    @abstractmethod
+    def update(self, value: Tensor) -> None:
+        """Take one more value in: detached, on the device it is to stay on."""
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Take in what ``other`` saw, as if its values had come after the ones here; ``other`` must not be used after."""
+
+    @abstractmethod
+    def compute(self) -> Tensor | TensorDict:
+        """What is kept, so far; updates may follow.
+
+        Raises:
+            CaptureError: nothing was seen.
+        """
+
+    @property
+    @abstractmethod
+    def empty(self) -> bool:
+        """Whether nothing was seen yet."""
+
+    def fresh(self) -> Self:
+        """An empty reducer with the same configuration."""
+        return dataclasses.replace(self)  # type: ignore[type-var]  # every subclass is a dataclass
+
+    def check_mergeable(self, other: Reducer) -> None:
+        """Refuse another kind of reducer, or one with another configuration."""
+        if self != other:
+            raise ValueError(f"{self!r} can be merged with a reducer of the same kind and configuration, not with {other!r}")
+
+    def nothing_seen(self) -> CaptureError:
+        """The error of :meth:`compute` before any update."""
+        return CaptureError(f"{self!r} saw no value; run a forward that reaches its site first")

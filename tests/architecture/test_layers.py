@@ -1,0 +1,112 @@
+"""Imports inside the package point downward only; the floors are those of docs/architecture.md."""
+
+from graphlib import TopologicalSorter
+
+import pytest
+
+from architecture.source_tree import PACKAGE, Source, imports_of, package_sources
+
+FLOORS = (
+    ("errors", "types"),
+    ("paths", "selection"),
+    ("hooks", "points", "introspect"),
+    ("reducers", "cache", "store"),
+    ("modules", "contexts"),
+    ("caching", "pipeline", "interventions", "attribution"),
+    ("harvesting",),
+    ("inspect", "plot", "cli", "__main__"),
+)
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+# Who may import a neighbour on the same floor. Floor 5 has no entry: no method family imports another.
+NEIGHBOURS = {
+    ("types", "errors"),
+    ("selection", "paths"),
+    ("hooks", "introspect"),
+    ("cache", "reducers"),
+    ("contexts", "modules"),
+    ("cli", "inspect"),
+    ("cli", "plot"),
+    ("__main__", "cli"),
+}
+
+
+def upward_imports(source: Source) -> list[str]:
+    """One sentence for each import of the file that the layer table forbids."""
+    if source.module == PACKAGE:
+        return []  # the front door gathers names from every floor
+    if source.top_level not in FLOOR_OF:
+        return [f"{source.module} is on no floor: add {source.top_level!r} to FLOORS in tests/architecture"]
+    found = [(each, each.name.split(".")) for each in imports_of(source)]
+    inner = [(each, parts[1] if len(parts) > 1 else "") for each, parts in found if parts[0] == PACKAGE]
+    return [
+        f"{source.module}:{each.line} imports {each.name}: {reason}"
+        for each, target in inner
+        if (reason := _forbidden(source.top_level, target))
+    ]
+
+
+def _forbidden(importer: str, target: str) -> str:
+    if target not in FLOOR_OF:
+        return f"{target!r} is on no floor; import from the module that defines the name, or add it to FLOORS"
+    if target == importer or (importer, target) in NEIGHBOURS:
+        return ""
+    if FLOOR_OF[target] < FLOOR_OF[importer]:
+        return ""
+    return f"floor {FLOOR_OF[importer]} may not reach floor {FLOOR_OF[target]}"
+
+
+def test_every_import_points_downward():
+    assert [line for source in package_sources() for line in upward_imports(source)] == []
+
+
+def test_the_package_is_where_these_tests_look():
+    assert PACKAGE in {source.module for source in package_sources()}
+
+
+def test_neighbours_stand_on_one_floor_and_form_no_circle():
+    assert [pair for pair in NEIGHBOURS if FLOOR_OF[pair[0]] != FLOOR_OF[pair[1]]] == []
+    graph = {importer: {target for each, target in NEIGHBOURS if each == importer} for importer, _ in NEIGHBOURS}
+    assert set(TopologicalSorter(graph).static_order()) == {name for pair in NEIGHBOURS for name in pair}
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "complaint"),
+    [
+        ("tdcache.errors", "import tdcache.caching", "floor 0 may not reach floor 5"),
+        ("tdcache.errors", "from tdcache.types import Value", "floor 0 may not reach floor 0"),
+        ("tdcache.hooks", "from tdcache import cache", "floor 2 may not reach floor 3"),
+        ("tdcache.hooks", "from .contexts import HookingContext", "floor 2 may not reach floor 4"),
+        ("tdcache.store.files", "from ..contexts import HookingContext", "floor 3 may not reach floor 4"),
+        ("tdcache.attribution.saliency", "from tdcache.interventions import patch", "floor 5 may not reach floor 5"),
+        ("tdcache.cache", "def late():\n    from tdcache.caching import x", "floor 3 may not reach floor 5"),
+        ("tdcache.cache", "if TYPE_CHECKING:\n    from tdcache.caching import x", "floor 3 may not reach floor 5"),
+        ("tdcache.cache", "importlib.import_module('tdcache.cli')", "floor 3 may not reach floor 7"),
+        ("tdcache.cache", "from tdcache import select", "'select' is on no floor"),
+        ("tdcache.cache", "import tdcache", "'' is on no floor"),
+        ("tdcache.helpers", "", "add 'helpers' to FLOORS"),
+    ],
+)
+def test_the_check_catches(module, text, complaint):
+    (sentence,) = upward_imports(Source(module, text))
+    assert complaint in sentence
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("tdcache.caching", "from tdcache.errors import SelectionError\nfrom tdcache import cache"),
+        ("tdcache.selection", "from tdcache.paths import resolve"),
+        ("tdcache.store.files", "from .layout import Layout\nfrom tdcache.store import layout"),
+        ("tdcache.errors", "import torch\nfrom collections import abc"),
+        ("tdcache", "from tdcache.cli import main"),
+    ],
+)
+def test_the_check_lets_pass(module, text):
+    assert upward_imports(Source(module, text)) == []
+
+
+def test_relative_imports_of_a_package_start_at_the_package():
+    assert upward_imports(Source("tdcache.store", "from .files import save", is_package=True)) == []
+    (sentence,) = upward_imports(Source("tdcache.store", "from ..contexts import x", is_package=True))
+    assert "floor 3 may not reach floor 4" in sentence

@@ -1,0 +1,31 @@
+"""What every test relies on: one torch thread, fixed seeds, no network, and GPU tests skipped where there is no GPU."""
+
+import os
+
+# Before torch is imported, and inherited by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import pytest
+import torch
+
+# pytest-xdist runs one worker per core: with torch's default each of them would start a thread per core as well.
+torch.set_num_threads(1)
+
+# Derandomized, so that a run can be repeated; without a deadline, because the first example pays for torch's start.
+hypothesis.settings.register_profile("tdcache", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("tdcache")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Give each test the same random numbers, whichever tests ran before it in this process."""
+    torch.manual_seed(0)
