@@ -20,22 +20,22 @@ from tdcache.cache import (
     Channel,
     GradientTap,
     Keep,
+    OutputAndGradientTap,
     OutputTap,
     Recorder,
     StackBy,
     StopTap,
     Target,
-    Transfers,
     ValueTap,
 )
 from tdcache.contexts import HookingContext, HookingContextFactory, HookingContextWithCache
 from tdcache.errors import DirectionError
-from tdcache.hooks import MultiHookHandle, Order, attach, bracket, direction_row
+from tdcache.hooks import MultiHookHandle, Order, attach, attach_outputs, bracket, direction_row
 from tdcache.hooks.factory import check_callback
 from tdcache.modules import HookedModule
 from tdcache.reducers import Last, Reducer
-from tdcache.selection import Selection, Site, as_matcher, select
-from tdcache.types import Hold, HookDirection, Index, Match, Pick, Removable, Selector
+from tdcache.selection import Selection, as_matcher, select_matching
+from tdcache.types import Hold, HookDirection, Index, Match, Pick, Selector
 
 __all__ = ["ActivationCaching", "cache_activations"]
 
@@ -141,7 +141,7 @@ class ActivationCaching(HookingContextFactory):
 
     @key_pattern.setter
     def key_pattern(self, selector: Selector) -> None:
-        as_matcher(selector, self._match)  # an unusable selector is refused here, not when the context is entered
+        self._matcher = as_matcher(selector, self._match)  # an unusable selector is refused here, not on entering
         self._key_pattern = selector
 
     def __repr__(self) -> str:
@@ -149,60 +149,77 @@ class ActivationCaching(HookingContextFactory):
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context = module.hooking_context
-        selection = self._select(module)
-        recorder = context.recorder
-        if recorder is None:
-            recorder = self._recorder(context.cache, selection)
+        root = module.model if self._relative else module
+        selection = select_matching(
+            root, self._matcher, self._key_pattern, match=self._match, allow_empty=self._allow_empty
+        )
+        recorder = context.recorder or self._recorder(context.cache, selection)
         handle = MultiHookHandle()
         try:
-            for index, direction in enumerate(self._directions):
-                for site in selection:
-                    handle.add(self._tap(site, index, direction, recorder))
+            remaining = list(enumerate(self._directions))
+            if recorder.takes_pairs and self._callback is None and self._pick is None:
+                self._tap_pairs(handle, selection, recorder)
+                remaining = remaining[2:]
+            for index, _ in remaining:
+                self._tap(handle, selection, index, recorder)
             if self._stop_early:
                 self._stop_when_all_fired(handle, selection, recorder)
-            for bracket_handle in bracket(module.model, recorder.begin, recorder.end):
-                handle.add(bracket_handle)
+            bracket(module.model, recorder.begin, recorder.end, handle)
         except BaseException:
             handle.remove()
             raise
         context.recorder = recorder
         return handle
 
-    def _select(self, module: HookedModule) -> Selection:
-        root = module.model if self._relative else module
-        return select(root, self._key_pattern, match=self._match, allow_empty=self._allow_empty)
-
     def _recorder(self, cache: TensorDictBase, selection: Selection) -> Recorder:
-        keep = replace(self._keep, device=self._keep.device or cache.device, transfers=Transfers())
+        keep = self._keep if cache.device is None or self._keep.device else replace(self._keep, device=cache.device)
         stack_by = None if self._stack_by is None else StackBy(self._stack_by, selection)
         channels = []
         for direction in self._directions:
             target = Target(cache, direction if self._nested else None, self._batch_dims)
+            if self._nested and not target.in_place:
+                target.reset()  # so that cache["bwd"] can be read before the first gradient
             if self._pick != "all":
                 target.check(selection.paths if stack_by is None else tuple(stack_by.members))
             channels.append(Channel(direction, selection.paths, keep, target, self._reducer, stack_by))
         return Recorder(channels)
 
-    def _tap(self, site: Site, index: int, direction: HookDirection, recorder: Recorder) -> Removable:
-        """Put one tap on one site. Plain outputs take the fast path; everything else costs a little more."""
-        path, module, _ = site
+    def _tap(self, handle: MultiHookHandle, selection: Selection, index: int, recorder: Recorder) -> None:
+        """Put one tap on every site, for one direction."""
+        direction = self._directions[index]
         order = Order.FIRST if self._prepend else Order.CAPTURE
+        common = (recorder.channels[index], recorder, order)
         if self._callback is not None:
-            key = (direction, path) if self._nested else path
-            row = direction_row(direction)
-            asked = CallbackTap(path, index, recorder, order, key=key, row=row, callback=self._callback)
-            return attach(module, asked.on_call, direction, order=order, path=path)
-        if direction in ("fwd", "fwd_kwargs"):
-            if self._pick is None and self._keep.plain and recorder.channels[index].takes_aliases:
-                return attach(module, OutputTap(path, index, recorder, order).on_output, "fwd", order=order)
-            return attach(module, ValueTap(path, index, recorder, order, self._pick).on_output, "fwd", order=order)
-        if direction in ("fwd_pre", "fwd_pre_kwargs"):
-            tap = ValueTap(path, index, recorder, order, self._pick)
-            return attach(module, tap.on_input, "fwd_pre_kwargs", order=order)
-        if direction == "grad_in":
-            tap = ValueTap(path, index, recorder, order, self._pick)
-            return attach(module, tap.on_grad_input, "grad_in", order=order, path=path)
-        return attach(module, GradientTap(path, index, recorder, order, self._pick).on_output, "fwd", order=order)
+            for path, module, _ in selection:
+                key = (direction, path) if self._nested else path
+                asked = CallbackTap(path, *common, key=key, row=direction_row(direction), callback=self._callback)
+                handle.add(attach(module, asked.on_call, direction, order=order, path=path))
+        elif direction in ("fwd", "fwd_kwargs"):
+            plain = self._pick is None and recorder.channels[index].takes_aliases
+            taps = (
+                (module, (OutputTap(path, *common) if plain else ValueTap(path, *common, self._pick)).on_output)
+                for path, module, _ in selection
+            )
+            attach_outputs(taps, handle, order)
+        elif direction in ("bwd", "bwd_pre"):
+            attach_outputs(
+                ((module, GradientTap(path, *common, self._pick).on_output) for path, module, _ in selection), handle, order
+            )
+        else:
+            for path, module, _ in selection:
+                tap = ValueTap(path, *common, self._pick)
+                if direction == "grad_in":
+                    handle.add(attach(module, tap.on_grad_input, "grad_in", order=order, path=path))
+                else:
+                    handle.add(attach(module, tap.on_input, "fwd_pre_kwargs", order=order))
+
+    def _tap_pairs(self, handle: MultiHookHandle, selection: Selection, recorder: Recorder) -> None:
+        """Put one tap on every site for the first two directions, output and gradient of the output."""
+        order = Order.FIRST if self._prepend else Order.CAPTURE
+        output, gradient, *_ = recorder.channels
+        taps = (OutputAndGradientTap(path, output, recorder, order, gradient) for path in selection.paths)
+        modules = (site.module for site in selection)
+        attach_outputs(((module, tap.on_both) for module, tap in zip(modules, taps, strict=True)), handle, order)
 
     def _stop_when_all_fired(self, handle: MultiHookHandle, selection: Selection, recorder: Recorder) -> None:
         recorder.stop_after = frozenset(selection.paths)
@@ -228,7 +245,7 @@ def _checked_directions(
 
 @contextmanager
 def cache_activations(model: nn.Module, pattern: Selector, **options: Any) -> Iterator[TensorDictBase]:
-    """Cache in one line: ``with cache_activations(model, r"layers\.\d+") as cache: model(x)``.
+    r"""Cache in one line: ``with cache_activations(model, r"layers\.\d+") as cache: model(x)``.
 
     Args:
         model: any ``nn.Module``; call it as usual inside the block.

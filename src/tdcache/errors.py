@@ -21,6 +21,8 @@ swallow it on its way to the context that asked for the stop.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "TdcacheWarning",
     "UnfiredSiteWarning",
     "listed",
+    "warn_user",
 ]
 
 
@@ -122,6 +125,17 @@ class RepeatedCallWarning(TdcacheWarning):
 
 class UnfiredSiteWarning(TdcacheWarning):
     """A selected site saw no value in the forwards (or backwards) that ran."""
+
+
+def warn_user(message: str, category: type[TdcacheWarning]) -> None:
+    """Warn, pointing at the line of the user's code that led here, however deep in this package (or torch) it happens."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USER:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level - 1)
+
+
+_NOT_THE_USER = frozenset({"tdcache", "torch", "tensordict", "contextlib"})
 
 
 def listed(names: Sequence[object], limit: int = 5) -> str:

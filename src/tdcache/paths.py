@@ -56,7 +56,7 @@ def resolve_all(root: nn.Module, path: str) -> tuple[str, nn.Module]:
         name, module = found
         names.append(name)
         end = step.end()
-    return ".".join(names), module
+    return join(*names), module
 
 
 def _child(module: nn.Module, step: regex.Match[str]) -> tuple[str, nn.Module] | None:
@@ -72,6 +72,7 @@ def _child(module: nn.Module, step: regex.Match[str]) -> tuple[str, nn.Module] |
     child = children.get(name)
     if child is None:  # an attribute that reaches a module elsewhere in the tree, such as HF's base_model
         child = getattr(module, name, None)
+        name = next((known for known, each in module.named_modules() if each is child), name)
     return (name, child) if isinstance(child, nn.Module) else None
 
 

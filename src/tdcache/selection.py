@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, overload
 
 import regex
@@ -13,13 +14,13 @@ from tdcache.errors import SelectionError, listed
 from tdcache.paths import near_misses
 from tdcache.types import Match, Selector
 
-__all__ = ["AnyOf", "IsInstance", "PathPattern", "Selection", "Site", "Where", "as_matcher", "select", "walk"]
+__all__ = ["AnyOf", "IsInstance", "PathPattern", "Selection", "Site", "Where", "as_matcher", "select", "select_matching", "walk"]
 
 _NO_GROUPS: Mapping[str, str] = {}
 _MATCH_SECONDS = 1.0
-# A quantified group, a back reference or many quantifiers can backtrack without end. Anything simpler is at worst
+# A quantified group, a back reference, many quantifiers or many alternations can backtrack without end. Anything simpler is at worst
 # polynomial in the length of a path, and regex's own timeout costs five times the match.
-_RISKY = regex.compile(r"\)[*+?{]|\\[1-9]|\(\?[P&R<0-9]*[>=(]|(?:[*+{].*){4,}")
+_RISKY = regex.compile(r"(?s)\)[*+?{]|\\[1-9]|\(\?[P&R<0-9]*[>=(]|(?:[*+{].*){4,}|(?:\|[^()]*\).*){6,}")
 
 
 class Site(NamedTuple):
@@ -45,6 +46,11 @@ class PathPattern:
 
     pattern: regex.Pattern[str]
     match: Match = "full"
+    simple: bool = field(init=False, repr=False)
+    """Whether matching needs no time limit."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "simple", _RISKY.search(self.pattern.pattern) is None)
 
     def __call__(self, path: str, module: nn.Module) -> Mapping[str, str] | None:
         """Hold the pattern against the path."""
@@ -56,7 +62,7 @@ class PathPattern:
     def finder(self) -> Callable[[str], regex.Match[str] | None]:
         """The matching function: bounded in time where the pattern could backtrack without end."""
         method = {"full": self.pattern.fullmatch, "prefix": self.pattern.match, "search": self.pattern.search}[self.match]
-        if not _RISKY.search(self.pattern.pattern):
+        if self.simple:
             return method
 
         def bounded(path: str) -> regex.Match[str] | None:
@@ -118,14 +124,14 @@ def as_matcher(selector: Selector, match: Match = "full") -> Matcher:
     if match not in ("full", "prefix", "search"):
         raise SelectionError(f"match is 'full', 'prefix' or 'search', got {match!r}", selector=selector)
     if isinstance(selector, str):
-        return PathPattern(_compile(selector), match)
+        return PathPattern(_compile(selector), match if selector else "full")  # "" means the root, and no other path
     if isinstance(selector, type) and issubclass(selector, nn.Module):
         return IsInstance(selector)
-    if hasattr(selector, "fullmatch"):  # compiled by regex or by re, which has no timeout: compile it again
-        return PathPattern(_compile(selector.pattern, _portable_flags(selector)), match)
-    if isinstance(selector, Sequence):
+    if _is_compiled(selector):
+        return PathPattern(_recompile(selector), match)
+    if isinstance(selector, Sequence) and not isinstance(selector, bytes):
         return AnyOf(tuple(as_matcher(member, match) for member in selector))
-    if callable(selector):
+    if callable(selector) and not isinstance(selector, type | nn.Module):
         return Where(selector)
     raise SelectionError(
         "a selector is a regex string, a compiled pattern, a module class, a predicate (path, module) -> bool, "
@@ -141,29 +147,38 @@ def _compile(pattern: str, flags: int = 0) -> regex.Pattern[str]:
         raise SelectionError(f"pattern {pattern!r} is not a valid regex: {error}", selector=pattern) from None
 
 
-def _portable_flags(pattern: Any) -> int:
-    # The bits of the flags that re and regex share; their internal ones differ (re.ASCII, regex.V0, regex.FULLCASE).
-    return pattern.flags & (regex.IGNORECASE | regex.MULTILINE | regex.DOTALL | regex.VERBOSE)
+def _is_compiled(selector: Any) -> bool:
+    return hasattr(selector, "fullmatch") and isinstance(selector.pattern, str)
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _recompile(pattern: Any) -> regex.Pattern[str]:
+    if isinstance(pattern, regex.Pattern):
+        return pattern
+    # Compiled by re, which has no timeout. These bits mean the same in both, re.ASCII (256) has another in regex.
+    flags = pattern.flags & (regex.IGNORECASE | regex.MULTILINE | regex.DOTALL | regex.VERBOSE)
+    return _compile(pattern.pattern, flags | (regex.ASCII if pattern.flags & re.ASCII else 0))
+
+
+def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Paths and modules below ``model``, as ``named_modules(remove_duplicate=False)`` has them, without the root.
 
     Three times faster than that method, and a module that contains itself ends the walk there instead of recursing.
     """
-    pending: list[tuple[str, nn.Module, tuple[nn.Module, ...]]] = [("", model, ())]
-    while pending:
-        prefix, parent, above = pending.pop()
-        if prefix:
-            yield prefix[:-1], parent
-        children = parent._modules
-        if children:
-            lineage = (*above, parent)
-            pending.extend(
-                (f"{prefix}{name}.", child, lineage)
-                for name, child in reversed(children.items())
-                if child is not None and child not in lineage
-            )
+    found: list[tuple[str, nn.Module]] = []
+    _walk_below(model, "", (model,), found)
+    return found
+
+
+def _walk_below(
+    parent: nn.Module, prefix: str, lineage: tuple[nn.Module, ...], found: list[tuple[str, nn.Module]]
+) -> None:
+    for name, child in parent._modules.items():
+        if child is None or child in lineage:
+            continue
+        path = prefix + name
+        found.append((path, child))
+        if child._modules:
+            _walk_below(child, path + ".", (*lineage, child), found)
 
 
 class Selection(Sequence[Site]):
@@ -172,17 +187,14 @@ class Selection(Sequence[Site]):
     A sequence of :class:`Site`; ``print(selection)`` shows a table of path, class, parameters and named groups.
     """
 
-    __slots__ = ("_sites", "model_name", "selector")
+    __slots__ = ("_sites", "model_name", "paths", "selector")
 
     def __init__(self, sites: Sequence[Site], *, selector: Selector, model_name: str) -> None:
         self._sites = tuple(sites)
+        self.paths = tuple([site[0] for site in sites])
+        """The paths of the sites."""
         self.selector = selector
         self.model_name = model_name
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The paths of the sites."""
-        return tuple(site.path for site in self._sites)
 
     def __len__(self) -> int:
         return len(self._sites)
@@ -249,10 +261,17 @@ def select(model: nn.Module, selector: Selector, *, match: Match = "full", allow
         >>> select(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), r"\\d+").paths
         ('0', '1')
     """
-    matcher = as_matcher(selector, match)
-    sites = list(_matches(model, matcher))
-    if not sites and (inner := _wrapped(model)) is not None:
-        sites = list(_matches(inner, matcher))
+    return select_matching(model, as_matcher(selector, match), selector, match=match, allow_empty=allow_empty)
+
+
+def select_matching(
+    model: nn.Module, matcher: Matcher, selector: Selector, *, match: Match = "full", allow_empty: bool = False
+) -> Selection:
+    """:func:`select` with a matcher that was made from ``selector`` before."""
+    sites = _matches(model, matcher)
+    inner: nn.Module | None = model
+    while not sites and (inner := _wrapped(inner)) is not None:
+        sites = _matches(inner, matcher)
     if _wants_root(selector):
         sites.insert(0, Site("", model))
     if not sites and not allow_empty:
@@ -260,18 +279,13 @@ def select(model: nn.Module, selector: Selector, *, match: Match = "full", allow
     return Selection(sites, selector=selector, model_name=type(model).__name__)
 
 
-def _matches(model: nn.Module, matcher: Matcher) -> Iterator[Site]:
-    if isinstance(matcher, PathPattern):  # the common case, without a Python call per module
-        found, grouped = matcher.finder(), bool(matcher.pattern.groupindex)
-        for path, module in walk(model):
-            hit = found(path)
-            if hit is not None:
-                yield Site(path, module, hit.groupdict()) if grouped else Site(path, module)
-        return
-    for path, module in walk(model):
-        groups = matcher(path, module)
-        if groups is not None:
-            yield Site(path, module, groups)
+def _matches(model: nn.Module, matcher: Matcher) -> list[Site]:
+    if not isinstance(matcher, PathPattern):
+        return [Site(path, module, groups) for path, module in walk(model) if (groups := matcher(path, module)) is not None]
+    find = matcher.finder()  # the common case, without a Python call per module
+    if matcher.pattern.groupindex:
+        return [Site(path, module, hit.groupdict()) for path, module in walk(model) if (hit := find(path)) is not None]
+    return [Site._make((path, module, _NO_GROUPS)) for path, module in walk(model) if find(path) is not None]
 
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
@@ -303,7 +317,7 @@ def _nothing_matches(model: nn.Module, selector: Selector, match: Match) -> Sele
 def _patterns(selector: Selector) -> list[str]:
     if isinstance(selector, str):
         return [selector]
-    if hasattr(selector, "fullmatch"):
+    if _is_compiled(selector):
         return [selector.pattern]
     if isinstance(selector, Sequence):
         return [pattern for member in selector for pattern in _patterns(member)]

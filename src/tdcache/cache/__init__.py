@@ -3,7 +3,7 @@
 from tdcache.cache.channel import Channel
 from tdcache.cache.keep import Keep, Transfers
 from tdcache.cache.recorder import Recorder
-from tdcache.cache.taps import CallbackTap, GradientTap, OutputTap, StopTap, ValueTap
+from tdcache.cache.taps import CallbackTap, GradientTap, OutputAndGradientTap, OutputTap, StopTap, ValueTap
 from tdcache.cache.target import StackBy, Target
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Channel",
     "GradientTap",
     "Keep",
+    "OutputAndGradientTap",
     "OutputTap",
     "Recorder",
     "StackBy",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,14 +40,13 @@ class Keep:
     index: Index = None
     dtype: torch.dtype | None = None
     device: torch.device | None = None
-    transfers: Transfers = field(default_factory=Transfers, compare=False, repr=False)
 
     @property
     def plain(self) -> bool:
         """Whether the tensor is kept as it is, up to its graph."""
         return self.hold != "snapshot" and self.index is None and self.dtype is None and self.device is None
 
-    def __call__(self, tensor: Tensor) -> Tensor:
+    def __call__(self, tensor: Tensor, transfers: Transfers) -> Tensor:
         """The kept tensor: ``tensor`` itself or an alias of it where nothing asks for a copy.
 
         A slice is copied, so that it never pins the whole activation; so is an inference tensor, which has no version
@@ -56,18 +55,18 @@ class Keep:
         kept = tensor if self.hold == "live" or not tensor.requires_grad else tensor.detach()
         if self.index is not None:
             kept = self._copied(kept[self.index], of=tensor)
-        kept = self._moved(kept)
+        kept = self._moved(kept, transfers)
         if self.hold == "snapshot" or tensor.is_inference():
             kept = self._copied(kept, of=tensor)
         return kept
 
-    def _moved(self, kept: Tensor) -> Tensor:
+    def _moved(self, kept: Tensor, transfers: Transfers) -> Tensor:
         device = self.device or kept.device
         if device == kept.device or (device.index is None and device.type == kept.device.type):
             return kept if self.dtype is None else kept.to(self.dtype)
         leaves_accelerator = device.type == "cpu" and kept.device.type in ("cuda", "xpu")
         if leaves_accelerator and not kept.requires_grad:
-            return self.transfers.to_cpu(kept, self.dtype)
+            return transfers.to_cpu(kept, self.dtype)
         return kept.to(device=device, dtype=self.dtype)
 
     @staticmethod

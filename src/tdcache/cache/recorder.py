@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tdcache.cache.channel import Channel, overwritten
-from tdcache.errors import CaptureError, RepeatedCallWarning, StopForward, UnfiredSiteWarning, listed
+from tdcache.cache.channel import Channel
+from tdcache.errors import CaptureError, RepeatedCallWarning, StopForward, UnfiredSiteWarning, listed, warn_user
 from tdcache.hooks.directions import direction_row
 from tdcache.introspect import why_not_called
 from tdcache.types import CacheKey
@@ -39,19 +38,19 @@ class Recorder:
     def __init__(self, channels: Iterable[Channel]) -> None:
         self.channels = tuple(channels)
         self.open = True
+        self.collecting = False
+        """Whether a backward is under way at whose end gradients are delivered."""
         self.forwards = 0
         self.graphless: set[str] = set()
         self.stop_after: frozenset[str] = frozenset()
         self._depth = 0
         self._delivered = True
+        self._serial = 0
         self._warned: set[str] = set()
         self._to_stop: set[str] = set()
-        self._serials = [0] * len(self.channels)
-        self._starts = [0] * len(self.channels)
-        self._latest: dict[tuple[int, CacheKey], int] = {}
-        self._grads: dict[tuple[int, CacheKey], tuple[str, Tensor, int]] = {}
         for channel in self.channels:
-            channel.idle()
+            if not channel.is_gradient:
+                channel.idle()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(channel.direction for channel in self.channels)})"
@@ -66,9 +65,7 @@ class Recorder:
         if self._depth > 1:
             return
         self._delivered = False
-        for index, channel in enumerate(self.channels):
-            if channel.is_gradient:
-                self._starts[index] = self._serials[index]
+        for channel in self.channels:
             channel.begin()
         if self.stop_after:
             self._to_stop = set(self.stop_after)
@@ -81,18 +78,24 @@ class Recorder:
         if self._depth or torch.compiler.is_compiling():
             return
         try:
+            self.forwards += output is not None  # as torch has it here when the forward raised
             self.deliver()
         except CaptureError:
-            if output is not None:  # else an error is on its way already, and it is the one to see
+            if output is not None:
                 raise
 
     def deliver(self) -> None:
         """Write what the forward gave to the cache."""
         self._depth = 0
         self._delivered = True
-        self.forwards += 1
         for channel in self.channels:
             channel.deliver()
+
+    @property
+    def takes_pairs(self) -> bool:
+        """Whether the first two directions are the output and its gradient, both kept as they are."""
+        directions = [channel.direction for channel in self.channels[:2] if channel.takes_aliases]
+        return directions == ["fwd", "bwd"]
 
     @property
     def running(self) -> bool:
@@ -107,14 +110,14 @@ class Recorder:
         """
         self._to_stop.discard(path)
         if not self._to_stop and self.running:
+            self.forwards += 1
             self.deliver()
             raise StopForward(path)
 
-    def take(self, index: int, key: CacheKey, path: str, tensor: Any) -> None:
+    def take(self, channel: Channel, key: CacheKey, path: str, tensor: Any) -> None:
         """Keep a value; the slow path of every tap."""
-        channel = self.channels[index]
         if channel.is_gradient:
-            self.take_gradient(index, key, path, tensor, self.next_serial(index))
+            self.take_gradient(channel, key, path, tensor, number=channel.number, serial=self._next_serial())
         elif not self.open or in_backward():
             return
         elif not channel.latest_only:
@@ -126,29 +129,35 @@ class Recorder:
                 self._warn_of_second_call(path)
             channel.take(key, path, tensor)
 
-    def next_serial(self, index: int) -> int:
-        """The number of a call whose gradient is awaited; gradients arrive in another order."""
-        self._serials[index] += 1
-        return self._serials[index]
-
-    def take_gradient(self, index: int, key: CacheKey, path: str, grad: Any, serial: int) -> None:
-        """Keep a gradient when it arrives; of several calls of one module the latest counts."""
-        channel = self.channels[index]
-        if not self.open or serial <= self._starts[index] and channel.latest_only:
-            return
-        channel.fired.add(path)
-        if not channel.latest_only:
-            channel.take(key, path, grad, serial=serial)
-            return
-        at = (index, key)
-        latest = self._latest.get(at, 0)
-        if latest > serial:
+    def take_gradient(
+        self, channel: Channel, key: CacheKey, path: str, grad: Any, *, number: int, serial: int, latest: int = 0
+    ) -> bool:
+        """Keep a gradient when it arrives, unless a later call's (``latest``) is there; says whether it was kept."""
+        if not self.open or channel.latest_only and number != channel.number:
+            return False
+        self._collect()
+        if channel.latest_only and (key in channel.values or key in channel.copies) and latest > serial:
             self._warn_of_second_call(path)
-            return
-        self._latest[at] = serial
-        kept = channel.put_now(key, grad)
-        if isinstance(kept, Tensor):
-            self._grads[at] = (path, kept, kept._version)
+            return False
+        channel.take(key, path, grad, serial=serial)
+        return True
+
+    def _next_serial(self) -> int:
+        self._serial += 1
+        return self._serial
+
+    def _collect(self) -> None:
+        """Have the gradients of this backward delivered when it ends."""
+        if not self.collecting:
+            self.collecting = True
+            for channel in self.channels:
+                channel.accepting = channel.number if channel.takes_aliases else -1
+            torch.autograd.Variable._execution_engine.queue_callback(self._deliver_gradients)
+
+    def _deliver_gradients(self) -> None:
+        self.collecting = False
+        for channel in self.channels if self.open else ():
+            channel.deliver(backward=True)
 
     def refresh(self) -> None:
         """Bring the cache up to date: deliver, compute the reducers, check the aliases.
@@ -157,30 +166,22 @@ class Recorder:
             InplaceModificationError: a kept alias was overwritten.
         """
         if not self._delivered and not self.running:
+            self.forwards += 1  # of a compiled model, whose end cannot be seen from inside its graph
             self.deliver()
+        if self.collecting and not in_backward():  # a backward that raised never came to its end
+            self._deliver_gradients()
         for channel in self.channels:
             channel.compute()
-        self.check()
-
-    def check(self) -> None:
-        """Raise if anything that is kept was overwritten since."""
-        for channel in self.channels:
             channel.check()
-        changed = [path for path, grad, version in self._grads.values() if grad._version != version]
-        if changed:
-            raise overwritten(changed)
 
     def forget(self) -> None:
         """Drop every value and every entry that was written."""
-        self._grads.clear()
-        self._latest.clear()
         for channel in self.channels:
             channel.forget()
 
     def close(self) -> None:
         """Take nothing any more and let go of everything but what is in the cache."""
         self.open = False
-        self._grads.clear()
         for channel in self.channels:
             channel.release()
 
@@ -189,7 +190,7 @@ class Recorder:
         for channel in self.channels if self.forwards else ():
             silent = [path for path in channel.paths if path not in channel.fired]
             if silent:
-                warnings.warn(self._unfired_message(model, channel, silent), UnfiredSiteWarning, stacklevel=2)
+                warn_user(self._unfired_message(model, channel, silent), UnfiredSiteWarning)
 
     def _unfired_message(self, model: nn.Module, channel: Channel, silent: list[str]) -> str:
         what = f"{len(silent)} of {len(channel.paths)} selected sites saw no {channel.direction!r} value: {listed(silent, 20)}"
@@ -206,11 +207,10 @@ class Recorder:
         if path in self._warned:
             return
         self._warned.add(path)
-        warnings.warn(
+        warn_user(
             f"{path!r} ran more than once in one forward and only the last value is kept; "
             "keep every call with reducer=Stack(), or the first with reducer=First()",
             RepeatedCallWarning,
-            stacklevel=2,
         )
 
 

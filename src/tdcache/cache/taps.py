@@ -1,8 +1,12 @@
-"""The hooks of a caching context: small objects that take a value at one site and hand it to their channel."""
+"""The hooks of a caching context: small objects that take a value at one site and hand it to their channel.
+
+They are registered as bound methods, which torch calls faster than objects with ``__call__``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,100 +19,122 @@ from tdcache.hooks.values import leaves, pick_tensor
 from tdcache.types import CacheKey, Pick
 
 if TYPE_CHECKING:
+    from tdcache.cache.channel import Channel
     from tdcache.cache.recorder import Recorder
 
-__all__ = ["Arrival", "CallbackTap", "GradientTap", "OutputTap", "StopTap", "ValueTap"]
+__all__ = ["CallbackTap", "GradientTap", "OutputAndGradientTap", "OutputTap", "StopTap", "Tap", "ValueTap"]
 
 
-class OutputTap:
-    """Takes the output of a module as it is: the fast path, at the cost of a hook that writes a dict.
+class Tap:
+    """What all taps have: a site, the channel its values go to, and the recorder of the context."""
 
-    Registered as the bound method ``on_output``, which torch calls faster than an object with ``__call__``.
-    """
+    __slots__ = ("channel", "order", "path", "recorder")
 
-    __slots__ = ("channel_values", "index", "order", "path", "recorder")
-
-    def __init__(self, path: str, index: int, recorder: Recorder, order: int) -> None:
+    def __init__(self, path: str, channel: Channel, recorder: Recorder, order: int) -> None:
         self.path = path
-        self.index = index
+        self.channel = channel
         self.recorder = recorder
         self.order = order
-        self.channel_values = recorder.channels[index].values
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r})"
 
+
+class OutputTap(Tap):
+    """Takes the output of a module as it is: the fast path, at the cost of a hook that writes a dict."""
+
+    __slots__ = ("values", "versions")
+
+    def __init__(self, path: str, channel: Channel, recorder: Recorder, order: int) -> None:
+        self.path = path
+        self.channel = channel
+        self.recorder = recorder
+        self.order = order
+        self.values = channel.values
+        self.versions = channel.versions
+
     def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Keep the output."""
-        values = self.channel_values
+        values = self.values
         path = self.path
+        if path in values:  # a second call, or a call outside a forward of the root
+            self.recorder.take(self.channel, path, path, _first_of(module, output, path))
+            return
         try:
-            if output._version or path in values:
-                self.recorder.take(self.index, path, path, output)
-                return
+            self.versions[path] = output._version
         except (AttributeError, RuntimeError):  # no tensor; an inference tensor, which has no version counter
-            self.recorder.take(self.index, path, path, pick_tensor(output, None, path))
+            self.recorder.take(self.channel, path, path, _first_of(module, output, path))
             return
         values[path] = output
 
 
-class ValueTap:
-    """Takes the picked tensor of an output or input."""
+def _first_of(module: nn.Module, value: Any, path: str, keys: str = "out_keys") -> Tensor:
+    """The first tensor of a value; of the TensorDict that a TensorDict module passes on, the first it made itself."""
+    if isinstance(value, TensorDictBase) and getattr(module, keys, None):
+        value = value.get(getattr(module, keys)[0])
+    return pick_tensor(value, None, path)
 
-    __slots__ = ("index", "order", "path", "pick", "recorder")
 
-    def __init__(self, path: str, index: int, recorder: Recorder, order: int, pick: Pick) -> None:
-        self.path = path
-        self.index = index
-        self.recorder = recorder
-        self.order = order
+class ValueTap(Tap):
+    """Takes the picked tensor of an output, an input or a gradient of the input."""
+
+    __slots__ = ("pick",)
+
+    def __init__(self, path: str, channel: Channel, recorder: Recorder, order: int, pick: Pick) -> None:
+        super().__init__(path, channel, recorder, order)
         self.pick = pick
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.path!r}, pick={self.pick!r})"
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Keep what is picked of the output."""
-        self.on_value(output)
+        self._on_value(module, output, "out_keys")
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep what is picked of the arguments: positional first, then keyword ones."""
-        if self.pick is None or isinstance(self.pick, int) or callable(self.pick):
-            self.on_value((*args, *kwargs.values()))
+        """Keep what is picked of the arguments: positional ones by number, keyword ones by name."""
+        if isinstance(self.pick, str) and self.pick != "all" or isinstance(self.pick, tuple):
+            self._on_value(module, {**dict(enumerate(args)), **kwargs}, "in_keys")
         else:
-            self.on_value({**{str(at): value for at, value in enumerate(args)}, **kwargs})
+            inputs = (*args, *kwargs.values())
+            self._on_value(module, inputs[0] if len(inputs) == 1 and self.pick is None else inputs, "in_keys")
 
     def on_grad_input(self, module: nn.Module, grad_input: Any, grad_output: Any) -> None:
         """Keep what is picked of the gradients of the inputs, if there is any."""
         if self.pick is not None or any(grad is not None for grad in grad_input):
-            self.on_value(grad_input)
+            self._on_value(module, grad_input, "in_keys")
         else:
             self.recorder.graphless.add(self.path)
 
-    def on_value(self, value: Any) -> None:
-        """Keep what is picked of a value."""
-        if self.pick == "all":
+    def _on_value(self, module: nn.Module, value: Any, keys: str) -> None:
+        if self.pick is None:
+            self.recorder.take(self.channel, self.path, self.path, _first_of(module, value, self.path, keys))
+        elif self.pick == "all":
             for steps, tensor in leaves(value):
-                key = (self.path, *map(str, steps)) if steps else self.path
-                self.recorder.take(self.index, key, self.path, tensor)
-            return
-        tensor = pick_tensor(value, self.pick, self.path)
-        if not isinstance(tensor, Tensor | TensorDictBase):
-            raise CaptureError(
-                f"pick={self.pick!r} gives {type(tensor).__name__} at {self.path!r}; a cache holds tensors", paths=(self.path,)
-            )
-        self.recorder.take(self.index, self.path, self.path, tensor)
+                self.recorder.take(self.channel, _leaf_key(self.path, steps), self.path, tensor)
+        else:
+            picked = _tensor_only(pick_tensor(value, self.pick, self.path), self.path, f"pick={self.pick!r} gives")
+            self.recorder.take(self.channel, self.path, self.path, picked)
 
 
-class CallbackTap:
+def _leaf_key(path: str, steps: tuple[int | str, ...]) -> CacheKey:
+    return (path, *map(str, steps)) if steps else path
+
+
+def _tensor_only(kept: Any, path: str, what: str) -> Any:
+    if not isinstance(kept, Tensor | TensorDictBase):
+        raise CaptureError(
+            f"{what} {type(kept).__name__} at {path!r}; a cache holds tensors (or TensorDicts of them)", paths=(path,)
+        )
+    return kept
+
+
+class CallbackTap(Tap):
     """Keeps what a user's callback returns, in any direction."""
 
-    __slots__ = ("callback", "index", "key", "order", "path", "recorder", "row")
+    __slots__ = ("callback", "key", "row")
 
     def __init__(
         self,
         path: str,
-        index: int,
+        channel: Channel,
         recorder: Recorder,
         order: int,
         *,
@@ -116,10 +142,7 @@ class CallbackTap:
         row: Direction,
         callback: Callable[..., Any],
     ) -> None:
-        self.path = path
-        self.index = index
-        self.recorder = recorder
-        self.order = order
+        super().__init__(path, channel, recorder, order)
         self.key = key
         self.row = row
         self.callback = callback
@@ -129,61 +152,86 @@ class CallbackTap:
 
     def on_call(self, *args: Any) -> None:
         """Ask the callback and keep its answer."""
+        if self.row.gradient and not self.recorder.open:
+            return
         named = dict(zip(self.row.params, args, strict=True))
         kept = self.callback(**named, key=self.key, direction=self.row.name)
-        if not isinstance(kept, Tensor | TensorDictBase):
-            raise CaptureError(
-                f"callback= returned {type(kept).__name__} at {self.path!r}; return the tensor (or TensorDict) to keep",
-                paths=(self.path,),
-            )
-        self.recorder.take(self.index, self.path, self.path, kept)
+        self.recorder.take(self.channel, self.path, self.path, _tensor_only(kept, self.path, "callback= returned"))
 
 
-class GradientTap:
+class GradientTap(Tap):
     """Takes the gradient of a module's output, by a tensor hook that is set in the forward."""
 
-    __slots__ = ("index", "order", "path", "pick", "recorder")
+    __slots__ = ("arrived", "calls", "pick")
 
-    def __init__(self, path: str, index: int, recorder: Recorder, order: int, pick: Pick) -> None:
-        self.path = path
-        self.index = index
-        self.recorder = recorder
-        self.order = order
+    def __init__(self, path: str, channel: Channel, recorder: Recorder, order: int, pick: Pick) -> None:
+        super().__init__(path, channel, recorder, order)
         self.pick = pick
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.path!r})"
+        self.calls = 0
+        self.arrived = 0
+        """Which of the calls the kept gradient belongs to, where there are several in a forward."""
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Set a tensor hook on the output, if a gradient can come."""
-        if isinstance(output, Tensor) and self.pick is None:
-            self._watch(self.path, output)
-        elif self.pick == "all":
+        if self.pick == "all":
             for steps, tensor in leaves(output):
-                self._watch((self.path, *map(str, steps)) if steps else self.path, tensor)
+                self.watch(tensor, _leaf_key(self.path, steps))
+        elif self.pick is None:
+            self.watch(output if isinstance(output, Tensor) else _first_of(module, output, self.path), self.path)
         else:
-            self._watch(self.path, pick_tensor(output, self.pick, self.path))
+            self.watch(pick_tensor(output, self.pick, self.path), self.path)
 
-    def _watch(self, key: CacheKey, tensor: Tensor) -> None:
+    def watch(self, tensor: Tensor, key: CacheKey) -> None:
+        """Set the tensor hook."""
         if tensor.requires_grad:
-            tensor.register_hook(Arrival(self, key, self.recorder.next_serial(self.index)))
+            self.calls += 1
+            tensor.register_hook(partial(self.on_grad, key, self.channel.number, self.calls))
         elif not torch.compiler.is_compiling():
             self.recorder.graphless.add(self.path)
 
+    def on_grad(self, key: CacheKey, number: int, call: int, grad: Tensor) -> None:
+        """Take the gradient of one call; of several calls in a forward the latest counts."""
+        if self.recorder.take_gradient(
+            self.channel, key, self.path, grad, number=number, serial=call, latest=self.arrived
+        ):
+            self.arrived = call
 
-class Arrival:
-    """A tensor hook: hands the gradient of one call to the recorder, as long as its context is open."""
 
-    __slots__ = ("key", "serial", "tap")
+class OutputAndGradientTap(OutputTap):
+    """Takes the output and its gradient, both as they are, in one hook: the fast path for the usual pair of directions."""
 
-    def __init__(self, tap: GradientTap, key: CacheKey, serial: int) -> None:
-        self.tap = tap
-        self.key = key
-        self.serial = serial
+    __slots__ = ("gradient", "gradient_channel")
 
-    def __call__(self, grad: Tensor) -> None:
-        tap = self.tap
-        tap.recorder.take_gradient(tap.index, self.key, tap.path, grad, self.serial)
+    def __init__(self, path: str, channel: Channel, recorder: Recorder, order: int, gradient_channel: Channel) -> None:
+        super().__init__(path, channel, recorder, order)
+        self.gradient_channel = gradient_channel
+        self.gradient = GradientTap(path, gradient_channel, recorder, order, None)
+
+    def on_both(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Keep the output, and set a tensor hook on it."""
+        values = self.values
+        path = self.path
+        if path not in values:
+            try:
+                self.versions[path] = output._version
+                output.register_hook(partial(self.on_grad, self.gradient_channel.number))
+            except (AttributeError, RuntimeError):  # no tensor, an inference tensor, or one without grad
+                self.versions.pop(path, None)
+            else:
+                values[path] = output
+                return
+        self.gradient.arrived = 0
+        self.on_output(module, args, output)
+        self.gradient.on_output(module, args, output)
+
+    def on_grad(self, number: int, grad: Tensor) -> None:
+        """Take the gradient of the first call in a forward."""
+        channel, path = self.gradient_channel, self.path
+        if number != channel.accepting or path in channel.values:
+            self.gradient.on_grad(path, number, 0, grad)
+            return
+        channel.versions[path] = grad._version
+        channel.values[path] = grad
 
 
 class StopTap:

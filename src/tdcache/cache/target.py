@@ -34,6 +34,8 @@ class Target:
         self.batch_dims = batch_dims
         self.in_place = cache.is_locked or cache.is_memmap()
         self.written: dict[CacheKey, None] = {}
+        """The keys whose entries are ours; after a complete write, only ``_complete`` says so."""
+        self._complete: tuple[CacheKey, ...] = ()
 
     def check(self, keys: Sequence[CacheKey]) -> None:
         """Refuse a locked cache that lacks entries for ``keys``.
@@ -62,8 +64,13 @@ class Target:
             for key, value in entries.items():
                 self._copy_in(key, value)
             return
-        stale = () if complete else [key for key in self.written if key not in entries]
-        if not complete:
+        stale: list[CacheKey] = []
+        if complete:
+            self._complete = self._complete or tuple(entries)
+        else:
+            self.written.update(dict.fromkeys(self._complete))
+            self._complete = ()
+            stale = [key for key in self.written if key not in entries]
             self.written.update(dict.fromkeys(entries))
         if self.batch_dims:
             self._write_batched(entries)
@@ -74,8 +81,8 @@ class Target:
         for key in stale:
             self._drop(key)
 
-    def put(self, key: CacheKey, value: Tensor) -> None:
-        """Write one entry at once."""
+    def put(self, key: CacheKey, value: Any) -> None:
+        """Write one entry at once, beside those that are there."""
         if self.in_place:
             self._copy_in(key, value)
             return
@@ -89,17 +96,13 @@ class Target:
         """Drop every entry that was written here."""
         if self.in_place:
             return
-        if self.node is not None and self.cache.get(self.node, None) is not None:
-            self.cache[self.node] = TensorDict(batch_size=[], device=self.cache.device)
+        if self.node is not None:
+            self.cache[self.node] = TensorDict(batch_size=self.cache.batch_size, device=self.cache.device)
         else:
-            for key in self.written:
+            for key in (*self._complete, *self.written):
                 self._drop(key)
         self.written.clear()
-
-    def ensure(self) -> None:
-        """Make the direction's node exist, so that ``cache["bwd"]`` can be read before the first gradient."""
-        if not self.in_place:
-            self._own_node()
+        self._complete = ()
 
     def _own_node(self) -> TensorDictBase:
         if self.node is None:
@@ -183,6 +186,10 @@ class StackBy:
         self.members: dict[str, list[str]] = {}
         for site in sorted(sites, key=lambda site: _axis_order(site.groups[group])):
             self.members.setdefault(_rest_of(site, group), []).append(site.path)
+
+    def complete(self, entries: Mapping[CacheKey, Any]) -> bool:
+        """Whether every site has an entry."""
+        return all(path in entries for paths in self.members.values() for path in paths)
 
     def __call__(self, entries: Mapping[CacheKey, Tensor]) -> dict[CacheKey, Tensor]:
         """The joined entries."""

@@ -87,20 +87,21 @@ class HookingContext:
                 "this context is open already; it can be entered again after it was left, not inside itself: "
                 "prepare a second one for nesting"
             )
-        with ExitStack() as undo:
-            undo.callback(self._forget)
+        self._undo = undo = ExitStack()
+        try:
             working = self._enter_inner(undo)
             extra = working.relative_path if isinstance(working, HookedModule) else self._extra_relative_path
             keys = (self._in_keys, self._out_keys, extra)
             prepared = self.factory._prepare_module(working, *keys)
             undo.callback(self.factory._restore_module, prepared, *keys)
             self._was_traced = eager_where_stale(self.model, undo)
-            self._hooked_module = self.factory._spawn_hooked_module(prepared, self, extra)
+            self._hooked_module = hooked = self.factory._spawn_hooked_module(prepared, self, extra)
             self._in_context = self._managed = True
             self._install()
-            undo.callback(self._uninstall)
-            self._undo = undo.pop_all()
-        return self._hooked_module
+        except BaseException as error:
+            self._leave(error)
+            raise
+        return hooked
 
     def _enter_inner(self, undo: ExitStack) -> TensorDictModuleBase:
         """Enter the contexts that come first; what is wrapped is the module, or the last one's hooked module."""
@@ -115,24 +116,30 @@ class HookingContext:
     def _uninstall(self) -> None:
         self._handle.remove()
 
-    def _forget(self) -> None:
-        self._in_context = False
-        self._hooked_module = None
-        self._handle = MultiHookHandle()
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        undo, self._undo = self._undo, ExitStack()
         try:
-            leaving = ExitStack()
-            leaving.callback(self._finish, error)
-            leaving.push(undo.__exit__)  # runs first: the model is restored before anything is reported
-            leaving.__exit__(kind, error, traceback)
+            try:
+                self._leave(error)  # the model is restored before anything is reported
+            finally:
+                self._finish(error)
         except BaseException as failure:
             if error is None:
                 raise
             error.add_note(f"while leaving the context: {type(failure).__name__}: {failure}")
+
+    def _leave(self, error: BaseException | None) -> None:
+        undo, self._undo = self._undo, ExitStack()
+        try:
+            with undo:
+                self._uninstall()
+                if error is not None:
+                    undo.__exit__(type(error), error, error.__traceback__)
+        finally:
+            self._in_context = False
+            self._hooked_module = None
+            self._handle = MultiHookHandle()
 
     def _finish(self, error: BaseException | None) -> None:
         """What is left to do when the model is restored; ``error`` is the body's."""
@@ -223,7 +230,7 @@ class HookingContextWithCache(HookingContext):
 
     @property
     def cache(self) -> TensorDictBase:
-        """The cache, up to date: one TensorDict for the life of the context, updated in place by every forward.
+        """The cache, up to date: one TensorDict from entering to leaving, updated in place by every forward.
 
         Raises:
             InplaceModificationError: a kept alias was overwritten since.
@@ -247,17 +254,20 @@ class HookingContextWithCache(HookingContext):
 
     def _enter(self) -> HookedModule:
         if self._clear_cache and not self._in_context:
-            self.clear()
+            if self.has_own_cache:  # what the last block left stays with those who hold it
+                self._cache = TensorDict(batch_size=[])
+            else:
+                self.clear()
         return super()._enter()
 
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call; refuses to write outputs over cache entries."""
         if args and args[0] is self._cache and self.recorder is not None:
             taken = {path for channel in self.recorder.channels for path in channel.paths if channel.target.node is None}
-            if clash := taken & set(map(str, self._out_keys)):
+            if clash := taken & {*map(str, self._in_keys), *map(str, self._out_keys)}:
                 raise CacheWriteError(
                     f"the cache is the TensorDict that the model writes to, and {sorted(clash)!r} name both a site and an "
-                    "output; give the output another name with out_keys=, or hand in another cache",
+                    "input or output; name those otherwise with in_keys= and out_keys=, or hand in another cache",
                     paths=sorted(clash),
                 )
         return super().call(module, args, kwargs)

@@ -7,6 +7,7 @@ that a capture sees the final value, and a stop after both. ``prepend=True`` put
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from tdcache.errors import HookSignatureError
 from tdcache.hooks.directions import Direction, direction_row
@@ -21,7 +23,7 @@ from tdcache.hooks.gradients import GradientHandle, GradInputHook, GradOutputHoo
 from tdcache.introspect import post_hooks, pre_hooks
 from tdcache.types import HookDirection, Removable
 
-__all__ = ["MultiHookHandle", "Order", "UserHook", "attach", "bracket", "check_signature", "register_hook_to_module", "settle"]
+__all__ = ["MultiHookHandle", "Order", "UserHook", "attach", "attach_outputs", "bracket", "check_signature", "register_hook_to_module", "settle"]
 
 
 class Order(IntEnum):
@@ -81,10 +83,50 @@ def attach(
     return GradientHandle(inner, (before, attach(module, inner.on_output, "fwd", order=order)))  # type: ignore[arg-type]
 
 
-def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None]) -> list[Removable]:
+def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle: MultiHookHandle, order: int) -> None:
+    """Register a forward hook per pair: :func:`attach` for many modules at a third of the cost; ``handle`` takes them in.
+
+    torch numbers registrations over all modules, so that one number may serve for all of these: no handle per module
+    is needed, only the dicts to remove it from.
+    """
+    number = RemovableHandle(OrderedDict()).id
+    placed = _Numbered(number)
+    handle.add(placed)
+    for module, hook in pairs:
+        hooks = post_hooks(module)
+        if number in hooks:  # the module has several names, and a hook for each
+            handle.add(attach(module, hook, "fwd", order=order))
+            continue
+        hooks[number] = hook
+        placed.dicts.append(hooks)
+        if len(hooks) > 1:
+            if order == Order.FIRST:
+                hooks.move_to_end(number, last=False)
+            else:
+                settle(hooks, order)
+
+
+class _Numbered:
+    """The registrations of one number in many modules."""
+
+    __slots__ = ("dicts", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.dicts: list[Any] = []
+
+    def remove(self) -> None:
+        """Remove them; a second call does nothing."""
+        number = self.number
+        for hooks in self.dicts:
+            hooks.pop(number, None)
+        self.dicts.clear()
+
+
+def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None], handle: MultiHookHandle) -> None:
     """Call ``begin`` before and ``end`` after every forward of ``root``, also one that raises."""
-    before = root.register_forward_pre_hook(begin, prepend=True)
-    return [before, root.register_forward_hook(end, always_call=True)]
+    handle.add(root.register_forward_pre_hook(begin, prepend=True))
+    handle.add(root.register_forward_hook(end, always_call=True))
 
 
 def settle(hooks: Any, order: int) -> None:
@@ -149,6 +191,8 @@ class MultiHookHandle:
 
     def __init__(self, handles: Iterable[Removable] | None = None) -> None:
         self._handles = list(handles or ())
+        self.add = self._handles.append
+        """Take one more registration in."""
 
     def remove(self) -> None:
         """Undo every registration, also when one of them fails; the first failure is raised at the end.
@@ -163,10 +207,6 @@ class MultiHookHandle:
                 failure = failure or error
         if failure is not None:
             raise failure
-
-    def add(self, handle: Removable) -> None:
-        """Take one more registration in."""
-        self._handles.append(handle)
 
     def __len__(self) -> int:
         return len(self._handles)

@@ -177,7 +177,7 @@ class HookFactory:
             HookSignatureError: the callback lacks a parameter.
         """
         row = direction_row(direction)
-        check_callback(callback, row.params)
+        check_callback(callback, (*row.params, "key", "direction"))
         return CachingHook(key, cache, row, callback)
 
     @staticmethod
@@ -197,7 +197,7 @@ class HookFactory:
             HookSignatureError: the callback lacks a parameter.
         """
         row = direction_row(direction)
-        check_callback(callback, row.params)
+        check_callback(callback, (*row.params, "value", "direction"))
         return SettingHook(value, row, callback, Order.EDIT_GRADIENT if row.gradient else Order.EDIT)
 
     @staticmethod
@@ -209,7 +209,7 @@ class HookFactory:
             HookSignatureError: the callback lacks a parameter.
         """
         row = direction_row(direction)
-        check_callback(callback, row.params)
+        check_callback(callback, (*row.params, "direction"))
         return ReadingHook(callback, row)
 
     @staticmethod

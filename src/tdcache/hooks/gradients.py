@@ -8,15 +8,17 @@ everything else that uses the same tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tdcache.errors import InplaceModificationError
-from tdcache.hooks.values import leaves
+from tdcache.hooks.values import children, leaves, with_parts
 
 __all__ = ["GradInputHook", "GradOutputHook", "GradientHandle"]
 
@@ -38,16 +40,14 @@ class _Gate(torch.autograd.Function):
         return (None, *(grads if changed is None else changed))
 
 
-def _substitute(value: Any, new: dict[int, Tensor]) -> Any:
-    """``value`` with the tensors whose id is in ``new`` exchanged; containers are rebuilt only where needed."""
+def _exchange(value: Any, new: Iterator[Tensor | None]) -> Any:
+    """``value`` with the next of ``new`` in place of each tensor, where it is not None; rebuilt only where needed."""
     if isinstance(value, Tensor):
-        return new.get(id(value), value)
-    if isinstance(value, tuple | list):
-        items = [_substitute(item, new) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict):
-        return type(value)({name: _substitute(item, new) for name, item in value.items()})
-    return value
+        other = next(new)
+        return value if other is None else other
+    parts = {step: (child, _exchange(child, new)) for step, child in children(value)}
+    changed = {step: after for step, (before, after) in parts.items() if after is not before}
+    return with_parts(value, changed) if changed else value
 
 
 class GradOutputHook:
@@ -67,7 +67,7 @@ class GradOutputHook:
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Watch the gradient of an output."""
-        return watch_outputs(output, lambda grads: self.on_grads(module, grads))
+        return watch_outputs(args, output, lambda grads: self.on_grads(module, grads))
 
     def on_grads(self, module: nn.Module, grads: Grads) -> Grads | None:
         """Pass the gradients on to the hook, unless it was removed in the meantime."""
@@ -80,9 +80,9 @@ class GradInputHook:
     """Forward hooks that call ``hook(module, grad_input, grad_output)`` once both gradients are there.
 
     Both are tuples, as torch's full backward hooks have them: ``grad_input`` with an entry per tensor among the
-    arguments (positional, then keyword), None where it needs no gradient; ``grad_output`` with one per output tensor.
-    What the hook returns, if not None, replaces ``grad_input``. Where no input needs a gradient the hook is called when
-    ``grad_output`` arrives.
+    arguments (positional, then keyword), None where it needs no gradient or stands in a TensorDict; ``grad_output``
+    with one per output tensor. What the hook returns, if not None, replaces ``grad_input``. Where no input needs a
+    gradient the hook is called when ``grad_output`` arrives.
     """
 
     def __init__(self, hook: Callable[..., Any], order: int, path: str = "") -> None:
@@ -98,87 +98,167 @@ class GradInputHook:
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hand the module aliases of the inputs that need a gradient, and watch those."""
         tensors = [tensor for _, tensor in leaves((args, kwargs))]
-        needing = [tensor for tensor in tensors if tensor.requires_grad] if torch.is_grad_enabled() else []
-        call = _Call(self, module, [tensor.requires_grad for tensor in tensors], bool(needing))
+        # A module writes its results into the TensorDict it is given, so that one cannot be exchanged for a copy.
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, TensorDictBase)]
+        fixed = {id(tensor) for _, tensor in leaves(given)}
+        graph = torch.is_grad_enabled()
+        needs = [graph and tensor.requires_grad and id(tensor) not in fixed for tensor in tensors]
+        needing = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed]
+        call = _Call(self, module, needs)
         self._calls.append(call)
         if not needing:
             return None
-        if len(needing) == 1:
-            alias = needing[0].view_as(needing[0])
-            alias.register_hook(call.on_one_input)
-            call.alias, call.version = alias, alias._version
-            return _substitute((args, kwargs), {id(needing[0]): alias})
-        aliases = _Gate.apply(call.on_inputs, *needing)
-        return _substitute((args, kwargs), {id(old): new for old, new in zip(needing, aliases, strict=True)})
+        entry: _Entry | None = getattr(needing[0], _ENTRY, None)
+        if entry is not None and entry.is_shared_by(call, needing):
+            entry.calls.append(call)
+            call.entry = entry
+            return None
+        entry = call.entry = _Entry(call, needing)
+        aliases = iter(entry.aliases)
+        return _exchange((args, kwargs), iter([next(aliases) if needed else None for needed in needs]))
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Watch the gradient of the output that belongs to the latest input."""
         call = self._calls.pop()
-        if call.alias is not None and call.alias._version != call.version:
+        if call.entry is not None and call.entry.was_overwritten():
             where = self.path or type(module).__name__
             raise InplaceModificationError(
                 f"{where!r} changes its input in place, so the gradient of that input cannot be told from the gradient "
                 "of its output; capture direction 'bwd' of the module that produces it instead",
                 paths=(where,),
             )
-        call.alias = None
-        return watch_outputs(output, call.on_outputs)
+        return watch_outputs(args, output, call.on_outputs)
+
+
+_ENTRY = "_tdcache_entry"
+
+
+class _Entry:
+    """The aliases through which a tensor enters one call of one module, shared by all gradient hooks of that module.
+
+    Were each hook to make its own, the last one registered would see the gradient first.
+    """
+
+    __slots__ = ("aliases", "calls", "versions")
+
+    def __init__(self, call: _Call, tensors: list[Tensor]) -> None:
+        self.calls = [call]
+        if len(tensors) == 1:
+            self.aliases = [tensors[0].view_as(tensors[0])]
+            self.aliases[0].register_hook(_OneGrad(self.on_grads))
+        else:
+            self.aliases = list(_Gate.apply(self.on_grads, *tensors))
+        self.versions = [alias._version for alias in self.aliases]
+        for alias in self.aliases:
+            setattr(alias, _ENTRY, self)
+
+    def is_shared_by(self, call: _Call, tensors: list[Tensor]) -> bool:
+        """Whether the aliases were made for this very call, and not for one that it is nested in."""
+        if self.calls[0].module is not call.module or any(other.tap is call.tap for other in self.calls):
+            return False
+        return [id(tensor) for tensor in tensors] == [id(alias) for alias in self.aliases]
+
+    def was_overwritten(self) -> bool:
+        """Whether the module changed an alias in place; the aliases are let go."""
+        aliases, self.aliases = self.aliases, []
+        return any(alias._version != version for alias, version in zip(aliases, self.versions, strict=False))
+
+    def on_grads(self, grads: Grads) -> Grads:
+        """Call the hooks, each with what the one before returned."""
+        for call in self.calls:
+            grads = call.on_inputs(grads)
+        return grads
 
 
 class _Call:
     """One call of one module, between its forward and its backward."""
 
-    __slots__ = ("alias", "grad_output", "needs", "module", "tap", "version", "watches_inputs")
+    __slots__ = ("entry", "grad_output", "module", "needs", "tap")
 
-    def __init__(self, tap: GradInputHook, module: nn.Module, needs: list[bool], watches_inputs: bool) -> None:
+    def __init__(self, tap: GradInputHook, module: nn.Module, needs: list[bool]) -> None:
         self.tap = tap
         self.module = module
         self.needs = needs
-        self.watches_inputs = watches_inputs
+        self.entry: _Entry | None = None
         self.grad_output: Grads = ()
-        self.alias: Tensor | None = None
-        self.version = 0
 
     def on_outputs(self, grads: Grads) -> None:
+        """Keep the gradients of the outputs until those of the inputs are there."""
         self.grad_output = grads
-        if not self.watches_inputs and self.tap.alive:
+        if self.entry is None and self.tap.alive:
             self.tap.hook(self.module, (None,) * len(self.needs), grads)
 
-    def on_one_input(self, grad: Tensor) -> Tensor | None:
-        changed = self.on_inputs((grad,))
-        return None if changed is None else changed[0]
-
-    def on_inputs(self, grads: Grads) -> Grads | None:
+    def on_inputs(self, grads: Grads) -> Grads:
+        """Call the hook; gives the gradients that go on."""
         if not self.tap.alive:
-            return None
-        arrived = iter(grads)
-        full = tuple(next(arrived) if needed else None for needed in self.needs)
+            return grads
+        full = _spread(grads, self.needs)
         changed = as_grads(self.tap.hook(self.module, full, self.grad_output), len(full))
-        if changed is None:
-            return None
-        return tuple(grad for grad, needed in zip(changed, self.needs, strict=True) if needed)
+        return grads if changed is None else _gathered(changed, self.needs)
 
 
-def watch_outputs(output: Any, on_grads: Callable[[Grads], Grads | None]) -> Any:
+def _spread(grads: Grads, needs: list[bool]) -> Grads:
+    arrived = iter(grads)
+    return tuple(next(arrived) if needed else None for needed in needs)
+
+
+def _gathered(grads: Grads, needs: list[bool]) -> Grads:
+    return tuple(grad for grad, needed in zip(grads, needs, strict=True) if needed)
+
+
+def watch_outputs(args: Any, output: Any, on_grads: Callable[[Grads], Grads | None]) -> Any:
     """Call ``on_grads`` with the gradients of the tensors in ``output``; returns a new output where one is needed."""
     tensors = [tensor for _, tensor in leaves(output)]
+    needs = [tensor.requires_grad for tensor in tensors]
     needing = [tensor for tensor in tensors if tensor.requires_grad]
     if not needing:
         return None
-    places = [tensor.requires_grad for tensor in tensors]
 
-    def on_needed(grads: Grads) -> Grads | None:
-        arrived = iter(grads)
-        changed = on_grads(tuple(next(arrived) if needed else None for needed in places))
-        if changed is None:
-            return None
-        return tuple(grad for grad, needed in zip(changed, places, strict=True) if needed)
+    def on_needed(grads: Grads) -> Grads:
+        changed = on_grads(_spread(grads, needs))
+        return grads if changed is None else _gathered(changed, needs)
 
-    if len(needing) == 1:
-        needing[0].register_hook(lambda grad: (on_needed((grad,)) or (None,))[0])
+    if len(needing) > 1:
+        gated = iter(_Gate.apply(on_needed, *needing))
+    elif needing[0].is_leaf or any(needing[0] is tensor for _, tensor in leaves(args)):
+        gated = iter([_watched_alias(needing[0], on_needed)])
+    else:
+        needing[0].register_hook(_OneGrad(on_needed))
         return None
-    gated = _Gate.apply(on_needed, *needing)
-    return _substitute(output, {id(old): new for old, new in zip(needing, gated, strict=True)})
+    return _exchange(output, iter([next(gated) if needed else None for needed in needs]))
+
+
+@dataclass(slots=True)
+class _OneGrad:
+    """A tensor hook over a function of all gradients."""
+
+    on_grads: Callable[[Grads], Grads]
+    fired: bool = False
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        self.fired = True
+        (changed,) = self.on_grads((grad,))
+        return torch.zeros_like(grad) if changed is None else changed
+
+
+def _watched_alias(passed: Tensor, on_grads: Callable[[Grads], Grads]) -> Tensor:
+    """An alias of an output that the module did not compute: an input that it passes on, or a parameter.
+
+    A hook on that tensor itself would see the gradients of all its other uses too, and outlive the call on a leaf.
+    """
+    alias = passed.view_as(passed)
+    hook = _OneGrad(on_grads)
+    alias.register_hook(hook)
+    if passed.is_leaf:
+        return alias
+    # An in-place operation on a view takes the view's hooks out of the graph; then the whole gradient is the module's.
+    content, version = alias.detach(), alias._version
+
+    def instead(grad: Tensor) -> Tensor | None:
+        return hook(grad) if not hook.fired and content._version != version else None
+
+    passed.register_hook(instead)
+    return alias
 
 
 def as_grads(returned: Any, count: int) -> Grads | None:

@@ -53,11 +53,12 @@ class MultiHookManager:
         """The sites below ``module`` that are meant.
 
         Raises:
-            SelectionError: a pattern was given and nothing is meant by it.
+            SelectionError: a pattern or classes were given and nothing is meant by them.
         """
         if self.pattern is None:
-            wanted = () if self.classes_to_hook == (nn.Module,) else self.classes_to_hook
-            found = select(module, wanted, allow_empty=True)
+            if self.classes_to_hook == (nn.Module,):
+                return select(module, (), allow_empty=True)
+            found = select(module, self.classes_to_hook)
         else:
             found = select(module, self.pattern, match=self.match)
         kept = [
@@ -65,11 +66,11 @@ class MultiHookManager:
             for site in found
             if isinstance(site.module, self.classes_to_hook) and not isinstance(site.module, self.classes_to_skip)
         ]
-        if not kept and self.pattern is not None:
+        if not kept:
             raise SelectionError(
-                f"pattern {self.pattern!r} matches {len(found)} modules of {type(module).__name__}, but none of them "
+                f"selector {found.selector!r} matches {len(found)} modules of {type(module).__name__}, but none of them "
                 f"passes classes_to_hook={self.classes_to_hook!r}, classes_to_skip={self.classes_to_skip!r}",
-                selector=self.pattern,
+                selector=found.selector,
             )
         return Selection(kept, selector=found.selector, model_name=found.model_name)
 

@@ -7,8 +7,9 @@ Face ``ModelOutput``s. ``pick`` names one tensor of it: an index, a key or attri
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from tdcache.errors import CaptureError, EditError
 from tdcache.types import Pick
 
-__all__ = ["check_fits", "first_tensor", "leaves", "pick_tensor", "replace_tensor"]
+__all__ = ["check_fits", "children", "first_tensor", "leaves", "pick_tensor", "replace_tensor", "with_parts"]
 
 Step = int | str
 
@@ -117,16 +118,26 @@ def _rebuild(value: Any, steps: tuple[Step, ...], new: Any, path: str) -> Any:
         return new
     step, rest = steps[0], steps[1:]
     inner = _rebuild(_step_into(value, step, path, steps), rest, new, path)
+    if isinstance(step, int) and not isinstance(value, tuple | list):
+        step = list(dict(children(value)))[step]
+    return with_parts(value, {step: inner})
+
+
+def with_parts(value: Any, parts: Mapping[Step, Any]) -> Any:
+    """A copy of the structured ``value`` with some of its parts exchanged."""
     if isinstance(value, tuple | list):
         items = list(value)
-        items[step] = inner  # type: ignore[index]  # _step_into accepted it
+        for at, part in parts.items():
+            items[at] = part  # type: ignore[index]  # the steps of a sequence are integers
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, TensorDictBase):
-        return value.copy().set(step, inner)
-    name = step if isinstance(step, str) else list(dict(children(value)))[step]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{name: inner})
-    return type(value)({**value, name: inner})
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # HF outputs are mappings as well
+        return dataclasses.replace(value, **parts)
+    if not isinstance(value, TensorDictBase | MutableMapping):
+        return type(value)({**value, **parts})
+    copied = value.copy() if isinstance(value, TensorDictBase) else copy.copy(value)
+    for name, part in parts.items():
+        copied[name] = part
+    return copied
 
 
 def check_fits(new: Any, old: Any, path: str) -> None:

@@ -36,14 +36,34 @@ class ModelCall(TensorDictModuleBase):
         super().__init__()
         self.module = module
         given = ["input"] if in_keys is None else [in_keys] if isinstance(in_keys, str) else in_keys
-        self.keywords = tuple(given.values()) if isinstance(given, Mapping) else None
-        self.in_keys = list(given)
-        self.out_keys = [out_keys] if isinstance(out_keys, str) else list(out_keys or ["output"])
+        # Past nn.Module.__setattr__, which costs more than the rest of this method.
+        self.__dict__["keywords"] = tuple(given.values()) if isinstance(given, Mapping) else None
+        self.__dict__["reads"] = list(given)
+        self.__dict__["writes"] = [out_keys] if isinstance(out_keys, str) else list(out_keys or ["output"])
 
-    def forward(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def in_keys(self) -> list[CacheKey]:
+        """The entries that are read."""
+        return self.__dict__["reads"]
+
+    @in_keys.setter
+    def in_keys(self, keys: Sequence[CacheKey]) -> None:
+        self.__dict__["reads"] = list(keys)
+
+    @property
+    def out_keys(self) -> list[CacheKey]:
+        """The entries that are written."""
+        return self.__dict__["writes"]
+
+    @out_keys.setter
+    def out_keys(self, keys: Sequence[CacheKey]) -> None:
+        self.__dict__["writes"] = list(keys)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """A TensorDict in, the same TensorDict out; anything else goes to the module as it is."""
-        if not isinstance(data, TensorDictBase) or args:
-            return self.module(data, *args, **kwargs)
+        if len(args) != 1 or not isinstance(args[0], TensorDictBase):
+            return self.module(*args, **kwargs)
+        data = args[0]
         values = [self._read(data, key) for key in self.in_keys]
         if self.keywords is None:
             result = self.module(*values, **kwargs)

@@ -25,6 +25,7 @@ class OwningContext(Protocol):
     """What a hooked module asks of the context it belongs to."""
 
     _in_context: bool
+    model: nn.Module
 
     @property
     def cache(self) -> TensorDictBase:
@@ -54,8 +55,9 @@ class HookedModule(TensorDictModuleWrapper):
         relative_path: str = "td_module",
     ) -> None:
         super().__init__(td_module)
-        self._hooking_context = hooking_context
-        self._relative_path = relative_path
+        # Written past nn.Module.__setattr__, which would look for parameters in them.
+        self.__dict__["_hooking_context"] = hooking_context
+        self.__dict__["_relative_path"] = relative_path
 
     @classmethod
     def from_module(
@@ -84,7 +86,8 @@ class HookedModule(TensorDictModuleWrapper):
     @property
     def model(self) -> nn.Module:
         """The user's own model, which all paths are relative to."""
-        return resolve(self, self._relative_path)
+        context = self._hooking_context
+        return resolve(self, self._relative_path) if context is None else context.model
 
     @property
     def cache(self) -> TensorDictBase:
@@ -108,8 +111,11 @@ class HookedModule(TensorDictModuleWrapper):
 
     def call_model(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model without asking the context; a stopped forward gives the TensorDict, or None."""
+        called = self.td_module
+        if isinstance(called, ModelCall) and not (args and isinstance(args[0], TensorDictBase)):
+            called = called.module
         try:
-            return self.td_module(*args, **kwargs)
+            return called(*args, **kwargs)
         except StopForward:
             return args[0] if args and isinstance(args[0], TensorDictBase) else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -86,6 +87,11 @@ class Concatenate(Reducer):
                 f"{tuple(self._blocks[0].shape[1:])} so far, now {tuple(rows.shape[1:])}; choose another dim, flatten= "
                 "the varying dimensions into rows, or use Stack()"
             )
+        if self._blocks and rows.dtype != self._blocks[0].dtype:
+            raise CaptureError(
+                f"values of different dtype cannot be concatenated: {self._blocks[0].dtype} so far, now {rows.dtype}; "
+                "give one dtype= to the caching context"
+            )
         if self.max_rows is not None:
             rows = rows[: self.max_rows - self.rows]
         if not self._blocks:
@@ -100,8 +106,9 @@ class Concatenate(Reducer):
             self._used += part.shape[0]
             self.rows += part.shape[0]
 
+    @torch.inference_mode(mode=False)  # a block made in inference mode could not be written outside of it
     def _block(self, like: Tensor, wanted: int) -> Tensor:
-        row_bytes = max(1, like[:1].nbytes)
+        row_bytes = max(1, math.prod(like.shape[1:]) * like.element_size())
         wanted = max(wanted, _LEAST_BYTES // row_bytes)
         if self.max_rows is not None:
             left = self.max_rows - self.rows
@@ -111,6 +118,7 @@ class Concatenate(Reducer):
                 wanted = min(wanted, left)
         return like.new_empty((wanted, *like.shape[1:]))
 
+    @torch.inference_mode(mode=False)
     def _join(self) -> None:
         joined = self._blocks[0].new_empty((self.rows, *self._blocks[0].shape[1:]))
         end = self.rows

@@ -122,10 +122,11 @@ class Variance(_Moments):
 
     def compute(self) -> Tensor:
         """The variance so far; NaN where there are not more rows than ``correction``."""
-        if self._mean is None or self._squares is None:
+        if self._squares is None or self._dtype is None:
             raise self.nothing_seen()
         divisor = self._count - self.correction
-        return (self._squares / divisor if divisor > 0 else torch.full_like(self._squares, math.nan)).to(self._dtype)
+        variance = self._squares / divisor if divisor > 0 else torch.full_like(self._squares, math.nan)
+        return variance.to(self._dtype.to_real())
 
 
 @dataclass(eq=True)
@@ -174,11 +175,24 @@ class TopK(Reducer):
 
     def _join(self, values: Tensor, indices: Tensor) -> None:
         if self._values is not None and self._indices is not None:
+            self._check_shape(values)
             values = torch.cat([self._values, values], dim=self.dim)
             indices = torch.cat([self._indices, indices], dim=self.dim)
             values, places = values.topk(min(self.k, values.shape[self.dim]), dim=self.dim, largest=self.largest)
             indices = indices.gather(self.dim, places)
         self._values, self._indices = values, indices
+
+    def _check_shape(self, values: Tensor) -> None:
+        rests = []
+        for each in (self._values, values):
+            rest = list(each.shape)
+            del rest[self.dim]
+            rests.append(tuple(rest))
+        if rests[0] != rests[1]:
+            raise CaptureError(
+                f"{self!r} saw rows of {rests[0]} and now of {rests[1]}; choose another dim, or bring the values to one "
+                "shape with index= or callback="
+            )
 
     def compute(self) -> TensorDict:
         """The values and their row numbers so far, best first."""

@@ -1,0 +1,189 @@
+"""Compiled models: hooks that are there when the graph is made, and hooks that come later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import peers
+import torch
+from harness import Call, Goal, Maker, Plan, Samples, Table, build, measure, rounds_note, settle_process
+from models import CHAIN_PATTERN, PointwiseChain
+from tensordict import TensorDict
+from torch import nn
+
+from tdcache import ActivationCaching
+
+COUNT = 12
+
+
+def _input() -> torch.Tensor:
+    return torch.full((64, 64), 0.5)
+
+
+def _compile(model: nn.Module) -> Callable[..., Any]:
+    return torch.compile(model, fullgraph=True)
+
+
+def _as_it_is(model: nn.Module) -> Callable[..., Any]:
+    return model
+
+
+def _no_hook(stack: ExitStack, wrap: Callable[[nn.Module], Any]) -> Call:
+    return partial(wrap(PointwiseChain(COUNT)), _input())
+
+
+def _by_hand(stack: ExitStack, wrap: Callable[[nn.Module], Any]) -> Call:
+    model, x = PointwiseChain(COUNT), _input()
+    kept = peers.hook_by_hand(stack, peers.matching(model, CHAIN_PATTERN))
+    wrapped = wrap(model)
+
+    def call() -> dict[str, Any]:
+        kept.clear()  # a dict that is full when the call begins costs a second compilation
+        wrapped(x)
+        return kept
+
+    return peers.checked(call, COUNT)
+
+
+def _tdcache(stack: ExitStack, wrap: Callable[[nn.Module], Any]) -> Call:
+    model, x = PointwiseChain(COUNT), _input()
+    hooked = stack.enter_context(ActivationCaching(CHAIN_PATTERN).prepare(model))
+    wrapped = wrap(model)
+
+    def call() -> TensorDict:
+        wrapped(x)
+        return hooked.cache
+
+    return peers.checked(call, COUNT, TensorDict.keys)
+
+
+def _tdhook(stack: ExitStack, wrap: Callable[[nn.Module], Any]) -> Call:
+    model, x = PointwiseChain(COUNT), _input()
+    hooked = stack.enter_context(peers.tdhook_caching(CHAIN_PATTERN).prepare(model))
+    wrapped = wrap(model)
+
+    def call() -> TensorDict:
+        wrapped(x)
+        return hooked.hooking_context.cache
+
+    return peers.checked(call, COUNT, TensorDict.keys)
+
+
+PRESENT: Mapping[str, Maker] = {
+    "eager": partial(_no_hook, wrap=_as_it_is),
+    "eager, hand-written": partial(_by_hand, wrap=_as_it_is),
+    "eager, tdcache": partial(_tdcache, wrap=_as_it_is),
+    "compiled": partial(_no_hook, wrap=_compile),
+    "compiled, hand-written": partial(_by_hand, wrap=_compile),
+    "compiled, tdcache": partial(_tdcache, wrap=_compile),
+    "compiled, tdhook": partial(_tdhook, wrap=_compile),
+}
+
+
+def compiled(plan: Plan) -> list[Table]:
+    """Both kinds."""
+    settle_process()
+    with torch.no_grad():
+        return [_present(plan), _later()]
+
+
+def _present(plan: Plan) -> Table:
+    table = Table(
+        f"torch.compile(fullgraph=True), hooks there at the first call, {COUNT} pointwise blocks",
+        ["variant", "us", "x eager", "x compiled", "graphs", "breaks"],
+    )
+    skipped: dict[str, str] = {}
+    calls: dict[str, Call] = {}
+    graphs: dict[str, tuple[int, int]] = {}
+    with ExitStack() as stack:
+        for name, maker in PRESENT.items():
+            torch._dynamo.utils.counters.clear()
+            built = build({name: maker}, stack, skipped)
+            for call in built.values():
+                call()
+                call()
+            calls |= built
+            graphs[name] = _graphs()
+        samples = measure(calls, plan)
+    for name in samples.seconds:
+        found, broken = graphs[name] if name.startswith("compiled") else ("", "")
+        table.rows.append([name, f"{samples.time(name).median * 1e6:.1f}", *_ratios(samples, name), str(found), str(broken)])
+    table.notes += [f"{name}: {reason}" for name, reason in skipped.items()]
+    table.notes.append(rounds_note([samples]))
+    if "compiled, tdcache" in samples:
+        table.goals.append(Goal("compile, hooks present: graphs", graphs["compiled, tdcache"][0], 1, "graph"))
+        table.goals.append(Goal("compile, hooks present: breaks", graphs["compiled, tdcache"][1], 0, "breaks"))
+    else:
+        table.goals.append(Goal("compile, hooks present: captured in full graph", 0, 1, "of 1", at_least=True))
+    return table
+
+
+def _graphs() -> tuple[int, int]:
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def _ratios(samples: Samples, name: str) -> list[str]:
+    cells = []
+    for base in ("eager", "compiled"):
+        cells.append(f"{1 + samples.share(name, base).median / 100:.2f}" if base in samples else "-")
+    return cells
+
+
+# Hooks that come after the first call.
+
+
+def _later_by_hand(stack: ExitStack, model: nn.Module, run: Callable[[], Any]) -> int:
+    kept = peers.hook_by_hand(stack, peers.matching(model, CHAIN_PATTERN))
+    run()
+    return len(kept)
+
+
+def _later_tdcache(stack: ExitStack, model: nn.Module, run: Callable[[], Any]) -> int:
+    hooked = stack.enter_context(ActivationCaching(CHAIN_PATTERN).prepare(model))
+    run()
+    return len(list(hooked.cache.keys()))
+
+
+def _later_tdhook(stack: ExitStack, model: nn.Module, run: Callable[[], Any]) -> int:
+    hooked = stack.enter_context(peers.tdhook_caching(CHAIN_PATTERN).prepare(model))
+    run()
+    return len(list(hooked.hooking_context.cache.keys()))
+
+
+LATER: Mapping[str, Callable[..., int]] = {
+    "hand-written": _later_by_hand,
+    "tdcache": _later_tdcache,
+    "tdhook": _later_tdhook,
+}
+
+
+def _later() -> Table:
+    table = Table("torch.compile, hooks added after the first call", ["variant", "torch.compile(model)", "model.compile()"])
+    for name, hook in LATER.items():
+        cells = [_captured(hook, in_place) for in_place in (False, True)]
+        table.rows.append([name, *cells])
+        if name == "tdcache":
+            kept = min(int(cell.split()[0]) if cell[0].isdigit() else COUNT * ("refused" in cell) for cell in cells)
+            table.goals.append(Goal("compile, added later: captured or refused", kept, COUNT, f"of {COUNT}", at_least=True))
+    table.notes.append("captured values out of the number selected; no warning or error where it is 0, unless said so")
+    return table
+
+
+def _captured(hook: Callable[..., int], in_place: bool) -> str:
+    torch._dynamo.reset()
+    model, x = PointwiseChain(COUNT), _input()
+    if in_place:
+        model.compile()
+    run = partial(model if in_place else torch.compile(model), x)
+    run()
+    try:
+        with ExitStack() as stack:
+            return f"{hook(stack, model, run)} of {COUNT}"
+    except ImportError:
+        return "not installed"
+    except Exception as error:  # noqa: BLE001 - whatever the variant says is the finding
+        return f"refused: {type(error).__name__}"

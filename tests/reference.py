@@ -1,0 +1,55 @@
+"""Slow and obvious versions of what the package does fast: by Python's ``re``, by ``named_modules`` and by whole tensors."""
+
+import re
+
+import torch
+
+
+def selected_paths(model, pattern, match="full"):
+    """The paths below the root that the pattern means, by ``re`` over ``named_modules``."""
+    method = {"full": re.fullmatch, "prefix": re.match, "search": re.search}[match]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    return [name for name in names if method(pattern, name)]
+
+
+def mean(values, dim):
+    """The mean over all rows at once, in float64, as the dtype that is promised."""
+    rows = as_rows(values, dim)
+    return rows.double().mean(0).to(result_dtype(rows))
+
+
+def variance(values, dim, correction=1):
+    """The variance over all rows at once, in float64, as the dtype that is promised."""
+    rows = as_rows(values, dim)
+    return rows.double().var(0, correction=correction).to(result_dtype(rows))
+
+
+def as_rows(values, dim):
+    """All rows of all values, ``(rows, *rest)``, where rows lie along one dimension or several."""
+    dims = (dim,) if isinstance(dim, int) else dim
+    return torch.cat([value.movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1) for value in values])
+
+
+def result_dtype(rows):
+    if rows.dtype in (torch.float16, torch.bfloat16):
+        return torch.float32
+    return rows.dtype if rows.is_floating_point() else torch.get_default_dtype()
+
+
+def top_k(rows, k, largest=True):
+    """Values and row numbers of the ``k`` best rows per column of a matrix, by Python's ``sorted``."""
+    columns = [sorted(enumerate(column), key=lambda pair: pair[1], reverse=largest)[:k] for column in rows.T.tolist()]
+    values = torch.tensor([[value for _, value in column] for column in columns], dtype=rows.dtype).T
+    indices = torch.tensor([[at for at, _ in column] for column in columns]).T
+    return values, indices
+
+
+def full_backward(module, call):
+    """What torch's own full backward hook sees: ``[(grad_input, grad_output), ...]``, in the order of the calls."""
+    seen = []
+    handle = module.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append((grad_input, grad_output)))
+    try:
+        call()
+    finally:
+        handle.remove()
+    return seen

@@ -1,0 +1,132 @@
+"""Small models with the shapes that trouble hooks, and the slow obvious way to see what flows through them."""
+
+import torch
+from torch import nn
+
+
+class MLP(nn.Module):
+    """Three linear layers in a ModuleList, GELU between them."""
+
+    def __init__(self, width=4, depth=3):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.act = nn.GELU()
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.nn.functional.gelu(layer(x))
+        return self.head(self.act(x))
+
+
+class Residual(nn.Module):
+    """A residual block with one in-place ReLU that runs twice."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.relu(self.second(self.relu(self.first(x))) + x)
+
+
+class Tied(nn.Module):
+    """One linear layer under two names, called once under each."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.encode = nn.Linear(width, width)
+        self.decode = self.encode
+
+    def forward(self, x):
+        return self.decode(torch.tanh(self.encode(x)))
+
+
+class Pair(nn.Module):
+    """Returns a structure: a tuple, a list or a dict of two tensors."""
+
+    def __init__(self, kind=tuple, width=4):
+        super().__init__()
+        self.kind = kind
+        self.inner = Split(kind, width)
+
+    def forward(self, x):
+        first, second = self.inner(x).values() if self.kind is dict else self.inner(x)
+        return first + second
+
+
+class Split(nn.Module):
+    def __init__(self, kind, width):
+        super().__init__()
+        self.kind = kind
+        self.left, self.right = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        if self.kind is dict:
+            return {"left": self.left(x), "right": self.right(x)}
+        return self.kind((self.left(x), self.right(x)))
+
+
+def by_hand(model, paths, call):
+    """What ``call()`` makes every module at ``paths`` return, copied by plain hooks: ``{path: [one value per call]}``."""
+    seen = {path: [] for path in paths}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    handles = [
+        modules[path].register_forward_hook(
+            lambda module, args, output, path=path: seen[path].append(output.detach().clone()), always_call=False
+        )
+        for path in paths
+    ]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def output_gradients(model, paths, call):
+    """The gradient of ``call()`` (a scalar) with respect to the output at each path, by ``torch.autograd.grad``.
+
+    The hooks return the output plus zero, so that what comes after may write in place without changing what is asked.
+    """
+    outputs = {}
+
+    def keep(path):
+        def hook(module, args, output):
+            outputs[path] = output * 1  # a node of its own, whose value nothing else holds
+            return outputs[path] * 1
+
+        return hook
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    handles = [modules[path].register_forward_hook(keep(path)) for path in paths]
+    try:
+        scalar = call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return dict(zip(outputs, torch.autograd.grad(scalar, list(outputs.values())), strict=True))
+
+
+def input_gradients(model, paths, call):
+    """The gradient of ``call()`` with respect to the first input at each path, by ``torch.autograd.grad``."""
+    inputs = {}
+
+    def keep(path):
+        def hook(module, args):
+            inputs[path] = args[0] * 1
+            return (inputs[path], *args[1:])
+
+        return hook
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    handles = [modules[path].register_forward_pre_hook(keep(path)) for path in paths]
+    try:
+        scalar = call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return dict(zip(inputs, torch.autograd.grad(scalar, list(inputs.values())), strict=True))

@@ -1,0 +1,80 @@
+"""Every Python block of the README and of docs/ runs, in order, in one namespace per file; so does the quickstart."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import regex
+
+import tdcache
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+# A block may stand in a list or an admonition: its indentation is taken off every line.
+FENCE = regex.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^(?P=indent)```$", regex.MULTILINE | regex.DOTALL)
+
+
+def blocks_of(text):
+    """The Python blocks of a page, each behind as many empty lines as bring it to its line number in the page."""
+    return [
+        "\n" * (text.count("\n", 0, block.start()) + 1) + regex.sub(f"(?m)^{block['indent']}", "", block["code"])
+        for block in FENCE.finditer(text)
+    ]
+
+
+def pages_with_blocks():
+    return [page for page in PAGES if blocks_of(page.read_text(encoding="utf-8"))]
+
+
+def run_page(path):
+    """Run the blocks of a page; what they define lives until the page ends. Gives their number."""
+    namespace = {"__name__": "__main__"}
+    blocks = blocks_of(path.read_text(encoding="utf-8"))
+    for block in blocks:
+        exec(compile(block, str(path), "exec"), namespace)  # noqa: S102 - the project's own pages
+    return len(blocks)
+
+
+@pytest.mark.parametrize("page", pages_with_blocks(), ids=lambda page: page.name)
+def test_every_block_of_the_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # blocks write files
+    assert run_page(page) > 0
+
+
+def test_the_pages_that_promise_executed_blocks_have_some():
+    promised = {"README.md", "guide.md", "index.md", "migrating.md", "own_context.md"}
+    assert promised <= {page.name for page in pages_with_blocks()}
+
+
+def test_a_block_that_fails_reports_its_line_in_the_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\n```python\nx = 1\n```\n\n  ```python\n  assert x == 2\n  ```\n", encoding="utf-8")
+    with pytest.raises(AssertionError) as failure:
+        run_page(page)
+    assert failure.traceback[-1].lineno == 7  # counted from 0
+
+
+def test_the_readme_names_the_two_commands():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for session in ("demo", "tests"):
+        assert f"python -m pip install nox && python -m nox -s {session}" in readme
+
+
+def test_the_api_page_names_every_public_name():
+    page = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = regex.findall(r"\.\. auto(?:class|data|exception|function):: (\w+)", page)
+    assert sorted(documented) == sorted(tdcache.__all__)
+
+
+def test_the_architecture_page_names_every_file():
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    package = REPOSITORY / "src" / "tdcache"
+    files = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"}
+    assert set(regex.findall(r"^\| `([\w/]+\.py)` \|", page, regex.MULTILINE)) == files
+
+
+def test_the_quickstart_writes_its_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(REPOSITORY / "examples" / "quickstart.py"), run_name="__main__")
+    assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+    assert "12 sites of BertModel" in capsys.readouterr().out
