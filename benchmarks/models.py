@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 import logging
+import types
 from typing import Any
 
 import torch
@@ -39,7 +43,7 @@ class Pointwise(nn.Module):
 
 
 class PointwiseChain(nn.Module):
-    """What torch.compile is good at."""
+    """What torch.compile is good at: elementwise blocks in a row."""
 
     def __init__(self, count: int = 12, width: int = 64) -> None:
         super().__init__()
@@ -52,19 +56,40 @@ class PointwiseChain(nn.Module):
         return x
 
 
+_serial = itertools.count()
+
+
+def own_pointwise_chain(count: int) -> nn.Module:
+    """A chain that shares no code object with another one.
+
+    torch.compile keeps its graphs by code object, and does not look at hooks: a second model of the same class would
+    run the graph of the first.
+    """
+    forward = PointwiseChain.forward
+    number = next(_serial)
+    code = forward.__code__.replace(co_name=f"forward_{number}")
+    own = types.FunctionType(code, forward.__globals__, code.co_name, forward.__defaults__, forward.__closure__)
+    return type(f"PointwiseChain{number}", (PointwiseChain,), {"forward": own})(count)
+
+
 def tiny_input() -> Tensor:
     """The input of a chain."""
     torch.manual_seed(1)
     return torch.randn(4, WIDTH)
 
 
-def gpt2(**config: Any) -> nn.Module:
-    """GPT-2 from its configuration, with random weights."""
+@functools.cache
+def _gpt2(**config: Any) -> nn.Module:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     from transformers import GPT2Config, GPT2Model
 
     torch.manual_seed(0)
     return GPT2Model(GPT2Config(bos_token_id=0, eos_token_id=0, use_cache=False, **config)).eval()
+
+
+def gpt2(**config: Any) -> nn.Module:
+    """A copy of its own of GPT-2 from its configuration, with random weights."""
+    return copy.deepcopy(_gpt2(**config))
 
 
 def small_gpt2(layers: int = 12) -> nn.Module:

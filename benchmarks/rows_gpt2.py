@@ -211,8 +211,8 @@ def early_stop(plan: Plan) -> list[Table]:
     settle_process()
     with torch.no_grad():
         tiny, skipped = _stopped(plan, Chain, tiny_input(), (48, 12), "layers.11")
-        rounds = 4 if plan.quick else 10
-        ids = token_ids(1, 64)
+        rounds = 5 if plan.quick else 15
+        ids = token_ids(1, 16 if plan.quick else 64)
         small, small_skipped = _stopped(plan, small_gpt2, ids, (LAYERS, 3), "h.2", rounds=rounds)
     table = Table("Early stop", ["variant", "us", "us over ideal", "ms, GPT-2 small", "% of the full forward"])
     for name in tiny.seconds:
@@ -226,7 +226,7 @@ def early_stop(plan: Plan) -> list[Table]:
         table.rows.append(cells)
     table.notes += [f"{name}: {reason}" for name, reason in {**skipped, **small_skipped}.items()]
     table.notes += [
-        "us: the 12th of 48 tiny modules; ms: the 3rd of 12 layers of GPT-2 small, 1 x 64 tokens",
+        f"us: the 12th of 48 tiny modules; ms: the 3rd of 12 layers of GPT-2 small, 1 x {ids.shape[1]} tokens",
         "ideal: a model that has only these layers, without hooks",
         rounds_note([tiny, small]),
     ]

@@ -6,7 +6,6 @@ import argparse
 import ctypes
 import gc
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +34,16 @@ def resident(field: str = "VmRSS") -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"no {field} in /proc/self/status")
+
+
+def map_big_blocks() -> None:
+    """Take every big block straight from the system, and give it back when it is freed.
+
+    Otherwise a block may come from what an earlier variant freed, already mapped, at five times the speed.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
 
 
 def settled() -> int:
@@ -91,7 +100,6 @@ def held(variant: str, quick: bool) -> dict[str, int]:
     """Run in a process of its own: bytes held after, and the most there were meanwhile."""
     model = small_gpt2()
     ids = token_ids(4, 128)
-    torch.set_num_threads(2)
     with torch.no_grad():
         model(ids[:1])  # the libraries underneath set themselves up
     before = settled()
@@ -195,6 +203,7 @@ def _payload(quick: bool) -> int:
 def reducers(plan: Plan) -> list[Table]:
     """How fast rows are gathered, and how much memory that takes."""
     settle_process()
+    map_big_blocks()
     payload = _payload(plan.quick)
     batch = 4 * BATCH[0] * BATCH[1] * WIDTH
     makers: dict[str, Maker] = {name: partial(_gather_call, gather, payload) for name, gather in GATHER.items()}
@@ -236,10 +245,8 @@ def _rates(samples: Samples, name: str, payload: int) -> tuple[float, float]:
 
 
 def _in_own_process(what: str, variant: str, quick: bool) -> dict[str, Any]:
-    # Big blocks straight from the system, so that resident memory falls when they are freed.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
     command = [sys.executable, __file__, what, variant, *(["--quick"] if quick else [])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": "not measured: " + (done.stderr.strip().splitlines() or ["no message"])[-1]}
     return json.loads(done.stdout.splitlines()[-1])
@@ -252,6 +259,7 @@ def main() -> None:
     parser.add_argument("variant")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
+    map_big_blocks()
     print(json.dumps({"held": held, "gathered": gathered}[options.what](options.variant, options.quick)))
 
 

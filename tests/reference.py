@@ -47,9 +47,16 @@ def top_k(rows, k, largest=True):
 def full_backward(module, call):
     """What torch's own full backward hook sees: ``[(grad_input, grad_output), ...]``, in the order of the calls."""
     seen = []
-    handle = module.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append((grad_input, grad_output)))
+    handle = module.register_full_backward_hook(lambda module, *grads: seen.append(copied(grads)))
     try:
         call()
     finally:
         handle.remove()
     return seen
+
+
+def copied(grads):
+    """Nested tuples of gradients, copied: a gradient that arrives may become ``.grad``, to which the next is added."""
+    if isinstance(grads, tuple):
+        return tuple(copied(grad) for grad in grads)
+    return None if grads is None else grads.clone()

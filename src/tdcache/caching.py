@@ -253,7 +253,7 @@ def cache_activations(model: nn.Module, pattern: Selector, **options: Any) -> It
         **options: keyword arguments of :class:`ActivationCaching`.
 
     Yields:
-        The cache itself, current after each forward and backward (with a gathering ``reducer``: after the block).
+        The cache itself, current after each forward and backward (after the block with a gathering ``reducer``).
     """
     with ActivationCaching(pattern, **options).prepare(model) as hooked:
         yield hooked.cache

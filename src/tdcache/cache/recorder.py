@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class Recorder:
         self._depth = 0
         self._delivered = True
         self._serial = 0
+        self._root: nn.Module | None = None
         self._warned: set[str] = set()
         self._to_stop: set[str] = set()
         for channel in self.channels:
@@ -59,11 +61,12 @@ class Recorder:
         """Pre-hook of the root: a forward begins."""
         if in_backward():
             return
-        if self._depth and not _is_running(module):
+        if self._depth and _calls_on_stack(module) < 2:
             self._depth = 0  # the forward before was left by an exception that torch shows to no hook
         self._depth += 1
         if self._depth > 1:
             return
+        self._root = module
         self._delivered = False
         for channel in self.channels:
             channel.begin()
@@ -165,8 +168,8 @@ class Recorder:
         Raises:
             InplaceModificationError: a kept alias was overwritten.
         """
-        if not self._delivered and not self.running:
-            self.forwards += 1  # of a compiled model, whose end cannot be seen from inside its graph
+        if not self._delivered and not (self.running and _calls_on_stack(self._root)):
+            self.forwards += not self.running  # a compiled forward, whose end cannot be seen from inside its graph
             self.deliver()
         if self.collecting and not in_backward():  # a backward that raised never came to its end
             self._deliver_gradients()
@@ -184,6 +187,7 @@ class Recorder:
         self.open = False
         for channel in self.channels:
             channel.release()
+        self._root = None
 
     def report_unfired(self, model: nn.Module) -> None:
         """Warn of the selected sites that saw nothing, by name, if a forward was completed."""
@@ -214,10 +218,11 @@ class Recorder:
         )
 
 
-def _is_running(module: nn.Module) -> bool:
-    """Whether an earlier call of ``module`` is under way up the stack; slow, and asked only in doubt."""
-    frame, calls = sys._getframe(2), 0
-    while frame is not None and calls < 2:  # the first is the call that begins now
+def _calls_on_stack(module: nn.Module | None) -> int:
+    """How many calls of ``module`` are under way; slow, and asked only in doubt: an exception may have ended them."""
+    frame: FrameType | None = sys._getframe(1)
+    calls = 0
+    while frame is not None:
         calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
-        frame = frame.f_back  # type: ignore[assignment]
-    return calls == 2
+        frame = frame.f_back
+    return calls

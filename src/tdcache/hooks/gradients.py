@@ -67,7 +67,7 @@ class GradOutputHook:
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Watch the gradient of an output."""
-        return watch_outputs(args, output, lambda grads: self.on_grads(module, grads))
+        return watch_outputs(args, output, lambda grads: self.on_grads(module, grads), type(module).__name__)
 
     def on_grads(self, module: nn.Module, grads: Grads) -> Grads | None:
         """Pass the gradients on to the hook, unless it was removed in the meantime."""
@@ -120,14 +120,14 @@ class GradInputHook:
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Watch the gradient of the output that belongs to the latest input."""
         call = self._calls.pop()
+        where = self.path or type(module).__name__
         if call.entry is not None and call.entry.was_overwritten():
-            where = self.path or type(module).__name__
             raise InplaceModificationError(
                 f"{where!r} changes its input in place, so the gradient of that input cannot be told from the gradient "
                 "of its output; capture direction 'bwd' of the module that produces it instead",
                 paths=(where,),
             )
-        return watch_outputs(args, output, call.on_outputs)
+        return watch_outputs(args, output, call.on_outputs, where)
 
 
 _ENTRY = "_tdcache_entry"
@@ -206,7 +206,7 @@ def _gathered(grads: Grads, needs: list[bool]) -> Grads:
     return tuple(grad for grad, needed in zip(grads, needs, strict=True) if needed)
 
 
-def watch_outputs(args: Any, output: Any, on_grads: Callable[[Grads], Grads | None]) -> Any:
+def watch_outputs(args: Any, output: Any, on_grads: Callable[[Grads], Grads | None], where: str) -> Any:
     """Call ``on_grads`` with the gradients of the tensors in ``output``; returns a new output where one is needed."""
     tensors = [tensor for _, tensor in leaves(output)]
     needs = [tensor.requires_grad for tensor in tensors]
@@ -221,7 +221,7 @@ def watch_outputs(args: Any, output: Any, on_grads: Callable[[Grads], Grads | No
     if len(needing) > 1:
         gated = iter(_Gate.apply(on_needed, *needing))
     elif needing[0].is_leaf or any(needing[0] is tensor for _, tensor in leaves(args)):
-        gated = iter([_watched_alias(needing[0], on_needed)])
+        gated = iter([_watched_alias(needing[0], on_needed, where)])
     else:
         needing[0].register_hook(_OneGrad(on_needed))
         return None
@@ -241,7 +241,7 @@ class _OneGrad:
         return torch.zeros_like(grad) if changed is None else changed
 
 
-def _watched_alias(passed: Tensor, on_grads: Callable[[Grads], Grads]) -> Tensor:
+def _watched_alias(passed: Tensor, on_grads: Callable[[Grads], Grads], where: str) -> Tensor:
     """An alias of an output that the module did not compute: an input that it passes on, or a parameter.
 
     A hook on that tensor itself would see the gradients of all its other uses too, and outlive the call on a leaf.
@@ -249,15 +249,24 @@ def _watched_alias(passed: Tensor, on_grads: Callable[[Grads], Grads]) -> Tensor
     alias = passed.view_as(passed)
     hook = _OneGrad(on_grads)
     alias.register_hook(hook)
-    if passed.is_leaf:
+    base = passed if passed._base is None else passed._base
+    if base.is_leaf:
         return alias
-    # An in-place operation on a view takes the view's hooks out of the graph; then the whole gradient is the module's.
     content, version = alias.detach(), alias._version
 
     def instead(grad: Tensor) -> Tensor | None:
-        return hook(grad) if not hook.fired and content._version != version else None
+        if hook.fired or content._version == version:
+            return None
+        # An in-place operation took all views, and their hooks, out of the graph; what arrives is the whole gradient.
+        if base is passed:
+            return hook(grad)
+        raise InplaceModificationError(
+            f"{where!r} passes its input on, and that was changed in place afterwards, so the gradient of its output "
+            "cannot be told; capture direction 'bwd' of the module that produces it instead",
+            paths=(where,),
+        )
 
-    passed.register_hook(instead)
+    base.register_hook(instead)
     return alias
 
 
