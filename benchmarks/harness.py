@@ -33,7 +33,7 @@ class Plan:
 
     @property
     def rounds(self) -> int:
-        return 10 if self.quick else 60
+        return 12 if self.quick else 90
 
     @property
     def sample(self) -> float:
@@ -161,17 +161,23 @@ def build(makers: Mapping[str, Maker], stack: ExitStack, skipped: dict[str, str]
     return calls
 
 
-def measure(calls: Mapping[str, Call], plan: Plan, *, rounds: int | None = None) -> Samples:
-    """Run every variant once a round, in random order."""
-    counts = {name: _calls_per_sample(call, plan.sample) for name, call in calls.items()}
-    names, shuffle = list(calls), random.Random(0).shuffle
+def measure(*copies: Mapping[str, Call], plan: Plan, rounds: int | None = None) -> Samples:
+    """Run every variant once a round, in random order.
+
+    Where a model happens to lie in memory moves its times by some percent. With several copies of each variant the
+    rounds go through them in turn, so that this shows in the quartiles and not in the median alone.
+    """
+    names = [name for name in copies[0] if all(name in calls for calls in copies)]
+    counts = {name: _calls_per_sample(copies[0][name], plan.sample) for name in names}
+    shuffle = random.Random(0).shuffle
     taken: list[dict[str, float]] = []
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
-        for _ in range(rounds or plan.rounds):
+        for number in range(rounds or plan.rounds):
             shuffle(names)
+            calls = copies[number % len(copies)]
             taken.append({name: _sample(calls[name], counts[name]) for name in names})
             gc.collect()
     finally:
@@ -180,14 +186,16 @@ def measure(calls: Mapping[str, Call], plan: Plan, *, rounds: int | None = None)
     totals = [sum(seconds * counts[name] for name, seconds in one.items()) for one in taken]
     limit = NOISY * sorted(totals)[len(totals) // 10]
     calm = [one for one, total in zip(taken, totals, strict=True) if total <= limit]
-    seconds = {name: [one[name] for one in calm] for name in calls}
+    seconds = {name: [one[name] for one in calm] for name in copies[0] if name in counts}
     return Samples(seconds, len(taken), len(taken) - len(calm))
 
 
-def measure_makers(makers: Mapping[str, Maker], plan: Plan, skipped: dict[str, str], **options: Any) -> Samples:
-    """Build the variants, measure them, and close what they opened."""
+def measure_makers(
+    makers: Mapping[str, Maker], plan: Plan, skipped: dict[str, str], *, copies: int = 3, rounds: int | None = None
+) -> Samples:
+    """Build each variant ``copies`` times, measure them, and close what they opened."""
     with ExitStack() as stack:
-        return measure(build(makers, stack, skipped), plan, **options)
+        return measure(*(build(makers, stack, skipped) for _ in range(copies)), plan=plan, rounds=rounds)
 
 
 def _calls_per_sample(call: Call, wanted: float) -> int:

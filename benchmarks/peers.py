@@ -54,10 +54,13 @@ def hook_by_hand(stack: ExitStack, sites: Sites, take: Callable[[Any], Any] | No
 
 def one_shot_by_hand(model: nn.Module, pattern: str, run: Callable[[], Any], take: Any = None) -> TensorDict:
     """Match, register, run, flush, remove."""
+    return one_shot_on_sites(matching(model, pattern), run, take)
+
+
+def one_shot_on_sites(sites: Sites, run: Callable[[], Any], take: Any = None) -> TensorDict:
+    """Register, run, flush, remove."""
     kept: dict[str, Any] = {}
-    handles = [
-        module.register_forward_hook(write_hook(kept, path, take)) for path, module in matching(model, pattern)
-    ]
+    handles = [module.register_forward_hook(write_hook(kept, path, take)) for path, module in sites]
     try:
         run()
     finally:
@@ -138,9 +141,7 @@ class TraceDict(dict[str, Trace]):
 
     def __init__(self, model: nn.Module, names: Iterable[str], *, detach: bool = True, stop: bool = False) -> None:
         names = list(names)
-        super().__init__(
-            (name, Trace(model, name, detach=detach, stop=stop and name == names[-1])) for name in names
-        )
+        super().__init__((name, Trace(model, name, detach=detach, stop=stop and name == names[-1])) for name in names)
 
     def __enter__(self) -> TraceDict:
         return self
@@ -177,7 +178,7 @@ def nnsight_cache(wrapped: Any, modules: Sequence[Any], *inputs: Any) -> Any:
     """A trace with nnsight's cache."""
     with wrapped.trace(*inputs) as tracer:
         cache = tracer.cache(modules=modules)
-    return cache
+    return cache  # noqa: RET504 - the body runs elsewhere, nothing may return from it
 
 
 def nnsight_save(wrapped: Any, modules: Sequence[Any], *inputs: Any) -> list[Any]:
@@ -186,7 +187,7 @@ def nnsight_save(wrapped: Any, modules: Sequence[Any], *inputs: Any) -> list[Any
 
     with wrapped.trace(*inputs):
         kept = nnsight.save([module.output for module in modules])
-    return kept
+    return kept  # noqa: RET504 - as above
 
 
 def nnsight_gradients(wrapped: Any, modules: Sequence[Any], *inputs: Any) -> list[Tensor]:
@@ -251,11 +252,11 @@ def backward(loss: Tensor) -> None:
     torch.autograd.backward(loss)
 
 
-def checked(call: Callable[[], Any], count: int, entries: Callable[[Any], Any] = lambda found: found) -> Callable[[], Any]:
+def checked(
+    call: Callable[[], Any], count: int, entries: Callable[[Any], Any] = lambda found: found
+) -> Callable[[], Any]:
     """``call`` itself, after one call that must have captured ``count`` values."""
     found = len(list(entries(call())))
     if found != count:
         raise AssertionError(f"captured {found} of {count} values")
     return call
-
-

@@ -11,9 +11,9 @@ from typing import Any
 import peers
 import torch
 from harness import Call, Goal, Maker, Plan, Samples, Table, build, measure, rounds_note, settle_process
-from models import CHAIN_PATTERN, own_pointwise_chain
 from tensordict import TensorDict
 from torch import nn
+from zoo import CHAIN_PATTERN, own_pointwise_chain
 
 from tdcache import ActivationCaching
 
@@ -108,10 +108,12 @@ def _present(plan: Plan) -> Table:
                 call()
             calls |= built
             graphs[name] = _graphs()
-        samples = measure(calls, plan)
+        samples = measure(calls, plan=plan)
     for name in samples.seconds:
         found, broken = graphs[name] if name.startswith("compiled") else ("", "")
-        table.rows.append([name, f"{samples.time(name).median * 1e6:.1f}", *_ratios(samples, name), str(found), str(broken)])
+        table.rows.append(
+            [name, f"{samples.time(name).median * 1e6:.1f}", *_ratios(samples, name), str(found), str(broken)]
+        )
     table.notes += [f"{name}: {reason}" for name, reason in skipped.items()]
     table.notes.append(rounds_note([samples]))
     if "compiled, tdcache" in samples:
@@ -128,10 +130,10 @@ def _graphs() -> tuple[int, int]:
 
 
 def _ratios(samples: Samples, name: str) -> list[str]:
-    cells = []
-    for base in ("eager", "compiled"):
-        cells.append(f"{1 + samples.share(name, base).median / 100:.2f}" if base in samples else "-")
-    return cells
+    return [
+        f"{1 + samples.share(name, base).median / 100:.2f}" if base in samples else "-"
+        for base in ("eager", "compiled")
+    ]
 
 
 # Hooks that come after the first call. ``model`` is the user's own, ``called`` what was compiled and is called.
@@ -170,7 +172,9 @@ LATER: Mapping[str, Callable[..., int]] = {
 
 
 def _later() -> Table:
-    table = Table("torch.compile, hooks added after the first call", ["variant", "torch.compile(model)", "model.compile()"])
+    table = Table(
+        "torch.compile, hooks added after the first call", ["variant", "torch.compile(model)", "model.compile()"]
+    )
     for name, hook in LATER.items():
         answers = [_captured(hook, in_place) for in_place in (False, True)]
         table.rows.append([name, *(answer for answer, _ in answers)])

@@ -9,8 +9,8 @@ from functools import partial
 import peers
 import torch
 from harness import Call, Goal, Maker, Plan, Samples, Table, measure_makers, overhead_table, settle_process
-from models import CHAIN_PATTERN, WIDTH, Chain, hooked_chain, tiny_input
 from tensordict import TensorDict
+from zoo import CHAIN_PATTERN, WIDTH, Chain, hooked_chain, tiny_input
 
 from tdcache import ActivationCaching, cache_activations
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
 import peers
 import torch
 from harness import Call, Goal, Maker, Plan, Samples, Table, measure_makers, rounds_note, settle_process
-from models import GPT2_PATTERN, Chain, narrow_gpt2, small_gpt2, tiny_input, token_ids
 from tensordict import TensorDict
 from torch import nn
+from zoo import GPT2_PATTERN, Chain, narrow_gpt2, small_gpt2, tiny_input, token_ids
 
 from tdcache import ActivationCaching
 
@@ -32,6 +32,13 @@ def _no_hook(stack: ExitStack) -> Call:
 def _by_hand(stack: ExitStack, take: Callable[[Any], Any] = peers.first) -> Call:
     model = narrow_gpt2()
     call = partial(peers.one_shot_by_hand, model, GPT2_PATTERN, partial(model, _ids()), take)
+    return peers.checked(call, SITES, TensorDict.keys)
+
+
+def _by_hand_known(stack: ExitStack) -> Call:
+    model, ids = narrow_gpt2(), _ids()
+    sites = peers.matching(model, GPT2_PATTERN)
+    call = partial(peers.one_shot_on_sites, sites, partial(model, ids), peers.first)
     return peers.checked(call, SITES, TensorDict.keys)
 
 
@@ -99,6 +106,7 @@ def _pyvene(stack: ExitStack) -> Call:
 
 NARROW: Mapping[str, Maker] = {
     "no hook": _no_hook,
+    "hand-written, modules known before": _by_hand_known,
     "hand-written": _by_hand,
     "hand-written, detach().clone()": partial(_by_hand, take=lambda output: peers.first(output).detach().clone()),
     "tdcache, prepare and with": _tdcache,
@@ -133,7 +141,9 @@ def gpt2(plan: Plan) -> list[Table]:
     table.notes.append(rounds_note([samples]))
     if "tdcache, prepare and with" in samples:
         share = samples.share("tdcache, prepare and with", "no hook").median
+        ratio = samples.ratio("tdcache, prepare and with", "hand-written", "no hook").median
         table.goals.append(Goal("GPT-2 shape, one shot, over no hook", share, 13, "%"))
+        table.goals.append(Goal("GPT-2 shape, one shot, to hand-written", ratio, 1.25))
     return [table]
 
 
@@ -149,10 +159,8 @@ def _stop_by_hand(stack: ExitStack, model: nn.Module, x: Any, path: str) -> Call
     stack.callback(model.get_submodule(path).register_forward_hook(peers.stop_hook(kept, path)).remove)
 
     def call() -> dict[str, Any]:
-        try:
+        with suppress(peers.Reached):
             model(x)
-        except peers.Reached:
-            pass
         return kept
 
     return peers.checked(call, 1)
@@ -213,7 +221,7 @@ def early_stop(plan: Plan) -> list[Table]:
         tiny, skipped = _stopped(plan, Chain, tiny_input(), (48, 12), "layers.11")
         rounds = 5 if plan.quick else 15
         ids = token_ids(1, 16 if plan.quick else 64)
-        small, small_skipped = _stopped(plan, small_gpt2, ids, (LAYERS, 3), "h.2", rounds=rounds)
+        small, small_skipped = _stopped(plan, small_gpt2, ids, (LAYERS, 3), "h.2", rounds=rounds, copies=1)
     table = Table("Early stop", ["variant", "us", "us over ideal", "ms, GPT-2 small", "% of the full forward"])
     for name in tiny.seconds:
         cells = [f"**{name}**" if name == "ideal" else name, f"{tiny.time(name).median * 1e6:.1f}"]
@@ -231,7 +239,9 @@ def early_stop(plan: Plan) -> list[Table]:
         rounds_note([tiny, small]),
     ]
     if "tdcache, open" in tiny:
-        table.goals.append(Goal("early stop, tiny modules, over ideal", tiny.over("tdcache, open", "ideal").median, 15, "us"))
+        table.goals.append(
+            Goal("early stop, tiny modules, over ideal", tiny.over("tdcache, open", "ideal").median, 15, "us")
+        )
         full, ideal, ours = (small.time(name).median for name in ("full forward", "ideal", "tdcache, open"))
         saved = 100 * (full - ours) / (full - ideal)
         table.goals.append(Goal("early stop, GPT-2 small, part of the ideal saving", saved, 99, "%", at_least=True))
@@ -247,7 +257,10 @@ def _stopped(
     **options: Any,
 ) -> tuple[Samples, dict[str, str]]:
     full, part = depths
-    makers: dict[str, Maker] = {"full forward": lambda stack: partial(make(full), x), "ideal": lambda stack: partial(make(part), x)}
+    makers: dict[str, Maker] = {
+        "full forward": lambda stack: partial(make(full), x),
+        "ideal": lambda stack: partial(make(part), x),
+    }
     for name, maker in STOPPED.items():
         makers[name] = partial(_on_own_model, maker, make, full, x, path)
     skipped: dict[str, str] = {}
@@ -255,6 +268,11 @@ def _stopped(
 
 
 def _on_own_model(
-    maker: Callable[..., Call], make: Callable[[int], nn.Module], depth: int, x: torch.Tensor, path: str, stack: ExitStack
+    maker: Callable[..., Call],
+    make: Callable[[int], nn.Module],
+    depth: int,
+    x: torch.Tensor,
+    path: str,
+    stack: ExitStack,
 ) -> Call:
     return maker(stack, make(depth), x, path)

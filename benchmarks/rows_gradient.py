@@ -9,10 +9,10 @@ from typing import Any
 
 import peers
 from harness import Call, Maker, Plan, Table, overhead_table, settle_process
-from models import CHAIN_PATTERN, Chain, hooked_chain, tiny_input
 from rows_forward import by_size, goals
 from tensordict import TensorDict
 from torch import Tensor, nn
+from zoo import CHAIN_PATTERN, Chain, hooked_chain, tiny_input
 
 from tdcache import ActivationCaching
 
@@ -198,7 +198,9 @@ def gradient(plan: Plan) -> list[Table]:
     title = "Forward and gradient, context open"
     table = overhead_table(title, samples, FLOOR, {"TransformerLens, caching hooks": TL_IDLE}, skipped)
     table.goals += goals("forward + gradient", samples, "tdcache, fwd and bwd", FLOOR)
-    table.notes.append("overhead over forward and backward without hooks; the output is captured too where not said otherwise")
+    table.notes.append(
+        "overhead over forward and backward without hooks; the output is captured too where not said otherwise"
+    )
     shots, skipped = by_size(ONE_SHOT, plan)
     bases = {"TransformerLens, run_with_cache": TL_IDLE}
     second = overhead_table("Enter, forward, gradient, exit", shots, "hand-written", bases, skipped)

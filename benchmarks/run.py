@@ -83,7 +83,12 @@ def _measure_apart(row: str, quick: bool) -> list[dict] | None:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "tables.json")
         command = [sys.executable, __file__, "--child", row, "--json", str(answer), *(["--quick"] if quick else [])]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONWARNINGS": "ignore",
+        }
         done = subprocess.run(command, env=environment, check=False)
         return json.loads(answer.read_text()) if done.returncode == 0 else None
 

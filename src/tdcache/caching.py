@@ -34,7 +34,7 @@ from tdcache.hooks import MultiHookHandle, Order, attach, attach_outputs, bracke
 from tdcache.hooks.factory import check_callback
 from tdcache.modules import HookedModule
 from tdcache.reducers import Last, Reducer
-from tdcache.selection import Selection, as_matcher, select_matching
+from tdcache.selection import Selection, as_matcher, depends_on_names_only, select_matching, walk
 from tdcache.types import Hold, HookDirection, Index, Match, Pick, Selector
 
 __all__ = ["ActivationCaching", "cache_activations"]
@@ -149,10 +149,7 @@ class ActivationCaching(HookingContextFactory):
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context = module.hooking_context
-        root = module.model if self._relative else module
-        selection = select_matching(
-            root, self._matcher, self._key_pattern, match=self._match, allow_empty=self._allow_empty
-        )
+        selection = self._select(module)
         recorder = context.recorder or self._recorder(context.cache, selection)
         handle = MultiHookHandle()
         try:
@@ -170,6 +167,22 @@ class ActivationCaching(HookingContextFactory):
             raise
         context.recorder = recorder
         return handle
+
+    def _select(self, module: HookedModule) -> Selection:
+        """The sites; those of the last entry where neither the selector nor the modules have changed since."""
+        context = module.hooking_context
+        root = module.model if self._relative else module
+        tree = walk(root)
+        if context.remembered is not None:
+            matcher, before, selection = context.remembered
+            if matcher is self._matcher and before == tree:
+                return selection
+        selection = select_matching(
+            root, self._matcher, self._key_pattern, match=self._match, allow_empty=self._allow_empty, tree=tree
+        )
+        if depends_on_names_only(self._matcher):
+            context.remembered = (self._matcher, tree, selection)
+        return selection
 
     def _recorder(self, cache: TensorDictBase, selection: Selection) -> Recorder:
         keep = self._keep if cache.device is None or self._keep.device else replace(self._keep, device=cache.device)
@@ -203,7 +216,9 @@ class ActivationCaching(HookingContextFactory):
             attach_outputs(taps, handle, order)
         elif direction in ("bwd", "bwd_pre"):
             attach_outputs(
-                ((module, GradientTap(path, *common, self._pick).on_output) for path, module, _ in selection), handle, order
+                ((module, GradientTap(path, *common, self._pick).on_output) for path, module, _ in selection),
+                handle,
+                order,
             )
         else:
             for path, module, _ in selection:
@@ -239,13 +254,15 @@ def _checked_directions(
         row = direction_row(direction)
         check_callback(callback, row.params)
         if stop_early and row.gradient:
-            raise DirectionError(f"stop_early ends the forward, so no backward can bring {direction!r}; leave one of them out")
+            raise DirectionError(
+                f"stop_early ends the forward, so no backward can bring {direction!r}; leave one of them out"
+            )
     return found
 
 
 @contextmanager
 def cache_activations(model: nn.Module, pattern: Selector, **options: Any) -> Iterator[TensorDictBase]:
-    r"""Cache in one line: ``with cache_activations(model, r"layers\.\d+") as cache: model(x)``.
+    r"""The cache itself, in one line: ``with cache_activations(model, r"layers\.\d+") as cache: model(x)``.
 
     Args:
         model: any ``nn.Module``; call it as usual inside the block.

@@ -128,8 +128,8 @@ class UnfiredSiteWarning(TdcacheWarning):
 
 
 def warn_user(message: str, category: type[TdcacheWarning]) -> None:
-    """Warn, pointing at the line of the user's code that led here, however deep in this package (or torch) it happens."""
-    level, frame = 2, sys._getframe(1)
+    """Warn, pointing at the line of the user's code that led here, however deep in this package it happens."""
+    level, frame = 2, sys._getframe(1)  # noqa: SLF001  (warnings' own skip_file_prefixes needs Python 3.12)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USER:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level - 1)

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["compiled_modules", "has_stale_graph", "is_optimized_module", "post_hooks", "pre_hooks", "why_not_called"]
+__all__ = [
+    "calls_on_stack",
+    "compiled_modules",
+    "has_stale_graph",
+    "in_backward",
+    "is_optimized_module",
+    "post_hooks",
+    "pre_hooks",
+    "why_not_called",
+]
 
 
 def post_hooks(module: nn.Module) -> Any:
@@ -20,6 +30,21 @@ def post_hooks(module: nn.Module) -> Any:
 def pre_hooks(module: nn.Module) -> Any:
     """The ordered dict of a module's forward pre-hooks, by registration number."""
     return module._forward_pre_hooks
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward on this thread: a forward in there is a checkpoint's recomputation."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def calls_on_stack(module: nn.Module | None) -> int:
+    """How many calls of ``module`` are under way; slow, and asked only in doubt: an exception may have ended them."""
+    frame: FrameType | None = sys._getframe(1)
+    calls = 0
+    while frame is not None:
+        calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return calls
 
 
 def is_optimized_module(model: nn.Module) -> bool:
@@ -33,7 +58,7 @@ def compiled_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def has_stale_graph(model: nn.Module) -> bool:
-    """Whether ``torch.compile`` has traced this model (or another of the same classes), so that hooks added now are skipped.
+    """Whether ``torch.compile`` has traced this model, or another of its classes, so that hooks added now are skipped.
 
     Graphs belong to code objects, not to instances: one that was traced for another model of the class serves here too.
     """
@@ -62,7 +87,8 @@ _REASONS = (
     ),
     (
         (nn.MultiheadAttention,),
-        "nn.MultiheadAttention {owner!r} uses the weights of its projections without calling them; select {owner!r} itself",
+        "nn.MultiheadAttention {owner!r} uses the weights of its projections without calling them; "
+        "select {owner!r} itself",
     ),
 )
 

@@ -265,13 +265,19 @@ def select(model: nn.Module, selector: Selector, *, match: Match = "full", allow
 
 
 def select_matching(
-    model: nn.Module, matcher: Matcher, selector: Selector, *, match: Match = "full", allow_empty: bool = False
+    model: nn.Module,
+    matcher: Matcher,
+    selector: Selector,
+    *,
+    match: Match = "full",
+    allow_empty: bool = False,
+    tree: list[tuple[str, nn.Module]] | None = None,
 ) -> Selection:
-    """:func:`select` with a matcher that was made from ``selector`` before."""
-    sites = _matches(model, matcher)
+    """:func:`select` with a matcher made from ``selector`` before and, if given, what ``walk(model)`` returned."""
+    sites = _matches(walk(model) if tree is None else tree, matcher)
     inner: nn.Module | None = model
-    while not sites and (inner := _wrapped(inner)) is not None:
-        sites = _matches(inner, matcher)
+    while not sites and inner is not None and (inner := _wrapped(inner)) is not None:
+        sites = _matches(walk(inner), matcher)
     if _wants_root(selector):
         sites.insert(0, Site("", model))
     if not sites and not allow_empty:
@@ -279,13 +285,20 @@ def select_matching(
     return Selection(sites, selector=selector, model_name=type(model).__name__)
 
 
-def _matches(model: nn.Module, matcher: Matcher) -> list[Site]:
+def depends_on_names_only(matcher: Matcher) -> bool:
+    """Whether the same modules under the same names always give the same selection; a predicate may change its mind."""
+    if isinstance(matcher, AnyOf):
+        return all(map(depends_on_names_only, matcher.members))
+    return isinstance(matcher, PathPattern | IsInstance)
+
+
+def _matches(tree: list[tuple[str, nn.Module]], matcher: Matcher) -> list[Site]:
     if not isinstance(matcher, PathPattern):
-        return [Site(path, module, groups) for path, module in walk(model) if (groups := matcher(path, module)) is not None]
+        return [Site(path, module, groups) for path, module in tree if (groups := matcher(path, module)) is not None]
     find = matcher.finder()  # the common case, without a Python call per module
     if matcher.pattern.groupindex:
-        return [Site(path, module, hit.groupdict()) for path, module in walk(model) if (hit := find(path)) is not None]
-    return [Site._make((path, module, _NO_GROUPS)) for path, module in walk(model) if find(path) is not None]
+        return [Site(path, module, hit.groupdict()) for path, module in tree if (hit := find(path)) is not None]
+    return [Site._make((path, module, _NO_GROUPS)) for path, module in tree if find(path) is not None]
 
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}

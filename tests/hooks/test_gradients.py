@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import weakref
 from collections import OrderedDict
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -46,6 +47,15 @@ def seen_by(module, direction, call):
     finally:
         handle.remove()
     return seen
+
+
+@contextmanager
+def registered(module, hook, direction):
+    handle = register_hook_to_module(module, hook, direction)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def same(one, other):
@@ -150,7 +160,7 @@ def test_an_edit_changes_the_gradients_upstream_as_it_does_in_torch(direction, e
         return torch.autograd.grad(model(x).sum(), [*model.parameters()])
 
     plain = gradients()
-    with register(model[1], edit, direction):
+    with registered(model[1], edit, direction):
         ours = gradients()
     register_theirs = model[1].register_full_backward_hook if direction == "bwd" else model[1].register_full_backward_pre_hook
     handle = register_theirs(edit)
@@ -163,9 +173,9 @@ def test_an_edit_changes_the_gradients_upstream_as_it_does_in_torch(direction, e
 @pytest.mark.parametrize("direction", ["bwd", "bwd_pre", "grad_in"])
 def test_a_bare_tensor_is_taken_for_the_only_gradient(direction):
     module, x = nn.Linear(3, 3), torch.ones(1, 3, requires_grad=True)
-    with register(module, lambda *args: torch.full((1, 3), 2.0), direction):
+    with registered(module, lambda *args: torch.full((1, 3), 2.0), direction):
         (bare,) = torch.autograd.grad(module(x).sum(), x)
-    with register(module, lambda *args: (torch.full((1, 3), 2.0),), direction):
+    with registered(module, lambda *args: (torch.full((1, 3), 2.0),), direction):
         (wrapped,) = torch.autograd.grad(module(x).sum(), x)
     assert torch.equal(bare, wrapped)
 
@@ -180,23 +190,10 @@ def test_an_input_that_needs_no_gradient_has_none():
     assert torch.equal(second, expected)
 
 
-class register:
-    """A registration for the length of a block."""
-
-    def __init__(self, module, hook, direction):
-        self.handle = register_hook_to_module(module, hook, direction)
-
-    def __enter__(self):
-        return self.handle
-
-    def __exit__(self, *error):
-        self.handle.remove()
-
-
 def test_an_edit_of_several_gradients_reaches_each_input():
     module = TwoByTwo()
     a, b = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
-    with register(module, lambda module, grad_input, grad_output: (grad_input[0] * 2, None), "bwd"):
+    with registered(module, lambda module, grad_input, grad_output: (grad_input[0] * 2, None), "bwd"):
         edited = torch.autograd.grad(module(a, b)[0].sum(), [a, b], allow_unused=True)
     plain = torch.autograd.grad(module(a, b)[0].sum(), [a, b])
     assert torch.equal(edited[0], plain[0] * 2)
@@ -206,7 +203,7 @@ def test_an_edit_of_several_gradients_reaches_each_input():
 @pytest.mark.parametrize("direction", ["bwd", "bwd_pre", "grad_in"])
 def test_none_for_the_only_gradient_ends_it_there(direction):
     module, x = nn.Linear(3, 3), torch.ones(1, 3, requires_grad=True)
-    with register(module, lambda *args: (None,), direction):
+    with registered(module, lambda *args: (None,), direction):
         module(x).sum().backward()
     assert torch.equal(x.grad, torch.zeros(1, 3))
 
@@ -300,7 +297,7 @@ def test_a_module_goes_on_writing_into_the_tensordict_it_was_given():
         return td
 
     module, td = Returning(forward), TensorDict({"x": torch.ones(2, requires_grad=True)})
-    with register(module, lambda *args: None, "grad_in"):
+    with registered(module, lambda *args: None, "grad_in"):
         module(td)
     assert torch.equal(td["y"], torch.full((2,), 2.0))
 
@@ -318,7 +315,7 @@ def test_nothing_stays_on_a_leaf_that_a_module_hands_on():
     parameter = nn.Parameter(torch.ones(2))
     module = Returning(lambda: parameter)
     seen = []
-    with register(module, lambda module, grads: seen.append(grads), "bwd_pre"):
+    with registered(module, lambda module, grads: seen.append(grads), "bwd_pre"):
         for _ in range(3):
             module().sum().backward()
     assert len(seen) == 3
@@ -328,7 +325,7 @@ def test_nothing_stays_on_a_leaf_that_a_module_hands_on():
 @pytest.mark.parametrize("direction", ["bwd", "bwd_pre", "grad_in"])
 def test_a_hook_can_ask_for_the_gradient_of_the_gradient(direction):
     module, x = Returning(lambda x: x**3), torch.tensor([2.0], requires_grad=True)
-    with register(module, lambda *args: None, direction):
+    with registered(module, lambda *args: None, direction):
         (first,) = torch.autograd.grad(module(x), x, create_graph=True)
         (second,) = torch.autograd.grad(first, x)
     assert (first.item(), second.item()) == (12.0, 12.0)
@@ -391,7 +388,7 @@ def test_no_graph_is_kept_alive_by_a_hook(direction):
     module, x = nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True)
     gc.disable()  # freed by reference counts alone
     try:
-        with register(module, lambda *args: None, direction):
+        with registered(module, lambda *args: None, direction):
             output = module(x)
             node = weakref.ref(output)
             output.sum().backward()

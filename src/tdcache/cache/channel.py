@@ -119,7 +119,7 @@ class Channel:
             self.idle()
 
     def _stacked(self, entries: dict[CacheKey, Any]) -> Mapping[CacheKey, Any]:
-        if self.stack_by is None or self.is_gradient and not self.stack_by.complete(entries):
+        if self.stack_by is None or (self.is_gradient and not self.stack_by.complete(entries)):
             return entries  # of a gradient, more may come with another backward
         return self.stack_by(entries)
 
@@ -238,7 +238,7 @@ _ABSENT = _Absent()
 
 def _overwritten(paths: Sequence[str]) -> InplaceModificationError:
     return InplaceModificationError(
-        f"the value kept at {listed(paths, 20)} was overwritten by a later in-place operation (such as ReLU(inplace=True)), "
-        "so it is no longer the activation; keep a copy with hold='snapshot'",
+        f"the value kept at {listed(paths, 20)} was overwritten by a later in-place operation "
+        "(such as ReLU(inplace=True)), so it is no longer the activation; keep a copy with hold='snapshot'",
         paths=paths,
     )

@@ -62,7 +62,7 @@ class Keep:
 
     def _moved(self, kept: Tensor, transfers: Transfers) -> Tensor:
         device = self.device or kept.device
-        if device == kept.device or (device.index is None and device.type == kept.device.type):
+        if device == kept.device or device == torch.device(kept.device.type):
             return kept if self.dtype is None else kept.to(self.dtype)
         leaves_accelerator = device.type == "cpu" and kept.device.type in ("cuda", "xpu")
         if leaves_accelerator and not kept.requires_grad:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tdcache.cache.channel import Channel
 from tdcache.errors import CaptureError, RepeatedCallWarning, StopForward, UnfiredSiteWarning, listed, warn_user
 from tdcache.hooks.directions import direction_row
-from tdcache.introspect import why_not_called
+from tdcache.introspect import calls_on_stack, in_backward, why_not_called
 from tdcache.types import CacheKey
 
-__all__ = ["Recorder", "in_backward"]
-
-
-def in_backward() -> bool:
-    """Whether autograd is running a backward on this thread: a forward in there is a checkpoint's recomputation."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+__all__ = ["Recorder"]
 
 
 class Recorder:
@@ -61,7 +54,7 @@ class Recorder:
         """Pre-hook of the root: a forward begins."""
         if in_backward():
             return
-        if self._depth and _calls_on_stack(module) < 2:
+        if self._depth and calls_on_stack(module) < 2:
             self._depth = 0  # the forward before was left by an exception that torch shows to no hook
         self._depth += 1
         if self._depth > 1:
@@ -136,7 +129,7 @@ class Recorder:
         self, channel: Channel, key: CacheKey, path: str, grad: Any, *, number: int, serial: int, latest: int = 0
     ) -> bool:
         """Keep a gradient when it arrives, unless a later call's (``latest``) is there; says whether it was kept."""
-        if not self.open or channel.latest_only and number != channel.number:
+        if not self.open or (channel.latest_only and number != channel.number):
             return False
         self._collect()
         if channel.latest_only and (key in channel.values or key in channel.copies) and latest > serial:
@@ -168,7 +161,7 @@ class Recorder:
         Raises:
             InplaceModificationError: a kept alias was overwritten.
         """
-        if not self._delivered and not (self.running and _calls_on_stack(self._root)):
+        if not self._delivered and not (self.running and calls_on_stack(self._root)):
             self.forwards += not self.running  # a compiled forward, whose end cannot be seen from inside its graph
             self.deliver()
         if self.collecting and not in_backward():  # a backward that raised never came to its end
@@ -197,13 +190,15 @@ class Recorder:
                 warn_user(self._unfired_message(model, channel, silent), UnfiredSiteWarning)
 
     def _unfired_message(self, model: nn.Module, channel: Channel, silent: list[str]) -> str:
-        what = f"{len(silent)} of {len(channel.paths)} selected sites saw no {channel.direction!r} value: {listed(silent, 20)}"
+        count = f"{len(silent)} of {len(channel.paths)} selected sites"
+        what = f"{count} saw no {channel.direction!r} value: {listed(silent, 20)}"
         graphless = [path for path in silent if path in self.graphless]
         if channel.is_gradient and graphless:
             noun = direction_row(channel.direction).noun.removeprefix("grad_")
-            return f"{what}; the {noun} of {listed(graphless)} did not require grad (no_grad, frozen or integer-only input?)"
+            why = "did not require grad (no_grad, frozen or integer-only input?)"
+            return f"{what}; the {noun} of {listed(graphless)} {why}"
         if channel.is_gradient:
-            return f"{what}; no gradient reached them: was backward() called inside the block?"
+            return f"{what}; no backward() inside the block reached them, or their values did not require grad"
         reasons = dict.fromkeys(reason for path in silent if (reason := why_not_called(model, path)))
         return "; ".join([what, *reasons])
 
@@ -216,13 +211,3 @@ class Recorder:
             "keep every call with reducer=Stack(), or the first with reducer=First()",
             RepeatedCallWarning,
         )
-
-
-def _calls_on_stack(module: nn.Module | None) -> int:
-    """How many calls of ``module`` are under way; slow, and asked only in doubt: an exception may have ended them."""
-    frame: FrameType | None = sys._getframe(1)
-    calls = 0
-    while frame is not None:
-        calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
-        frame = frame.f_back
-    return calls

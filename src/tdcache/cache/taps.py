@@ -90,7 +90,7 @@ class ValueTap(Tap):
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what is picked of the arguments: positional ones by number, keyword ones by name."""
-        if isinstance(self.pick, str) and self.pick != "all" or isinstance(self.pick, tuple):
+        if (isinstance(self.pick, str) and self.pick != "all") or isinstance(self.pick, tuple):
             self._on_value(module, {**dict(enumerate(args)), **kwargs}, "in_keys")
         else:
             inputs = (*args, *kwargs.values())
@@ -198,7 +198,7 @@ class GradientTap(Tap):
 
 
 class OutputAndGradientTap(OutputTap):
-    """Takes the output and its gradient, both as they are, in one hook: the fast path for the usual pair of directions."""
+    """Takes the output and its gradient, both as they are, in one hook: the fast path for the usual pair."""
 
     __slots__ = ("gradient", "gradient_channel")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -48,8 +48,8 @@ class Target:
         missing = [self._full(key) for key in keys if self.cache.get(self._full(key), None) is None]
         if missing:
             raise CacheWriteError(
-                f"the cache is locked and has no preallocated entry for {listed(missing)}; allocate them before locking "
-                "it, or call cache.unlock_()",
+                f"the cache is locked and has no preallocated entry for {listed(missing)}; allocate them before "
+                "locking it, or call cache.unlock_()",
                 paths=[str(key) for key in missing],
             )
 
@@ -112,7 +112,7 @@ class Target:
             node = TensorDict(batch_size=[], device=self.cache.device)
             self.cache[self.node] = node
             node = self.cache.get(self.node)
-        return node
+        return cast(TensorDictBase, node)
 
     def _drop(self, key: CacheKey) -> None:
         full = self._full(key)
@@ -132,7 +132,8 @@ class Target:
         if there.shape != value.shape or there.dtype != value.dtype:
             raise CacheWriteError(
                 f"the locked cache's entry {self._full(key)!r} does not fit its value:\n"
-                f"  cache: shape {tuple(there.shape)}, {there.dtype}\n  value: shape {tuple(value.shape)}, {value.dtype}\n"
+                f"  cache: shape {tuple(there.shape)}, {there.dtype}\n"
+                f"  value: shape {tuple(value.shape)}, {value.dtype}\n"
                 "allocate it in this shape and dtype, or use index= and dtype= to change what is kept",
                 paths=[str(self._full(key))],
             )
@@ -142,7 +143,11 @@ class Target:
         shapes = {key: tuple(value.shape[: self.batch_dims]) for key, value in entries.items()}
         if len(set(shapes.values())) > 1 or any(len(shape) < self.batch_dims for shape in shapes.values()):
             common = max(set(shapes.values()), key=list(shapes.values()).count)
-            odd = [f"{key!r} {tuple(entries[key].shape)}" for key, shape in shapes.items() if shape != common or len(shape) < self.batch_dims]
+            odd = [
+                f"{key!r} {tuple(entries[key].shape)}"
+                for key, shape in shapes.items()
+                if shape != common or len(shape) < self.batch_dims
+            ]
             raise CaptureError(
                 f"batch_dims={self.batch_dims} needs the same leading dims at every site; most have {common}, but "
                 f"{', '.join(odd[:5])}; select other sites, lower batch_dims, or bring them in line with callback=",
@@ -155,7 +160,9 @@ class Target:
                 td.batch_size = torch.Size([])
         node.update(entries)
         node.batch_size = batch
-        if node is not self.cache and all(tuple(value.shape[: self.batch_dims]) == batch for value in self.cache.values()):
+        if node is not self.cache and all(
+            tuple(value.shape[: self.batch_dims]) == batch for value in self.cache.values()
+        ):
             self.cache.batch_size = batch
 
 
@@ -204,9 +211,10 @@ class StackBy:
                 )
             shapes = {tuple(entries[path].shape) for path in paths}
             if len(shapes) > 1:
+                differing = ", ".join(f"{path!r} {tuple(entries[path].shape)}" for path in paths[:5])
                 raise CaptureError(
-                    f"stack_by={self.group!r} cannot stack {key!r}: the sites differ in shape, "
-                    f"{', '.join(f'{path!r} {tuple(entries[path].shape)}' for path in paths[:5])}; use index= or callback=",
+                    f"stack_by={self.group!r} cannot stack {key!r}: the sites differ in shape, {differing}; "
+                    "use index= or callback=",
                     paths=paths,
                 )
             joined[key] = torch.stack([entries[path] for path in paths])

@@ -75,8 +75,8 @@ class CompositeHookingContext(HookingContextWithCache):
                     key = (id(channel.target.cache), channel.target.node, path)
                     if key in seen:
                         raise CacheWriteError(
-                            f"children {seen[key]} and {number} of the composite both cache {path!r}; give one of them a "
-                            "cache of its own with cache=TensorDict(), or other sites",
+                            f"children {seen[key]} and {number} of the composite both cache {path!r}; give one of them "
+                            "a cache of its own with cache=TensorDict(), or other sites",
                             paths=(path,),
                         )
                     seen[key] = number
@@ -107,7 +107,8 @@ class CompositeHookingContextFactory(HookingContextFactory):
 
     def __init__(self, *factories: HookingContextFactory) -> None:
         super().__init__()
-        strangers = [factory for factory in factories if not isinstance(factory, HookingContextFactory)]
+        given: tuple[object, ...] = factories
+        strangers = [factory for factory in given if not isinstance(factory, HookingContextFactory)]
         if strangers:
             raise ContextError(f"a composite is made of factories such as ActivationCaching(...), got {strangers[0]!r}")
         self.factories: Sequence[HookingContextFactory] = factories

@@ -7,16 +7,18 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from tdcache.cache.recorder import Recorder
-from tdcache.hooks.compiled import eager_where_stale
 from tdcache.errors import CacheWriteError, ContextError
 from tdcache.hooks.attach import MultiHookHandle
+from tdcache.hooks.compiled import eager_where_stale
 from tdcache.modules.call import ModelCall
 from tdcache.modules.hooked import HookedModule
+from tdcache.selection import Matcher, Selection
 from tdcache.types import CacheKey
 
 if TYPE_CHECKING:
@@ -189,7 +191,8 @@ class HookingContext:
             return forward(args[0])
         if self.runs_module:
             raise ContextError(
-                f"{self.factory!r} needs a TensorDict: call hooked(TensorDict({{...}})) with the entries {self._in_keys!r}"
+                f"{self.factory!r} needs a TensorDict: call hooked(TensorDict({{...}})) with the entries "
+                f"{self._in_keys!r}"
             )
         return module.call_model(*args, **kwargs)
 
@@ -220,13 +223,17 @@ class HookingContextWithCache(HookingContext):
         **kwargs: likewise.
     """
 
-    def __init__(self, *args: Any, cache: TensorDictBase | None = None, clear_cache: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, cache: TensorDictBase | None = None, clear_cache: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.has_own_cache = cache is None
         self._cache = TensorDict(batch_size=[]) if cache is None else cache
         self._clear_cache = clear_cache
         self.recorder: Recorder | None = None
         """The state of the capture while the context is open; made by the recipe."""
+        self.remembered: tuple[Matcher, list[tuple[str, nn.Module]], Selection] | None = None
+        """The last entry's matcher, modules and selection; kept by the recipe."""
 
     @property
     def cache(self) -> TensorDictBase:
@@ -249,7 +256,7 @@ class HookingContextWithCache(HookingContext):
         if self.recorder is not None:
             self.recorder.forget()
         if not self._cache.is_locked:
-            self._cache.batch_size = []
+            self._cache.batch_size = torch.Size([])
             self._cache.clear()
 
     def _enter(self) -> HookedModule:
@@ -263,11 +270,13 @@ class HookingContextWithCache(HookingContext):
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call; refuses to write outputs over cache entries."""
         if args and args[0] is self._cache and self.recorder is not None:
-            taken = {path for channel in self.recorder.channels for path in channel.paths if channel.target.node is None}
+            taken = {
+                path for channel in self.recorder.channels for path in channel.paths if channel.target.node is None
+            }
             if clash := taken & {*map(str, self._in_keys), *map(str, self._out_keys)}:
                 raise CacheWriteError(
-                    f"the cache is the TensorDict that the model writes to, and {sorted(clash)!r} name both a site and an "
-                    "input or output; name those otherwise with in_keys= and out_keys=, or hand in another cache",
+                    f"the cache is the TensorDict that the model writes to, and {sorted(clash)!r} name both a site "
+                    "and an input or output; rename those with in_keys= and out_keys=, or hand in another cache",
                     paths=sorted(clash),
                 )
         return super().call(module, args, kwargs)

@@ -23,7 +23,7 @@ OutKeys = Sequence[CacheKey] | None
 
 
 class HookingContextFactory:
-    """A recipe that can be bound to any model; it holds configuration and nothing of a model.
+    r"""A recipe that can be bound to any model; it holds configuration and nothing of a model.
 
     Write one's own by overriding :meth:`_hook_module`, and, where the method needs it, :meth:`_prepare_module` with
     :meth:`_restore_module`, or :meth:`_run_module`. Class attributes choose the context and the hooked module.
@@ -33,7 +33,7 @@ class HookingContextFactory:
         >>> from tdcache import HookingContextFactory, MultiHookManager
         >>> class AddOne(HookingContextFactory):
         ...     def _hook_module(self, module):
-        ...         manager = MultiHookManager(r"linear\\d")
+        ...         manager = MultiHookManager(r"linear\d")
         ...         hook = lambda module, args, output: output + 1
         ...         return manager.register_hook(module, lambda path: hook, relative_path=module.relative_path)
     """
@@ -50,7 +50,12 @@ class HookingContextFactory:
 
     @overload
     def prepare(
-        self, module: nn.Module, in_keys: InKeys = None, out_keys: OutKeys = None, *, return_context: Literal[True] = True
+        self,
+        module: nn.Module,
+        in_keys: InKeys = None,
+        out_keys: OutKeys = None,
+        *,
+        return_context: Literal[True] = True,
     ) -> HookingContext: ...
     @overload
     def prepare(
@@ -96,7 +101,9 @@ class HookingContextFactory:
         """The hooked module that the context yields."""
         kwargs = dict(self._hooked_module_kwargs)
         relative_path = join(kwargs.pop("relative_path", "td_module"), extra_relative_path)
-        return self._hooked_module_class(prep_module, hooking_context=hooking_context, relative_path=relative_path, **kwargs)
+        return self._hooked_module_class(
+            prep_module, hooking_context=hooking_context, relative_path=relative_path, **kwargs
+        )
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         """Register the hooks, either all of them or none, and return the handle that removes them."""
@@ -105,7 +112,7 @@ class HookingContextFactory:
     def _run_module(
         self, module: HookedModule, data: TensorDictBase, forward: Callable[[TensorDictBase], TensorDictBase]
     ) -> TensorDictBase:
-        """Carry out ``hooked(data)``; ``forward`` runs the model once. Override to run it more often, or on other data."""
+        """Carry out ``hooked(data)``; ``forward`` runs the model once. Override to run it more often, or otherwise."""
         return forward(data)
 
     @property
@@ -118,4 +125,6 @@ def _check_keys(module: TensorDictModuleBase, in_keys: InKeys, out_keys: OutKeys
     for name, wanted, there in (("in_keys", in_keys, module.in_keys), ("out_keys", out_keys, module.out_keys)):
         unknown = [key for key in wanted or () if key not in there]
         if unknown:
-            raise ContextError(f"{name}={list(wanted or ())!r}: the TensorDict module has {there!r}, but not {unknown!r}")
+            raise ContextError(
+                f"{name}={list(wanted or ())!r}: the TensorDict module has {there!r}, but not {unknown!r}"
+            )

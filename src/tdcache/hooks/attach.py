@@ -1,7 +1,7 @@
 """The only place where torch hooks are added: one at a time, or all of them or none.
 
 At one site our hooks run in the order of :class:`Order`, whatever order they were added in: edits before captures, so
-that a capture sees the final value, and a stop after both. ``prepend=True`` puts a hook before everything that is there.
+that a capture sees the final value, and a stop after both. ``prepend=True`` puts a hook in front of all that is there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ from tdcache.hooks.gradients import GradientHandle, GradInputHook, GradOutputHoo
 from tdcache.introspect import post_hooks, pre_hooks
 from tdcache.types import HookDirection, Removable
 
-__all__ = ["MultiHookHandle", "Order", "UserHook", "attach", "attach_outputs", "bracket", "check_signature", "register_hook_to_module", "settle"]
+__all__ = [
+    "MultiHookHandle",
+    "Order",
+    "UserHook",
+    "attach",
+    "attach_outputs",
+    "bracket",
+    "check_signature",
+    "register_hook_to_module",
+    "settle",
+]
 
 
 class Order(IntEnum):
@@ -52,7 +62,12 @@ class UserHook:
 
 
 def attach(
-    module: nn.Module, hook: Callable[..., Any], direction: HookDirection = "fwd", *, order: int = Order.EDIT, path: str = ""
+    module: nn.Module,
+    hook: Callable[..., Any],
+    direction: HookDirection = "fwd",
+    *,
+    order: int = Order.EDIT,
+    path: str = "",
 ) -> Removable:
     """Register ``hook`` on ``module``; the signature is trusted.
 
@@ -84,7 +99,7 @@ def attach(
 
 
 def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle: MultiHookHandle, order: int) -> None:
-    """Register a forward hook per pair: :func:`attach` for many modules at a third of the cost; ``handle`` takes them in.
+    """Register a forward hook per pair: :func:`attach` for many at a third of the cost; ``handle`` takes them in.
 
     torch numbers registrations over all modules, so that one number may serve for all of these: no handle per module
     is needed, only the dicts to remove it from.
@@ -203,7 +218,7 @@ class MultiHookHandle:
         while self._handles:
             try:
                 self._handles.pop().remove()
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  (raised again below)
                 failure = failure or error
         if failure is not None:
             raise failure

@@ -22,7 +22,7 @@ def eager_where_stale(model: nn.Module, undo: ExitStack) -> bool:
     if is_optimized_module(model):
         traced = model.__dict__["forward"]
         undo.callback(model.__dict__.__setitem__, "forward", traced)
-        model.__dict__["forward"] = model._modules["_orig_mod"].__call__  # type: ignore[union-attr]
+        model.__dict__["forward"] = model.get_submodule("_orig_mod").__call__
     for module in compiled_modules(model):
         undo.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
         module._compiled_call_impl = None

@@ -145,7 +145,8 @@ class _Entry:
         self.calls = [call]
         if len(tensors) == 1:
             self.aliases = [tensors[0].view_as(tensors[0])]
-            self.aliases[0].register_hook(_OneGrad(self.on_grads))
+            base = tensors[0] if tensors[0]._base is None else tensors[0]._base
+            self.aliases[0].register_hook(_OneGrad(self.on_grads, into_leaf=base.is_leaf))
         else:
             self.aliases = list(_Gate.apply(self.on_grads, *tensors))
         self.versions = [alias._version for alias in self.aliases]
@@ -233,11 +234,13 @@ class _OneGrad:
     """A tensor hook over a function of all gradients."""
 
     on_grads: Callable[[Grads], Grads]
+    into_leaf: bool = False
     fired: bool = False
 
     def __call__(self, grad: Tensor) -> Tensor:
         self.fired = True
-        (changed,) = self.on_grads((grad,))
+        # From a view of a leaf the gradient's memory becomes the leaf's .grad, to which later backwards add in place.
+        (changed,) = self.on_grads((grad.clone() if self.into_leaf else grad,))
         return torch.zeros_like(grad) if changed is None else changed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -14,6 +15,15 @@ from tdcache.hooks.values import children, first_tensor
 from tdcache.types import CacheKey
 
 __all__ = ["ModelCall"]
+
+
+@dataclass(slots=True)
+class _CallKeys:
+    """What is read and written; one attribute, put past nn.Module.__setattr__, which costs more than making it."""
+
+    reads: list[CacheKey]
+    keywords: tuple[str, ...] | None
+    writes: list[CacheKey]
 
 
 class ModelCall(TensorDictModuleBase):
@@ -35,29 +45,31 @@ class ModelCall(TensorDictModuleBase):
     ) -> None:
         super().__init__()
         self.module = module
+        self.call: _CallKeys
         given = ["input"] if in_keys is None else [in_keys] if isinstance(in_keys, str) else in_keys
-        # Past nn.Module.__setattr__, which costs more than the rest of this method.
-        self.__dict__["keywords"] = tuple(given.values()) if isinstance(given, Mapping) else None
-        self.__dict__["reads"] = list(given)
-        self.__dict__["writes"] = [out_keys] if isinstance(out_keys, str) else list(out_keys or ["output"])
+        self.__dict__["call"] = _CallKeys(
+            reads=list(given),
+            keywords=tuple(given.values()) if isinstance(given, Mapping) else None,
+            writes=[out_keys] if isinstance(out_keys, str) else list(out_keys or ["output"]),
+        )
 
     @property
     def in_keys(self) -> list[CacheKey]:
         """The entries that are read."""
-        return self.__dict__["reads"]
+        return self.call.reads
 
     @in_keys.setter
     def in_keys(self, keys: Sequence[CacheKey]) -> None:
-        self.__dict__["reads"] = list(keys)
+        self.call.reads = list(keys)
 
     @property
     def out_keys(self) -> list[CacheKey]:
         """The entries that are written."""
-        return self.__dict__["writes"]
+        return self.call.writes
 
     @out_keys.setter
     def out_keys(self, keys: Sequence[CacheKey]) -> None:
-        self.__dict__["writes"] = list(keys)
+        self.call.writes = list(keys)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """A TensorDict in, the same TensorDict out; anything else goes to the module as it is."""
@@ -65,10 +77,10 @@ class ModelCall(TensorDictModuleBase):
             return self.module(*args, **kwargs)
         data = args[0]
         values = [self._read(data, key) for key in self.in_keys]
-        if self.keywords is None:
+        if self.call.keywords is None:
             result = self.module(*values, **kwargs)
         else:
-            result = self.module(**dict(zip(self.keywords, values, strict=True)), **kwargs)
+            result = self.module(**dict(zip(self.call.keywords, values, strict=True)), **kwargs)
         for key, value in self._named(result):
             data.set(key, value)
         return data
@@ -78,7 +90,9 @@ class ModelCall(TensorDictModuleBase):
         value = data.get(key, None)
         if value is None:
             there = list(data.keys(include_nested=True, leaves_only=True))
-            raise KeyError(f"the TensorDict has no entry {key!r} for the model's input; it has {there!r}: choose with in_keys=")
+            raise KeyError(
+                f"the TensorDict has no entry {key!r} for the model's input; it has {there!r}: choose with in_keys="
+            )
         return value
 
     def _named(self, result: Any) -> list[tuple[CacheKey, Any]]:
@@ -96,8 +110,8 @@ class ModelCall(TensorDictModuleBase):
             value = value if isinstance(value, Tensor | TensorDictBase) else first_tensor(value)
             if value is None:
                 raise ContextError(
-                    f"the model returned {type(result).__name__} with {list(named)!r}, nothing to write to out_key {key!r}; "
-                    "choose with out_keys="
+                    f"the model returned {type(result).__name__} with {list(named)!r}, nothing to write to out_key "
+                    f"{key!r}; choose with out_keys="
                 )
             found.append((key, value))
         return found

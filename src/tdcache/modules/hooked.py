@@ -71,7 +71,9 @@ class HookedModule(TensorDictModuleWrapper):
         """A hooked module around ``module`` without a context: for runs, and for hooks of one's own."""
         if isinstance(module, TensorDictModuleBase):
             return cls(module, hooking_context=hooking_context)
-        return cls(ModelCall(module, in_keys, out_keys), hooking_context=hooking_context, relative_path="td_module.module")
+        return cls(
+            ModelCall(module, in_keys, out_keys), hooking_context=hooking_context, relative_path="td_module.module"
+        )
 
     @property
     def relative_path(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from mmap import mmap
 
 import torch
 from torch import Tensor
@@ -15,7 +16,18 @@ __all__ = ["Concatenate"]
 
 # A new block is this share of the rows that are there: few enough blocks, and little memory that is not used yet.
 _GROWTH = 0.05
-_LEAST_BYTES = 1 << 20
+# On the CPU pages that were never written cost nothing, and a block over glibc's largest mmap threshold (32 MiB) goes
+# back to the system when it is freed, where smaller ones would stay in the heap.
+_LEAST_BYTES = {"cpu": 33 << 20}
+_LEAST_BYTES_ELSEWHERE = 1 << 20
+
+
+def _empty_rows(like: Tensor, rows: int) -> Tensor:
+    size = rows * math.prod(like.shape[1:]) * like.element_size()
+    if like.device.type != "cpu" or size < _LEAST_BYTES // 2:
+        return like.new_empty((rows, *like.shape[1:]))
+    # malloc holds on to tens of megabytes of freed blocks, which count while they are joined; a mapping is given back.
+    return torch.frombuffer(mmap(-1, size), dtype=torch.uint8).view(like.dtype).view(rows, *like.shape[1:])
 
 
 @dataclass(eq=True)
@@ -68,7 +80,7 @@ class Concatenate(Reducer):
         """All rows so far, ``(..., rows, ...)``."""
         if not self._blocks:
             raise self.nothing_seen()
-        if len(self._blocks) > 1:
+        if self.max_rows is None and self._blocks[0].shape[0] > self.rows or len(self._blocks) > 1:
             self._join()
         return self._blocks[0][: self.rows].movedim(0, self.dim)
 
@@ -109,14 +121,14 @@ class Concatenate(Reducer):
     @torch.inference_mode(mode=False)  # a block made in inference mode could not be written outside of it
     def _block(self, like: Tensor, wanted: int) -> Tensor:
         row_bytes = max(1, math.prod(like.shape[1:]) * like.element_size())
-        wanted = max(wanted, _LEAST_BYTES // row_bytes)
+        wanted = max(wanted, _LEAST_BYTES.get(like.device.type, _LEAST_BYTES_ELSEWHERE) // row_bytes)
         if self.max_rows is not None:
             left = self.max_rows - self.rows
             try:
                 return like.new_empty((left, *like.shape[1:]))
             except RuntimeError:  # the whole budget does not fit: grow towards it instead
                 wanted = min(wanted, left)
-        return like.new_empty((wanted, *like.shape[1:]))
+        return _empty_rows(like, wanted)
 
     @torch.inference_mode(mode=False)
     def _join(self) -> None:

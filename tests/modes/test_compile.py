@@ -1,0 +1,218 @@
+"""torch.compile: hooks that are there at the first run are part of the graph; later ones capture all the same."""
+
+import pytest
+import torch
+from model_state import state_of
+from small_models import MLP
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
+
+from tdcache import ActivationCaching, Stack, cache_activations
+
+# Both are torch's own, while it traces.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+
+
+class UserModel(nn.Module):
+    """What a user defines: torch traces its forward and those of its parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+def sequential():
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+MODELS = {UserModel: "first|second", sequential: "0|2", MLP: r"layers\.\d|head"}
+models = pytest.mark.parametrize("make", MODELS)
+calls = pytest.mark.parametrize("call", ["hooked", "model"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, 4)
+
+
+def eager_cache(model, pattern, x):
+    with ActivationCaching(pattern).prepare(model) as hooked, torch.no_grad():
+        hooked(x)
+    return hooked.cache.clone()
+
+
+def assert_same(found, wanted):
+    assert sorted(found.keys()) == sorted(wanted.keys())
+    for path, value in wanted.items():
+        # A backend that only interprets the graph runs the same kernels.
+        assert torch.equal(found[path], value), path
+
+
+@models
+@calls
+@pytest.mark.parametrize("grad", [True, False])
+def test_hooks_before_the_first_run_are_captured_inside_the_graph(make, call, grad, x):
+    model, counter = make(), CompileCounter()
+    wanted = [eager_cache(model, MODELS[make], scale * x) for scale in (1, 2, 3)]
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with ActivationCaching(MODELS[make]).prepare(compiled) as hooked, torch.set_grad_enabled(grad):
+        for scale in (1, 2, 3):
+            (hooked if call == "hooked" else compiled)(scale * x)
+            assert_same(hooked.cache, wanted[scale - 1])
+    assert counter.frame_count == 1
+    assert not counters["graph_break"]
+
+
+@calls
+@pytest.mark.parametrize("make", [UserModel, MLP])
+def test_a_model_compiled_in_place_is_captured_inside_the_graph(make, call, x):
+    model, counter = make(), CompileCounter()
+    wanted = eager_cache(model, MODELS[make], x)
+    model.compile(backend=counter, fullgraph=True)
+    with ActivationCaching(MODELS[make]).prepare(model) as hooked:
+        (hooked if call == "hooked" else model)(x)
+    assert_same(hooked.cache, wanted)
+    assert counter.frame_count == 1
+    assert not counters["graph_break"]
+
+
+@models
+@calls
+@pytest.mark.parametrize("directions", [["fwd"], ["fwd", "bwd"]], ids=len)
+def test_a_model_that_was_compiled_and_run_before_is_captured_all_the_same(make, call, directions, x):
+    model = make()
+    wanted = eager_cache(model, MODELS[make], x)
+    compiled = torch.compile(model, backend="eager")
+    plain = compiled(x)
+    with ActivationCaching(MODELS[make], directions=directions, use_nested_keys=True).prepare(compiled) as hooked:
+        y = (hooked if call == "hooked" else compiled)(x)
+        y.sum().backward()
+    assert torch.equal(y, plain)
+    assert_same(hooked.cache["fwd"], wanted)
+    if "bwd" in directions:
+        assert sorted(hooked.cache["bwd"].keys()) == sorted(wanted.keys())
+
+
+@models
+@calls
+def test_a_model_that_was_compiled_in_place_and_run_before_is_captured_all_the_same(make, call, x):
+    model = make()
+    wanted = eager_cache(model, MODELS[make], x)
+    model.compile(backend="eager")
+    model(x)
+    with ActivationCaching(MODELS[make]).prepare(model) as hooked:
+        (hooked if call == "hooked" else model)(x)
+    assert_same(hooked.cache, wanted)
+
+
+@pytest.mark.parametrize("run_before", [True, False])
+def test_leaving_restores_a_compiled_model_and_later_runs_capture_nothing(run_before, x):
+    model = UserModel()
+    compiled = torch.compile(model, backend="eager")
+    if run_before:
+        compiled(x)
+    before, own = state_of(compiled), dict(compiled.__dict__)
+    with ActivationCaching("first").prepare(compiled) as hooked:
+        hooked(x)
+    kept = hooked.cache["first"].clone()
+    assert state_of(compiled) == before
+    assert compiled.__dict__ == own
+    assert torch.equal(compiled(2 * x), model(2 * x))
+    assert torch.equal(hooked.cache["first"], kept)
+
+
+def test_leaving_restores_a_model_that_was_compiled_in_place(x):
+    model = UserModel()
+    model.compile(backend="eager")
+    model(x)
+    before, implementation = state_of(model), model._compiled_call_impl
+    with ActivationCaching("first").prepare(model) as hooked:
+        hooked(x)
+    assert state_of(model) == before
+    assert model._compiled_call_impl is implementation
+
+
+def test_a_second_context_on_a_compiled_model_captures_again(x):
+    model = UserModel()
+    compiled = torch.compile(model, backend="eager")
+    for pattern in ("first", "second", "first|second"):
+        wanted = eager_cache(model, pattern, x)
+        with ActivationCaching(pattern).prepare(compiled) as hooked:
+            hooked(x)
+        assert_same(hooked.cache, wanted)
+
+
+def test_a_model_compiled_inside_the_block_is_captured(x):
+    model = UserModel()
+    wanted = eager_cache(model, "first", x)
+    with ActivationCaching("first").prepare(model) as hooked:
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+        assert_same(hooked.cache, wanted)
+
+
+def test_a_compiled_part_of_a_model_is_captured(x):
+    model = nn.Sequential(UserModel(), nn.Linear(2, 2))
+    model[0].compile(backend="eager")
+    model(x)
+    wanted = eager_cache(nn.Sequential(*model), r"0\.first|1", x)
+    with ActivationCaching(r"0\.first|1").prepare(model) as hooked:
+        hooked(x)
+    assert_same(hooked.cache, wanted)
+
+
+def test_paths_of_a_compiled_model_are_those_of_the_users_own(x):
+    compiled = torch.compile(UserModel(), backend="eager")
+    with cache_activations(compiled, "first") as cache:
+        compiled(x)
+    assert list(cache.keys()) == ["first"]
+
+
+def test_gradients_are_right_through_aot_autograd(x):
+    model = UserModel()
+    with ActivationCaching("first|second", directions=["bwd"]).prepare(model) as eager:
+        eager(x).square().sum().backward()
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(x)
+    with ActivationCaching("first|second", directions=["bwd"]).prepare(compiled) as hooked:
+        hooked(x).square().sum().backward()
+    for path, grad in eager.cache.items():
+        # The partitioner may reorder a backward of a few products: rounding of single precision.
+        torch.testing.assert_close(hooked.cache[path], grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_gradients_asked_for_before_the_first_run_arrive_or_the_block_says_why_not(backend, x):
+    model = UserModel()
+    with ActivationCaching("first|second", directions=["bwd"]).prepare(model) as eager:
+        eager(x).square().sum().backward()
+    compiled = torch.compile(model, backend=backend)
+    with ActivationCaching("first|second", directions=["bwd"]).prepare(compiled) as hooked:
+        hooked(x).square().sum().backward()
+    assert sorted(hooked.cache.keys()) == ["first", "second"]
+    for path, grad in eager.cache.items():
+        torch.testing.assert_close(hooked.cache[path], grad, rtol=1e-6, atol=1e-6)  # as above
+
+
+def test_a_reducer_sees_every_run_of_a_compiled_model(x):
+    model = UserModel()
+    compiled = torch.compile(model, backend="eager")
+    with ActivationCaching("first", reducer=Stack()).prepare(compiled) as hooked:
+        for scale in (1, 2, 3):
+            hooked(scale * x)
+    wanted = torch.stack([model.first(scale * x) for scale in (1, 2, 3)])
+    assert torch.equal(hooked.cache["first"], wanted)
