@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from tdcache.introspect import compiled_modules, has_stale_graph, is_optimized_module, post_hooks, pre_hooks, why_not_called
+from tdcache.introspect import (
+    compiled_modules,
+    has_stale_graph,
+    is_optimized_module,
+    post_hooks,
+    pre_hooks,
+    why_not_called,
+)
 
 
 def compiled(model):
@@ -67,8 +74,14 @@ def test_a_graph_is_stale_once_it_was_traced_whoever_of_the_class_was_traced():
         ("encoder", None),
         ("encoder.layers", "ModuleList 'encoder.layers' is a container that is never called; select its members"),
         ("encoder.layers.0", "the fused fast path of TransformerEncoder 'encoder' calls no submodules in eval mode"),
-        ("encoder.layers.0.linear1", "the fused fast path of TransformerEncoderLayer 'encoder.layers.0' calls no submodules"),
-        ("encoder.layers.0.self_attn.out_proj", "nn.MultiheadAttention 'encoder.layers.0.self_attn' uses the weights of"),
+        (
+            "encoder.layers.0.linear1",
+            "the fused fast path of TransformerEncoderLayer 'encoder.layers.0' calls no submodules",
+        ),
+        (
+            "encoder.layers.0.self_attn.out_proj",
+            "nn.MultiheadAttention 'encoder.layers.0.self_attn' uses the weights of",
+        ),
         ("heads", "ModuleDict 'heads' is a container that is never called; select its members"),
         ("heads.a", None),
         ("encoder.nothing", None),

@@ -217,7 +217,9 @@ def test_no_match_is_an_error_that_holds_the_near_names(model, selector, near):
     assert caught.value.selector is selector
 
 
-@pytest.mark.parametrize("pattern", [r"(a|aa)+[!?]", r"(\w|\w\w)+[!?]", r"(?:a|a)*[!?]", r"(a+)(?1)*[!?]", "(a|aa)" * 30 + "[!?]"])
+@pytest.mark.parametrize(
+    "pattern", [r"(a|aa)+[!?]", r"(\w|\w\w)+[!?]", r"(?:a|a)*[!?]", r"(a+)(?1)*[!?]", "(a|aa)" * 30 + "[!?]"]
+)
 def test_a_pattern_that_backtracks_without_end_is_given_up(monkeypatch, pattern):
     monkeypatch.setattr("tdcache.selection._MATCH_SECONDS", 0.05)
     model = nn.Sequential(OrderedDict([("a" * 60, nn.Identity())]))
@@ -226,7 +228,12 @@ def test_a_pattern_that_backtracks_without_end_is_given_up(monkeypatch, pattern)
 
 
 def test_ordinary_patterns_carry_no_time_limit():
-    for pattern in (r"layers\.\d+\.attn", r"encoder\.layer\.\d+\.(attention|output)", r".*mlp.*", r"h\.[0-4]\.(?:attn|mlp|ln_1|ln_2)"):
+    for pattern in (
+        r"layers\.\d+\.attn",
+        r"encoder\.layer\.\d+\.(attention|output)",
+        r".*mlp.*",
+        r"h\.[0-4]\.(?:attn|mlp|ln_1|ln_2)",
+    ):
         finder = as_matcher(pattern).finder()
         assert finder == as_matcher(pattern).pattern.fullmatch
 

@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from tdcache.errors import DirectionError, HookSignatureError, StopForward
-from tdcache.hooks import DIRECTIONS, HookFactory, MultiHookHandle, Order, attach, bracket, direction_row, register_hook_to_module
+from tdcache.hooks import (
+    DIRECTIONS,
+    HookFactory,
+    MultiHookHandle,
+    Order,
+    attach,
+    bracket,
+    direction_row,
+    register_hook_to_module,
+)
 
 
 class Scaled(nn.Module):
@@ -101,7 +110,9 @@ def test_removal_leaves_the_module_as_it_was_and_a_second_one_does_nothing(modul
     loss.backward()  # a hook that already sits on the graph is silent as well
     module(x).sum().backward()
     assert len(seen) == called
-    assert {name: dict(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()} == before
+    assert {
+        name: dict(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()
+    } == before
 
 
 def place(module, kind, log):
@@ -120,7 +131,9 @@ class Placed:
         return output * 10 if self.kind == "edit" else None
 
 
-@pytest.mark.parametrize("registered", [("stop", "capture", "edit"), ("capture", "edit", "stop"), ("edit", "stop", "capture")])
+@pytest.mark.parametrize(
+    "registered", [("stop", "capture", "edit"), ("capture", "edit", "stop"), ("edit", "stop", "capture")]
+)
 def test_edits_come_before_captures_and_a_stop_after_both_whatever_the_order_of_registration(module, x, registered):
     log = []
     for kind in registered:

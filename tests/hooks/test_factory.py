@@ -35,7 +35,15 @@ class Square(nn.Module):
 
 @pytest.mark.parametrize(
     ("direction", "value"),
-    [("fwd", 9.0), ("fwd_pre", 3.0), ("bwd", 1.0), ("bwd_pre", 1.0), ("grad_in", 6.0), ("fwd_kwargs", 9.0), ("fwd_pre_kwargs", 3.0)],
+    [
+        ("fwd", 9.0),
+        ("fwd_pre", 3.0),
+        ("bwd", 1.0),
+        ("bwd_pre", 1.0),
+        ("grad_in", 6.0),
+        ("fwd_kwargs", 9.0),
+        ("fwd_pre_kwargs", 3.0),
+    ],
 )
 def test_a_caching_hook_writes_the_value_of_its_direction(direction, value):
     cache = TensorDict()
@@ -56,7 +64,9 @@ def test_a_cached_value_keeps_its_graph():
 
 def test_a_caching_callback_gets_the_parameters_of_its_direction_the_key_and_the_direction():
     seen, module = {}, Square()
-    hook = HookFactory.make_caching_hook("key", TensorDict(), callback=lambda **named: seen.update(named) or torch.ones(1))
+    hook = HookFactory.make_caching_hook(
+        "key", TensorDict(), callback=lambda **named: seen.update(named) or torch.ones(1)
+    )
     hook(module, ("args",), "output")
     assert seen == {"module": module, "args": ("args",), "output": "output", "key": "key", "direction": "fwd"}
 
@@ -73,7 +83,10 @@ def test_of_a_structured_value_the_first_tensor_is_cached():
     assert cache["first"].item() == 5
 
 
-@pytest.mark.parametrize(("callback", "output"), [(None, (None, "text")), (lambda **named: "text", torch.ones(1)), (lambda **named: None, torch.ones(1))])
+@pytest.mark.parametrize(
+    ("callback", "output"),
+    [(None, (None, "text")), (lambda **named: "text", torch.ones(1)), (lambda **named: None, torch.ones(1))],
+)
 def test_what_is_no_tensor_is_not_cached(callback, output):
     cache = TensorDict()
     with pytest.raises(CaptureError):
@@ -166,11 +179,21 @@ def test_a_setting_hook_leaves_keyword_arguments_alone():
     new = torch.ones(1)
     hook = HookFactory.make_setting_hook(new, direction="fwd_pre_kwargs")
     assert hook(None, (torch.zeros(1), "text"), {"mask": None}) == ((new, "text"), {"mask": None})
-    assert HookFactory.make_setting_hook((3, 4), direction="fwd_pre_kwargs")(None, (1, 2), {"a": 5}) == ((3, 4), {"a": 5})
+    assert HookFactory.make_setting_hook((3, 4), direction="fwd_pre_kwargs")(None, (1, 2), {"a": 5}) == (
+        (3, 4),
+        {"a": 5},
+    )
 
 
 @pytest.mark.parametrize(
-    ("new", "old"), [((1,), torch.ones(1)), ([1], (1,)), ("text", torch.ones(1)), (torch.ones(1), "text"), (torch.ones(2), torch.ones(1))]
+    ("new", "old"),
+    [
+        ((1,), torch.ones(1)),
+        ([1], (1,)),
+        ("text", torch.ones(1)),
+        (torch.ones(1), "text"),
+        (torch.ones(2), torch.ones(1)),
+    ],
 )
 def test_a_value_of_another_kind_or_shape_is_refused(new, old):
     with pytest.raises(EditError):
@@ -195,7 +218,9 @@ def test_a_stopping_hook_ends_the_forward_with_its_key():
 
 
 MAKERS = [
-    lambda callback, direction: HookFactory.make_caching_hook("key", TensorDict(), callback=callback, direction=direction),
+    lambda callback, direction: HookFactory.make_caching_hook(
+        "key", TensorDict(), callback=callback, direction=direction
+    ),
     lambda callback, direction: HookFactory.make_setting_hook(None, callback=callback, direction=direction),
     lambda callback, direction: HookFactory.make_reading_hook(callback=callback, direction=direction),
 ]

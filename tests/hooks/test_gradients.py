@@ -62,7 +62,9 @@ def same(one, other):
     """Whether two nested tuples of tensors and None are bit for bit the same."""
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) else one is other
+    return (
+        torch.equal(one, other) if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) else one is other
+    )
 
 
 def linear_call():
@@ -101,7 +103,9 @@ def called_twice_call():
 
 
 def passed_on_call():
-    model = nn.Sequential(OrderedDict(a=nn.Linear(3, 3), keep=nn.Dropout(0.5))).eval()  # hands its input on in eval mode
+    model = nn.Sequential(
+        OrderedDict(a=nn.Linear(3, 3), keep=nn.Dropout(0.5))
+    ).eval()  # hands its input on in eval mode
     x = torch.randn(2, 3, requires_grad=True)
 
     def call():
@@ -162,7 +166,9 @@ def test_an_edit_changes_the_gradients_upstream_as_it_does_in_torch(direction, e
     plain = gradients()
     with registered(model[1], edit, direction):
         ours = gradients()
-    register_theirs = model[1].register_full_backward_hook if direction == "bwd" else model[1].register_full_backward_pre_hook
+    register_theirs = (
+        model[1].register_full_backward_hook if direction == "bwd" else model[1].register_full_backward_pre_hook
+    )
     handle = register_theirs(edit)
     theirs = gradients()
     handle.remove()
@@ -282,9 +288,13 @@ def test_the_gradients_of_every_tensor_of_a_structured_output_are_seen(container
     assert torch.equal(x.grad, torch.full((2,), 31.0))
 
 
-@pytest.mark.parametrize("container", [lambda a, b: {"a": a, "b": b}, lambda a, b: Answer(a, b), lambda a, b: [(a,), b]])
+@pytest.mark.parametrize(
+    "container", [lambda a, b: {"a": a, "b": b}, lambda a, b: Answer(a, b), lambda a, b: [(a,), b]]
+)
 def test_the_gradients_of_every_tensor_of_a_structured_input_are_seen_positional_ones_first(container):
-    module = Returning(lambda first, *, value: sum((at + 2) * each for at, (_, each) in enumerate(values.leaves(value))) * first)
+    module = Returning(
+        lambda first, *, value: sum((at + 2) * each for at, (_, each) in enumerate(values.leaves(value))) * first
+    )
     first, a, b = (torch.ones(2, requires_grad=True) for _ in range(3))
     ((grad_input, grad_output),) = seen_by(module, "bwd", lambda: module(first, value=container(a, b)).sum().backward())
     assert same(grad_input, (torch.full((2,), 5.0), torch.full((2,), 2.0), torch.full((2,), 3.0)))
@@ -366,7 +376,9 @@ def test_hooks_of_a_parent_and_its_child_each_see_their_own_gradient():
     for name, module in (("parent", parent), ("child", parent.child)):
         for _ in range(2):  # two hooks on one module share the alias of its input
             register_hook_to_module(
-                module, lambda module, grad_input, grad_output, name=name: seen.update({name: grad_input[0].item()}), "bwd"
+                module,
+                lambda module, grad_input, grad_output, name=name: seen.update({name: grad_input[0].item()}),
+                "bwd",
             )
     parent(x).sum().backward()
     assert seen == {"parent": 3.0, "child": 2.0}

@@ -13,7 +13,9 @@ from tdcache.hooks import DIRECTIONS, MultiHookManager
 
 @pytest.fixture
 def model():
-    return nn.Sequential(OrderedDict(first=nn.Linear(2, 2), act=nn.ReLU(), second=nn.Linear(2, 2), last=nn.Sequential(nn.Tanh())))
+    return nn.Sequential(
+        OrderedDict(first=nn.Linear(2, 2), act=nn.ReLU(), second=nn.Linear(2, 2), last=nn.Sequential(nn.Tanh()))
+    )
 
 
 def paths_of(manager, model, **options):
@@ -122,7 +124,9 @@ def test_a_failed_registration_leaves_no_hook(model, direction):
     with pytest.raises(ZeroDivisionError):
         manager.register_hook(model, failing_at("last.0"), direction=direction)
     with pytest.raises(HookSignatureError):
-        manager.register_hook(model, lambda path: (lambda: None) if path == "last.0" else (lambda *args: None), direction=direction)
+        manager.register_hook(
+            model, lambda path: (lambda: None) if path == "last.0" else (lambda *args: None), direction=direction
+        )
     assert state_of(model) == before
 
 

@@ -91,7 +91,18 @@ def test_a_pick_reaches_into_hugging_face_outputs_by_name_and_by_position():
 
 @pytest.mark.parametrize(
     ("value", "pick"),
-    [((A, B), 2), ((A, B), -3), ((A, B), "a"), ({"a": A}, "b"), ({"a": A}, 1), ((A, B), (1, 0)), (A, 0), (None, None), ("text", None), ((), 0)],
+    [
+        ((A, B), 2),
+        ((A, B), -3),
+        ((A, B), "a"),
+        ({"a": A}, "b"),
+        ({"a": A}, 1),
+        ((A, B), (1, 0)),
+        (A, 0),
+        (None, None),
+        ("text", None),
+        ((), 0),
+    ],
 )
 def test_a_pick_that_finds_nothing_is_an_error_with_the_path(value, pick):
     with pytest.raises(CaptureError) as caught:

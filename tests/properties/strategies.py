@@ -39,13 +39,17 @@ def module_trees(draw, depth=3):
         if level == 0:
             module = draw(leaf_modules())
         else:
-            children = {name: grow(level - 1) for name in draw(st.lists(st.sampled_from(NAMES), max_size=3, unique=True))}
+            children = {
+                name: grow(level - 1) for name in draw(st.lists(st.sampled_from(NAMES), max_size=3, unique=True))
+            }
             kind = draw(st.sampled_from(["holder", "list", "dict", "sequential"]))
             module = _container(kind, children, draw(st.booleans()))
         made.append(module)
         return module
 
-    children = {name: grow(depth - 1) for name in draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True))}
+    children = {
+        name: grow(depth - 1) for name in draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True))
+    }
     return Holder(children)
 
 

@@ -1,6 +1,7 @@
 """Over random module trees: contexts restore the model exactly, and capturing changes nothing that is computed."""
 
 import warnings
+from typing import get_args
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_state import state_of
 from properties.context_strategies import batch, models, recipes
+from properties.strategies import module_trees
 from tensordict import TensorDict
 
-from tdcache import ActivationCaching, CompositeHookingContextFactory, First, Stack, TdcacheWarning, select
+from tdcache import ActivationCaching, CompositeHookingContextFactory, First, HookDirection, Stack, TdcacheWarning, select
 
 examples = settings(max_examples=60)
 
@@ -54,6 +56,17 @@ def test_entering_and_leaving_restores_the_model(model, recipe):
         with context:
             pass
         assert state_of(model) == before
+
+
+@examples
+@given(module_trees(), st.lists(st.sampled_from(get_args(HookDirection)), min_size=1, unique=True), st.booleans())
+def test_every_direction_is_undone_on_any_tree(model, directions, prepend):
+    before = state_of(model)
+    recipe = ActivationCaching(lambda path, module: True, directions=directions, allow_empty=True, prepend=prepend)
+    with recipe.prepare(model) as hooked:
+        hooked_count = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+        assert hooked_count >= len(hooked.hooking_context.recorder.channels)
+    assert state_of(model) == before
 
 
 @examples

@@ -21,7 +21,9 @@ def test_a_walk_is_named_modules_without_the_root(model):
 
 @given(module_trees(), patterns(), st.sampled_from(["full", "prefix", "search"]))
 def test_a_pattern_selects_what_re_matches(model, pattern, match):
-    assert list(select(model, pattern, match=match, allow_empty=True).paths) == reference.selected_paths(model, pattern, match)
+    assert list(select(model, pattern, match=match, allow_empty=True).paths) == reference.selected_paths(
+        model, pattern, match
+    )
 
 
 @given(module_trees(), st.lists(patterns(), max_size=3))
@@ -32,7 +34,11 @@ def test_a_union_selects_what_any_of_its_members_selects(model, members):
 
 @given(module_trees(), st.sampled_from([nn.Linear, nn.ReLU, nn.Module, nn.ModuleList]))
 def test_a_class_selects_what_isinstance_says(model, kind):
-    wanted = [(path, module) for path, module in list(model.named_modules(remove_duplicate=False))[1:] if isinstance(module, kind)]
+    wanted = [
+        (path, module)
+        for path, module in list(model.named_modules(remove_duplicate=False))[1:]
+        if isinstance(module, kind)
+    ]
     assert [(path, module) for path, module, _ in select(model, kind, allow_empty=True)] == wanted
 
 

@@ -9,7 +9,15 @@ import torch
 from tdcache.errors import CaptureError
 from tdcache.reducers import Concatenate, First, Last, Mean, Reducer, Stack, TopK, Variance
 
-EVERY = [Last(), First(), Stack(dim=1), Concatenate(dim=1, max_rows=9, flatten=2), Mean(dim=(0, 1)), Variance(correction=0), TopK(3, largest=False)]
+EVERY = [
+    Last(),
+    First(),
+    Stack(dim=1),
+    Concatenate(dim=1, max_rows=9, flatten=2),
+    Mean(dim=(0, 1)),
+    Variance(correction=0),
+    TopK(3, largest=False),
+]
 
 
 def fed(reducer, *values):
@@ -76,7 +84,9 @@ def as_dict(result):
     return dict(result.items()) if hasattr(result, "items") else {"": result}
 
 
-@pytest.mark.parametrize("copied", [lambda each: pickle.loads(pickle.dumps(each)), copy.deepcopy], ids=["pickle", "deepcopy"])
+@pytest.mark.parametrize(
+    "copied", [lambda each: pickle.loads(pickle.dumps(each)), copy.deepcopy], ids=["pickle", "deepcopy"]
+)
 @pytest.mark.parametrize("reducer", EVERY, ids=repr)
 def test_a_reducer_travels_with_its_state(reducer, copied):
     used = fed(reducer.fresh(), torch.arange(12.0).reshape(2, 3, 2))
@@ -97,7 +107,14 @@ def test_the_configuration_shows_and_the_state_does_not(reducer):
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [(Last(), First()), (Mean(), Variance()), (Stack(), Stack(dim=1)), (Concatenate(), Concatenate(max_rows=3)), (Mean(), Mean(dim=1)), (TopK(2), TopK(3))],
+    [
+        (Last(), First()),
+        (Mean(), Variance()),
+        (Stack(), Stack(dim=1)),
+        (Concatenate(), Concatenate(max_rows=3)),
+        (Mean(), Mean(dim=1)),
+        (TopK(2), TopK(3)),
+    ],
     ids=repr,
 )
 def test_only_reducers_of_one_kind_and_configuration_merge(one, other):

@@ -83,7 +83,15 @@ def test_values_are_copied_so_that_nothing_pins_a_batch():
 
 @pytest.mark.parametrize(
     ("flatten", "shape", "flat"),
-    [(2, (2, 3, 4), (6, 4)), (1, (2, 3, 4), (2, 3, 4)), (3, (2, 3, 4), (24,)), (-1, (2, 3, 4), (6, 4)), (-2, (2, 3, 4), (2, 3, 4)), (-1, (5,), (5,)), (0, (2, 3), (6,))],
+    [
+        (2, (2, 3, 4), (6, 4)),
+        (1, (2, 3, 4), (2, 3, 4)),
+        (3, (2, 3, 4), (24,)),
+        (-1, (2, 3, 4), (6, 4)),
+        (-2, (2, 3, 4), (2, 3, 4)),
+        (-1, (5,), (5,)),
+        (0, (2, 3), (6,)),
+    ],
 )
 def test_leading_dimensions_become_rows(flatten, shape, flat):
     values = [torch.randn(shape) for _ in range(2)]

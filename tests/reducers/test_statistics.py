@@ -60,7 +60,9 @@ def test_complex_values_have_a_complex_mean_and_a_real_variance():
 
 def test_a_large_offset_does_not_drown_the_variance():
     values = [torch.randn(50, 3, dtype=torch.float64) + 1e9 for _ in range(4)]
-    torch.testing.assert_close(fed(Variance(), *values).compute(), torch.cat(values).var(0), rtol=1e-6, atol=0)  # 1e9 leaves 7 digits
+    torch.testing.assert_close(
+        fed(Variance(), *values).compute(), torch.cat(values).var(0), rtol=1e-6, atol=0
+    )  # 1e9 leaves 7 digits
 
 
 def test_half_precision_does_not_overflow():
@@ -138,5 +140,11 @@ def test_statistics_hold_as_much_after_many_values_as_after_one():
         held = []
         for _ in range(3):
             fed(reducer, *[torch.randn(50, 8) for _ in range(4)])
-            held.append(sum(value.untyped_storage().nbytes() for value in vars(reducer).values() if isinstance(value, torch.Tensor)))
+            held.append(
+                sum(
+                    value.untyped_storage().nbytes()
+                    for value in vars(reducer).values()
+                    if isinstance(value, torch.Tensor)
+                )
+            )
         assert len(set(held)) == 1

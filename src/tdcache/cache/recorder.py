@@ -198,7 +198,7 @@ class Recorder:
             why = "did not require grad (no_grad, frozen or integer-only input?)"
             return f"{what}; the {noun} of {listed(graphless)} {why}"
         if channel.is_gradient:
-            return f"{what}; no backward() inside the block reached them, or their values did not require grad"
+            return f"{what}; no gradient came, or they did not require grad: was backward() called inside the block?"
         reasons = dict.fromkeys(reason for path in silent if (reason := why_not_called(model, path)))
         return "; ".join([what, *reasons])
 

@@ -121,7 +121,7 @@ class SettingHook:
             return self._returned(replace_tensor(old, new), args)
         if type(new) is not type(old):
             raise EditError(
-                f"a {self.row.returns} of type {type(old).__name__} cannot be replaced by {type(new).__name__}; "
+                f"the {self.row.returns} of type {type(old).__name__} cannot be replaced by {type(new).__name__}; "
                 "return the same type, a tensor for the first tensor in it, or None for no change"
             )
         return self._returned(new, args)

@@ -240,7 +240,10 @@ class _OneGrad:
     def __call__(self, grad: Tensor) -> Tensor:
         self.fired = True
         # From a view of a leaf the gradient's memory becomes the leaf's .grad, to which later backwards add in place.
-        (changed,) = self.on_grads((grad.clone() if self.into_leaf else grad,))
+        seen = grad.clone() if self.into_leaf else grad
+        (changed,) = self.on_grads((seen,))
+        if changed is seen:
+            return grad
         return torch.zeros_like(grad) if changed is None else changed
 
 

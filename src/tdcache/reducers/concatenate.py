@@ -16,10 +16,7 @@ __all__ = ["Concatenate"]
 
 # A new block is this share of the rows that are there: few enough blocks, and little memory that is not used yet.
 _GROWTH = 0.05
-# On the CPU pages that were never written cost nothing, and a block over glibc's largest mmap threshold (32 MiB) goes
-# back to the system when it is freed, where smaller ones would stay in the heap.
-_LEAST_BYTES = {"cpu": 33 << 20}
-_LEAST_BYTES_ELSEWHERE = 1 << 20
+_LEAST_BYTES = 1 << 20
 
 
 def _empty_rows(like: Tensor, rows: int) -> Tensor:
@@ -80,7 +77,8 @@ class Concatenate(Reducer):
         """All rows so far, ``(..., rows, ...)``."""
         if not self._blocks:
             raise self.nothing_seen()
-        if self.max_rows is None and self._blocks[0].shape[0] > self.rows or len(self._blocks) > 1:
+        spare = self.max_rows is None and self._blocks[0].shape[0] > self.rows
+        if spare or len(self._blocks) > 1:
             self._join()
         return self._blocks[0][: self.rows].movedim(0, self.dim)
 
@@ -121,7 +119,7 @@ class Concatenate(Reducer):
     @torch.inference_mode(mode=False)  # a block made in inference mode could not be written outside of it
     def _block(self, like: Tensor, wanted: int) -> Tensor:
         row_bytes = max(1, math.prod(like.shape[1:]) * like.element_size())
-        wanted = max(wanted, _LEAST_BYTES.get(like.device.type, _LEAST_BYTES_ELSEWHERE) // row_bytes)
+        wanted = max(wanted, _LEAST_BYTES // row_bytes)
         if self.max_rows is not None:
             left = self.max_rows - self.rows
             try:
