@@ -7,6 +7,7 @@ order, and what is compared are the times of one round. Rounds that another proc
 from __future__ import annotations
 
 import gc
+import math
 import os
 import random
 import statistics
@@ -23,6 +24,8 @@ Call = Callable[[], Any]
 Maker = Callable[[ExitStack], Call]
 
 NOISY = 1.2  # a round that takes this many times the tenth-percentile round is dropped
+FLIPPED = 1.6  # and so is one in which a single variant takes this many times its own tenth percentile
+MOST = 3  # where many are dropped, up to this many times the rounds are run
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
-        if len(values) < 2:
+        if len(values) < 2 or math.isnan(values[0]):
             return cls(values[0], values[0], values[0])
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
@@ -76,11 +79,15 @@ class Samples:
         return name in self.seconds
 
     def time(self, name: str) -> Spread:
-        return Spread.of(self.seconds[name])
+        return Spread.of(self._of(name))
+
+    def _of(self, name: str) -> list[float]:
+        missing = [math.nan] * (self.rounds - self.dropped)
+        return self.seconds.get(name, missing)
 
     def overhead(self, name: str, base: str) -> list[float]:
         """Seconds over ``base``, round by round."""
-        return [mine - idle for mine, idle in zip(self.seconds[name], self.seconds[base], strict=True)]
+        return [mine - idle for mine, idle in zip(self._of(name), self._of(base), strict=True)]
 
     def over(self, name: str, base: str, count: int = 1) -> Spread:
         """Microseconds over ``base`` per captured tensor."""
@@ -89,17 +96,20 @@ class Samples:
     def ratio(self, name: str, floor: str, base: str, floor_base: str | None = None) -> Spread:
         """The overhead of ``name`` over the overhead of ``floor``, round by round."""
         mine, least = self.overhead(name, base), self.overhead(floor, floor_base or base)
-        return Spread.of([one / other for one, other in zip(mine, least, strict=True) if other > 0] or [float("nan")])
+        return Spread.of([one / other for one, other in zip(mine, least, strict=True) if other > 0] or [math.nan])
 
     def share(self, name: str, base: str) -> Spread:
         """Percent over ``base``."""
-        pairs = zip(self.seconds[name], self.seconds[base], strict=True)
+        pairs = zip(self._of(name), self._of(base), strict=True)
         return Spread.of([100 * (mine / idle - 1) for mine, idle in pairs])
 
 
 @dataclass
 class Goal:
-    """A number that the project must live up to; ``limit`` is the most, or with ``at_least`` the least."""
+    """A number that the project must live up to; ``limit`` is the most, or with ``at_least`` the least.
+
+    What could not be measured is not a number, and not met.
+    """
 
     what: str
     measured: float
@@ -115,6 +125,8 @@ class Goal:
         return f"{'>=' if self.at_least else '<='} {self.limit:g} {self.unit}".replace(" x", "x").replace(" %", " %")
 
     def found(self) -> str:
+        if math.isnan(self.measured):
+            return "not measured"
         return f"{self.measured:.3g} {self.unit}".replace(" x", "x")
 
 
@@ -170,24 +182,40 @@ def measure(*copies: Mapping[str, Call], plan: Plan, rounds: int | None = None) 
     names = [name for name in copies[0] if all(name in calls for calls in copies)]
     counts = {name: _calls_per_sample(copies[0][name], plan.sample) for name in names}
     shuffle = random.Random(0).shuffle
+    wanted = rounds or plan.rounds
     taken: list[dict[str, float]] = []
+    calm: list[dict[str, float]] = []
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
-        for number in range(rounds or plan.rounds):
+        while len(taken) < wanted or (len(calm) < wanted // 2 and len(taken) < MOST * wanted):
             shuffle(names)
-            calls = copies[number % len(copies)]
+            calls = copies[len(taken) % len(copies)]
             taken.append({name: _sample(calls[name], counts[name]) for name in names})
+            calm = _undisturbed(taken, counts)
             gc.collect()
     finally:
         gc.enable()
         gc.unfreeze()
-    totals = [sum(seconds * counts[name] for name, seconds in one.items()) for one in taken]
-    limit = NOISY * sorted(totals)[len(totals) // 10]
-    calm = [one for one, total in zip(taken, totals, strict=True) if total <= limit]
     seconds = {name: [one[name] for one in calm] for name in copies[0] if name in counts}
     return Samples(seconds, len(taken), len(taken) - len(calm))
+
+
+def _undisturbed(taken: list[dict[str, float]], counts: Mapping[str, int]) -> list[dict[str, float]]:
+    """The rounds in which nothing else ran and the clock did not change."""
+    totals = [sum(seconds * counts[name] for name, seconds in one.items()) for one in taken]
+    limit = NOISY * _tenth(totals)
+    limits = {name: FLIPPED * _tenth([one[name] for one in taken]) for name in counts}
+    return [
+        one
+        for one, total in zip(taken, totals, strict=True)
+        if total <= limit and all(seconds <= limits[name] for name, seconds in one.items())
+    ] or taken
+
+
+def _tenth(values: list[float]) -> float:
+    return sorted(values)[len(values) // 10]
 
 
 def measure_makers(

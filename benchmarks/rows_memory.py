@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +119,18 @@ def memory(plan: Plan) -> list[Table]:
         f"Memory held after exit, grad mode: GPT-2 small, payload {PAYLOAD / MB:.1f} MB",
         ["variant", "held, MB", "x payload (less no hook)", "peak, MB"],
     )
-    quick = ("no hook", "hand-written", "tdcache")
+    quick = ("no hook", "tdcache")
     names = [name for name in HELD if name in quick or not plan.quick]
     found = _in_own_processes("held", names, plan.quick)
     for name, answer in found.items():
         if "error" in answer:
             table.notes.append(f"{name}: {answer['error']}")
             continue
-        idle = found["no hook"]["held"]
+        idle = found["no hook"].get("held", nan)
         ratio = "" if name == "no hook" else f"{(answer['held'] - idle) / PAYLOAD:.2f}"
         table.rows.append([name, f"{answer['held'] / MB:.0f}", ratio, f"{answer['peak'] / MB:.0f}"])
-    if "held" in found["tdcache"]:
-        ratio = (found["tdcache"]["held"] - found["no hook"]["held"]) / PAYLOAD
-        table.goals.append(Goal("memory held after exit, of the payload", ratio, 1.1))
+    ratio = (found["tdcache"].get("held", nan) - found["no hook"].get("held", nan)) / PAYLOAD
+    table.goals.append(Goal("memory held after exit, of the payload", ratio, 1.1))
     return [table]
 
 
@@ -216,7 +216,7 @@ def reducers(plan: Plan) -> list[Table]:
     table.notes += [f"{name}: {reason}" for name, reason in skipped.items()]
     for name in samples.seconds:
         speed, rate = _rates(samples, name, payload)
-        peak = peaks[name].get("peak", float("nan"))
+        peak = peaks[name].get("peak", nan)
         table.rows.append(
             [name, f"{speed:.2f}", f"{rate:.2f}", f"{peak / payload:.3f}", f"{(peak - batch) / payload:.3f}"]
         )

@@ -11,12 +11,16 @@ def state_of(model):
         "training": {path: module.training for path, module in model.named_modules(remove_duplicate=False)},
         "requires_grad": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
         "tensors": {name: _bits(tensor) for name, tensor in model.state_dict().items()},
-        "global hooks": {name: dict(vars(torch_module)[name]) for name in vars(torch_module) if name.startswith("_global_") and "hooks" in name},
+        "global hooks": {
+            name: dict(vars(torch_module)[name])
+            for name in vars(torch_module)
+            if name.startswith("_global_") and "hooks" in name
+        },
     }
 
 
 def _attributes(module):
-    """Each entry of ``__dict__``: hook dicts, and other containers, by their items in order; everything else by identity."""
+    """Each entry of ``__dict__``: hook and other dicts by their items in order, everything else by identity."""
     return {name: _spell(value) for name, value in module.__dict__.items()}
 
 

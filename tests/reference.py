@@ -1,4 +1,4 @@
-"""Slow and obvious versions of what the package does fast: by Python's ``re``, by ``named_modules`` and by whole tensors."""
+"""Slow and obvious versions of what the package does fast: by ``re``, by ``named_modules`` and on whole tensors."""
 
 import re
 

@@ -70,12 +70,12 @@ class Split(nn.Module):
 
 
 def by_hand(model, paths, call):
-    """What ``call()`` makes every module at ``paths`` return, copied by plain hooks: ``{path: [one value per call]}``."""
+    """What ``call()`` makes each module at ``paths`` return, by plain hooks: ``{path: [one value per call]}``."""
     seen = {path: [] for path in paths}
     modules = dict(model.named_modules(remove_duplicate=False))
     handles = [
         modules[path].register_forward_hook(
-            lambda module, args, output, path=path: seen[path].append(output.detach().clone()), always_call=False
+            lambda module, args, output, path=path: seen[path].append(output.detach().clone())
         )
         for path in paths
     ]

@@ -1,16 +1,18 @@
 """ActivationCaching: what a user types, and what lands in the cache."""
 
 import copy
+import gc
 import inspect
 import pickle
 import re
+import weakref
 
 import pytest
 import torch
-from small_models import MLP, Pair, by_hand, input_gradients, output_gradients
 from tensordict import TensorDict
 from torch import nn
 
+from small_models import MLP, Pair, by_hand, input_gradients, output_gradients
 from tdcache import (
     ActivationCaching,
     CaptureError,
@@ -50,11 +52,17 @@ def test_the_positional_order_of_the_arguments_is_fixed():
     parameters = inspect.signature(ActivationCaching).parameters
     positional = [name for name, each in parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
     keyword_only = [name for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY]
-    assert positional == ["key_pattern", "relative", "cache", "callback", "directions", "use_nested_keys", "clear_cache"]
-    assert set(keyword_only) >= {
-        "match", "pick", "index", "hold", "dtype", "device", "reducer", "batch_dims", "stack_by", "stop_early", "allow_empty",
-        "prepend",
-    }  # fmt: skip
+    assert positional == [
+        "key_pattern",
+        "relative",
+        "cache",
+        "callback",
+        "directions",
+        "use_nested_keys",
+        "clear_cache",
+    ]
+    assert set(keyword_only) >= {"match", "pick", "index", "hold", "dtype", "device", "reducer"}
+    assert set(keyword_only) >= {"batch_dims", "stack_by", "stop_early", "allow_empty", "prepend"}
 
 
 def test_one_regex_keeps_the_output_of_every_module_it_matches(model, x):
@@ -72,9 +80,10 @@ def test_the_cache_is_a_tensordict_without_batch_size(model, x):
 
 
 def test_one_direction_is_keyed_by_path_and_several_by_direction_and_path(model, x):
-    with ActivationCaching(ONE_LAYER).prepare(model) as flat, ActivationCaching(
-        ONE_LAYER, directions=["fwd", "fwd_pre"]
-    ).prepare(model) as nested:
+    with (
+        ActivationCaching(ONE_LAYER).prepare(model) as flat,
+        ActivationCaching(ONE_LAYER, directions=["fwd", "fwd_pre"]).prepare(model) as nested,
+    ):
         model(x)
     assert sorted(flat.cache.keys()) == LAYERS
     assert sorted(nested.cache.keys()) == ["fwd", "fwd_pre"]
@@ -171,6 +180,12 @@ def test_the_one_liner_yields_the_cache_itself(model, x):
     assert_same(dict(cache["fwd"].items()), {path: values[-1] for path, values in wanted.items()})
 
 
+def test_the_one_liner_has_what_a_reducer_gathered_after_the_block(model, x):
+    with cache_activations(model, "head", reducer=Stack()) as cache:
+        ys = [model(x), model(2 * x)]
+    assert torch.equal(cache["head"], torch.stack(ys))
+
+
 # Directions
 
 
@@ -180,6 +195,13 @@ def test_the_input_is_the_first_argument(model, x):
     first = by_hand(model, LAYERS, lambda: model(x))["layers.0"][0]
     assert torch.equal(hooked.cache["layers.0"], x)
     assert torch.equal(hooked.cache["layers.1"], nn.functional.gelu(first))
+
+
+@pytest.mark.parametrize(("direction", "plain"), [("fwd_kwargs", "fwd"), ("fwd_pre_kwargs", "fwd_pre")])
+def test_the_directions_with_keywords_keep_the_same_values(model, x, direction, plain):
+    with ActivationCaching("head", directions=[direction, plain]).prepare(model) as hooked:
+        hooked(x)
+    assert torch.equal(hooked.cache[direction, "head"], hooked.cache[plain, "head"])
 
 
 @pytest.mark.parametrize("direction", ["bwd", "bwd_pre"])
@@ -342,7 +364,15 @@ def test_of_a_structure_the_first_tensor_is_kept(x, kind):
 
 @pytest.mark.parametrize(
     ("kind", "pick"),
-    [(tuple, 1), (tuple, -1), (list, 1), (dict, "right"), (dict, 1), (tuple, (1,)), (dict, lambda value: value["right"])],
+    [
+        (tuple, 1),
+        (tuple, -1),
+        (list, 1),
+        (dict, "right"),
+        (dict, 1),
+        (tuple, (1,)),
+        (dict, lambda value: value["right"]),
+    ],
 )
 def test_pick_names_the_tensor(x, kind, pick):
     model = Pair(kind)
@@ -440,7 +470,11 @@ def test_a_reducer_gathers_over_forwards(model, reducer, of_all):
 
 @pytest.mark.parametrize(
     ("reducer", "of_all"),
-    [(Mean(), lambda rows: rows.mean(0)), (Variance(), lambda rows: rows.var(0)), (TopK(2), lambda rows: rows.topk(2, 0)[0])],
+    [
+        (Mean(), lambda rows: rows.mean(0)),
+        (Variance(), lambda rows: rows.var(0)),
+        (TopK(2), lambda rows: rows.topk(2, 0)[0]),
+    ],
     ids=repr,
 )
 def test_a_statistic_is_that_of_all_rows(model, reducer, of_all):
@@ -505,6 +539,19 @@ def test_a_recipe_is_reusable_over_models(x):
         assert torch.equal(hooked.cache["fwd", "head"], y)
 
 
+def test_a_recipe_keeps_no_model_alive(x):
+    factory, model = ActivationCaching("head", reducer=Stack()), MLP()
+    context = factory.prepare(model)
+    for _ in range(2):
+        with context as hooked:
+            hooked(x)
+    gone = weakref.ref(model)
+    del model, context, hooked
+    gc.collect()
+    assert gone() is None
+    assert repr(factory) == "ActivationCaching('head', directions=['fwd'])"
+
+
 def test_one_recipe_may_be_open_on_two_models_at_once(x):
     factory, models = ActivationCaching("head"), (MLP(), MLP())
     with factory.prepare(models[0]) as one, factory.prepare(models[1]) as two:
@@ -513,10 +560,16 @@ def test_one_recipe_may_be_open_on_two_models_at_once(x):
     assert torch.equal(two.cache["head"], ys[1])
 
 
-@pytest.mark.parametrize("duplicate", [lambda factory: pickle.loads(pickle.dumps(factory)), copy.deepcopy], ids=["pickle", "copy"])
+@pytest.mark.parametrize(
+    "duplicate", [lambda factory: pickle.loads(pickle.dumps(factory)), copy.deepcopy], ids=["pickle", "copy"]
+)
 def test_a_recipe_survives_pickling(model, x, duplicate):
     factory = ActivationCaching(
-        ["head", re.compile(ONE_LAYER), nn.GELU], directions=["fwd"], index=(slice(None), 0), reducer=Stack(), dtype=torch.float64
+        ["head", re.compile(ONE_LAYER), nn.GELU],
+        directions=["fwd"],
+        index=(slice(None), 0),
+        reducer=Stack(),
+        dtype=torch.float64,
     )
     again = duplicate(factory)
     assert repr(again) == repr(factory)
@@ -527,7 +580,10 @@ def test_a_recipe_survives_pickling(model, x, duplicate):
 
 
 def test_a_recipe_shows_what_it_is():
-    assert repr(ActivationCaching(r"a\d", directions=["fwd", "bwd"])) == r"ActivationCaching('a\\d', directions=['fwd', 'bwd'])"
+    assert (
+        repr(ActivationCaching(r"a\d", directions=["fwd", "bwd"]))
+        == r"ActivationCaching('a\\d', directions=['fwd', 'bwd'])"
+    )
 
 
 def test_a_repeated_direction_counts_once(model, x):

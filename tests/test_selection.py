@@ -1,4 +1,4 @@
-"""Selection: what each kind of selector means, in which order, under which names, and what happens where nothing matches."""
+"""Selection: what each kind of selector means, in which order, under which names, and what if nothing matches."""
 
 import re
 from collections import OrderedDict

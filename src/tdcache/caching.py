@@ -154,7 +154,7 @@ class ActivationCaching(HookingContextFactory):
         handle = MultiHookHandle()
         try:
             remaining = list(enumerate(self._directions))
-            if recorder.takes_pairs and self._callback is None and self._pick is None:
+            if recorder.takes_pairs and not (self._callback or self._pick or self._prepend):
                 self._tap_pairs(handle, selection, recorder)
                 remaining = remaining[2:]
             for index, _ in remaining:
@@ -262,7 +262,7 @@ def _checked_directions(
 
 @contextmanager
 def cache_activations(model: nn.Module, pattern: Selector, **options: Any) -> Iterator[TensorDictBase]:
-    r"""The cache itself, in one line: ``with cache_activations(model, r"layers\.\d+") as cache: model(x)``.
+    r"""Cache in a block of one line: ``with cache_activations(model, r"layers\.\d+") as cache: model(x)``.
 
     Args:
         model: any ``nn.Module``; call it as usual inside the block.

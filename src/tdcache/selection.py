@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, overload
+from typing import Any, NamedTuple, Protocol, TypeGuard, overload
 
 import regex
 from torch import nn
@@ -14,12 +14,25 @@ from tdcache.errors import SelectionError, listed
 from tdcache.paths import near_misses
 from tdcache.types import Match, Selector
 
-__all__ = ["AnyOf", "IsInstance", "PathPattern", "Selection", "Site", "Where", "as_matcher", "select", "select_matching", "walk"]
+__all__ = [
+    "AnyOf",
+    "IsInstance",
+    "Matcher",
+    "PathPattern",
+    "Selection",
+    "Site",
+    "Where",
+    "as_matcher",
+    "depends_on_names_only",
+    "select",
+    "select_matching",
+    "walk",
+]
 
 _NO_GROUPS: Mapping[str, str] = {}
 _MATCH_SECONDS = 1.0
-# A quantified group, a back reference, many quantifiers or many alternations can backtrack without end. Anything simpler is at worst
-# polynomial in the length of a path, and regex's own timeout costs five times the match.
+# A quantified group, a back reference, many quantifiers or many alternations can backtrack without end. What is simpler
+# is at worst polynomial in the length of a path, and regex's own timeout costs five times the match.
 _RISKY = regex.compile(r"(?s)\)[*+?{]|\\[1-9]|\(\?[P&R<0-9]*[>=(]|(?:[*+{].*){4,}|(?:\|[^()]*\).*){6,}")
 
 
@@ -61,7 +74,8 @@ class PathPattern:
 
     def finder(self) -> Callable[[str], regex.Match[str] | None]:
         """The matching function: bounded in time where the pattern could backtrack without end."""
-        method = {"full": self.pattern.fullmatch, "prefix": self.pattern.match, "search": self.pattern.search}[self.match]
+        pattern = self.pattern
+        method = {"full": pattern.fullmatch, "prefix": pattern.match, "search": pattern.search}[self.match]
         if self.simple:
             return method
 
@@ -147,7 +161,7 @@ def _compile(pattern: str, flags: int = 0) -> regex.Pattern[str]:
         raise SelectionError(f"pattern {pattern!r} is not a valid regex: {error}", selector=pattern) from None
 
 
-def _is_compiled(selector: Any) -> bool:
+def _is_compiled(selector: Any) -> TypeGuard[regex.Pattern[str]]:
     return hasattr(selector, "fullmatch") and isinstance(selector.pattern, str)
 
 
@@ -210,22 +224,22 @@ class Selection(Sequence[Site]):
         return iter(self._sites)
 
     def __repr__(self) -> str:
-        rows = [
-            (site.path or "(root)", type(site.module).__name__, f"{_parameter_count(site.module):,}", _spell(site.groups))
-            for site in self._sites
-        ]
-        head = ("path", "class", "parameters", "groups")
-        if not any(site.groups for site in self._sites):
-            head, rows = head[:3], [row[:3] for row in rows]
+        columns = 4 if any(site.groups for site in self._sites) else 3
+        head = ("path", "class", "parameters", "groups")[:columns]
+        rows = [_row(site)[:columns] for site in self._sites]
         title = f"{len(rows)} sites of {self.model_name} selected by {self.selector!r}"
         return "\n".join([title, *_table(head, rows)])
+
+
+def _row(site: Site) -> tuple[str, ...]:
+    return site.path or "(root)", type(site.module).__name__, f"{_parameter_count(site.module):,}", _spell(site.groups)
 
 
 def _parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _spell(groups: Mapping[str, str]) -> str:
+def _spell(groups: Mapping[str, str | None]) -> str:
     return ", ".join(f"{name}={value}" for name, value in groups.items() if value is not None)
 
 
@@ -233,13 +247,16 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     right = head.index("parameters")
     return [
-        "  ".join(cell.rjust(width) if at == right else cell.ljust(width) for at, (cell, width) in enumerate(cells)).rstrip()
-        for cells in (zip(row, widths, strict=True) for row in (head, *rows))
+        "  ".join(
+            cell.rjust(width) if at == right else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (head, *rows)
     ]
 
 
 def select(model: nn.Module, selector: Selector, *, match: Match = "full", allow_empty: bool = False) -> Selection:
-    """The sites of ``model`` that ``selector`` means; nothing is hooked and nothing runs.
+    r"""The sites of ``model`` that ``selector`` means; nothing is hooked and nothing runs.
 
     A module that is registered under several names is a site under each of them. The root is selected only by an
     explicit ``""``. Where ``model`` is a wrapper of torch's (``torch.compile``, ``DistributedDataParallel``,
@@ -258,7 +275,7 @@ def select(model: nn.Module, selector: Selector, *, match: Match = "full", allow
 
     Example:
         >>> from torch import nn
-        >>> select(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), r"\\d+").paths
+        >>> select(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), r"\d+").paths
         ('0', '1')
     """
     return select_matching(model, as_matcher(selector, match), selector, match=match, allow_empty=allow_empty)
@@ -321,9 +338,12 @@ def _nothing_matches(model: nn.Module, selector: Selector, match: Match) -> Sele
     near = tuple(dict.fromkeys(name for pattern in patterns for name in near_misses(pattern, names)))
     what = f"pattern {patterns[0]!r}" if len(patterns) == 1 else f"selector {selector!r}"
     hint = f"; did you mean {listed(near, 3)}?" if near else f"; the paths are {listed(names)}" if names else ""
-    how = " (patterns match the whole path; match='search' finds them anywhere in it)" if match == "full" and patterns else ""
+    whole = match == "full" and bool(patterns)
+    how = " (patterns match the whole path; match='search' finds them anywhere in it)" if whole else ""
     return SelectionError(
-        f"{what} matches none of the {len(names)} modules of {type(model).__name__}{hint}{how}", selector=selector, near=near
+        f"{what} matches none of the {len(names)} modules of {type(model).__name__}{hint}{how}",
+        selector=selector,
+        near=near,
     )
 
 

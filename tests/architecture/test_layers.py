@@ -9,9 +9,9 @@ from architecture.source_tree import PACKAGE, Source, imports_of, package_source
 FLOORS = (
     ("errors", "types"),
     ("paths", "selection"),
-    ("hooks", "points", "introspect"),
+    ("hooks", "introspect"),
     ("reducers", "cache", "store"),
-    ("modules", "contexts"),
+    ("modules", "contexts", "points"),
     ("caching", "pipeline", "interventions", "attribution"),
     ("harvesting",),
     ("inspect", "plot", "cli", "__main__"),

@@ -13,7 +13,9 @@ LINES_PER_FUNCTION = 40
 
 # Over the cap for a reason: {"tdcache.module": "why"}, {"tdcache.module:Class.method": "why"}.
 LONG_FILES: dict[str, str] = {}
-LONG_FUNCTIONS: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {
+    "tdcache.caching:ActivationCaching.__init__": "twenty options, a line each in the signature and in the body",
+}
 
 UNFINISHED = re.compile(r"\b(TODO|FIXME)\b")
 HOOK_DICT = re.compile(r"_(global_)?(forward|backward|state_dict|load_state_dict)(_pre|_post)?_hooks\w*")

@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
-from small_models import MLP, Residual, Tied, by_hand
 from torch import nn
 
+from small_models import MLP, Residual, by_hand
 from tdcache import ActivationCaching, Concatenate, First, Last, RepeatedCallWarning, Stack, UnfiredSiteWarning
 
 
@@ -41,9 +41,11 @@ def warnings_of(call):
 
 def test_of_several_calls_the_last_value_is_kept_and_a_warning_names_stack(x):
     model = Looped()
-    with ActivationCaching("layer").prepare(model) as hooked:
-        with pytest.warns(RepeatedCallWarning, match=r"'layer' ran more than once .*reducer=Stack\(\)"):
-            hooked(x, times=3)
+    with (
+        ActivationCaching("layer").prepare(model) as hooked,
+        pytest.warns(RepeatedCallWarning, match=r"'layer' ran more than once .*reducer=Stack\(\)"),
+    ):
+        hooked(x, times=3)
     assert torch.equal(hooked.cache["layer"], by_hand(model, ["layer"], lambda: model(x, times=3))["layer"][-1])
 
 
@@ -118,6 +120,46 @@ def test_the_twice_used_relu_of_a_residual_block_gives_both_values(x):
     assert torch.equal(hooked.cache["relu"], torch.stack(by_hand(model, ["relu"], lambda: model(x))["relu"]))
 
 
+def test_a_root_that_calls_itself_is_one_forward(x):
+    class Recursive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x, depth=2):
+            return self.layer(x) if depth == 0 else self(torch.tanh(x), depth - 1)
+
+    model = Recursive()
+
+    def body():
+        with ActivationCaching("layer").prepare(model) as hooked:
+            for scale in (1, 2):
+                y = hooked(scale * x)
+                assert torch.equal(hooked.cache["layer"], y)
+
+    assert warnings_of(body) == []
+
+
+def test_each_call_of_the_hooked_model_by_a_larger_one_is_a_forward(x):
+    larger = Looped()
+    model = larger.layer = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    values = []
+    larger.other.register_forward_pre_hook(lambda module, args: values.append(args[0]))
+
+    def body():
+        with (
+            ActivationCaching("0").prepare(model) as last,
+            ActivationCaching("0", reducer=Stack()).prepare(model) as every,
+        ):
+            larger(x, times=3)
+            body.last, body.every = last.cache["0"], every.cache["0"]
+
+    assert warnings_of(body) == []
+    wanted = by_hand(model, ["0"], lambda: larger(x, times=3))["0"]
+    assert torch.equal(body.last, wanted[-1])
+    assert torch.equal(body.every, torch.stack(wanted))
+
+
 # Entries of an earlier forward
 
 
@@ -142,6 +184,26 @@ def test_only_the_stale_entries_vanish(x):
         for left in (True, False, True):
             hooked(x, left)
             assert sorted(hooked.cache["fwd"].keys()) == sorted(["always", "left" if left else "right"])
+
+
+def test_a_site_whose_structure_changes_between_forwards_has_the_latest_parts(x):
+    class Parts(nn.Module):
+        def forward(self, x, count):
+            return tuple(x + part for part in range(count)) if count else x
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = Parts()
+
+        def forward(self, x, count):
+            return self.parts(x, count)
+
+    with ActivationCaching("parts", pick="all").prepare(Holder()) as hooked:
+        for count in (2, 1, 3, 0, 2):
+            hooked(x, count)
+            wanted = [("parts", str(part)) for part in range(count)] or ["parts"]
+            assert list(hooked.cache.keys(include_nested=True, leaves_only=True)) == wanted
 
 
 def test_the_gradients_of_an_earlier_forward_are_stale(x):
@@ -251,10 +313,13 @@ def test_nothing_is_reported_without_a_forward():
 
 
 def test_nothing_is_reported_when_the_body_raised():
+    def failing(hooked):
+        hooked(torch.randn(1, 5, 4))
+        raise KeyError("body")
+
     def body():
         with pytest.raises(KeyError), ActivationCaching("unused").prepare(WithContainers()) as hooked:
-            hooked(torch.randn(1, 5, 4))
-            raise KeyError("body")
+            failing(hooked)
 
     assert warnings_of(body) == []
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small_models import MLP
 from tensordict import MemoryMappedTensor, TensorDict
 from torch import nn
 
+from small_models import MLP
 from tdcache import ActivationCaching, CacheWriteError, Stack
 
 
@@ -127,9 +127,11 @@ def test_a_memory_mapped_cache_is_written_in_place_and_read_back_from_disk(model
 def test_another_shape_or_dtype_is_an_error_that_names_the_key(model, x, tmp_path, there, complaint, mapped):
     cache = TensorDict({"2": there})
     cache = cache.memmap_(tmp_path) if mapped else cache.lock_()
-    with pytest.raises(CacheWriteError, match=complaint) as caught:
-        with ActivationCaching("2", cache=cache).prepare(model) as hooked:
-            hooked(x)
+    with (
+        pytest.raises(CacheWriteError, match=complaint) as caught,
+        ActivationCaching("2", cache=cache).prepare(model) as hooked,
+    ):
+        hooked(x)
     assert "'2'" in str(caught.value)
     assert caught.value.paths == ("2",)
     assert torch.equal(cache["2"], there)
@@ -156,9 +158,11 @@ def test_the_data_can_be_the_cache(model, x):
 
 def test_a_cache_key_that_is_an_output_key_is_refused(model, x):
     data = TensorDict({"input": x})
-    with ActivationCaching("0|2", cache=data, clear_cache=False).prepare(model, out_keys=["2"]) as hooked:
-        with pytest.raises(CacheWriteError, match="'2'") as caught:
-            hooked(data)
+    with (
+        ActivationCaching("0|2", cache=data, clear_cache=False).prepare(model, out_keys=["2"]) as hooked,
+        pytest.raises(CacheWriteError, match="'2'") as caught,
+    ):
+        hooked(data)
     assert caught.value.paths == ("2",)
     assert sorted(data.keys()) == ["input"]
 
@@ -167,9 +171,11 @@ def test_a_cache_key_that_is_an_input_key_is_refused(x):
     model = nn.ModuleDict({"input": nn.Linear(4, 4)})
     model.forward = lambda x: model["input"](x)
     data = TensorDict({"input": x})
-    with ActivationCaching("input", cache=data, clear_cache=False).prepare(model) as hooked:
-        with pytest.raises(CacheWriteError, match="'input'"):
-            hooked(data)
+    with (
+        ActivationCaching("input", cache=data, clear_cache=False).prepare(model) as hooked,
+        pytest.raises(CacheWriteError, match="'input'"),
+    ):
+        hooked(data)
     assert torch.equal(data["input"], x)
 
 
@@ -196,7 +202,9 @@ def test_batch_dims_with_directions_gives_every_node_the_batch_size(x):
 
 def test_leading_dims_that_disagree_are_an_error_that_names_the_entries(x):
     model = MLP()
-    with ActivationCaching(r"layers\.\d|head", batch_dims=2).prepare(model) as hooked:
-        with pytest.raises(RuntimeError, match=r"'head' \(5, 2\)") as caught:
-            hooked(x)
+    with (
+        ActivationCaching(r"layers\.\d|head", batch_dims=2).prepare(model) as hooked,
+        pytest.raises(RuntimeError, match=r"'head' \(5, 2\)") as caught,
+    ):
+        hooked(x)
     assert caught.value.paths == ("head",)

@@ -6,9 +6,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from small_models import Residual
 from torch import nn
 
+from small_models import Residual
+from tensordict import TensorDict
 from tdcache import ActivationCaching, First, InplaceModificationError, Mean, Stack
 
 
@@ -98,7 +99,9 @@ def test_a_kept_slice_does_not_pin_the_whole_activation(hold, direction):
         assert torch.equal(kept, y[:, 0])
 
 
-@pytest.mark.parametrize("index", [0, slice(1, 3), (..., -1), [0, 2], torch.tensor([True, False, True, False, True])], ids=str)
+@pytest.mark.parametrize(
+    "index", [0, slice(1, 3), (..., -1), [0, 2], torch.tensor([True, False, True, False, True])], ids=str
+)
 def test_index_is_what_stands_in_brackets(model, x, index):
     with ActivationCaching("2", index=index).prepare(model) as hooked:
         y = hooked(x)
@@ -112,6 +115,27 @@ def test_a_kept_gradient_slice_does_not_pin_the_whole_gradient():
     assert hooked.cache["0"].untyped_storage().size() == 64 * 4
 
 
+def test_an_earlier_forwards_activations_are_let_go(model, x):
+    with ActivationCaching(r"\d").prepare(model) as hooked, torch.no_grad():
+        first = weakref.ref(hooked(x))
+        assert first() is not None  # the cache has it
+        hooked(x)
+        gc.collect()
+        assert first() is None
+
+
+def test_nothing_but_the_cache_holds_activations_after_exit(model, x):
+    context = ActivationCaching(r"\d", directions=["fwd", "bwd"]).prepare(model)
+    with context as hooked:
+        y = hooked(x)
+        y.sum().backward()
+    kept = weakref.ref(context.cache["fwd", "1"])
+    del y
+    context.cache.clear()
+    gc.collect()
+    assert kept() is None
+
+
 # In-place operations after the capture
 
 
@@ -119,9 +143,12 @@ def test_a_kept_gradient_slice_does_not_pin_the_whole_gradient():
 @pytest.mark.parametrize("grad", [True, False])
 def test_an_overwritten_alias_is_detected_when_the_forward_ends(x, reducer, grad):
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.ReLU(inplace=True))
-    with pytest.raises(InplaceModificationError, match="hold='snapshot'") as caught, torch.set_grad_enabled(grad):
-        with ActivationCaching("0|2", reducer=reducer).prepare(model) as hooked:
-            hooked(x)
+    with (
+        pytest.raises(InplaceModificationError, match="hold='snapshot'") as caught,
+        torch.set_grad_enabled(grad),
+        ActivationCaching("0|2", reducer=reducer).prepare(model) as hooked,
+    ):
+        hooked(x)
     assert caught.value.paths == ("0", "2")
     assert "'0', '2'" in str(caught.value)
 
@@ -145,34 +172,59 @@ def test_an_overwritten_alias_is_detected_when_the_cache_is_read(model, x):
 
 
 def test_an_overwritten_alias_is_detected_when_the_context_exits(model, x):
-    with pytest.raises(InplaceModificationError, match="'2'"), torch.no_grad():
-        with ActivationCaching("2").prepare(model) as hooked:
-            hooked(x).add_(1)
+    with (
+        pytest.raises(InplaceModificationError, match="'2'"),
+        torch.no_grad(),
+        ActivationCaching("2").prepare(model) as hooked,
+    ):
+        hooked(x).add_(1)
     assert not model[2]._forward_hooks
 
 
 def test_an_overwritten_alias_is_detected_under_a_dtype_that_changes_nothing(model, x):
-    with pytest.raises(InplaceModificationError), torch.no_grad():
-        with ActivationCaching("2", dtype=torch.float32).prepare(model) as hooked:
-            hooked(x).add_(1)
+    with (
+        pytest.raises(InplaceModificationError),
+        torch.no_grad(),
+        ActivationCaching("2", dtype=torch.float32).prepare(model) as hooked,
+    ):
+        hooked(x).add_(1)
 
 
 def test_an_overwritten_input_is_detected(x):
     model = nn.Sequential(nn.ReLU(inplace=True))
-    with pytest.raises(InplaceModificationError, match="'0'"):
-        with ActivationCaching("0", directions=["fwd_pre"]).prepare(model) as hooked:
-            hooked(x)
+    with (
+        pytest.raises(InplaceModificationError, match="'0'"),
+        ActivationCaching("0", directions=["fwd_pre"]).prepare(model) as hooked,
+    ):
+        hooked(x)
 
 
 def test_an_overwritten_gradient_is_detected(model, x):
-    kept = []
-    y_grad = torch.ones(5, 2)
-    with pytest.raises(InplaceModificationError, match="'2'"):
-        with ActivationCaching("2", directions=["bwd"]).prepare(model) as hooked:
-            hooked(x).backward(y_grad)
-            kept.append(hooked.cache["2"].clone())
-            hooked.hooking_context._cache["2"].mul_(2)
-    assert torch.equal(kept[0], torch.ones(5, 2))
+    with ActivationCaching("2", directions=["bwd"]).prepare(model) as hooked:
+        hooked(x).backward(torch.ones(5, 2))
+        grad = hooked.cache["2"]
+        assert torch.equal(grad, torch.ones(5, 2))
+        grad.mul_(2)
+        with pytest.raises(InplaceModificationError, match="'2'"):
+            hooked.cache  # noqa: B018
+        hooked.hooking_context.clear()
+
+
+def test_an_overwritten_alias_inside_a_callbacks_tensordict_is_detected(x):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+    with (
+        pytest.raises(InplaceModificationError, match="'0'"),
+        ActivationCaching("0", callback=lambda output, **rest: TensorDict({"kept": output})).prepare(model) as hooked,
+    ):
+        hooked(x)
+
+
+def test_a_snapshot_of_a_callbacks_tensordict_is_a_copy(x):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+    callback = lambda output, **rest: TensorDict({"kept": output})  # noqa: E731
+    with ActivationCaching("0", callback=callback, hold="snapshot").prepare(model) as hooked:
+        hooked(x)
+    assert torch.equal(hooked.cache["0", "kept"], model[0](x))
 
 
 def test_an_in_place_operation_before_the_capture_is_no_error(x):
@@ -193,7 +245,9 @@ def test_a_module_whose_output_was_written_in_place_is_kept_as_it_came_out(x):
     assert torch.equal(hooked.cache["0"], (2 * x + 1) * 3)
 
 
-@pytest.mark.parametrize("options", [{"hold": "snapshot"}, {"dtype": torch.float64}, {"index": 0}, {"reducer": Mean()}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"hold": "snapshot"}, {"dtype": torch.float64}, {"index": 0}, {"reducer": Mean()}], ids=str
+)
 def test_what_is_copied_cannot_be_overwritten(x, options):
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
     with ActivationCaching("0", **options).prepare(model) as hooked:

@@ -68,7 +68,9 @@ def test_stacking_goes_with_reducers(model, x):
         hooked(x)
         hooked(2 * x)
     assert hooked.cache["attn"].shape == (11, 2, 5, 4)
-    assert torch.equal(hooked.cache["attn"][:, 1], torch.stack([separately(model, 2 * x)[f"{i}.attn"] for i in range(11)]))
+    assert torch.equal(
+        hooked.cache["attn"][:, 1], torch.stack([separately(model, 2 * x)[f"{i}.attn"] for i in range(11)])
+    )
 
 
 def test_stacking_goes_with_gradients(model, x):
@@ -81,17 +83,21 @@ def test_stacking_goes_with_gradients(model, x):
 
 
 def test_a_pattern_without_the_group_is_an_error_that_names_those_there(model):
-    with pytest.raises(CaptureError, match=r"\(\?P<block>\.\.\.\).*only 'kind', 'layer'") as caught:
-        with ActivationCaching(PATTERN, stack_by="block").prepare(model):
-            pass
+    with (
+        pytest.raises(CaptureError, match=r"\(\?P<block>\.\.\.\).*only 'kind', 'layer'") as caught,
+        ActivationCaching(PATTERN, stack_by="block").prepare(model),
+    ):
+        pass
     assert caught.value.paths[:2] == ("0.attn", "0.mlp")
 
 
 def test_sites_of_different_shape_cannot_be_stacked(x):
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    with ActivationCaching(r"(?P<layer>\d)", stack_by="layer").prepare(model) as hooked:
-        with pytest.raises(CaptureError, match=r"'0' \(5, 3\), '1' \(5, 2\)"):
-            hooked(x)
+    with (
+        ActivationCaching(r"(?P<layer>\d)", stack_by="layer").prepare(model) as hooked,
+        pytest.raises(CaptureError, match=r"'0' \(5, 3\), '1' \(5, 2\)"),
+    ):
+        hooked(x)
 
 
 def test_a_site_that_saw_nothing_cannot_be_stacked(x):
@@ -103,7 +109,9 @@ def test_a_site_that_saw_nothing_cannot_be_stacked(x):
         def forward(self, x):
             return self.layers[0](x)
 
-    with pytest.raises(CaptureError, match=r"'layers\.1' saw no value") as caught:
-        with ActivationCaching(r"layers\.(?P<layer>\d)", stack_by="layer").prepare(Skipping()) as hooked:
-            hooked(x)
+    with (
+        pytest.raises(CaptureError, match=r"'layers\.1' saw no value") as caught,
+        ActivationCaching(r"layers\.(?P<layer>\d)", stack_by="layer").prepare(Skipping()) as hooked,
+    ):
+        hooked(x)
     assert caught.value.paths == ("layers.1",)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from model_state import state_of
-from small_models import MLP
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleWrapper
 
+from model_state import state_of
+from small_models import MLP
 from tdcache import (
     ActivationCaching,
     CacheWriteError,
@@ -84,7 +84,8 @@ def test_the_caches_of_the_children_are_side_by_side_in_one(model, x):
 
 def test_children_with_other_directions_share_one_cache(model, x):
     factory = CompositeHookingContextFactory(
-        ActivationCaching("head", use_nested_keys=True), ActivationCaching("head", directions=["bwd"], use_nested_keys=True)
+        ActivationCaching("head", use_nested_keys=True),
+        ActivationCaching("head", directions=["bwd"], use_nested_keys=True),
     )
     with factory.prepare(model) as hooked:
         y = hooked(x)
@@ -114,7 +115,9 @@ def test_two_children_that_cache_one_site_clash(model):
 
 def test_a_child_with_a_cache_of_its_own_keeps_it(model, x):
     own = TensorDict()
-    factory = CompositeHookingContextFactory(ActivationCaching("head"), ActivationCaching("head", cache=own, reducer=Stack()))
+    factory = CompositeHookingContextFactory(
+        ActivationCaching("head"), ActivationCaching("head", cache=own, reducer=Stack())
+    )
     with factory.prepare(model) as hooked:
         hooked(x)
         hooked(x)
@@ -151,9 +154,11 @@ def test_a_recipe_that_runs_the_model_twice_composes(model, x, position):
 
 
 def test_a_recipe_that_runs_the_model_itself_wants_a_tensordict(model, x):
-    with CompositeHookingContextFactory(TwoRuns()).prepare(model) as hooked:
-        with pytest.raises(ContextError, match="needs a TensorDict"):
-            hooked(x)
+    with (
+        CompositeHookingContextFactory(TwoRuns()).prepare(model) as hooked,
+        pytest.raises(ContextError, match="needs a TensorDict"),
+    ):
+        hooked(x)
 
 
 def test_a_recipe_that_wraps_the_module_composes(model, x):
@@ -183,7 +188,9 @@ def test_composites_nest(model, x):
 
 def test_a_composite_restores_the_model_and_can_be_entered_again(model, x):
     before = state_of(model)
-    context = CompositeHookingContextFactory(Doubling(), ActivationCaching("head", directions=["fwd", "bwd"])).prepare(model)
+    context = CompositeHookingContextFactory(Doubling(), ActivationCaching("head", directions=["fwd", "bwd"])).prepare(
+        model
+    )
     for _ in range(2):
         with context as hooked:
             hooked(x).sum().backward()
@@ -194,7 +201,10 @@ def test_a_composite_restores_the_model_and_can_be_entered_again(model, x):
 
 def test_a_composite_whose_second_child_fails_leaves_no_hook(model):
     before = state_of(model)
-    with pytest.raises(SelectionError), CompositeHookingContextFactory(Doubling(), ActivationCaching("nowhere")).prepare(model):
+    with (
+        pytest.raises(SelectionError),
+        CompositeHookingContextFactory(Doubling(), ActivationCaching("nowhere")).prepare(model),
+    ):
         pass
     assert state_of(model) == before
 
@@ -220,9 +230,11 @@ def test_clearing_a_composite_clears_every_child(model, x):
 
 
 def test_the_report_of_unfired_sites_comes_from_the_child_that_has_them(model, x):
-    with pytest.warns(UnfiredSiteWarning, match="'layers'; ModuleList"):
-        with CompositeHookingContextFactory(ActivationCaching("head"), ActivationCaching("layers")).prepare(model) as hooked:
-            hooked(x)
+    with (
+        pytest.warns(UnfiredSiteWarning, match="'layers'; ModuleList"),
+        CompositeHookingContextFactory(ActivationCaching("head"), ActivationCaching("layers")).prepare(model) as hooked,
+    ):
+        hooked(x)
 
 
 def test_only_factories_can_be_composed():
@@ -233,5 +245,6 @@ def test_only_factories_can_be_composed():
 def test_a_composite_shows_its_children():
     composite = CompositeHookingContextFactory(ActivationCaching("a"), ActivationCaching("b"))
     assert repr(composite) == (
-        "CompositeHookingContextFactory(ActivationCaching('a', directions=['fwd']), ActivationCaching('b', directions=['fwd']))"
+        "CompositeHookingContextFactory("
+        "ActivationCaching('a', directions=['fwd']), ActivationCaching('b', directions=['fwd']))"
     )

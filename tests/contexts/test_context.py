@@ -4,11 +4,11 @@ import warnings
 
 import pytest
 import torch
-from model_state import state_of
-from small_models import MLP, by_hand
 from tensordict import TensorDict
 from torch import nn
 
+from model_state import state_of
+from small_models import MLP, by_hand
 from tdcache import (
     ActivationCaching,
     ContextError,
@@ -180,7 +180,10 @@ def test_without_a_with_block_restore_leaves(model, x):
 
 
 def test_restore_inside_a_with_block_is_an_error(model):
-    with ActivationCaching("head").prepare(model) as hooked, pytest.raises(ContextError, match="belongs to a with block"):
+    with (
+        ActivationCaching("head").prepare(model) as hooked,
+        pytest.raises(ContextError, match="belongs to a with block"),
+    ):
         hooked.restore()
 
 
@@ -284,7 +287,9 @@ def test_prepend_captures_the_value_before_edits(model, x, capture_first):
 def test_edits_of_inputs_come_before_captures_of_inputs(model, x, capture_first):
     class Shift(HookingContextFactory):
         def _hook_module(self, module):
-            hook = HookFactory.make_setting_hook(None, callback=lambda args, **rest: (args[0] + 1,), direction="fwd_pre")
+            hook = HookFactory.make_setting_hook(
+                None, callback=lambda args, **rest: (args[0] + 1,), direction="fwd_pre"
+            )
             return MultiHookHandle([module.register_submodule_hook("head", hook, direction="fwd_pre")])
 
     capture = ActivationCaching("head", directions=["fwd_pre"])
@@ -362,9 +367,13 @@ def test_a_reducer_goes_on_after_a_pause(model, x):
 
 
 def test_pausing_twice_is_an_error(model):
-    with ActivationCaching("head").prepare(model) as hooked, hooked.hooking_context.paused():
-        with pytest.raises(ContextError, match="paused already"), hooked.hooking_context.paused():
-            pass
+    with (
+        ActivationCaching("head").prepare(model) as hooked,
+        hooked.hooking_context.paused(),
+        pytest.raises(ContextError, match="paused already"),
+        hooked.hooking_context.paused(),
+    ):
+        pass
 
 
 def test_an_exception_in_a_pause_resumes(model, x):

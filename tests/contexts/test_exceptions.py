@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from model_state import state_of
-from small_models import MLP
 from tensordict import TensorDict
 from torch import nn
 
+from model_state import state_of
+from small_models import MLP
 from tdcache import (
     ActivationCaching,
     CaptureError,
@@ -62,18 +62,28 @@ def test_leaving_restores_the_model(model, x):
 @pytest.mark.usefixtures("unchanged")
 def test_the_bodys_exception_is_the_one_that_is_seen(model, x):
     error = Boom("body")
-    with pytest.raises(Boom) as caught, ActivationCaching(".*").prepare(model) as hooked:
+
+    def body(hooked):
         hooked(x)
         raise error
+
+    with pytest.raises(Boom) as caught, ActivationCaching(".*").prepare(model) as hooked:
+        body(hooked)
     assert caught.value is error
 
 
 @pytest.mark.usefixtures("unchanged")
 def test_the_bodys_exception_wins_over_one_that_leaving_finds_which_becomes_a_note(model, x):
-    with pytest.raises(Boom, match="body") as caught, torch.no_grad():
-        with ActivationCaching("head").prepare(model) as hooked:
-            hooked(x).add_(1)
-            raise Boom("body")
+    def body(hooked):
+        hooked(x).add_(1)
+        raise Boom("body")
+
+    with (
+        pytest.raises(Boom, match="body") as caught,
+        torch.no_grad(),
+        ActivationCaching("head").prepare(model) as hooked,
+    ):
+        body(hooked)
     (note,) = caught.value.__notes__
     assert "while leaving the context: InplaceModificationError" in note
     assert "'head'" in note
@@ -82,16 +92,20 @@ def test_the_bodys_exception_wins_over_one_that_leaving_finds_which_becomes_a_no
 @pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize("direction", EVERYTHING)
 def test_a_failing_callback_is_seen_as_it_is(model, x, direction):
-    with pytest.raises(Boom, match="here"):
-        with ActivationCaching("head", callback=boom, directions=[direction]).prepare(model) as hooked:
-            hooked(x).sum().backward()
+    with (
+        pytest.raises(Boom, match="here"),
+        ActivationCaching("head", callback=boom, directions=[direction]).prepare(model) as hooked,
+    ):
+        hooked(x).sum().backward()
 
 
 @pytest.mark.usefixtures("unchanged")
 def test_a_callback_that_returns_no_tensor_is_an_error_that_names_the_path(model, x):
-    with pytest.raises(CaptureError, match="returned str at 'head'") as caught:
-        with ActivationCaching("head", callback=lambda **named: "no tensor").prepare(model) as hooked:
-            hooked(x)
+    with (
+        pytest.raises(CaptureError, match="returned str at 'head'") as caught,
+        ActivationCaching("head", callback=lambda **named: "no tensor").prepare(model) as hooked,
+    ):
+        hooked(x)
     assert caught.value.paths == ("head",)
 
 
@@ -145,10 +159,13 @@ def test_an_interrupted_forward_does_not_make_the_next_one_a_nested_one(model, x
 
 @pytest.mark.usefixtures("unchanged")
 def test_a_failing_backward_leaves_the_model_as_it_was(model, x):
-    with pytest.raises(Boom), ActivationCaching("head", directions=EVERYTHING).prepare(model) as hooked:
+    def body(hooked):
         y = hooked(x)
         y.register_hook(boom)
         y.sum().backward()
+
+    with pytest.raises(Boom), ActivationCaching("head", directions=EVERYTHING).prepare(model) as hooked:
+        body(hooked)
 
 
 @pytest.mark.usefixtures("unchanged")
@@ -158,10 +175,22 @@ def test_a_selector_that_matches_nothing_leaves_no_hook(model):
 
 
 @pytest.mark.usefixtures("unchanged")
+def test_a_pattern_that_backtracks_without_end_is_bounded_and_leaves_no_hook(model, monkeypatch):
+    monkeypatch.setattr("tdcache.selection._MATCH_SECONDS", 0.05)
+    model.add_module("a" * 50, nn.Identity())
+    with pytest.raises(SelectionError, match="backtracks"), ActivationCaching("(a|aa)+[!?]").prepare(model):
+        pass
+    del model._modules["a" * 50]
+
+
+@pytest.mark.usefixtures("unchanged")
 def test_the_first_recipe_is_undone_when_the_second_of_a_with_fails(model):
-    with pytest.raises(SelectionError):
-        with ActivationCaching("head").prepare(model), ActivationCaching("nowhere").prepare(model):
-            pass
+    with (
+        pytest.raises(SelectionError),
+        ActivationCaching("head").prepare(model),
+        ActivationCaching("nowhere").prepare(model),
+    ):
+        pass
 
 
 @pytest.mark.usefixtures("unchanged")
@@ -195,9 +224,7 @@ class Fragile(HookingContextFactory):
 
     def _hook_module(self, module):
         hook = HookFactory.make_reading_hook(callback=boom if self.at == "hook" else lambda **named: None)
-        handle = MultiHookManager("head").register_hook(
-            module, lambda path: hook, relative_path=module.relative_path
-        )
+        handle = MultiHookManager("head").register_hook(module, lambda path: hook, relative_path=module.relative_path)
         if self.at == "half way":
             handle.remove()
             raise Boom("half way")
@@ -249,6 +276,8 @@ def test_an_in_place_error_of_the_forward_is_no_obstacle_to_leaving(x):
 
 @pytest.mark.usefixtures("unchanged")
 def test_a_missing_entry_of_the_data_names_those_there(model, x):
-    with ActivationCaching("head").prepare(model) as hooked:
-        with pytest.raises(KeyError, match=r"no entry 'input'.*\['tokens'\].*in_keys="):
-            hooked(TensorDict({"tokens": x}))
+    with (
+        ActivationCaching("head").prepare(model) as hooked,
+        pytest.raises(KeyError, match=r"no entry 'input'.*\['tokens'\].*in_keys="),
+    ):
+        hooked(TensorDict({"tokens": x}))

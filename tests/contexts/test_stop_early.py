@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from small_models import MLP
 from tensordict import TensorDict
 
+from small_models import MLP
 from tdcache import ActivationCaching, DirectionError, StopForward
 
 
@@ -104,6 +104,8 @@ def test_gradients_cannot_be_had_from_a_stopped_forward(direction):
 
 
 def test_a_site_that_never_fires_lets_the_forward_run_to_its_end(model, x):
-    with pytest.warns(UserWarning, match="'layers'"):
-        with ActivationCaching(r"layers|layers\.0", stop_early=True).prepare(model) as hooked:
-            assert hooked(x).shape == (5, 2)
+    with (
+        pytest.warns(UserWarning, match="'layers'"),
+        ActivationCaching(r"layers|layers\.0", stop_early=True).prepare(model) as hooked,
+    ):
+        assert hooked(x).shape == (5, 2)

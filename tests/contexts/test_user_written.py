@@ -4,11 +4,11 @@ import pickle
 
 import pytest
 import torch
-from model_state import state_of
-from small_models import MLP
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 
+from model_state import state_of
+from small_models import MLP
 from tdcache import (
     CacheProxy,
     CompositeHookingContextFactory,
@@ -235,9 +235,11 @@ def test_a_recipe_that_does_not_call_super_init_works(model, x):
 
 
 def test_a_recipe_without_a_cache_has_none(model):
-    with RootHook(lambda module, args, output: None).prepare(model) as hooked:
-        with pytest.raises(ContextError, match="has no cache"):
-            hooked.cache  # noqa: B018
+    with (
+        RootHook(lambda module, args, output: None).prepare(model) as hooked,
+        pytest.raises(ContextError, match="has no cache"),
+    ):
+        hooked.cache  # noqa: B018
 
 
 def test_a_recipe_may_pass_one_sites_value_to_another(model, x):
@@ -263,7 +265,9 @@ def test_a_recipe_may_pass_one_sites_value_to_another(model, x):
 def test_a_recipe_may_stop_the_forward(model, x):
     class Stopping(HookingContextFactory):
         def _hook_module(self, module):
-            return MultiHookHandle([module.register_submodule_hook("layers.0", HookFactory.make_stopping_hook("layers.0"))])
+            return MultiHookHandle(
+                [module.register_submodule_hook("layers.0", HookFactory.make_stopping_hook("layers.0"))]
+            )
 
     ran = []
     model.layers[1].register_forward_hook(lambda *args: ran.append(1))
@@ -289,9 +293,9 @@ class Frozen(HookingContextFactory):
 def test_recipes_of_users_compose(model, x):
     model.layers[0].requires_grad_(False)
     before = state_of(model)
-    with CompositeHookingContextFactory(Frozen(), OldCaching("head"), RootHook(lambda module, args, output: -output)).prepare(
-        model
-    ) as hooked:
+    with CompositeHookingContextFactory(
+        Frozen(), OldCaching("head"), RootHook(lambda module, args, output: -output)
+    ).prepare(model) as hooked:
         y = hooked(x)
         assert not y.requires_grad
     assert torch.equal(hooked.cache["head"], -y)

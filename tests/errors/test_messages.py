@@ -1,5 +1,6 @@
-"""What the errors of selection, paths, hooks and reducers say: what is wrong, what was expected, what to type instead."""
+"""What the errors of selection, paths, hooks and reducers say: what is wrong, and what to type instead."""
 
+import operator
 from collections import OrderedDict
 
 import pytest
@@ -99,7 +100,8 @@ MESSAGES = {
     "no path": (lambda: resolve(MODEL, 0), "a path is a string such as 'layers.0', got 0 (int)"),
     "no direction": (
         lambda: register_hook_to_module(MODEL, print, "forward"),
-        "unknown direction 'forward'; use one of 'fwd', 'bwd', 'fwd_pre', 'bwd_pre', 'grad_in', 'fwd_kwargs', 'fwd_pre_kwargs'",
+        "unknown direction 'forward'; use one of 'fwd', 'bwd', 'fwd_pre', 'bwd_pre', 'grad_in', "
+        "'fwd_kwargs', 'fwd_pre_kwargs'",
     ),
     "a hook with the wrong parameters": (
         lambda: register_hook_to_module(MODEL, named_hook, "fwd"),
@@ -112,8 +114,8 @@ MESSAGES = {
     ),
     "a callback with the wrong parameters": (
         lambda: HookFactory.make_setting_hook(None, callback=lambda module, output, direction: None),
-        "the callback lacks the parameters 'args', 'value'; it is called with module=, args=, output=, value=, direction= "
-        "(take **kwargs for those you do not need)",
+        "the callback lacks the parameters 'args', 'value'; it is called with module=, args=, output=, value=, "
+        "direction= (take **kwargs for those you do not need)",
     ),
     "a cache that is gone": (
         forgotten_cache,
@@ -125,8 +127,8 @@ MESSAGES = {
     ),
     "a value of another type": (
         lambda: HookFactory.make_setting_hook([A])(None, (), (A,)),
-        "the output of type tuple cannot be replaced by list; return the same type, a tensor for the first tensor in it, "
-        "or None for no change",
+        "the output of type tuple cannot be replaced by list; return the same type, a tensor for the first tensor "
+        "in it, or None for no change",
     ),
     "a stop": (
         lambda: HookFactory.make_stopping_hook("layers.0")(None, (), A),
@@ -139,13 +141,13 @@ MESSAGES = {
         "classes_to_skip=(<class 'torch.nn.modules.linear.Linear'>,)",
     ),
     "a handle and something else": (
-        lambda: MultiHookHandle() + [],
+        lambda: operator.add(MultiHookHandle(), []),
         "a MultiHookHandle can be added to another, not to list",
     ),
     "a module that changes its input in place": (
         in_place_input,
-        "'act' changes its input in place, so the gradient of that input cannot be told from the gradient of its output; "
-        "capture direction 'bwd' of the module that produces it instead",
+        "'act' changes its input in place, so the gradient of that input cannot be told from the gradient of its "
+        "output; capture direction 'bwd' of the module that produces it instead",
     ),
     "an input that is passed on and changed in place": (
         overwritten_later,
@@ -197,8 +199,8 @@ MESSAGES = {
     "a negative budget": (lambda: Concatenate(max_rows=-1), "max_rows is a number of rows, got -1"),
     "rows of another shape": (
         lambda: fed(Concatenate(), torch.ones(2, 3), torch.ones(2, 4)),
-        "values of different shape cannot be concatenated along dim 0: rows of (3,) so far, now (4,); choose another dim, "
-        "flatten= the varying dimensions into rows, or use Stack()",
+        "values of different shape cannot be concatenated along dim 0: rows of (3,) so far, now (4,); choose another "
+        "dim, flatten= the varying dimensions into rows, or use Stack()",
     ),
     "rows of another dtype": (
         lambda: fed(Concatenate(), torch.ones(2, 3), torch.ones(2, 3).half()),
@@ -212,8 +214,8 @@ MESSAGES = {
     ),
     "best rows of another shape": (
         lambda: fed(TopK(1), torch.ones(2, 3), torch.ones(2, 4)),
-        "TopK(k=1, dim=0, largest=True) saw rows of (3,) and now of (4,); choose another dim, or bring the values to one "
-        "shape with index= or callback=",
+        "TopK(k=1, dim=0, largest=True) saw rows of (3,) and now of (4,); choose another dim, or bring the values to "
+        "one shape with index= or callback=",
     ),
     "no best rows": (lambda: TopK(0), "k is at least 1, got 0"),
 }

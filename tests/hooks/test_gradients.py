@@ -419,3 +419,15 @@ def test_a_hook_that_raises_in_the_backward_shows_its_own_error():
     register_hook_to_module(module, broken, "bwd_pre")
     with pytest.raises(ZeroDivisionError, match="in the hook"):
         module(x).sum().backward()
+
+
+def test_a_forward_that_raised_leaves_the_gradients_of_the_next_one_right():
+    def forward(x):
+        return x * 2 if x.sum() > 0 else 1 / 0
+
+    module, x, seen = Returning(forward), torch.ones(1, requires_grad=True), []
+    with registered(module, lambda module, grad_input, grad_output: seen.append(grad_input[0].item()), "grad_in"):
+        with pytest.raises(ZeroDivisionError):
+            module(-x)
+        module(x).sum().backward()
+    assert seen == [2.0]

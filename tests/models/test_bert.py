@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from small_models import output_gradients
 from tensordict import TensorDict
 
+from small_models import output_gradients
 from tdcache import ActivationCaching
 
 transformers = pytest.importorskip("transformers")
@@ -13,7 +13,12 @@ transformers = pytest.importorskip("transformers")
 @pytest.fixture
 def config():
     return transformers.BertConfig(
-        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=20, max_position_embeddings=32
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=20,
+        max_position_embeddings=32,
     )
 
 
@@ -43,14 +48,20 @@ def test_field_names_choose_among_the_outputs(model, batch):
 
 
 def test_other_names_take_the_outputs_in_order(model, batch):
-    with ActivationCaching("pooler").prepare(model, in_keys=KEYS, out_keys=["hidden", "pooled"]) as hooked, torch.no_grad():
+    with (
+        ActivationCaching("pooler").prepare(model, in_keys=KEYS, out_keys=["hidden", "pooled"]) as hooked,
+        torch.no_grad(),
+    ):
         hooked(batch)
     assert batch["hidden"].shape == (2, 6, 8)
     assert torch.equal(batch["pooled"], hooked.cache["pooler"])
 
 
 def test_a_model_that_returns_tuples_is_no_different(model, batch):
-    with ActivationCaching(r"encoder\.layer\.\d+").prepare(model, in_keys=KEYS, out_keys=["hidden"]) as hooked, torch.no_grad():
+    with (
+        ActivationCaching(r"encoder\.layer\.\d+").prepare(model, in_keys=KEYS, out_keys=["hidden"]) as hooked,
+        torch.no_grad(),
+    ):
         hooked(batch, return_dict=False)
     assert torch.equal(batch["hidden"], hooked.cache["encoder.layer.1"])
 
@@ -70,7 +81,9 @@ def test_attention_and_feed_forward_outputs_with_gradients(config, batch):
 
 
 def test_an_embedding_of_integers_is_kept_with_its_gradient(model, batch):
-    with ActivationCaching("embeddings", directions=["fwd", "bwd", "fwd_pre"]).prepare(model, in_keys=KEYS, out_keys=["y"]) as hooked:
+    with ActivationCaching("embeddings", directions=["fwd", "bwd", "fwd_pre"]).prepare(
+        model, in_keys=KEYS, out_keys=["y"]
+    ) as hooked:
         hooked(batch)["y"].sum().backward()
     assert hooked.cache["fwd", "embeddings"].shape == hooked.cache["bwd", "embeddings"].shape == (2, 6, 8)
     assert torch.equal(hooked.cache["fwd_pre", "embeddings"], batch["ids"])

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from small_models import output_gradients
 from torch import nn
 
+from small_models import output_gradients
 from tdcache import ActivationCaching
 
 

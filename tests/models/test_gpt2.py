@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from small_models import by_hand, output_gradients
 from tensordict import TensorDict
 
+from small_models import by_hand, output_gradients
 from tdcache import ActivationCaching, Concatenate, Stack
 
 transformers = pytest.importorskip("transformers")
@@ -27,7 +27,12 @@ def ids():
 
 def generate(model, ids, steps=4):
     return model.generate(
-        ids, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(ids)
+        ids,
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        pad_token_id=0,
+        attention_mask=torch.ones_like(ids),
     )
 
 
@@ -62,7 +67,10 @@ def test_the_hidden_states_are_those_of_the_model(model, ids):
 
 
 def test_a_model_output_gives_its_first_tensor_and_by_name_another(model, ids):
-    with ActivationCaching("transformer").prepare(model) as first, ActivationCaching("", pick="logits").prepare(model) as named:
+    with (
+        ActivationCaching("transformer").prepare(model) as first,
+        ActivationCaching("", pick="logits").prepare(model) as named,
+    ):
         result = model(ids)
     assert first.cache["transformer"].shape == (2, 5, 8)
     assert torch.equal(named.cache[""], result.logits)
@@ -71,7 +79,9 @@ def test_a_model_output_gives_its_first_tensor_and_by_name_another(model, ids):
 def test_a_tensordict_goes_in_by_a_mapping_and_comes_out_by_field_names(model, ids):
     data = TensorDict({"tokens": ids, "mask": torch.ones_like(ids), "targets": ids}, batch_size=[])
     context = ActivationCaching("lm_head", directions=["fwd", "bwd"]).prepare(
-        model, in_keys={"tokens": "input_ids", "mask": "attention_mask", "targets": "labels"}, out_keys=["logits", "loss"]
+        model,
+        in_keys={"tokens": "input_ids", "mask": "attention_mask", "targets": "labels"},
+        out_keys=["logits", "loss"],
     )
     with context as hooked:
         assert hooked(data) is data
@@ -93,7 +103,9 @@ def test_gradients_at_the_mlps_are_those_of_autograd(model, ids):
 
 
 def test_generate_gives_one_entry_per_step(model, ids):
-    with ActivationCaching(r"lm_head|transformer\.h\.\d+\.mlp", reducer=Stack(), index=(slice(None), -1)).prepare(model) as hooked:
+    with ActivationCaching(r"lm_head|transformer\.h\.\d+\.mlp", reducer=Stack(), index=(slice(None), -1)).prepare(
+        model
+    ) as hooked:
         generated = generate(model, ids)
     assert generated.shape == (2, 9)
     assert hooked.cache["lm_head"].shape == (4, 2, 20)

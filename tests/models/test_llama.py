@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from small_models import by_hand
 from tensordict import TensorDict
 
+from small_models import by_hand
 from tdcache import ActivationCaching, Concatenate, Mean, Stack
 
 transformers = pytest.importorskip("transformers")
@@ -13,9 +13,14 @@ transformers = pytest.importorskip("transformers")
 @pytest.fixture
 def model():
     config = transformers.LlamaConfig(
-        hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=20,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=20,
         max_position_embeddings=32,
-    )  # fmt: skip
+    )
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -36,7 +41,9 @@ def test_layers_are_stacked_into_one_tensor_per_kind(model, ids):
         model(ids)
     assert sorted(hooked.cache.keys()) == ["mlp", "self_attn"]
     for kind in hooked.cache.keys():  # noqa: SIM118  a TensorDict is no dict
-        assert torch.equal(hooked.cache[kind], torch.stack([apart.cache[f"model.layers.{layer}.{kind}"] for layer in range(3)]))
+        assert torch.equal(
+            hooked.cache[kind], torch.stack([apart.cache[f"model.layers.{layer}.{kind}"] for layer in range(3)])
+        )
 
 
 def test_a_tensordict_goes_in_by_a_mapping_and_comes_out_by_field_names(model, ids):
@@ -47,7 +54,10 @@ def test_a_tensordict_goes_in_by_a_mapping_and_comes_out_by_field_names(model, i
 
 
 def test_inputs_given_by_keyword_are_kept(model, ids):
-    with ActivationCaching(r"model\.layers\.0\.self_attn", directions=["fwd_pre"]).prepare(model) as hooked, torch.no_grad():
+    with (
+        ActivationCaching(r"model\.layers\.0\.self_attn", directions=["fwd_pre"]).prepare(model) as hooked,
+        torch.no_grad(),
+    ):
         hooked(ids)
     wanted = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
     assert torch.equal(hooked.cache["model.layers.0.self_attn"], wanted)
@@ -57,7 +67,9 @@ def test_gradients_arrive_at_every_layer(model, ids):
     with ActivationCaching(r"model\.layers\.\d+", directions=["fwd", "bwd", "grad_in"]).prepare(model) as hooked:
         hooked(ids).logits.sum().backward()
     for layer in range(2):  # what a layer gets is the gradient of the input of the next
-        assert torch.equal(hooked.cache["bwd", f"model.layers.{layer}"], hooked.cache["grad_in", f"model.layers.{layer + 1}"])
+        assert torch.equal(
+            hooked.cache["bwd", f"model.layers.{layer}"], hooked.cache["grad_in", f"model.layers.{layer + 1}"]
+        )
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -71,9 +83,10 @@ def test_generate_gives_one_entry_per_step(model, ids, use_cache):
 
 
 def test_statistics_over_generation_cover_every_token(model, ids):
-    with ActivationCaching(r"model\.layers\.1\.mlp", reducer=Mean(dim=(0, 1))).prepare(model) as mean, ActivationCaching(
-        r"model\.layers\.1\.mlp", reducer=Concatenate(flatten=2)
-    ).prepare(model) as rows:
+    with (
+        ActivationCaching(r"model\.layers\.1\.mlp", reducer=Mean(dim=(0, 1))).prepare(model) as mean,
+        ActivationCaching(r"model\.layers\.1\.mlp", reducer=Concatenate(flatten=2)).prepare(model) as rows,
+    ):
         generate(model, ids)
     assert rows.cache["model.layers.1.mlp"].shape == (2 * 7, 8)
     # The mean is accumulated in float64 step by step, the other in single precision at once.

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from small_models import MLP, by_hand
 from tensordict import TensorDict
 from torch import nn
 
+from small_models import MLP, by_hand
 from tdcache import ActivationCaching
 
 
 @pytest.mark.parametrize(
-    ("model", "pattern"), [(MLP(width=4), r"layers\.\d+|act|head"), (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), r"\d")]
+    ("model", "pattern"),
+    [(MLP(width=4), r"layers\.\d+|act|head"), (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), r"\d")],
 )
 @pytest.mark.parametrize("grad", [True, False])
 def test_every_layer_of_an_mlp_is_kept(model, pattern, grad):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from model_state import state_of
-from small_models import MLP, by_hand
 from torch import nn
 
+from model_state import state_of
+from small_models import MLP, by_hand
 from tdcache import ActivationCaching, UnfiredSiteWarning
 
 
@@ -48,17 +48,21 @@ def test_a_frozen_model_gives_gradients_where_the_input_needs_one(x):
 
 
 def test_a_gradient_that_cannot_come_is_reported_with_the_reason(x):
-    with pytest.warns(UnfiredSiteWarning, match="the output of 'head' did not require grad"):
-        with ActivationCaching("head", directions=["bwd"]).prepare(MLP().requires_grad_(False)) as hooked:
-            hooked(x)
+    with (
+        pytest.warns(UnfiredSiteWarning, match="the output of 'head' did not require grad"),
+        ActivationCaching("head", directions=["bwd"]).prepare(MLP().requires_grad_(False)) as hooked,
+    ):
+        hooked(x)
 
 
 def test_half_a_frozen_model_gives_gradients_where_they_flow(x):
     model = MLP()
     model.layers.requires_grad_(False)
-    with pytest.warns(UnfiredSiteWarning, match=r"'layers\.0'"):
-        with ActivationCaching(r"layers\.0|head", directions=["bwd"]).prepare(model) as hooked:
-            hooked(x).sum().backward()
+    with (
+        pytest.warns(UnfiredSiteWarning, match=r"'layers\.0'"),
+        ActivationCaching(r"layers\.0|head", directions=["bwd"]).prepare(model) as hooked,
+    ):
+        hooked(x).sum().backward()
     assert list(hooked.cache.keys()) == ["head"]
 
 
@@ -86,9 +90,11 @@ def test_gradients_of_an_embedding_come_though_its_input_can_have_none():
 
 def test_the_input_gradient_of_integers_is_reported_as_impossible():
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2))
-    with pytest.warns(UnfiredSiteWarning, match="the input of '0' did not require grad .*integer-only"):
-        with ActivationCaching("0|1", directions=["grad_in"]).prepare(model) as hooked:
-            hooked(torch.arange(5)).sum().backward()
+    with (
+        pytest.warns(UnfiredSiteWarning, match="the input of '0' did not require grad .*integer-only"),
+        ActivationCaching("0|1", directions=["grad_in"]).prepare(model) as hooked,
+    ):
+        hooked(torch.arange(5)).sum().backward()
     assert list(hooked.cache.keys()) == ["1"]
 
 

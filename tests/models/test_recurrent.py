@@ -92,6 +92,10 @@ def test_a_packed_sequence_gives_its_data():
 
 
 def test_a_pick_that_is_not_there_names_what_is(x):
-    with pytest.raises(CaptureError, match=r"pick=2 finds nothing at 'rnn'.*tuple of \(Tensor, tuple\); use one of \[0, 1\]"):
-        with ActivationCaching("rnn", pick=2).prepare(Tagger(nn.LSTM)) as hooked:
-            hooked(x)
+    with (
+        pytest.raises(
+            CaptureError, match=r"pick=2 finds nothing at 'rnn'.*tuple of \(Tensor, tuple\); use one of \[0, 1\]"
+        ),
+        ActivationCaching("rnn", pick=2).prepare(Tagger(nn.LSTM)) as hooked,
+    ):
+        hooked(x)

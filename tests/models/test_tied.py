@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
-from small_models import Tied, by_hand
 from torch import nn
 
+from small_models import Tied, by_hand
 from tdcache import ActivationCaching, RepeatedCallWarning, Stack, select
 
 

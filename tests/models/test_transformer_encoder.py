@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from small_models import by_hand
 from torch import nn
 
+from small_models import by_hand
 from tdcache import ActivationCaching, UnfiredSiteWarning
 
 
@@ -30,8 +30,13 @@ def test_submodules_of_the_layers_are_kept(model, x, training):
     for module in model.modules():
         module.p = 0.0 if isinstance(module, nn.Dropout) else getattr(module, "p", None)
     model.train(training)
-    paths = [f"layers.{layer}.{name}" for layer in (0, 1) for name in ("linear1", "linear2", "norm1", "norm2", "self_attn")]
-    with ActivationCaching(r"layers\.\d+\.(linear.|norm.|self_attn)").prepare(model) as hooked, torch.set_grad_enabled(training):
+    paths = [
+        f"layers.{layer}.{name}" for layer in (0, 1) for name in ("linear1", "linear2", "norm1", "norm2", "self_attn")
+    ]
+    with (
+        ActivationCaching(r"layers\.\d+\.(linear.|norm.|self_attn)").prepare(model) as hooked,
+        torch.set_grad_enabled(training),
+    ):
         hooked(x)
     assert sorted(hooked.cache.keys()) == sorted(paths)
     assert hooked.cache["layers.0.linear1"].shape == (2, 3, 16)
@@ -64,9 +69,11 @@ class FusedLayer(nn.TransformerEncoderLayer):
 
 def test_what_the_fused_path_skips_is_reported_by_name_with_the_way_out(x):
     model = nn.Sequential(FusedLayer(8, 2, 16, batch_first=True)).eval()
-    with pytest.warns(UnfiredSiteWarning, match=r"'0\.linear1'") as caught:
-        with ActivationCaching(r"0|0\.linear1").prepare(model) as hooked:
-            hooked(x)
+    with (
+        pytest.warns(UnfiredSiteWarning, match=r"'0\.linear1'") as caught,
+        ActivationCaching(r"0|0\.linear1").prepare(model) as hooked,
+    ):
+        hooked(x)
     assert list(hooked.cache.keys()) == ["0"]
     assert (
         "the fused fast path of FusedLayer '0' calls no submodules in eval mode; switch it off with "

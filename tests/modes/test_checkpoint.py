@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small_models import output_gradients
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from small_models import output_gradients
 from tdcache import ActivationCaching, Stack
 
 
@@ -54,7 +54,9 @@ def twin_of(model):
 @pytest.mark.parametrize("directions", [["fwd"], ["bwd"], ["fwd", "bwd"]], ids=str)
 def test_every_site_fires_once(reentrant, directions, x):
     model = Net(reentrant)
-    with ActivationCaching(PATTERN, directions=directions, reducer=Stack(), use_nested_keys=True).prepare(model) as hooked:
+    with ActivationCaching(PATTERN, directions=directions, reducer=Stack(), use_nested_keys=True).prepare(
+        model
+    ) as hooked:
         hooked(x).square().sum().backward()
     for direction in directions:
         assert sorted(hooked.cache[direction].keys()) == PATHS

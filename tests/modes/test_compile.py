@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from model_state import state_of
-from small_models import MLP
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
+from model_state import state_of
+from small_models import MLP
 from tdcache import ActivationCaching, Stack, cache_activations
 
 # Both are torch's own, while it traces.

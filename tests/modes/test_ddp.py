@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from model_state import state_of
-from small_models import MLP
 from torch.nn.parallel import DistributedDataParallel
 
+from model_state import state_of
+from small_models import MLP
 from tdcache import ActivationCaching, cache_activations
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")

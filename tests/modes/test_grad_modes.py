@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from small_models import MLP, Residual, by_hand
 from torch import nn
 
+from small_models import MLP, Residual, by_hand
 from tdcache import ActivationCaching, UnfiredSiteWarning
 
 
@@ -48,9 +48,12 @@ def test_grad_mode_is_what_it_was(model, x):
 
 @pytest.mark.parametrize("direction", ["bwd", "grad_in"])
 def test_a_gradient_asked_for_under_no_grad_is_reported_and_harmless(model, x, direction):
-    with pytest.warns(UnfiredSiteWarning, match="did not require grad"), torch.no_grad():
-        with ActivationCaching("head", directions=[direction]).prepare(model) as hooked:
-            y = hooked(x)
+    with (
+        pytest.warns(UnfiredSiteWarning, match="did not require grad"),
+        torch.no_grad(),
+        ActivationCaching("head", directions=[direction]).prepare(model) as hooked,
+    ):
+        y = hooked(x)
     assert torch.equal(y, model(x))
 
 
@@ -74,13 +77,18 @@ def test_autocast_values_are_kept_in_their_own_dtype(model, x):
 
 
 def test_autocast_gradients_of_inputs_are_in_the_dtype_of_the_input(model, x):
-    with ActivationCaching("layers.0|head", directions=["grad_in"]).prepare(model) as hooked, torch.autocast("cpu", torch.bfloat16):
+    with (
+        ActivationCaching("layers.0|head", directions=["grad_in"]).prepare(model) as hooked,
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         hooked(x.requires_grad_()).sum().backward()
     assert hooked.cache["layers.0"].dtype == torch.float32
     assert hooked.cache["head"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("make", [MLP, Residual, lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))])
+@pytest.mark.parametrize(
+    "make", [MLP, Residual, lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))]
+)
 @pytest.mark.parametrize("directions", [["fwd"], ["fwd", "fwd_pre", "bwd", "grad_in"]], ids=len)
 @pytest.mark.parametrize("hold", ["detached", "live", "snapshot"])
 def test_a_capture_leaves_outputs_and_gradients_bit_for_bit(make, directions, hold, x):

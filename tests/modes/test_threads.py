@@ -4,8 +4,8 @@ import threading
 
 import pytest
 import torch
-from small_models import MLP, Residual
 
+from small_models import MLP, Residual
 from tdcache import ActivationCaching, Stack
 
 
@@ -16,7 +16,7 @@ def in_two_threads(work):
     def run(number):
         try:
             work(number, barrier)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  raised again in the main thread
             failures.append(error)
             barrier.abort()
 
@@ -81,9 +81,10 @@ def test_grad_mode_is_each_threads_own():
     needed = {}
 
     def work(number, barrier):
-        with torch.set_grad_enabled(number == 0), ActivationCaching("first", hold="live", dtype=torch.float64).prepare(
-            models[number]
-        ) as hooked:
+        with (
+            torch.set_grad_enabled(number == 0),
+            ActivationCaching("first", hold="live", dtype=torch.float64).prepare(models[number]) as hooked,
+        ):
             barrier.wait()
             hooked(x)
             barrier.wait()

@@ -87,7 +87,9 @@ def test_results_are_taken_in_order(data, returns):
     assert (found["first"], found["second"]) == (1.0, 2.0)
 
 
-@pytest.mark.parametrize("returns", [lambda left, right: {"left": left, "right": right}, Record], ids=["dict", "dataclass"])
+@pytest.mark.parametrize(
+    "returns", [lambda left, right: {"left": left, "right": right}, Record], ids=["dict", "dataclass"]
+)
 def test_results_are_taken_by_name_where_names_agree(data, returns):
     found = ModelCall(Sum(returns=returns), ["a", "b"], ["right"])(data)
     assert found["right"] == 2.0
@@ -96,7 +98,7 @@ def test_results_are_taken_by_name_where_names_agree(data, returns):
 def test_an_underscore_skips_a_result(data):
     found = ModelCall(Sum(returns=lambda left, right: (left, right)), ["a", "b"], ["_", "second"])(data)
     assert found["second"] == 2.0
-    assert "_" not in found.keys()
+    assert sorted(found.keys()) == ["a", "b", "s", "second"]
 
 
 def test_a_nested_result_gives_its_first_tensor(data):

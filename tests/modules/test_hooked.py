@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small_models import MLP
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 
+from small_models import MLP
 from tdcache import ActivationCaching, ContextError, HookedModule, HookSignatureError, PathError, TdcacheWarning
 
 

@@ -76,19 +76,28 @@ class Join(nn.Module):
         return left + right
 
 
-KINDS = {"sequential": lambda parts: nn.Sequential(*parts), "chain": Chain, "skip": Skip, "twice": Twice, "idle": Idle, "both": Both}
+KINDS = {
+    "sequential": lambda parts: nn.Sequential(*parts),
+    "chain": Chain,
+    "skip": Skip,
+    "twice": Twice,
+    "idle": Idle,
+    "both": Both,
+}
 
 
 @st.composite
 def models(draw, *, in_place=True):
-    """A tree of at most nine leaves that takes and gives ``(batch, WIDTH)``; names may be shared, flags and hooks vary."""
+    """A tree of at most nine leaves, some shared, that takes and gives ``(batch, WIDTH)``; flags and hooks vary."""
     names = sorted(LEAVES if in_place else set(LEAVES) - {"in-place relu"})
     leaves = [LEAVES[name]() for name in draw(st.lists(st.sampled_from(names), min_size=1, max_size=5))]
     leaf = st.sampled_from(leaves)  # the same module may stand at several places
     tree = st.recursive(
         leaf,
         lambda inner: st.builds(
-            lambda kind, parts: KINDS[kind](parts), st.sampled_from(sorted(KINDS)), st.lists(inner, min_size=1, max_size=3)
+            lambda kind, parts: KINDS[kind](parts),
+            st.sampled_from(sorted(KINDS)),
+            st.lists(inner, min_size=1, max_size=3),
         ),
         max_leaves=9,
     )
@@ -109,7 +118,7 @@ def models(draw, *, in_place=True):
 
 @st.composite
 def recipes(draw, *, gradients=True, **fixed):
-    """A caching recipe that is safe on any tree of :func:`models`: it copies, so that no in-place operation can hurt it.
+    """A caching recipe for any tree of :func:`models`: it copies, so that no in-place operation can hurt it.
 
     The input gradient of an in-place module is refused by design, and so left out.
     """

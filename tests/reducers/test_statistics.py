@@ -23,7 +23,7 @@ def batches(dtype, *shapes):
 
 
 def accuracy(dtype):
-    """Half precision accumulates in float32, whose rounding grows with the number of steps; the rest is one rounding."""
+    """Half precision accumulates in float32, where every step rounds; the rest is rounded once, at the end."""
     return {"rtol": 1e-5, "atol": 0.0} if dtype in (torch.float16, torch.bfloat16) else {"rtol": 1e-6, "atol": 1e-12}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdcache.types import Hold, Index
 
-__all__ = ["Keep", "Transfers"]
+__all__ = ["Keep", "Transfers", "shares_memory"]
 
 
 class Transfers:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tdcache.errors import CaptureError
 from tdcache.hooks.directions import Direction
+from tdcache.hooks.gradients import watch_tensor
 from tdcache.hooks.values import leaves, pick_tensor
 from tdcache.types import CacheKey, Pick
 
@@ -171,23 +172,28 @@ class GradientTap(Tap):
         self.arrived = 0
         """Which of the calls the kept gradient belongs to, where there are several in a forward."""
 
-    def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Set a tensor hook on the output, if a gradient can come."""
+    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Set a tensor hook on the output, if a gradient can come; returns an alias of an input that is handed on."""
         if self.pick == "all":
+            result = output
             for steps, tensor in leaves(output):
-                self.watch(tensor, _leaf_key(self.path, steps))
-        elif self.pick is None:
-            self.watch(output if isinstance(output, Tensor) else _first_of(module, output, self.path), self.path)
+                changed = self._watch(args, result, tensor, _leaf_key(self.path, steps))
+                result = result if changed is None else changed
+            return None if result is output else result
+        if self.pick is None:
+            picked = output if isinstance(output, Tensor) else _first_of(module, output, self.path)
         else:
-            self.watch(pick_tensor(output, self.pick, self.path), self.path)
+            picked = pick_tensor(output, self.pick, self.path)
+        return self._watch(args, output, picked, self.path)
 
-    def watch(self, tensor: Tensor, key: CacheKey) -> None:
-        """Set the tensor hook."""
+    def _watch(self, args: Any, output: Any, tensor: Tensor, key: CacheKey) -> Any:
         if tensor.requires_grad:
             self.calls += 1
-            tensor.register_hook(partial(self.on_grad, key, self.channel.number, self.calls))
-        elif not torch.compiler.is_compiling():
+            on_grad = partial(self.on_grad, key, self.channel.number, self.calls)
+            return watch_tensor(args, output, tensor, on_grad, self.path)
+        if not torch.compiler.is_compiling():
             self.recorder.graphless.add(self.path)
+        return None
 
     def on_grad(self, key: CacheKey, number: int, call: int, grad: Tensor) -> None:
         """Take the gradient of one call; of several calls in a forward the latest counts."""
@@ -207,28 +213,31 @@ class OutputAndGradientTap(OutputTap):
         self.gradient_channel = gradient_channel
         self.gradient = GradientTap(path, gradient_channel, recorder, order, None)
 
-    def on_both(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Keep the output, and set a tensor hook on it."""
+    def on_both(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Keep the output, and set a hook on the node that made it: a tensor hook does the same at twice the cost."""
         values = self.values
         path = self.path
-        if path not in values:
+        if path not in values and not (args and args[0] is output) and not torch.compiler.is_compiling():
             try:
+                node = output.grad_fn
                 self.versions[path] = output._version
-                output.register_hook(partial(self.on_grad, self.gradient_channel.number))
-            except (AttributeError, RuntimeError):  # no tensor, an inference tensor, or one without grad
+                node.register_prehook(partial(self.on_grads, self.gradient_channel.number, output.output_nr))
+            except (AttributeError, RuntimeError):  # no tensor, an inference tensor, or none that an operation made
                 self.versions.pop(path, None)
             else:
                 values[path] = output
-                return
+                return None
         self.gradient.arrived = 0
         self.on_output(module, args, output)
-        self.gradient.on_output(module, args, output)
+        return self.gradient.on_output(module, args, output)
 
-    def on_grad(self, number: int, grad: Tensor) -> None:
+    def on_grads(self, number: int, position: int, grads: tuple[Tensor | None, ...]) -> None:
         """Take the gradient of the first call in a forward."""
         channel, path = self.gradient_channel, self.path
-        if number != channel.accepting or path in channel.values:
-            self.gradient.on_grad(path, number, 0, grad)
+        grad = grads[position]
+        if number != channel.accepting or path in channel.values or grad is None:
+            if grad is not None:
+                self.gradient.on_grad(path, number, 0, grad)
             return
         channel.versions[path] = grad._version
         channel.values[path] = grad

@@ -7,8 +7,8 @@ from tdcache.hooks.manager import MultiHookManager
 from tdcache.types import HookDirection
 
 __all__ = [
-    "DIRECTIONS",
     "CacheProxy",
+    "DIRECTIONS",
     "Direction",
     "HookDirection",
     "HookFactory",

@@ -47,7 +47,9 @@ DIRECTIONS: Mapping[str, Direction] = {
     for row in (
         Direction(name="fwd", params=_OUTPUT, value="output", returns="output", noun="output"),
         Direction(name="fwd_pre", params=("module", "args"), value="args", returns="args", noun="input"),
-        Direction(name="bwd", params=_BACKWARD, value="grad_output", returns="grad_input", noun="grad_output", gradient=True),
+        Direction(
+            name="bwd", params=_BACKWARD, value="grad_output", returns="grad_input", noun="grad_output", gradient=True
+        ),
         Direction(
             name="bwd_pre",
             params=("module", "grad_output"),
@@ -60,7 +62,11 @@ DIRECTIONS: Mapping[str, Direction] = {
             name="grad_in", params=_BACKWARD, value="grad_input", returns="grad_input", noun="grad_input", gradient=True
         ),
         Direction(
-            name="fwd_kwargs", params=("module", "args", "kwargs", "output"), value="output", returns="output", noun="output"
+            name="fwd_kwargs",
+            params=("module", "args", "kwargs", "output"),
+            value="output",
+            returns="output",
+            noun="output",
         ),
         Direction(
             name="fwd_pre_kwargs", params=("module", "args", "kwargs"), value="args", returns="args", noun="input"
@@ -69,7 +75,7 @@ DIRECTIONS: Mapping[str, Direction] = {
 }
 
 
-def direction_row(direction: str) -> Direction:
+def direction_row(direction: object) -> Direction:
     """The row of a direction.
 
     Raises:
@@ -77,5 +83,6 @@ def direction_row(direction: str) -> Direction:
     """
     row = DIRECTIONS.get(direction) if isinstance(direction, str) else None
     if row is None:
-        raise DirectionError(f"unknown direction {direction!r}; use one of {', '.join(map(repr, get_args(HookDirection)))}")
+        names = ", ".join(map(repr, get_args(HookDirection)))
+        raise DirectionError(f"unknown direction {direction!r}; use one of {names}")
     return row

@@ -59,7 +59,9 @@ def check_callback(callback: Callable[..., Any] | None, expected: tuple[str, ...
         return
     parameters = inspect.signature(callback).parameters.values()
     if any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters):
-        raise HookSignatureError("a callback is called with keyword arguments only; it cannot have positional-only parameters")
+        raise HookSignatureError(
+            "a callback is called with keyword arguments only; it cannot have positional-only parameters"
+        )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
     missing = [name for name in expected if name not in {parameter.name for parameter in parameters}]
@@ -157,7 +159,7 @@ class StoppingHook:
 
 
 class HookFactory:
-    """Makes the hooks that one's own context registers. Directions and their parameters: see the table of directions."""
+    """Makes the hooks that one's own context registers; the table of directions has their parameters."""
 
     @staticmethod
     def make_caching_hook(

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from tdcache.errors import InplaceModificationError
 from tdcache.hooks.values import children, leaves, with_parts
 
-__all__ = ["GradInputHook", "GradOutputHook", "GradientHandle"]
+__all__ = ["GradInputHook", "GradOutputHook", "GradientHandle", "watch_tensor"]
 
 Grads = tuple[Tensor | None, ...]
 
@@ -67,13 +67,13 @@ class GradOutputHook:
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Watch the gradient of an output."""
-        return watch_outputs(args, output, lambda grads: self.on_grads(module, grads), type(module).__name__)
+        return _watch_outputs(args, output, lambda grads: self.on_grads(module, grads), type(module).__name__)
 
     def on_grads(self, module: nn.Module, grads: Grads) -> Grads | None:
         """Pass the gradients on to the hook, unless it was removed in the meantime."""
         if not self.alive:
             return None
-        return as_grads(self.hook(module, grads), len(grads))
+        return _as_grads(self.hook(module, grads), len(grads))
 
 
 class GradInputHook:
@@ -127,7 +127,7 @@ class GradInputHook:
                 "of its output; capture direction 'bwd' of the module that produces it instead",
                 paths=(where,),
             )
-        return watch_outputs(args, output, call.on_outputs, where)
+        return _watch_outputs(args, output, call.on_outputs, where)
 
 
 _ENTRY = "_tdcache_entry"
@@ -148,7 +148,7 @@ class _Entry:
             base = tensors[0] if tensors[0]._base is None else tensors[0]._base
             self.aliases[0].register_hook(_OneGrad(self.on_grads, into_leaf=base.is_leaf))
         else:
-            self.aliases = list(_Gate.apply(self.on_grads, *tensors))
+            self.aliases = list(_Gate.apply(self.on_grads, *tensors))  # type: ignore[no-untyped-call]
         self.versions = [alias._version for alias in self.aliases]
         for alias in self.aliases:
             setattr(alias, _ENTRY, self)
@@ -194,7 +194,7 @@ class _Call:
         if not self.tap.alive:
             return grads
         full = _spread(grads, self.needs)
-        changed = as_grads(self.tap.hook(self.module, full, self.grad_output), len(full))
+        changed = _as_grads(self.tap.hook(self.module, full, self.grad_output), len(full))
         return grads if changed is None else _gathered(changed, self.needs)
 
 
@@ -207,7 +207,7 @@ def _gathered(grads: Grads, needs: list[bool]) -> Grads:
     return tuple(grad for grad, needed in zip(grads, needs, strict=True) if needed)
 
 
-def watch_outputs(args: Any, output: Any, on_grads: Callable[[Grads], Grads | None], where: str) -> Any:
+def _watch_outputs(args: Any, output: Any, on_grads: Callable[[Grads], Grads | None], where: str) -> Any:
     """Call ``on_grads`` with the gradients of the tensors in ``output``; returns a new output where one is needed."""
     tensors = [tensor for _, tensor in leaves(output)]
     needs = [tensor.requires_grad for tensor in tensors]
@@ -220,13 +220,38 @@ def watch_outputs(args: Any, output: Any, on_grads: Callable[[Grads], Grads | No
         return grads if changed is None else _gathered(changed, needs)
 
     if len(needing) > 1:
-        gated = iter(_Gate.apply(on_needed, *needing))
+        gated = iter(_Gate.apply(on_needed, *needing))  # type: ignore[no-untyped-call]
     elif needing[0].is_leaf or any(needing[0] is tensor for _, tensor in leaves(args)):
         gated = iter([_watched_alias(needing[0], on_needed, where)])
     else:
         needing[0].register_hook(_OneGrad(on_needed))
         return None
     return _exchange(output, iter([next(gated) if needed else None for needed in needs]))
+
+
+def watch_tensor(args: Any, output: Any, tensor: Tensor, on_grad: Callable[[Tensor], None], where: str) -> Any:
+    """Show ``on_grad`` the gradient of one tensor in ``output``; returns a new output where one is needed, or None.
+
+    One is needed where the module did not compute the tensor (it hands on an input, or a parameter): the gradient is
+    then that of an alias, which is the module's own.
+    """
+    if not tensor.is_leaf and not any(tensor is given for _, given in leaves(args)):
+        tensor.register_hook(on_grad)
+        return None
+    alias = _watched_alias(tensor, _Shown(on_grad), where)
+    return _exchange(output, iter([alias if each is tensor else None for _, each in leaves(output)]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """Shows the only gradient, and changes nothing."""
+
+    on_grad: Callable[[Tensor], None]
+
+    def __call__(self, grads: Grads) -> Grads:
+        if grads[0] is not None:
+            self.on_grad(grads[0])
+        return grads
 
 
 @dataclass(slots=True)
@@ -253,9 +278,9 @@ def _watched_alias(passed: Tensor, on_grads: Callable[[Grads], Grads], where: st
     A hook on that tensor itself would see the gradients of all its other uses too, and outlive the call on a leaf.
     """
     alias = passed.view_as(passed)
-    hook = _OneGrad(on_grads)
-    alias.register_hook(hook)
     base = passed if passed._base is None else passed._base
+    hook = _OneGrad(on_grads, into_leaf=base.is_leaf)
+    alias.register_hook(hook)
     if base.is_leaf:
         return alias
     content, version = alias.detach(), alias._version
@@ -276,7 +301,7 @@ def _watched_alias(passed: Tensor, on_grads: Callable[[Grads], Grads], where: st
     return alias
 
 
-def as_grads(returned: Any, count: int) -> Grads | None:
+def _as_grads(returned: Any, count: int) -> Grads | None:
     """What a gradient hook returned, as a tuple: None, a bare tensor, or a tuple with an entry per tensor."""
     if returned is None:
         return None

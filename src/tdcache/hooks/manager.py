@@ -18,7 +18,7 @@ __all__ = ["MultiHookManager"]
 
 
 class MultiHookManager:
-    """Registers hooks at the modules that a selector and two class filters mean.
+    r"""Registers hooks at the modules that a selector and two class filters mean.
 
     Args:
         pattern: any selector. ``None`` means every module of ``classes_to_hook``, and nothing where that is left at its
@@ -30,7 +30,7 @@ class MultiHookManager:
     Example:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-        >>> manager = MultiHookManager(r"\\d+", classes_to_skip=(nn.ReLU,))
+        >>> manager = MultiHookManager(r"\d+", classes_to_skip=(nn.ReLU,))
         >>> with manager.register_hook(model, lambda path: lambda module, args, output: output + 1) as handle:
         ...     len(handle)
         1
@@ -68,8 +68,8 @@ class MultiHookManager:
         ]
         if not kept:
             raise SelectionError(
-                f"selector {found.selector!r} matches {len(found)} modules of {type(module).__name__}, but none of them "
-                f"passes classes_to_hook={self.classes_to_hook!r}, classes_to_skip={self.classes_to_skip!r}",
+                f"selector {found.selector!r} matches {len(found)} modules of {type(module).__name__}, but none of "
+                f"them passes classes_to_hook={self.classes_to_hook!r}, classes_to_skip={self.classes_to_skip!r}",
                 selector=found.selector,
             )
         return Selection(kept, selector=found.selector, model_name=found.model_name)

@@ -131,7 +131,7 @@ def with_parts(value: Any, parts: Mapping[Step, Any]) -> Any:
             items[at] = part  # type: ignore[index]  # the steps of a sequence are integers
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):  # HF outputs are mappings as well
-        return dataclasses.replace(value, **parts)
+        return dataclasses.replace(value, **{str(name): part for name, part in parts.items()})
     if not isinstance(value, TensorDictBase | MutableMapping):
         return type(value)({**value, **parts})
     copied = value.copy() if isinstance(value, TensorDictBase) else copy.copy(value)

@@ -22,7 +22,7 @@ class Reducer(ABC):
     """
 
     ordered: ClassVar[bool] = True
-    """Whether the order of updates changes the result; gradients, which arrive in reverse, are put in order for these."""
+    """Whether the order of updates changes the result; gradients arrive in reverse, and are put in order for these."""
 
     aliases: ClassVar[bool] = False
     """Whether :meth:`update` keeps the tensor itself, so that a later in-place operation would change what is kept."""
@@ -33,7 +33,7 @@ class Reducer(ABC):
 
     @abstractmethod
     def merge(self, other: Self) -> None:
-        """Take in what ``other`` saw, as if its values had come after the ones here; ``other`` must not be used after."""
+        """Take in what ``other`` saw, as if its values had come after these; ``other`` must not be used any more."""
 
     @abstractmethod
     def compute(self) -> Tensor | TensorDict:
@@ -55,7 +55,9 @@ class Reducer(ABC):
     def check_mergeable(self, other: Reducer) -> None:
         """Refuse another kind of reducer, or one with another configuration."""
         if self != other:
-            raise ValueError(f"{self!r} can be merged with a reducer of the same kind and configuration, not with {other!r}")
+            raise ValueError(
+                f"{self!r} can be merged with a reducer of the same kind and configuration, not with {other!r}"
+            )
 
     def nothing_seen(self) -> CaptureError:
         """The error of :meth:`compute` before any update."""

@@ -134,7 +134,7 @@ class TopK(Reducer):
     """The ``k`` largest (or smallest) values over rows, per remaining position, with the numbers of their rows.
 
     For the top activating inputs of every neuron or latent. ``compute()`` gives a TensorDict with ``"values"`` and
-    ``"indices"``, both ``(k, *rest)`` with the axis at ``dim``; row numbers count all rows that passed the site, in order.
+    ``"indices"``, both ``(k, *rest)`` with the axis at ``dim``; row numbers count all rows that passed the site.
 
     Args:
         k: how many; fewer where fewer rows were seen.
@@ -175,23 +175,23 @@ class TopK(Reducer):
 
     def _join(self, values: Tensor, indices: Tensor) -> None:
         if self._values is not None and self._indices is not None:
-            self._check_shape(values)
+            self._check_rest(self._values, values)
             values = torch.cat([self._values, values], dim=self.dim)
             indices = torch.cat([self._indices, indices], dim=self.dim)
             values, places = values.topk(min(self.k, values.shape[self.dim]), dim=self.dim, largest=self.largest)
             indices = indices.gather(self.dim, places)
         self._values, self._indices = values, indices
 
-    def _check_shape(self, values: Tensor) -> None:
+    def _check_rest(self, before: Tensor, now: Tensor) -> None:
         rests = []
-        for each in (self._values, values):
+        for each in (before, now):
             rest = list(each.shape)
             del rest[self.dim]
             rests.append(tuple(rest))
         if rests[0] != rests[1]:
             raise CaptureError(
-                f"{self!r} saw rows of {rests[0]} and now of {rests[1]}; choose another dim, or bring the values to one "
-                "shape with index= or callback="
+                f"{self!r} saw rows of {rests[0]} and now of {rests[1]}; choose another dim, or bring the values to "
+                "one shape with index= or callback="
             )
 
     def compute(self) -> TensorDict:

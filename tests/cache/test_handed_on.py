@@ -1,0 +1,69 @@
+"""Modules that compute nothing: what they hand on is an input or a parameter, which others use as well."""
+
+import pytest
+import torch
+from torch import nn
+
+from tdcache import ActivationCaching
+
+PAIRS = [["bwd"], ["fwd", "bwd"]]
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        hidden = self.linear(x)
+        return 3 * self.drop(hidden) + hidden
+
+
+class Returned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(3.0))
+
+    def forward(self):
+        return self.weight
+
+
+class UsesReturned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.source = Returned()
+
+    def forward(self, x):
+        return x * self.source()
+
+
+@pytest.mark.parametrize("directions", PAIRS, ids="+".join)
+def test_the_gradient_of_an_input_that_is_handed_on_is_the_modules_own(directions):
+    model = Residual().eval()
+    with ActivationCaching("drop|linear", directions=directions, use_nested_keys=True).prepare(model) as hooked:
+        hooked(torch.ones(2, 3)).sum().backward()
+    assert torch.equal(hooked.cache["bwd", "drop"], torch.full((2, 3), 3.0))
+    assert torch.equal(hooked.cache["bwd", "linear"], torch.full((2, 3), 4.0))
+
+
+@pytest.mark.parametrize("directions", PAIRS, ids="+".join)
+@pytest.mark.parametrize("pick", [None, "all"])
+def test_a_parameter_that_is_handed_on_keeps_no_hook(directions, pick):
+    model = UsesReturned()
+    with ActivationCaching("source", directions=directions, use_nested_keys=True, pick=pick).prepare(model) as hooked:
+        hooked(torch.tensor([1.0, 2.0, 4.0])).sum().backward()
+    assert torch.equal(hooked.cache["bwd", "source"], torch.tensor([1.0, 2.0, 4.0]))
+    assert torch.equal(model.source.weight.grad, torch.tensor([1.0, 2.0, 4.0]))
+    assert not model.source.weight._backward_hooks
+
+
+@pytest.mark.parametrize("directions", PAIRS, ids="+".join)
+def test_a_second_backward_leaves_the_kept_gradient_of_a_parameter_alone(directions):
+    model = UsesReturned()
+    with ActivationCaching("source", directions=directions, use_nested_keys=True).prepare(model) as hooked:
+        output = hooked(torch.tensor([1.0, 2.0, 4.0])).sum()
+        output.backward(retain_graph=True)
+    output.backward()
+    assert torch.equal(model.source.weight.grad, torch.tensor([2.0, 4.0, 8.0]))
+    assert torch.equal(hooked.cache["bwd", "source"], torch.tensor([1.0, 2.0, 4.0]))
