@@ -170,7 +170,7 @@ class ActivationCaching(HookingContextFactory):
 
     def _select(self, module: HookedModule) -> Selection:
         """The sites; those of the last entry where neither the selector nor the modules have changed since."""
-        context = module.hooking_context
+        context: HookingContextWithCache = module.hooking_context
         root = module.model if self._relative else module
         tree = walk(root)
         if context.remembered is not None:
@@ -194,7 +194,8 @@ class ActivationCaching(HookingContextFactory):
                 target.reset()  # so that cache["bwd"] can be read before the first gradient
             if self._pick != "all":
                 target.check(selection.paths if stack_by is None else tuple(stack_by.members))
-            channels.append(Channel(direction, selection.paths, keep, target, self._reducer, stack_by))
+            has_parts = self._pick == "all"
+            channels.append(Channel(direction, selection.paths, keep, target, self._reducer, stack_by, has_parts))
         return Recorder(channels)
 
     def _tap(self, handle: MultiHookHandle, selection: Selection, index: int, recorder: Recorder) -> None:
@@ -262,15 +263,23 @@ def _checked_directions(
 
 @contextmanager
 def cache_activations(model: nn.Module, pattern: Selector, **options: Any) -> Iterator[TensorDictBase]:
-    r"""Cache in a block of one line: ``with cache_activations(model, r"layers\.\d+") as cache: model(x)``.
+    """Cache what a block runs, in one line; inside it the model is called as usual.
 
     Args:
-        model: any ``nn.Module``; call it as usual inside the block.
+        model: any ``nn.Module``.
         pattern: which modules; see :class:`ActivationCaching`, which also has the ``options``.
         **options: keyword arguments of :class:`ActivationCaching`.
 
     Yields:
         The cache itself, current after each forward and backward (after the block with a gathering ``reducer``).
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.GELU())
+        >>> with cache_activations(model, "0") as cache:
+        ...     y = model(torch.randn(5, 4))
+        >>> cache["0"].shape
+        torch.Size([5, 3])
     """
     with ActivationCaching(pattern, **options).prepare(model) as hooked:
         yield hooked.cache

@@ -9,7 +9,10 @@
     ├── CaptureError(RuntimeError)         a value that cannot be kept
     │   ├── InplaceModificationError       a kept alias was overwritten afterwards
     │   └── CacheWriteError                the cache cannot take the value
-    └── EditError(RuntimeError)            a replacement that does not fit
+    ├── EditError(RuntimeError)            a replacement that does not fit
+    └── StoreError(RuntimeError)           stored tensors that cannot be written or read
+        ├── DamagedError                   bytes that are not those that were written
+        └── SpecError                      a store that was made of something else, or another way
 
     TdcacheWarning(UserWarning)
     ├── RepeatedCallWarning                one module ran twice in a forward and only one value is kept
@@ -26,9 +29,11 @@ import warnings
 from collections.abc import Sequence
 
 __all__ = [
+    "AttributionError",
     "CacheWriteError",
     "CaptureError",
     "ContextError",
+    "DamagedError",
     "DirectionError",
     "EditError",
     "HookSignatureError",
@@ -36,7 +41,9 @@ __all__ = [
     "PathError",
     "RepeatedCallWarning",
     "SelectionError",
+    "SpecError",
     "StopForward",
+    "StoreError",
     "TdcacheError",
     "TdcacheWarning",
     "UnfiredSiteWarning",
@@ -103,6 +110,38 @@ class EditError(TdcacheError, RuntimeError):
     """A replacement value that does not fit the value it replaces."""
 
 
+class StoreError(TdcacheError, RuntimeError):
+    """Stored tensors that cannot be written or read.
+
+    Attributes:
+        path: the file or folder concerned.
+    """
+
+    def __init__(self, message: str, *, path: object = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class DamagedError(StoreError):
+    """A file whose bytes are not those that were written: truncated, flipped, forged or missing."""
+
+
+class SpecError(StoreError):
+    """A store that was made of something else, or another way, than was asked for.
+
+    Attributes:
+        fields: the names of the fields that differ.
+    """
+
+    def __init__(self, message: str, *, path: object = None, fields: Sequence[str] = ()) -> None:
+        super().__init__(message, path=path)
+        self.fields = tuple(fields)
+
+
+class AttributionError(TdcacheError, RuntimeError):
+    """Scores that cannot be computed: a target that is not one scalar per row, or a site that gets no gradient."""
+
+
 class StopForward(BaseException):
     """Raised by a stopping hook to end the forward; the run or context that asked for it swallows it.
 
@@ -132,7 +171,7 @@ def warn_user(message: str, category: type[TdcacheWarning]) -> None:
     level, frame = 2, sys._getframe(1)  # noqa: SLF001  (warnings' own skip_file_prefixes needs Python 3.12)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USER:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level - 1)
+    warnings.warn(message, category, stacklevel=level)
 
 
 _NOT_THE_USER = frozenset({"tdcache", "torch", "tensordict", "contextlib"})

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 __all__ = [
+    "HookEntry",
     "calls_on_stack",
     "compiled_modules",
+    "global_hooks",
     "has_stale_graph",
     "in_backward",
     "is_optimized_module",
+    "module_hooks",
     "post_hooks",
     "pre_hooks",
     "why_not_called",
@@ -30,6 +33,42 @@ def post_hooks(module: nn.Module) -> Any:
 def pre_hooks(module: nn.Module) -> Any:
     """The ordered dict of a module's forward pre-hooks, by registration number."""
     return module._forward_pre_hooks
+
+
+class HookEntry(NamedTuple):
+    """One hook as torch has it."""
+
+    kind: str
+    """``"fwd_pre"``, ``"fwd"``, ``"bwd_pre"`` or ``"bwd"``."""
+    position: int
+    """Its place among those of its kind, in the order they are called."""
+    hook: Callable[..., Any]
+
+
+_HOOK_DICTS = {
+    "fwd_pre": "_forward_pre_hooks",
+    "fwd": "_forward_hooks",
+    "bwd_pre": "_backward_pre_hooks",
+    "bwd": "_backward_hooks",
+}
+
+
+def module_hooks(module: nn.Module) -> list[HookEntry]:
+    """The forward and backward hooks of one module."""
+    return _entries(vars(module), "")
+
+
+def global_hooks() -> list[HookEntry]:
+    """The hooks that torch calls for every module."""
+    return _entries(vars(torch.nn.modules.module), "_global")
+
+
+def _entries(holder: Mapping[str, Any], prefix: str) -> list[HookEntry]:
+    return [
+        HookEntry(kind, position, hook)
+        for kind, name in _HOOK_DICTS.items()
+        for position, hook in enumerate(holder.get(prefix + name, {}).values())
+    ]
 
 
 def in_backward() -> bool:
@@ -70,7 +109,8 @@ def has_stale_graph(model: nn.Module) -> bool:
 
 
 def _traced_codes(model: nn.Module, dynamo: Any) -> Iterator[CodeType]:
-    if is_optimized_module(model):  # a model of torch.nn's own classes is traced through a helper
+    if is_optimized_module(model) or type(model).forward.__module__.startswith("torch.nn."):
+        # A model of torch.nn's own classes is traced through a helper.
         constants = dynamo.external_utils.wrap_inline.__code__.co_consts
         yield from (constant for constant in constants if isinstance(constant, CodeType))
     for kind in {type(module) for module in model.modules()}:

@@ -33,7 +33,7 @@ _NO_GROUPS: Mapping[str, str] = {}
 _MATCH_SECONDS = 1.0
 # A quantified group, a back reference, many quantifiers or many alternations can backtrack without end. What is simpler
 # is at worst polynomial in the length of a path, and regex's own timeout costs five times the match.
-_RISKY = regex.compile(r"(?s)\)[*+?{]|\\[1-9]|\(\?[P&R<0-9]*[>=(]|(?:[*+{].*){4,}|(?:\|[^()]*\).*){6,}")
+_RISKY = regex.compile(r"(?s)\)[*+{]|\\[1-9]|\(\?[P&R<0-9]*[>=(]|(?:[*+{].*){4,}|(?:\|[^()]*\).*){6,}")
 
 
 class Site(NamedTuple):

@@ -64,7 +64,7 @@ def test_the_warning_comes_once_per_site(x):
 @pytest.mark.parametrize(
     ("reducer", "of_all"),
     [(Stack(), torch.stack), (First(), lambda values: values[0]), (Concatenate(), torch.cat)],
-    ids=repr,
+    ids=["stack", "first", "concatenate"],
 )
 def test_a_reducer_takes_every_call_without_a_warning(x, reducer, of_all):
     model = Looped()
@@ -163,8 +163,21 @@ def test_each_call_of_the_hooked_model_by_a_larger_one_is_a_forward(x):
 # Entries of an earlier forward
 
 
-def test_a_site_that_did_not_fire_has_no_entry_from_the_forward_before(x):
-    with ActivationCaching("layer|other").prepare(Looped()) as hooked:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"hold": "snapshot"},
+        {"hold": "live"},
+        {"index": 0},
+        {"dtype": torch.float64},
+        {"pick": "all"},
+        {"batch_dims": 1},
+    ],
+    ids=str,
+)
+def test_a_site_that_did_not_fire_has_no_entry_from_the_forward_before(x, options):
+    with ActivationCaching("layer|other", **options).prepare(Looped()) as hooked:
         hooked(x, times=1)
         assert sorted(hooked.cache.keys()) == ["layer", "other"]
         hooked(x, times=0)

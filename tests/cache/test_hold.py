@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch import nn
 
 from small_models import Residual
-from tensordict import TensorDict
 from tdcache import ActivationCaching, First, InplaceModificationError, Mean, Stack
 
 

@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 from model_state import state_of
 from small_models import MLP
-from tdcache import ActivationCaching, Stack, cache_activations
+from tdcache import ActivationCaching, CaptureError, Stack, cache_activations
 
 # Both are torch's own, while it traces.
 pytestmark = [
@@ -216,3 +216,15 @@ def test_a_reducer_sees_every_run_of_a_compiled_model(x):
             hooked(scale * x)
     wanted = torch.stack([model.first(scale * x) for scale in (1, 2, 3)])
     assert torch.equal(hooked.cache["first"], wanted)
+
+
+def test_a_wrapper_that_was_traced_before_is_refused_when_only_the_inner_model_was_prepared(x):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    with (
+        pytest.raises(CaptureError, match="prepare the compiled module itself"),
+        ActivationCaching("0").prepare(model),
+    ):
+        compiled(x)
+    assert not model[0]._forward_hooks

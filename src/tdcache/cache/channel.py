@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -48,12 +48,14 @@ class Channel:
     target: Target
     reducer: Reducer
     stack_by: StackBy | None
+    has_parts: bool = False
+    """Whether a site may have any number of entries (``pick="all"``)."""
     transfers: Transfers = field(default_factory=Transfers)
     values: dict[CacheKey, Any] = field(default_factory=dict)
     """The latest forward's aliases, by key. Between forwards every key is there, so that a hook that fires outside a
     forward of the root takes the slow path."""
     versions: dict[CacheKey, int] = field(default_factory=dict)
-    """The version of each of ``values`` when it was taken, in the same order."""
+    """The versions of ``values`` when they were taken, where they were not 0."""
     copies: dict[CacheKey, Any] = field(default_factory=dict)
     """The latest forward's values that share no memory with the model."""
     number: int = 0
@@ -85,6 +87,8 @@ class Channel:
         self.values.clear()
         self.versions.clear()
         self.copies.clear()
+        if self.latest_only:
+            self._aliases.clear()
         if self.is_gradient and self.latest_only:
             self.number += 1
             self.target.reset()
@@ -106,7 +110,7 @@ class Channel:
                 values.update(zip(values, map(Tensor.detach, values.values()), strict=True))
             elif any(needing):
                 values.update({key: value.detach() for key, value in values.items() if value.requires_grad})
-        if self.copies or self.stack_by is not None or len(values) != len(self.paths):
+        if self.copies or self.stack_by is not None or self.has_parts or len(values) != len(self.paths):
             self._deliver_slowly()
         else:
             self.target.write(values, complete=True)
@@ -128,7 +132,6 @@ class Channel:
         for path in self.paths:
             if path not in self.values:
                 self.values[path] = _ABSENT
-                self.versions[path] = 0
 
     def check(self) -> None:
         """Raise if an alias that is kept was overwritten since.
@@ -136,9 +139,11 @@ class Channel:
         Raises:
             InplaceModificationError: it names every path concerned.
         """
-        if list(map(_version, self.values.values())) != list(self.versions.values()):
+        if any(map(_version, self.values.values())):
             taken = self.versions
-            raise _overwritten([str(key) for key, value in self.values.items() if value._version != taken[key]])
+            changed = [str(key) for key, value in self.values.items() if value._version != taken.get(key, 0)]
+            if changed:
+                raise _overwritten(changed)
         changed = [alias.path for alias in self._aliases if alias.tensor._version != alias.version]
         if changed:
             raise _overwritten(list(dict.fromkeys(changed)))
@@ -152,7 +157,7 @@ class Channel:
             tensor: what the hook saw (a TensorDict where a callback returned one).
             serial: the number of the call, for values that do not arrive in order.
         """
-        kept, is_alias = self._keep(tensor)
+        kept, is_alias = self._keep(tensor, path)
         self.fired.add(path)
         if not self.latest_only:
             self._reduce(key, path, kept, is_alias, serial)
@@ -168,17 +173,23 @@ class Channel:
     def write_now(self, key: CacheKey, path: str, tensor: Any) -> None:
         """Keep a value that was seen outside a forward of the root, and write it at once."""
         self.fired.add(path)
-        kept, is_alias = self._keep(tensor)
+        kept, is_alias = self._keep(tensor, path)
         self.transfers.wait()
         if is_alias:
             self._aliases.append(_Alias(path, kept, kept._version))
         self.target.put(key, kept)
 
-    def _keep(self, tensor: Any) -> tuple[Any, bool]:
-        if isinstance(tensor, TensorDictBase):
-            return tensor if self.keep.hold == "live" else tensor.detach(), False
-        kept = self.keep(tensor, self.transfers)
-        return kept, not tensor.is_inference() and shares_memory(kept, tensor)
+    def _keep(self, value: Any, path: str) -> tuple[Any, bool]:
+        if isinstance(value, TensorDictBase):
+            return value.apply(lambda leaf: self._keep_leaf(leaf, path)), False
+        kept = self.keep(value, self.transfers)
+        return kept, not value.is_inference() and shares_memory(kept, value)
+
+    def _keep_leaf(self, leaf: Tensor, path: str) -> Tensor:
+        kept, is_alias = self._keep(leaf, path)
+        if is_alias:
+            self._aliases.append(_Alias(path, kept, kept._version))
+        return cast(Tensor, kept)
 
     def _reduce(self, key: CacheKey, path: str, kept: Any, is_alias: bool, serial: int | None) -> None:
         self._dirty = True

@@ -36,6 +36,8 @@ class Recorder:
         """Whether a backward is under way at whose end gradients are delivered."""
         self.forwards = 0
         self.graphless: set[str] = set()
+        self.repeated: set[str] = set()
+        """Sites that a compiled graph, which cannot warn, saw a second time."""
         self.stop_after: frozenset[str] = frozenset()
         self._depth = 0
         self._delivered = True
@@ -84,6 +86,8 @@ class Recorder:
         """Write what the forward gave to the cache."""
         self._depth = 0
         self._delivered = True
+        while self.repeated:
+            self._warn_of_second_call(self.repeated.pop())
         for channel in self.channels:
             channel.deliver()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -44,7 +44,7 @@ class Tap:
 class OutputTap(Tap):
     """Takes the output of a module as it is: the fast path, at the cost of a hook that writes a dict."""
 
-    __slots__ = ("values", "versions")
+    __slots__ = ("values",)
 
     def __init__(self, path: str, channel: Channel, recorder: Recorder, order: int) -> None:
         self.path = path
@@ -52,28 +52,46 @@ class OutputTap(Tap):
         self.recorder = recorder
         self.order = order
         self.values = channel.values
-        self.versions = channel.versions
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Keep the output."""
         values = self.values
         path = self.path
-        if path in values:  # a second call, or a call outside a forward of the root
-            self.recorder.take(self.channel, path, path, _first_of(module, output, path))
-            return
         try:
-            self.versions[path] = output._version
+            if output._version or path in values:  # written in place before; a second call, or one outside a forward
+                self.recorder.take(self.channel, path, path, output)
+                return
         except (AttributeError, RuntimeError):  # no tensor; an inference tensor, which has no version counter
-            self.recorder.take(self.channel, path, path, _first_of(module, output, path))
+            self._take_part(module, output)
             return
         values[path] = output
+
+    def _take_part(self, module: nn.Module, output: Any) -> None:
+        path = self.path
+        if type(output) is tuple and output and isinstance(output[0], Tensor):  # (hidden states, cache, ...)
+            tensor = output[0]
+            if path not in self.values and not tensor.is_inference() and not tensor._version:
+                self.values[path] = tensor
+                return
+        else:
+            tensor = _first_of(module, output, path)
+        self.recorder.take(self.channel, path, path, tensor)
+
+
+@torch.compiler.substitute_in_graph(OutputTap.on_output, skip_signature_check=True)
+def _on_output_in_graph(self: OutputTap, module: nn.Module, args: Any, output: Any) -> None:
+    """:meth:`OutputTap.on_output` in a compiled graph, where a version is not known when the graph is made."""
+    tensor = output if isinstance(output, Tensor) else _first_of(module, output, self.path)
+    if self.path in self.values:
+        self.recorder.repeated.add(self.path)
+    self.values[self.path] = tensor
 
 
 def _first_of(module: nn.Module, value: Any, path: str, keys: str = "out_keys") -> Tensor:
     """The first tensor of a value; of the TensorDict that a TensorDict module passes on, the first it made itself."""
     if isinstance(value, TensorDictBase) and getattr(module, keys, None):
         value = value.get(getattr(module, keys)[0])
-    return pick_tensor(value, None, path)
+    return cast(Tensor, pick_tensor(value, None, path))
 
 
 class ValueTap(Tap):
@@ -217,16 +235,14 @@ class OutputAndGradientTap(OutputTap):
         """Keep the output, and set a hook on the node that made it: a tensor hook does the same at twice the cost."""
         values = self.values
         path = self.path
-        if path not in values and not (args and args[0] is output) and not torch.compiler.is_compiling():
-            try:
-                node = output.grad_fn
-                self.versions[path] = output._version
-                node.register_prehook(partial(self.on_grads, self.gradient_channel.number, output.output_nr))
-            except (AttributeError, RuntimeError):  # no tensor, an inference tensor, or none that an operation made
-                self.versions.pop(path, None)
-            else:
+        try:
+            if not (output._version or path in values or (args and args[0] is output)):
+                on_grads = partial(self.on_grads, self.gradient_channel.number, output.output_nr)
+                output.grad_fn.register_prehook(on_grads)
                 values[path] = output
                 return None
+        except (AttributeError, RuntimeError):  # no tensor, an inference tensor, or none that an operation made
+            pass
         self.gradient.arrived = 0
         self.on_output(module, args, output)
         return self.gradient.on_output(module, args, output)
@@ -241,6 +257,13 @@ class OutputAndGradientTap(OutputTap):
             return
         channel.versions[path] = grad._version
         channel.values[path] = grad
+
+
+@torch.compiler.substitute_in_graph(OutputAndGradientTap.on_both, skip_signature_check=True)
+def _on_both_in_graph(self: OutputAndGradientTap, module: nn.Module, args: Any, output: Any) -> Any:
+    """:meth:`OutputAndGradientTap.on_both` in a compiled graph, which has no nodes yet when it is made."""
+    _on_output_in_graph(self, module, args, output)
+    return self.gradient.on_output(module, args, output)
 
 
 class StopTap:

@@ -72,14 +72,14 @@ class Target:
             self._complete = ()
             stale = [key for key in self.written if key not in entries]
             self.written.update(dict.fromkeys(entries))
+        for key in stale:
+            self._drop(key)
         if self.batch_dims:
             self._write_batched(entries)
         elif self.node is None:
             self.cache.update(entries)
         else:
             self._own_node().update(entries)
-        for key in stale:
-            self._drop(key)
 
     def put(self, key: CacheKey, value: Any) -> None:
         """Write one entry at once, beside those that are there."""
@@ -119,6 +119,13 @@ class Target:
         if self.cache.get(full, None) is not None:
             self.cache.del_(full)
         self.written.pop(key, None)
+        # A site that had parts (pick="all") leaves no empty node behind, where a leaf may come next.
+        while isinstance(key, tuple) and len(key) > 1:
+            key = key[:-1]
+            node = self.cache.get(self._full(key), None)
+            if node is None or not node.is_empty():
+                break
+            self.cache.del_(self._full(key))
 
     def _full(self, key: CacheKey) -> CacheKey:
         if self.node is None:

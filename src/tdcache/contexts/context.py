@@ -13,7 +13,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from tdcache.cache.recorder import Recorder
-from tdcache.errors import CacheWriteError, ContextError
+from tdcache.errors import CacheWriteError, CaptureError, ContextError
 from tdcache.hooks.attach import MultiHookHandle
 from tdcache.hooks.compiled import eager_where_stale
 from tdcache.modules.call import ModelCall
@@ -297,6 +297,12 @@ class HookingContextWithCache(HookingContext):
             return
         try:
             recorder.refresh()
+            if error is None and self._was_traced and not any(channel.fired for channel in recorder.channels):
+                raise CaptureError(
+                    f"no site of {type(self.model).__name__} saw a value, and torch.compile had traced the model "
+                    "before: its graph skips hooks that came later; prepare the compiled module itself, or enter "
+                    "before its first run"
+                )
             if error is None:
                 recorder.report_unfired(self.model)
         finally:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from textwrap import indent
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictModuleWrapper
@@ -15,6 +15,7 @@ from torch import nn
 from tdcache.errors import ContextError, StopForward, TdcacheWarning
 from tdcache.hooks.attach import register_hook_to_module
 from tdcache.modules.call import ModelCall
+from tdcache.modules.verbs import ModuleVerbs
 from tdcache.paths import resolve, resolve_all
 from tdcache.types import CacheKey, HookDirection, Removable
 
@@ -27,15 +28,11 @@ class OwningContext(Protocol):
     _in_context: bool
     model: nn.Module
 
-    @property
-    def cache(self) -> TensorDictBase:
-        """The context's cache."""
-
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call of the hooked module."""
 
 
-class HookedModule(TensorDictModuleWrapper):
+class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
     """A model inside an open context, or one made by :meth:`from_module` without a context.
 
     Called with a TensorDict it reads ``in_keys``, runs the model, writes ``out_keys`` and returns the same TensorDict;
@@ -78,7 +75,7 @@ class HookedModule(TensorDictModuleWrapper):
     @property
     def relative_path(self) -> str:
         """Where below this module the user's own model is."""
-        return self._relative_path
+        return cast(str, self._relative_path)
 
     @property
     def hooking_context(self) -> Any:
@@ -100,7 +97,7 @@ class HookedModule(TensorDictModuleWrapper):
         """
         if self._hooking_context is None or not hasattr(type(self._hooking_context), "cache"):
             raise ContextError("this hooked module has no cache; prepare a caching factory such as ActivationCaching")
-        return self._hooking_context.cache
+        return cast(TensorDictBase, self._hooking_context.cache)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; see the class."""
@@ -113,7 +110,7 @@ class HookedModule(TensorDictModuleWrapper):
 
     def call_model(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model without asking the context; a stopped forward gives the TensorDict, or None."""
-        called = self.td_module
+        called: nn.Module = self.td_module
         if isinstance(called, ModelCall) and not (args and isinstance(args[0], TensorDictBase)):
             called = called.module
         try:
@@ -142,14 +139,23 @@ class HookedModule(TensorDictModuleWrapper):
             PathError: no such path.
             HookSignatureError: the hook does not take the direction's parameters.
         """
+        path, module = self.find_site(key, relative)
+        return register_hook_to_module(module, hook, direction, prepend, path=path)
+
+    def find_site(self, key: str, relative: bool = True) -> tuple[str, nn.Module]:
+        """The canonical path and the module of ``key``; warns of a container, which is never called.
+
+        Raises:
+            PathError: no such path.
+        """
         path, module = resolve_all(self.model if relative else self, key)
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             warnings.warn(
                 f"{key!r} is a {type(module).__name__}, which is never called; hook its members instead",
                 TdcacheWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        return register_hook_to_module(module, hook, direction, prepend, path=path)
+        return path, module
 
     @contextmanager
     def disable_context_hooks(self) -> Iterator[None]:
