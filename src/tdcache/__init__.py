@@ -10,6 +10,7 @@ from tdcache.contexts import (
     HookingContextWithCache,
 )
 from tdcache.errors import (
+    AttributionError,
     CacheWriteError,
     CaptureError,
     ContextError,
@@ -37,6 +38,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "ActivationCaching",
+    "AttributionError",
     "CacheProxy",
     "CacheWriteError",
     "CaptureError",

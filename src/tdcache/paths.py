@@ -49,6 +49,11 @@ def resolve_all(root: nn.Module, path: str) -> tuple[str, nn.Module]:
         raise PathError(f"a path is a string such as 'layers.0', got {path!r} ({type(path).__name__})", selector=path)
     module, names, end = root, [], 0
     while end < len(path):
+        dotted = _dotted_child(module, path, end)
+        if dotted is not None:
+            module, end = module._modules[dotted], path.index(dotted, end) + len(dotted)  # type: ignore[assignment]
+            names.append(dotted)
+            continue
         step = _STEP.match(path, end)
         found = None if step is None else _child(module, step)
         if step is None or found is None:
@@ -57,6 +62,13 @@ def resolve_all(root: nn.Module, path: str) -> tuple[str, nn.Module]:
         names.append(name)
         end = step.end()
     return join(*names), module
+
+
+def _dotted_child(module: nn.Module, path: str, start: int) -> str | None:
+    """The child whose own name holds dots, as the sites of a splice have, with which the rest of the path begins."""
+    rest = path[start:].removeprefix(".")
+    names = (name for name, child in module._modules.items() if "." in name and child is not None)
+    return next((name for name in names if rest == name or rest.startswith((name + ".", name + "["))), None)
 
 
 def _child(module: nn.Module, step: regex.Match[str]) -> tuple[str, nn.Module] | None:

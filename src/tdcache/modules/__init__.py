@@ -2,5 +2,6 @@
 
 from tdcache.modules.call import ModelCall
 from tdcache.modules.hooked import HookedModule
+from tdcache.modules.run import HookedModuleRun
 
-__all__ = ["HookedModule", "ModelCall"]
+__all__ = ["HookedModule", "HookedModuleRun", "ModelCall"]

@@ -1,0 +1,315 @@
+"""A pass: one forward and one backward for everything that the methods open on a model ask for.
+
+Points (the user's rows, their baselines, the steps of a path...) are stacked along the batch and cut into chunks. Where
+something else looks on (other hooks on the model, a recipe that carries out calls itself), or rows cannot be stacked,
+points run one after the other and the user's own rows last, so that what looks on keeps those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from tdcache.attribution.asks import Ask, Place, Point, Rows, View
+from tdcache.attribution.taps import InputTap, OutputTap, Replacement, check_unchanged, has_inplace_modules
+from tdcache.attribution.targets import Target, row_values
+from tdcache.errors import AttributionError, ContextError, listed
+from tdcache.hooks import MultiHookHandle, Order, attach
+from tdcache.introspect import compiled_modules, is_optimized_module, post_hooks, pre_hooks
+from tdcache.types import CacheKey, Pick
+
+__all__ = ["Runner", "looked_on"]
+
+Forward = Callable[[TensorDictBase], TensorDictBase]
+
+
+class Runner:
+    """Runs points for the length of one call of a hooked module.
+
+    Args:
+        model: the user's model.
+        forward: runs it once.
+        data: the user's TensorDict, without results.
+        in_keys: what the model reads.
+        out_keys: what it writes.
+        modules: the modules by path.
+        options: per path, which tensor and which call of it.
+        chunk: how many points one forward may take; None for all.
+        watched: whether something else looks on.
+        create_graph: whether gradients are differentiable.
+        snapshot: whether values are copied; None for where the model has modules that work in place.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward,
+        data: TensorDictBase,
+        *,
+        in_keys: Sequence[CacheKey],
+        out_keys: Sequence[CacheKey],
+        modules: dict[str, nn.Module],
+        options: dict[str, tuple[Pick, int | None]],
+        chunk: int | None,
+        watched: bool,
+        create_graph: bool,
+        snapshot: bool | None,
+    ) -> None:
+        self.model = model
+        self.data = data
+        self.in_keys, self.out_keys = list(in_keys), [key for key in out_keys if key != "_"]
+        self.watched = watched
+        self.forwards = self.backwards = 0
+        self.final: TensorDictBase | None = None
+        """The TensorDict after the forward of the user's own rows."""
+        self._forward = forward
+        self._modules = modules
+        self._options = options
+        self._create_graph = create_graph
+        self._snapshot = has_inplace_modules(model) if snapshot is None else snapshot
+        stackable = data.batch_dims > 0 and not watched and not _mixes_rows(model)
+        self._chunk = (chunk or 1 << 30) if stackable else 1
+        self._base: Point | None = None
+        self._last: Point | None = None
+
+    def run(self, asks: Iterable[Ask], base: Point) -> None:
+        """Run the points that are asked for, each once, and hand the sinks their views."""
+        by_label: dict[Any, list[Ask]] = {}
+        for ask in asks:
+            by_label.setdefault(ask.point.label, []).append(ask)
+        groups = list(by_label.values())
+        self._base = base
+        if self.watched:
+            groups.sort(key=lambda group: group[0].point.label == base.label)
+        batch: list[list[Ask]] = []
+        size = 0
+        for group in groups:
+            if batch and size + group[0].point.copies > self._chunk:
+                self._run_chunk(batch)
+                batch, size = [], 0
+            batch.append(group)
+            size += group[0].point.copies
+        if batch:
+            self._run_chunk(batch)
+
+    def finish(self, base: Point) -> TensorDictBase:
+        """The TensorDict after a forward of the user's own rows; the last forward, where something looks on."""
+        if self.final is None or (self.watched and self._last is not None and self._last.label != base.label):
+            self._run_chunk([[Ask(point=base, sink=lambda view: None)]])
+        if self.final is None:
+            raise ContextError("the model did not run")
+        return self.final
+
+    def _run_chunk(self, groups: list[list[Ask]]) -> None:
+        asks = [ask for group in groups for ask in group]
+        rows = self._rows([group[0].point for group in groups])
+        data, inputs = self._stack([group[0].point for group in groups], asks)
+        taps, handle = self._hook(groups, rows, asks)
+        graph = any(ask.grads for ask in asks)
+        with torch.inference_mode(False), torch.set_grad_enabled(graph), _eagerly(self.model):
+            with handle:
+                after = self._forward(data)
+            self.forwards += 1
+            self._check_outputs(after, asks)
+            check_unchanged([tap for tap in taps.values() if tap.wants_value])
+            values: dict[Place, Any] = {place: tap.chosen()[0] for place, tap in taps.items()}
+            values |= {Place("key", key): tensor for key, tensor in inputs.items()}
+            self._differentiate(groups, rows, after, values, taps, inputs)
+        self._last = groups[-1][0].point
+
+    def _rows(self, points: list[Point]) -> list[Rows]:
+        batch = self.data.batch_size[0] if self.data.batch_dims else 1
+        sizes = [point.copies * batch for point in points]
+        total = sum(sizes)
+        starts = [sum(sizes[:at]) for at in range(len(sizes))]
+        return [Rows(start, start + size, total) for start, size in zip(starts, sizes, strict=True)]
+
+    def _stack(self, points: list[Point], asks: list[Ask]) -> tuple[TensorDictBase, dict[CacheKey, Tensor]]:
+        """The TensorDict of all points, and the inputs that need a gradient."""
+        needed = {place.name for ask in asks for place in (*ask.grads, *ask.values) if place.kind == "key"}
+        differentiated = {place.name for ask in asks for place in ask.grads if place.kind == "key"}
+        differentiated |= set(self._floating()) if self.watched and any(ask.grads for ask in asks) else set()
+        batch = self.data.batch_size
+        copies = sum(point.copies for point in points)
+        if len(points) == 1 and points[0].copies == 1:
+            stacked = self.data.copy()
+            stacked.update(dict(points[0].inputs))
+        else:
+            stacked = TensorDict(batch_size=[copies * batch[0], *batch[1:]], device=self.data.device)
+            for key in self.data.keys(include_nested=True, leaves_only=True):
+                parts = [self._part(point, key) for point in points]
+                stacked.set(key, torch.cat(parts))
+        inputs = {}
+        for key in needed | differentiated:
+            tensor = stacked.get(key)
+            if key in differentiated and not (self._create_graph and tensor.requires_grad):
+                tensor = (tensor.clone() if tensor.is_inference() else tensor).detach().requires_grad_()
+                stacked.set(key, tensor)
+            inputs[key] = tensor
+        return stacked, inputs
+
+    def _part(self, point: Point, key: Any) -> Tensor:
+        given = point.inputs.get(key)
+        if given is not None:
+            return given
+        value: Tensor = self.data.get(key)
+        return value if point.copies == 1 else torch.cat([value] * point.copies)
+
+    def _floating(self) -> list[CacheKey]:
+        return [key for key in self.in_keys if self.data.get(key).is_floating_point()]
+
+    def _hook(
+        self, groups: list[list[Ask]], rows: list[Rows], asks: list[Ask]
+    ) -> tuple[dict[Place, OutputTap | InputTap], MultiHookHandle]:
+        handle = MultiHookHandle()
+        alone = len(groups) == 1
+        try:
+            replaced: dict[str, list[tuple[Rows | None, Tensor]]] = {}
+            for group, part in zip(groups, rows, strict=True):
+                point = group[0].point
+                for modifier in point.modifiers:
+                    modifier.install(self.model, None if alone else part, handle)
+                for path, tensor in point.replace.items():
+                    replaced.setdefault(path, []).append((None if alone else part, tensor))
+            for path, parts in replaced.items():
+                swap = Replacement(path, self._options.get(path, (None, None))[0], parts)
+                handle.add(attach(self._modules[path], swap.on_output, order=Order.EDIT))
+            return self._tap(asks, handle), handle
+        except BaseException:
+            handle.remove()
+            raise
+
+    def _tap(self, asks: list[Ask], handle: MultiHookHandle) -> dict[Place, OutputTap | InputTap]:
+        taps: dict[Place, OutputTap | InputTap] = {}
+        for ask in asks:
+            for place in (*ask.values, *ask.grads):
+                if place.kind != "key" and place not in taps:
+                    pick, call = self._options.get(str(place.name), (None, None))
+                    tap = (OutputTap if place.kind == "out" else InputTap)(place, pick, call)
+                    tap.snapshot, tap.live = self._snapshot, self._create_graph
+                    taps[place] = tap
+            for place in ask.values:
+                if place in taps:
+                    taps[place].wants_value = True
+            for place in ask.grads:
+                if place in taps:
+                    taps[place].wants_grad = True
+        for place, tap in taps.items():
+            module = self._modules[str(place.name)]
+            if isinstance(tap, OutputTap):
+                handle.add(attach(module, tap.on_output, order=tap.order))
+            else:
+                handle.add(attach(module, tap.on_input, "fwd_pre_kwargs", order=tap.order))
+        return taps
+
+    def _check_outputs(self, after: Any, asks: list[Ask]) -> None:
+        if not any(ask.target is not None for ask in asks):
+            return
+        if after is None or not any(after.get(key, None) is not None for key in self.out_keys):
+            raise ContextError(
+                "the forward was stopped early, before the model wrote its output, so there is no target to explain; "
+                "leave stop_early=True out of the contexts that are open on this model"
+            )
+
+    def _differentiate(
+        self,
+        groups: list[list[Ask]],
+        rows: list[Rows],
+        after: TensorDictBase,
+        values: dict[Place, Any],
+        taps: dict[Place, OutputTap | InputTap],
+        inputs: dict[CacheKey, Tensor],
+    ) -> None:
+        by_target: dict[Target | None, list[tuple[Ask, Rows, Tensor | None]]] = {}
+        seeds: dict[Target, list[Tensor]] = {}
+        known: dict[tuple[int, Target], Tensor] = {}
+        for at, (group, part) in enumerate(zip(groups, rows, strict=True)):
+            own = after if len(groups) == 1 else after[part.start : part.stop]
+            if group[0].point is self._base or group[0].point.label == getattr(self._base, "label", None):
+                self.final = own
+            for ask in group:
+                found = None
+                if ask.target is not None:
+                    found = known.get((at, ask.target))
+                    if found is None:
+                        found = known[at, ask.target] = row_values(ask.target, own, own.batch_size)
+                    if ask.grads:
+                        seeds.setdefault(ask.target, [])
+                        if not any(found is each for each in seeds[ask.target]):
+                            seeds[ask.target].append(found)
+                by_target.setdefault(ask.target, []).append((ask, part, found))
+        left = len(seeds)
+        for target, entries in by_target.items():
+            grads: dict[Place, Tensor] = {}
+            if target in seeds:
+                left -= 1
+                wanted = dict.fromkeys(place for ask, _, _ in entries for place in ask.grads)
+                lenient = {place for ask, _, _ in entries if ask.unused for place in ask.grads}
+                grads = self._gradients(seeds[target], list(wanted), lenient, taps, inputs, values, keep=left > 0)
+            for ask, part, found in entries:
+                view = View(part, values, grads, found if found is None or self._create_graph else found.detach())
+                view.outputs = after
+                ask.sink(view)
+
+    def _gradients(
+        self,
+        seeds: list[Tensor],
+        wanted: list[Place],
+        lenient: set[Place],
+        taps: dict[Place, OutputTap | InputTap],
+        inputs: dict[CacheKey, Tensor],
+        values: dict[Place, Any],
+        *,
+        keep: bool,
+    ) -> dict[Place, Tensor]:
+        total = torch.stack([seed.sum(dtype=_accumulator(seed)) for seed in seeds]).sum()
+        if not total.requires_grad:
+            raise AttributionError(
+                f"the target does not depend on {listed([str(place.name) for place in wanted])}: no gradient can reach "
+                "it; is the output detached, or the site not used?"
+            )
+        edges: list[Any] = [inputs[p.name] if p.kind == "key" else taps[p].chosen()[2] for p in wanted]
+        others = [tensor for key, tensor in inputs.items() if Place("key", key) not in wanted and tensor.requires_grad]
+        self.backwards += 1
+        found = torch.autograd.grad(
+            total, [*edges, *others], allow_unused=True, retain_graph=keep or self._create_graph, create_graph=self._create_graph
+        )
+        missing = [str(p.name) for p, grad in zip(wanted, found, strict=False) if grad is None and p not in lenient]
+        if missing:
+            raise AttributionError(
+                f"no gradient reaches {listed(missing)}: the target does not depend on what is there, or it is detached "
+                "or overwritten in place on the way; select other sites"
+            )
+        return {p: grad for p, grad in zip(wanted, found, strict=False) if grad is not None}
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+
+
+def _mixes_rows(model: nn.Module) -> bool:
+    norms = nn.modules.batchnorm._BatchNorm
+    return any(module.training and isinstance(module, norms) for module in model.modules())
+
+
+def looked_on(model: nn.Module) -> bool:
+    """Whether hooks are on the model that are not row-wise modifiers of ours."""
+    for module in model.modules():
+        for hooks in (post_hooks(module), pre_hooks(module)):
+            if hooks and any(not getattr(getattr(hook, "__self__", hook), "rowwise", False) for hook in hooks.values()):
+                return True
+    return False
+
+
+def _eagerly(model: nn.Module) -> Any:
+    """Run a compiled model without its graph, which would not call hooks that come and go."""
+    if not (is_optimized_module(model) or compiled_modules(model)):
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.compiler.set_stance("force_eager"))
+    return stack

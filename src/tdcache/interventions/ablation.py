@@ -1,0 +1,196 @@
+"""Ablation: taking away what a site says, in four ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdcache.errors import EditError
+from tdcache.interventions.base import Intervention, InterventionContext, Side, entry_of
+from tdcache.interventions.edits import Edit
+from tdcache.interventions.regions import Along, Region
+from tdcache.interventions.steps import Steps
+from tdcache.selection import Site
+from tdcache.types import Match, Pick, Selector
+
+__all__ = ["Ablation"]
+
+Mode = Literal["zero", "mean", "resample", "project"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Zero:
+    path: str
+
+    def __call__(self, part: Tensor, full: Tensor) -> Tensor:
+        return torch.zeros_like(part)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mean:
+    """The mean that is given, broadcast to the value; else that over the batch."""
+
+    path: str
+    mean: Tensor | None
+    region: Region
+
+    def __call__(self, part: Tensor, full: Tensor) -> Tensor:
+        if self.mean is None:
+            return part.mean(0, keepdim=True).expand_as(part).clone()
+        mean = self.mean.to(full)
+        try:
+            return self.region.take(mean.expand_as(full), self.path).clone()
+        except RuntimeError:
+            raise _misfit("mean", self.path, mean, full) from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Resample:
+    """Rows of the given activations, or the batch's own rows, of which none stays where it is."""
+
+    path: str
+    rows: Tensor | None
+    seed: int
+    region: Region
+
+    def __call__(self, part: Tensor, full: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.rows is None:
+            if len(part) < 2:
+                raise EditError(f"resampling within a batch needs 2 rows or more at {self.path!r}; give source=")
+            order = torch.randperm(len(part), generator=generator).to(part.device)
+            new = part.clone()
+            new[order] = part[order.roll(1)]  # a single cycle: no row keeps its own
+            return new
+        rows = self.rows.to(full)
+        if rows.shape[1:] != full.shape[1:]:
+            raise _misfit("rows to resample from", self.path, rows, full)
+        drawn = rows[torch.randint(len(rows), (len(full),), generator=generator).to(full.device)]
+        return self.region.take(drawn, self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Project:
+    """Removes the component along the directions: x - (x - c) Q Q^T, with Q an orthonormal basis of them."""
+
+    path: str
+    basis: Tensor
+    center: Tensor | None
+
+    def __call__(self, part: Tensor, full: Tensor) -> Tensor:
+        basis = self.basis.to(part)
+        if basis.shape[0] != part.shape[-1]:
+            raise _misfit("directions", self.path, basis.T, part)
+        centred = part if self.center is None else part - self.center.to(part)
+        return part - (centred @ basis) @ basis.T
+
+
+def _basis(directions: Tensor) -> Tensor:
+    """An orthonormal basis ``(features, rank)`` of what the directions span; dependent ones count once."""
+    wide = (directions if directions.ndim == 2 else directions[None]).double()
+    left, values, _ = torch.linalg.svd(wide.T, full_matrices=False)
+    kept = values > values.max() * max(wide.shape) * torch.finfo(directions.dtype).eps
+    return left[:, kept].to(directions.dtype)
+
+
+def _misfit(what: str, path: str, given: Tensor, value: Tensor) -> EditError:
+    return EditError(
+        f"the {what} of shape {tuple(given.shape)} does not fit at {path!r}, where the value has shape {tuple(value.shape)}"
+    )
+
+
+class Ablation(Intervention):
+    """Takes away what the selected sites say, to see what the model does without.
+
+    ================  =====================================================  =======================================
+    mode              the value becomes                                      ``source``
+    ================  =====================================================  =======================================
+    ``"zero"``        zero                                                   none
+    ``"mean"``        a mean: the given one, or the batch's                  means by path, for instance of a cache
+                                                                             with ``reducer=Mean()``; or none
+    ``"resample"``    that of another example, drawn with ``seed``           activations by path, rows first; or none
+                                                                             for other rows of the same batch
+    ``"project"``     what is orthogonal to some directions                  directions by path, ``(features,)`` or
+                                                                             ``(k, features)``
+    ================  =====================================================  =======================================
+
+    Args:
+        selector: which modules.
+        mode: see the table. Resampling is causal scrubbing's (Chan et al. 2022).
+        source: what the mode needs: a TensorDict or mapping by path, or one tensor for all sites.
+        seed: of ``"resample"``; the same rows are drawn at every site and in every forward of one size.
+        center: of ``"project"``: what is subtracted before projecting, by path or one for all; zero by default.
+        positions: see :class:`Intervention`, as ``units`` and the arguments behind it.
+        units: likewise.
+        direction: likewise.
+        pick: likewise.
+        steps: likewise.
+        match: likewise.
+        position_dim: likewise.
+        unit_dim: likewise.
+
+    Raises:
+        EditError: an unknown mode; a source that is missing, needless, or does not fit.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1, bias=False))
+        >>> with Ablation("0").prepare(model) as hooked, torch.no_grad():
+        ...     print(hooked(torch.ones(1, 2)))
+        tensor([[0.]])
+    """
+
+    def __init__(
+        self,
+        selector: Selector,
+        mode: Mode = "zero",
+        source: TensorDictBase | Mapping[str, Tensor] | Tensor | None = None,
+        *,
+        seed: int = 0,
+        center: TensorDictBase | Mapping[str, Tensor] | Tensor | None = None,
+        positions: Along = None,
+        units: Along = None,
+        direction: Side = "fwd",
+        pick: Pick = None,
+        steps: Steps = None,
+        match: Match = "full",
+        position_dim: int = 1,
+        unit_dim: int = -1,
+    ) -> None:
+        super().__init__(
+            selector, positions=positions, units=units, direction=direction, pick=pick, steps=steps, match=match,
+            position_dim=position_dim, unit_dim=unit_dim,
+        )  # fmt: skip
+        if mode not in get_args(Mode):
+            raise EditError(f"mode is one of {', '.join(map(repr, get_args(Mode)))}, got {mode!r}")
+        if mode == "zero" and source is not None:
+            raise EditError("mode='zero' takes no source; use mode='mean' to put given values in place")
+        if mode == "project" and source is None:
+            raise EditError("mode='project' needs the directions: source= a tensor (k, features), or one per path")
+        if mode != "project" and center is not None:
+            raise EditError(f"center= is of mode='project', got mode={mode!r}")
+        self.mode: Mode = mode
+        self.source = source
+        self.seed = seed
+        self.center = center
+
+    def edit_at(self, site: Site, context: InterventionContext) -> Edit:
+        """What the mode does."""
+        given = self._given(self.source, site.path, "source=")
+        if self.mode == "zero":
+            return _Zero(site.path)
+        if self.mode == "mean":
+            return _Mean(site.path, given, self.region)
+        if self.mode == "resample":
+            return _Resample(site.path, given, self.seed, self.region)
+        return _Project(site.path, _basis(given), self._given(self.center, site.path, "center="))
+
+    def _given(self, source: Any, path: str, what: str) -> Any:
+        if source is None or isinstance(source, Tensor):
+            return source
+        return entry_of(source, path, self.direction, what)

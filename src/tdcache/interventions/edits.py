@@ -1,0 +1,128 @@
+"""The hook behind every intervention: at one site it hands part of a value to an edit, and puts back what comes."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from tdcache.hooks.attach import Order
+from tdcache.hooks.values import check_fits, pick_tensor, replace_tensor
+from tdcache.interventions.regions import Region
+from tdcache.interventions.steps import StepClock
+from tdcache.modules.inputs import picked_input, steps_to_input
+from tdcache.types import Pick
+
+__all__ = ["Edit", "EditTap", "ReadTap"]
+
+
+class Edit(Protocol):
+    """What is done at one site."""
+
+    def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
+        """The new part, or None for no change; ``part`` is the region of ``full``. Neither may be written to."""
+
+
+class _Tap:
+    """What both taps have: a site and the tensor meant there."""
+
+    __slots__ = ("clock", "order", "path", "pick")
+
+    path: str
+    pick: Pick
+    clock: StepClock | None
+
+    def _of_output(self, module: nn.Module, output: Any) -> Pick:
+        """The pick, which for a TensorDict module's output is the first entry that it made itself."""
+        keys = getattr(module, "out_keys", None)
+        if self.pick is None and keys and isinstance(output, TensorDictBase):
+            return keys[0]  # type: ignore[no-any-return]
+        return self.pick
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r})"
+
+
+class EditTap(_Tap):
+    """Changes the output or the input of one module."""
+
+    __slots__ = ("edit", "region")
+
+    def __init__(
+        self,
+        path: str,
+        edit: Edit,
+        *,
+        region: Region,
+        pick: Pick = None,
+        clock: StepClock | None = None,
+        order: int = Order.EDIT,
+    ) -> None:
+        self.path = path
+        self.edit = edit
+        self.region = None if region.whole else region
+        self.pick = pick
+        self.clock = clock
+        self.order = order
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r}, {self.edit!r})"
+
+    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Change the output."""
+        if self.clock is not None and not self.clock.acts:
+            return None
+        if isinstance(output, Tensor):
+            return self._edited(output)
+        pick = self._of_output(module, output)
+        new = self._edited(pick_tensor(output, pick, self.path))
+        if new is None:
+            return None
+        if isinstance(output, TensorDictBase) and isinstance(pick, str | tuple):
+            return output.set(pick, new)  # type: ignore[arg-type]  # a TensorDict module writes into what it was given
+        return replace_tensor(output, new, pick=pick, path=self.path)
+
+    def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Change an argument."""
+        if self.clock is not None and not self.clock.acts:
+            return None
+        new = self._edited(picked_input(self.pick, args, kwargs, self.path))
+        if new is None:
+            return None
+        pick = steps_to_input(self.pick, args, kwargs, self.path)
+        return replace_tensor((args, kwargs), new, pick=pick, path=self.path)
+
+    def _edited(self, old: Tensor) -> Tensor | None:
+        if self.region is None:
+            new = self.edit(old, old)
+            if new is not None:
+                check_fits(new, old, self.path)
+            return new
+        part = self.region.take(old, self.path)
+        new = self.edit(part, old)
+        if new is None:
+            return None
+        check_fits(new, part, self.path)
+        return self.region.put(old, new, self.path)
+
+
+class ReadTap(_Tap):
+    """Shows the final output or input of one module to a function ``(path, tensor)``."""
+
+    __slots__ = ("read",)
+
+    def __init__(self, path: str, read: Any, *, pick: Pick = None, order: int = Order.CAPTURE) -> None:
+        self.path = path
+        self.read = read
+        self.pick = pick
+        self.clock = None
+        self.order = order
+
+    def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Show the output."""
+        self.read(self.path, pick_tensor(output, self._of_output(module, output), self.path))
+
+    def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Show an argument."""
+        self.read(self.path, picked_input(self.pick, args, kwargs, self.path))

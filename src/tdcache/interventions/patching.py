@@ -1,0 +1,248 @@
+"""Activation patching: values of one run pasted into another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdcache.errors import EditError
+from tdcache.hooks import MultiHookHandle
+from tdcache.interventions.base import Intervention, InterventionContext, Side, entry_of, with_inputs_of
+from tdcache.interventions.edits import Edit
+from tdcache.interventions.memory import Memory
+from tdcache.interventions.regions import Along, Region
+from tdcache.interventions.steps import Steps
+from tdcache.interventions.sweep import Metric, Sweep, SweepOver, check_over
+from tdcache.modules import HookedModule
+from tdcache.selection import Site
+from tdcache.types import CacheKey, Match, Pick, Selector
+
+__all__ = ["ActivationPatching", "Source"]
+
+Source = TensorDictBase | Mapping[str, Any] | Tensor | Any
+"""A cache by path; a mapping from path to tensor or proxy; or, for one site, a tensor or the proxy of a run."""
+
+PatchFn = Callable[..., Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Paste:
+    """Puts a given value in place, or what ``patch_fn`` makes of the two."""
+
+    path: str
+    value: Callable[[], Tensor | None]
+    region: Region
+    patch_fn: PatchFn | None = None
+
+    def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
+        """The new part; None while there is nothing to paste."""
+        given = self.value()
+        if given is None:
+            return None
+        if not self.region.whole and given.shape == full.shape:
+            given = self.region.take(given, self.path)
+        # Copies: neither the source nor the model's own value may change with what is done to the new one.
+        if self.patch_fn is None:
+            return given.clone()
+        given = given.clone()
+        made = self.patch_fn(module_key=self.path, output=part.clone(), output_to_patch=given)
+        return given if made is None else made
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A value that is there already."""
+
+    tensor: Tensor
+
+    def __call__(self) -> Tensor:
+        """The value."""
+        return self.tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The value of a proxy, when it is needed."""
+
+    proxy: Any
+    path: str
+
+    def __call__(self) -> Tensor:
+        """Resolve it."""
+        value = self.proxy.resolve()
+        if not isinstance(value, Tensor):
+            raise EditError(
+                f"{self.proxy!r} has no tensor to paste when {self.path!r} needs it (it resolves to "
+                f"{type(value).__name__}); get it in a run that is over, or at a path that runs before this one"
+            )
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """The value of the same call in the run before."""
+
+    memory: Memory
+    path: str
+
+    def __call__(self) -> Tensor | None:
+        """The value, or None outside of a patched run."""
+        return self.memory.recall(self.path)
+
+
+class ActivationPatching(Intervention):
+    """Pastes activations of one run into another: what would the model do if this activation were another's?
+
+    Three kinds of sources. A **cache** by path (a TensorDict, as :class:`tdcache.ActivationCaching` leaves it): every
+    forward in the block is patched. A **proxy** of a run, for one site, or a mapping from path to proxies. None: a
+    **second input** beside the first in the same TensorDict; ``hooked(data)`` first runs ``data[in_key]``, then
+    ``data[patch_key, in_key]`` with the activations of the first run pasted in, and writes the outputs of both, at
+    ``out_key`` and ``(patch_key, out_key)``. A clean first input with a corrupted second one is denoising, the other
+    way round noising (Heimersheim and Nanda 2024, arXiv:2404.15255).
+
+    With ``sweep`` each site is patched alone, and ``hooked(data)`` returns a TensorDict of ``metric`` values by path.
+    Gradients flow through the pasted values, except in a sweep.
+
+    Args:
+        selector: which modules; a list of paths is one.
+        source: see above.
+        patch_fn: ``patch_fn(module_key=, output=, output_to_patch=)`` gets the path, copies of the value there and of
+            the source's (of the region, where one is given), and returns the new value; None for the source's.
+        positions: which positions are patched, all by default; in a sweep over positions, which are swept.
+        units: which features are patched, all by default.
+        patch_key: where the second input is.
+        sweep: True (one site at a time), ``"position"``, ``"head"``, or both: ``("position", "head")``.
+        metric: ``metric(data) -> scalar or tensor``, called once per intervention with a TensorDict that holds the
+            inputs, the patched outputs and whatever else ``data`` holds.
+        heads: of a sweep over heads: into how many parts the last axis falls.
+        chunk: of a sweep: how many interventions run in one forward, stacked along the batch. With 1 nothing is
+            stacked, which any model can take.
+        replay: of a sweep: layers in front of the first patch of a forward are not computed again, but replayed from
+            the unpatched run. Switch it off for a model whose layers do more than return values.
+        stack_by: of a sweep: the named group of the pattern that becomes a leading axis of the result.
+        direction: ``"fwd"`` to patch outputs, ``"fwd_pre"`` to patch inputs.
+        pick: see :class:`Intervention`, as ``steps``, ``match``, ``position_dim``, ``unit_dim``.
+        steps: likewise.
+        match: likewise.
+        position_dim: likewise.
+        unit_dim: likewise.
+
+    Raises:
+        EditError: options that do not go together; a source without an entry for a site; a value that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+        >>> data = TensorDict({"input": torch.ones(1, 2), "patched": {"input": torch.zeros(1, 2)}})
+        >>> with ActivationPatching("0").prepare(model) as hooked:
+        ...     data = hooked(data)
+        >>> bool(data["output"] == data["patched", "output"])
+        True
+    """
+
+    def __init__(
+        self,
+        selector: Selector,
+        source: Source = None,
+        patch_fn: PatchFn | None = None,
+        positions: Along = None,
+        units: Along = None,
+        *,
+        patch_key: CacheKey = "patched",
+        sweep: bool | SweepOver | Sequence[SweepOver] = False,
+        metric: Metric | None = None,
+        heads: int | None = None,
+        chunk: int = 32,
+        replay: bool = True,
+        stack_by: str | None = None,
+        direction: Side = "fwd",
+        pick: Pick = None,
+        steps: Steps = None,
+        match: Match = "full",
+        position_dim: int = 1,
+        unit_dim: int = -1,
+    ) -> None:
+        super().__init__(
+            selector, positions=positions, units=units, direction=direction, pick=pick, steps=steps, match=match,
+            position_dim=position_dim, unit_dim=unit_dim,
+        )  # fmt: skip
+        self.source = source
+        self.patch_fn = patch_fn
+        self.patch_key = patch_key
+        self.sweep = sweep
+        self.metric = metric
+        self.heads = heads
+        self.chunk = chunk
+        self.replay = replay
+        self.stack_by = stack_by
+        self._over = check_over(sweep, metric, heads, chunk, patch_fn=patch_fn, region=self.region)
+
+    @property
+    def runs_module(self) -> bool:
+        """Whether calls need a TensorDict: for a second input, or for a sweep."""
+        return self.source is None or self._over is not None
+
+    def edit_at(self, site: Site, context: InterventionContext) -> Edit:
+        """Paste the source's value."""
+        value: Any = Recalled(context.state, site.path) if self.source is None else self.value_at(site.path)
+        return Paste(site.path, value, self.region, self.patch_fn)
+
+    def value_at(self, path: str) -> Given | Resolved:
+        """Where the value for one site comes from."""
+        found = self.source
+        if isinstance(found, TensorDictBase | Mapping):
+            found = entry_of(found, path, self.direction, "source=")
+        if hasattr(found, "resolve"):
+            return Resolved(found, path)
+        if not isinstance(found, Tensor):
+            raise EditError(f"the source for {path!r} is a tensor or a proxy of a run, got {type(found).__name__}")
+        return Given(found)
+
+    def _hook_module(self, module: HookedModule) -> MultiHookHandle:
+        context, selection = module.hooking_context, self.select(module)
+        single = self.source is not None and not isinstance(self.source, TensorDictBase | Mapping)
+        if single and len(selection) > 1:
+            raise EditError(
+                f"one source for {len(selection)} sites ({list(selection.paths[:3])!r}, ...); give a TensorDict or a mapping "
+                "from path to value, or select one site"
+            )
+        if self._over is not None:
+            context.state = Sweep(self, selection, self._over)
+            return context.state.attach(module.model)
+        if self.source is not None:
+            return super()._hook_module(module)
+        context.state = context.state or Memory("first")
+        handle = super()._hook_module(module)
+        try:
+            self.add_reads(handle, selection, context.state)
+        except BaseException:
+            handle.remove()
+            raise
+        return handle
+
+    def _run_module(
+        self, module: HookedModule, data: TensorDictBase, forward: Callable[[TensorDictBase], TensorDictBase]
+    ) -> TensorDictBase:
+        context = module.hooking_context
+        in_keys, out_keys = list(module.in_keys), list(module.out_keys)
+        if self._over is not None:
+            sweep: Sweep = context.state
+            return sweep.run(data, forward, in_keys, out_keys)
+        memory: Memory = context.state
+        second = with_inputs_of(data, self.patch_key, in_keys, self)
+        with memory.recording():
+            forward(data)
+        with memory.recalling():
+            forward(second)
+        inner = data.get(self.patch_key)
+        for key in out_keys:
+            if key != "_":
+                inner.set(key, second.get(key))
+        return data
+
+

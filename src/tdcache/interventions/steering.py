@@ -1,0 +1,131 @@
+"""Steering: adding a direction to what a model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdcache.errors import EditError
+from tdcache.interventions.base import Intervention, InterventionContext, Side, entry_of
+from tdcache.interventions.edits import Edit
+from tdcache.interventions.regions import Along
+from tdcache.interventions.steps import Steps
+from tdcache.selection import Site
+from tdcache.types import Match, Pick, Selector
+
+__all__ = ["AddVector", "CallSteer", "SteeringVectors"]
+
+
+@dataclass(slots=True)
+class AddVector:
+    """Adds ``coefficient * vector``; the vector is cast and moved to the value once."""
+
+    path: str
+    vector: Tensor
+    coefficient: float
+    _cast: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._cast = self.vector
+
+    def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
+        """The steered part; None, so that not one bit changes, for the coefficient zero."""
+        if self.coefficient == 0:
+            return None
+        vector = self._cast
+        if vector.dtype != part.dtype or vector.device != part.device:
+            vector = self._cast = self.vector.to(part)
+        try:
+            return part + self.coefficient * vector
+        except RuntimeError:
+            raise EditError(
+                f"the vector of shape {tuple(vector.shape)} cannot be added at {self.path!r}, where the value has shape "
+                f"{tuple(part.shape)}; a vector has one entry per feature, and may have axes in front of it"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class CallSteer:
+    """Asks ``steer_fn`` for the new value."""
+
+    path: str
+    steer_fn: Callable[..., Tensor | None]
+
+    def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
+        """What the function returns; it gets a copy, which it may write to."""
+        return self.steer_fn(module_key=self.path, output=part.clone())
+
+
+class SteeringVectors(Intervention):
+    """Adds a vector at every selected site, or whatever ``steer_fn`` does there.
+
+    Rimsky et al. 2023, "Steering Llama 2 via Contrastive Activation Addition", arXiv:2312.06681. With coefficient 0
+    not one bit of the model's result changes. Gradients flow to the vectors.
+
+    Args:
+        selector: which modules.
+        vectors: one tensor for all sites, or a TensorDict or mapping by path; each ``(features,)`` or anything that
+            broadcasts to the value. Cast and moved to the value's dtype and device.
+        steer_fn: ``steer_fn(module_key=, output=)`` gets the path and a copy of the value there, and returns the new
+            value; None for no change. May stand in the place of ``vectors``.
+        coefficient: what the vectors are multiplied by.
+        positions: see :class:`Intervention`, as ``units`` and the arguments behind it.
+        units: likewise.
+        direction: likewise.
+        pick: likewise.
+        steps: likewise.
+        match: likewise.
+        position_dim: likewise.
+        unit_dim: likewise.
+
+    Raises:
+        EditError: not exactly one of ``vectors`` and ``steer_fn``; no vector for a site; a vector that does not fit.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Identity())
+        >>> with SteeringVectors("1", torch.tensor([1.0, 0.0]), coefficient=2.0).prepare(model) as hooked:
+        ...     print(hooked(torch.zeros(1, 2)) - model[0].bias)
+        tensor([[2., 0.]], grad_fn=<SubBackward0>)
+    """
+
+    def __init__(
+        self,
+        selector: Selector,
+        vectors: Tensor | TensorDictBase | Mapping[str, Tensor] | Callable[..., Tensor | None] | None = None,
+        steer_fn: Callable[..., Tensor | None] | None = None,
+        *,
+        coefficient: float = 1.0,
+        positions: Along = None,
+        units: Along = None,
+        direction: Side = "fwd",
+        pick: Pick = None,
+        steps: Steps = None,
+        match: Match = "full",
+        position_dim: int = 1,
+        unit_dim: int = -1,
+    ) -> None:
+        super().__init__(
+            selector, positions=positions, units=units, direction=direction, pick=pick, steps=steps, match=match,
+            position_dim=position_dim, unit_dim=unit_dim,
+        )  # fmt: skip
+        if callable(vectors) and steer_fn is None:
+            vectors, steer_fn = None, vectors
+        if (vectors is None) == (steer_fn is None):
+            raise EditError("steering needs either vectors (a tensor, or one per path) or steer_fn=, and not both")
+        self.vectors: Any = vectors
+        self.steer_fn = steer_fn
+        self.coefficient = coefficient
+
+    def edit_at(self, site: Site, context: InterventionContext) -> Edit:
+        """Add the vector, or ask the function."""
+        if self.steer_fn is not None:
+            return CallSteer(site.path, self.steer_fn)
+        vector = self.vectors
+        if not isinstance(vector, Tensor):
+            vector = entry_of(vector, site.path, self.direction, "vectors=")
+        return AddVector(site.path, vector, self.coefficient)

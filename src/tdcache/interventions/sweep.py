@@ -1,0 +1,391 @@
+"""Sweeps: each site (or site x position, site x head) patched alone, many of them in one forward.
+
+Copies of the batch run side by side, each with one patch. A copy differs from the unpatched run only behind its patch,
+so the interventions are ordered by depth, and the layers before the first patch of a chunk are replayed, not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from tdcache.cache import StackBy
+from tdcache.errors import ContextError, EditError
+from tdcache.hooks import MultiHookHandle, Order, attach
+from tdcache.hooks.values import check_fits
+from tdcache.interventions.base import with_inputs_of
+from tdcache.interventions.edits import Edit, EditTap, ReadTap
+from tdcache.interventions.memory import Memory
+from tdcache.interventions.regions import Region
+from tdcache.interventions.replay import Recording, expanded, instead_of_forward
+from tdcache.selection import Selection
+from tdcache.types import CacheKey
+
+__all__ = ["Metric", "PatchBlocks", "Sweep", "SweepOver", "SweepRecipe", "SweepState", "Trial", "block_of", "check_over", "repeated", "rows_of"]
+
+SweepOver = Literal["position", "head"]
+Metric = Callable[[TensorDictBase], Any]
+Forward = Callable[[TensorDictBase], TensorDictBase]
+
+
+class SweepRecipe(Protocol):
+    """What a sweep asks of the recipe it belongs to; see :class:`tdcache.ActivationPatching`."""
+
+    direction: Any
+    pick: Any
+    positions: Any
+    units: Any
+    position_dim: int
+    unit_dim: int
+    source: Any
+    patch_fn: Any
+    patch_key: CacheKey
+    metric: Metric | None
+    heads: int | None
+    chunk: int
+    replay: bool
+    stack_by: str | None
+
+    def value_at(self, path: str) -> Any:
+        """Where the value for one site comes from."""
+
+
+def check_over(
+    sweep: Any, metric: Metric | None, heads: int | None, chunk: int, *, patch_fn: Any, region: Region
+) -> tuple[SweepOver, ...] | None:
+    """What a sweep goes over beside sites, or None where there is no sweep.
+
+    Raises:
+        EditError: options that do not go together.
+    """
+    if sweep is False or sweep is None:
+        return None
+    over = () if sweep is True else (sweep,) if isinstance(sweep, str) else tuple(sweep)
+    if unknown := [each for each in over if each not in ("position", "head")]:
+        raise EditError(f"sweep is True, 'position', 'head' or both of them, got {unknown[0]!r}")
+    if not callable(metric):
+        raise EditError("a sweep needs metric=, a function of the TensorDict with the patched outputs: data -> scalar")
+    if "head" in over and (heads is None or heads < 1):
+        raise EditError("a sweep over heads needs heads=, into how many parts the last axis falls")
+    if "head" in over and region.units is not None:
+        raise EditError("a sweep over heads chooses the units itself; leave units= out")
+    if chunk < 1:
+        raise EditError(f"chunk is the number of interventions in one forward, 1 or more, got {chunk}")
+    return tuple(each for each in ("position", "head") if each in over)
+
+
+class Trial(NamedTuple):
+    """One intervention of a sweep."""
+
+    sites: tuple[str, ...]
+    """What is patched together."""
+    region: Region
+    at: tuple[int, ...]
+    """Where in the result for its site."""
+    name: str
+    """The site that its value is filed under."""
+
+
+@dataclass(slots=True)
+class SweepState:
+    """What the taps of a sweep look at while the chunks run."""
+
+    rows: int = 0
+    blocks: int = 1
+    assigned: dict[str, list[tuple[int, Region]]] = field(default_factory=dict)
+    """By site: which blocks of the batch are patched there, and where."""
+    calls: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PatchBlocks:
+    """Patches, at one site, the blocks of the batch that are due there."""
+
+    path: str
+    state: SweepState
+    value: Callable[[int], Tensor]
+    patch_fn: Callable[..., Tensor | None] | None
+
+    def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
+        """The value with every due block patched; None where there is none."""
+        due = self.state.assigned.get(self.path)
+        if not due:
+            return None
+        call = self.state.calls.get(self.path, 0)
+        self.state.calls[self.path] = call + 1
+        source, new = self.value(call), full.clone()
+        for block, region in due:
+            mine = block_of(new, block, self.state, self.path)
+            if source.shape != mine.shape or source.dtype != mine.dtype or source.device != mine.device:
+                raise _misfit(self.path, source, mine)
+            given = region.take(source, self.path)
+            if self.patch_fn is not None:
+                old, given = region.take(mine, self.path).clone(), given.clone()
+                made = self.patch_fn(module_key=self.path, output=old, output_to_patch=given)
+                given = given if made is None else made
+                check_fits(given, old, self.path)
+            region.write(mine, given, self.path)
+        return new
+
+
+def block_of(stacked: Tensor, block: int, state: SweepState, what: str) -> Tensor:
+    """The rows of one intervention among those that run side by side.
+
+    Raises:
+        EditError: the tensor has no row for each.
+    """
+    if state.blocks == 1:
+        return stacked
+    if stacked.ndim == 0 or stacked.shape[0] != state.blocks * state.rows:
+        raise EditError(
+            f"{what!r} has shape {tuple(stacked.shape)}, not {state.blocks} x {state.rows} rows along its first axis, so "
+            "interventions cannot be stacked along the batch; run them one by one with chunk=1"
+        )
+    return stacked[block * state.rows : (block + 1) * state.rows]
+
+
+def _misfit(path: str, source: Tensor, value: Tensor) -> EditError:
+    return EditError(
+        f"the source at {path!r} does not fit:\n"
+        f"  there: shape {tuple(value.shape)}, {value.dtype}, {value.device}\n"
+        f"  source: shape {tuple(source.shape)}, {source.dtype}, {source.device}\n"
+        "a sweep patches rows of the same shape; run the source on as many rows of the same length"
+    )
+
+
+class Sweep:
+    """The sweep of one bound recipe.
+
+    Args:
+        recipe: its options.
+        selection: the sites.
+        over: what it goes over beside sites.
+    """
+
+    def __init__(self, recipe: SweepRecipe, selection: Selection, over: tuple[SweepOver, ...]) -> None:
+        self.recipe = recipe
+        self.selection = selection
+        self.over = over
+        self.state = SweepState()
+        self.memory = Memory("source")
+        self.recording: Recording | None = None
+        self.model: nn.Module | None = None
+        self.window = 1
+        self.stack_by = None if recipe.stack_by is None else StackBy(recipe.stack_by, selection)
+        self._given: dict[str, Any] = {}
+
+    def attach(self, model: nn.Module) -> MultiHookHandle:
+        """Put the taps on; they do nothing until :meth:`run`."""
+        self.model = model
+        handle = MultiHookHandle()
+        try:
+            given = {path: self.recipe.value_at(path) for path in self.selection.paths if self.recipe.source is not None}
+            self._given = {path: value for path, value in given.items() if value is not None}
+            edits: list[tuple[Any, Edit]] = [
+                (site, PatchBlocks(site.path, self.state, _ValueOf(self, site.path), self.recipe.patch_fn))
+                for site in self.selection
+            ]
+            for site, edit in edits:
+                self._attach_one(handle, site, edit)
+        except BaseException:
+            handle.remove()
+            raise
+        return handle
+
+    def _attach_one(self, handle: MultiHookHandle, site: Any, edit: Edit) -> None:
+        pick, outputs = self.recipe.pick, self.recipe.direction == "fwd"
+        edit_tap = EditTap(site.path, edit, region=Region(), pick=pick)
+        read_tap = ReadTap(site.path, self._read, pick=pick)
+        direction: Any = "fwd" if outputs else "fwd_pre_kwargs"
+        for tap, order in ((edit_tap, Order.EDIT), (read_tap, Order.CAPTURE)):
+            handle.add(attach(site.module, tap.on_output if outputs else tap.on_input, direction, order=order))
+
+    def _read(self, path: str, value: Tensor) -> None:
+        self.memory.record(path, value)
+        if self.recording is not None:
+            self.recording.reached(path)
+
+    def value_of(self, path: str, call: int) -> Tensor:
+        """The source's value for one call of one site."""
+        if self._given:
+            found: Tensor = self._given[path]()
+            return found
+        values = self.memory.values.get(path, [])
+        if call >= len(values):
+            raise EditError(f"{path!r} ran {len(values)} times in the source run and now more often; patch it without sweep=")
+        return values[call]
+
+    @torch.no_grad()
+    def run(
+        self, data: TensorDictBase, forward: Forward, in_keys: list[CacheKey], out_keys: list[CacheKey]
+    ) -> TensorDictBase:
+        """Run every trial, and give the metric by site."""
+        self.recording = None
+        try:
+            if self._given:
+                return self.run_on(data, data, forward, in_keys, out_keys)
+            second = with_inputs_of(data, self.recipe.patch_key, in_keys, self.recipe)
+            with self.memory.recording():
+                forward(data.copy())
+            return self.run_on(data, second, forward, in_keys, out_keys)
+        finally:
+            self.recording, self.memory.values = None, {}
+
+    def run_on(
+        self,
+        data: TensorDictBase,
+        base: TensorDictBase,
+        forward: Forward,
+        in_keys: list[CacheKey],
+        out_keys: list[CacheKey],
+    ) -> TensorDictBase:
+        """Run every trial on copies of the inputs in ``base``; the metric sees them beside the entries of ``data``."""
+        self.state.rows = rows = rows_of(base, in_keys)
+        self._record(base, forward)
+        trials = sorted(self._trials(), key=lambda trial: len(self._skipped([trial])))
+        found: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        seen = data.copy()
+        for key in in_keys:
+            seen.set(key, base.get(key))
+        for chunk in _chunks(trials, self.recipe.chunk):
+            inputs = base.copy() if len(chunk) == 1 else repeated(base, in_keys, len(chunk), rows)
+            with self._assigned(chunk):
+                forward(inputs)
+            for block, trial in enumerate(chunk):
+                found[trial.name, trial.at] = self._measure(seen.copy(), inputs, out_keys, block)
+        return self._result(found)
+
+    def _record(self, base: TensorDictBase, forward: Forward) -> None:
+        """Run once without a patch, to know what ran before what, and what it gave."""
+        self.recording = recording = Recording(self._needed_model())
+        with recording.attach():
+            forward(base.copy())
+        silent = [path for path in self.selection.paths if path not in recording.before]
+        if silent:
+            raise EditError(f"{len(silent)} of {len(self.selection)} sites did not run, so they cannot be patched: {silent[:5]!r}")
+
+    def _needed_model(self) -> nn.Module:
+        if self.model is None:
+            raise ContextError("this sweep is not attached to a model")
+        return self.model
+
+    def _skipped(self, trials: Sequence[Trial]) -> tuple[str, ...]:
+        sites = tuple(site for trial in trials for site in trial.sites)
+        return self.recording.done_before(sites) if self.recording is not None and self.recipe.replay else ()
+
+    def _assigned(self, chunk: Sequence[Trial]) -> ExitStack:
+        assigned: dict[str, list[tuple[int, Region]]] = {}
+        for block, trial in enumerate(chunk):
+            for site in trial.sites:
+                assigned.setdefault(site, []).append((block, trial.region))
+        stack = ExitStack()
+        self.state.assigned, self.state.calls, self.state.blocks = assigned, {}, len(chunk)
+        stack.callback(setattr, self.state, "assigned", {})
+        if self.recording is not None:
+            stubs = self.recording.stubs(self._skipped(chunk), len(chunk), self.state.rows)
+            stack.enter_context(instead_of_forward(stubs))
+        return stack
+
+    def _trials(self) -> Iterator[Trial]:
+        recipe = self.recipe
+        for path, sites in self._windows():
+            shape = self.value_of(path, 0).shape
+            positions: Sequence[Any] = [recipe.positions]
+            units: Sequence[Any] = [recipe.units]
+            if "position" in self.over:
+                positions = _choices(recipe.positions, shape, recipe.position_dim, path)
+            if "head" in self.over:
+                units = _head_slices(shape[recipe.unit_dim], recipe.heads or 1, path)
+            for at, position in enumerate(positions):
+                for head, unit in enumerate(units):
+                    region = Region(
+                        positions=position, units=unit, position_dim=recipe.position_dim, unit_dim=recipe.unit_dim
+                    )
+                    both = (at if "position" in self.over else None, head if "head" in self.over else None)
+                    yield Trial(sites, region, tuple(each for each in both if each is not None), path)
+
+    def _windows(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Each site with those that are patched together with it."""
+        paths, half = self.selection.paths, self.window // 2
+        for index, path in enumerate(paths):
+            yield path, paths[max(0, index - half) : index - half + self.window] if self.window > 1 else (path,)
+
+    def _measure(
+        self, seen: TensorDictBase, ran: TensorDictBase, out_keys: list[CacheKey], block: int
+    ) -> Tensor:
+        for key in out_keys:
+            if key != "_":
+                seen.set(key, block_of(ran.get(key), block, self.state, str(key)))
+        value = self.recipe.metric(seen)  # type: ignore[misc]  # check_over saw that there is one
+        return value if isinstance(value, Tensor) else torch.tensor(value)
+
+    def _result(self, found: dict[tuple[str, tuple[int, ...]], Tensor]) -> TensorDictBase:
+        grids: dict[CacheKey, Tensor] = {}
+        for path in self.selection.paths:
+            mine = {at: value for (name, at), value in found.items() if name == path}
+            size = tuple(max(at[axis] for at in mine) + 1 for axis in range(len(self.over)))
+            ordered = torch.stack([mine[at] for at in sorted(mine)])
+            grids[path] = ordered.reshape(*size, *ordered.shape[1:])
+        joined = grids if self.stack_by is None else self.stack_by(grids)
+        return TensorDict(dict(joined), batch_size=[])
+
+
+@dataclass(frozen=True, slots=True)
+class _ValueOf:
+    """The source's value for one site of a sweep."""
+
+    sweep: Sweep
+    path: str
+
+    def __call__(self, call: int) -> Tensor:
+        return self.sweep.value_of(self.path, call)
+
+    def __repr__(self) -> str:
+        return f"source of {self.path!r}"
+
+
+def rows_of(data: TensorDictBase, in_keys: list[CacheKey]) -> int:
+    """How many rows a batch has: its batch size, or the first axis of the model's first input."""
+    if data.batch_size:
+        return int(data.batch_size[0])
+    first: Any = data.get(in_keys[0])
+    return int(first.shape[0]) if first.ndim else 1
+
+
+def repeated(data: TensorDictBase, keys: list[CacheKey], blocks: int, rows: int) -> TensorDictBase:
+    """Some entries of a batch, as often along the batch as there are blocks."""
+    inputs = TensorDict(batch_size=[], device=data.device)
+    for key in keys:
+        value = data.get(key, None)
+        if value is not None:
+            inputs.set(key, expanded(value, blocks, rows) if isinstance(value, Tensor) else value)
+    return inputs
+
+
+def _chunks(trials: list[Trial], size: int) -> Iterator[list[Trial]]:
+    for begin in range(0, len(trials), size):
+        yield trials[begin : begin + size]
+
+
+def _choices(positions: Any, shape: torch.Size, dim: int, path: str) -> list[int]:
+    if not -len(shape) <= dim < len(shape):
+        raise EditError(f"a sweep over positions needs an axis {dim} at {path!r}, whose value has shape {tuple(shape)}")
+    every = list(range(shape[dim]))
+    if positions is None:
+        return every
+    if isinstance(positions, slice):
+        return every[positions]
+    return [positions] if isinstance(positions, int) else [int(at) for at in positions]
+
+
+def _head_slices(size: int, heads: int, path: str) -> list[slice]:
+    if size % heads:
+        raise EditError(f"heads={heads} does not divide the {size} features at {path!r}")
+    width = size // heads
+    return [slice(head * width, (head + 1) * width) for head in range(heads)]

@@ -1,0 +1,244 @@
+"""The hooks behind the verbs of a hooked module: one takes the value at a path, one replaces it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from tdcache.cache.keep import Keep, Transfers
+from tdcache.introspect import in_backward
+from tdcache.cache.target import Target
+from tdcache.errors import CaptureError, EditError, InplaceModificationError, RepeatedCallWarning, warn_user
+from tdcache.hooks.attach import Order
+from tdcache.hooks.directions import Direction
+from tdcache.hooks.factory import CacheProxy
+from tdcache.hooks.values import check_fits, first_tensor, leaves, pick_tensor, replace_tensor
+from tdcache.modules.inputs import picked_input, steps_to_input
+from tdcache.types import CacheKey, Hold, Pick
+
+__all__ = ["Forwards", "GetTap", "SetTap", "ValueProxy"]
+
+
+class Forwards:
+    """Counts the forwards of a model: a pre-hook on its root."""
+
+    order = Order.FIRST
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_forward(self, module: nn.Module, args: Any) -> None:
+        """One more."""
+        self.count += 1
+
+
+class ValueProxy(CacheProxy):
+    """A value that a ``get`` or ``save`` will bring: made before the forward, resolved when it is needed.
+
+    It may be handed to a ``set``, also of another run, and to ``ActivationPatching(source=...)``. It keeps the cache
+    that it reads from alive.
+    """
+
+    def __init__(self, key: CacheKey, cache: Any, path: str) -> None:
+        self._key = key
+        self._held = cache
+        self.path = path
+        """Where the value is taken."""
+        self._alias: Tensor | None = None
+        self._version = 0
+
+    @property
+    def key(self) -> CacheKey:
+        """Where in the cache the value is."""
+        return self._key
+
+    def resolve(self) -> Any:
+        """The value, or None where none was seen yet.
+
+        Raises:
+            InplaceModificationError: an in-place operation overwrote it since.
+        """
+        self.check()
+        return self._target().get(self._key, None)
+
+    def check(self) -> None:
+        """Raise if the value that is kept was overwritten.
+
+        Raises:
+            InplaceModificationError: it names the path and the remedy.
+        """
+        if self._alias is not None and self._alias._version != self._version:
+            raise InplaceModificationError(
+                f"the value taken at {self.path!r} was overwritten by a later in-place operation, so it no longer is "
+                "the activation; keep a copy with hold='snapshot'",
+                paths=(self.path,),
+            )
+
+    def write(self, value: Any) -> None:
+        """Put the value into the cache, and note its version."""
+        cache = self._target()
+        if cache.is_locked:
+            Target(cache, None, 0).put(self._key, value)
+            return
+        cache[self._key] = value
+        self._alias = None
+        if isinstance(value, Tensor) and not value.is_inference() and cache.get(self._key) is value:
+            self._alias, self._version = value, value._version
+
+    def _target(self) -> Any:
+        return self._held.resolve() if hasattr(self._held, "resolve") else self._held
+
+
+class GetTap:
+    """Takes the value at one path and hands it to its proxy."""
+
+    __slots__ = ("callback", "fired", "forwards", "keep", "order", "path", "pick", "proxy", "row", "seen", "warned")
+
+    def __init__(
+        self,
+        proxy: ValueProxy,
+        row: Direction,
+        *,
+        callback: Callable[..., Any] | None,
+        pick: Pick,
+        hold: Hold,
+        forwards: Forwards | None,
+        order: int,
+    ) -> None:
+        self.path = proxy.path
+        self.proxy = proxy
+        self.row = row
+        self.callback = callback
+        self.pick = pick
+        self.keep = Keep(hold=hold)
+        self.forwards = forwards
+        self.order = order
+        self.fired = self.warned = False
+        self.seen = -1
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r}, {self.row.name!r})"
+
+    def on_call(self, *args: Any) -> None:
+        """Take the value."""
+        if not self.row.gradient and in_backward():  # the recomputation of a checkpoint
+            return
+        if self.callback is None:
+            kept = self.keep(self._picked(args), Transfers())
+        else:
+            named = dict(zip(self.row.params, args, strict=True))
+            kept = self.callback(**named, key=self.proxy.key, direction=self.row.name)
+            if not isinstance(kept, Tensor | TensorDictBase):
+                raise CaptureError(
+                    f"callback= returned {type(kept).__name__} at {self.path!r}; a cache holds tensors or TensorDicts",
+                    paths=(self.path,),
+                )
+        self._note_call()
+        self.proxy.write(kept)
+
+    def _picked(self, args: tuple[Any, ...]) -> Any:
+        if self.row.name == "fwd_pre_kwargs":
+            picked = picked_input(self.pick, args[1], args[2], self.path)
+        else:
+            value, keys = args[self.row.value_index], getattr(args[0], "out_keys", None)
+            if self.pick is None and keys and isinstance(value, TensorDictBase):
+                value = value.get(keys[0])  # of what a TensorDict module passes on, its own result
+            picked = pick_tensor(value, self.pick, self.path)
+        if not isinstance(picked, Tensor):
+            raise CaptureError(
+                f"pick={self.pick!r} gives {type(picked).__name__} at {self.path!r}; pick a tensor", paths=(self.path,)
+            )
+        return picked
+
+    def _note_call(self) -> None:
+        self.fired = True
+        count = -1 if self.forwards is None else self.forwards.count
+        if count >= 0 and self.seen == count and not self.warned:
+            self.warned = True
+            warn_user(
+                f"{self.path!r} ran more than once in one forward and only the last value is kept; keep every call "
+                "with ActivationCaching(..., reducer=Stack())",
+                RepeatedCallWarning,
+            )
+        self.seen = count
+
+
+class SetTap:
+    """Replaces the value at one path, by a value, a proxy's, or what a callback returns."""
+
+    __slots__ = ("callback", "fired", "order", "path", "pick", "row", "value")
+
+    def __init__(
+        self, path: str, row: Direction, value: Any, *, callback: Callable[..., Any] | None, pick: Pick, order: int
+    ) -> None:
+        if callable(pick):
+            raise EditError(f"a callable pick= cannot say where to put the value at {path!r}; use an index or a key")
+        if value is None and callback is None:
+            raise EditError(f"there is nothing to set at {path!r}: give a value, a proxy, or callback=")
+        self.path = path
+        self.row = row
+        self.value = value
+        self.callback = callback
+        self.pick = pick
+        self.order = order
+        self.fired = False
+
+    def __repr__(self) -> str:
+        what = self.callback or (type(self.value).__name__ if isinstance(self.value, Tensor) else self.value)
+        return f"{type(self).__name__}({self.path!r}, {self.row.name!r}, {what!r})"
+
+    def on_call(self, *args: Any) -> Any:
+        """Replace the value."""
+        self.fired = True
+        new = self._needed()
+        if self.callback is not None:
+            named = dict(zip(self.row.params, args, strict=True))
+            new = self.callback(**named, value=new, direction=self.row.name)
+            if new is None:
+                return None
+        elif isinstance(new, Tensor) and not self.row.gradient:
+            new = new.clone()  # a later in-place operation must not reach the caller's tensor
+        if self.row.name == "fwd_pre_kwargs":
+            return self._input(new, args[1], args[2])
+        old = args[self.row.returns_index]
+        if isinstance(new, Tensor) and isinstance(old, TensorDictBase) and getattr(args[0], "out_keys", None):
+            key: Any = args[0].out_keys[0] if self.pick is None else self.pick
+            check_fits(new, old.get(key), self.path)
+            return old.set(key, new)
+        return self._replaced(old, new)
+
+    def _needed(self) -> Any:
+        if not hasattr(self.value, "resolve"):
+            return self.value
+        value = self.value.resolve()
+        if value is None:
+            raise EditError(
+                f"{self.value!r} has no value yet when {self.path!r} needs it; get it in an earlier run, or at a path "
+                "that runs before this one"
+            )
+        return value
+
+    def _input(self, new: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(new, Tensor):
+            pick = steps_to_input(self.pick, args, kwargs, self.path)
+            return replace_tensor((args, kwargs), new, pick=pick, path=self.path)
+        return self._replaced(args, new), kwargs
+
+    def _replaced(self, old: Any, new: Any) -> Any:
+        if isinstance(new, Tensor):
+            if self.row.gradient and self.pick is None and first_tensor(old) is None:
+                raise EditError(f"no gradient came to {self.path!r}, so there is none to replace")
+            return replace_tensor(old, new, pick=self.pick, path=self.path)
+        if type(new) is not type(old):
+            raise EditError(
+                f"the {self.row.noun} of {self.path!r} is of type {type(old).__name__} and cannot be replaced by "
+                f"{type(new).__name__}; give the same type, or a tensor for the first tensor in it"
+            )
+        before, after = [tensor for _, tensor in leaves(old)], [tensor for _, tensor in leaves(new)]
+        if len(before) == len(after):
+            for one, other in zip(before, after, strict=True):
+                check_fits(other, one, self.path)
+        return new

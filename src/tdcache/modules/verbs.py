@@ -1,0 +1,217 @@
+"""The verbs of a hooked module: reading, changing and stopping at one path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+from tensordict import TensorDictBase
+from torch import nn
+
+from tdcache.errors import TdcacheWarning, warn_user
+from tdcache.hooks.attach import Order, attach
+from tdcache.hooks.directions import Direction, direction_row
+from tdcache.hooks.factory import HookFactory, check_callback
+from tdcache.introspect import has_stale_graph
+from tdcache.modules.forms import DirectedForms
+from tdcache.modules.run import HookedModuleRun
+from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
+from tdcache.types import CacheKey, Hold, HookDirection, Pick, Removable
+
+if TYPE_CHECKING:
+    from tdcache.modules.hooked import HookedModule
+
+__all__ = ["ModuleVerbs"]
+
+
+class ModuleVerbs(DirectedForms):
+    """What a hooked module does at one path, at once and until the returned handle is removed; and runs of it."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def model(self) -> nn.Module:
+            """The user's own model."""
+
+        @property
+        def cache(self) -> TensorDictBase:
+            """The cache of the context."""
+
+        def find_site(self, key: str, relative: bool = True) -> tuple[str, nn.Module]:
+            """Canonical path and module of ``key``."""
+
+    def run(
+        self,
+        data: Any = None,
+        cache: TensorDictBase | None = None,
+        run_name: str | None = None,
+        run_sep: str | None = None,
+        run_cache: TensorDictBase | None = None,
+        grad_enabled: bool = False,
+        run_callback: Callable[[HookedModule, Any], Any] | None = None,
+    ) -> HookedModuleRun:
+        """One run of the model: in the block say what to get, set and save; the model runs when the block ends.
+
+        Args:
+            data: what the model is called with: a TensorDict, a mapping of keyword arguments, or one value.
+            cache: where ``save`` writes; by default the run's own cache.
+            run_name: how keys of saved values begin, ``"run"`` by default.
+            run_sep: what stands behind the name, ``"."`` by default.
+            run_cache: where ``get`` writes; a new TensorDict by default.
+            grad_enabled: run with gradients. Asking for a gradient in the block does so too.
+            run_callback: called as ``run_callback(hooked, data)`` in place of ``hooked(data)``; put a backward here.
+
+        Example:
+            >>> import torch
+            >>> from tdcache import HookedModule
+            >>> hooked = HookedModule.from_module(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 3)))
+            >>> with hooked.run(torch.ones(1, 2)) as run:
+            ...     run.set("1", run.get("0"))
+            >>> torch.equal(run.result, run.cache["0_output"])
+            True
+        """
+        hooked = cast("HookedModule", self)
+        return HookedModuleRun(hooked, data, cache, run_name, run_sep, run_cache, grad_enabled, run_callback)
+
+    def set(
+        self,
+        module_key: str,
+        value: Any = None,
+        callback: Callable[..., Any] | None = None,
+        direction: HookDirection = "fwd",
+        prepend: bool = False,
+        relative: bool = True,
+        *,
+        pick: Pick = None,
+    ) -> Removable:
+        """Replace a value in every call of the module, until the handle is removed.
+
+        Args:
+            module_key: the path, relative to the user's own model.
+            value: a tensor, which replaces the picked tensor and is copied on the way in; a whole value of the type
+                that is there (a tuple of arguments, of gradients); or a proxy of a ``get``.
+            callback: called with the direction's parameters, ``value=`` and ``direction=``; returns the new value, or
+                None for no change.
+            direction: which value.
+            prepend: in front of the hooks that are there.
+            relative: with False, the path is relative to the hooked module.
+            pick: which tensor of a structured value.
+
+        Raises:
+            PathError: no such path.
+            EditError: nothing to set; when the model runs, a value that does not fit or is not there yet.
+        """
+        self._warn_if_skipped(module_key)
+        return self.add_set(
+            module_key, value, callback=callback, direction=direction, prepend=prepend, relative=relative, pick=pick
+        )[1]
+
+    def get(
+        self,
+        cache: Any,
+        module_key: str,
+        cache_key: CacheKey | None = None,
+        callback: Callable[..., Any] | None = None,
+        direction: HookDirection = "fwd",
+        prepend: bool = False,
+        relative: bool = True,
+        *,
+        pick: Pick = None,
+        hold: Hold = "live",
+    ) -> tuple[Removable, ValueProxy]:
+        """Write a value to ``cache`` in every call of the module, until the handle is removed.
+
+        Args:
+            cache: a TensorDict.
+            module_key: the path, relative to the user's own model.
+            cache_key: the key, ``"<path>_output"`` (``_input``, ``_grad_input``, ``_grad_output``) by default.
+            callback: called with the direction's parameters, ``key=`` and ``direction=``; returns what is written.
+            direction: which value.
+            prepend: see the value before edits at the same path.
+            relative: with False, the path is relative to the hooked module.
+            pick: which tensor of a structured value, the first by default.
+            hold: ``"live"`` (with its graph, if there is one), ``"detached"`` or ``"snapshot"``.
+
+        Returns:
+            The handle, and a proxy that resolves to the value.
+
+        Raises:
+            PathError: no such path.
+            DirectionError: unknown direction.
+        """
+        self._warn_if_skipped(module_key)
+        tap, handle = self.add_get(
+            cache, module_key, cache_key, callback=callback, direction=direction, prepend=prepend, relative=relative,
+            pick=pick, hold=hold,
+        )  # fmt: skip
+        return handle, tap.proxy
+
+    def save(
+        self, module_key: str, cache_key: CacheKey | None = None, *, cache: TensorDictBase | None = None, **options: Any
+    ) -> tuple[Removable, ValueProxy]:
+        """:meth:`get` into the cache of the context, or into ``cache``."""
+        return self.get(self.cache if cache is None else cache, module_key, cache_key, **options)
+
+    def stop(self, key: str) -> Removable:
+        """End every forward behind the module at ``key``, until the handle is removed."""
+        self._warn_if_skipped(key)
+        path, module = self.find_site(key)
+        return attach(module, HookFactory.make_stopping_hook(path), "fwd", order=Order.STOP)
+
+    def add_set(
+        self,
+        module_key: str,
+        value: Any,
+        *,
+        callback: Callable[..., Any] | None = None,
+        direction: HookDirection = "fwd",
+        prepend: bool = False,
+        relative: bool = True,
+        pick: Pick = None,
+    ) -> tuple[SetTap, Removable]:
+        """:meth:`set`, giving the hook as well."""
+        row, path, module = self._place(module_key, direction, callback, relative, "value")
+        default = Order.EDIT_GRADIENT if row.gradient else Order.EDIT
+        tap = SetTap(path, row, value, callback=callback, pick=pick, order=Order.FIRST if prepend else default)
+        return tap, attach(module, tap.on_call, row.name, order=tap.order, path=path)
+
+    def add_get(
+        self,
+        cache: Any,
+        module_key: str,
+        cache_key: CacheKey | None,
+        *,
+        callback: Callable[..., Any] | None = None,
+        direction: HookDirection = "fwd",
+        prepend: bool = False,
+        relative: bool = True,
+        pick: Pick = None,
+        hold: Hold = "live",
+        forwards: Forwards | None = None,
+    ) -> tuple[GetTap, Removable]:
+        """:meth:`get`, giving the hook as well; ``forwards`` lets it tell a second call from a second forward."""
+        if hold not in get_args(Hold):
+            raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {hold!r}")
+        row, path, module = self._place(module_key, direction, callback, relative, "key")
+        proxy = ValueProxy(cache_key or f"{module_key}_{row.noun}", cache, path)
+        order = Order.FIRST if prepend else Order.CAPTURE
+        tap = GetTap(proxy, row, callback=callback, pick=pick, hold=hold, forwards=forwards, order=order)
+        return tap, attach(module, tap.on_call, row.name, order=order, path=path)
+
+    def _place(
+        self, key: str, direction: HookDirection, callback: Callable[..., Any] | None, relative: bool, extra: str
+    ) -> tuple[Direction, str, nn.Module]:
+        row = direction_row(direction)
+        if callback is not None:
+            check_callback(callback, (*row.params, extra, "direction"))
+        elif direction == "fwd_pre":
+            row = direction_row("fwd_pre_kwargs")  # the first tensor may be a keyword argument
+        return row, *self.find_site(key, relative)
+
+    def _warn_if_skipped(self, key: str) -> None:
+        if has_stale_graph(self.model):
+            warn_user(
+                f"the model was compiled and has run before, and its graph skips the hook at {key!r}; use a run or a "
+                "context, which run it eagerly, or the model that was not compiled",
+                TdcacheWarning,
+            )

@@ -1,0 +1,65 @@
+"""Pipelines of hooks that compose, gradient taps, and splices; called by hand or attached to module paths."""
+
+from tdcache.pipeline.attach import AttachedPipeline, attach
+from tdcache.pipeline.autoencoder import Autoencoder, AutoencoderHooks
+from tdcache.pipeline.collection import FwdBwdHooks, HookCollection
+from tdcache.pipeline.conditional import AtCalls, AtLayers, AtPositions, AtRows, ConditionalHooks
+from tdcache.pipeline.conditions import Calls, Condition, Keyword, Layers, Part, Positions, Rows, When
+from tdcache.pipeline.dictionaries import (
+    Dictionary,
+    DictionaryConfig,
+    DictionaryError,
+    load_dictionary,
+    save_dictionary,
+)
+from tdcache.pipeline.gradients import GradientHook, grad_hook_wrapper, stop_gradient
+from tdcache.pipeline.hooks import Hooks, WrapperHooks
+from tdcache.pipeline.splice import Splice, sparse_latents
+from tdcache.pipeline.trees import (
+    AttentionHooks,
+    MLPHooks,
+    NormalizationHooks,
+    ResidualStreamHooks,
+    ResidualStreamTorsoHooks,
+    TransformerHooks,
+)
+
+__all__ = [
+    "AtCalls",
+    "AtLayers",
+    "AtPositions",
+    "AtRows",
+    "AttachedPipeline",
+    "AttentionHooks",
+    "Autoencoder",
+    "AutoencoderHooks",
+    "Calls",
+    "Condition",
+    "ConditionalHooks",
+    "Dictionary",
+    "DictionaryConfig",
+    "DictionaryError",
+    "FwdBwdHooks",
+    "GradientHook",
+    "HookCollection",
+    "Hooks",
+    "Keyword",
+    "Layers",
+    "MLPHooks",
+    "NormalizationHooks",
+    "Part",
+    "Positions",
+    "ResidualStreamHooks",
+    "ResidualStreamTorsoHooks",
+    "Rows",
+    "Splice",
+    "TransformerHooks",
+    "When",
+    "WrapperHooks",
+    "attach",
+    "grad_hook_wrapper",
+    "load_dictionary",
+    "save_dictionary",
+    "sparse_latents",
+    "stop_gradient",
+]

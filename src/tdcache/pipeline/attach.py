@@ -1,0 +1,209 @@
+"""``attach``: pipelines that were written for a hand-written forward, on the module paths of any model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from tensordict import TensorDictBase
+from torch import nn
+
+from tdcache.contexts import HookingContext, HookingContextFactory
+from tdcache.errors import HookSignatureError, InplaceModificationError
+from tdcache.hooks import MultiHookHandle, Order
+from tdcache.hooks import attach as attach_hook
+from tdcache.hooks.values import leaves, pick_tensor, replace_tensor
+from tdcache.introspect import in_backward
+from tdcache.modules import HookedModule
+from tdcache.pipeline.collection import HookCollection
+from tdcache.pipeline.hooks import Hook, HookNode, Hooks
+from tdcache.pipeline.sites import distinct_sites
+from tdcache.pipeline.versions import share_memory, version_of
+from tdcache.selection import Site, as_matcher, select_matching
+from tdcache.types import Match, Pick, Selector
+
+__all__ = ["AttachedPipeline", "attach"]
+
+Where: TypeAlias = "Selector | Mapping[str, Selector]"
+
+
+class _Counter:
+    """Which forward it is, and which call of each module in it."""
+
+    def __init__(self) -> None:
+        self.forward = -1
+        self._calls: dict[str, int] = {}
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        """Hook of the root: a forward begins."""
+        if not in_backward():
+            self.forward += 1
+            self._calls.clear()
+
+    def next(self, path: str) -> int | None:
+        """The number of this call; None where a checkpoint recomputes one of several."""
+        if in_backward():
+            return 0 if self._calls.get(path) == 1 else None
+        number = self._calls.get(path, 0)
+        self._calls[path] = number + 1
+        return number
+
+
+@dataclass(slots=True, eq=False)
+class _AttachedHook:
+    """The pipeline of one site, as a hook of the module there."""
+
+    path: str
+    pipeline: Hook
+    counter: _Counter
+    pick: Pick
+    order: int = Order.EDIT
+
+    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Pass the output through the pipeline."""
+        made: Any = getattr(module, "out_keys", None) if isinstance(output, TensorDictBase) else None
+        # Of a TensorDict what the module made, not the first entry of what it was given.
+        return self._through(output, made[0] if made and self.pick is None else self.pick, args)
+
+    def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Pass an argument through the pipeline: the first tensor, a positional one by number or a keyword by name."""
+        pick = self.pick if self.pick is None else (int(isinstance(self.pick, str)), self.pick)
+        return self._through((args, kwargs), pick, ())  # type: ignore[arg-type]  # a callable was refused
+
+    def _through(self, value: Any, pick: Pick, args: Any) -> Any:
+        x = pick_tensor(value, pick, self.path)
+        version = version_of(x)
+        new = self.pipeline(x, call=self.counter.next(self.path), forward=self.counter.forward)
+        if version_of(x) != version and any(share_memory(x, each) for _, each in leaves(args)):
+            raise InplaceModificationError(
+                f"a hook at {self.path!r} wrote into the output in place, which is also the module's input and may be "
+                "used elsewhere; return a new tensor instead, e.g. from x.clone()",
+                paths=(self.path,),
+            )
+        return None if new is x else replace_tensor(value, new, pick=pick, path=self.path)
+
+
+class AttachedPipeline(HookingContextFactory):
+    r"""A pipeline at every selected module, as a recipe: what :func:`attach` binds to a model.
+
+    Each module gets its own deep copy, with the keyword arguments ``path``, the named groups of the pattern (decimal
+    ones as integers, so that ``(?P<layer>\d+)`` gives ``layer=3``), ``call`` (the number of the module's call in this
+    forward, from 0) and ``forward`` (the number of the forward since entering) in scope. A module of several names is
+    meant once, under the first.
+
+    Pipelines are edits: they run before captures at their site, in the order the contexts were entered. A graph that
+    was made inside the block keeps its gradient hooks, as it keeps the edited values.
+
+    Args:
+        selector: which modules; for a tree such as :class:`~tdcache.pipeline.TransformerHooks`, a mapping of dotted
+            names in it to a selector each.
+        pipeline: anything callable, as ``x -> x``: ``Hooks``, ``FwdBwdHooks``, ``AutoencoderHooks``, a function.
+        direction: ``"fwd"`` for the output or ``"fwd_pre"`` for the input.
+        pick: which tensor of a structured value: an index, a key or a path of these; the first by default.
+        match: ``"full"``, ``"prefix"`` or ``"search"``.
+
+    Raises:
+        HookSignatureError: the pipeline cannot be called.
+        SelectionError: an unusable selector; on entering, one that matches nothing.
+        PathError: the tree has no such name.
+        ValueError: on entering, the pipeline has bound itself what the pattern's groups bind.
+
+    Example:
+        >>> import torch
+        >>> model, seen = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), []
+        >>> with AttachedPipeline(r"(?P<layer>\d)", lambda x, layer: seen.append(layer)).prepare(model) as hooked:
+        ...     y = hooked(torch.ones(1, 2))
+        >>> seen
+        [0, 1]
+    """
+
+    def __init__(
+        self,
+        selector: Where,
+        pipeline: Hook | HookNode,
+        *,
+        direction: Literal["fwd", "fwd_pre"] = "fwd",
+        pick: Pick = None,
+        match: Match = "full",
+    ) -> None:
+        super().__init__()
+        if direction not in ("fwd", "fwd_pre"):
+            raise HookSignatureError(
+                f"a pipeline is attached to 'fwd' or 'fwd_pre', got {direction!r}; gradients are its bwd"
+            )
+        if callable(pick):
+            raise HookSignatureError(f"pick= must say where to put the new value; use an index or a key, not {pick!r}")
+        self._selector = selector
+        self._pipeline = pipeline
+        self._direction, self._pick, self._match = direction, pick, match
+        self._places = tuple(_places(selector, pipeline, match))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._selector!r}, {self._pipeline!r})"
+
+    def _hook_module(self, module: HookedModule) -> MultiHookHandle:
+        counter, handle = _Counter(), MultiHookHandle()
+        found = [
+            (node, select_matching(module.model, matcher, selector, match=self._match))
+            for node, selector, matcher in self._places
+        ]
+        try:
+            handle.add(attach_hook(module.model, counter.begin, "fwd_pre", order=Order.FIRST))
+            for node, selection in found:
+                for site in distinct_sites(selection):
+                    self._attach(site, node, counter, handle)
+        except BaseException:
+            handle.remove()
+            raise
+        return handle
+
+    def _attach(self, site: Site, node: Any, counter: _Counter, handle: MultiHookHandle) -> None:
+        own = copy.deepcopy(node).bind(**{"path": site.path, **_bindings(site.groups)})
+        hook = _AttachedHook(site.path, own, counter, self._pick)
+        if self._direction == "fwd":
+            handle.add(attach_hook(site.module, hook.on_output, "fwd", order=Order.EDIT, path=site.path))
+        else:
+            handle.add(attach_hook(site.module, hook.on_input, "fwd_pre_kwargs", order=Order.EDIT, path=site.path))
+
+
+def _places(selector: Where, pipeline: Any, match: Match) -> Iterator[tuple[HookNode, Selector, Callable[..., Any]]]:
+    if isinstance(selector, Mapping):
+        if not isinstance(pipeline, HookCollection):
+            raise HookSignatureError(f"a mapping of names to selectors is for a HookCollection, got {pipeline!r}")
+        for name, each in selector.items():
+            node = pipeline.at(name)
+            yield _callable_only(node, f"{name!r} is"), each, as_matcher(each, match)
+    else:
+        _callable_only(pipeline, "the pipeline is")
+        yield pipeline if isinstance(pipeline, HookNode) else Hooks(pipeline), selector, as_matcher(selector, match)
+
+
+def _callable_only(node: Any, what: str) -> Any:
+    if not callable(node):
+        more = ""
+        if isinstance(node, HookCollection):
+            first = node.paths()[0].rpartition(".")[0] if node.paths() else "name"
+            more = f"; say which of its places goes where with a mapping, e.g. {{{first!r}: ...}}"
+        raise HookSignatureError(f"{what} {type(node).__name__}, which cannot be called as x -> x{more}")
+    return node
+
+
+def _bindings(groups: Mapping[str, str | None]) -> dict[str, Any]:
+    return {name: int(text) if text.isdecimal() else text for name, text in groups.items() if text is not None}
+
+
+def attach(model: nn.Module, selector: Where, pipeline: Hook | HookNode, **options: Any) -> HookingContext:
+    """A context in which ``pipeline`` runs at every selected module of ``model``.
+
+    Short for ``AttachedPipeline(selector, pipeline, **options).prepare(model)``; see :class:`AttachedPipeline`.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> with attach(model, "1", lambda x: x + 1):
+        ...     print(bool((model(torch.ones(1, 2)) >= 1).all()))
+        True
+    """
+    return AttachedPipeline(selector, pipeline, **options).prepare(model)

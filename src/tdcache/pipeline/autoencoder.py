@@ -1,0 +1,192 @@
+"""A value through an encode/decode pair, with its error term: the arithmetic of every splice, and its form as hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdcache.errors import EditError, HookSignatureError
+from tdcache.pipeline.calling import spell
+from tdcache.pipeline.collection import FwdBwdHooks, HookCollection
+from tdcache.pipeline.versions import share_memory, untouched, version_of
+
+__all__ = ["Autoencoder", "AutoencoderHooks", "Sites", "as_autoencoder"]
+
+
+@dataclass(frozen=True, slots=True)
+class Autoencoder:
+    """An encode/decode pair: a sparse autoencoder, a transcoder, a linear basis.
+
+    Both must be deterministic: the decoder runs twice where an error term is added.
+    """
+
+    encode: Callable[[Tensor], Tensor]
+    """From the value ``(..., d)`` to latents of any shape."""
+    decode: Callable[[Tensor], Tensor]
+    """From latents to a value of the shape that is replaced."""
+
+    def latents_of(self, source: Tensor) -> Tensor:
+        """Encode.
+
+        Raises:
+            EditError: the encoder gives no tensor.
+        """
+        latents: Any = self.encode(source)
+        if not isinstance(latents, Tensor):
+            raise EditError(
+                f"encode() must return a tensor of latents, got {type(latents).__name__} from {spell(self.encode)}; "
+                "give a pair of functions (encode, decode) that pass one tensor"
+            )
+        return latents
+
+    def decoded(self, latents: Tensor, like: Tensor) -> Tensor:
+        """Decode, in the dtype of ``like``.
+
+        Raises:
+            EditError: the decoder gives another shape.
+        """
+        found: Any = self.decode(latents)
+        if not isinstance(found, Tensor) or found.shape != like.shape:
+            got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise EditError(
+                f"decode() must return what it replaces, a tensor of shape {tuple(like.shape)}, got {got} from latents "
+                f"of shape {tuple(latents.shape)}"
+            )
+        return found.to(like.dtype)
+
+
+def as_autoencoder(given: Any) -> Autoencoder:
+    """A pair ``(encode, decode)``, or anything with these two methods, as an :class:`Autoencoder`.
+
+    Raises:
+        HookSignatureError: it is neither.
+    """
+    if isinstance(given, Autoencoder):
+        return given
+    pair = given if isinstance(given, Sequence) and len(given) == 2 else None
+    encode, decode = pair or (getattr(given, "encode", None), getattr(given, "decode", None))
+    if not callable(encode) or not callable(decode):
+        raise HookSignatureError(
+            "an autoencoder is an object with encode() and decode(), or a pair of functions, "
+            f"got {type(given).__name__}"
+        )
+    return Autoencoder(encode, decode)
+
+
+@dataclass(frozen=True, slots=True)
+class Sites:
+    """The functions that latents, reconstruction and error pass through; they may read, edit, or watch gradients."""
+
+    latents: Callable[[Tensor], Tensor]
+    reconstruction: Callable[[Tensor], Tensor]
+    error: Callable[[Tensor], Tensor]
+
+    def run(self, x: Tensor, autoencoder: Autoencoder, *, add_error: bool, source: Tensor | None = None) -> Tensor:
+        """What replaces ``x``.
+
+        With the error term, where z = encode(x), r = decode(z), e = x - r, and z', r', e' are what the sites return,
+
+            r'(z') + e' = x - ((r - r') + (e - e')),
+
+        computed as on the right: unedited, both brackets are exactly zero, and so is what comes back through them to
+        ``x``; the output and the gradient are identities to the last bit. The gradient of z' is the decoder transpose
+        applied to the gradient of the output, that of e' (and of r') the gradient of the output.
+
+        Args:
+            x: the value to replace, ``(..., d)``.
+            autoencoder: the pair.
+            add_error: add what the reconstruction misses; otherwise the output is the reconstruction alone.
+            source: what is encoded, if not ``x``.
+
+        Raises:
+            EditError: the pair does not fit, or the error was edited and is not added.
+        """
+        latents = autoencoder.latents_of(x if source is None else source)
+        if not add_error:
+            return self._reconstruct(x, latents, autoencoder)
+        plain = autoencoder.decoded(latents, x)
+        # Whoever edits in place at a site must hit neither the graph of the unedited branch nor the model's own value.
+        graph = torch.is_grad_enabled() and latents.requires_grad
+        if graph or any(share_memory(latents, each) for each in (x, source)):
+            latents = latents.clone()
+        version = version_of(latents)
+        hooked = self.latents(latents)
+        same = not graph and untouched(latents, hooked, version)
+        reconstruction = self.reconstruction(plain.clone() if same else autoencoder.decoded(hooked, x))
+        missed = x - plain
+        error = self.error(missed.clone())
+        return x - ((plain - reconstruction) + (missed - error))
+
+    def _reconstruct(self, x: Tensor, latents: Tensor, autoencoder: Autoencoder) -> Tensor:
+        if share_memory(latents, x):
+            latents = latents.clone()
+        reconstruction = self.reconstruction(autoencoder.decoded(self.latents(latents), x))
+        missed = x - reconstruction
+        version = version_of(missed)
+        if version is not None and not untouched(missed, self.error(missed), version):
+            raise EditError(
+                "the error was edited, or given a gradient hook, but it is no part of the output; use add_error=True"
+            )
+        return reconstruction
+
+
+class AutoencoderHooks(HookCollection):
+    """A hook that passes a value through an encode/decode pair, with hooks on what is in between.
+
+    The places are ``latents``, ``reconstruction`` and ``error``, each a :class:`~tdcache.pipeline.FwdBwdHooks`.
+    With ``add_error`` the output is the value itself until something is edited, and an edit of the latents changes it
+    by what the decoder makes of the change; gradients are those of :class:`tdcache.Splice`. Without, the output is the
+    reconstruction, and ``error`` can only be read. Deep copies share the pair.
+
+    Args:
+        encode: from the value ``(..., d)`` to latents.
+        decode: from latents to a value.
+        add_error: add what the reconstruction misses.
+
+    Example:
+        >>> hooks = AutoencoderHooks(lambda x: x / 2, lambda z: 2 * z, add_error=True)
+        >>> hooks.latents.append_fwd(lambda z: z + 1)(torch.zeros(2))
+        tensor([1., 1.])
+        >>> hooks(torch.zeros(2))
+        tensor([2., 2.])
+    """
+
+    def __init__(
+        self, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], add_error: bool = False
+    ) -> None:
+        super().__init__()
+        self.encode = encode
+        self.decode = decode
+        self.add_error = add_error
+        for name in ("latents", "reconstruction", "error"):
+            self.add_subhooks(name, FwdBwdHooks())
+
+    def __call__(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
+        """Pass ``x`` through the pair."""
+        sites = (_Bound(self._children[name], args, kwargs) for name in ("latents", "reconstruction", "error"))
+        return Sites(*sites).run(x, Autoencoder(self.encode, self.decode), add_error=self.add_error)
+
+    def is_empty(self) -> bool:
+        """Never: the pair itself may change the value."""
+        return False
+
+    def title(self) -> str:
+        """The first line of the repr."""
+        pair = f"encode={spell(self.encode)}, decode={spell(self.decode)}"
+        return f"{type(self).__name__}({pair}, add_error={self.add_error})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """Hooks with the arguments of one call."""
+
+    hooks: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.hooks(x, *self.args, **self.kwargs)  # type: ignore[no-any-return]

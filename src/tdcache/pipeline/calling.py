@@ -1,0 +1,89 @@
+"""Calling what a user appended: with the keyword arguments it takes, and no others."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tdcache.errors import HookSignatureError, listed
+
+__all__ = ["Call", "spell"]
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A callable and which of the keyword arguments in scope it is called with.
+
+    A hook ``lambda x: ...`` and one ``def hook(x, layer): ...`` may stand in one pipeline: each gets what it names, and
+    one with ``**kwargs`` gets everything.
+
+    Raises:
+        HookSignatureError: it cannot be called.
+    """
+
+    hook: Callable[..., Any]
+    names: frozenset[str] | None = field(init=False, repr=False)
+    """The keyword arguments it takes; None for all of them."""
+    needed: tuple[str, ...] = field(init=False, repr=False)
+    """Those without a default."""
+
+    def __post_init__(self) -> None:
+        if not callable(self.hook):
+            raise HookSignatureError(f"a hook is a callable x -> x, got {self.hook!r} ({type(self.hook).__name__})")
+        names, needed = _accepted(self.hook)
+        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "needed", needed)
+
+    def __call__(self, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call it with ``x``, the positional arguments, and those of the keyword arguments that it takes.
+
+        Raises:
+            HookSignatureError: one that it needs is not in scope.
+        """
+        if self.needed and not args:
+            self._check(kwargs)
+        if self.names is None:
+            return self.hook(x, *args, **kwargs)
+        return self.hook(x, *args, **{name: kwargs[name] for name in self.names if name in kwargs})
+
+    def _check(self, kwargs: Mapping[str, Any]) -> None:
+        missing = [name for name in self.needed if name not in kwargs]
+        if missing:
+            raise HookSignatureError(
+                f"hook {spell(self.hook)} needs {', '.join(f'{name}=' for name in missing)}; in scope are "
+                f"{listed(list(kwargs)) or 'no keyword arguments'}: bind it, pass it with the call, or attach the "
+                "pipeline by a pattern with such a named group, e.g. (?P<layer>\\d+)"
+            )
+
+
+def _accepted(hook: Callable[..., Any]) -> tuple[frozenset[str] | None, tuple[str, ...]]:
+    if getattr(type(hook), "takes_any_keyword", False):
+        return None, ()
+    if isinstance(hook, nn.Module):  # its __call__ takes anything and passes it on
+        hook = hook.forward
+    try:
+        parameters = list(inspect.signature(hook).parameters.values())
+    except (TypeError, ValueError):  # some builtins have no signature; they take no context either
+        return frozenset(), ()
+    if parameters and parameters[0].kind in _POSITIONAL:
+        del parameters[0]  # the value itself
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        names = None
+    else:
+        names = frozenset(
+            each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+        )
+    wanted = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    return names, tuple(each.name for each in wanted if each.default is each.empty)
+
+
+def spell(hook: Any) -> str:
+    """A hook for a repr or a message: functions by name, without an address that differs from run to run."""
+    name = getattr(hook, "__qualname__", None)
+    return name if isinstance(name, str) else repr(hook)

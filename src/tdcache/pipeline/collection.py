@@ -1,0 +1,192 @@
+"""``HookCollection``: named places in a model, each with its hooks; ``FwdBwdHooks``: the sequences of one place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Literal, Self
+
+from tdcache.errors import PathError, listed
+from tdcache.paths import near_misses
+from tdcache.pipeline.gradients import grad_hook_wrapper
+from tdcache.pipeline.hooks import Hook, HookNode, Hooks, WrapperHooks
+
+__all__ = ["FwdBwdHooks", "HookCollection", "PlacePart"]
+
+PlacePart = Literal["fwd", "bwd", "fwd2"]
+"""The sequences of one place, in the order they are called."""
+
+
+class HookCollection(HookNode):
+    """Named children, which are sequences of hooks or collections themselves; reached as attributes.
+
+    A hand-written forward calls the children: ``x = hooks.mlp.post_act(x)``. For a model with layers, give each one its
+    own ``deepcopy(hooks).bind(layer=number)``: copies have their own structure and bindings, and share the hooks.
+
+    Example:
+        >>> hooks = HookCollection().add_subhooks("post_act", FwdBwdHooks())
+        >>> hooks.append_to_path("post_act.fwd", lambda x: 2 * x).post_act(3)
+        6
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._children: dict[str, HookNode] = {}
+
+    def add_subhooks(self, name: str, subhooks: HookNode) -> Self:
+        """Add a child; returns this collection.
+
+        Raises:
+            ValueError: the name is no identifier or in use, or the child is neither a sequence nor a collection.
+        """
+        if not name.isidentifier() or name.startswith("_") or name in self._children or hasattr(type(self), name):
+            raise ValueError(
+                f"{name!r} cannot name a child of {type(self).__name__}: it is in use, private or no identifier"
+            )
+        if not isinstance(subhooks, HookNode):
+            raise ValueError(f"child {name!r} must be Hooks or a HookCollection, got {subhooks!r}")
+        self._children[name] = subhooks
+        if self.bound:
+            subhooks.inherit(self.bound)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        children = (
+            {} if name.startswith("_") else self._children
+        )  # private names are asked for before there are children
+        if name not in children:
+            raise AttributeError(
+                f"{type(self).__name__} has no {name!r}; its children are {listed(list(children), 20)}"
+            )
+        return children[name]
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._children]
+
+    def paths(self) -> tuple[str, ...]:
+        """The dotted names of all sequences below, in order."""
+        return tuple(path for path, _ in self._sequences())
+
+    def at(self, path: str) -> HookNode:
+        """The sequence or collection with this dotted name.
+
+        Raises:
+            PathError: there is none; the message has the nearest names.
+        """
+        node: HookNode = self
+        for name in path.split("."):
+            below = node._children if isinstance(node, HookCollection) else {}  # noqa: SLF001 - of the same class
+            if name not in below:
+                raise self._no_such_path(path)
+            node = below[name]
+        return node
+
+    def _no_such_path(self, path: str) -> PathError:
+        names = self.paths()
+        near = near_misses(path, names) or tuple(name for name in names if name.startswith(path))[:3]
+        hint = f"did you mean {listed(near, 3)}?" if near else f"there are {listed(names, 20)}"
+        return PathError(f"{path!r} names no hooks of {type(self).__name__}; {hint}", selector=path, near=near)
+
+    def append_to_path(self, path: str, hook: Hook) -> Self:
+        """Append a hook to the sequence with this dotted name, such as ``"resid.torso.post_mlp.fwd"``; returns this.
+
+        Raises:
+            PathError: there is none, or it is a collection of several.
+        """
+        node = self.at(path)
+        if not isinstance(node, Hooks):
+            below = [f"{path}.{name}" for name in node.paths()] if isinstance(node, HookCollection) else []
+            raise PathError(
+                f"{path!r} is a {type(node).__name__}; append to one of {listed(below)}", selector=path, near=below
+            )
+        node.append(hook)
+        return self
+
+    def append_all(self, hook: Hook, *, part: PlacePart = "fwd") -> Self:
+        """Append a hook once at every place below; returns this collection.
+
+        Args:
+            hook: the hook.
+            part: which sequence of the places that have three.
+        """
+        for sequence in {id(each): each for each in self.targets(part)}.values():
+            sequence.append(hook)
+        return self
+
+    def targets(self, part: str) -> Iterator[Hooks]:
+        """One sequence for each place below."""
+        for child in self._children.values():
+            yield from child.targets(part)
+
+    def is_empty(self) -> bool:
+        """Whether no sequence below holds a hook."""
+        return all(child.is_empty() for child in self._children.values())
+
+    def _pass_scope_on(self) -> None:
+        scope = self.bound
+        for child in self._children.values():
+            child.inherit(scope)
+
+    def _separate(self, memo: dict[int, Any]) -> None:
+        super()._separate(memo)
+        self._children = {name: copy.deepcopy(child, memo) for name, child in self._children.items()}
+
+    def _sequences(self, above: str = "") -> Iterator[tuple[str, Hooks]]:
+        for name, child in self._children.items():
+            if isinstance(child, Hooks):
+                yield above + name, child
+            elif isinstance(child, HookCollection):
+                yield from child._sequences(f"{above}{name}.")  # noqa: SLF001 - of the same class
+
+    def _lines_below(self) -> Iterator[str]:
+        for path, sequence in self._sequences():
+            if not sequence.is_empty():
+                yield path
+                yield from sequence.lines()[1:]
+
+
+class FwdBwdHooks(HookCollection):
+    """The hooks of one place: ``fwd`` on the value, then ``bwd`` on its gradient, then ``fwd2`` on the value again.
+
+    Gradients are those of the value after the edits of ``fwd`` and before those of ``fwd2``. Within each sequence hooks
+    run in the order they were appended, in the backward too: an ablation of the gradient that is appended before a save
+    is seen by the save. A value that needs no gradient is an error where ``bwd`` holds a hook.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_subhooks("fwd", Hooks())
+        self.add_subhooks("bwd", WrapperHooks(grad_hook_wrapper))
+        self.add_subhooks("fwd2", Hooks())
+
+    def append_fwd(self, hook: Hook) -> Self:
+        """Append to ``fwd``; returns this."""
+        self.fwd.append(hook)
+        return self
+
+    def append_bwd(self, hook: Hook) -> Self:
+        """Append a hook on the gradient; returns this."""
+        self.bwd.append(hook)
+        return self
+
+    def append_fwd2(self, hook: Hook) -> Self:
+        """Append to ``fwd2``; returns this."""
+        self.fwd2.append(hook)
+        return self
+
+    def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Pass ``x`` through the three sequences."""
+        for sequence in self._children.values():
+            if not sequence.is_empty():
+                x = sequence(x, *args, **kwargs)  # type: ignore[operator]  # the three are Hooks
+        return x
+
+    def targets(self, part: str) -> Iterator[Hooks]:
+        """The sequence that ``part`` names.
+
+        Raises:
+            ValueError: it is none of the three.
+        """
+        if part not in self._children:
+            raise ValueError(f"part is one of {', '.join(map(repr, self._children))}, got {part!r}")
+        yield self._children[part]  # type: ignore[misc]  # the three are Hooks

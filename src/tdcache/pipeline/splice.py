@@ -1,0 +1,227 @@
+"""``Splice``: an encode/decode pair in a running model; latents, reconstruction and error are sites of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from tdcache.contexts import HookingContext, HookingContextFactory
+from tdcache.errors import ContextError, InplaceModificationError, SelectionError, listed
+from tdcache.hooks import MultiHookHandle, Order, attach, direction_row
+from tdcache.hooks.values import first_tensor, pick_tensor, replace_tensor
+from tdcache.modules import HookedModule
+from tdcache.pipeline.autoencoder import Autoencoder, Sites, as_autoencoder
+from tdcache.pipeline.planting import plant
+from tdcache.pipeline.sites import distinct_sites
+from tdcache.pipeline.versions import version_of
+from tdcache.selection import Site, as_matcher, select_matching
+from tdcache.types import Match, Pick, Selector
+
+__all__ = ["Splice", "SpliceContext", "SpliceSite", "sparse_latents"]
+
+
+class SpliceSite(nn.Module):
+    """What a splice shows in the model's tree: identities that its latents, reconstruction and error pass through.
+
+    It has no parameters: the autoencoder's stay outside of the model.
+    """
+
+    autoencoder: Autoencoder
+    latents: nn.Module
+    reconstruction: nn.Module
+    error: nn.Module
+
+    def __init__(self, path: str, autoencoder: Autoencoder, *, add_error: bool) -> None:
+        super().__init__()
+        self.path = path
+        self.add_error = add_error
+        self.__dict__["autoencoder"] = autoencoder  # past nn.Module, which would register a module
+        for name in ("latents", "reconstruction", "error"):
+            self.add_module(name, nn.Identity())
+
+    def forward(self, *values: Any) -> Tensor:
+        """Replace the first value, by encoding the second; called by the splice's own hook, with these two.
+
+        Raises:
+            ContextError: somebody else calls it.
+        """
+        if len(values) != 2:
+            raise ContextError(
+                f"{self.path!r} was called by other code than its splice: a module that runs all of its children, or a "
+                "list that was iterated over while the splice is open; splice the module around it"
+            )
+        x, source = values
+        sites = Sites(self.latents, self.reconstruction, self.error)
+        return sites.run(x, self.autoencoder, add_error=self.add_error, source=source)
+
+    def extra_repr(self) -> str:
+        """Path and error term, for the repr."""
+        return f"{self.path!r}, add_error={self.add_error}"
+
+
+@dataclass(slots=True, eq=False)
+class _SpliceHooks:
+    """The hooks on one spliced module."""
+
+    path: str
+    site: SpliceSite
+    pick: Pick
+    inputs: list[tuple[Tensor, int | None]]
+    """The inputs of the calls under way, where those are encoded, with their versions."""
+    order: int = Order.EDIT
+
+    def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the first tensor of the input."""
+        source = pick_tensor((*args, *kwargs.values()), None, self.path)
+        self.inputs.append((source, version_of(source)))
+
+    def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Replace the picked tensor of the output, which is encoded."""
+        x = pick_tensor(output, self.pick, self.path)
+        return replace_tensor(output, self.site(x, x), pick=self.pick, path=self.path)
+
+    def on_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Replace the picked tensor of the output by what the input encodes to."""
+        source, version = self.inputs.pop()
+        if version_of(source) != version:
+            raise InplaceModificationError(
+                f"{self.path!r} writes into its input, which is to be encoded; splice with reads='output', or on "
+                "another module",
+                paths=(self.path,),
+            )
+        x = pick_tensor(output, self.pick, self.path)
+        return replace_tensor(output, self.site(x, source), pick=self.pick, path=self.path)
+
+
+class SpliceContext(HookingContext):
+    """An open splice."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sites: dict[str, SpliceSite] = {}
+        """What is shown in the model's tree, by the path of the spliced module; kept while the context is paused."""
+
+    def _leave(self, error: BaseException | None) -> None:
+        try:
+            super()._leave(error)
+        finally:
+            self.sites = {}
+
+
+class Splice(HookingContextFactory):
+    """Puts an encode/decode pair into a model: the output of each selected module passes through it.
+
+    While the context is open, ``latents``, ``reconstruction`` and ``error`` are modules of the model, under paths such
+    as ``"layers.3.mlp/sae.latents"``. Whatever is entered after the splice selects, captures, reduces, edits and
+    differentiates them like any other; in a composite, list the splice first. Captures at the spliced module itself see
+    what comes out of the splice. Everything is taken away again on leaving; the autoencoder's parameters never become
+    part of the model.
+
+    With the error term the forward is the identity, and so is the gradient with respect to what goes in. The gradient
+    of the latents is the decoder transpose applied to the gradient of the output, that of the error the gradient of the
+    output; an edit of the latents changes the output by exactly what the decoder makes of the change. Without the error
+    term the output is the reconstruction, and ``error`` can be read only.
+
+    Args:
+        selector: which modules; one that has several names is spliced once.
+        autoencoder: an object with ``encode(x)`` and ``decode(latents)``, a pair of such functions, or a mapping of
+            paths to one for each. Both must be deterministic, and on the model's device.
+        add_error: add what the reconstruction misses.
+        reads: what is encoded: the module's ``"output"``, or its ``"input"``, as for a transcoder.
+        name: what stands after the slash in paths; two splices on one module need two names.
+        pick: which tensor of a structured output is replaced, the first by default; the rest is kept.
+        match: ``"full"``, ``"prefix"`` or ``"search"``.
+
+    Raises:
+        HookSignatureError: no autoencoder.
+        SelectionError: an unusable selector; on entering, one that matches nothing, or a path without an autoencoder.
+        ContextError: on entering, the name is in use.
+        EditError: in the forward, the autoencoder does not fit the output.
+
+    Example:
+        >>> import torch
+        >>> model, basis = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.eye(3)
+        >>> with Splice("0", (lambda x: x @ basis, lambda z: z @ basis.T)).prepare(model):
+        ...     print(*[path for path, _ in model.named_modules() if "/" in path])
+        0/sae 0/sae.latents 0/sae.reconstruction 0/sae.error
+    """
+
+    _hooking_context_class: ClassVar[type[HookingContext]] = SpliceContext
+
+    def __init__(
+        self,
+        selector: Selector,
+        autoencoder: Any,
+        *,
+        add_error: bool = True,
+        reads: Literal["output", "input"] = "output",
+        name: str = "sae",
+        pick: Pick = None,
+        match: Match = "full",
+    ) -> None:
+        super().__init__()
+        self._matcher = as_matcher(selector, match)
+        self._selector, self._match = selector, match
+        self._pairs: Autoencoder | Mapping[str, Autoencoder]
+        if isinstance(autoencoder, Mapping) and not hasattr(autoencoder, "encode"):
+            self._pairs = {path: as_autoencoder(each) for path, each in autoencoder.items()}
+        else:
+            self._pairs = as_autoencoder(autoencoder)
+        if reads not in ("output", "input"):
+            raise ValueError(f"reads is 'output' or 'input', got {reads!r}")
+        if not name or set(name) & set("./"):
+            raise ValueError(f"name stands after the slash in paths such as 'layers.3/sae'; got {name!r}")
+        self._add_error, self._reads, self._name, self._pick = add_error, reads, name, pick
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._selector!r}, add_error={self._add_error}, name={self._name!r})"
+
+    def _hook_module(self, module: HookedModule) -> MultiHookHandle:
+        selection = select_matching(module.model, self._matcher, self._selector, match=self._match)
+        shown: dict[str, SpliceSite] = module.hooking_context.sites
+        handle = MultiHookHandle()
+        try:
+            for site in distinct_sites(selection):
+                path = site.path
+                if path not in shown:
+                    shown[path] = SpliceSite(f"{path}/{self._name}", self._pair_for(path), add_error=self._add_error)
+                plant(module.model, path, shown[path], f"/{self._name}", handle)
+                self._hook(site, shown[path], handle)
+        except BaseException:
+            handle.remove()
+            raise
+        return handle
+
+    def _pair_for(self, path: str) -> Autoencoder:
+        if isinstance(self._pairs, Autoencoder):
+            return self._pairs
+        if path not in self._pairs:
+            raise SelectionError(
+                f"{self._selector!r} selects {path!r}, for which there is no autoencoder; there are some for "
+                f"{listed(list(self._pairs), 10)}",
+                selector=self._selector,
+            )
+        return self._pairs[path]
+
+    def _hook(self, site: Site, shown: SpliceSite, handle: MultiHookHandle) -> None:
+        hooks = _SpliceHooks(site.path, shown, self._pick, [])
+        if self._reads == "output":
+            handle.add(attach(site.module, hooks.on_output, "fwd", order=Order.EDIT, path=site.path))
+        else:
+            handle.add(attach(site.module, hooks.on_input, "fwd_pre_kwargs", order=Order.CAPTURE, path=site.path))
+            handle.add(attach(site.module, hooks.on_call, "fwd", order=Order.EDIT, path=site.path))
+
+
+def sparse_latents(*, direction: str = "fwd", **named: Any) -> Tensor:
+    r"""A ``callback`` for :class:`~tdcache.ActivationCaching` that keeps values as sparse COO tensors, without graph.
+
+    ``ActivationCaching(r".*/sae\.latents", callback=sparse_latents)``: the dense latents are not kept alive. It may
+    stand at any site whose values are mostly zero.
+    """
+    value = first_tensor(named[direction_row(direction).value])
+    if value is None:
+        raise SelectionError(f"no tensor came by in direction {direction!r}")
+    return value.detach().to_sparse()

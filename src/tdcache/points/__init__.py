@@ -1,0 +1,21 @@
+"""Hook points: named places inside a forward, as TransformerLens users know them."""
+
+from tdcache.points.hook_point import HookPoint, LensHandle
+from tdcache.points.report import HookReport, HookRow, list_hooks
+from tdcache.points.reshape import Reshape
+from tdcache.points.root import HookedRootModule, HookRoot, hook_root
+from tdcache.points.splice import SplicedPoint, insert_hook_point
+
+__all__ = [
+    "HookPoint",
+    "HookReport",
+    "HookRoot",
+    "HookRow",
+    "HookedRootModule",
+    "LensHandle",
+    "Reshape",
+    "SplicedPoint",
+    "hook_root",
+    "insert_hook_point",
+    "list_hooks",
+]

@@ -1,0 +1,204 @@
+"""Runs of a model with hook points that keep what passes them.
+
+Names and order of the parameters are TransformerLens'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from tdcache.errors import ContextError
+from tdcache.hooks.compiled import eager_where_stale
+from tdcache.hooks.values import first_tensor
+from tdcache.points.capture import CaptureOptions, PointCapture
+from tdcache.points.hook_point import LensHandle, remove_all
+from tdcache.points.names import NamesFilter
+from tdcache.points.positions import PositionSlice
+from tdcache.points.surface import PointSurface, bracket_with
+from tdcache.reducers import Last, Reducer
+from tdcache.types import Hold
+
+__all__ = ["CachingSurface", "backward"]
+
+Cache = TensorDictBase | MutableMapping[str, Any]
+
+
+class CachingSurface(PointSurface):
+    """What a model with hook points can do."""
+
+    def get_caching_hooks(
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: Cache | None = None,
+        pos_slice: Any = None,
+        *,
+        hold: Hold = "snapshot",
+        reducer: Reducer | None = None,
+    ) -> tuple[Any, list[Any], list[Any]]:
+        """Hooks that cache, to be combined with one's own in :meth:`hooks` or :meth:`run_with_hooks`.
+
+        What they keep are copies by default, since nothing says for how long it must stay true.
+
+        Returns:
+            The cache (a new TensorDict unless one was given), the pairs for ``fwd_hooks``, and those for ``bwd_hooks``.
+        """
+        options = _options(incl_bwd, device, remove_batch_dim, pos_slice, hold=hold, reducer=reducer)
+        kept = TensorDict(batch_size=[]) if cache is None else cache
+        capture = PointCapture(self.chosen_points(names_filter), options, kept)
+        self.is_caching = True
+        return kept, capture.hooks(gradient=False), capture.hooks(gradient=True) if incl_bwd else []
+
+    def add_caching_hooks(
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: Cache | None = None,
+        *,
+        pos_slice: Any = None,
+        hold: Hold = "snapshot",
+        reducer: Reducer | None = None,
+    ) -> Any:
+        """Add hooks that cache until :meth:`reset_hooks`; gives the cache, which every forward brings up to date."""
+        options = _options(incl_bwd, device, remove_batch_dim, pos_slice, hold=hold, reducer=reducer)
+        kept = TensorDict(batch_size=[]) if cache is None else cache
+        self._leave_hooks(PointCapture(self.chosen_points(names_filter), options, kept))
+        return kept
+
+    def run_with_cache(
+        self,
+        *model_args: Any,
+        names_filter: NamesFilter = None,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        pos_slice: Any = None,
+        hold: Hold | None = None,
+        reducer: Reducer | None = None,
+        gradient: Tensor | None = None,
+        keep_parameter_grads: bool = False,
+        **model_kwargs: Any,
+    ) -> tuple[Any, TensorDictBase]:
+        """Run the model once and keep what passes its hook points.
+
+        Args:
+            *model_args: the model's.
+            names_filter: a name, a regex on the whole name, a predicate on names, or several of these; None means
+                every point. One that matches nothing is an error.
+            device: move entries there.
+            remove_batch_dim: take off the first axis, which must have size 1.
+            incl_bwd: call ``backward()`` on the output (the first tensor in it) and keep gradients, under the points'
+                names with ``"_grad"`` appended.
+            reset_hooks_end: with False the caching hooks stay, as those of :meth:`add_caching_hooks` do.
+            clear_contexts: empty the points' ``ctx`` at the end.
+            pos_slice: a position, a slice, a tuple of its arguments, or several positions: see :class:`PositionSlice`.
+            hold: ``"detached"`` (an alias; overwriting it in place is an error), ``"snapshot"`` (a copy) or ``"live"``
+                (with its graph). By default an alias, and a copy where the points have hooks, which may edit in place.
+            reducer: what is kept of a point that fires more than once: ``Last()``, which warns, ``Stack()``...
+            gradient: the gradient of the output, where that is no scalar.
+            keep_parameter_grads: let the backward add to the parameters' ``.grad``; otherwise they are left alone.
+            **model_kwargs: the model's.
+
+        Returns:
+            The model's output, and a TensorDict with an entry per point.
+
+        Raises:
+            SelectionError: the filter matches nothing.
+            CaptureError: a batch of more than one with ``remove_batch_dim``; positions that are not there.
+            InplaceModificationError: a kept alias was overwritten; ask for ``hold="snapshot"``.
+            ContextError: ``incl_bwd`` without a scalar output or ``gradient``.
+        """
+        points = self.hook_dict
+        hold = hold or ("snapshot" if any(point.fwd_hooks for point in points.values()) else "detached")
+        options = _options(incl_bwd, device, remove_batch_dim, pos_slice, hold=hold, reducer=reducer)
+        capture = PointCapture(self.choose_among(points, names_filter), options, TensorDict(batch_size=[]))
+        with ExitStack() as undo:
+            if reset_hooks_end:
+                undo.callback(capture.recorder.close)
+                undo.enter_context(capture.attached(self.points_root))
+                eager_where_stale(self.points_root, undo)
+            else:
+                self._leave_hooks(capture)
+            output = self.run_forward(*model_args, **model_kwargs)
+            if incl_bwd:
+                backward(output, gradient, self.points_root.parameters(), keep_parameter_grads)
+            capture.recorder.refresh()
+            if names_filter is not None:  # one who asks for everything means everything that runs
+                capture.recorder.report_unfired(self.points_root)
+        if clear_contexts:
+            self.clear_contexts()
+        return output, cast(TensorDictBase, capture.cache)
+
+    def _leave_hooks(self, capture: PointCapture) -> None:
+        """Add a capture's hooks to its points, where they stay."""
+        self.refuse_stale_graph()
+        added: list[LensHandle] = []
+        try:
+            for gradient in (False, True)[: 1 + capture.options.incl_bwd]:
+                for name, hook in capture.hooks(gradient=gradient):
+                    added.append(capture.points[name].add_hook(hook, "bwd" if gradient else "fwd"))
+                    bracket_with(added[-1], hook, self.points_root)
+        except BaseException:
+            remove_all(added)
+            raise
+        self.is_caching = True
+
+
+def _options(
+    incl_bwd: bool,
+    device: torch.device | str | None,
+    remove_batch_dim: bool,
+    pos_slice: Any,
+    *,
+    hold: Hold,
+    reducer: Reducer | None,
+) -> CaptureOptions:
+    return CaptureOptions(
+        incl_bwd=incl_bwd,
+        device=device,
+        remove_batch_dim=remove_batch_dim,
+        pos_slice=PositionSlice.of(pos_slice),
+        hold=hold,
+        reducer=Last() if reducer is None else reducer,
+    )
+
+
+def backward(output: Any, gradient: Tensor | None, parameters: Iterable[nn.Parameter], keep_grads: bool) -> None:
+    """Run the backward of the first tensor in ``output``; unless told otherwise, leave the parameters' grads alone.
+
+    Raises:
+        ContextError: nothing to differentiate, or no scalar and no ``gradient``.
+    """
+    loss = first_tensor(output)
+    if loss is None or not loss.requires_grad:
+        raise ContextError(
+            "incl_bwd=True calls backward() on the output, which has no graph; run with grad enabled and let something "
+            "require grad"
+        )
+    if gradient is None and loss.numel() != 1:
+        raise ContextError(
+            f"incl_bwd=True calls backward() on the output, which has shape {tuple(loss.shape)} and is no scalar; pass "
+            "its gradient, e.g. gradient=torch.ones_like(output)"
+        )
+    before: Mapping[nn.Parameter, Tensor | None] = {}
+    if not keep_grads:
+        before = {parameter: parameter.grad for parameter in parameters}
+        for parameter in before:
+            parameter.grad = None
+    try:
+        torch.autograd.backward(loss, gradient)
+    finally:
+        for parameter, grad in before.items():
+            parameter.grad = grad

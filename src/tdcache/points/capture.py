@@ -1,0 +1,265 @@
+"""Keeping what passes some hook points: the taps of one capture, and the state they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from tdcache.cache import Channel, GradientTap, Keep, OutputTap, Recorder, Target
+from tdcache.errors import CaptureError
+from tdcache.hooks import MultiHookHandle, Order, attach_outputs, bracket
+from tdcache.hooks.gradients import GradOutputHook
+from tdcache.hooks.values import first_tensor
+from tdcache.points.hook_point import HookPoint
+from tdcache.points.positions import PositionSlice
+from tdcache.reducers import Reducer
+from tdcache.types import CacheKey, Hold, Removable
+
+__all__ = ["CaptureOptions", "PointCapture", "PointGradientTap", "PointTap", "SavingHook", "converted"]
+
+GRADIENT = "_grad"
+"""What TransformerLens appends to a name for the gradient there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureOptions:
+    """What is kept of a value; the options are those of ``run_with_cache``."""
+
+    incl_bwd: bool
+    device: torch.device | str | None
+    remove_batch_dim: bool
+    pos_slice: PositionSlice | None
+    hold: Hold
+    reducer: Reducer
+
+    @property
+    def keep(self) -> Keep:
+        """How a value is held once it has its shape."""
+        return Keep(hold=self.hold, device=None if self.device is None else torch.device(self.device))
+
+    @property
+    def shapes(self) -> bool:
+        """Whether something is cut off."""
+        return self.remove_batch_dim or self.pos_slice is not None
+
+    def shaped(self, value: Any, name: str, pos_dim: int | None) -> Tensor:
+        """The part of a value that is kept: the first tensor in it, its positions sliced, its batch axis taken off.
+
+        Raises:
+            CaptureError: no tensor, positions that are not there, or a batch that is not of size 1.
+        """
+        tensor = first_tensor(value)
+        if tensor is None:
+            raise CaptureError(
+                f"the value at {name!r} is {type(value).__name__} and holds no tensor; leave the point out with "
+                "names_filter=",
+                paths=(name,),
+            )
+        if self.hold != "live" and tensor.requires_grad:
+            tensor = tensor.detach()
+        if self.pos_slice is not None:
+            tensor = self.pos_slice(tensor, name.removesuffix(GRADIENT), pos_dim)
+        if not self.remove_batch_dim or tensor.dim() == 0:
+            return tensor
+        if len(tensor) != 1:
+            raise CaptureError(
+                f"remove_batch_dim=True takes off a first axis of size 1, but {name!r} has shape "
+                f"{tuple(tensor.shape)}; run one input at a time, leave the point out with "
+                "names_filter=, or keep the axis",
+                paths=(name,),
+            )
+        return tensor[0]
+
+
+class _MappingTarget(Target):
+    """Entries into a plain dict, for those who hand one in."""
+
+    def __init__(self, cache: MutableMapping[str, Any]) -> None:
+        self.cache = cache  # type: ignore[assignment]  # all that Target asks of it without a node, a dict can do
+        self.node = None
+        self.batch_dims = 0
+        self.in_place = False
+        self.written = {}
+        self._complete = ()
+
+    def _drop(self, key: CacheKey) -> None:
+        self.cache.pop(key, None)
+        self.written.pop(key, None)
+
+
+class PointCapture:
+    """One cache over some hook points; entries are the points' names, and for gradients these with ``"_grad"``.
+
+    Args:
+        points: the points, by the name of their entry.
+        options: what is kept.
+        cache: where it goes.
+    """
+
+    def __init__(
+        self, points: Mapping[str, HookPoint], options: CaptureOptions, cache: TensorDictBase | MutableMapping[str, Any]
+    ) -> None:
+        self.points = dict(points)
+        self.options = options
+        self.cache = cache
+        values = self._channel("fwd", tuple(self.points))
+        self.channels = [values]
+        if options.incl_bwd:
+            self.channels.append(self._channel("bwd", tuple(name + GRADIENT for name in self.points)))
+        self.recorder = Recorder(self.channels)
+        self._bracket = MultiHookHandle()
+        self._brackets = 0
+
+    def _channel(self, direction: str, names: tuple[str, ...]) -> Channel:
+        target = Target(self.cache, None, 0) if isinstance(self.cache, TensorDictBase) else _MappingTarget(self.cache)
+        if target.in_place:
+            target.check(names)
+        return Channel(direction, names, self.options.keep, target, self.options.reducer, None)
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Have taps on the points, and the ends of forwards of ``model`` noted, for the length of a block."""
+        with MultiHookHandle() as handle:
+            for make in (self._tap, self._gradient_tap)[: len(self.channels)]:
+                taps = ((point, make(name, point)) for name, point in self.points.items())
+                attach_outputs(taps, handle, Order.CAPTURE)
+            bracket(model, self.recorder.begin, self.recorder.end, handle)
+            yield
+
+    def _tap(self, name: str, point: HookPoint) -> Callable[..., Any]:
+        channel = self.channels[0]
+        if channel.takes_aliases and point.hook_conversion is None and not self.options.shapes:
+            return OutputTap(name, channel, self.recorder, Order.CAPTURE).on_output
+        return PointTap(name, channel, self.recorder, point, self.options).on_output
+
+    def _gradient_tap(self, name: str, point: HookPoint) -> Callable[..., Any]:
+        return PointGradientTap(name + GRADIENT, self.channels[1], self.recorder, point, self.options).on_output
+
+    def hooks(self, *, gradient: bool) -> list[tuple[str, Callable[..., Any]]]:
+        """Pairs of a name and a hook, to be added to the points by hand."""
+        channel = self.channels[1 if gradient else 0]
+        suffix = GRADIENT if gradient else ""
+        return [(name, SavingHook(name + suffix, self, channel)) for name in self.points]
+
+    def bracketed(self, model: nn.Module) -> Removable:
+        """Tell the capture when forwards of ``model`` begin and end, until each handle from here is removed."""
+        if not self._brackets:
+            bracket(model, self.recorder.begin, self.recorder.end, self._bracket)
+        self._brackets += 1
+        return _Share(self)
+
+    def unbracket(self) -> None:
+        """One of the handles was removed."""
+        self._brackets -= 1
+        if not self._brackets:
+            self._bracket.remove()
+
+
+class _Share:
+    """Keeps a capture's bracket in place until it is removed."""
+
+    __slots__ = ("capture",)
+
+    def __init__(self, capture: PointCapture) -> None:
+        self.capture = capture
+
+    def remove(self) -> None:
+        """Let go; called once."""
+        self.capture.unbracket()
+
+
+class PointTap(OutputTap):
+    """Takes the value at a point as its hooks see it: converted, sliced, without its batch axis."""
+
+    __slots__ = ("options", "point")
+
+    def __init__(
+        self, path: str, channel: Channel, recorder: Recorder, point: HookPoint, options: CaptureOptions
+    ) -> None:
+        super().__init__(path, channel, recorder, Order.CAPTURE)
+        self.point = point
+        self.options = options
+
+    def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Keep the value."""
+        kept = self.options.shaped(converted(self.point, output), self.path, self.point.pos_dim)
+        self.recorder.take(self.channel, self.path, self.path, kept)
+
+
+class PointGradientTap(GradientTap):
+    """Takes the gradient at a point as its hooks see it: scaled, converted, sliced, without its batch axis.
+
+    A point passes on the tensor it is given, of which a tensor hook would see the gradients of all other uses too; so
+    the hook is set on an alias.
+    """
+
+    __slots__ = ("options", "point")
+
+    def __init__(
+        self, path: str, channel: Channel, recorder: Recorder, point: HookPoint, options: CaptureOptions
+    ) -> None:
+        super().__init__(path, channel, recorder, Order.CAPTURE, None)
+        self.point = point
+        self.options = options
+
+    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Hand on an alias whose gradient is this point's own."""
+        tensor = first_tensor(output)
+        if tensor is None or not tensor.requires_grad or not torch.is_grad_enabled():
+            self.recorder.graphless.add(self.path)
+            return None
+        self.calls += 1
+        base = tensor if tensor._base is None else tensor._base
+        take = partial(self.on_grads, self.channel.number, self.calls, base.is_leaf)
+        return GradOutputHook(take, self.order).on_output(module, args, output)
+
+    def on_grads(
+        self, number: int, call: int, into_leaf: bool, module: nn.Module, grads: tuple[Tensor | None, ...]
+    ) -> None:
+        """Keep the gradient of one call."""
+        grad = next((grad for grad in grads if grad is not None), None)
+        if grad is None:
+            return
+        scale = self.point.backward_scale
+        # The memory of what flows into a leaf becomes its .grad, to which later backwards add in place.
+        seen = grad * scale if scale != 1 else grad.clone() if into_leaf else grad
+        kept = self.options.shaped(converted(self.point, seen), self.path, self.point.pos_dim)
+        self.on_grad(self.path, number, call, kept)
+
+
+def converted(point: HookPoint, value: Any) -> Any:
+    """A value in the layout that hooks see."""
+    return value if point.hook_conversion is None else point.hook_conversion.convert(value)
+
+
+class SavingHook:
+    """Keeps what a point shows it: a hook for ``hook(tensor, hook=point)``, to be added by hand.
+
+    Within ``hooks()``, ``run_with_hooks`` and ``add_hook`` of a root, each forward replaces the entries of the one
+    before, and a point that fires twice in one of them is told of. Added to a point directly, each call replaces.
+    """
+
+    __slots__ = ("capture", "channel", "name")
+
+    observes = True
+    order = Order.CAPTURE
+
+    def __init__(self, name: str, capture: PointCapture, channel: Channel) -> None:
+        self.name = name
+        self.capture = capture
+        self.channel = channel
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+    def __call__(self, tensor: Any, hook: Any) -> None:
+        """Keep it."""
+        kept = self.capture.options.shaped(tensor, self.name, hook.pos_dim)
+        self.capture.recorder.take(self.channel, self.name, self.name, kept)

@@ -1,0 +1,145 @@
+"""Which hooks sit where on a model, in which order, and whose they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+from torch import nn
+
+from tdcache.hooks.attach import UserHook
+from tdcache.hooks.gradients import GradInputHook, GradOutputHook
+from tdcache.introspect import HookEntry, global_hooks, module_hooks
+from tdcache.points.hook_point import PointHook, hook_name
+from tdcache.selection import walk
+
+__all__ = ["HookReport", "HookRow", "list_hooks"]
+
+OURS, FOREIGN = "tdcache", "foreign"
+EVERYWHERE = "(every module)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookRow:
+    """One hook."""
+
+    path: str
+    """The module, ``""`` for the root, or ``"(every module)"`` for one of torch's global hooks."""
+    kind: str
+    """When it is called: ``"fwd_pre"``, ``"fwd"``, ``"bwd_pre"`` or ``"bwd"``."""
+    position: int
+    """Its place among the module's hooks of this kind, in the order they are called."""
+    owner: str
+    """``"tdcache"`` or ``"foreign"``."""
+    name: str
+    """Ours as it calls itself, and the user's function where there is one; of others the function or class."""
+    permanent: bool
+    """Whether it was added to a hook point as a permanent one."""
+    hook: Any
+    """What is called."""
+
+
+class HookReport(Sequence[HookRow]):
+    """The hooks of one model; printed, a table. ``ours`` and ``foreign`` are the halves of it."""
+
+    def __init__(self, rows: Sequence[HookRow], model_name: str) -> None:
+        self._rows = tuple(rows)
+        self.model_name = model_name
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> HookRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[HookRow]: ...
+    def __getitem__(self, index: int | slice) -> HookRow | Sequence[HookRow]:
+        return self._rows[index]
+
+    def __iter__(self) -> Iterator[HookRow]:
+        return iter(self._rows)
+
+    @property
+    def ours(self) -> HookReport:
+        """The hooks that this library registered, those of users at hook points included."""
+        return HookReport([row for row in self if row.owner == OURS], self.model_name)
+
+    @property
+    def foreign(self) -> HookReport:
+        """The hooks of everybody else."""
+        return HookReport([row for row in self if row.owner == FOREIGN], self.model_name)
+
+    def __repr__(self) -> str:
+        if not self:
+            return f"no hooks on {self.model_name}"
+        head = ("path", "kind", "#", "owner", "hook", "")
+        rows = [
+            (
+                row.path or "(root)",
+                row.kind,
+                str(row.position),
+                row.owner,
+                row.name,
+                "permanent" if row.permanent else "",
+            )
+            for row in self
+        ]
+        widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)]
+        count = "1 hook" if len(self) == 1 else f"{len(self)} hooks"
+        return "\n".join([f"{count} on {self.model_name}", *lines])
+
+
+def list_hooks(model: nn.Module) -> HookReport:
+    """Every forward and backward hook on a model, in the order of its modules and, at one of them, of the calls.
+
+    A gradient hook of ours is a forward hook to torch, and stands where it sits; its name says what it is. Where a
+    module has several names, the first is used.
+
+    Example:
+        >>> from torch import nn
+        >>> from tdcache.points import HookPoint
+        >>> model = nn.Sequential(nn.Linear(2, 2), HookPoint())
+        >>> def double(tensor, hook): return 2 * tensor
+        >>> handle = model[1].add_perma_hook(double)
+        >>> [(row.path, row.kind, row.name, row.permanent) for row in list_hooks(model)]
+        [('1', 'fwd', 'double', True)]
+    """
+    rows = [_row(EVERYWHERE, entry) for entry in global_hooks()]
+    seen: set[int] = set()
+    for path, module in [("", model), *walk(model)]:
+        if id(module) not in seen:
+            seen.add(id(module))
+            rows += [_row(path, entry) for entry in module_hooks(module)]
+    return HookReport(rows, type(model).__name__)
+
+
+def _row(path: str, entry: HookEntry) -> HookRow:
+    owner, name, permanent = _described(entry.hook)
+    return HookRow(
+        path=path,
+        kind=entry.kind,
+        position=entry.position,
+        owner=owner,
+        name=name,
+        permanent=permanent,
+        hook=entry.hook,
+    )
+
+
+def _described(hook: Any) -> tuple[str, str, bool]:
+    """Owner, name, and permanence."""
+    holder = getattr(hook, "__self__", hook)
+    if isinstance(holder, GradOutputHook | GradInputHook):  # ours around a hook on gradients
+        _, name, permanent = _described(holder.hook)
+        return OURS, f"{name} (on the gradient)", permanent
+    if isinstance(holder, PointHook):
+        return OURS, repr(holder.hook) if _is_ours(holder.hook) else hook_name(holder.hook), holder.permanent
+    if isinstance(holder, UserHook):
+        return OURS, hook_name(holder.hook), False
+    return (OURS, repr(holder), False) if _is_ours(holder) else (FOREIGN, hook_name(hook), False)
+
+
+def _is_ours(hook: Any) -> bool:
+    return type(hook).__module__.partition(".")[0] == "tdcache"

@@ -1,0 +1,8 @@
+"""Activations in files: written whole or not at all, checked block by block, read by row. Knows no hooks and no models."""
+
+from tdcache.store.batches import Batches
+from tdcache.store.dataset import ActivationDataset, Column
+from tdcache.store.files import Files
+from tdcache.store.writer import StoreWriter, site_column
+
+__all__ = ["ActivationDataset", "Batches", "Column", "Files", "StoreWriter", "site_column"]

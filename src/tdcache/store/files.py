@@ -1,0 +1,70 @@
+"""The few operations on files that a store is written with, in one object that a test can make fail at any of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["Files"]
+
+
+class Files:
+    """What a store asks of the file system to write; every method either does all of it or raises ``OSError``.
+
+    Stateless. A subclass that fails, or kills the process, before or in the middle of an operation shows that a store
+    survives it.
+    """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def make_folder(self, path: Path) -> None:
+        """Make a folder and those above it, and make their names durable."""
+        if path.is_dir():
+            return
+        self.make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        self.sync_folder(path.parent)
+
+    def create(self, path: Path) -> int:
+        """A descriptor of a new file; an existing one is an error."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
+
+    def reserve(self, descriptor: int, size: int) -> None:
+        """Have the disk promise the space, so that a full one is an error here and not when the data is in flight."""
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+
+    def write(self, descriptor: int, data: memoryview, offset: int) -> None:
+        """Write all of ``data`` at ``offset``."""
+        while data.nbytes:
+            written = os.pwrite(descriptor, data, offset)
+            data, offset = data[written:], offset + written
+
+    def sync(self, descriptor: int) -> None:
+        """Make the content of a file durable."""
+        os.fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        """Close a descriptor."""
+        os.close(descriptor)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give the file at ``source`` the name ``target`` as well; a name that is taken is ``FileExistsError``."""
+        os.link(source, target, follow_symlinks=False)
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Rename, over what has the name now."""
+        source.replace(target)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file."""
+        path.unlink()
+
+    def sync_folder(self, path: Path) -> None:
+        """Make the names in a folder durable."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

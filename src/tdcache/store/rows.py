@@ -1,0 +1,85 @@
+"""Any index becomes row numbers, and row numbers become rows, shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["gather_rows", "row_numbers", "slice_rows"]
+
+
+def row_numbers(index: Any, rows: int) -> Tensor:
+    """The row numbers that an index means, as int64 of the index's own shape.
+
+    Args:
+        index: an integer, a slice, a range, ``...``, integers or booleans in a list, an array or a tensor.
+        rows: how many rows there are.
+
+    Raises:
+        IndexError: out of range, or no such index.
+    """
+    if index is Ellipsis:
+        index = slice(None)
+    if isinstance(index, slice):
+        start, stop, step = index.indices(rows)
+        return torch.arange(rows)[start:stop:step] if step > 0 else torch.tensor(range(start, stop, step))
+    numbers = torch.as_tensor(index.copy() if hasattr(index, "__array__") and not isinstance(index, Tensor) else index)
+    if numbers.numel() == 0 and numbers.dtype == torch.get_default_dtype():  # an empty list
+        return numbers.long()
+    if numbers.dtype == torch.bool:
+        if numbers.shape != (rows,):
+            raise IndexError(f"a mask has one boolean per row, ({rows},); got {tuple(numbers.shape)}")
+        return numbers.nonzero().squeeze(1)
+    if numbers.is_floating_point() or numbers.is_complex():
+        raise IndexError(f"an index holds integers or booleans, got {numbers.dtype}")
+    numbers = numbers.long().cpu()
+    if numbers.numel() and not (-rows <= int(numbers.min()) and int(numbers.max()) < rows):
+        wrong = int(numbers.max()) if int(numbers.max()) >= rows else int(numbers.min())
+        raise IndexError(f"row {wrong} is out of range; there are {rows} rows")
+    return torch.where(numbers < 0, numbers + rows, numbers)
+
+
+def slice_rows(columns: Sequence[Tensor], starts: Sequence[int], begin: int, end: int) -> Tensor:
+    """Rows ``begin`` to ``end``, copied: reads that follow one another.
+
+    Args:
+        columns: the column in each shard.
+        starts: the number of the first row of each shard.
+        begin: the first row.
+        end: behind the last.
+    """
+    parts = [
+        column[max(begin - start, 0) : max(end - start, 0)]
+        for column, start in zip(columns, starts, strict=True)
+        if start < end and begin < start + column.shape[0]
+    ]
+    if not parts:
+        return columns[0][:0].clone()
+    return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+
+
+def gather_rows(columns: Sequence[Tensor], starts: Tensor, numbers: Tensor) -> Tensor:
+    """The numbered rows in the order of ``numbers``, read in the order in which they lie on the disk.
+
+    Args:
+        columns: the column in each shard.
+        starts: the number of the first row of each shard, and behind the last the number of rows: ``(shards + 1,)``.
+        numbers: row numbers, ``(n,)``.
+    """
+    first = columns[0]
+    out = first.new_empty((numbers.numel(), *first.shape[1:]))
+    ordered, places = numbers.sort()
+    bounds = torch.searchsorted(ordered, starts).tolist()
+    for shard, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if low < high:
+            local = ordered[low:high] - starts[shard]
+            _bytes(out).index_copy_(0, places[low:high], _bytes(columns[shard]).index_select(0, local))
+    return out
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    """The same rows as numbers that every indexing kernel knows; the float8 dtypes have few kernels."""
+    return rows.view(torch.uint8) if rows.is_floating_point() and rows.element_size() == 1 else rows

@@ -1,0 +1,96 @@
+"""Tensors in a safetensors file: a few lines of our own, so that the package of that name is no dependency."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tdcache.errors import DamagedError
+from tdcache.store.files import Files
+from tdcache.store.header import Header, header_length, pack_header, parse_header
+from tdcache.store.shard import bytes_of
+
+__all__ = ["read_tensors", "write_tensors"]
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    files: Files | None = None,
+) -> None:
+    """Write named tensors to one file, over what is there; on any failure what was there stays.
+
+    Args:
+        tensors: by name; any name, dots and slashes included. Copied to the CPU one by one where they are elsewhere.
+        path: of the file; its folder must be there.
+        metadata: strings by name.
+        files: how files are written.
+
+    Raises:
+        StoreError: a dtype that the format does not know.
+        OSError: the disk does not take it.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp(), "a.safetensors")
+        >>> write_tensors({"layers.0": torch.ones(2, 3)}, target)
+        >>> read_tensors(target)["layers.0"].shape
+        torch.Size([2, 3])
+    """
+    files, target = files or Files(), Path(path)
+    # Wide dtypes first, so that every tensor begins at a multiple of its item size.
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    header = pack_header({name: (each.dtype, tuple(each.shape)) for name, each in ordered.items()}, metadata or {})
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    descriptor = files.create(temporary)
+    try:
+        try:
+            files.reserve(descriptor, len(header) + sum(each.nbytes for each in ordered.values()))
+            offset = len(header)
+            for each in ordered.values():
+                data = bytes_of(each.cpu())
+                files.write(descriptor, data, offset)
+                offset += data.nbytes
+            files.write(descriptor, memoryview(header), 0)
+            files.sync(descriptor)
+        finally:
+            files.close(descriptor)
+        files.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    files.sync_folder(target.parent)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a file, on the CPU, in memory of their own.
+
+    Raises:
+        DamagedError: the file is truncated, forged, or no safetensors file.
+    """
+    source = Path(path)
+    with source.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        raw = file.read(8)
+        raw += file.read(header_length(raw, size, source))
+        header = parse_header(raw, size, source)
+        return {name: _read(file.fileno(), header, name, source) for name in header.tensors}
+
+
+def _read(descriptor: int, header: Header, name: str, source: Path) -> Tensor:
+    entry = header.tensors[name]
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    data, offset = bytes_of(tensor), header.data_start + entry.begin
+    while data.nbytes:
+        count = os.preadv(descriptor, [data], offset)
+        if count == 0:
+            raise DamagedError(f"{source}: tensor {name!r} ends early; the file is truncated", path=source)
+        data, offset = data[count:], offset + count
+    return tensor

@@ -1,0 +1,140 @@
+"""What a store holds and how it was made: immutable, canonical, and with an id that every shard repeats."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tdcache.errors import DamagedError, SpecError
+from tdcache.store.files import Files
+
+__all__ = ["FORMAT", "canonical", "differing", "read_spec", "spec_id", "write_spec"]
+
+FORMAT = "tdcache.acts/1"
+_MOST = 1 << 24
+
+
+def canonical(document: Any) -> bytes:
+    """The one way in which a document is spelled as JSON."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def spec_id(spec: Mapping[str, Any]) -> str:
+    """The sha256 of the spec's canonical spelling."""
+    return hashlib.sha256(canonical(spec)).hexdigest()
+
+
+def differing(one: Any, other: Any, above: str = "") -> list[str]:
+    """The dotted names of the fields in which two specs differ."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        names = sorted({*one, *other})
+        return [
+            field
+            for name in names
+            for field in differing(one.get(name), other.get(name), f"{above}.{name}" if above else str(name))
+        ]
+    return [] if one == other else [above]
+
+
+def write_spec(folder: Path, spec: Mapping[str, Any], *, made_by: Mapping[str, str], files: Files) -> dict[str, Any]:
+    """Put a spec into a folder that has none, or hold it against the one that is there.
+
+    Args:
+        folder: of the store.
+        spec: JSON values only.
+        made_by: versions, for people; they are in no id and may differ when a harvest is resumed.
+        files: how files are written.
+
+    Returns:
+        The spec that counts, as JSON gives it back.
+
+    Raises:
+        SpecError: there is another one; the differing fields are named.
+    """
+    document = {"format": FORMAT, "id": spec_id(spec), "made_by": dict(made_by), "spec": spec}
+    document["crc32"] = f"{zlib.crc32(canonical(document)):08x}"
+    target = folder / "spec.json"
+    if not target.exists():
+        data = memoryview(_rendered(document))
+        temporary = folder / ".tmp" / f"spec.{os.getpid()}.{secrets.token_hex(4)}"
+        descriptor = files.create(temporary)
+        try:
+            try:
+                files.write(descriptor, data, 0)
+                files.sync(descriptor)
+            finally:
+                files.close(descriptor)
+            try:
+                files.link(temporary, target)
+            except FileExistsError:
+                pass  # another writer was faster: what it wrote is compared below
+            files.sync_folder(folder)
+        finally:
+            files.remove(temporary)
+    there = read_spec(folder)
+    wanted = json.loads(canonical(spec))
+    if there != wanted:
+        fields = differing(wanted, there)
+        shown = "\n".join(f"  {each}: {_at(there, each)} there, {_at(wanted, each)} asked for" for each in fields)
+        raise SpecError(
+            f"{folder} was made otherwise than is asked for now:\n{shown}\nask for the same, or write to another folder",
+            path=folder,
+            fields=fields,
+        )
+    return there
+
+
+def _rendered(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, sort_keys=True, indent=1).encode() + b"\n"
+
+
+def _at(spec: Any, field: str) -> str:
+    """A field for a message; the names of sites hold dots themselves, so the longest name that fits is taken."""
+    while field and isinstance(spec, Mapping):
+        name = next((name for name in sorted(spec, key=len, reverse=True) if f"{field}.".startswith(f"{name}.")), None)
+        if name is None:
+            return "nothing"
+        spec, field = spec[name], field[len(name) + 1 :]
+    text = json.dumps(spec)
+    return text if len(text) <= 120 else f"{text[:117]}..."  # noqa: PLR2004
+
+
+def read_spec(folder: Path) -> dict[str, Any]:
+    """The spec of a store.
+
+    Raises:
+        SpecError: there is none.
+        DamagedError: it is not what was written.
+    """
+    target = folder / "spec.json"
+    try:
+        raw = target.read_bytes()[:_MOST]
+    except (FileNotFoundError, NotADirectoryError):
+        raise SpecError(
+            f"{folder} is no activation store: it has no spec.json; write one with tdcache.harvest(...)", path=folder
+        ) from None
+    try:
+        document = json.loads(raw)
+        spelled = _rendered(document)
+        crc = document.pop("crc32")
+        spec = document["spec"]
+        sound = (
+            spelled == raw
+            and crc == f"{zlib.crc32(canonical(document)):08x}"
+            and document["id"] == spec_id(spec)
+            and isinstance(spec, dict)
+            and isinstance(spec["sites"], dict)
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise DamagedError(f"{target} is not what was written: its checksum or its id does not fit", path=target)
+    if document["format"] != FORMAT:
+        raise SpecError(f"{target} is of format {document['format']!r}; this version reads {FORMAT!r}", path=target)
+    return dict(spec)

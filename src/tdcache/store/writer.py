@@ -1,0 +1,131 @@
+"""Writing a store, unit by unit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+from tdcache.errors import StoreError
+from tdcache.store.files import Files
+from tdcache.store.layout import Layout
+from tdcache.store.shard import Shard, ShardInfo, read_shard, write_shard
+from tdcache.store.spec import spec_id, write_spec
+
+__all__ = ["ROW_COLUMNS", "StoreWriter", "site_column"]
+
+ROW_COLUMNS = ("seq", "pos", "tok")
+"""What a row knows of itself: its sample, its position in it and, where there is one, its token."""
+
+
+def site_column(path: str) -> str:
+    """The name of a site's column in a shard."""
+    return f"act/{path}"
+
+
+class StoreWriter:
+    """Makes or continues a store. Several may work on one store at once, also from several machines.
+
+    Args:
+        folder: of the store; made if it is not there.
+        spec: what it holds, as JSON values, with ``"sites"``: a mapping of paths.
+        made_by: versions, for people.
+        files: how files are written.
+
+    Raises:
+        SpecError: the store there was made otherwise.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        spec: Mapping[str, Any],
+        *,
+        made_by: Mapping[str, str] | None = None,
+        files: Files | None = None,
+    ) -> None:
+        self.files = files or Files()
+        self.layout = Layout(folder)
+        self.layout.prepare(self.files)
+        self.spec = write_spec(self.layout.folder, spec, made_by=made_by or {}, files=self.files)
+        self.id = spec_id(self.spec)
+        self.layout.sweep(self.files)
+
+    def __repr__(self) -> str:
+        return f"StoreWriter({str(self.layout.folder)!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if kind is None:
+            self.finish()
+
+    def committed(self) -> dict[int, Shard]:
+        """The shards that are there, by unit."""
+        return self.layout.open_shards(self.id)
+
+    def find(self, unit: int) -> Shard | None:
+        """The shard of a unit, if it is there."""
+        path = self.layout.shard(unit)
+        return read_shard(path, spec=self.id) if path.exists() else None
+
+    def write(
+        self,
+        unit: int,
+        columns: Mapping[str, Sequence[Tensor]],
+        *,
+        samples: tuple[int, int],
+        end: bool = False,
+        overflow: Mapping[str, int] | None = None,
+    ) -> bool:
+        """Write one unit, durably; with the same columns the bytes are the same, whoever writes them.
+
+        Args:
+            unit: its number.
+            columns: the pieces of each column, along the first dimension: ``"seq"``, ``"pos"``, perhaps ``"tok"``, and
+                ``site_column(path)`` of each site.
+            samples: the numbers of its first sample and of the one behind its last.
+            end: whether the data ends here.
+            overflow: values per column that the dtype cannot hold.
+
+        Returns:
+            False where the unit is there already, written by another.
+
+        Raises:
+            StoreError: the columns are not those of the spec, or the disk does not take them; it names unit and path.
+        """
+        wanted = {site_column(path) for path in self.spec["sites"]} | {"seq", "pos"}
+        if set(columns) - {"tok"} != wanted:
+            raise StoreError(f"unit {unit} has columns {sorted(columns)}, the spec has {sorted(wanted)}")
+        target = self.layout.shard(unit)
+        info = ShardInfo(
+            spec=self.id,
+            unit=unit,
+            first=samples[0],
+            last=samples[1],
+            rows=sum(part.shape[0] for part in columns["seq"]),
+            end=end,
+            overflow={name: count for name, count in sorted((overflow or {}).items()) if count},
+        )
+        try:
+            self.files.make_folder(target.parent)
+            return write_shard(target, columns, info=info, scratch=self.layout.scratch, files=self.files)
+        except OSError as error:
+            raise StoreError(
+                f"unit {unit} could not be written to {target}: {error.strerror or error}; the store is whole without it: "
+                "run the same harvest again to continue",
+                path=target,
+            ) from error
+
+    def finish(self) -> None:
+        """Write the index from the shards that are there."""
+        self.layout.write_index(self.id, self.committed().values(), self.files)
+
+    @property
+    def folder(self) -> Path:
+        """Of the store."""
+        return self.layout.folder
