@@ -8,30 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, ClassVar, get_args
 
 import torch
 from tensordict import TensorDictBase
 from torch import nn
 
-from tdcache.cache import (
-    CallbackTap,
-    Channel,
-    GradientTap,
-    Keep,
-    OutputAndGradientTap,
-    OutputTap,
-    Recorder,
-    StackBy,
-    StopTap,
-    Target,
-    ValueTap,
-)
+from tdcache.cache import Capture, Keep
 from tdcache.contexts import HookingContext, HookingContextFactory, HookingContextWithCache
 from tdcache.errors import DirectionError
-from tdcache.hooks import MultiHookHandle, Order, attach, attach_outputs, bracket, direction_row
-from tdcache.hooks.factory import check_callback
+from tdcache.hooks import MultiHookHandle, bracket
 from tdcache.modules import HookedModule
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Selection, as_matcher, depends_on_names_only, select_matching, walk
@@ -116,23 +102,28 @@ class ActivationCaching(HookingContextFactory):
         prepend: bool = False,
     ) -> None:
         super().__init__()
-        self._hooking_context_kwargs = {"cache": cache, "clear_cache": clear_cache}
-        self._match = match
-        self.key_pattern = key_pattern
-        self._relative = relative
-        self._callback = callback
-        self._directions = _checked_directions(directions, callback, stop_early)
-        self._nested = use_nested_keys or len(self._directions) > 1
-        self._pick = pick
+        if isinstance(directions, str):
+            raise DirectionError(f"directions is a sequence: write directions=[{directions!r}]")
         if hold not in get_args(Hold):
             raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {hold!r}")
-        self._keep = Keep(hold=hold, index=index, dtype=dtype, device=None if device is None else torch.device(device))
-        self._reducer = Last() if reducer is None else reducer() if isinstance(reducer, type) else reducer
-        self._batch_dims = batch_dims
-        self._stack_by = stack_by
-        self._stop_early = stop_early
+        chosen = tuple(dict.fromkeys(directions or ("fwd",)))
+        self._hooking_context_kwargs = {"cache": cache, "clear_cache": clear_cache}
+        self._match = match
+        self._relative = relative
         self._allow_empty = allow_empty
-        self._prepend = prepend
+        self.key_pattern = key_pattern
+        self._capture = Capture(
+            directions=chosen,
+            nested=use_nested_keys or len(chosen) > 1,
+            callback=callback,
+            pick=pick,
+            keep=Keep(hold=hold, index=index, dtype=dtype, device=None if device is None else torch.device(device)),
+            reducer=Last() if reducer is None else reducer() if isinstance(reducer, type) else reducer,
+            batch_dims=batch_dims,
+            stack_by=stack_by,
+            stop_early=stop_early,
+            prepend=prepend,
+        )
 
     @property
     def key_pattern(self) -> Selector:
@@ -145,22 +136,15 @@ class ActivationCaching(HookingContextFactory):
         self._key_pattern = selector
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._key_pattern!r}, directions={list(self._directions)!r})"
+        return f"{type(self).__name__}({self._key_pattern!r}, directions={list(self._capture.directions)!r})"
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
-        context = module.hooking_context
+        context: HookingContextWithCache = module.hooking_context
         selection = self._select(module)
-        recorder = context.recorder or self._recorder(context.cache, selection)
+        recorder = context.recorder or self._capture.recorder(context.cache, selection)
         handle = MultiHookHandle()
         try:
-            remaining = list(enumerate(self._directions))
-            if recorder.takes_pairs and not (self._callback or self._pick or self._prepend):
-                self._tap_pairs(handle, selection, recorder)
-                remaining = remaining[2:]
-            for index, _ in remaining:
-                self._tap(handle, selection, index, recorder)
-            if self._stop_early:
-                self._stop_when_all_fired(handle, selection, recorder)
+            self._capture.place(selection, recorder, handle)
             bracket(module.model, recorder.begin, recorder.end, handle)
         except BaseException:
             handle.remove()
@@ -183,82 +167,6 @@ class ActivationCaching(HookingContextFactory):
         if depends_on_names_only(self._matcher):
             context.remembered = (self._matcher, tree, selection)
         return selection
-
-    def _recorder(self, cache: TensorDictBase, selection: Selection) -> Recorder:
-        keep = self._keep if cache.device is None or self._keep.device else replace(self._keep, device=cache.device)
-        stack_by = None if self._stack_by is None else StackBy(self._stack_by, selection)
-        channels = []
-        for direction in self._directions:
-            target = Target(cache, direction if self._nested else None, self._batch_dims)
-            if self._nested and not target.in_place:
-                target.reset()  # so that cache["bwd"] can be read before the first gradient
-            if self._pick != "all":
-                target.check(selection.paths if stack_by is None else tuple(stack_by.members))
-            has_parts = self._pick == "all"
-            channels.append(Channel(direction, selection.paths, keep, target, self._reducer, stack_by, has_parts))
-        return Recorder(channels)
-
-    def _tap(self, handle: MultiHookHandle, selection: Selection, index: int, recorder: Recorder) -> None:
-        """Put one tap on every site, for one direction."""
-        direction = self._directions[index]
-        order = Order.FIRST if self._prepend else Order.CAPTURE
-        common = (recorder.channels[index], recorder, order)
-        if self._callback is not None:
-            for path, module, _ in selection:
-                key = (direction, path) if self._nested else path
-                asked = CallbackTap(path, *common, key=key, row=direction_row(direction), callback=self._callback)
-                handle.add(attach(module, asked.on_call, direction, order=order, path=path))
-        elif direction in ("fwd", "fwd_kwargs"):
-            plain = self._pick is None and recorder.channels[index].takes_aliases
-            taps = (
-                (module, (OutputTap(path, *common) if plain else ValueTap(path, *common, self._pick)).on_output)
-                for path, module, _ in selection
-            )
-            attach_outputs(taps, handle, order)
-        elif direction in ("bwd", "bwd_pre"):
-            attach_outputs(
-                ((module, GradientTap(path, *common, self._pick).on_output) for path, module, _ in selection),
-                handle,
-                order,
-            )
-        else:
-            for path, module, _ in selection:
-                tap = ValueTap(path, *common, self._pick)
-                if direction == "grad_in":
-                    handle.add(attach(module, tap.on_grad_input, "grad_in", order=order, path=path))
-                else:
-                    handle.add(attach(module, tap.on_input, "fwd_pre_kwargs", order=order))
-
-    def _tap_pairs(self, handle: MultiHookHandle, selection: Selection, recorder: Recorder) -> None:
-        """Put one tap on every site for the first two directions, output and gradient of the output."""
-        order = Order.FIRST if self._prepend else Order.CAPTURE
-        output, gradient, *_ = recorder.channels
-        taps = (OutputAndGradientTap(path, output, recorder, order, gradient) for path in selection.paths)
-        modules = (site.module for site in selection)
-        attach_outputs(((module, tap.on_both) for module, tap in zip(modules, taps, strict=True)), handle, order)
-
-    def _stop_when_all_fired(self, handle: MultiHookHandle, selection: Selection, recorder: Recorder) -> None:
-        recorder.stop_after = frozenset(selection.paths)
-        needs_output = any(not direction.startswith("fwd_pre") for direction in self._directions)
-        for path, module, _ in selection:
-            stop = StopTap(path, recorder, Order.STOP)
-            handle.add(attach(module, stop.on_call, "fwd" if needs_output else "fwd_pre", order=Order.STOP))
-
-
-def _checked_directions(
-    directions: Sequence[HookDirection] | None, callback: Callable[..., Any] | None, stop_early: bool
-) -> tuple[HookDirection, ...]:
-    if isinstance(directions, str):
-        raise DirectionError(f"directions is a sequence: write directions=[{directions!r}]")
-    found = tuple(dict.fromkeys(directions or ("fwd",)))
-    for direction in found:
-        row = direction_row(direction)
-        check_callback(callback, row.params)
-        if stop_early and row.gradient:
-            raise DirectionError(
-                f"stop_early ends the forward, so no backward can bring {direction!r}; leave one of them out"
-            )
-    return found
 
 
 @contextmanager

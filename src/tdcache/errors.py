@@ -10,6 +10,7 @@
     │   ├── InplaceModificationError       a kept alias was overwritten afterwards
     │   └── CacheWriteError                the cache cannot take the value
     ├── EditError(RuntimeError)            a replacement that does not fit
+    ├── AttributionError(RuntimeError)     scores that cannot be computed as asked
     └── StoreError(RuntimeError)           stored tensors that cannot be written or read
         ├── DamagedError                   bytes that are not those that were written
         └── SpecError                      a store that was made of something else, or another way

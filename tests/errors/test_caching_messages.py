@@ -131,15 +131,15 @@ ERRORS = {
     ),
     "a callback without its parameters": (
         lambda: ActivationCaching("0", callback=lambda output: output),
-        "the callback lacks the parameters 'module', 'args'; it is called with module=, args=, output= (take "
-        "**kwargs for those you do not need)",
+        "the callback lacks the parameters 'module', 'args', 'key', 'direction'; it is called with module=, args=, "
+        "output=, key=, direction= (take **kwargs for those you do not need)",
     ),
     "a gradient callback with those of a forward": (
         lambda: ActivationCaching(
             "0", directions=["bwd"], callback=lambda module, args, output, key, direction: output
         ),
         "the callback lacks the parameters 'grad_input', 'grad_output'; it is called with module=, "
-        "grad_input=, grad_output= (take **kwargs for those you do not need)",
+        "grad_input=, grad_output=, key=, direction= (take **kwargs for those you do not need)",
     ),
     "a callback with positional-only parameters": (
         lambda: ActivationCaching("0", callback=lambda output, /: output),

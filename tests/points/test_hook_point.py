@@ -155,6 +155,16 @@ def test_an_in_place_operation_behind_a_gradient_hook_is_no_error(point, x):
     assert torch.equal(seen[0], (x > 0).float())
 
 
+def test_several_gradient_hooks_survive_an_in_place_operation_behind_them(point, x):
+    seen = []
+    for number in range(3):
+        point.add_hook(lambda grad, hook, number=number: seen.append(number) or grad * 2, dir="bwd")
+    y = x.requires_grad_() * 1
+    point(y).relu_().sum().backward()
+    assert seen == [0, 1, 2]
+    assert torch.equal(x.grad, 8 * (x > 0).float())
+
+
 def test_a_removed_gradient_hook_does_not_fire_in_a_later_backward(point, x):
     handle = point.add_hook(lambda grad, hook: grad * 100, dir="bwd")
     x = x.requires_grad_()

@@ -144,7 +144,7 @@ def test_a_filter_that_matches_nothing_is_an_error_with_near_misses(model, token
         lambda name: model.run_with_cache(tokens, names_filter=[Q[0], name]),
     ):
         with pytest.raises(SelectionError, match="did you mean 'blocks.0.attn.hook_q'") as error:
-            call("blocks.0.attn.hook_k_")
+            call("blocks.0.attn.hook_q_")
         assert error.value.near
     assert state_of(model.points_root) == before
 
@@ -405,7 +405,7 @@ def test_gradient_edits_flow_on_like_the_formula():
     with model.hooks(bwd_hooks=[("a", lambda grad, hook: 10 * grad)]):
         model(x).sum().backward()
     expected = (20 + 3 + 5) * torch.stack([x.sum(0)] * 3)
-    assert torch.allclose(model.linear.weight.grad, expected)
+    assert torch.allclose(model.linear.weight.grad, expected, atol=1e-5)  # sums in another order
 
 
 def test_a_copy_of_a_model_with_hooks_is_independent(made, tokens):

@@ -1,5 +1,6 @@
 """The capture side: taps take values, channels hold them, targets write them into the TensorDict."""
 
+from tdcache.cache.capture import Capture
 from tdcache.cache.channel import Channel
 from tdcache.cache.keep import Keep, Transfers
 from tdcache.cache.recorder import Recorder
@@ -8,6 +9,7 @@ from tdcache.cache.target import StackBy, Target
 
 __all__ = [
     "CallbackTap",
+    "Capture",
     "Channel",
     "GradientTap",
     "Keep",

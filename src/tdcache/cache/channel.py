@@ -21,7 +21,7 @@ from tdcache.cache.target import StackBy, Target
 from tdcache.errors import InplaceModificationError, listed
 from tdcache.hooks.directions import direction_row
 from tdcache.reducers import Last, Reducer
-from tdcache.types import CacheKey
+from tdcache.types import CacheKey, HookDirection
 
 __all__ = ["Channel"]
 
@@ -42,7 +42,7 @@ class _Alias:
 class Channel:
     """The state of one direction."""
 
-    direction: str
+    direction: HookDirection
     paths: tuple[str, ...]
     keep: Keep
     target: Target

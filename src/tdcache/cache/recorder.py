@@ -92,12 +92,6 @@ class Recorder:
             channel.deliver()
 
     @property
-    def takes_pairs(self) -> bool:
-        """Whether the first two directions are the output and its gradient, both kept as they are."""
-        directions = [channel.direction for channel in self.channels[:2] if channel.takes_aliases]
-        return directions == ["fwd", "bwd"]
-
-    @property
     def running(self) -> bool:
         """Whether a forward of the root is under way."""
         return self._depth > 0

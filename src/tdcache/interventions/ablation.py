@@ -95,12 +95,14 @@ def _basis(directions: Tensor) -> Tensor:
     wide = (directions if directions.ndim == 2 else directions[None]).double()
     left, values, _ = torch.linalg.svd(wide.T, full_matrices=False)
     kept = values > values.max() * max(wide.shape) * torch.finfo(directions.dtype).eps
-    return left[:, kept].to(directions.dtype)
+    basis: Tensor = left[:, kept].to(directions.dtype)
+    return basis
 
 
 def _misfit(what: str, path: str, given: Tensor, value: Tensor) -> EditError:
     return EditError(
-        f"the {what} of shape {tuple(given.shape)} does not fit at {path!r}, where the value has shape {tuple(value.shape)}"
+        f"the {what} of shape {tuple(given.shape)} does not fit at {path!r}, where the value has "
+        f"shape {tuple(value.shape)}"
     )
 
 

@@ -134,7 +134,8 @@ class Intervention(HookingContextFactory):
     ) -> None:
         """Put an edit on each site."""
         taps = [
-            (site.module, EditTap(site.path, edit, region=self.region, pick=self.pick, clock=clock)) for site, edit in edits
+            (site.module, EditTap(site.path, edit, region=self.region, pick=self.pick, clock=clock))
+            for site, edit in edits
         ]
         if self.direction == "fwd":
             attach_outputs(((module, tap.on_output) for module, tap in taps), handle, Order.EDIT)
@@ -171,9 +172,11 @@ def entry_of(source: Any, path: str, direction: Side, what: str) -> Any:
         found = _get(source, key)
         if found is not None:
             return found
-    there = [str(key) for key in source.keys()]
+    there = [str(key) for key in source.keys()]  # noqa: SIM118  a TensorDict is no dict
     near = near_misses(path.replace(".", r"\."), there) or tuple(there[:5])
-    raise EditError(f"{what} has no entry for the site {path!r}; it has {len(there)} entries, the nearest {list(near)!r}")
+    raise EditError(
+        f"{what} has no entry for the site {path!r}; it has {len(there)} entries, the nearest {list(near)!r}"
+    )
 
 
 def _get(source: Any, key: CacheKey) -> Any:
@@ -194,7 +197,8 @@ def with_inputs_of(data: TensorDictBase, key: CacheKey, in_keys: list[CacheKey],
     inner = data.get(key, None)
     if not isinstance(inner, TensorDictBase) or all(inner.get(name, None) is None for name in in_keys):
         raise ContextError(
-            f"{owner!r} needs a second input: give {[(key, name) for name in in_keys]!r} beside {in_keys!r} in the TensorDict"
+            f"{owner!r} needs a second input: give {[(key, name) for name in in_keys]!r} beside "
+            f"{in_keys!r} in the TensorDict"
         )
     filled = inner.copy()
     for name in in_keys:

@@ -16,7 +16,8 @@ from tdcache.interventions.base import Intervention, Side
 from tdcache.interventions.edits import EditTap, ReadTap
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.regions import Along, Region
-from tdcache.interventions.sweep import Metric, Sweep, SweepOver, check_over, repeated, rows_of
+from tdcache.interventions.sweep import Sweep, repeated, rows_of
+from tdcache.interventions.trials import Metric, SweepOver, check_over
 from tdcache.modules import HookedModule
 from tdcache.selection import select
 from tdcache.types import Match, Pick, Selector
@@ -51,10 +52,10 @@ class CausalTracing(Intervention):
     """Which activations carry what the corrupted tokens said? Restores them one by one in a run on noised embeddings.
 
     Meng et al. 2022, "Locating and Editing Factual Associations in GPT", arXiv:2202.05262. ``hooked(data)`` runs the
-    model clean, then with Gaussian noise on the embeddings of the ``subject`` positions, then once per site and position
-    with the clean value put back there (and in a ``window`` of sites around it). It returns a TensorDict with the metric
-    of the clean and of the corrupted run under ``"clean"`` and ``"corrupted"``, and under ``"restored"`` one entry
-    per site, ``(positions,)``. Gradients are off.
+    model clean, then with Gaussian noise on the embeddings of the ``subject`` positions, then once per site and
+    position with the clean value put back there (and in a ``window`` of sites around it). It returns a TensorDict with
+    the metric of the clean and of the corrupted run under ``"clean"`` and ``"corrupted"``, and under ``"restored"`` one
+    entry per site, ``(positions,)``. Gradients are off.
 
     Args:
         selector: the sites, in the order of the layers.
@@ -117,18 +118,9 @@ class CausalTracing(Intervention):
         )  # fmt: skip
         if window < 1 or samples < 1:
             raise EditError(f"window and samples are 1 or more, got window={window}, samples={samples}")
-        self.embedding = embedding
-        self.subject = subject
-        self.metric = metric
-        self.noise = noise
-        self.samples = samples
-        self.seed = seed
-        self.window = window
-        self.sweep = sweep
-        self.heads = heads
-        self.chunk = chunk
-        self.replay = replay
-        self.stack_by = stack_by
+        self.embedding, self.subject, self.metric = embedding, subject, metric
+        self.noise, self.samples, self.seed, self.window = noise, samples, seed, window
+        self.sweep, self.heads, self.chunk, self.replay, self.stack_by = sweep, heads, chunk, replay, stack_by
         self._over = check_over(sweep or True, metric, heads, chunk, patch_fn=None, region=self.region) or ()
         self._subject = Region(positions=subject, position_dim=position_dim)
 
@@ -169,7 +161,8 @@ class CausalTracing(Intervention):
             restored = sweep.run_on(every, every, forward, in_keys, out_keys)
         finally:
             noise.noise, sweep.recording, sweep.memory.values = None, None, {}
-        baselines = {name: torch.as_tensor(self.metric(ran)) for name, ran in (("clean", clean), ("corrupted", corrupted))}
+        runs = {"clean": clean, "corrupted": corrupted}
+        baselines = {name: torch.as_tensor(self.metric(ran)) for name, ran in runs.items()}
         return TensorDict({**baselines, "restored": restored}, batch_size=[])
 
     def _drawn(self, embedded: Tensor, path: str) -> Tensor:
@@ -179,5 +172,3 @@ class CausalTracing(Intervention):
         noise = torch.zeros_like(embedded)
         self._subject.write(noise, self._subject.take(drawn, path) * scale, path)
         return noise
-
-

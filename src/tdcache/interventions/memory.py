@@ -65,7 +65,8 @@ class Memory:
         """
         if in_backward() and self.values:
             raise EditError(
-                f"activation checkpointing runs {path!r} again in the backward, where the run that gives values cannot be "
+                f"activation checkpointing runs {path!r} again in the backward, where the run that "
+                "gives values cannot be "
                 "told from the one that takes them; switch checkpointing off, or patch from a cache with source="
             )
         if self.mode != "recall":

@@ -16,12 +16,13 @@ from tdcache.interventions.edits import Edit
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.regions import Along, Region
 from tdcache.interventions.steps import Steps
-from tdcache.interventions.sweep import Metric, Sweep, SweepOver, check_over
+from tdcache.interventions.sweep import Sweep
+from tdcache.interventions.trials import Metric, SweepOver, check_over
 from tdcache.modules import HookedModule
 from tdcache.selection import Site
 from tdcache.types import CacheKey, Match, Pick, Selector
 
-__all__ = ["ActivationPatching", "Source"]
+__all__ = ["ActivationPatching", "Given", "Paste", "Recalled", "Resolved", "Source"]
 
 Source = TensorDictBase | Mapping[str, Any] | Tensor | Any
 """A cache by path; a mapping from path to tensor or proxy; or, for one site, a tensor or the proxy of a run."""
@@ -208,12 +209,13 @@ class ActivationPatching(Intervention):
         single = self.source is not None and not isinstance(self.source, TensorDictBase | Mapping)
         if single and len(selection) > 1:
             raise EditError(
-                f"one source for {len(selection)} sites ({list(selection.paths[:3])!r}, ...); give a TensorDict or a mapping "
+                f"one source for {len(selection)} sites ({list(selection.paths[:3])!r}, ...); give a "
+                "TensorDict or a mapping "
                 "from path to value, or select one site"
             )
         if self._over is not None:
-            context.state = Sweep(self, selection, self._over)
-            return context.state.attach(module.model)
+            context.state = sweep = Sweep(self, selection, self._over)
+            return sweep.attach(module.model)
         if self.source is not None:
             return super()._hook_module(module)
         context.state = context.state or Memory("first")
@@ -244,5 +246,3 @@ class ActivationPatching(Intervention):
             if key != "_":
                 inner.set(key, second.get(key))
         return data
-
-

@@ -31,7 +31,7 @@ class _Paths:
 
 
 class PathPatching(Intervention):
-    """Patches the edge from one site into another only; everything else is frozen to the receiving run.
+    r"""Patches the edge from one site into another only; everything else is frozen to the receiving run.
 
     Wang et al. 2022, "Interpretability in the Wild", arXiv:2211.00593; Goldowsky-Dill et al. 2023, arXiv:2304.05969.
     As in :class:`ActivationPatching` the sender's value comes from the first input, ``data[in_key]``, and goes into the
@@ -42,7 +42,7 @@ class PathPatching(Intervention):
     Args:
         sender: the module whose output is sent; several, for the paths from all of them.
         receiver: the module whose input is changed; ``""`` cannot be one.
-        freeze: what is held between them, for instance ``r"h\\.\\d+\\.(attn|mlp)"``: everything that writes to the
+        freeze: what is held between them, for instance ``r"h\.\d+\.(attn|mlp)"``: everything that writes to the
             residual stream. The sender is never held. What is not held lets indirect paths through.
         source: a cache by path with the sender's value, in place of a first input.
         positions: which positions of the sender's value are sent, all by default.
@@ -120,8 +120,9 @@ class PathPatching(Intervention):
         """Let the values at the sites be recorded in one run and put in place in another."""
         for site in sites:
             paste = Paste(site.path, Recalled(memory, site.path), Region())
-            edit, read = EditTap(site.path, paste, region=Region(), pick=self.pick), ReadTap(
-                site.path, memory.record, pick=self.pick
+            edit, read = (
+                EditTap(site.path, paste, region=Region(), pick=self.pick),
+                ReadTap(site.path, memory.record, pick=self.pick),
             )
             for tap, order in ((edit, Order.EDIT), (read, Order.CAPTURE)):
                 if side == "fwd":

@@ -26,8 +26,9 @@ def as_index(along: Along, what: str) -> Any:
         return along
     if isinstance(along, Tensor) and (along.dtype == torch.bool or not along.is_floating_point()):
         return along
-    if isinstance(along, Sequence) and not isinstance(along, str) and all(type(at) is int for at in along) and along:
-        return torch.tensor(list(along))
+    listed: Any = along
+    if isinstance(listed, list | tuple | range) and listed and all(type(at) is int for at in listed):
+        return torch.tensor(list(listed))
     raise EditError(f"{what} is an int, a slice, a sequence of ints or an index tensor, got {along!r}")
 
 
@@ -103,11 +104,14 @@ class Region:
         if isinstance(index, Tensor) and index.ndim == 2:
             if self.position_dim != 1 or tensor.ndim < 2 or index.shape[0] != tensor.shape[0]:
                 raise EditError(
-                    f"positions of shape {tuple(index.shape)} choose per row of (batch, seq, ...), but the value at {path!r} "
+                    f"positions of shape {tuple(index.shape)} choose per row of (batch, seq, ...), "
+                    f"but the value at {path!r} "
                     f"has shape {tuple(tensor.shape)}"
                 )
             index = index.to(tensor.device)
-            return index if index.dtype == torch.bool else (torch.arange(len(index), device=index.device)[:, None], index)
+            if index.dtype == torch.bool:
+                return index
+            return torch.arange(len(index), device=index.device)[:, None], index
         return _along(tensor, self.position_dim, index, path, "positions")
 
     def _units_in(self, tensor: Tensor, path: str) -> Any:
@@ -117,7 +121,9 @@ class Region:
 def _along(tensor: Tensor, dim: int, index: Any, path: str, what: str) -> tuple[Any, ...]:
     """The full index for ``index`` along ``dim``, which keeps every axis."""
     if not -tensor.ndim <= dim < tensor.ndim:
-        raise EditError(f"the value at {path!r} has shape {tuple(tensor.shape)} and no axis {dim} for {what}={_spell(index)}")
+        raise EditError(
+            f"the value at {path!r} has shape {tuple(tensor.shape)} and no axis {dim} for {what}={_spell(index)}"
+        )
     at, size = dim % tensor.ndim, tensor.shape[dim]
     if isinstance(index, int):
         outside = not -size <= index < size

@@ -33,12 +33,12 @@ class Skipped(torch.Tensor):
     @classmethod
     def of(cls, path: str, like: Tensor) -> Skipped:
         """The stand-in for the output of the module at ``path``; answers for shape, dtype and device as ``like``."""
-        made = torch.Tensor._make_subclass(cls, torch.empty(0))
+        made = torch.empty(0).as_subclass(cls)
         made.path, made.like = path, like
         return made
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"Skipped({self.__dict__['path']!r})"
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+        return f"Skipped({self.path!r})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,11 +47,13 @@ class Skipped(torch.Tensor):
         if func is torch.Tensor.__getitem__ and not isinstance(args[1], tuple):
             return mine  # of a block that returns a tuple, the model takes the first entry
         if getattr(func, "__name__", "") == "__get__" and func.__self__ in _ANSWERED:
-            return func(mine.__dict__["like"])
-        path = mine.__dict__["path"]
+            return func(mine.like)
+        path = mine.path
         raise EditError(
-            f"the model is not sequential at {path!r}: {getattr(func, '__name__', func)} uses its output, which resuming "
-            "left out, elsewhere than in the next layer; resume from a site behind that, or run the model from its start"
+            f"the model is not sequential at {path!r}: {getattr(func, '__name__', func)} uses its "
+            "output, which resuming "
+            "left out, elsewhere than in the next layer; resume from a site behind that, or run the "
+            "model from its start"
         )
 
 
@@ -79,7 +81,8 @@ class _Skip:
             same = 2 if came.ndim == 3 else 1
             if came.shape[:same] != self.value.shape[:same]:
                 raise EditError(
-                    f"resuming with a value of shape {tuple(self.value.shape)}, but the input that comes to {self.path!r} has "
+                    f"resuming with a value of shape {tuple(self.value.shape)}, but the input that "
+                    f"comes to {self.path!r} has "
                     f"shape {tuple(came.shape)}: call the model with as many rows and positions as the value has"
                 )
         return Skipped.of(self.path, self.value)
@@ -94,7 +97,7 @@ class _Enter:
         self.value = value
 
     def __call__(self, part: Tensor, full: Tensor) -> Tensor:
-        if not isinstance(full, Skipped) or full.__dict__["path"] != self.after:
+        if not isinstance(full, Skipped) or full.path != self.after:
             raise EditError(
                 f"the model is not sequential at {self.after!r}: the first tensor that comes to the next layer, "
                 f"{self.path!r}, is not its output; run the model from its start"
@@ -146,7 +149,8 @@ class ResumeFrom(HookingContextFactory):
         parent = resolve(module.model, parent_path)
         if not isinstance(parent, nn.ModuleList | nn.Sequential) or not path:
             raise EditError(
-                f"{path!r} is no member of a ModuleList or Sequential but of {type(parent).__name__}, so it is not known "
+                f"{path!r} is no member of a ModuleList or Sequential but of {type(parent).__name__}, "
+                "so it is not known "
                 "what runs before it; resume from a layer of a list"
             )
         children = dict(parent.named_children())
@@ -198,7 +202,9 @@ class _Entered:
 
 
 @contextmanager
-def resume_from(model: nn.Module, path: str, source: Tensor | TensorDictBase | Mapping[str, Tensor]) -> Iterator[HookedModule]:
-    """``with resume_from(model, "h.5", cache): y = model(ids)``: see :class:`ResumeFrom`."""
+def resume_from(
+    model: nn.Module, path: str, source: Tensor | TensorDictBase | Mapping[str, Tensor]
+) -> Iterator[HookedModule]:
+    """:class:`ResumeFrom` in one line: ``with ...: y = model(x)`` inside runs the layers behind ``path`` only."""
     with ResumeFrom(path, source).prepare(model) as hooked:
         yield hooked

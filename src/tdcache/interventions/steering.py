@@ -43,7 +43,8 @@ class AddVector:
             return part + self.coefficient * vector
         except RuntimeError:
             raise EditError(
-                f"the vector of shape {tuple(vector.shape)} cannot be added at {self.path!r}, where the value has shape "
+                f"the vector of shape {tuple(vector.shape)} cannot be added at {self.path!r}, where "
+                "the value has shape "
                 f"{tuple(part.shape)}; a vector has one entry per feature, and may have axes in front of it"
             ) from None
 

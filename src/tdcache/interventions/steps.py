@@ -18,7 +18,7 @@ class Step(NamedTuple):
 
     forward: int
     """How many forwards came before it since the context was entered."""
-    index: int
+    decoded: int
     """0 for the forward of a prompt (prefill), then 1, 2, ... for those that go on from it (decode)."""
     past: int
     """How many tokens are in the key-value cache already."""
@@ -26,7 +26,7 @@ class Step(NamedTuple):
     @property
     def is_prefill(self) -> bool:
         """Whether it is the forward of a prompt, or of a model without a key-value cache."""
-        return self.index == 0
+        return self.decoded == 0
 
 
 Steps = Literal["prefill", "decode"] | Callable[[Step], bool] | None
@@ -53,14 +53,14 @@ class StepClock:
         self.steps = steps
         self.acts = steps != "decode"
         self._forward = -1
-        self._index = 0
+        self._decoded = 0
 
     def on_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """A forward begins."""
         past = _cached_tokens(kwargs)
         self._forward += 1
-        self._index = self._index + 1 if past else 0
-        step = Step(self._forward, self._index, past)
+        self._decoded = self._decoded + 1 if past else 0
+        step = Step(self._forward, self._decoded, past)
         if callable(self.steps):
             self.acts = bool(self.steps(step))
         else:

@@ -6,16 +6,16 @@ so the interventions are ordered by depth, and the layers before the first patch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from tdcache.cache import StackBy
+from tdcache.cache.target import StackBy
 from tdcache.errors import ContextError, EditError
 from tdcache.hooks import MultiHookHandle, Order, attach
 from tdcache.hooks.values import check_fits
@@ -24,72 +24,13 @@ from tdcache.interventions.edits import Edit, EditTap, ReadTap
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.regions import Region
 from tdcache.interventions.replay import Recording, expanded, instead_of_forward
+from tdcache.interventions.trials import SweepOver, SweepRecipe, Trial, chunks_of, trials_at, windows_of
 from tdcache.selection import Selection
 from tdcache.types import CacheKey
 
-__all__ = ["Metric", "PatchBlocks", "Sweep", "SweepOver", "SweepRecipe", "SweepState", "Trial", "block_of", "check_over", "repeated", "rows_of"]
+__all__ = ["PatchBlocks", "Sweep", "SweepState", "block_of", "repeated", "rows_of"]
 
-SweepOver = Literal["position", "head"]
-Metric = Callable[[TensorDictBase], Any]
 Forward = Callable[[TensorDictBase], TensorDictBase]
-
-
-class SweepRecipe(Protocol):
-    """What a sweep asks of the recipe it belongs to; see :class:`tdcache.ActivationPatching`."""
-
-    direction: Any
-    pick: Any
-    positions: Any
-    units: Any
-    position_dim: int
-    unit_dim: int
-    source: Any
-    patch_fn: Any
-    patch_key: CacheKey
-    metric: Metric | None
-    heads: int | None
-    chunk: int
-    replay: bool
-    stack_by: str | None
-
-    def value_at(self, path: str) -> Any:
-        """Where the value for one site comes from."""
-
-
-def check_over(
-    sweep: Any, metric: Metric | None, heads: int | None, chunk: int, *, patch_fn: Any, region: Region
-) -> tuple[SweepOver, ...] | None:
-    """What a sweep goes over beside sites, or None where there is no sweep.
-
-    Raises:
-        EditError: options that do not go together.
-    """
-    if sweep is False or sweep is None:
-        return None
-    over = () if sweep is True else (sweep,) if isinstance(sweep, str) else tuple(sweep)
-    if unknown := [each for each in over if each not in ("position", "head")]:
-        raise EditError(f"sweep is True, 'position', 'head' or both of them, got {unknown[0]!r}")
-    if not callable(metric):
-        raise EditError("a sweep needs metric=, a function of the TensorDict with the patched outputs: data -> scalar")
-    if "head" in over and (heads is None or heads < 1):
-        raise EditError("a sweep over heads needs heads=, into how many parts the last axis falls")
-    if "head" in over and region.units is not None:
-        raise EditError("a sweep over heads chooses the units itself; leave units= out")
-    if chunk < 1:
-        raise EditError(f"chunk is the number of interventions in one forward, 1 or more, got {chunk}")
-    return tuple(each for each in ("position", "head") if each in over)
-
-
-class Trial(NamedTuple):
-    """One intervention of a sweep."""
-
-    sites: tuple[str, ...]
-    """What is patched together."""
-    region: Region
-    at: tuple[int, ...]
-    """Where in the result for its site."""
-    name: str
-    """The site that its value is filed under."""
 
 
 @dataclass(slots=True)
@@ -144,7 +85,8 @@ def block_of(stacked: Tensor, block: int, state: SweepState, what: str) -> Tenso
         return stacked
     if stacked.ndim == 0 or stacked.shape[0] != state.blocks * state.rows:
         raise EditError(
-            f"{what!r} has shape {tuple(stacked.shape)}, not {state.blocks} x {state.rows} rows along its first axis, so "
+            f"{what!r} has shape {tuple(stacked.shape)}, not {state.blocks} x {state.rows} rows along "
+            "its first axis, so "
             "interventions cannot be stacked along the batch; run them one by one with chunk=1"
         )
     return stacked[block * state.rows : (block + 1) * state.rows]
@@ -185,7 +127,8 @@ class Sweep:
         self.model = model
         handle = MultiHookHandle()
         try:
-            given = {path: self.recipe.value_at(path) for path in self.selection.paths if self.recipe.source is not None}
+            paths = () if self.recipe.source is None else self.selection.paths
+            given = {path: self.recipe.value_at(path) for path in paths}
             self._given = {path: value for path, value in given.items() if value is not None}
             edits: list[tuple[Any, Edit]] = [
                 (site, PatchBlocks(site.path, self.state, _ValueOf(self, site.path), self.recipe.patch_fn))
@@ -218,7 +161,9 @@ class Sweep:
             return found
         values = self.memory.values.get(path, [])
         if call >= len(values):
-            raise EditError(f"{path!r} ran {len(values)} times in the source run and now more often; patch it without sweep=")
+            raise EditError(
+                f"{path!r} ran {len(values)} times in the source run and now more often; patch it without sweep="
+            )
         return values[call]
 
     @torch.no_grad()
@@ -248,12 +193,17 @@ class Sweep:
         """Run every trial on copies of the inputs in ``base``; the metric sees them beside the entries of ``data``."""
         self.state.rows = rows = rows_of(base, in_keys)
         self._record(base, forward)
-        trials = sorted(self._trials(), key=lambda trial: len(self._skipped([trial])))
+        trials = [
+            trial
+            for path, sites in windows_of(self.selection.paths, self.window)
+            for trial in trials_at(self.recipe, self.over, path, sites, self.value_of(path, 0).shape)
+        ]
+        trials.sort(key=lambda trial: len(self._skipped([trial])))
         found: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         seen = data.copy()
         for key in in_keys:
             seen.set(key, base.get(key))
-        for chunk in _chunks(trials, self.recipe.chunk):
+        for chunk in chunks_of(trials, self.recipe.chunk):
             inputs = base.copy() if len(chunk) == 1 else repeated(base, in_keys, len(chunk), rows)
             with self._assigned(chunk):
                 forward(inputs)
@@ -268,7 +218,9 @@ class Sweep:
             forward(base.copy())
         silent = [path for path in self.selection.paths if path not in recording.before]
         if silent:
-            raise EditError(f"{len(silent)} of {len(self.selection)} sites did not run, so they cannot be patched: {silent[:5]!r}")
+            raise EditError(
+                f"{len(silent)} of {len(self.selection)} sites did not run, so they cannot be patched: {silent[:5]!r}"
+            )
 
     def _needed_model(self) -> nn.Module:
         if self.model is None:
@@ -292,37 +244,11 @@ class Sweep:
             stack.enter_context(instead_of_forward(stubs))
         return stack
 
-    def _trials(self) -> Iterator[Trial]:
-        recipe = self.recipe
-        for path, sites in self._windows():
-            shape = self.value_of(path, 0).shape
-            positions: Sequence[Any] = [recipe.positions]
-            units: Sequence[Any] = [recipe.units]
-            if "position" in self.over:
-                positions = _choices(recipe.positions, shape, recipe.position_dim, path)
-            if "head" in self.over:
-                units = _head_slices(shape[recipe.unit_dim], recipe.heads or 1, path)
-            for at, position in enumerate(positions):
-                for head, unit in enumerate(units):
-                    region = Region(
-                        positions=position, units=unit, position_dim=recipe.position_dim, unit_dim=recipe.unit_dim
-                    )
-                    both = (at if "position" in self.over else None, head if "head" in self.over else None)
-                    yield Trial(sites, region, tuple(each for each in both if each is not None), path)
-
-    def _windows(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Each site with those that are patched together with it."""
-        paths, half = self.selection.paths, self.window // 2
-        for index, path in enumerate(paths):
-            yield path, paths[max(0, index - half) : index - half + self.window] if self.window > 1 else (path,)
-
-    def _measure(
-        self, seen: TensorDictBase, ran: TensorDictBase, out_keys: list[CacheKey], block: int
-    ) -> Tensor:
+    def _measure(self, seen: TensorDictBase, ran: TensorDictBase, out_keys: list[CacheKey], block: int) -> Tensor:
         for key in out_keys:
             if key != "_":
                 seen.set(key, block_of(ran.get(key), block, self.state, str(key)))
-        value = self.recipe.metric(seen)  # type: ignore[misc]  # check_over saw that there is one
+        value = self.recipe.metric(seen)
         return value if isinstance(value, Tensor) else torch.tensor(value)
 
     def _result(self, found: dict[tuple[str, tuple[int, ...]], Tensor]) -> TensorDictBase:
@@ -366,26 +292,3 @@ def repeated(data: TensorDictBase, keys: list[CacheKey], blocks: int, rows: int)
         if value is not None:
             inputs.set(key, expanded(value, blocks, rows) if isinstance(value, Tensor) else value)
     return inputs
-
-
-def _chunks(trials: list[Trial], size: int) -> Iterator[list[Trial]]:
-    for begin in range(0, len(trials), size):
-        yield trials[begin : begin + size]
-
-
-def _choices(positions: Any, shape: torch.Size, dim: int, path: str) -> list[int]:
-    if not -len(shape) <= dim < len(shape):
-        raise EditError(f"a sweep over positions needs an axis {dim} at {path!r}, whose value has shape {tuple(shape)}")
-    every = list(range(shape[dim]))
-    if positions is None:
-        return every
-    if isinstance(positions, slice):
-        return every[positions]
-    return [positions] if isinstance(positions, int) else [int(at) for at in positions]
-
-
-def _head_slices(size: int, heads: int, path: str) -> list[slice]:
-    if size % heads:
-        raise EditError(f"heads={heads} does not divide the {size} features at {path!r}")
-    width = size // heads
-    return [slice(head * width, (head + 1) * width) for head in range(heads)]

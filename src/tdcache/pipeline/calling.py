@@ -85,5 +85,5 @@ def _accepted(hook: Callable[..., Any]) -> tuple[frozenset[str] | None, tuple[st
 
 def spell(hook: Any) -> str:
     """A hook for a repr or a message: functions by name, without an address that differs from run to run."""
-    name = getattr(hook, "__qualname__", None)
-    return name if isinstance(name, str) else repr(hook)
+    name = getattr(hook, "__name__" if inspect.isbuiltin(hook) else "__qualname__", None)
+    return name.rpartition("<locals>.")[2] if isinstance(name, str) else repr(hook)

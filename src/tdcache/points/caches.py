@@ -128,10 +128,10 @@ class CachingSurface(PointSurface):
             if reset_hooks_end:
                 undo.callback(capture.recorder.close)
                 undo.enter_context(capture.attached(self.points_root))
-                eager_where_stale(self.points_root, undo)
+                eager_where_stale(self.called_model, undo)
             else:
                 self._leave_hooks(capture)
-            output = self.run_forward(*model_args, **model_kwargs)
+            output = self.called_model(*model_args, **model_kwargs)
             if incl_bwd:
                 backward(output, gradient, self.points_root.parameters(), keep_parameter_grads)
             capture.recorder.refresh()

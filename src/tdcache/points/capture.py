@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tdcache.cache import Channel, GradientTap, Keep, OutputTap, Recorder, Target
 from tdcache.errors import CaptureError
 from tdcache.hooks import MultiHookHandle, Order, attach_outputs, bracket
-from tdcache.hooks.gradients import GradOutputHook
 from tdcache.hooks.values import first_tensor
+from tdcache.points.gradient import watch_gradient
 from tdcache.points.hook_point import HookPoint
 from tdcache.points.positions import PositionSlice
 from tdcache.reducers import Reducer
@@ -218,7 +218,7 @@ class PointGradientTap(GradientTap):
         self.calls += 1
         base = tensor if tensor._base is None else tensor._base
         take = partial(self.on_grads, self.channel.number, self.calls, base.is_leaf)
-        return GradOutputHook(take, self.order).on_output(module, args, output)
+        return watch_gradient(module, args, output, take)
 
     def on_grads(
         self, number: int, call: int, into_leaf: bool, module: nn.Module, grads: tuple[Tensor | None, ...]

@@ -57,7 +57,7 @@ class PointHooks:
             for direction, pairs in self._by_direction():
                 for name, hook in pairs:
                     added += root.install(name, hook, direction, level=root.context_level)
-            eager_where_stale(root.points_root, undo)
+            eager_where_stale(root.called_model, undo)
             if self.reset_hooks_end:
                 undo.callback(remove_all, added)
             self._undo = undo.pop_all()

@@ -62,9 +62,10 @@ class HookRoot(CachingSurface):
         """The model that names are relative to: for a compiled one, the model inside it."""
         return self.model.get_submodule("_orig_mod") if is_optimized_module(self.model) else self.model
 
-    def run_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model."""
-        return self.model(*args, **kwargs)
+    @property
+    def called_model(self) -> nn.Module:
+        """The model as it was given."""
+        return self.model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""

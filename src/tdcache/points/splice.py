@@ -183,8 +183,8 @@ def _check_name(model: nn.Module, name: str, path: str) -> None:
         holder = found
     if isinstance(holder, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise PathError(
-            f"the name {name!r} would make {first_new!r} a member of a {type(holder).__name__}, which runs its members; "
-            f"choose a name that leads elsewhere, for instance {join(path, last)!r}"
+            f"the name {name!r} would make {first_new!r} a member of a {type(holder).__name__}, which runs its "
+            f"members; choose a name that leads elsewhere, for instance {join(path, last)!r}"
         )
     if first_new == last and hasattr(holder, last):
         raise PathError(f"the name {name!r} is taken in {type(model).__name__}; choose another", selector=name)

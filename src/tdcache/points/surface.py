@@ -34,9 +34,10 @@ class PointSurface:
         """The module that names are relative to."""
         raise NotImplementedError
 
-    def run_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model."""
-        return self.points_root(*args, **kwargs)
+    @property
+    def called_model(self) -> nn.Module:
+        """The module that runs call: the same, or a wrapper around it."""
+        return self.points_root
 
     # Names. Nothing is stored that a later change of the model could make stale.
 
@@ -173,7 +174,7 @@ class PointSurface:
         Raises:
             ContextError: the model was traced.
         """
-        if has_stale_graph(self.points_root):
+        if has_stale_graph(self.called_model):
             raise ContextError(
                 f"{type(self.points_root).__name__} was traced by torch.compile, and its graph skips hooks that are "
                 "added now; add them before the first call, use hooks() or run_with_cache(), or call "
@@ -262,7 +263,7 @@ class PointSurface:
                 TdcacheWarning,
             )
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
-            return self.run_forward(*model_args, **model_kwargs)
+            return self.called_model(*model_args, **model_kwargs)
 
 
 def bracket_with(handle: LensHandle, hook: Callable[..., Any], root: nn.Module) -> None:

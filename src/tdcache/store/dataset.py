@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from tdcache.errors import DamagedError, StoreError, listed
+from tdcache.errors import listed
 from tdcache.paths import near_misses
 from tdcache.store.batches import Batches, Shuffle
 from tdcache.store.layout import Layout
@@ -199,9 +199,9 @@ class ActivationDataset(torch.utils.data.Dataset[TensorDict]):
 
     def _gather(self, key: str, numbers: Tensor) -> Tensor:
         if not self._shards:
-            return self._none(key).reshape(*numbers.shape, *self.describe(key)[1])
+            return self._none(key).reshape((*numbers.shape, *self.describe(key)[1]))
         flat = gather_rows(self._columns(key), self._starts, numbers.reshape(-1))
-        return flat.reshape(*numbers.shape, *flat.shape[1:])
+        return flat.reshape((*numbers.shape, *flat.shape[1:]))
 
     def _columns(self, key: str) -> list[Tensor]:
         name = key if key in self.row_keys else site_column(key)
@@ -301,7 +301,3 @@ class ActivationDataset(torch.utils.data.Dataset[TensorDict]):
 
         return merge(*stores, path=path)
 
-
-def damaged(error: Exception) -> bool:
-    """Whether an error says that a store is damaged."""
-    return isinstance(error, DamagedError | StoreError)

@@ -1,0 +1,277 @@
+"""What every attribution method is: a recipe that asks a shared pass for activations and gradients, and reduces them.
+
+All methods that are open on one model take part in the pass of whichever is called: the outermost one collects what
+each asks for, runs it, and writes every method's scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from tdcache.attribution.asks import Ask, Modifies, Point
+from tdcache.attribution.frame import Frame
+from tdcache.attribution.runs import Runner, looked_on
+from tdcache.attribution.targets import TargetLike
+from tdcache.contexts import HookingContextFactory
+from tdcache.errors import AttributionError
+from tdcache.hooks import MultiHookHandle
+from tdcache.modules import HookedModule
+from tdcache.selection import Selection, as_matcher, select
+from tdcache.types import CacheKey, Match, Pick, Selector
+
+__all__ = ["Attribution", "Scores", "SiteAttribution", "Work"]
+
+Scores: TypeAlias = Mapping[tuple[Any, ...], Any]
+"""What is written: full key to tensor, such as ``("attr", "layers.0")``."""
+
+Work: TypeAlias = Generator[Iterable[Ask], None, Scores]
+"""A method at work: it yields what it asks for, is resumed when its sinks have seen that, and returns its scores."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Member:
+    """One method that is open on one model."""
+
+    factory: Attribution
+    hooked: HookedModule
+    selections: Mapping[str, Selection]
+
+    def remove(self) -> None:
+        """Leave; a second call does nothing."""
+        crowd = _OPEN.get(self.hooked.model, [])
+        if self in crowd:
+            crowd.remove(self)
+
+
+# The methods that are open, by model: what makes them share a pass. Entries leave with their contexts.
+_OPEN: WeakKeyDictionary[nn.Module, list[_Member]] = WeakKeyDictionary()
+_RUNNING: ContextVar[frozenset[int]] = ContextVar("tdcache_attribution_running", default=frozenset())
+
+
+class Attribution(HookingContextFactory):
+    """Base of the methods; override :meth:`_work`, and :meth:`_selectors` where sites are selected.
+
+    Args:
+        target: what is explained, one scalar per row: a callable on the output TensorDict, an index into the last axis
+            of the first output, a tensor of one index per row, ``(out_key, index)``, or a list or dict of these, whose
+            scores are keyed by position or name.
+        name: an additional key, ``("attr", name, ...)``, where several methods would write the same entry.
+        modifiers: what changes the meaning of this method's backward, and of no other's.
+        chunk: how many points (steps of a path, samples) one forward takes; None for all of them.
+        create_graph: keep the scores differentiable.
+        snapshot: copy activations when they are seen; by default where the model has modules that work in place.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: TargetLike = None,
+        name: str | None = None,
+        modifiers: Sequence[Modifies] = (),
+        chunk: int | None = None,
+        create_graph: bool = False,
+        snapshot: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk is the number of points in one forward, at least 1; got {chunk}")
+        self.target = target
+        self.name = name
+        self.modifiers = tuple(modifiers)
+        self.chunk = chunk
+        self.create_graph = create_graph
+        self.snapshot = snapshot
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(target={self.target!r})"
+
+    def _selectors(self) -> Mapping[str, tuple[Selector, Match]]:
+        """The selectors of the method by role."""
+        return {}
+
+    def _options(self, role: str) -> tuple[Pick, int | None]:
+        """Which tensor and which call of the sites of one role."""
+        return (None, None)
+
+    def _work(self, frame: Frame) -> Work:
+        """Ask for points, reduce what is seen, and return the scores."""
+        raise NotImplementedError
+
+    def _hook_module(self, module: HookedModule) -> MultiHookHandle:
+        selections = {
+            role: select(module.model, selector, match=match) for role, (selector, match) in self._selectors().items()
+        }
+        member = _Member(self, module, selections)
+        _OPEN.setdefault(module.model, []).append(member)
+        return MultiHookHandle([member])
+
+    def _run_module(
+        self, module: HookedModule, data: TensorDictBase, forward: Callable[[TensorDictBase], TensorDictBase]
+    ) -> TensorDictBase:
+        model = module.model
+        running = _RUNNING.get()
+        if id(model) in running:  # another method's pass: it asks us when it is our turn
+            return forward(data)
+        token = _RUNNING.set(running | {id(model)})
+        try:
+            with torch.inference_mode(False):
+                return _shared_pass(module, data, forward, list(_OPEN.get(model, ())))
+        finally:
+            _RUNNING.reset(token)
+
+
+class SiteAttribution(Attribution):
+    """Base of the methods that explain what modules return.
+
+    Args:
+        selector: which modules.
+        match: how patterns are held against paths.
+        pick: which tensor of a structured output.
+        call: which call of a module that runs several times in one forward; 0 the first, -1 the last.
+        reduce: axes of the scores that are summed, such as -1 for the features.
+        **options: see :class:`Attribution`.
+    """
+
+    def __init__(
+        self,
+        selector: Selector,
+        *,
+        match: Match = "full",
+        pick: Pick = None,
+        call: int | None = None,
+        reduce: int | Sequence[int] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        as_matcher(selector, match)  # an unusable selector is refused here, not on entering
+        self.selector = selector
+        self.match: Match = match
+        self.pick = pick
+        self.call = call
+        self.reduce = reduce
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.selector!r}, target={self.target!r})"
+
+    def _selectors(self) -> Mapping[str, tuple[Selector, Match]]:
+        return {"sites": (self.selector, self.match)}
+
+    def _options(self, role: str) -> tuple[Pick, int | None]:
+        return (self.pick, self.call)
+
+    def _summed(self, scores: Tensor) -> Tensor:
+        """Sum the axes of ``reduce``."""
+        if self.reduce is None:
+            return scores
+        return scores.sum(dim=self.reduce if isinstance(self.reduce, int) else tuple(self.reduce))
+
+
+def _shared_pass(
+    module: HookedModule,
+    data: TensorDictBase,
+    forward: Callable[[TensorDictBase], TensorDictBase],
+    crowd: list[_Member],
+) -> TensorDictBase:
+    results = {"attr", "gap", "baseline", "corrupt"}
+    bare = data.exclude(*(key for key in data.keys() if key in results)) if results & set(data.keys()) else data
+    runner = _runner(module, bare, forward, crowd)
+    base = Point(label="base")
+    frames = [
+        Frame(runner, data, member.selections, member.factory.target, member.factory.modifiers, base=base)
+        for member in crowd
+    ]
+    scores = _work_together(runner, [(m, m.factory._work(f)) for m, f in zip(crowd, frames, strict=True)], base)
+    final = runner.finish(base)
+    graph = any(member.factory.create_graph for member in crowd)
+    given = {key for key in bare.keys(include_nested=True, leaves_only=True)}
+    for key in final.keys(include_nested=True, leaves_only=True):
+        if key not in given or key in runner.out_keys:
+            value = final.get(key)
+            data.set(key, value if graph else value.detach())
+    for key, value in scores.items():
+        _write(data, key, value)
+    return data
+
+
+def _runner(module: HookedModule, data: TensorDictBase, forward: Any, crowd: list[_Member]) -> Runner:
+    modules, options = {}, {}
+    for member in crowd:
+        for role, selection in member.selections.items():
+            wanted = member.factory._options(role)
+            for path, submodule, _ in selection:
+                modules[path] = submodule
+                if options.setdefault(path, wanted) != wanted:
+                    raise AttributionError(
+                        f"two methods in one pass read {path!r} differently: (pick, call) = {options[path]!r} and "
+                        f"{wanted!r}; give both the same, or open them one after the other"
+                    )
+    chunks = [member.factory.chunk for member in crowd if member.factory.chunk is not None]
+    copies = [member.factory.snapshot for member in crowd if member.factory.snapshot is not None]
+    return Runner(
+        module.model,
+        forward,
+        data,
+        in_keys=module.in_keys,
+        out_keys=module.out_keys,
+        modules=modules,
+        options=options,
+        chunk=min(chunks) if chunks else None,
+        watched=looked_on(module.model) or _runs_otherwise(module),
+        create_graph=any(member.factory.create_graph for member in crowd),
+        snapshot=any(copies) if copies else None,
+    )
+
+
+def _runs_otherwise(module: HookedModule) -> bool:
+    inner: Any = module.td_module
+    while isinstance(inner, HookedModule):
+        context = inner.hooking_context
+        if context is not None and context.runs_module and not isinstance(context.factory, Attribution):
+            return True
+        inner = inner.td_module
+    return False
+
+
+def _work_together(runner: Runner, works: list[tuple[_Member, Work]], base: Point) -> dict[tuple[Any, ...], Any]:
+    """Let all methods ask, run what they ask for together, and so on until each has returned its scores."""
+    scores: dict[tuple[Any, ...], Any] = {}
+    while works:
+        asks: list[Ask] = []
+        left = []
+        for member, work in works:
+            try:
+                asks += next(work)
+            except StopIteration as done:
+                for key, value in done.value.items():
+                    if key in scores:
+                        raise AttributionError(
+                            f"two methods in one pass write {key!r}; tell them apart with name='...'"
+                        ) from None
+                    scores[key] = value
+            else:
+                left.append((member, work))
+        works = left
+        if asks:
+            runner.run(asks, base)
+    return scores
+
+
+def _write(data: TensorDictBase, key: tuple[Any, ...], value: Any) -> None:
+    try:
+        data.set(key, value)
+    except RuntimeError as error:
+        if not isinstance(value, Tensor | TensorDictBase) or value.shape[: data.batch_dims] == data.batch_size:
+            raise
+        raise AttributionError(
+            f"the scores {key!r} have shape {tuple(value.shape)}, which does not begin with the TensorDict's batch size "
+            f"{tuple(data.batch_size)}; call with a TensorDict of batch_size=[]"
+        ) from error
+

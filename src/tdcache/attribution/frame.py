@@ -1,0 +1,158 @@
+"""What a method at work has in hand: the inputs, their baselines and counterfactuals, and ready-made points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdcache.attribution.asks import Ask, Modifies, Place, Point, View
+from tdcache.attribution.runs import Runner
+from tdcache.attribution.targets import Target, TargetLike, as_targets
+from tdcache.errors import AttributionError
+from tdcache.selection import Selection
+from tdcache.types import CacheKey
+
+__all__ = ["Baseline", "Frame", "nothing"]
+
+Baseline = Tensor | float | int | Mapping[Any, Any] | Callable[[Tensor], Tensor] | None
+
+
+def nothing(view: View) -> None:
+    """A sink for what is only to be run."""
+
+
+class Frame:
+    """One method's part of a pass.
+
+    Args:
+        runner: the pass.
+        data: the user's TensorDict.
+        selections: the method's sites by role.
+        target: as the user gave it.
+        modifiers: those of the method.
+        base: the user's rows.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        data: TensorDictBase,
+        selections: Mapping[str, Selection],
+        target: TargetLike,
+        modifiers: Sequence[Modifies],
+        *,
+        base: Point,
+    ) -> None:
+        self.runner = runner
+        self.data = data
+        self.model = runner.model
+        self.modifiers = tuple(modifiers)
+        self.targets: dict[str | None, Target] = as_targets(target, runner.out_keys)
+        """The targets by name."""
+        self._selections = selections
+        self.base = base if not self.modifiers else self.point("base")
+
+    def sites(self, role: str = "sites") -> list[Place]:
+        """The places of a role: what its modules return."""
+        return [Place("out", path) for path in dict.fromkeys(self._selections[role].paths)]
+
+    def readers(self, role: str) -> list[Place]:
+        """What the modules of a role read."""
+        return [Place("in", path) for path in dict.fromkeys(self._selections[role].paths)]
+
+    def inputs(self) -> dict[CacheKey, Tensor]:
+        """The floating-point inputs of the model."""
+        found = {key: self.data.get(key) for key in self.runner.in_keys}
+        return {key: tensor for key, tensor in found.items() if tensor is not None and tensor.is_floating_point()}
+
+    def explained(self) -> list[Place]:
+        """The inputs that can be explained.
+
+        Raises:
+            AttributionError: all inputs are integers.
+        """
+        keys = list(self.inputs())
+        if not keys:
+            raise AttributionError(
+                f"the inputs {self.runner.in_keys!r} are integers and have no gradient; explain the embeddings instead, "
+                "with a site method such as GradientXActivation(r'.*embeddings'), IntegratedGradients(r'.*wte')"
+            )
+        return [Place("key", key) for key in keys]
+
+    def point(self, label: Any, **fields: Any) -> Point:
+        """A point with the method's modifiers; points of equal labels and modifiers are shared by all methods."""
+        modifiers = (*self.modifiers, *fields.pop("modifiers", ()))
+        return Point(label=(label, modifiers) if modifiers else label, modifiers=modifiers, **fields)
+
+    def counterfactual(self, *, required: bool = True) -> Point:
+        """The rows of the ``"corrupt"`` entries, in place of the inputs of the same name.
+
+        Raises:
+            AttributionError: there are none, or they do not fit.
+        """
+        given = self._given("corrupt")
+        if required and not given:
+            raise AttributionError(
+                f"this method compares with a counterfactual input, and the TensorDict has none; set "
+                f"data['corrupt', {self.runner.in_keys[0]!r}]"
+            )
+        return self.point("corrupt", inputs=given)
+
+    def _given(self, node: str) -> dict[CacheKey, Tensor]:
+        given: dict[CacheKey, Tensor] = {}
+        for key in self.runner.in_keys:
+            value = self.data.get((node, key) if isinstance(key, str) else (node, *key), None)
+            if value is not None:
+                given[key] = _fitted(value, self.data.get(key), node, key)
+        return given
+
+    def baselines(self, baseline: Baseline) -> dict[CacheKey, Tensor]:
+        """The baseline of every input that has one: given in the TensorDict, as an argument, or zeros.
+
+        Raises:
+            AttributionError: one of another shape.
+        """
+        found = self._given("baseline")
+        for key, tensor in self.inputs().items():
+            if key in found:
+                continue
+            value = baseline.get(key, 0.0) if isinstance(baseline, Mapping) else baseline
+            found[key] = _fitted(0.0 if value is None else value, tensor, "baseline", key)
+        return found
+
+    def along(self, start: Mapping[CacheKey, Tensor], node: float, tag: Any) -> Point:
+        """The point ``start + node * (input - start)`` of the straight path to the inputs."""
+        moved = {}
+        for key, low in start.items():
+            high = self.data.get(key)
+            if not high.is_floating_point():
+                raise AttributionError(
+                    f"the input {key!r} is of integers, between which there is no path; give a site instead, such as "
+                    "the embeddings"
+                )
+            moved[key] = low + node * (high - low)
+        return self.point(("path", node, tag), inputs=moved)
+
+    def ask(self, point: Point, sink: Callable[[View], None], target: Target | None = None, **fields: Any) -> Ask:
+        """An ask; see :class:`Ask`."""
+        return Ask(point=point, sink=sink, target=target, **fields)
+
+
+def _fitted(value: Any, like: Tensor, node: str, key: CacheKey) -> Tensor:
+    if callable(value) and not isinstance(value, Tensor):
+        value = value(like)
+    if not isinstance(value, Tensor):
+        return torch.full_like(like, value)
+    try:
+        if torch.broadcast_shapes(value.shape, like.shape) != like.shape:
+            raise RuntimeError
+    except RuntimeError:
+        raise AttributionError(
+            f"the {node} of {key!r} has shape {tuple(value.shape)}, the input {tuple(like.shape)}; give one of that shape, "
+            "or one that expands to it"
+        ) from None
+    return value.to(like).expand_as(like)

@@ -1,0 +1,171 @@
+"""Scores from one forward and one backward: saliency, gradient times activation, Grad-CAM, guided backpropagation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from tdcache.attribution.asks import Place, View, wide
+from tdcache.attribution.base import Attribution, Scores, SiteAttribution, Work
+from tdcache.attribution.frame import Frame
+from tdcache.attribution.modifiers import GuidedReLU
+from tdcache.attribution.reductions import grad_cam, gradient_x_activation
+from tdcache.types import Selector
+
+__all__ = ["GradCAM", "GradientXActivation", "GuidedBackpropagation", "InputXGradient", "Saliency", "Seen", "key_of"]
+
+
+def key_of(name: str | None, target: str | None, place: Place | str) -> tuple[Any, ...]:
+    """The key of a score: ``("attr", name, target, place)``, without the parts that are None."""
+    where = place.name if isinstance(place, Place) else place
+    parts = (*((name,) if name is not None else ()), *((target,) if target is not None else ()))
+    return ("attr", *parts, *(where if isinstance(where, tuple) else (where,)))
+
+
+@dataclass(slots=True)
+class Seen:
+    """A sink that keeps the values and gradients of one point, and the target's values."""
+
+    places: Sequence[Place]
+    values: dict[Place, Tensor] = field(default_factory=dict)
+    grads: dict[Place, Tensor] = field(default_factory=dict)
+    target: Tensor | None = None
+    with_values: bool = True
+    with_grads: bool = True
+
+    def __call__(self, view: View) -> None:
+        """Keep what the view shows."""
+        if self.with_values:
+            self.values = {place: view.value(place) for place in self.places}
+        if self.with_grads:
+            self.grads = {place: view.grad(place) for place in self.places}
+        self.target = view.target
+
+
+
+class _InputMethod(Attribution):
+    """A method that scores the model's floating-point inputs from one gradient."""
+
+    values = True
+
+    def _work(self, frame: Frame) -> Work:
+        places = frame.explained()
+        seen = {name: Seen(places, with_values=self.values) for name in frame.targets}
+        values = places if self.values else ()
+        yield [
+            frame.ask(frame.base, seen[name], target, values=values, grads=places)
+            for name, target in frame.targets.items()
+        ]
+        return self._scores(seen)
+
+    def _scores(self, seen: dict[str | None, Seen]) -> Scores:
+        return {
+            key_of(self.name, name, place): self._score(each.values.get(place), each.grads[place])
+            for name, each in seen.items()
+            for place in each.places
+        }
+
+    def _score(self, value: Any, grad: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Saliency(_InputMethod):
+    """The gradient of the target with respect to the inputs (Simonyan et al. 2014, arXiv:1312.6034).
+
+    Args:
+        absolute: without its sign.
+        **options: see :class:`Attribution`.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> model = torch.nn.Linear(3, 2, bias=False)
+        >>> with Saliency(target=1, absolute=False).prepare(model) as hooked:
+        ...     td = hooked(TensorDict({"input": torch.ones(4, 3)}, batch_size=[4]))
+        >>> bool((td["attr", "input"][0] == model.weight[1]).all())
+        True
+    """
+
+    values = False
+
+    def __init__(self, *, absolute: bool = True, **options: Any) -> None:
+        super().__init__(**options)
+        self.absolute = absolute
+
+    def _score(self, value: Any, grad: Tensor) -> Tensor:
+        return wide(grad.abs() if self.absolute else grad)
+
+
+class InputXGradient(_InputMethod):
+    """The gradient times the input, elementwise (Shrikumar et al. 2016, arXiv:1605.01713)."""
+
+    def _score(self, value: Any, grad: Tensor) -> Tensor:
+        return gradient_x_activation(wide(value), wide(grad))
+
+
+class GuidedBackpropagation(Saliency):
+    """The gradient through ReLUs that let only positive gradients pass (Springenberg et al. 2015, arXiv:1412.6806).
+
+    Only ``nn.ReLU`` modules are changed, so the result may be negative.
+
+    Args:
+        selector: which modules count as ReLUs; all instances of ``nn.ReLU`` by default.
+        absolute: without its sign.
+        **options: see :class:`Attribution`.
+    """
+
+    def __init__(self, selector: Selector | None = None, *, absolute: bool = False, **options: Any) -> None:
+        modifiers = (*options.pop("modifiers", ()), GuidedReLU() if selector is None else GuidedReLU(selector))
+        super().__init__(absolute=absolute, modifiers=modifiers, **options)
+
+
+class GradientXActivation(SiteAttribution):
+    r"""The gradient times the activation at every selected module, all of them in one forward and one backward.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> with GradientXActivation(r"\d", target=0).prepare(model) as hooked:
+        ...     td = hooked(TensorDict({"input": torch.ones(4, 3)}, batch_size=[4]))
+        >>> td["attr", "1"].shape
+        torch.Size([4, 3])
+    """
+
+    def _work(self, frame: Frame) -> Work:
+        places = frame.sites()
+        seen = {name: Seen(places) for name in frame.targets}
+        yield [
+            frame.ask(frame.base, seen[name], target, values=places, grads=places)
+            for name, target in frame.targets.items()
+        ]
+        return {
+            key_of(self.name, name, place): self._summed(self._score(each.values[place], each.grads[place]))
+            for name, each in seen.items()
+            for place in places
+        }
+
+    def _score(self, value: Tensor, grad: Tensor) -> Tensor:
+        return gradient_x_activation(wide(value), wide(grad))
+
+
+class GradCAM(GradientXActivation):
+    """Channels weighted by their mean gradient and summed (Selvaraju et al. 2017, arXiv:1610.02391).
+
+    Scores have shape ``(batch, 1, *space)`` of the selected modules' outputs ``(batch, channels, *space)``.
+
+    Args:
+        selector: which modules, usually the last convolution.
+        relu: keep only what speaks for the target.
+        **options: see :class:`SiteAttribution`.
+    """
+
+    def __init__(self, selector: Selector, *, relu: bool = False, **options: Any) -> None:
+        super().__init__(selector, **options)
+        self.relu = relu
+
+    def _score(self, value: Tensor, grad: Tensor) -> Tensor:
+        return grad_cam(wide(value), wide(grad), relu=self.relu)

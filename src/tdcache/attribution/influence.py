@@ -1,0 +1,159 @@
+"""What layers receive along a path of the inputs: internal influence and conductance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tdcache.attribution.asks import Ask, Place, View, wide
+from tdcache.attribution.base import SiteAttribution, Work
+from tdcache.attribution.frame import Baseline, Frame
+from tdcache.attribution.gradients import Seen, key_of
+from tdcache.attribution.integrated import WeightedSum, gap_key
+from tdcache.attribution.quadrature import quadrature
+from tdcache.errors import AttributionError
+from tdcache.types import Selector
+
+__all__ = ["Conductance", "InternalInfluence"]
+
+
+class _PathMethod(SiteAttribution):
+    """A site method over a path of the inputs.
+
+    Args:
+        selector: which modules.
+        n_steps: the number of points, or of intervals, on the path.
+        method: a rule of :func:`~tdcache.attribution.quadrature.quadrature`.
+        baseline: see :class:`IntegratedGradients`.
+        **options: see :class:`SiteAttribution`.
+    """
+
+    def __init__(
+        self,
+        selector: Selector,
+        *,
+        n_steps: int = 50,
+        method: str = "gausslegendre",
+        baseline: Baseline = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(selector, **options)
+        self.n_steps = n_steps
+        self.method = method
+        self.baseline = baseline
+        self.nodes = quadrature(method, n_steps)
+
+    def _tag(self) -> Any:
+        return ("given",) if self.baseline is None else self.baseline if isinstance(self.baseline, int | float) else id(self)
+
+
+class InternalInfluence(_PathMethod):
+    """The gradient at each selected module, averaged along the inputs' path (Leino et al. 2018, arXiv:1802.03788)."""
+
+    def _work(self, frame: Frame) -> Work:
+        places = frame.sites()
+        frame.explained()  # integers have no path: the error says what to do
+        start = frame.baselines(self.baseline)
+        sums = {name: WeightedSum() for name in frame.targets}
+        yield [
+            frame.ask(frame.along(start, node, self._tag()), sums[name].sink(weight, places), target, grads=places)
+            for name, target in frame.targets.items()
+            for node, weight in self.nodes
+        ]
+        return {
+            key_of(self.name, name, place): self._summed(total.sums[place])
+            for name, total in sums.items()
+            for place in places
+        }
+
+
+class Conductance(_PathMethod):
+    """What flows through each selected module along the inputs' path (Dhamdhere et al. 2018, arXiv:1805.12233).
+
+    ``sum_k g_k * (a_{k+1} - a_k)`` over activations ``a`` and their gradients ``g``. With ``method="trapezoid"`` (the
+    default) the steps begin and end at the path's ends and gradients are averaged over a step, so that the scores of a
+    layer that everything passes through sum to ``f(input) - f(baseline)`` up to the second order of the step; other
+    methods use the gradient at the step's beginning.
+
+    Args:
+        selector: which modules.
+        n_steps: the number of steps.
+        method: where the points lie.
+        **options: see :class:`IntegratedGradients` and :class:`SiteAttribution`.
+    """
+
+    def __init__(self, selector: Selector, *, n_steps: int = 50, method: str = "trapezoid", **options: Any) -> None:
+        super().__init__(selector, n_steps=n_steps, method=method, **options)
+        self.nodes = quadrature(method, n_steps + 1)
+
+    def _work(self, frame: Frame) -> Work:
+        places = frame.sites()
+        frame.explained()
+        start = frame.baselines(self.baseline)
+        steps = {name: _Steps(places, len(self.nodes), self.method == "trapezoid") for name in frame.targets}
+        ends = {name: (Seen(()), Seen(())) for name in frame.targets}
+        asks: list[Ask] = []
+        for name, target in frame.targets.items():
+            asks += [
+                frame.ask(frame.along(start, node, self._tag()), steps[name].sink(at), target, values=places, grads=places)
+                for at, (node, _) in enumerate(self.nodes)
+            ]
+            asks.append(frame.ask(frame.along(start, 0.0, self._tag()), ends[name][0], target))
+            asks.append(frame.ask(frame.base, ends[name][1], target))
+        yield asks
+        scores = {}
+        for name, total in steps.items():
+            low, high = (seen.target for seen in ends[name])
+            if low is None or high is None:
+                raise AttributionError("the target was not computed at both ends of the path")
+            for place in places:
+                found = total.sums[place]
+                scores[key_of(self.name, name, place)] = self._summed(found)
+                rows = found.reshape(*high.shape, -1).sum(-1) if found.shape[: high.ndim] == high.shape else None
+                if rows is not None:
+                    scores[gap_key(self.name, name, place)] = rows - wide(high - low)
+        return scores
+
+
+class _Steps:
+    """A running sum over the steps between neighbouring points, which may arrive in any order."""
+
+    def __init__(self, places: Sequence[Place], count: int, average: bool) -> None:
+        self.places = places
+        self.count = count
+        self.average = average
+        self.sums: dict[Place, Tensor] = {}
+        self.waiting: dict[int, dict[Place, tuple[Tensor, Tensor]]] = {}
+        self.done: set[int] = set()
+
+    def sink(self, at: int) -> _Step:
+        """The sink of the point number ``at``."""
+        return _Step(self, at)
+
+    def add(self, low: int) -> None:
+        """Add the step from point ``low`` to the next."""
+        for place in self.places:
+            (before, grad), (after, next_grad) = self.waiting[low][place], self.waiting[low + 1][place]
+            slope = (grad + next_grad) / 2 if self.average else grad
+            term = slope * (after - before)  # g_k (a_{k+1} - a_k)
+            self.sums[place] = self.sums[place] + term if place in self.sums else term
+        self.done.add(low)
+        for at in (low, low + 1):  # a point between two steps that are done is not needed any more
+            if (at == 0 or at - 1 in self.done) and (at == self.count - 1 or at in self.done):
+                del self.waiting[at]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    steps: _Steps
+    at: int
+
+    def __call__(self, view: View) -> None:
+        steps, at = self.steps, self.at
+        steps.waiting[at] = {place: (wide(view.value(place)), wide(view.grad(place))) for place in steps.places}
+        for low in (at - 1, at):
+            if low in steps.waiting and low + 1 in steps.waiting:
+                steps.add(low)

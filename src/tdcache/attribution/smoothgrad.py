@@ -1,0 +1,77 @@
+"""Gradients averaged over noisy copies of the inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tdcache.attribution.asks import Ask, wide
+from tdcache.attribution.base import Attribution, Work
+from tdcache.attribution.frame import Frame
+from tdcache.attribution.gradients import key_of
+from tdcache.attribution.integrated import WeightedSum
+
+__all__ = ["SmoothGrad"]
+
+
+class SmoothGrad(Attribution):
+    """The gradient averaged over inputs with Gaussian noise (Smilkov et al. 2017, arXiv:1706.03825).
+
+    Args:
+        n_samples: how many noisy copies.
+        scale: standard deviation of the noise, as a share of each input's range (its maximum minus its minimum).
+        seed: of the noise; equal seeds give equal scores.
+        multiply_by_inputs: multiply by the input.
+        **options: see :class:`Attribution`.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_samples: int = 25,
+        scale: float = 0.1,
+        seed: int = 0,
+        multiply_by_inputs: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if n_samples < 1:
+            raise ValueError(f"n_samples is at least 1, got {n_samples}")
+        self.n_samples = n_samples
+        self.scale = scale
+        self.seed = seed
+        self.multiply_by_inputs = multiply_by_inputs
+
+    def _work(self, frame: Frame) -> Work:
+        places = frame.explained()
+        points = [frame.point(("noise", self.seed, self.scale, at), inputs=self._noisy(frame, at)) for at in range(self.n_samples)]
+        sums = {name: WeightedSum() for name in frame.targets}
+        asks: list[Ask] = [
+            frame.ask(point, sums[name].sink(1 / self.n_samples, places), target, grads=places)
+            for name, target in frame.targets.items()
+            for point in points
+        ]
+        yield asks
+        return {
+            key_of(self.name, name, place): total.sums[place] * wide(frame.data.get(place.name))
+            if self.multiply_by_inputs
+            else total.sums[place]
+            for name, total in sums.items()
+            for place in places
+        }
+
+    def _noisy(self, frame: Frame, at: int) -> dict[Any, torch.Tensor]:
+        noisy = {}
+        for number, (key, tensor) in enumerate(frame.inputs().items()):
+            # Drawn on the CPU, so that a seed means the same on every device.
+            generator = torch.Generator().manual_seed(hash((self.seed, at, number)) % (1 << 62))
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
+            span = (tensor.amax() - tensor.amin()) if tensor.ndim < 2 else _span(tensor)
+            noisy[key] = tensor + self.scale * span * noise
+        return noisy
+
+
+def _span(tensor: torch.Tensor) -> torch.Tensor:
+    axes = tuple(range(1, tensor.ndim))
+    return tensor.amax(dim=axes, keepdim=True) - tensor.amin(dim=axes, keepdim=True)

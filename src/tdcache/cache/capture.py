@@ -1,0 +1,137 @@
+"""What a caching context captures: options as frozen data, and the taps they put on the selected sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tensordict import TensorDictBase
+from torch import nn
+
+from tdcache.cache.channel import Channel
+from tdcache.cache.keep import Keep
+from tdcache.cache.recorder import Recorder
+from tdcache.cache.taps import CallbackTap, GradientTap, OutputAndGradientTap, OutputTap, StopTap, ValueTap
+from tdcache.cache.target import StackBy, Target
+from tdcache.errors import DirectionError
+from tdcache.hooks.attach import MultiHookHandle, Order, attach, attach_outputs
+from tdcache.hooks.directions import direction_row
+from tdcache.hooks.factory import check_callback
+from tdcache.reducers import Reducer
+from tdcache.selection import Selection, Site
+from tdcache.types import HookDirection, Pick
+
+__all__ = ["Capture"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capture:
+    """The options of :class:`tdcache.ActivationCaching` that say what is kept of a site.
+
+    Raises:
+        DirectionError: unknown direction, or a gradient with ``stop_early``.
+        HookSignatureError: the callback lacks a parameter.
+    """
+
+    directions: tuple[HookDirection, ...]
+    nested: bool
+    callback: Callable[..., Any] | None
+    pick: Pick
+    keep: Keep
+    reducer: Reducer
+    batch_dims: int
+    stack_by: str | None
+    stop_early: bool
+    prepend: bool
+
+    def __post_init__(self) -> None:
+        for direction in self.directions:
+            row = direction_row(direction)
+            check_callback(self.callback, (*row.params, "key", "direction"))
+            if self.stop_early and row.gradient:
+                raise DirectionError(
+                    f"stop_early ends the forward, so no backward can bring {direction!r}; leave one of them out"
+                )
+
+    @property
+    def order(self) -> int:
+        """Where the taps stand among the hooks of a site."""
+        return Order.FIRST if self.prepend else Order.CAPTURE
+
+    def recorder(self, cache: TensorDictBase, selection: Selection) -> Recorder:
+        """The state of one open context: a channel per direction, each with its place in the cache.
+
+        Raises:
+            CacheWriteError: the cache is locked and lacks entries.
+            CaptureError: ``stack_by`` names no group of the pattern.
+        """
+        keep = self.keep if cache.device is None or self.keep.device else replace(self.keep, device=cache.device)
+        stack_by = None if self.stack_by is None else StackBy(self.stack_by, selection)
+        has_parts = self.pick == "all"
+        channels = []
+        for direction in self.directions:
+            target = Target(cache, direction if self.nested else None, self.batch_dims)
+            if self.nested and not target.in_place:
+                target.reset()  # so that cache["bwd"] can be read before the first gradient
+            if not has_parts:
+                target.check(selection.paths if stack_by is None else tuple(stack_by.members))
+            channels.append(Channel(direction, selection.paths, keep, target, self.reducer, stack_by, has_parts))
+        return Recorder(channels)
+
+    def place(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:
+        """Put the taps on the sites; ``handle`` takes the registrations in."""
+        channels = list(recorder.channels)
+        if self._takes_pairs(channels):
+            output, gradient = channels.pop(0), channels.pop(0)
+            taps = (OutputAndGradientTap(path, output, recorder, self.order, gradient) for path in selection.paths)
+            attach_outputs(
+                ((site.module, tap.on_both) for site, tap in zip(selection, taps, strict=True)), handle, self.order
+            )
+        for channel in channels:
+            self._place_one(selection, channel, recorder, handle)
+        if self.stop_early:
+            self._place_stops(selection, recorder, handle)
+
+    def _takes_pairs(self, channels: list[Channel]) -> bool:
+        """Whether one tap per site can take the output and its gradient, both as they are."""
+        plain = [channel.direction for channel in channels[:2] if channel.takes_aliases]
+        return plain == ["fwd", "bwd"] and not (self.callback or self.pick or self.prepend)
+
+    def _place_one(self, selection: Selection, channel: Channel, recorder: Recorder, handle: MultiHookHandle) -> None:
+        direction: HookDirection = channel.direction
+        if self.callback is None and direction in ("fwd", "fwd_kwargs", "bwd", "bwd_pre"):
+            attach_outputs(self._output_hooks(selection, channel, recorder), handle, self.order)
+            return
+        for site in selection:
+            hook, how = self._other_hook(site, channel, recorder)
+            handle.add(attach(site.module, hook, how, order=self.order, path=site.path))
+
+    def _output_hooks(
+        self, selection: Selection, channel: Channel, recorder: Recorder
+    ) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+        for path, module, _ in selection:
+            if channel.is_gradient:
+                yield module, GradientTap(path, channel, recorder, self.order, self.pick).on_output
+            elif self.pick is None and channel.takes_aliases:
+                yield module, OutputTap(path, channel, recorder, self.order).on_output
+            else:
+                yield module, ValueTap(path, channel, recorder, self.order, self.pick).on_output
+
+    def _other_hook(self, site: Site, channel: Channel, recorder: Recorder) -> tuple[Callable[..., Any], HookDirection]:
+        """The hook of one site, and the direction it is registered in."""
+        path, direction = site.path, channel.direction
+        if self.callback is not None:
+            key = (direction, path) if self.nested else path
+            row = direction_row(direction)
+            asked = CallbackTap(path, channel, recorder, self.order, key=key, row=row, callback=self.callback)
+            return asked.on_call, direction
+        tap = ValueTap(path, channel, recorder, self.order, self.pick)
+        return (tap.on_grad_input, "grad_in") if direction == "grad_in" else (tap.on_input, "fwd_pre_kwargs")
+
+    def _place_stops(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:
+        recorder.stop_after = frozenset(selection.paths)
+        before: bool = all(direction.startswith("fwd_pre") for direction in self.directions)
+        for path, module, _ in selection:
+            stop = StopTap(path, recorder, Order.STOP)
+            handle.add(attach(module, stop.on_call, "fwd_pre" if before else "fwd", order=Order.STOP))

@@ -1,0 +1,225 @@
+"""From a forward to rows: one taker at every site copies what is kept, in the hook itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from tdcache.caching import ActivationCaching
+from tdcache.errors import CaptureError, listed
+from tdcache.harvesting.row_rule import BatchRows
+from tdcache.harvesting.whole import whole_tensor
+from tdcache.hooks.values import pick_tensor
+from tdcache.modules import HookedModule
+from tdcache.types import HookDirection, Match, Pick, Selector
+
+__all__ = ["Capture", "RowTaker", "as_evaluated", "model_device"]
+
+
+@dataclass(slots=True)
+class RowTaker:
+    """The callback of a harvest: the kept rows of one value, copied, cast, counted.
+
+    A copy made in the hook cannot be changed by an in-place operation that comes later, and pins nothing.
+    """
+
+    dtype: torch.dtype | None = None
+    pick: Pick = None
+    rows: BatchRows | None = None
+    """The rows of the running batch; None takes whole values (to look at their shapes)."""
+    overflow: dict[str, Tensor] = field(default_factory=dict)
+    """Finite values per site that the dtype cannot hold, since :meth:`start`."""
+
+    def start(self, rows: BatchRows | None) -> None:
+        """A batch begins."""
+        self.rows = rows
+
+    def __call__(self, *, module: nn.Module, key: Any, **seen: Any) -> Tensor:
+        """Take the rows of one value."""
+        path = key if isinstance(key, str) else key[-1]
+        value = seen["output"] if "output" in seen else seen["args"]
+        if isinstance(value, TensorDictBase) and getattr(module, "out_keys", None) and self.pick is None:
+            value = value.get(module.out_keys[0])
+        tensor = pick_tensor(value, self.pick, path)
+        if not isinstance(tensor, Tensor):
+            raise CaptureError(f"pick={self.pick!r} gives {type(tensor).__name__} at {path!r}, no tensor", paths=(path,))
+        tensor = whole_tensor(tensor.detach(), module, path)
+        return tensor if self.rows is None else self._cast(_chosen(tensor, self.rows, path), path, tensor)
+
+    def _cast(self, rows: Tensor, path: str, of: Tensor) -> Tensor:
+        if self.dtype is None or self.dtype == rows.dtype:
+            return rows.clone() if rows.untyped_storage().data_ptr() == of.untyped_storage().data_ptr() else rows
+        if not rows.is_floating_point():
+            raise CaptureError(
+                f"{path!r} has values of {rows.dtype}, which dtype={self.dtype} would change; leave dtype out, or "
+                "select it in a harvest of its own",
+                paths=(path,),
+            )
+        count = _unrepresentable(rows, self.dtype)
+        if count is not None:
+            self.overflow[path] = self.overflow.get(path, torch.zeros((), device=rows.device)) + count
+        return rows.to(self.dtype)
+
+
+def _chosen(tensor: Tensor, rows: BatchRows, path: str) -> Tensor:
+    depth = len(rows.grid)
+    if tuple(tensor.shape[:depth]) != rows.grid:
+        what = "(batch, tokens)" if depth > 1 else "(batch,)"
+        raise CaptureError(
+            f"{path!r} has values of shape {tuple(tensor.shape)}, which do not begin with {what} = {rows.grid}, so that "
+            "its rows cannot stand beside the others'; select it in a harvest of its own, pick= another value, or give "
+            "rows='samples' for one row per sample",
+            paths=(path,),
+        )
+    flat = tensor.flatten(0, depth - 1)
+    return flat if rows.chosen is None else flat.index_select(0, rows.chosen.to(flat.device))
+
+
+def _unrepresentable(rows: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """How many finite values ``dtype`` cannot hold; None where a look at the largest tells that there are none."""
+    largest = torch.finfo(dtype).max
+    if torch.finfo(rows.dtype).max <= largest or rows.numel() == 0:
+        return None
+    if rows.device.type == "cpu" and bool(torch.linalg.vector_norm(rows, float("inf")) <= largest):
+        return None
+    lost = ~torch.isfinite(rows.to(dtype).float()) | (rows.abs() > largest)
+    return (lost & torch.isfinite(rows)).sum()
+
+
+class Capture:
+    """A model with takers at its sites, called batch by batch. A context manager.
+
+    Args:
+        model: run without gradients, in eval mode; every module's own flag is put back.
+        select: the sites.
+        match: how patterns are held against paths.
+        direction: ``"fwd"`` (outputs) or ``"fwd_pre"`` (inputs).
+        pick: which tensor of a structured value.
+        dtype: of the rows; None keeps the model's.
+        stop_early: end each forward once every site has fired.
+        forward: ``forward(model, batch)``, where the model is called in a way of its own.
+        device: where batches are moved; by default where the model is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        select: Selector,
+        *,
+        match: Match = "full",
+        direction: HookDirection = "fwd",
+        pick: Pick = None,
+        dtype: torch.dtype | None = None,
+        stop_early: bool = True,
+        forward: Callable[[Any, Any], Any] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.model = model
+        self.taker = RowTaker(dtype, pick)
+        self.device = model_device(model) if device is None else torch.device(device)
+        self._forward = forward
+        self._factory = ActivationCaching(
+            select,
+            callback=self.taker,
+            directions=[direction],
+            match=match,
+            device="cpu",
+            stop_early=stop_early,
+        )
+        self._names = _accepted_names(model)
+
+    @contextmanager
+    def open(self) -> Iterator[HookedModule]:
+        """Put the takers in place, and the model in eval mode, for a block."""
+        with as_evaluated(self.model), torch.no_grad(), self._factory.prepare(self.model) as hooked:
+            yield hooked
+
+    def run(self, hooked: HookedModule, batch: Any, rows: BatchRows | None) -> Mapping[str, Tensor]:
+        """One forward; the kept rows of every site, on the CPU, valid for good.
+
+        Raises:
+            CaptureError: a site saw no value.
+        """
+        self.taker.start(rows)
+        if self._forward is not None:
+            self._forward(hooked, to_device(batch, self.device))
+        else:
+            self._call(hooked, batch)
+        found = dict(hooked.cache.items())
+        missing = [path for path in self.paths(hooked) if path not in found]
+        if missing:
+            raise CaptureError(
+                f"{listed(missing)} saw no value in this forward, so its rows would be missing; leave it out of select=",
+                paths=missing,
+            )
+        return found
+
+    def paths(self, hooked: HookedModule) -> tuple[str, ...]:
+        """The sites."""
+        recorder = hooked.hooking_context.recorder
+        return tuple(recorder.channels[0].paths)
+
+    def overflow(self) -> dict[str, int]:
+        """Values per site that the dtype could not hold, since the last call."""
+        counts = {path: int(count) for path, count in self.taker.overflow.items()}
+        self.taker.overflow.clear()
+        return {path: count for path, count in counts.items() if count}
+
+    def _call(self, hooked: HookedModule, batch: Any) -> None:
+        if isinstance(batch, tuple | list) and not isinstance(batch, Tensor):
+            batch = batch[0]  # inputs and labels, as a supervised dataset has them
+        batch = to_device(batch, self.device)
+        if isinstance(batch, Mapping) and not isinstance(batch, TensorDictBase):
+            named = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+            if self._names is not None:
+                named = {name: value for name, value in named.items() if name in self._names}
+            hooked(**named)
+        else:
+            hooked(batch)
+
+
+def _accepted_names(model: nn.Module) -> frozenset[str] | None:
+    """The keyword arguments of a model; None where it takes any."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return frozenset(parameter.name for parameter in parameters)
+
+
+@contextmanager
+def as_evaluated(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside a block; every module's own flag is put back, whatever happens."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where a model's first parameter or buffer is; the CPU where it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type != "meta":
+            return tensor.device
+    return torch.device("cpu")
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on a device."""
+    if isinstance(batch, Tensor | TensorDictBase):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        parts = [to_device(each, device) for each in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch

@@ -1,0 +1,155 @@
+"""Which rows of a batch are kept: one per token or one per sample, without padding, BOS and positions not asked for.
+
+The answer depends on the batch alone, never on the model, so that rows can be counted without a forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tdcache.errors import SelectionError
+from tdcache.hooks.values import first_tensor
+
+__all__ = ["BatchRows", "RowKind", "RowRule", "as_positions", "batch_length"]
+
+RowKind = Literal["tokens", "samples"]
+_DROPS = ("bos", "pad")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRows:
+    """The rows of one batch that are kept."""
+
+    grid: tuple[int, ...]
+    """The leading dimensions that every site's value must have: ``(batch, tokens)`` or ``(batch,)``."""
+    chosen: Tensor | None
+    """Numbers of the kept rows of the flattened grid, or None for all of them."""
+    seq: Tensor
+    pos: Tensor
+    tok: Tensor | None
+
+    def __len__(self) -> int:
+        return self.seq.numel()
+
+    def first(self, count: int) -> BatchRows:
+        """The first ``count`` of these rows."""
+        if count >= len(self):
+            return self
+        chosen = torch.arange(len(self)) if self.chosen is None else self.chosen
+        tok = None if self.tok is None else self.tok[:count]
+        return BatchRows(self.grid, chosen[:count], self.seq[:count], self.pos[:count], tok)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowRule:
+    """What is dropped.
+
+    Args:
+        kind: one row per token or per sample.
+        drop: ``"pad"`` (tokens that the attention mask leaves out) and ``"bos"`` (the first token that it keeps).
+        positions: the kept places among a sample's own tokens, counted from 0, or from -1 at its end; None for all.
+    """
+
+    kind: RowKind
+    drop: tuple[str, ...] = ("pad",)
+    positions: slice | tuple[int, ...] | None = None
+
+    def __call__(self, batch: Any, *, first: int) -> BatchRows:
+        """The kept rows of a batch whose first sample has number ``first``."""
+        if self.kind == "samples":
+            count = batch_length(batch)
+            seq = torch.arange(first, first + count)
+            return BatchRows((count,), None, seq, torch.zeros(count, dtype=torch.int32), None)
+        ids, mask = tokens_of(batch)
+        grid = ids if ids is not None else mask
+        size = tuple((first_tensor(batch) if grid is None else grid).shape[:2])  # type: ignore[union-attr]
+        real = torch.ones(size, dtype=torch.bool) if mask is None or "pad" not in self.drop else mask.cpu() != 0
+        place = real.cumsum(1) - 1
+        kept = real & self._asked_for(place, real.sum(1, keepdim=True))
+        chosen = kept.reshape(-1).nonzero().squeeze(1)
+        return BatchRows(
+            size,
+            None if chosen.numel() == kept.numel() else chosen,
+            (torch.arange(first, first + size[0]).unsqueeze(1).expand(size)).reshape(-1)[chosen],
+            place.reshape(-1)[chosen].int(),
+            None if ids is None else ids.cpu().reshape(-1)[chosen].int(),
+        )
+
+    def _asked_for(self, place: Tensor, length: Tensor) -> Tensor:
+        asked = torch.ones_like(place, dtype=torch.bool) if "bos" not in self.drop else place > 0
+        if isinstance(self.positions, slice):
+            begin = _from_start(self.positions.start, length, 0)
+            stop = _from_start(self.positions.stop, length, None)
+            on_step = (place - begin) % (self.positions.step or 1) == 0
+            return asked & (place >= begin) & (place < stop) & on_step
+        if self.positions is not None:
+            wanted = [place == (each if each >= 0 else length + each) for each in self.positions]
+            return asked & torch.stack(wanted).any(0)
+        return asked
+
+
+def _from_start(bound: int | None, length: Tensor, default: int | None) -> Tensor:
+    if bound is None:
+        return length if default is None else torch.full_like(length, default)
+    return torch.full_like(length, bound) if bound >= 0 else (length + bound).clamp(min=0)
+
+
+def as_positions(positions: Any) -> slice | tuple[int, ...] | None:
+    """A slice, a number or several, in the one form that a rule has.
+
+    Raises:
+        SelectionError: something else.
+    """
+    if isinstance(positions, int) and not isinstance(positions, bool):
+        return (positions,)
+    if isinstance(positions, slice):
+        bounds = (positions.start, positions.stop, positions.step)
+        if all(each is None or isinstance(each, int) for each in bounds) and (positions.step or 1) > 0:
+            return positions
+    elif positions is None:
+        return None
+    elif isinstance(positions, Sequence) and positions and all(type(each) is int for each in positions):
+        return tuple(positions)
+    raise SelectionError(
+        f"positions is a number, several, or a slice with a positive step, got {positions!r}", selector=positions
+    )
+
+
+def as_drops(drop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """``"pad|bos"``, ``("pad", "bos")`` or None, sorted."""
+    names = drop.split("|") if isinstance(drop, str) else list(drop or ())
+    unknown = [name for name in names if name not in _DROPS]
+    if unknown:
+        raise SelectionError(f"drop knows 'pad' and 'bos', got {unknown[0]!r}; choose places with positions=")
+    return tuple(sorted(set(names)))
+
+
+def tokens_of(batch: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The token ids and the attention mask of a batch, ``(batch, tokens)`` each, where it has them."""
+    if isinstance(batch, Mapping):
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    else:
+        ids, mask = first_tensor(batch), None
+    ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point() else None
+    return ids, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def batch_length(batch: Any) -> int:
+    """The number of samples in a batch.
+
+    Raises:
+        SelectionError: there is no tensor in it.
+    """
+    ids, mask = tokens_of(batch)
+    tensor = ids if ids is not None else mask if mask is not None else first_tensor(batch)
+    if tensor is None or tensor.dim() == 0:
+        raise SelectionError(
+            f"a batch is a tensor, or tensors in a tuple, list or mapping, with the samples along the first dimension; "
+            f"got {type(batch).__name__}"
+        )
+    return tensor.shape[0]

@@ -1,0 +1,179 @@
+"""Data as numbered batches of numbered samples, from a place one chooses."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
+
+from tdcache.errors import StoreError
+from tdcache.harvesting.row_rule import batch_length
+from tdcache.hooks.values import leaves
+
+__all__ = ["Source", "Step", "Visit"]
+
+Visit = Literal["skip", "count", "run"]
+"""What happens to a unit: not looked at, its rows counted, or run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One batch."""
+
+    unit: int
+    number: int
+    first: int
+    """The number of its first sample."""
+    batch: Any
+    visit: Visit
+    ends_unit: bool
+    ends_data: bool
+
+
+class Source:
+    """The batches of ``data`` in an order that never changes.
+
+    Args:
+        data: a ``DataLoader`` that does not shuffle, a map-style dataset of samples, or any iterable of batches. Loaders
+            and datasets are entered at any batch; other iterables from their beginning.
+        batch_size: samples per batch, of a dataset.
+        collate: makes a batch of samples, of a dataset.
+
+    Raises:
+        StoreError: the order of the data is random, or belongs to a distributed sampler.
+    """
+
+    def __init__(self, data: Any, *, batch_size: int = 32, collate: Callable[[list[Any]], Any] | None = None) -> None:
+        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            data = DataLoader(data, batch_size=batch_size, collate_fn=collate)
+        if isinstance(data, DataLoader):
+            _refuse_shuffled(data)
+        self._data = data
+        self._loader = data if isinstance(data, DataLoader) and _enters_anywhere(data) else None
+        self._ahead: list[Any] = []
+        self._iterator: Iterator[Any] | None = data if isinstance(data, Iterator) else None  # it can be walked once only
+        self.batches: int | None = len(data) if isinstance(data, Sized) and _has_length(data) else None
+        """How many there are, where that is known."""
+
+    def first(self) -> Any:
+        """The first batch; None where there is none."""
+        if self._loader is not None:
+            found = list(itertools.islice(self._restricted([0]) if self.batches else [], 1))
+        elif self._iterator is None:
+            found = list(itertools.islice(self._data, 1))
+        else:
+            self._ahead = self._ahead or list(itertools.islice(self._iterator, 1))
+            found = self._ahead
+        return found[0] if found else None
+
+    def fingerprint(self) -> str:
+        """A hash of the first batch: enough to notice other data."""
+        digest = hashlib.sha256()
+        for steps, tensor in leaves(self.first()):
+            digest.update(f"{steps} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(_some_bytes(tensor))
+        return digest.hexdigest()
+
+    def walk(self, per_unit: int, visit: Callable[[int], Visit]) -> Iterator[Step]:
+        """The batches of the units that are not skipped, in order.
+
+        Args:
+            per_unit: batches per unit.
+            visit: what happens to a unit; asked once for each, in order.
+        """
+        if self._loader is not None:
+            yield from self._jump(per_unit, visit)
+        else:
+            yield from self._go_through(per_unit, visit)
+
+    def _jump(self, per_unit: int, visit: Callable[[int], Visit]) -> Iterator[Step]:
+        count, size = self.batches or 0, self._loader.batch_size if self._loader is not None else 0
+        visits = {unit: visit(unit) for unit in range(-(-count // per_unit))}
+        numbers = [number for number in range(count) if visits[number // per_unit] != "skip"]
+        for number, batch in zip(numbers, self._restricted(numbers), strict=True):
+            unit, last = number // per_unit, number == count - 1
+            ends = last or number % per_unit == per_unit - 1
+            yield Step(unit, number, number * (size or 1), batch, visits[unit], ends, last)
+
+    def _restricted(self, numbers: list[int]) -> Iterable[Any]:
+        """The batches with these numbers, loaded as the user's own loader would."""
+        loader = self._loader
+        if loader is None or loader.batch_size is None:
+            raise StoreError("only a loader with batches of one size can be entered anywhere")
+        size, length = loader.batch_size, len(loader.dataset)  # type: ignore[arg-type]
+        indices = [list(range(number * size, min((number + 1) * size, length))) for number in numbers]
+        workers = loader.num_workers if len(numbers) > 1 else 0
+        return DataLoader(
+            loader.dataset,
+            batch_sampler=indices,
+            collate_fn=loader.collate_fn,
+            num_workers=workers,
+            pin_memory=loader.pin_memory,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context if workers else None,
+        )
+
+    def _go_through(self, per_unit: int, visit: Callable[[int], Visit]) -> Iterator[Step]:
+        walked = self._data if self._iterator is None else itertools.chain(self._ahead, self._iterator)
+        first, current, kind = 0, -1, "skip"
+        for number, (batch, last) in enumerate(_with_last(walked)):
+            unit = number // per_unit
+            if unit != current:
+                current, kind = unit, visit(unit)
+            if kind != "skip":
+                ends = last or number % per_unit == per_unit - 1
+                yield Step(unit, number, first, batch, kind, ends, last)  # type: ignore[arg-type]
+            first += batch_length(batch)
+
+
+def _with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    """Each item, and whether it is the last one."""
+    iterator = iter(items)
+    for held in iterator:
+        item = held
+        for following in iterator:
+            yield item, False
+            item = following
+        yield item, True
+
+
+def _has_length(data: Sized) -> bool:
+    try:
+        len(data)
+    except TypeError:  # a loader over an iterable dataset has the method, and raises in it
+        return False
+    return True
+
+
+def _enters_anywhere(loader: DataLoader[Any]) -> bool:
+    return (
+        not isinstance(loader.dataset, IterableDataset)
+        and loader.batch_size is not None
+        and type(loader.batch_sampler) is BatchSampler
+        and type(loader.sampler) is SequentialSampler
+    )
+
+
+def _refuse_shuffled(loader: DataLoader[Any]) -> None:
+    name = type(loader.sampler).__name__
+    if name in ("RandomSampler", "WeightedRandomSampler", "SubsetRandomSampler"):
+        raise StoreError(
+            f"the loader draws its samples with {name}, so that they have no fixed number and a harvest could not be "
+            "resumed; give it shuffle=False: ActivationDataset.batches(shuffle='block') mixes the rows when they are read"
+        )
+    if name == "DistributedSampler":
+        raise StoreError(
+            "the loader has a DistributedSampler, which gives every rank other samples; leave it out: harvest deals the "
+            "units to the ranks itself"
+        )
+
+
+def _some_bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return flat[: 1 << 20].numpy().tobytes()

@@ -1,0 +1,169 @@
+"""Interventions in a directory: a JSON file with the arguments and a safetensors file with their tensors; no pickle."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import regex
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from tdcache.errors import DamagedError, StoreError, listed
+from tdcache.interventions.ablation import Ablation
+from tdcache.interventions.addition import ActivationAddition
+from tdcache.interventions.base import Intervention
+from tdcache.interventions.causal_tracing import CausalTracing
+from tdcache.interventions.patching import ActivationPatching
+from tdcache.interventions.path_patching import PathPatching
+from tdcache.interventions.resume import ResumeFrom
+from tdcache.interventions.steering import SteeringVectors
+from tdcache.store.safetensors import read_tensors, write_tensors
+
+__all__ = ["load_intervention", "save_intervention"]
+
+_KINDS: Mapping[str, type[Intervention | ResumeFrom]] = {
+    kind.__name__: kind
+    for kind in (
+        Ablation, ActivationAddition, ActivationPatching, CausalTracing, PathPatching, ResumeFrom, SteeringVectors,
+    )
+}  # fmt: skip
+_CONFIG, _TENSORS, _FORMAT, _MOST = "intervention.json", "tensors.safetensors", 1, 10_000_000
+
+
+def save_intervention(intervention: Intervention | ResumeFrom, directory: str | os.PathLike[str]) -> None:
+    """Write an intervention with its tensors to a directory, which is made where it is not there.
+
+    What cannot be data stays out: a function (``patch_fn``, ``steer_fn``, ``metric``, a predicate) has to be given
+    again to :func:`load_intervention`, and a selector has to be a regex, or a sequence of these.
+
+    Raises:
+        StoreError: an argument that is not data; or a subclass of one's own, which could not be found again.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_intervention(SteeringVectors("0", torch.ones(3), coefficient=2.0), folder)
+        ...     load_intervention(folder)
+        SteeringVectors('0', vectors=Tensor(3,), coefficient=2.0)
+    """
+    kind = type(intervention).__name__
+    if _KINDS.get(kind) is not type(intervention):
+        raise StoreError(f"{kind} is none of {', '.join(_KINDS)}, so it could not be loaded again")
+    tensors: dict[str, Tensor] = {}
+    arguments: dict[str, Any] = {}
+    again: list[str] = []
+    for name, parameter in inspect.signature(type(intervention)).parameters.items():
+        value = getattr(intervention, name)
+        if callable(value) and not isinstance(value, Tensor | TensorDictBase) and name != "selector":
+            again.append(name)
+        elif value is not parameter.default:
+            arguments[name] = _as_data(value, name, tensors)
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(tensors, folder / _TENSORS)
+    config = {"format": _FORMAT, "kind": kind, "arguments": arguments, "give_again": again}
+    (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def load_intervention(directory: str | os.PathLike[str], **functions: Any) -> Any:
+    """The intervention that was saved in a directory, for any model with the same paths.
+
+    Args:
+        directory: where it was saved.
+        **functions: the functions that it was made with, by the names of the arguments; they are not in the files.
+
+    Raises:
+        DamagedError: a file is missing, damaged, or does not describe an intervention.
+        StoreError: a function is missing, or is none of those that are asked for.
+    """
+    folder = Path(directory)
+    config = _read_config(folder / _CONFIG)
+    kind, again = _KINDS[config["kind"]], set(config["give_again"])
+    if again != set(functions):
+        raise StoreError(
+            f"{kind.__name__} was saved without its functions: give {listed(sorted(again)) or 'none'} "
+            "to load_intervention, "
+            f"got {listed(sorted(functions)) or 'none'}"
+        )
+    try:
+        tensors = read_tensors(folder / _TENSORS)
+    except FileNotFoundError:
+        raise DamagedError(f"{folder / _TENSORS} is missing", path=folder / _TENSORS) from None
+    arguments = {name: _from_data(value, tensors, folder) for name, value in config["arguments"].items()}
+    if clash := set(arguments) - set(inspect.signature(kind).parameters):
+        raise DamagedError(f"{folder / _CONFIG}: {kind.__name__} has no argument {listed(sorted(clash))}", path=folder)
+    return kind(**arguments, **functions)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MOST:
+            raise DamagedError(f"{path} has more than {_MOST} bytes, too many for an intervention", path=path)
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedError(
+            f"{path} is missing; is {path.parent} the directory of an intervention?",
+            path=path,
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is no valid JSON: {error}", path=path) from None
+    good = isinstance(config, dict) and isinstance(config.get("arguments"), dict) and config.get("kind") in _KINDS
+    again = config.get("give_again") if good else None
+    if not isinstance(again, list) or not all(isinstance(name, str) for name in again):
+        raise DamagedError(f"{path} does not describe an intervention", path=path)
+    if config.get("format") != _FORMAT:
+        raise DamagedError(f"{path} is of format {config.get('format')!r}; this version reads {_FORMAT}", path=path)
+    return config  # type: ignore[no-any-return]  # checked above
+
+
+def _as_data(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` in JSON's types; tensors go into ``tensors`` under names that begin with ``name``."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach()
+        return {"tensor": name}
+    if isinstance(value, slice):
+        return {"slice": [value.start, value.stop, value.step]}
+    if isinstance(value, regex.Pattern | re.Pattern):
+        raise StoreError(
+            f"{name}= is a compiled pattern; use its text, with flags in it as in '(?i)layers', to save it"
+        )
+    if isinstance(value, TensorDictBase | Mapping):
+        nodes = {"tensordict" if isinstance(value, TensorDictBase) else "mapping": None}
+        entries = [[key, _as_data(item, f"{name}/{key}", tensors)] for key, item in value.items()]
+        return {next(iter(nodes)): entries}
+    if isinstance(value, tuple | list | range):
+        return {"list": [_as_data(item, f"{name}/{at}", tensors) for at, item in enumerate(value)]}
+    raise StoreError(
+        f"{name}= is {type(value).__name__}, which is no data: a selector can be saved as a regex, a "
+        "source as a tensor or "
+        "TensorDict (resolve the proxy of a run first)"
+    )
+
+
+def _from_data(data: Any, tensors: Mapping[str, Tensor], folder: Path) -> Any:
+    if not isinstance(data, dict):
+        if isinstance(data, list):
+            raise DamagedError(f"{folder / _CONFIG} holds a bare list", path=folder / _CONFIG)
+        return data
+    try:
+        ((kind, content),) = data.items()
+        if kind == "tensor":
+            return tensors[content]
+        if kind == "slice":
+            return slice(*content)
+        if kind == "list":
+            return [_from_data(item, tensors, folder) for item in content]
+        if kind in ("tensordict", "mapping"):
+            entries = {str(key): _from_data(item, tensors, folder) for key, item in content}
+            return TensorDict(entries, batch_size=[]) if kind == "tensordict" else entries
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{folder / _CONFIG} does not fit its tensors: {error!r}", path=folder / _CONFIG) from None
+    raise DamagedError(f"{folder / _CONFIG} holds an unknown kind of value, {kind!r}", path=folder / _CONFIG)
