@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -69,7 +70,10 @@ class GrowingRows:
 
     @torch.inference_mode(mode=False)  # a tensor made in inference mode could not be written outside of it
     def _mapped(self, rows: int) -> Tensor:
-        flat = torch.frombuffer(self._memory, dtype=torch.uint8, count=rows * self._row_bytes)
+        # frombuffer keeps the object alive, but its buffer not exported; the view does that, so that nothing is moved
+        # away from under a tensor.
+        seen = memoryview(cast(mmap.mmap, self._memory))
+        flat = torch.frombuffer(seen, dtype=torch.uint8, count=rows * self._row_bytes)
         return flat.view(self.dtype).view(rows, *self.shape)
 
     @torch.inference_mode(mode=False)
