@@ -181,3 +181,13 @@ def test_peak_memory_is_what_is_kept_and_little_more():
     preallocated, grown = map(float, run.stdout.split())  # 224 MiB in batches of 2 MiB
     assert 0.98 < preallocated <= 1.03  # the payload itself is counted, or else this measures nothing
     assert 0.98 < grown <= 1.15
+
+
+def test_results_taken_while_rows_grow_keep_their_values():
+    values = batches(*[700] * 60, shape=(50,))
+    reducer, held = Concatenate(), []
+    for value in values:
+        reducer.update(value)
+        held.append(reducer.compute())
+    whole = torch.cat(values)
+    assert all(torch.equal(part, whole[: len(part)]) for part in held)

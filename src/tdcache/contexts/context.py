@@ -189,7 +189,7 @@ class HookingContext:
         if args and isinstance(args[0], TensorDictBase):
             forward = self.runner(lambda data: module.call_model(data, *args[1:], **kwargs))
             return forward(args[0])
-        if self.runs_module:
+        if self.factory.runs_module:
             raise ContextError(
                 f"{self.factory!r} needs a TensorDict: call hooked(TensorDict({{...}})) with the entries "
                 f"{self._in_keys!r}"

@@ -44,6 +44,14 @@ class HookingContextFactory:
     _hooking_context_kwargs: Mapping[str, Any] = {}
     _hooked_module_kwargs: Mapping[str, Any] = {}
 
+    runs_module: ClassVar[bool] = False
+    """Whether :meth:`_run_module` is overridden, so that calls need a TensorDict."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "runs_module" not in cls.__dict__:
+            cls.runs_module = cls._run_module is not HookingContextFactory._run_module
+
     def __init__(self) -> None:
         self._hooking_context_kwargs: dict[str, Any] = {}
         self._hooked_module_kwargs: dict[str, Any] = {}
@@ -114,11 +122,6 @@ class HookingContextFactory:
     ) -> TensorDictBase:
         """Carry out ``hooked(data)``; ``forward`` runs the model once. Override to run it more often, or otherwise."""
         return forward(data)
-
-    @property
-    def runs_module(self) -> bool:
-        """Whether :meth:`_run_module` is overridden, so that calls need a TensorDict."""
-        return type(self)._run_module is not HookingContextFactory._run_module
 
 
 def _check_keys(module: TensorDictModuleBase, in_keys: InKeys, out_keys: OutKeys) -> None:

@@ -110,9 +110,9 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
 
     def call_model(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model without asking the context; a stopped forward gives the TensorDict, or None."""
-        called: nn.Module = self.td_module
-        if isinstance(called, ModelCall) and not (args and isinstance(args[0], TensorDictBase)):
-            called = called.module
+        called: Any = self._modules["td_module"]  # attribute access to a submodule costs more than this whole method
+        if type(called) is ModelCall and not (args and isinstance(args[0], TensorDictBase)):
+            called = called._modules["module"]
         try:
             return called(*args, **kwargs)
         except StopForward:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import nn
 
 from tdcache.errors import ContextError, StopForward, UnfiredSiteWarning, listed, warn_user
 from tdcache.hooks.attach import MultiHookHandle, Order, attach
@@ -109,7 +110,7 @@ class HookedModuleRun(DirectedForms):
             undo.enter_context(torch.set_grad_enabled(self._grad_enabled))
             try:
                 self.result = self._run_callback(self._module, self._data)
-            except StopForward:
+            except (StopForward, _RunStopped):
                 self.result = self._data if isinstance(self._data, TensorDictBase) else None
 
     def set(
@@ -167,10 +168,11 @@ class HookedModuleRun(DirectedForms):
         return tap.proxy
 
     def stop(self, key: str) -> None:
-        """End the forward behind the module at ``key``."""
+        """End the run behind the module at ``key``: the forward, and what ``run_callback`` would do after it."""
         self._needs_block("stop", "fwd")
-        self._handle.add(self._module.stop(key))
-        self._stopped_at = key
+        path, module = self._module.find_site(key)
+        self._handle.add(attach(module, _StopRun().on_output, "fwd", order=Order.STOP))
+        self._stopped_at = path
 
     def _take_in(self, tap: GetTap | SetTap, handle: Any) -> None:
         self._handle.add(handle)
@@ -197,6 +199,17 @@ class HookedModuleRun(DirectedForms):
         if self._stopped_at is not None:
             reasons[f"the forward was stopped at {self._stopped_at!r}"] = None
         warn_user("; ".join([f"the run came to no value at {listed(paths, 20)}", *reasons]), UnfiredSiteWarning)
+
+
+class _RunStopped(BaseException):
+    """Ends a run; no StopForward: the hooked module swallows that, and ``run_callback`` would go on without output."""
+
+
+class _StopRun:
+    order = Order.STOP
+
+    def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        raise _RunStopped
 
 
 def _call(module: HookedModule, data: Any) -> Any:

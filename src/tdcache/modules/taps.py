@@ -9,13 +9,13 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.cache.keep import Keep, Transfers
-from tdcache.introspect import in_backward
 from tdcache.cache.target import Target
 from tdcache.errors import CaptureError, EditError, InplaceModificationError, RepeatedCallWarning, warn_user
 from tdcache.hooks.attach import Order
 from tdcache.hooks.directions import Direction
 from tdcache.hooks.factory import CacheProxy
 from tdcache.hooks.values import check_fits, first_tensor, leaves, pick_tensor, replace_tensor
+from tdcache.introspect import in_backward
 from tdcache.modules.inputs import picked_input, steps_to_input
 from tdcache.types import CacheKey, Hold, Pick
 
