@@ -44,13 +44,16 @@ class HookingContextFactory:
     _hooking_context_kwargs: Mapping[str, Any] = {}
     _hooked_module_kwargs: Mapping[str, Any] = {}
 
-    runs_module: ClassVar[bool] = False
-    """Whether :meth:`_run_module` is overridden, so that calls need a TensorDict."""
+    _overrides_run: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "runs_module" not in cls.__dict__:
-            cls.runs_module = cls._run_module is not HookingContextFactory._run_module
+        cls._overrides_run = cls._run_module is not HookingContextFactory._run_module
+
+    @property
+    def runs_module(self) -> bool:
+        """Whether :meth:`_run_module` carries out calls, so that they need a TensorDict."""
+        return self._overrides_run
 
     def __init__(self) -> None:
         self._hooking_context_kwargs: dict[str, Any] = {}
