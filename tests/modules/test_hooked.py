@@ -4,6 +4,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from torch import nn
 
 from small_models import MLP
 from tdcache import ActivationCaching, ContextError, HookedModule, HookSignatureError, PathError, TdcacheWarning
@@ -132,3 +133,16 @@ def test_the_hooked_module_shows_its_keys(model):
     with ActivationCaching("head").prepare(model, in_keys=["x"]) as hooked:
         assert "in_keys=['x']" in repr(hooked)
         assert repr(hooked).startswith("HookedModule(")
+
+
+@pytest.mark.parametrize("name", ["paused", "disable_hooks", "disable_context_hooks"])
+def test_a_hooked_module_pauses_its_context(name):
+    model = nn.Sequential(nn.Linear(2, 2))
+    with ActivationCaching("0").prepare(model) as hooked:
+        hooked(torch.ones(1, 2))
+        kept = hooked.cache["0"].clone()
+        with getattr(hooked, name)():
+            hooked(torch.zeros(1, 2))
+        assert torch.equal(hooked.cache["0"], kept)
+        hooked(torch.zeros(1, 2))
+        assert torch.equal(hooked.cache["0"], model[0].bias[None])

@@ -86,7 +86,12 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
     def model(self) -> nn.Module:
         """The user's own model, which all paths are relative to."""
         context = self._hooking_context
-        return resolve(self, self._relative_path) if context is None else context.model
+        if context is not None:
+            return context.model
+        called = self.td_module
+        if isinstance(called, ModelCall) and self._relative_path == "td_module.module":
+            return called.module  # the usual case, without looking a path up
+        return resolve(self, self._relative_path)
 
     @property
     def cache(self) -> TensorDictBase:
@@ -158,10 +163,13 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
         return path, module
 
     @contextmanager
-    def disable_context_hooks(self) -> Iterator[None]:
-        """Suspend the context's hooks inside a block."""
-        with self._needed_context().disable_hooks():
+    def paused(self) -> Iterator[None]:
+        """Suspend the context's hooks inside a block; what was captured stays."""
+        with self._needed_context().paused():
             yield
+
+    disable_hooks = paused
+    disable_context_hooks = paused
 
     @contextmanager
     def disable_context(self) -> Iterator[nn.Module]:
