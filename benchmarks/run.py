@@ -29,8 +29,14 @@ ROWS = {
     "memory": "rows_memory:memory",
     "reducers": "rows_memory:reducers",
     "compile": "rows_compile:compiled",
+    "pipeline": "rows_pipeline:pipeline",
+    "edit": "rows_interventions:one_edit",
+    "sweep": "rows_interventions:sweep",
+    "runstop": "rows_interventions:stopped_run",
+    "points": "rows_points:points",
+    "attribution": "rows_attribution:attribution",
 }
-PEERS = ("tensordict", "regex", "tdhook", "nnsight", "captum", "transformer-lens", "pyvene", "transformers")
+PEERS = ("tensordict", "regex", "tdhook", "nnsight", "captum", "zennit", "transformer-lens", "pyvene", "transformers")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 

@@ -1,6 +1,7 @@
 """tdcache: read, keep and change what flows through any PyTorch model."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from tdcache.caching import ActivationCaching, cache_activations
 from tdcache.contexts import (
@@ -14,6 +15,7 @@ from tdcache.errors import (
     CacheWriteError,
     CaptureError,
     ContextError,
+    DamagedError,
     DirectionError,
     EditError,
     HookSignatureError,
@@ -21,15 +23,36 @@ from tdcache.errors import (
     PathError,
     RepeatedCallWarning,
     SelectionError,
+    SpecError,
     StopForward,
+    StoreError,
     TdcacheError,
     TdcacheWarning,
     UnfiredSiteWarning,
 )
 from tdcache.hooks import CacheProxy, HookDirection, HookFactory, MultiHookHandle, MultiHookManager
-from tdcache.modules import HookedModule
+from tdcache.interventions import (
+    Ablation,
+    ActivationAddition,
+    ActivationPatching,
+    CausalTracing,
+    Intervention,
+    PathPatching,
+    Region,
+    ResumeFrom,
+    SteeringVectors,
+    Step,
+    load_intervention,
+    resume_from,
+    save_intervention,
+)
+from tdcache.modules import HookedModule, HookedModuleRun
+from tdcache.pipeline import Splice
 from tdcache.reducers import Concatenate, First, Last, Mean, Reducer, Stack, TopK, Variance
 from tdcache.selection import Selection, Site, select
+
+if TYPE_CHECKING:
+    from tdcache.harvesting import ActivationDataset, harvest
 
 try:
     __version__ = version("tdcache")
@@ -37,14 +60,20 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "unknown"
 
 __all__ = [
+    "Ablation",
+    "ActivationAddition",
     "ActivationCaching",
+    "ActivationDataset",
+    "ActivationPatching",
     "AttributionError",
     "CacheProxy",
     "CacheWriteError",
     "CaptureError",
+    "CausalTracing",
     "CompositeHookingContextFactory",
     "Concatenate",
     "ContextError",
+    "DamagedError",
     "DirectionError",
     "EditError",
     "First",
@@ -52,27 +81,49 @@ __all__ = [
     "HookFactory",
     "HookSignatureError",
     "HookedModule",
+    "HookedModuleRun",
     "HookingContext",
     "HookingContextFactory",
     "HookingContextWithCache",
     "InplaceModificationError",
+    "Intervention",
     "Last",
     "Mean",
     "MultiHookHandle",
     "MultiHookManager",
     "PathError",
+    "PathPatching",
     "Reducer",
+    "Region",
     "RepeatedCallWarning",
+    "ResumeFrom",
     "Selection",
     "SelectionError",
     "Site",
+    "SpecError",
+    "Splice",
     "Stack",
+    "SteeringVectors",
+    "Step",
     "StopForward",
+    "StoreError",
     "TdcacheError",
     "TdcacheWarning",
     "TopK",
     "UnfiredSiteWarning",
     "Variance",
     "cache_activations",
+    "harvest",
+    "load_intervention",
+    "resume_from",
+    "save_intervention",
     "select",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("ActivationDataset", "harvest"):  # loaded when asked for: they bring data loading and files with them
+        import tdcache.harvesting
+
+        return getattr(tdcache.harvesting, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

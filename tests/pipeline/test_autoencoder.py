@@ -4,8 +4,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from pipeline.written_out import Save, Written, sparse_pair
 
+from pipeline.written_out import Save, Written, sparse_pair
 from tdcache.errors import EditError, HookSignatureError
 from tdcache.pipeline import AtLayers, AtRows, Autoencoder, AutoencoderHooks, TransformerHooks
 from tdcache.pipeline.autoencoder import as_autoencoder
@@ -108,9 +108,7 @@ def test_gradients_of_edited_values_equal_the_formula_with_a_detached_copy_of_no
     want = (edit(r) if place == "reconstruction" else r) + (edit(e) if place == "error" else e)
     torch.testing.assert_close(y, want, **EXACT)
     seed = torch.randn_like(x)
-    torch.testing.assert_close(
-        torch.autograd.grad(y, x, seed)[0], torch.autograd.grad(want, x, seed)[0], **EXACT
-    )
+    torch.testing.assert_close(torch.autograd.grad(y, x, seed)[0], torch.autograd.grad(want, x, seed)[0], **EXACT)
 
 
 def test_the_places_carry_latents_reconstruction_and_error(pair, x):
@@ -201,13 +199,14 @@ def test_an_error_that_is_edited_and_not_added_is_refused(pair, x):
 
 
 def test_encoders_and_decoders_that_do_not_fit_are_named(x):
+    def pair_of(x):
+        return x, x
+
     with pytest.raises(EditError, match=r"encode\(\) must return a tensor of latents, got tuple from pair_of"):
-
-        def pair_of(x):
-            return x, x
-
         AutoencoderHooks(pair_of, lambda z: z)(x)
-    with pytest.raises(EditError, match=r"of shape \(2, 3, 6\), got shape \(2, 3, 5\) from latents of shape \(2, 3, 6\)"):
+    with pytest.raises(
+        EditError, match=r"of shape \(2, 3, 6\), got shape \(2, 3, 5\) from latents of shape \(2, 3, 6\)"
+    ):
         AutoencoderHooks(lambda x: x, lambda z: z[..., :5])(x)
     with pytest.raises(EditError, match="got list from latents"):
         AutoencoderHooks(lambda x: x, lambda z: [z], add_error=True)(x)
@@ -225,7 +224,9 @@ def test_anything_with_encode_and_decode_is_an_autoencoder():
     assert as_autoencoder(both) is both
     assert as_autoencoder((torch.relu, torch.neg)) == as_autoencoder([torch.relu, torch.neg]) == both
     for wrong in (torch.relu, (1, 2), "ab"):
-        with pytest.raises(HookSignatureError, match=r"an object with encode\(\) and decode\(\), or a pair of functions"):
+        with pytest.raises(
+            HookSignatureError, match=r"an object with encode\(\) and decode\(\), or a pair of functions"
+        ):
             as_autoencoder(wrong)
 
 

@@ -5,8 +5,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from pipeline.written_out import Save, Written
 
+from pipeline.written_out import Save, Written
 from tdcache.errors import HookSignatureError, PathError
 from tdcache.pipeline import (
     AtLayers,
@@ -134,7 +134,9 @@ def test_append_to_path_and_at():
 
 
 def test_a_wrong_path_names_the_nearest():
-    with pytest.raises(PathError, match=r"'mlp\.post_akt\.fwd' names no hooks.*did you mean 'mlp\.post_act\.fwd'") as failure:
+    with pytest.raises(
+        PathError, match=r"'mlp\.post_akt\.fwd' names no hooks.*did you mean 'mlp\.post_act\.fwd'"
+    ) as failure:
         TransformerHooks().append_to_path("mlp.post_akt.fwd", plus)
     assert failure.value.near[0] == "mlp.post_act.fwd"
     with pytest.raises(PathError, match=r"names no hooks of MLPHooks; there are 'pre_act\.fwd'"):
@@ -144,7 +146,9 @@ def test_a_wrong_path_names_the_nearest():
 
 
 def test_a_path_to_a_place_says_which_sequences_it_has():
-    with pytest.raises(PathError, match=r"'mlp\.post_act' is a FwdBwdHooks; append to one of 'mlp\.post_act\.fwd', 'mlp\.p"):
+    with pytest.raises(
+        PathError, match=r"'mlp\.post_act' is a FwdBwdHooks; append to one of 'mlp\.post_act\.fwd', 'mlp\.p"
+    ):
         TransformerHooks().append_to_path("mlp.post_act", plus)
 
 
@@ -235,7 +239,11 @@ def test_reprs_show_the_places_that_hold_hooks():
     assert repr(MLPHooks()) == "MLPHooks()"
     pair = AutoencoderHooks(torch.relu, torch.neg, add_error=True)
     pair.latents.append_bwd(Save())
-    hooks = TransformerHooks().append_to_path("mlp.post_act.fwd", AtLayers([3, 4], pair)).append_to_path("logits.fwd2", plus)
+    hooks = (
+        TransformerHooks()
+        .append_to_path("mlp.post_act.fwd", AtLayers([3, 4], pair))
+        .append_to_path("logits.fwd2", plus)
+    )
     hooks.mlp.bind(kind="mlp")
     assert repr(hooks.bind(layer=3)) == (
         "TransformerHooks() [layer=3]\n"

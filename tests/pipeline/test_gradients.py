@@ -2,11 +2,19 @@
 
 import pytest
 import torch
-from pipeline.written_out import Save, Written
 from torch import nn
 
+from pipeline.written_out import Save, Written
 from tdcache.errors import CaptureError, EditError, HookSignatureError
-from tdcache.pipeline import FwdBwdHooks, GradientHook, Hooks, TransformerHooks, WrapperHooks, grad_hook_wrapper, stop_gradient
+from tdcache.pipeline import (
+    FwdBwdHooks,
+    GradientHook,
+    Hooks,
+    TransformerHooks,
+    WrapperHooks,
+    grad_hook_wrapper,
+    stop_gradient,
+)
 
 
 @pytest.fixture

@@ -60,7 +60,9 @@ def test_a_function_without_a_signature_and_a_module_get_no_more_than_they_take(
 
 
 def test_a_keyword_that_is_needed_and_missing_is_named():
-    with pytest.raises(HookSignatureError, match=r"hook plus_layer needs layer=; in scope are 'kind'.*bind it.*\(\?P<layer>"):
+    with pytest.raises(
+        HookSignatureError, match=r"hook plus_layer needs layer=; in scope are 'kind'.*bind it.*\(\?P<layer>"
+    ):
         Hooks(plus_layer)(1, kind="mlp")
     with pytest.raises(HookSignatureError, match="in scope are no keyword arguments"):
         Hooks(plus_layer)(1)
@@ -133,7 +135,9 @@ def test_a_wrapper_gets_the_whole_sequence_as_one_hook_and_is_not_asked_while_it
 
 
 def test_sequences_of_named_functions_can_be_pickled():
-    hooks = pickle.loads(pickle.dumps(Hooks(AtLayers(1, double), WrapperHooks(grad_hook_wrapper, double)).bind(layer=1)))
+    hooks = pickle.loads(
+        pickle.dumps(Hooks(AtLayers(1, double), WrapperHooks(grad_hook_wrapper, double)).bind(layer=1))
+    )
     x = torch.ones(1, requires_grad=True)
     hooks(x).backward()
     assert x.grad.item() == 4

@@ -7,7 +7,7 @@ from tdcache.points import HookedRootModule, HookPoint
 
 
 def small_transformer(root=HookedRootModule, point=HookPoint, width=8, heads=2, layers=2, vocabulary=11):
-    """An attention-only-and-MLP transformer whose classes are made of ``root`` and ``point``: one body for two libraries."""
+    """A transformer whose classes are made of ``root`` and ``point``: one body for two libraries."""
 
     class Attention(nn.Module):
         def __init__(self):

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from model_state import state_of
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
 
+from model_state import state_of
 from points.point_models import (
     Branches,
     InPlace,
@@ -144,9 +144,20 @@ def test_a_device_is_where_entries_go(model, tokens, run, device):
     assert next(model.parameters()).device.type == "cpu"
 
 
+@pytest.mark.gpu
+@every_way
+def test_entries_leave_the_accelerator_when_asked_to(model, tokens, run):
+    expected = by_hand(model, lambda: model(tokens))[MID][0]
+    model.cuda()
+    for device, there in ((None, "cuda"), ("cpu", "cpu")):
+        _, cache = run(model, tokens.cuda(), names_filter=MID, device=device, pos_slice=[0, -1])
+        assert cache[MID].device.type == there
+        assert torch.allclose(cache[MID].cpu(), expected[:, [0, -1]], atol=1e-4)  # another device's rounding
+
+
 def test_a_plain_module_root_needs_no_graph_to_cache_inference_tensors(model, tokens):
     with torch.inference_mode():
-        output, cache = model.run_with_cache(tokens)
+        _, cache = model.run_with_cache(tokens)
     assert torch.equal(cache[MID], by_hand(model, lambda: model(tokens))[MID][0])
 
 
@@ -194,7 +205,8 @@ def test_caching_hooks_stay_until_they_are_reset(model, tokens):
     assert not model.is_caching
     model((tokens + 5) % 11)
     assert torch.equal(cache[MID], before)
-    assert not model._forward_hooks and not model._forward_pre_hooks
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
 
 
 def test_a_run_can_leave_its_hooks_on(model, tokens):
@@ -242,6 +254,14 @@ def test_a_point_has_the_gradient_of_its_own_branch(run):
         "b": [3.0],
         "sum": [1.0],
     }
+
+
+def test_a_caching_context_has_the_gradients_of_the_branches_too():
+    model, x = Branches(), torch.randn(2, 3)
+    with ActivationCaching("a|b", directions=["fwd", "bwd"]).prepare(model) as hooked:
+        model(x).sum().backward()
+    assert [hooked.cache["bwd", name].unique().item() for name in ("a", "b")] == [2.0, 3.0]
+    assert torch.equal(hooked.cache["fwd", "a"], model.linear(x))
 
 
 def test_a_vector_loss_works_with_a_seed_and_says_so_without(model):
@@ -301,7 +321,8 @@ def test_a_cached_gradient_is_what_edits_made_of_it_in_the_scale_that_hooks_see(
     model, x = Branches(), torch.randn(2, 3)
     model.a.backward_scale = 4.0
     ones = torch.ones(2, 3)
-    for cache in (model.run_with_cache(x, incl_bwd=True, gradient=ones)[1], run_by_hooks(model, x, incl_bwd=True, gradient=ones)[1]):
+    for each_way in (run, run_by_hooks):
+        _, cache = each_way(model, x, incl_bwd=True, gradient=ones)
         assert cache["a_grad"].unique().tolist() == [8.0]
     model.add_hook("a", lambda grad, hook: grad + 4, "bwd")
     _, cache = model.run_with_cache(x, incl_bwd=True, gradient=ones)
@@ -485,7 +506,7 @@ def test_of_a_tuple_the_first_tensor_is_kept_and_without_one_the_point_is_named(
 
     _, cache = run(Odd((torch.ones(2), "more")))
     assert torch.equal(cache["point"], torch.ones(2))
-    with pytest.raises(CaptureError, match="'point'.*holds no tensor"):
+    with pytest.raises(CaptureError, match=r"'point'.*holds no tensor"):
         run(Odd("nothing"), pos_slice=0)
 
 

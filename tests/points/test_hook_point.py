@@ -1,15 +1,17 @@
 """One hook point: hooks, their order, what they return, what removes them."""
 
 import copy
+import gc
 import pickle
+import weakref
 from functools import partial
 
 import pytest
 import torch
-from model_state import state_of
 from torch import nn
 
-from tdcache import DirectionError, EditError, HookSignatureError
+from model_state import state_of
+from tdcache import DirectionError, EditError, HookSignatureError, InplaceModificationError
 from tdcache.points import HookPoint, LensHandle, Reshape
 
 
@@ -153,6 +155,27 @@ def test_an_in_place_operation_behind_a_gradient_hook_is_no_error(point, x):
     y = x.requires_grad_() * 1
     point(y).relu_().sum().backward()
     assert torch.equal(seen[0], (x > 0).float())
+
+
+def test_a_gradient_hook_keeps_no_graph_alive(point):
+    point.add_hook(doubled, dir="bwd")
+    y = torch.ones(3, requires_grad=True) * 1
+    alive = weakref.ref(y)
+    gc.disable()  # what only a collection would find must not be there
+    try:
+        point(y).sum().backward()
+        del y
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_view_that_is_changed_in_place_behind_a_gradient_hook_is_an_error(point, x):
+    point.name = "hook_view"
+    point.add_hook(doubled, dir="bwd")
+    y = x.requires_grad_() * 1
+    with pytest.raises(InplaceModificationError, match="'hook_view' passes on is a view"):
+        point(y[0]).relu_().sum().backward()
 
 
 def test_several_gradient_hooks_survive_an_in_place_operation_behind_them(point, x):
@@ -386,9 +409,7 @@ def test_the_scratch_space_is_replaced_so_that_what_was_taken_out_stays(point):
     assert (point.ctx, taken) == ({}, {"k": 1})
 
 
-@pytest.mark.parametrize(
-    ("name", "layer"), [("blocks.3.attn.hook_z", 3), ("transformer.h.11.hook", 11), ("0.hook", 0)]
-)
+@pytest.mark.parametrize(("name", "layer"), [("blocks.3.attn.hook_z", 3), ("transformer.h.11.hook", 11), ("0.hook", 0)])
 def test_the_layer_is_read_from_the_name(point, name, layer):
     point.name = name
     assert point.layer() == layer

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from model_state import state_of
 from torch import nn
 
+from model_state import state_of
 from points.point_models import Branches, by_hand, small_transformer, some_tokens
 from tdcache import ContextError, DirectionError, SelectionError, TdcacheWarning
 from tdcache.points import HookedRootModule, HookPoint, hook_root
@@ -143,7 +143,7 @@ def test_a_filter_that_matches_nothing_is_an_error_with_near_misses(model, token
         lambda name: model.list_hooks(name),
         lambda name: model.run_with_cache(tokens, names_filter=[Q[0], name]),
     ):
-        with pytest.raises(SelectionError, match="did you mean 'blocks.0.attn.hook_q'") as error:
+        with pytest.raises(SelectionError, match=r"did you mean 'blocks\.0\.attn.hook_q'") as error:
             call("blocks.0.attn.hook_q_")
         assert error.value.near
     assert state_of(model.points_root) == before
@@ -204,8 +204,8 @@ def test_adding_to_several_points_is_all_or_nothing(model):
 def test_every_hook_by_name_passes_the_models_own_check(model, tokens, by):
     asked = []
 
-    def check(hook_point, hook_point_name, hook, dir="fwd", is_permanent=False, prepend=False):
-        asked.append((hook_point_name, dir))
+    def check(hook_point, hook_point_name, hook, **rest):
+        asked.append((hook_point_name, rest["dir"]))
         if hook_point_name == Q[1]:
             raise ValueError("switched off in the configuration")
 
@@ -438,7 +438,7 @@ def test_a_model_that_was_traced_runs_eagerly_inside_contexts_and_refuses_hooks_
         root.add_caching_hooks,
         lambda: root.hooks([("a", seen)], reset_hooks_end=False).__enter__(),
     ):
-        with pytest.raises(ContextError, match="traced by torch.compile"):
+        with pytest.raises(ContextError, match=r"traced by torch\.compile"):
             call()
     assert torch.equal(compiled(x), expected)
     assert seen.names == ["a"]

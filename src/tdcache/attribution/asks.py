@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.attribution.targets import Target
@@ -63,6 +62,11 @@ class Rows(NamedTuple):
         if rows == slice(None):
             return change(tensor)
         return torch.cat([tensor[: rows.start], change(tensor[rows]), tensor[rows.stop :]])
+
+    def exchange(self, tensor: Tensor, where: object, new: Tensor) -> Tensor:
+        """``tensor`` with ``new`` in place of these rows."""
+        rows = self.of(tensor, where)
+        return new if rows == slice(None) else torch.cat([tensor[: rows.start], new, tensor[rows.stop :]])
 
 
 class Modifies(Protocol):
@@ -121,12 +125,14 @@ class View:
         self._grads = grads
         self.target: Tensor = target
         """The target's values, one per row."""
-        self.outputs: TensorDictBase | None = None
-        """The TensorDict after the forward."""
 
     def value(self, place: Place) -> Tensor:
         """The activation."""
         return self._rows.part(self._values[place], place.name)
+
+    def reached(self, place: Place) -> bool:
+        """Whether a gradient came."""
+        return place in self._grads
 
     def grad(self, place: Place) -> Tensor:
         """The gradient of the target's sum."""

@@ -25,7 +25,7 @@ from tdcache.errors import AttributionError
 from tdcache.hooks import MultiHookHandle
 from tdcache.modules import HookedModule
 from tdcache.selection import Selection, as_matcher, select
-from tdcache.types import CacheKey, Match, Pick, Selector
+from tdcache.types import Match, Pick, Selector
 
 __all__ = ["Attribution", "Scores", "SiteAttribution", "Work"]
 
@@ -57,7 +57,7 @@ _RUNNING: ContextVar[frozenset[int]] = ContextVar("tdcache_attribution_running",
 
 
 class Attribution(HookingContextFactory):
-    """Base of the methods; override :meth:`_work`, and :meth:`_selectors` where sites are selected.
+    """Base of the methods; override :meth:`work`, and :meth:`selectors_by_role` where sites are selected.
 
     Args:
         target: what is explained, one scalar per row: a callable on the output TensorDict, an index into the last axis
@@ -93,21 +93,22 @@ class Attribution(HookingContextFactory):
     def __repr__(self) -> str:
         return f"{type(self).__name__}(target={self.target!r})"
 
-    def _selectors(self) -> Mapping[str, tuple[Selector, Match]]:
+    def selectors_by_role(self) -> Mapping[str, tuple[Selector, Match]]:
         """The selectors of the method by role."""
         return {}
 
-    def _options(self, role: str) -> tuple[Pick, int | None]:
+    def site_options(self, role: str) -> tuple[Pick, int | None]:
         """Which tensor and which call of the sites of one role."""
         return (None, None)
 
-    def _work(self, frame: Frame) -> Work:
+    def work(self, frame: Frame) -> Work:
         """Ask for points, reduce what is seen, and return the scores."""
         raise NotImplementedError
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         selections = {
-            role: select(module.model, selector, match=match) for role, (selector, match) in self._selectors().items()
+            role: select(module.model, selector, match=match)
+            for role, (selector, match) in self.selectors_by_role().items()
         }
         member = _Member(self, module, selections)
         _OPEN.setdefault(module.model, []).append(member)
@@ -161,10 +162,12 @@ class SiteAttribution(Attribution):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.selector!r}, target={self.target!r})"
 
-    def _selectors(self) -> Mapping[str, tuple[Selector, Match]]:
+    def selectors_by_role(self) -> Mapping[str, tuple[Selector, Match]]:
+        """The selectors of the method by role."""
         return {"sites": (self.selector, self.match)}
 
-    def _options(self, role: str) -> tuple[Pick, int | None]:
+    def site_options(self, role: str) -> tuple[Pick, int | None]:
+        """Which tensor and which call of the selected modules."""
         return (self.pick, self.call)
 
     def _summed(self, scores: Tensor) -> Tensor:
@@ -181,17 +184,17 @@ def _shared_pass(
     crowd: list[_Member],
 ) -> TensorDictBase:
     results = {"attr", "gap", "baseline", "corrupt"}
-    bare = data.exclude(*(key for key in data.keys() if key in results)) if results & set(data.keys()) else data
+    bare = data.exclude(*(key for key in results if key in data)) if results & set(data.keys()) else data
     runner = _runner(module, bare, forward, crowd)
     base = Point(label="base")
     frames = [
         Frame(runner, data, member.selections, member.factory.target, member.factory.modifiers, base=base)
         for member in crowd
     ]
-    scores = _work_together(runner, [(m, m.factory._work(f)) for m, f in zip(crowd, frames, strict=True)], base)
+    scores = _work_together(runner, [(m, m.factory.work(f)) for m, f in zip(crowd, frames, strict=True)], base)
     final = runner.finish(base)
     graph = any(member.factory.create_graph for member in crowd)
-    given = {key for key in bare.keys(include_nested=True, leaves_only=True)}
+    given = set(bare.keys(include_nested=True, leaves_only=True))
     for key in final.keys(include_nested=True, leaves_only=True):
         if key not in given or key in runner.out_keys:
             value = final.get(key)
@@ -202,10 +205,11 @@ def _shared_pass(
 
 
 def _runner(module: HookedModule, data: TensorDictBase, forward: Any, crowd: list[_Member]) -> Runner:
-    modules, options = {}, {}
+    modules: dict[str, nn.Module] = {}
+    options: dict[str, tuple[Pick, int | None]] = {}
     for member in crowd:
         for role, selection in member.selections.items():
-            wanted = member.factory._options(role)
+            wanted = member.factory.site_options(role)
             for path, submodule, _ in selection:
                 modules[path] = submodule
                 if options.setdefault(path, wanted) != wanted:
@@ -255,7 +259,8 @@ def _work_together(runner: Runner, works: list[tuple[_Member, Work]], base: Poin
                         raise AttributionError(
                             f"two methods in one pass write {key!r}; tell them apart with name='...'"
                         ) from None
-                    scores[key] = value
+                    keep = member.factory.create_graph or not isinstance(value, Tensor)
+                    scores[key] = value if keep else value.detach()
             else:
                 left.append((member, work))
         works = left
@@ -271,7 +276,6 @@ def _write(data: TensorDictBase, key: tuple[Any, ...], value: Any) -> None:
         if not isinstance(value, Tensor | TensorDictBase) or value.shape[: data.batch_dims] == data.batch_size:
             raise
         raise AttributionError(
-            f"the scores {key!r} have shape {tuple(value.shape)}, which does not begin with the TensorDict's batch size "
+            f"the scores {key!r} have shape {tuple(value.shape)}, which does not begin with the batch size "
             f"{tuple(data.batch_size)}; call with a TensorDict of batch_size=[]"
         ) from error
-

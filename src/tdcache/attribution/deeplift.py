@@ -17,7 +17,7 @@ from tdcache.hooks import MultiHookHandle, Order, attach
 from tdcache.selection import select
 from tdcache.types import Selector
 
-__all__ = ["ELEMENTWISE", "DeepLift", "Rescale"]
+__all__ = ["DeepLift", "ELEMENTWISE", "Rescale"]
 
 ELEMENTWISE: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Sigmoid,
@@ -81,7 +81,7 @@ class _Slope(torch.autograd.Function):
     def forward(ctx: Any, before: Tensor, after: Tensor, hook: _RescaleHook) -> Tensor:
         ctx.hook = hook
         ctx.save_for_backward(before, after)
-        return after.view_as(after)
+        return after.clone()  # what comes next may write in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -120,7 +120,8 @@ class DeepLift(Attribution):
         self.baseline = baseline
         self.rule = Rescale() if rule is None else rule
 
-    def _work(self, frame: Frame) -> Work:
+    def work(self, frame: Frame) -> Work:
+        """Ask for what the scores need, and compute them."""
         places = frame.explained()
         if not frame.data.batch_dims:
             raise AttributionError(
@@ -131,9 +132,7 @@ class DeepLift(Attribution):
         doubled = {key: torch.cat([frame.data.get(key), low]) for key, low in start.items()}
         point = frame.point(("pair", id(self)), inputs=doubled, modifiers=(self.rule,), copies=2)
         seen = {name: Seen(places, with_values=False) for name in frame.targets}
-        yield [
-            frame.ask(point, each, frame.targets[name], grads=places) for name, each in seen.items()
-        ]
+        yield [frame.ask(point, each, frame.targets[name], grads=places) for name, each in seen.items()]
         scores = {}
         for name, each in seen.items():
             rows = frame.data.batch_size[0]
@@ -149,4 +148,3 @@ class DeepLift(Attribution):
                 scores[key_of(self.name, name, place)] = part
                 scores[gap_key(self.name, name, place)] = total - wide(values[:rows] - values[rows:])
         return scores
-

@@ -78,7 +78,7 @@ class Frame:
         keys = list(self.inputs())
         if not keys:
             raise AttributionError(
-                f"the inputs {self.runner.in_keys!r} are integers and have no gradient; explain the embeddings instead, "
+                f"the inputs {self.runner.in_keys!r} are integers and have no gradient; explain the embeddings, "
                 "with a site method such as GradientXActivation(r'.*embeddings'), IntegratedGradients(r'.*wte')"
             )
         return [Place("key", key) for key in keys]
@@ -152,7 +152,7 @@ def _fitted(value: Any, like: Tensor, node: str, key: CacheKey) -> Tensor:
             raise RuntimeError
     except RuntimeError:
         raise AttributionError(
-            f"the {node} of {key!r} has shape {tuple(value.shape)}, the input {tuple(like.shape)}; give one of that shape, "
-            "or one that expands to it"
+            f"the {node} of {key!r} has shape {tuple(value.shape)}, the input {tuple(like.shape)}; give one of that "
+            "shape, or one that expands to it"
         ) from None
     return value.to(like).expand_as(like)

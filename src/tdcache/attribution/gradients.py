@@ -35,15 +35,16 @@ class Seen:
     target: Tensor | None = None
     with_values: bool = True
     with_grads: bool = True
+    lenient: bool = False
+    """Whether places that got no gradient are left out."""
 
     def __call__(self, view: View) -> None:
         """Keep what the view shows."""
         if self.with_values:
             self.values = {place: view.value(place) for place in self.places}
         if self.with_grads:
-            self.grads = {place: view.grad(place) for place in self.places}
+            self.grads = {place: view.grad(place) for place in self.places if not self.lenient or view.reached(place)}
         self.target = view.target
-
 
 
 class _InputMethod(Attribution):
@@ -51,7 +52,8 @@ class _InputMethod(Attribution):
 
     values = True
 
-    def _work(self, frame: Frame) -> Work:
+    def work(self, frame: Frame) -> Work:
+        """Ask for what the scores need, and compute them."""
         places = frame.explained()
         seen = {name: Seen(places, with_values=self.values) for name in frame.targets}
         values = places if self.values else ()
@@ -135,7 +137,8 @@ class GradientXActivation(SiteAttribution):
         torch.Size([4, 3])
     """
 
-    def _work(self, frame: Frame) -> Work:
+    def work(self, frame: Frame) -> Work:
+        """Ask for what the scores need, and compute them."""
         places = frame.sites()
         seen = {name: Seen(places) for name in frame.targets}
         yield [

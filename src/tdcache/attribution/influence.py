@@ -47,13 +47,20 @@ class _PathMethod(SiteAttribution):
         self.nodes = quadrature(method, n_steps)
 
     def _tag(self) -> Any:
-        return ("given",) if self.baseline is None else self.baseline if isinstance(self.baseline, int | float) else id(self)
+        return (
+            ("given",)
+            if self.baseline is None
+            else self.baseline
+            if isinstance(self.baseline, int | float)
+            else id(self)
+        )
 
 
 class InternalInfluence(_PathMethod):
     """The gradient at each selected module, averaged along the inputs' path (Leino et al. 2018, arXiv:1802.03788)."""
 
-    def _work(self, frame: Frame) -> Work:
+    def work(self, frame: Frame) -> Work:
+        """Ask for what the scores need, and compute them."""
         places = frame.sites()
         frame.explained()  # integers have no path: the error says what to do
         start = frame.baselines(self.baseline)
@@ -89,7 +96,8 @@ class Conductance(_PathMethod):
         super().__init__(selector, n_steps=n_steps, method=method, **options)
         self.nodes = quadrature(method, n_steps + 1)
 
-    def _work(self, frame: Frame) -> Work:
+    def work(self, frame: Frame) -> Work:
+        """Ask for what the scores need, and compute them."""
         places = frame.sites()
         frame.explained()
         start = frame.baselines(self.baseline)
@@ -98,7 +106,9 @@ class Conductance(_PathMethod):
         asks: list[Ask] = []
         for name, target in frame.targets.items():
             asks += [
-                frame.ask(frame.along(start, node, self._tag()), steps[name].sink(at), target, values=places, grads=places)
+                frame.ask(
+                    frame.along(start, node, self._tag()), steps[name].sink(at), target, values=places, grads=places
+                )
                 for at, (node, _) in enumerate(self.nodes)
             ]
             asks.append(frame.ask(frame.along(start, 0.0, self._tag()), ends[name][0], target))

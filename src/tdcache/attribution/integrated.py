@@ -46,6 +46,8 @@ class _Term:
     def __call__(self, view: View) -> None:
         sums = self.total.sums
         for place in self.places:
+            if not view.reached(place):
+                continue
             term = wide(view.grad(place))
             sums[place] = torch.add(sums[place], term, alpha=self.weight) if place in sums else term * self.weight
 
@@ -109,33 +111,44 @@ class IntegratedGradients(Attribution):
         where = "" if self.selector is None else f"{self.selector!r}, "
         return f"{type(self).__name__}({where}target={self.target!r}, n_steps={len(self.nodes)})"
 
-    def _selectors(self) -> Mapping[str, tuple[Selector, Match]]:
+    def selectors_by_role(self) -> Mapping[str, tuple[Selector, Match]]:
+        """The selectors of the method by role."""
         return {} if self.selector is None else {"sites": (self.selector, self.match)}
 
-    def _options(self, role: str) -> tuple[Pick, int | None]:
+    def site_options(self, role: str) -> tuple[Pick, int | None]:
+        """Which tensor and which call of the selected modules."""
         return (self.pick, self.call)
 
-    def _work(self, frame: Frame) -> Work:
+    def work(self, frame: Frame) -> Work:
+        """Ask for what the scores need, and compute them."""
         return self._at_inputs(frame) if self.selector is None else self._at_sites(frame)
 
     def _at_inputs(self, frame: Frame) -> Work:
         places = frame.explained()
         start = frame.baselines(self.baseline)
-        tag = ("given",) if self.baseline is None else self.baseline if isinstance(self.baseline, int | float) else id(self)
+        tag = (
+            ("given",)
+            if self.baseline is None
+            else self.baseline
+            if isinstance(self.baseline, int | float)
+            else id(self)
+        )
         sums = {name: WeightedSum() for name in frame.targets}
         high = {name: Seen((), with_values=False) for name in frame.targets}
         low = {name: Seen((), with_values=False) for name in frame.targets}
         asks: list[Ask] = []
         for name, target in frame.targets.items():
             asks += [
-                frame.ask(frame.along(start, node, tag), sums[name].sink(weight, places), target, grads=places, unused=True)
+                frame.ask(
+                    frame.along(start, node, tag), sums[name].sink(weight, places), target, grads=places, unused=True
+                )
                 for node, weight in self.nodes
             ]
             asks.append(frame.ask(frame.along(start, 0.0, tag), low[name], target))
             asks.append(frame.ask(frame.base, high[name], target))
         yield asks
         delta = {place: frame.data.get(place.name) - start[place.name] for place in places}
-        return self._scores(sums, {name: delta for name in sums}, _differences(high, low), joint=True)
+        return self._scores(sums, dict.fromkeys(sums, delta), _differences(high, low), joint=True)
 
     def _at_sites(self, frame: Frame) -> Work:
         places = frame.sites()
@@ -162,7 +175,7 @@ class IntegratedGradients(Attribution):
         yield asks
         delta = {place: wide(top) - wide(bottom) for place, (bottom, top) in ends.items()}
         gaps = {(n, place): _minus(at_high[n], seen) for (n, place), seen in at_low.items()}
-        return self._scores(sums, {name: delta for name in sums}, gaps, joint=False)
+        return self._scores(sums, dict.fromkeys(sums, delta), gaps, joint=False)
 
     def _start(self, frame: Frame) -> tuple[Point, bool]:
         """The baseline's point, and whether the activations there are wanted."""
@@ -183,8 +196,8 @@ class IntegratedGradients(Attribution):
             return value.to(high).expand_as(high)
         except RuntimeError:
             raise AttributionError(
-                f"the baseline of {place.name!r} has shape {tuple(value.shape)}, the activation {tuple(high.shape)}; give "
-                "one of that shape"
+                f"the baseline of {place.name!r} has shape {tuple(value.shape)}, the activation {tuple(high.shape)}; "
+                "give one of that shape"
             ) from None
 
     def _scores(
@@ -242,4 +255,3 @@ def _row_sum(parts: list[Tensor], like: Tensor) -> Tensor:
             return total + torch.nan  # rows are not the leading axis here, so that the sum per row is unknown
         total = total + part.reshape(*like.shape, -1).sum(-1)
     return total
-

@@ -33,9 +33,7 @@ class Modifier(HookingContextFactory):
         index: the part of the tensor that is changed, counted behind the batch: ``(..., slice(0, 64))``.
     """
 
-    def __init__(
-        self, selector: Selector, *, match: Match = "full", pick: Pick = None, index: Index = None
-    ) -> None:
+    def __init__(self, selector: Selector, *, match: Match = "full", pick: Pick = None, index: Index = None) -> None:
         super().__init__()
         as_matcher(selector, match)
         self.selector = selector
@@ -93,11 +91,11 @@ class _Change:
     output: Tensor
 
     def __call__(self, grad: Tensor) -> Tensor:
-        modifier, rows = self.hook.modifier, self.hook.rows
+        rows = self.hook.rows
         if rows is None:
             return self._indexed(grad, self.output)
         own = rows.part(self.output, self.hook.path)
-        return rows.change(grad, self.hook.path, lambda part: self._indexed(part, own)) if modifier else grad
+        return rows.change(grad, self.hook.path, lambda part: self._indexed(part, own))
 
     def _indexed(self, grad: Tensor, output: Tensor) -> Tensor:
         modifier = self.hook.modifier

@@ -37,7 +37,9 @@ def grad_cam(activations: Tensor, gradients: Tensor, *, relu: bool = False) -> T
     return scores.relu() if relu else scores
 
 
-def attention_rollout(patterns: list[Tensor], gradients: list[Tensor] | None = None, *, residual: float = 0.5) -> Tensor:
+def attention_rollout(
+    patterns: list[Tensor], gradients: list[Tensor] | None = None, *, residual: float = 0.5
+) -> Tensor:
     """How much of each input token reaches each position (Abnar and Zuidema 2020, arXiv:2005.00928).
 
     Args:

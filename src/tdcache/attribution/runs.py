@@ -65,6 +65,8 @@ class Runner:
         self.in_keys, self.out_keys = list(in_keys), [key for key in out_keys if key != "_"]
         self.watched = watched
         self.forwards = self.backwards = 0
+        self.fired: dict[Place, int] = {}
+        """When each tapped place was seen first, as a number that rises through one forward."""
         self.final: TensorDictBase | None = None
         """The TensorDict after the forward of the user's own rows."""
         self._forward = forward
@@ -105,6 +107,10 @@ class Runner:
             raise ContextError("the model did not run")
         return self.final
 
+    def ran_before(self, first: Place, second: Place) -> bool:
+        """Whether ``first`` was seen before ``second``; both were asked for in the same point."""
+        return self.fired[first] < self.fired[second]
+
     def _run_chunk(self, groups: list[list[Ask]]) -> None:
         asks = [ask for group in groups for ask in group]
         rows = self._rows([group[0].point for group in groups])
@@ -117,6 +123,8 @@ class Runner:
             self.forwards += 1
             self._check_outputs(after, asks)
             check_unchanged([tap for tap in taps.values() if tap.wants_value])
+            for place, tap in taps.items():
+                self.fired.setdefault(place, tap.when)
             values: dict[Place, Any] = {place: tap.chosen()[0] for place, tap in taps.items()}
             values |= {Place("key", key): tensor for key, tensor in inputs.items()}
             self._differentiate(groups, rows, after, values, taps, inputs)
@@ -225,67 +233,79 @@ class Runner:
         taps: dict[Place, OutputTap | InputTap],
         inputs: dict[CacheKey, Tensor],
     ) -> None:
+        """Compute the targets, go backward once per target, and hand the sinks their views."""
         by_target: dict[Target | None, list[tuple[Ask, Rows, Tensor | None]]] = {}
         seeds: dict[Target, list[Tensor]] = {}
-        known: dict[tuple[int, Target], Tensor] = {}
-        for at, (group, part) in enumerate(zip(groups, rows, strict=True)):
+        for group, part in zip(groups, rows, strict=True):
             own = after if len(groups) == 1 else after[part.start : part.stop]
-            if group[0].point is self._base or group[0].point.label == getattr(self._base, "label", None):
+            if self._base is not None and group[0].point.label == self._base.label:
                 self.final = own
+            found = self._targets(group, own, seeds)
             for ask in group:
-                found = None
-                if ask.target is not None:
-                    found = known.get((at, ask.target))
-                    if found is None:
-                        found = known[at, ask.target] = row_values(ask.target, own, own.batch_size)
-                    if ask.grads:
-                        seeds.setdefault(ask.target, [])
-                        if not any(found is each for each in seeds[ask.target]):
-                            seeds[ask.target].append(found)
-                by_target.setdefault(ask.target, []).append((ask, part, found))
+                value = None if ask.target is None else found[ask.target]
+                by_target.setdefault(ask.target, []).append((ask, part, value))
         left = len(seeds)
         for target, entries in by_target.items():
             grads: dict[Place, Tensor] = {}
             if target in seeds:
                 left -= 1
-                wanted = dict.fromkeys(place for ask, _, _ in entries for place in ask.grads)
-                lenient = {place for ask, _, _ in entries if ask.unused for place in ask.grads}
-                grads = self._gradients(seeds[target], list(wanted), lenient, taps, inputs, values, keep=left > 0)
-            for ask, part, found in entries:
-                view = View(part, values, grads, found if found is None or self._create_graph else found.detach())
-                view.outputs = after
-                ask.sink(view)
+                asks = [ask for ask, _, _ in entries]
+                grads = self._gradients(seeds[target], asks, taps, inputs, keep=left > 0)
+            for ask, part, value in entries:
+                seen = value if value is None or self._create_graph else value.detach()
+                ask.sink(View(part, values, grads, seen))
+
+    def _targets(
+        self, group: list[Ask], own: TensorDictBase, seeds: dict[Target, list[Tensor]]
+    ) -> dict[Target, Tensor]:
+        """The values of each target at one point; those that are differentiated also go to ``seeds``."""
+        found: dict[Target, Tensor] = {}
+        for target in dict.fromkeys(ask.target for ask in group if ask.target is not None):
+            found[target] = row_values(target, own, own.batch_size)
+            if any(ask.grads for ask in group if ask.target == target):
+                seeds.setdefault(target, []).append(found[target])
+        return found
 
     def _gradients(
         self,
         seeds: list[Tensor],
-        wanted: list[Place],
-        lenient: set[Place],
+        asks: list[Ask],
         taps: dict[Place, OutputTap | InputTap],
         inputs: dict[CacheKey, Tensor],
-        values: dict[Place, Any],
         *,
         keep: bool,
     ) -> dict[Place, Tensor]:
+        """One backward of the sum of ``seeds``: the gradient at every place that the asks want."""
+        wanted = list(dict.fromkeys(place for ask in asks for place in ask.grads))
+        lenient = {place for ask in asks if ask.unused for place in ask.grads}
         total = torch.stack([seed.sum(dtype=_accumulator(seed)) for seed in seeds]).sum()
         if not total.requires_grad:
             raise AttributionError(
                 f"the target does not depend on {listed([str(place.name) for place in wanted])}: no gradient can reach "
                 "it; is the output detached, or the site not used?"
             )
-        edges: list[Any] = [inputs[p.name] if p.kind == "key" else taps[p].chosen()[2] for p in wanted]
-        others = [tensor for key, tensor in inputs.items() if Place("key", key) not in wanted and tensor.requires_grad]
+        keys = {Place("key", key): tensor for key, tensor in inputs.items()}
+        edges: list[Any] = [keys[place] if place in keys else taps[place].chosen()[2] for place in wanted]
+        others = [tensor for place, tensor in keys.items() if place not in wanted and tensor.requires_grad]
         self.backwards += 1
-        found = torch.autograd.grad(
-            total, [*edges, *others], allow_unused=True, retain_graph=keep or self._create_graph, create_graph=self._create_graph
+        for tap in taps.values():
+            tap.grads.clear()
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            total,
+            [*edges, *others],
+            allow_unused=True,
+            retain_graph=keep or self._create_graph,
+            create_graph=self._create_graph,
         )
-        missing = [str(p.name) for p, grad in zip(wanted, found, strict=False) if grad is None and p not in lenient]
+        arrived = dict(zip(wanted, found, strict=False))
+        arrived |= {place: taps[place].grad() for place in wanted if place in taps}
+        missing = [str(place.name) for place in wanted if arrived[place] is None and place not in lenient]
         if missing:
             raise AttributionError(
-                f"no gradient reaches {listed(missing)}: the target does not depend on what is there, or it is detached "
+                f"no gradient reaches {listed(missing)}: the target does not depend on it, or it is detached "
                 "or overwritten in place on the way; select other sites"
             )
-        return {p: grad for p, grad in zip(wanted, found, strict=False) if grad is not None}
+        return {place: grad for place, grad in arrived.items() if grad is not None}
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
@@ -293,7 +313,7 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
 
 
 def _mixes_rows(model: nn.Module) -> bool:
-    norms = nn.modules.batchnorm._BatchNorm
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     return any(module.training and isinstance(module, norms) for module in model.modules())
 
 

@@ -43,9 +43,13 @@ class SmoothGrad(Attribution):
         self.seed = seed
         self.multiply_by_inputs = multiply_by_inputs
 
-    def _work(self, frame: Frame) -> Work:
+    def work(self, frame: Frame) -> Work:
+        """Ask for what the scores need, and compute them."""
         places = frame.explained()
-        points = [frame.point(("noise", self.seed, self.scale, at), inputs=self._noisy(frame, at)) for at in range(self.n_samples)]
+        points = [
+            frame.point(("noise", self.seed, self.scale, at), inputs=self._noisy(frame, at))
+            for at in range(self.n_samples)
+        ]
         sums = {name: WeightedSum() for name in frame.targets}
         asks: list[Ask] = [
             frame.ask(point, sums[name].sink(1 / self.n_samples, places), target, grads=places)

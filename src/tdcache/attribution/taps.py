@@ -7,9 +7,10 @@ it in place changes neither.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -20,6 +21,8 @@ from tdcache.hooks.values import leaves, pick_tensor, replace_tensor
 from tdcache.types import Pick
 
 __all__ = ["InputTap", "OutputTap", "Replacement", "check_unchanged", "has_inplace_modules"]
+
+_CLOCK = count(1)
 
 
 class _Tap:
@@ -35,6 +38,10 @@ class _Tap:
         self.wants_grad = False
         self.snapshot = False
         self.live = False
+        self.grads: dict[int, Tensor] = {}
+        """The gradient of each call in the latest backward."""
+        self.when = 0
+        """When the place was seen first."""
         self._seen: list[tuple[Tensor | None, int, GradientEdge | None]] = []
 
     def __repr__(self) -> str:
@@ -42,13 +49,22 @@ class _Tap:
 
     def note(self, tensor: Tensor) -> None:
         """Keep the value and the edge of one call."""
-        edge = get_gradient_edge(tensor) if self.wants_grad else None
+        self.when = self.when or next(_CLOCK)
+        edge = None
+        if self.wants_grad:
+            edge = get_gradient_edge(tensor)
+            tensor.register_hook(_Arrived(self.grads, len(self._seen)))
         value = None
         if self.wants_value:
             value = tensor if self.live else tensor.detach()
             value = value.clone() if self.snapshot else value
         version = -1 if value is None or value.is_inference() else value._version
         self._seen.append((value, version, edge))
+
+    def grad(self) -> Tensor | None:
+        """The gradient that arrived at the call that counts."""
+        self.chosen()
+        return self.grads.get(range(len(self._seen))[-1 if self.call is None else self.call])
 
     def chosen(self) -> tuple[Tensor | None, int, GradientEdge | None]:
         """What the call that counts gave.
@@ -58,7 +74,7 @@ class _Tap:
         """
         if not self._seen:
             raise AttributionError(
-                f"{self.place.name!r} did not run in the forward, so it has no score; select the modules that are called"
+                f"{self.place.name!r} did not run in the forward, so it has no score; select modules that are called"
             )
         if self.call is None and len(self._seen) > 1:
             raise AttributionError(
@@ -71,6 +87,20 @@ class _Tap:
             raise AttributionError(
                 f"call={self.call}: {self.place.name!r} ran {len(self._seen)} times in the forward"
             ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """A tensor hook that keeps the gradient, behind the hooks that change it.
+
+    What ``autograd.grad`` returns is from before those hooks where the backward goes on, and from behind where not.
+    """
+
+    grads: dict[int, Tensor]
+    call: int
+
+    def __call__(self, grad: Tensor) -> None:
+        self.grads[self.call] = grad
 
 
 class OutputTap(_Tap):
@@ -124,9 +154,9 @@ class Replacement:
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Exchange the rows."""
         tensor = pick_tensor(output, self.pick, self.path)
-        for rows, new in self.parts:
-            new = new.to(tensor)  # noqa: PLW2901
-            tensor = new if rows is None else rows.change(tensor, self.path, lambda _, new=new: new)
+        for rows, part in self.parts:
+            new = part.to(tensor)
+            tensor = new if rows is None else rows.exchange(tensor, self.path, new)
         return replace_tensor(output, tensor, pick=self.pick, path=self.path)
 
 
@@ -151,5 +181,3 @@ def check_unchanged(taps: Sequence[_Tap]) -> None:
 def has_inplace_modules(model: nn.Module) -> bool:
     """Whether some module of the model says that it works in place."""
     return any(getattr(module, "inplace", False) is True for module in model.modules())
-
-

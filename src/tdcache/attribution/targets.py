@@ -15,7 +15,9 @@ from tdcache.types import CacheKey
 
 __all__ = ["At", "Target", "TargetLike", "as_targets", "row_values"]
 
-TargetLike: TypeAlias = "Callable[[TensorDictBase], Tensor] | int | Tensor | tuple[Any, ...] | Sequence[Any] | Mapping[str, Any] | None"
+TargetLike: TypeAlias = (
+    "Callable[[TensorDictBase], Tensor] | int | Tensor | tuple[Any, ...] | Sequence[Any] | Mapping[str, Any] | None"
+)
 """A callable on the output TensorDict, an index, one index per row, a key with an index, or several of these."""
 
 Target: TypeAlias = Callable[[TensorDictBase], Tensor]
@@ -25,12 +27,21 @@ Target: TypeAlias = Callable[[TensorDictBase], Tensor]
 class At:
     """The entry ``key`` of the outputs at ``index`` of its last axis; a tensor of indices has one per row.
 
-    An output of shape ``(batch,)`` needs no index. ``key`` None is the model's first output.
+    An output of shape ``(batch,)`` or ``(batch, 1)`` needs no index. ``key`` None is the model's first output.
     """
 
     index: Any = None
     key: CacheKey | None = None
     default: CacheKey = "output"
+
+    def _identity(self) -> tuple[Any, ...]:
+        return (id(self.index) if isinstance(self.index, Tensor) else repr(self.index), self.key, self.default)
+
+    def __eq__(self, other: object) -> bool:  # equal targets share one backward
+        return isinstance(other, At) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
 
     def __call__(self, data: TensorDictBase) -> Tensor:
         """Pick the values, of shape ``(batch,)``."""
@@ -41,7 +52,7 @@ class At:
                 f"target {self!r}: the model wrote no entry {key!r}; there are {sorted(map(str, data.keys()))!r}"
             )
         if self.index is None:
-            return output
+            return output.squeeze(-1) if output.ndim > 1 and output.shape[-1] == 1 else output
         if isinstance(self.index, Tensor) and self.index.ndim:
             where = self.index.to(output.device)
             if where.shape != output.shape[:-1]:
@@ -95,7 +106,9 @@ def row_values(target: Target, data: TensorDictBase, batch_size: torch.Size) -> 
     """
     values = target(data)
     if not isinstance(values, Tensor):
-        raise AttributionError(f"target {target!r} returned {type(values).__name__}; return a tensor, one scalar per row")
+        raise AttributionError(
+            f"target {target!r} returned {type(values).__name__}; return a tensor, one scalar per row"
+        )
     fits = values.shape == batch_size if batch_size else values.ndim <= 1
     if not fits:
         wanted = tuple(batch_size) if batch_size else "(batch,)"

@@ -20,7 +20,7 @@ from tdcache.hooks.values import pick_tensor
 from tdcache.modules import HookedModule
 from tdcache.types import HookDirection, Match, Pick, Selector
 
-__all__ = ["Capture", "RowTaker", "as_evaluated", "model_device"]
+__all__ = ["Capture", "RowTaker", "accepted_names", "as_evaluated", "call_model", "model_device", "to_device"]
 
 
 @dataclass(slots=True)
@@ -33,25 +33,28 @@ class RowTaker:
     dtype: torch.dtype | None = None
     pick: Pick = None
     rows: BatchRows | None = None
-    """The rows of the running batch; None takes whole values (to look at their shapes)."""
+    """The rows of the running batch; None takes whole values."""
+    looking: bool = False
+    """Whether shapes and dtypes are all that is wanted: then nothing is copied."""
     overflow: dict[str, Tensor] = field(default_factory=dict)
-    """Finite values per site that the dtype cannot hold, since :meth:`start`."""
-
-    def start(self, rows: BatchRows | None) -> None:
-        """A batch begins."""
-        self.rows = rows
+    """Finite values per site that the dtype cannot hold, since they were last asked for."""
 
     def __call__(self, *, module: nn.Module, key: Any, **seen: Any) -> Tensor:
         """Take the rows of one value."""
         path = key if isinstance(key, str) else key[-1]
         value = seen["output"] if "output" in seen else seen["args"]
-        if isinstance(value, TensorDictBase) and getattr(module, "out_keys", None) and self.pick is None:
-            value = value.get(module.out_keys[0])
+        out_keys: Any = getattr(module, "out_keys", None)
+        if isinstance(value, TensorDictBase) and out_keys and self.pick is None:
+            value = value.get(out_keys[0])  # a TensorDict module hands on what it was given as well
         tensor = pick_tensor(value, self.pick, path)
         if not isinstance(tensor, Tensor):
-            raise CaptureError(f"pick={self.pick!r} gives {type(tensor).__name__} at {path!r}, no tensor", paths=(path,))
+            raise CaptureError(
+                f"pick={self.pick!r} gives {type(tensor).__name__}, no tensor, at {path!r}", paths=(path,)
+            )
         tensor = whole_tensor(tensor.detach(), module, path)
-        return tensor if self.rows is None else self._cast(_chosen(tensor, self.rows, path), path, tensor)
+        if self.looking:
+            return torch.empty((), dtype=tensor.dtype).expand(tensor.shape)
+        return self._cast(tensor if self.rows is None else _chosen(tensor, self.rows, path), path, tensor)
 
     def _cast(self, rows: Tensor, path: str, of: Tensor) -> Tensor:
         if self.dtype is None or self.dtype == rows.dtype:
@@ -73,9 +76,9 @@ def _chosen(tensor: Tensor, rows: BatchRows, path: str) -> Tensor:
     if tuple(tensor.shape[:depth]) != rows.grid:
         what = "(batch, tokens)" if depth > 1 else "(batch,)"
         raise CaptureError(
-            f"{path!r} has values of shape {tuple(tensor.shape)}, which do not begin with {what} = {rows.grid}, so that "
-            "its rows cannot stand beside the others'; select it in a harvest of its own, pick= another value, or give "
-            "rows='samples' for one row per sample",
+            f"{path!r} has values of shape {tuple(tensor.shape)}, which do not begin with {what} = {rows.grid}, so "
+            "that its rows cannot stand beside the others'; select it in a harvest of its own, pick= another value, or "
+            "give rows='samples' for one row per sample",
             paths=(path,),
         )
     flat = tensor.flatten(0, depth - 1)
@@ -133,7 +136,7 @@ class Capture:
             device="cpu",
             stop_early=stop_early,
         )
-        self._names = _accepted_names(model)
+        self._names = accepted_names(model)
 
     @contextmanager
     def open(self) -> Iterator[HookedModule]:
@@ -141,22 +144,30 @@ class Capture:
         with as_evaluated(self.model), torch.no_grad(), self._factory.prepare(self.model) as hooked:
             yield hooked
 
+    def look(self, hooked: HookedModule, batch: Any) -> Mapping[str, Tensor]:
+        """One forward; tensors of the shapes and dtypes that the sites give, without their values or memory."""
+        self.taker.looking = True
+        try:
+            return self.run(hooked, batch, None)
+        finally:
+            self.taker.looking = False
+
     def run(self, hooked: HookedModule, batch: Any, rows: BatchRows | None) -> Mapping[str, Tensor]:
-        """One forward; the kept rows of every site, on the CPU, valid for good.
+        """One forward; the kept rows of every site (or whole values), copied to the CPU, valid for good.
 
         Raises:
             CaptureError: a site saw no value.
         """
-        self.taker.start(rows)
+        self.taker.rows = rows
         if self._forward is not None:
             self._forward(hooked, to_device(batch, self.device))
         else:
-            self._call(hooked, batch)
-        found = dict(hooked.cache.items())
+            call_model(hooked, to_device(batch, self.device), self._names)
+        found: dict[str, Any] = dict(hooked.cache.items())
         missing = [path for path in self.paths(hooked) if path not in found]
         if missing:
             raise CaptureError(
-                f"{listed(missing)} saw no value in this forward, so its rows would be missing; leave it out of select=",
+                f"{listed(missing)} saw no value in this forward, so rows would be missing; leave it out of select=",
                 paths=missing,
             )
         return found
@@ -172,20 +183,29 @@ class Capture:
         self.taker.overflow.clear()
         return {path: count for path, count in counts.items() if count}
 
-    def _call(self, hooked: HookedModule, batch: Any) -> None:
-        if isinstance(batch, tuple | list) and not isinstance(batch, Tensor):
-            batch = batch[0]  # inputs and labels, as a supervised dataset has them
-        batch = to_device(batch, self.device)
-        if isinstance(batch, Mapping) and not isinstance(batch, TensorDictBase):
-            named = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-            if self._names is not None:
-                named = {name: value for name, value in named.items() if name in self._names}
-            hooked(**named)
-        else:
-            hooked(batch)
+
+def call_model(called: Callable[..., Any], batch: Any, names: frozenset[str] | None) -> None:
+    """Call a model with a batch: the first of a tuple or list, a mapping's tensors by name, anything else as it is.
+
+    Args:
+        called: the model, or a hooked module around it.
+        batch: on the model's device.
+        names: the keyword arguments that it takes; None for any.
+    """
+    if isinstance(batch, tuple | list):
+        batch = batch[0]  # inputs and labels, as a supervised dataset has them
+    if not isinstance(batch, Mapping) or isinstance(batch, TensorDictBase):
+        called(batch)
+        return
+    named = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    taken = {name: value for name, value in named.items() if names is None or name in names}
+    if taken or not named:
+        called(**taken)
+    else:
+        called(named.get("input_ids", next(iter(named.values()))))  # a model that calls its input otherwise
 
 
-def _accepted_names(model: nn.Module) -> frozenset[str] | None:
+def accepted_names(model: nn.Module) -> frozenset[str] | None:
     """The keyword arguments of a model; None where it takes any."""
     parameters = inspect.signature(model.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):

@@ -40,8 +40,8 @@ class Source:
     """The batches of ``data`` in an order that never changes.
 
     Args:
-        data: a ``DataLoader`` that does not shuffle, a map-style dataset of samples, or any iterable of batches. Loaders
-            and datasets are entered at any batch; other iterables from their beginning.
+        data: a ``DataLoader`` that does not shuffle, a map-style dataset of samples, or any iterable of batches.
+            Loaders and datasets are entered at any batch; other iterables from their beginning.
         batch_size: samples per batch, of a dataset.
         collate: makes a batch of samples, of a dataset.
 
@@ -57,7 +57,7 @@ class Source:
         self._data = data
         self._loader = data if isinstance(data, DataLoader) and _enters_anywhere(data) else None
         self._ahead: list[Any] = []
-        self._iterator: Iterator[Any] | None = data if isinstance(data, Iterator) else None  # it can be walked once only
+        self._iterator: Iterator[Any] | None = data if isinstance(data, Iterator) else None  # can be walked once only
         self.batches: int | None = len(data) if isinstance(data, Sized) and _has_length(data) else None
         """How many there are, where that is known."""
 
@@ -165,11 +165,11 @@ def _refuse_shuffled(loader: DataLoader[Any]) -> None:
     if name in ("RandomSampler", "WeightedRandomSampler", "SubsetRandomSampler"):
         raise StoreError(
             f"the loader draws its samples with {name}, so that they have no fixed number and a harvest could not be "
-            "resumed; give it shuffle=False: ActivationDataset.batches(shuffle='block') mixes the rows when they are read"
+            "resumed; give it shuffle=False: ActivationDataset.batches(shuffle='block') mixes rows when they are read"
         )
     if name == "DistributedSampler":
         raise StoreError(
-            "the loader has a DistributedSampler, which gives every rank other samples; leave it out: harvest deals the "
+            "the loader has a DistributedSampler, which gives every rank other samples; leave it out: harvest deals "
             "units to the ranks itself"
         )
 

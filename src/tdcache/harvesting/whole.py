@@ -110,15 +110,15 @@ def refuse_shards(values: Mapping[str, Tensor], seen: Sequence[str]) -> None:
     Raises:
         CaptureError: the ranks captured other modules, or values that differ; it names the first such module.
     """
-    mine = [(path, tuple(values[path].shape), *_measures(values[path])) for path in seen]
+    mine = [(path, tuple(values[path].shape), _measures(values[path])) for path in seen]
     said: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(said, mine)
     for other in said:
         if [one[0] for one in other] != [one[0] for one in mine]:
             raise CaptureError("the ranks selected other modules; give all of them the same model and the same select=")
-        for (path, shape, *sums), (_, there, *others) in zip(mine, other, strict=True):
-            near = all(math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=1e-6) for a, b in zip(sums, others, strict=True))
-            if shape != there or not near:
+        for (path, shape, sums), (_, there, others) in zip(mine, other, strict=True):
+            near = [math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=1e-6) for a, b in zip(sums, others, strict=True)]
+            if shape != there or not all(near):
                 raise shard_error(path, "has other values on other ranks")
 
 

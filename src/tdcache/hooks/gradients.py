@@ -284,12 +284,13 @@ def _watched_alias(passed: Tensor, on_grads: Callable[[Grads], Grads], where: st
     if base.is_leaf:
         return alias
     content, version = alias.detach(), alias._version
+    is_whole = base is passed  # and not the tensor itself: held by its own hook it would live until a collection
 
     def instead(grad: Tensor) -> Tensor | None:
         if hook.fired or content._version == version:
             return None
         # An in-place operation took all views, and their hooks, out of the graph; what arrives is the whole gradient.
-        if base is passed:
+        if is_whole:
             return hook(grad)
         raise InplaceModificationError(
             f"{where!r} passes its input on, and that was changed in place afterwards, so the gradient of its output "

@@ -121,11 +121,11 @@ class ActivationAddition(Intervention):
         return _AddFitted(context.state, site.path, self.coefficient)
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
-        context = module.hooking_context
+        context, selection = module.hooking_context, self.select(module)
         context.state = context.state or _Fit()
-        handle = super()._hook_module(module)
+        handle = self.hook_sites(module, selection)
         try:
-            self.add_reads(handle, self.select(module), context.state.memory)
+            self.add_reads(handle, selection, context.state.memory)
         except BaseException:
             handle.remove()
             raise

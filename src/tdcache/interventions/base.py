@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import ContextError, DirectionError, EditError
@@ -18,7 +18,7 @@ from tdcache.interventions.regions import Along, Region
 from tdcache.interventions.steps import StepClock, Steps, check_steps
 from tdcache.modules import HookedModule
 from tdcache.paths import near_misses
-from tdcache.selection import Selection, Site, as_matcher, select_matching
+from tdcache.selection import Selection, Site, as_matcher, depends_on_names_only, select_matching, walk
 from tdcache.types import CacheKey, Match, Pick, Selector
 
 __all__ = ["Intervention", "InterventionContext", "Side", "entry_of", "with_inputs_of"]
@@ -31,6 +31,8 @@ class InterventionContext(HookingContext):
     """The context of an intervention; ``state`` is what its recipe keeps of the bound model, also while paused."""
 
     state: Any = None
+    remembered: tuple[list[tuple[str, nn.Module]], Selection] | None = None
+    """The modules and the selection of the last entry."""
 
     def _finish(self, error: BaseException | None) -> None:
         self.state = None
@@ -102,16 +104,26 @@ class Intervention(HookingContextFactory):
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def select(self, module: HookedModule) -> Selection:
-        """The sites in the model that a context is bound to."""
-        return select_matching(module.model, self._matcher, self.selector, match=self.match)
+        """The sites in the model that a context is bound to; those of the last entry where the modules are the same."""
+        context: InterventionContext = module.hooking_context
+        tree = walk(module.model)
+        if context.remembered is not None and context.remembered[0] == tree:
+            return context.remembered[1]
+        found = select_matching(module.model, self._matcher, self.selector, match=self.match, tree=tree)
+        if depends_on_names_only(self._matcher):
+            context.remembered = (tree, found)
+        return found
 
     def edit_at(self, site: Site, context: InterventionContext) -> Edit:
         """What is done at one site; subclasses say."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it does at {site.path!r}: define edit_at")
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
-        context, selection = module.hooking_context, self.select(module)
-        edits = [(site, self.edit_at(site, context)) for site in selection]
+        return self.hook_sites(module, self.select(module))
+
+    def hook_sites(self, module: HookedModule, selection: Selection) -> MultiHookHandle:
+        """Put the edit of each site on it, either all of them or none."""
+        edits = [(site, self.edit_at(site, module.hooking_context)) for site in selection]
         handle = MultiHookHandle()
         try:
             clock = self.add_clock(module, handle)

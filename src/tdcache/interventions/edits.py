@@ -74,7 +74,12 @@ class EditTap(_Tap):
         if self.clock is not None and not self.clock.acts:
             return None
         if isinstance(output, Tensor):
-            return self._edited(output)
+            if self.region is not None:
+                return self._edited(output)
+            new = self.edit(output, output)
+            if new is not None and not _same_kind(new, output):
+                check_fits(new, output, self.path)  # says what differs
+            return new
         pick = self._of_output(module, output)
         new = self._edited(pick_tensor(output, pick, self.path))
         if new is None:
@@ -105,6 +110,10 @@ class EditTap(_Tap):
             return None
         check_fits(new, part, self.path)
         return self.region.put(old, new, self.path)
+
+
+def _same_kind(new: Any, old: Tensor) -> bool:
+    return isinstance(new, Tensor) and new.shape == old.shape and new.dtype == old.dtype and new.device == old.device
 
 
 class ReadTap(_Tap):

@@ -22,7 +22,7 @@ from tdcache.modules import HookedModule
 from tdcache.selection import Site
 from tdcache.types import CacheKey, Match, Pick, Selector
 
-__all__ = ["ActivationPatching", "Given", "Paste", "Recalled", "Resolved", "Source"]
+__all__ = ["ActivationPatching", "Given", "Paste", "PasteWhole", "Recalled", "Resolved", "Source"]
 
 Source = TensorDictBase | Mapping[str, Any] | Tensor | Any
 """A cache by path; a mapping from path to tensor or proxy; or, for one site, a tensor or the proxy of a run."""
@@ -52,6 +52,18 @@ class Paste:
         given = given.clone()
         made = self.patch_fn(module_key=self.path, output=part.clone(), output_to_patch=given)
         return given if made is None else made
+
+
+@dataclass(frozen=True, slots=True)
+class PasteWhole:
+    """Puts a copy of a value that is there already in place: the plain case of :class:`Paste`."""
+
+    path: str
+    tensor: Tensor
+
+    def __call__(self, part: Tensor, full: Tensor) -> Tensor:
+        """The new value."""
+        return self.tensor.clone()
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +193,8 @@ class ActivationPatching(Intervention):
         self.chunk = chunk
         self.replay = replay
         self.stack_by = stack_by
+        if sweep and steps is not None:
+            raise EditError("steps= is for generate(); a sweep calls the model itself")
         self._over = check_over(sweep, metric, heads, chunk, patch_fn=patch_fn, region=self.region)
 
     @property
@@ -191,6 +205,8 @@ class ActivationPatching(Intervention):
     def edit_at(self, site: Site, context: InterventionContext) -> Edit:
         """Paste the source's value."""
         value: Any = Recalled(context.state, site.path) if self.source is None else self.value_at(site.path)
+        if isinstance(value, Given) and self.region.whole and self.patch_fn is None:
+            return PasteWhole(site.path, value.tensor)
         return Paste(site.path, value, self.region, self.patch_fn)
 
     def value_at(self, path: str) -> Given | Resolved:
@@ -217,9 +233,9 @@ class ActivationPatching(Intervention):
             context.state = sweep = Sweep(self, selection, self._over)
             return sweep.attach(module.model)
         if self.source is not None:
-            return super()._hook_module(module)
+            return self.hook_sites(module, selection)
         context.state = context.state or Memory("first")
-        handle = super()._hook_module(module)
+        handle = self.hook_sites(module, selection)
         try:
             self.add_reads(handle, selection, context.state)
         except BaseException:

@@ -124,21 +124,22 @@ def _along(tensor: Tensor, dim: int, index: Any, path: str, what: str) -> tuple[
         raise EditError(
             f"the value at {path!r} has shape {tuple(tensor.shape)} and no axis {dim} for {what}={_spell(index)}"
         )
-    at, size = dim % tensor.ndim, tensor.shape[dim]
+    at, size, used = dim % tensor.ndim, tensor.shape[dim], index
     if isinstance(index, int):
         outside = not -size <= index < size
-        index = slice(index, index + 1 or None)
+        used = slice(index, index + 1 or None)
     elif isinstance(index, slice):
         outside = not range(*index.indices(size))
     else:
         outside = index.device.type == "cpu" and index.dtype != torch.bool and index.numel() > 0
         outside = outside and not bool((-size <= index.min()) & (index.max() < size))
     if outside:
+        hint = "; in generate(), steps='prefill' leaves the steps of one token out" if what == "positions" else ""
         raise EditError(
-            f"{what}={_spell(index)} means nothing at {path!r}, whose value has {size} along axis {at}: "
-            f"shape {tuple(tensor.shape)} (in generate(), steps='prefill' leaves the steps of one token out)"
+            f"{what}={_spell(index)} means nothing at {path!r}, whose value has {size} along axis {at}: shape "
+            f"{tuple(tensor.shape)}{hint}"
         )
-    return (*(slice(None),) * at, index, *(slice(None),) * (tensor.ndim - at - 1))
+    return (*(slice(None),) * at, used, *(slice(None),) * (tensor.ndim - at - 1))
 
 
 def _spell(index: Any) -> str:

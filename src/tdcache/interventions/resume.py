@@ -37,7 +37,7 @@ class Skipped(torch.Tensor):
         made.path, made.like = path, like
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Skipped({self.path!r})"
 
     @classmethod

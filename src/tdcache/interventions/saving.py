@@ -113,8 +113,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         ) from None
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is no valid JSON: {error}", path=path) from None
-    good = isinstance(config, dict) and isinstance(config.get("arguments"), dict) and config.get("kind") in _KINDS
-    again = config.get("give_again") if good else None
+    good = isinstance(config, dict) and isinstance(config.get("arguments"), dict)
+    again = config.get("give_again") if good and str(config.get("kind")) in _KINDS else None
     if not isinstance(again, list) or not all(isinstance(name, str) for name in again):
         raise DamagedError(f"{path} does not describe an intervention", path=path)
     if config.get("format") != _FORMAT:

@@ -41,6 +41,8 @@ class AddVector:
             vector = self._cast = self.vector.to(part)
         try:
             return part + self.coefficient * vector
+        except EditError:
+            raise
         except RuntimeError:
             raise EditError(
                 f"the vector of shape {tuple(vector.shape)} cannot be added at {self.path!r}, where "

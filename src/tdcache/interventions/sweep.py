@@ -198,12 +198,14 @@ class Sweep:
             for path, sites in windows_of(self.selection.paths, self.window)
             for trial in trials_at(self.recipe, self.over, path, sites, self.value_of(path, 0).shape)
         ]
-        trials.sort(key=lambda trial: len(self._skipped([trial])))
+        depth_of = {trial.sites: len(self._skipped([trial])) for trial in trials}
+        trials.sort(key=lambda trial: depth_of[trial.sites])
+        depths = [depth_of[trial.sites] for trial in trials]
         found: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         seen = data.copy()
         for key in in_keys:
             seen.set(key, base.get(key))
-        for chunk in chunks_of(trials, self.recipe.chunk):
+        for chunk in chunks_of(trials, depths, self.recipe.chunk):
             inputs = base.copy() if len(chunk) == 1 else repeated(base, in_keys, len(chunk), rows)
             with self._assigned(chunk):
                 forward(inputs)
@@ -257,7 +259,7 @@ class Sweep:
             mine = {at: value for (name, at), value in found.items() if name == path}
             size = tuple(max(at[axis] for at in mine) + 1 for axis in range(len(self.over)))
             ordered = torch.stack([mine[at] for at in sorted(mine)])
-            grids[path] = ordered.reshape(*size, *ordered.shape[1:])
+            grids[path] = ordered.reshape((*size, *ordered.shape[1:]))
         joined = grids if self.stack_by is None else self.stack_by(grids)
         return TensorDict(dict(joined), batch_size=[])
 

@@ -99,10 +99,18 @@ def trials_at(
             yield Trial(sites, region, tuple(where[each] for each in over), name)
 
 
-def chunks_of(trials: Sequence[Trial], size: int) -> Iterator[Sequence[Trial]]:
-    """The trials that run in one forward, after one another."""
-    for begin in range(0, len(trials), size):
-        yield trials[begin : begin + size]
+def chunks_of(trials: Sequence[Trial], depths: Sequence[int], size: int) -> Iterator[Sequence[Trial]]:
+    """The trials that run in one forward, after one another: ``size`` at most.
+
+    A chunk runs from its shallowest patch on, so one that is a quarter full ends where the next trial lies deeper.
+    """
+    begin = 0
+    for end in range(1, len(trials) + 1):
+        full = end - begin == size
+        deeper = end < len(trials) and depths[end] > depths[end - 1] and 4 * (end - begin) >= size
+        if full or deeper or end == len(trials):
+            yield trials[begin:end]
+            begin = end
 
 
 def _choices(positions: Any, shape: torch.Size, dim: int, path: str) -> list[int]:

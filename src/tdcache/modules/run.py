@@ -54,7 +54,7 @@ class HookedModuleRun(DirectedForms):
         self._data = data
         self._outer_cache = cache
         self._prefix = f"{run_name or 'run'}{run_sep or '.'}"
-        self._cache: TensorDictBase = TensorDict(batch_size=[]) if run_cache is None else run_cache
+        self._cache = run_cache
         self._grad_enabled = grad_enabled
         self._run_callback = run_callback or _call
         self._forwards = Forwards()
@@ -72,6 +72,8 @@ class HookedModuleRun(DirectedForms):
     @property
     def cache(self) -> TensorDictBase:
         """Where ``get`` writes, and ``save`` where no other cache was given."""
+        if self._cache is None:
+            self._cache = TensorDict(batch_size=[])
         return self._cache
 
     @cache.setter
@@ -91,7 +93,7 @@ class HookedModuleRun(DirectedForms):
         self._in_context = False
         try:
             if error is None:
-                self._run(bool(taps))
+                self._run(taps)
         finally:
             self._handle.remove()
         if error is None:
@@ -100,11 +102,12 @@ class HookedModuleRun(DirectedForms):
                     tap.proxy.check()
             self._report_unfired(taps)
 
-    def _run(self, counted: bool) -> None:
+    def _run(self, taps: list[GetTap | SetTap]) -> None:
         model = self._module.model
         with ExitStack() as undo:
-            if counted:
+            if taps or self._stopped_at is not None:
                 eager_where_stale(model, undo)
+            if any(isinstance(tap, GetTap) for tap in taps):  # only these tell a second call from a second forward
                 counter = attach(model, self._forwards.on_forward, "fwd_pre", order=Order.FIRST)
                 undo.callback(counter.remove)
             undo.enter_context(torch.set_grad_enabled(self._grad_enabled))
@@ -145,7 +148,7 @@ class HookedModuleRun(DirectedForms):
         """Have a value written to the run's own cache; see :meth:`HookedModule.get`."""
         self._needs_block("get", direction)
         tap, handle = self._module.add_get(
-            self._cache, key, cache_key, callback=callback, direction=direction, prepend=prepend, relative=relative,
+            self.cache, key, cache_key, callback=callback, direction=direction, prepend=prepend, relative=relative,
             forwards=self._forwards, **options,
         )  # fmt: skip
         self._take_in(tap, handle)
@@ -157,7 +160,7 @@ class HookedModuleRun(DirectedForms):
         """Have a value written to the cache that the run was given, as ``"run.<path>_output"``; see :meth:`get`."""
         self._needs_block("save", direction)
         tap, handle = self._module.add_get(
-            self._cache if self._outer_cache is None else self._outer_cache,
+            self.cache if self._outer_cache is None else self._outer_cache,
             key,
             cache_key or f"{self._prefix}{key}_{direction_row(direction).noun}",
             direction=direction,
@@ -188,7 +191,7 @@ class HookedModuleRun(DirectedForms):
             self._grad_enabled = True
 
     def _report_unfired(self, taps: list[GetTap | SetTap]) -> None:
-        silent = [tap for tap in taps if not tap.fired] if self._forwards.count else []
+        silent = [tap for tap in taps if not tap.fired]
         if not silent:
             return
         model = self._module.model

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from tensordict import TensorDictBase
-from torch import nn
+from torch import Tensor, nn
 
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import HookSignatureError, InplaceModificationError
@@ -30,25 +30,15 @@ Where: TypeAlias = "Selector | Mapping[str, Selector]"
 
 
 class _Counter:
-    """Which forward it is, and which call of each module in it."""
+    """Which forward it is."""
 
     def __init__(self) -> None:
         self.forward = -1
-        self._calls: dict[str, int] = {}
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """Hook of the root: a forward begins."""
         if not in_backward():
             self.forward += 1
-            self._calls.clear()
-
-    def next(self, path: str) -> int | None:
-        """The number of this call; None where a checkpoint recomputes one of several."""
-        if in_backward():
-            return 0 if self._calls.get(path) == 1 else None
-        number = self._calls.get(path, 0)
-        self._calls[path] = number + 1
-        return number
 
 
 @dataclass(slots=True, eq=False)
@@ -60,12 +50,25 @@ class _AttachedHook:
     counter: _Counter
     pick: Pick
     order: int = Order.EDIT
+    calls: int = 0
+    """How often the module ran in the forward that ``forward`` numbers."""
+    forward: int = -1
+
+    def _next_call(self) -> int | None:
+        """The number of this call; None where a checkpoint recomputes one of several."""
+        if in_backward():
+            return 0 if self.calls == 1 else None
+        if self.forward != self.counter.forward:
+            self.forward, self.calls = self.counter.forward, 0
+        self.calls += 1
+        return self.calls - 1
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Pass the output through the pipeline."""
-        made: Any = getattr(module, "out_keys", None) if isinstance(output, TensorDictBase) else None
-        # Of a TensorDict what the module made, not the first entry of what it was given.
-        return self._through(output, made[0] if made and self.pick is None else self.pick, args)
+        pick: Any = self.pick
+        if pick is None and isinstance(output, TensorDictBase):
+            pick = next(iter(getattr(module, "out_keys", ())), None)  # what it made, not the first entry it was given
+        return self._through(output, pick, args)
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pass an argument through the pipeline: the first tensor, a positional one by number or a keyword by name."""
@@ -73,16 +76,18 @@ class _AttachedHook:
         return self._through((args, kwargs), pick, ())  # type: ignore[arg-type]  # a callable was refused
 
     def _through(self, value: Any, pick: Pick, args: Any) -> Any:
-        x = pick_tensor(value, pick, self.path)
+        x = value if pick is None and isinstance(value, Tensor) else pick_tensor(value, pick, self.path)
         version = version_of(x)
-        new = self.pipeline(x, call=self.counter.next(self.path), forward=self.counter.forward)
+        new = self.pipeline(x, call=self._next_call(), forward=self.forward)
         if version_of(x) != version and any(share_memory(x, each) for _, each in leaves(args)):
             raise InplaceModificationError(
                 f"a hook at {self.path!r} wrote into the output in place, which is also the module's input and may be "
                 "used elsewhere; return a new tensor instead, e.g. from x.clone()",
                 paths=(self.path,),
             )
-        return None if new is x else replace_tensor(value, new, pick=pick, path=self.path)
+        if new is x:
+            return None
+        return replace_tensor(value, new, pick=pick, path=self.path)
 
 
 class AttachedPipeline(HookingContextFactory):

@@ -46,20 +46,30 @@ class Call:
         Raises:
             HookSignatureError: one that it needs is not in scope.
         """
-        if self.needed and not args:
-            self._check(kwargs)
-        if self.names is None:
+        names = self.names
+        if names is None:
+            if self.needed and not args and any(name not in kwargs for name in self.needed):
+                raise self._missing(kwargs)
             return self.hook(x, *args, **kwargs)
-        return self.hook(x, *args, **{name: kwargs[name] for name in self.names if name in kwargs})
+        if not names:
+            return self.hook(x, *args)
+        try:
+            given = {name: kwargs[name] for name in self.needed}
+        except KeyError:
+            if not args:
+                raise self._missing(kwargs) from None
+            given = {}
+        if len(given) < len(names):
+            given = {name: kwargs[name] for name in names if name in kwargs}
+        return self.hook(x, *args, **given)
 
-    def _check(self, kwargs: Mapping[str, Any]) -> None:
+    def _missing(self, kwargs: Mapping[str, Any]) -> HookSignatureError:
         missing = [name for name in self.needed if name not in kwargs]
-        if missing:
-            raise HookSignatureError(
-                f"hook {spell(self.hook)} needs {', '.join(f'{name}=' for name in missing)}; in scope are "
-                f"{listed(list(kwargs)) or 'no keyword arguments'}: bind it, pass it with the call, or attach the "
-                "pipeline by a pattern with such a named group, e.g. (?P<layer>\\d+)"
-            )
+        return HookSignatureError(
+            f"hook {spell(self.hook)} needs {', '.join(f'{name}=' for name in missing)}; in scope are "
+            f"{listed(list(kwargs)) or 'no keyword arguments'}: bind it, pass it with the call, or attach the "
+            "pipeline by a pattern with such a named group, e.g. (?P<layer>\\d+)"
+        )
 
 
 def _accepted(hook: Callable[..., Any]) -> tuple[frozenset[str] | None, tuple[str, ...]]:

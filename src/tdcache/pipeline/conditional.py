@@ -11,7 +11,7 @@ from torch import Tensor
 from tdcache.errors import SelectionError
 from tdcache.hooks.values import check_fits
 from tdcache.pipeline.conditions import Calls, Layers, Positions, Rows, as_condition, checked
-from tdcache.pipeline.hooks import Hook, Hooks
+from tdcache.pipeline.hooks import Hook, Hooks, run
 from tdcache.pipeline.versions import untouched, version_of
 
 __all__ = ["AtCalls", "AtLayers", "AtPositions", "AtRows", "ConditionalHooks"]
@@ -51,7 +51,7 @@ class ConditionalHooks(Hooks):
         answer = checked(self.condition(x, *args, **scope), self.condition)
         if isinstance(answer, Tensor):
             return self._run_on_part(x, answer, args, scope)
-        return self._run(x, args, scope) if answer else x
+        return run(self._calls, x, args, scope) if answer else x
 
     def _run_on_part(self, x: Tensor, mask: Tensor, args: tuple[Any, ...], scope: dict[str, Any]) -> Tensor:
         where = _index_of(x, mask)
@@ -59,7 +59,7 @@ class ConditionalHooks(Hooks):
             return x
         part = x[where]
         version = version_of(part)
-        new = self._run(part, args, scope)
+        new = run(self._calls, part, args, scope)
         if untouched(part, new, version):
             return x
         check_fits(new, part, scope.get("path") or self.title())

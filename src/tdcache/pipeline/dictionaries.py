@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tdcache.errors import TdcacheError, listed
+from tdcache.errors import StoreError, listed
+from tdcache.store.safetensors import read_tensors, write_tensors
 
-__all__ = ["Architecture", "Dictionary", "DictionaryConfig", "DictionaryError", "load_dictionary", "save_dictionary"]
+__all__ = ["Architecture", "Dictionary", "DictionaryConfig", "load_dictionary", "save_dictionary"]
 
 Architecture = Literal["relu", "topk", "jumprelu", "gated"]
 """How latents are made of pre-activations."""
@@ -27,9 +28,9 @@ _ENCODER = {
 _DECODER = ("W_dec", "b_dec")
 # What other libraries call the same things; a matrix under such a name is transposed.
 _TENSOR_NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
-_ARCHITECTURE_NAMES = {"standard": "relu"}
 _CONFIG_FILES = ("cfg.json", "config.json")
 _NOT_WEIGHTS = ("sparsity.safetensors",)
+_MOST = 1 << 24  # bytes of config
 # Settings of other libraries that change what a dictionary computes, with the values that mean "off".
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "normalize_activations": ("none", None),
@@ -39,10 +40,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "skip_connection": (False, None),
     "signed": (False, None),
 }
-
-
-class DictionaryError(TdcacheError, ValueError):
-    """A saved dictionary that cannot be read, or one whose tensors do not fit together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +55,10 @@ class DictionaryConfig:
     def __post_init__(self) -> None:
         if self.architecture not in get_args(Architecture):
             known = ", ".join(map(repr, get_args(Architecture)))
-            raise DictionaryError(f"a dictionary's architecture is one of {known}, got {self.architecture!r}")
-        if (self.architecture == "topk") != (self.k is not None) or (self.k or 1) < 1:
-            raise DictionaryError(f"k is given for 'topk' and for nothing else, and at least 1; got {self!r}")
+            raise ValueError(f"a dictionary's architecture is one of {known}, got {self.architecture!r}")
+        counted = type(self.k) is int and self.k >= 1
+        if counted if self.architecture != "topk" else not counted:
+            raise ValueError(f"k is a number from 1 for 'topk', and None for all others; got {self!r}")
 
 
 class Dictionary(nn.Module):
@@ -83,7 +81,7 @@ class Dictionary(nn.Module):
         config: the rest.
 
     Raises:
-        DictionaryError: a tensor is missing, superfluous or of the wrong shape.
+        ValueError: a tensor is missing, superfluous, of the wrong shape, or not of floating point.
 
     Example:
         >>> eye = torch.eye(3)
@@ -145,23 +143,21 @@ def _check(tensors: Mapping[str, Tensor], config: DictionaryConfig) -> None:
             *([f"lacks {listed(missing)}"] if missing else []),
             *([f"does not use {listed(extra)}"] if extra else []),
         ]
-        raise DictionaryError(
+        raise ValueError(
             f"a {config.architecture!r} dictionary consists of {list(wanted)!r}; this one {' and '.join(parts)}"
         )
-    matrix = tensors["W_enc"].shape
-    count = matrix[1] if len(matrix) == 2 else None
-    shapes = dict.fromkeys(wanted, (count,)) | {
-        "W_enc": (matrix[0], count),
-        "W_dec": (count, None),
-        "b_dec": (None,),
-    }
+    matrix = tuple(tensors["W_enc"].shape)
+    d_in, count = matrix if len(matrix) == 2 else (None, None)
+    shapes = dict.fromkeys(wanted, (count,)) | {"W_enc": (d_in, count), "W_dec": (count, None), "b_dec": (None,)}
     if config.center:
-        shapes |= {"W_dec": (count, matrix[0]), "b_dec": (matrix[0],)}
+        shapes |= {"W_dec": (count, d_in), "b_dec": (d_in,)}
     for name, shape in shapes.items():
         found = tuple(tensors[name].shape)
         if len(found) != len(shape) or any(want not in (None, got) for want, got in zip(shape, found, strict=True)):
             spelled = ", ".join("any" if want is None else str(want) for want in shape)
-            raise DictionaryError(f"tensor {name!r} of the dictionary has shape {found}, expected ({spelled})")
+            raise ValueError(f"tensor {name!r} of a dictionary has shape {found}, expected ({spelled})")
+        if not tensors[name].is_floating_point():
+            raise ValueError(f"tensor {name!r} of a dictionary is {tensors[name].dtype}, expected floating point")
 
 
 def load_dictionary(folder: str | Path) -> Dictionary:
@@ -169,53 +165,61 @@ def load_dictionary(folder: str | Path) -> Dictionary:
 
     Understands what :func:`save_dictionary` writes, and the layouts of SAELens (``standard``, ``topk``, ``jumprelu``,
     ``gated``) and of sparsify (``topk``). A setting that would change what is computed, and is not implemented here, is
-    refused. The parameters do not require grad.
+    refused. The parameters are on the CPU and do not require grad.
 
     Raises:
-        DictionaryError: a file is missing or damaged, or the dictionary is of a kind that is not implemented.
+        StoreError: a file is missing or damaged, or the dictionary is of a kind that is not implemented; ``path`` is
+            the file or folder.
     """
-    from tdcache.store.safetensors import read_tensors
-
     folder = Path(folder)
-    config = _config_of(_read_json(folder))
-    weights = [path for path in sorted(folder.glob("*.safetensors")) if path.name not in _NOT_WEIGHTS]
-    if len(weights) != 1:
-        raise DictionaryError(
-            f"{folder} must hold one safetensors file, found {listed([path.name for path in weights]) or 'none'}"
-        )
+    file = _only(folder, _CONFIG_FILES)
+    weights = _only(
+        folder, [each.name for each in sorted(folder.glob("*.safetensors")) if each.name not in _NOT_WEIGHTS]
+    )
+    settings = _read_json(file)
     tensors = {}
-    for name, tensor in read_tensors(weights[0]).items():
+    for name, tensor in read_tensors(weights).items():
         known = _TENSOR_NAMES.get(name, name)
         tensors[known] = tensor.mT.contiguous() if known != name and tensor.dim() == 2 else tensor
-    return Dictionary(tensors, config).requires_grad_(False)
-
-
-def _read_json(folder: Path) -> dict[str, Any]:
-    found = [folder / name for name in _CONFIG_FILES if (folder / name).is_file()]
-    if len(found) != 1:
-        there = listed([path.name for path in found]) or "none"
-        raise DictionaryError(f"{folder} must hold one of {listed(_CONFIG_FILES)}, found {there}")
     try:
-        config = json.loads(found[0].read_text(encoding="utf-8"))
+        return Dictionary(tensors, _config_of(settings)).requires_grad_(False)
     except ValueError as error:
-        raise DictionaryError(f"{found[0]} is no valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise DictionaryError(f"{found[0]} must hold a JSON object, got {type(config).__name__}")
-    return config
+        raise StoreError(f"the dictionary in {folder} cannot be used: {error}", path=folder) from error
+
+
+def _only(folder: Path, names: Sequence[str]) -> Path:
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if len(found) != 1:
+        wanted = " or ".join(names) or "*.safetensors"
+        there = listed([path.name for path in found]) or "none"
+        raise StoreError(f"a dictionary's folder holds one {wanted}; in {folder} there is {there}", path=folder)
+    return found[0]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > _MOST:
+            raise ValueError(f"longer than {_MOST} bytes")
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"a {type(settings).__name__} instead of an object")
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{file} is no JSON config: {error}", path=file) from error
+    return settings
 
 
 def _config_of(settings: Mapping[str, Any]) -> DictionaryConfig:
     for name, off in _UNSUPPORTED.items():
         if settings.get(name) not in off:
-            raise DictionaryError(f"the dictionary was made with {name}={settings[name]!r}, which is not implemented")
-    named = settings.get("architecture", settings.get("activation", "standard"))
-    architecture = _ARCHITECTURE_NAMES.get(named, named)
+            raise ValueError(f"it was made with {name}={settings[name]!r}, which is not implemented")
+    architecture = settings.get("architecture", settings.get("activation", "standard"))
     function = settings.get("activation_fn", settings.get("activation_fn_str", "relu"))
-    if function == "topk" and architecture in ("relu", "topk"):
-        architecture = "topk"
+    if architecture == "standard":
+        architecture = function
     elif function not in ("relu", architecture):
-        raise DictionaryError(f"the dictionary's activation function {function!r} is not implemented")
-    k = settings.get("k", (settings.get("activation_fn_kwargs") or {}).get("k"))
+        raise ValueError(f"its activation function is {function!r}, which is not implemented for {architecture!r}")
+    options = settings.get("activation_fn_kwargs")
+    k = settings.get("k", options.get("k") if isinstance(options, dict) else None)
     center = settings.get("apply_b_dec_to_input", not settings.get("transcode", False))
     return DictionaryConfig(architecture=architecture, k=k if architecture == "topk" else None, center=bool(center))
 
@@ -231,8 +235,6 @@ def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
         ...     load_dictionary(folder)
         Dictionary(d_in=2, latents=2, DictionaryConfig(architecture='relu', k=None, center=True))
     """
-    from tdcache.store.safetensors import write_tensors
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = dictionary.config
@@ -245,6 +247,6 @@ def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
         **({} if config.k is None else {"k": config.k}),
     }
     write_tensors(
-        folder / "sae_weights.safetensors", {name: each.detach() for name, each in dictionary.named_parameters()}
+        {name: each.detach() for name, each in dictionary.named_parameters()}, folder / "sae_weights.safetensors"
     )
     (folder / "cfg.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

@@ -158,13 +158,15 @@ class Hooks(HookNode):
 
     def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Pass ``x`` through the hooks, in the order they were appended."""
-        return self._run(x, args, self._in_scope(kwargs))
+        return run(self._calls, x, args, self._in_scope(kwargs))
 
     def _in_scope(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {**kwargs, **self._inherited, **self._own} if self._own or self._inherited else kwargs
-
-    def _run(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return run(self._calls, x, args, kwargs)
+        """What is bound, added to the keyword arguments of this very call."""
+        if self._inherited:
+            kwargs.update(self._inherited)
+        if self._own:
+            kwargs.update(self._own)
+        return kwargs
 
     def append(self, hook: Hook) -> Self:
         """Add a hook at the end; returns this object.
@@ -229,19 +231,31 @@ class WrapperHooks(Hooks):
     appended before a save is seen by the save.
 
     Args:
-        wrapper: takes a hook and returns a hook; called once for each call of the sequence, and not while it is empty.
+        wrapper: takes a hook and returns a hook; called again when the sequence has changed, and not while it is empty.
         *hooks: the first ones.
     """
 
     def __init__(self, wrapper: Callable[[Hook], Hook], *hooks: Hook) -> None:
         self.wrapper = wrapper
+        self._wrapped: Hook | None = None
         super().__init__(*hooks)
 
     def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Wrap the hooks as they are now, and call the result."""
         if not self._calls:
             return x
-        return self.wrapper(_Sequence(tuple(self._calls)))(x, *args, **self._in_scope(kwargs))
+        if self._wrapped is None:
+            self._wrapped = self.wrapper(_Sequence(tuple(self._calls)))
+        return self._wrapped(x, *args, **self._in_scope(kwargs))
+
+    def append(self, hook: Hook) -> Self:
+        """Add a hook at the end, and have the sequence wrapped again before the next call; returns this object."""
+        self._wrapped = None
+        return super().append(hook)
+
+    def _separate(self, memo: dict[int, Any]) -> None:
+        super()._separate(memo)
+        self._wrapped = None
 
     def title(self) -> str:
         """The first line of the repr."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from tdcache.contexts import HookingContext, HookingContextFactory
-from tdcache.errors import ContextError, InplaceModificationError, SelectionError, listed
+from tdcache.errors import CaptureError, ContextError, InplaceModificationError, SelectionError, listed
 from tdcache.hooks import MultiHookHandle, Order, attach, direction_row
 from tdcache.hooks.values import first_tensor, pick_tensor, replace_tensor
 from tdcache.modules import HookedModule
@@ -223,5 +223,5 @@ def sparse_latents(*, direction: str = "fwd", **named: Any) -> Tensor:
     """
     value = first_tensor(named[direction_row(direction).value])
     if value is None:
-        raise SelectionError(f"no tensor came by in direction {direction!r}")
+        raise CaptureError(f"no tensor came by in direction {direction!r}")
     return value.detach().to_sparse()

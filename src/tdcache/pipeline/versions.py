@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["share_memory", "untouched", "version_of"]
 
 
 def version_of(x: Any) -> int | None:
-    """The version counter of a tensor; None where it has none (inference tensors)."""
-    return x._version if isinstance(x, Tensor) and not x.is_inference() else None
+    """The version counter of a tensor; None where it has none (inference tensors) or cannot be asked (tracing)."""
+    # Inside a graph that is being traced the counter is a symbol that nothing may branch on.
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or x.is_inference():
+        return None
+    return x._version
 
 
 def untouched(before: Tensor, after: Any, version: int | None) -> bool:

@@ -20,7 +20,7 @@ from tdcache.points.gradient import watch_gradient
 from tdcache.points.hook_point import HookPoint
 from tdcache.points.positions import PositionSlice
 from tdcache.reducers import Reducer
-from tdcache.types import CacheKey, Hold, Removable
+from tdcache.types import CacheKey, Hold, HookDirection, Removable
 
 __all__ = ["CaptureOptions", "PointCapture", "PointGradientTap", "PointTap", "SavingHook", "converted"]
 
@@ -117,7 +117,7 @@ class PointCapture:
         self._bracket = MultiHookHandle()
         self._brackets = 0
 
-    def _channel(self, direction: str, names: tuple[str, ...]) -> Channel:
+    def _channel(self, direction: HookDirection, names: tuple[str, ...]) -> Channel:
         target = Target(self.cache, None, 0) if isinstance(self.cache, TensorDictBase) else _MappingTarget(self.cache)
         if target.in_place:
             target.check(names)
@@ -127,9 +127,8 @@ class PointCapture:
     def attached(self, model: nn.Module) -> Iterator[None]:
         """Have taps on the points, and the ends of forwards of ``model`` noted, for the length of a block."""
         with MultiHookHandle() as handle:
-            for make in (self._tap, self._gradient_tap)[: len(self.channels)]:
-                taps = ((point, make(name, point)) for name, point in self.points.items())
-                attach_outputs(taps, handle, Order.CAPTURE)
+            make = self._gradient_tap if self.options.incl_bwd else self._tap
+            attach_outputs(((point, make(name, point)) for name, point in self.points.items()), handle, Order.CAPTURE)
             bracket(model, self.recorder.begin, self.recorder.end, handle)
             yield
 
@@ -140,7 +139,8 @@ class PointCapture:
         return PointTap(name, channel, self.recorder, point, self.options).on_output
 
     def _gradient_tap(self, name: str, point: HookPoint) -> Callable[..., Any]:
-        return PointGradientTap(name + GRADIENT, self.channels[1], self.recorder, point, self.options).on_output
+        take = self._tap(name, point)
+        return PointGradientTap(name + GRADIENT, self.channels[1], self.recorder, point, self.options, take).on_output
 
     def hooks(self, *, gradient: bool) -> list[tuple[str, Callable[..., Any]]]:
         """Pairs of a name and a hook, to be added to the points by hand."""
@@ -194,42 +194,53 @@ class PointTap(OutputTap):
 
 
 class PointGradientTap(GradientTap):
-    """Takes the gradient at a point as its hooks see it: scaled, converted, sliced, without its batch axis.
+    """Takes the value by another tap, and the gradient as hooks see it: scaled, converted, sliced.
 
     A point passes on the tensor it is given, of which a tensor hook would see the gradients of all other uses too; so
     the hook is set on an alias.
     """
 
-    __slots__ = ("options", "point")
+    __slots__ = ("options", "plain", "point", "take_value")
 
     def __init__(
-        self, path: str, channel: Channel, recorder: Recorder, point: HookPoint, options: CaptureOptions
+        self,
+        path: str,
+        channel: Channel,
+        recorder: Recorder,
+        point: HookPoint,
+        options: CaptureOptions,
+        take_value: Callable[..., None],
     ) -> None:
         super().__init__(path, channel, recorder, Order.CAPTURE, None)
         self.point = point
         self.options = options
+        self.take_value = take_value
+        self.plain = not options.shapes and point.hook_conversion is None and point.backward_scale == 1
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Hand on an alias whose gradient is this point's own."""
+        """Keep the value, and hand on an alias whose gradient is this point's own."""
+        self.take_value(module, args, output)
         tensor = first_tensor(output)
         if tensor is None or not tensor.requires_grad or not torch.is_grad_enabled():
             self.recorder.graphless.add(self.path)
             return None
         self.calls += 1
-        base = tensor if tensor._base is None else tensor._base
-        take = partial(self.on_grads, self.channel.number, self.calls, base.is_leaf)
+        take = partial(self.on_grads, self.channel.number, self.calls)
         return watch_gradient(module, args, output, take)
 
-    def on_grads(
-        self, number: int, call: int, into_leaf: bool, module: nn.Module, grads: tuple[Tensor | None, ...]
-    ) -> None:
+    def on_grads(self, number: int, call: int, module: nn.Module, grads: tuple[Tensor | None, ...]) -> None:
         """Keep the gradient of one call."""
         grad = next((grad for grad in grads if grad is not None), None)
         if grad is None:
             return
+        channel, path = self.channel, self.path
+        if self.plain and number == channel.accepting and path not in channel.values:  # as the fast taps do
+            self.arrived = call
+            channel.versions[path] = grad._version
+            channel.values[path] = grad
+            return
         scale = self.point.backward_scale
-        # The memory of what flows into a leaf becomes its .grad, to which later backwards add in place.
-        seen = grad * scale if scale != 1 else grad.clone() if into_leaf else grad
+        seen = grad if scale == 1 else grad * scale
         kept = self.options.shaped(converted(self.point, seen), self.path, self.point.pos_dim)
         self.on_grad(self.path, number, call, kept)
 

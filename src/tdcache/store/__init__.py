@@ -1,4 +1,4 @@
-"""Activations in files: written whole or not at all, checked block by block, read by row. Knows no hooks and no models."""
+"""Activations in files: written whole or not at all, checked block by block. Knows no hooks and no models."""
 
 from tdcache.store.batches import Batches
 from tdcache.store.dataset import ActivationDataset, Column

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -12,6 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdcache.errors import SpecError
+from tdcache.store.rows import joined
 
 if TYPE_CHECKING:
     from tdcache.store.dataset import ActivationDataset
@@ -28,7 +30,9 @@ _BLOCKS_PER_POOL = 16
 class _Stream(Protocol):
     """One rank's rows of one epoch, in their order."""
 
-    rows: int
+    @property
+    def rows(self) -> int:
+        """How many there are."""
 
     def take(self, begin: int, end: int) -> TensorDict:
         """The rows at places ``begin`` to ``end`` of the order."""
@@ -86,12 +90,12 @@ class _Pools:
         for number, (low, high) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
             if low < end and begin < high:
                 parts.append(self._mixed(number)[max(begin - low, 0) : end - low])
-        return parts[0].clone() if len(parts) == 1 else torch.cat(parts)
+        return parts[0].clone() if len(parts) == 1 else joined(parts)
 
     def _mixed(self, number: int) -> TensorDict:
         if number != self._number or self._pool is None:
             self._pool = None  # freed before the next one is read
-            rows = torch.cat([self.dataset.span(*block) for block in self._members(number * self.per_pool)])
+            rows = joined([self.dataset.span(*block) for block in self._members(number * self.per_pool)])
             order = torch.randperm(rows.shape[0], generator=_generator(*self.seed, number))
             self._pool, self._number = rows[order], number
         return self._pool
@@ -139,7 +143,7 @@ class Batches:
         return f"Batches({self.dataset!r}, {self.size}, shuffle={self.shuffle!r}, rank={self.rank}/{self.world})"
 
     def __len__(self) -> int:
-        return -(-self._stream().rows // self.size)
+        return math.ceil(self._stream().rows / self.size)
 
     def __iter__(self) -> Iterator[TensorDict]:
         stream = self._stream()

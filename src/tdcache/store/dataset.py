@@ -15,7 +15,7 @@ from tdcache.errors import listed
 from tdcache.paths import near_misses
 from tdcache.store.batches import Batches, Shuffle
 from tdcache.store.layout import Layout
-from tdcache.store.rows import gather_rows, row_numbers, slice_rows
+from tdcache.store.rows import gather_rows, joined, row_numbers, slice_rows
 from tdcache.store.shard import Shard
 from tdcache.store.spec import read_spec, spec_id
 from tdcache.store.verify import check_columns, find_damage
@@ -38,7 +38,8 @@ class Column:
         return len(self._dataset)
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self._dataset.rows(index, [self.key])[self.key]
+        found: Tensor = self._dataset.rows(index, [self.key]).get(self.key)
+        return found
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[row] for row in range(len(self)))
@@ -168,7 +169,7 @@ class ActivationDataset(torch.utils.data.Dataset[TensorDict]):
     @staticmethod
     def collate(rows: TensorDict | list[TensorDict]) -> TensorDict:
         """For ``DataLoader(ds, collate_fn=ds.collate)``: hands the batch on as it was read."""
-        return rows if isinstance(rows, TensorDict) else torch.stack(rows)
+        return rows if isinstance(rows, TensorDict) else joined([row.unsqueeze(0) for row in rows])
 
     def rows(self, index: Any, keys: Sequence[str] | None = None) -> TensorDict:
         """The rows that ``index`` means, with batch size the shape of the index.
@@ -289,7 +290,7 @@ class ActivationDataset(torch.utils.data.Dataset[TensorDict]):
         return export_rows(self, path, kind)
 
     def repack(self, path: str | os.PathLike[str], **options: Any) -> ActivationDataset:
-        """Write the rows to another store, shuffled, or fewer sites, or another dtype; see :mod:`tdcache.store.repack`."""
+        """Write the rows to another store, shuffled, fewer sites, another dtype; see :mod:`tdcache.store.repack`."""
         from tdcache.store.repack import repack
 
         return repack(self, path, **options)
@@ -300,4 +301,3 @@ class ActivationDataset(torch.utils.data.Dataset[TensorDict]):
         from tdcache.store.repack import merge
 
         return merge(*stores, path=path)
-

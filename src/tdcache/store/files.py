@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
+import secrets
+import socket
 from pathlib import Path
 
-__all__ = ["Files"]
+__all__ = ["Files", "unnamed"]
+
+
+def unnamed(scratch: Path, stem: str) -> Path:
+    """A path for a file that gets its name when it is whole; it tells who writes, so that it can be swept."""
+    return scratch / f"{stem}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
 
 
 class Files:

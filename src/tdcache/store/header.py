@@ -128,7 +128,7 @@ def header_length(raw: bytes, size: int, name: object) -> int:
     length = int.from_bytes(raw[:_LENGTH], "little")
     if length > min(_MOST, size - _LENGTH):
         raise DamagedError(
-            f"{name}: a header of {length} bytes cannot be in a file of {size}; it is truncated, or no safetensors file",
+            f"{name}: a header of {length} bytes is not in a file of {size}; it is truncated, or no safetensors file",
             path=name,
         )
     return length
@@ -151,19 +151,19 @@ def _entry(key: str, fields: Any, name: object) -> TensorEntry:
     sound = (
         isinstance(shape, list)
         and isinstance(offsets, list)
-        and len(offsets) == 2  # noqa: PLR2004
+        and len(offsets) == 2
         and all(map(_is_size, [*shape, *offsets]))
-        and isinstance(fields["dtype"] if "dtype" in fields else None, str)
+        and isinstance(fields.get("dtype"), str)
         and fields["dtype"] in _DTYPES
     )
-    if not sound:
+    if not sound or shape is None or offsets is None:
         raise DamagedError(f"{name}: tensor {key!r} is described by {str(fields)[:200]}, which is no tensor", path=name)
     dtype = _DTYPES[fields["dtype"]]
     begin, end = offsets
     wanted = math.prod(shape) * dtype.itemsize
     if end - begin != wanted:
         raise DamagedError(
-            f"{name}: tensor {key!r} of shape {shape} and {dtype} takes {wanted} bytes, and [{begin}, {end}] is not that",
+            f"{name}: tensor {key!r} of shape {shape}, {dtype}, takes {wanted} bytes, and [{begin}, {end}] is not that",
             path=name,
         )
     return TensorEntry(dtype, tuple(shape), begin, end)
@@ -177,4 +177,4 @@ def _check_extent(tensors: Mapping[str, TensorEntry], size: int, name: object) -
             raise DamagedError(f"{name}: tensor {key!r} begins at {entry.begin}, where {reached} was due", path=name)
         reached = entry.end
     if reached != size:
-        raise DamagedError(f"{name}: {size} bytes of data, where the header says {reached}; it is cut or grown", path=name)
+        raise DamagedError(f"{name}: {size} bytes of data, the header says {reached}; it was cut or grown", path=name)

@@ -1,10 +1,9 @@
 """Where things are in a store's folder, and what of it counts.
 
-    run.acts/
-      spec.json                         what, of which model, how; immutable
-      shards/000/u00000042.safetensors  one unit each: every site's rows for a fixed range of samples
-      index.json                        the shards' own words, gathered; can be made again from them at any time
-      .tmp/                             files without a name yet; never read
+``spec.json``: what, of which model, how; immutable.
+``shards/000/u00000042.safetensors``: one unit each, every site's rows for a fixed range of samples.
+``index.json``: the shards' own words, gathered; can be made again from them at any time.
+``.tmp/``: files without a name yet; never read.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import socket
 import time
 import zlib
@@ -20,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tdcache.errors import DamagedError
-from tdcache.store.files import Files
+from tdcache.store.files import Files, unnamed
 from tdcache.store.shard import Shard, read_shard
 from tdcache.store.spec import canonical
 
@@ -88,7 +86,7 @@ class Layout:
         rows = [[each.info.unit, each.rows, each.info.first, each.info.last, each.size] for each in shards]
         document = {"shards": rows, "spec": spec}
         data = canonical({**document, "crc32": f"{zlib.crc32(canonical(document)):08x}"}) + b"\n"
-        temporary = self.scratch / f"index.{os.getpid()}.{secrets.token_hex(4)}"
+        temporary = unnamed(self.scratch, "index")
         descriptor = files.create(temporary)
         try:
             files.write(descriptor, memoryview(data), 0)
@@ -133,7 +131,7 @@ class Layout:
 
 def _is_stale(entry: os.DirEntry[str]) -> bool:
     parts = entry.name.split(".")
-    if len(parts) > 3 and ".".join(parts[1:-2]) == socket.gethostname() and parts[-2].isdigit():  # noqa: PLR2004
+    if len(parts) > 3 and ".".join(parts[1:-2]) == socket.gethostname() and parts[-2].isdigit():
         try:
             os.kill(int(parts[-2]), 0)
         except ProcessLookupError:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
-__all__ = ["gather_rows", "row_numbers", "slice_rows"]
+__all__ = ["gather_rows", "joined", "row_numbers", "slice_rows"]
 
 
 def row_numbers(index: Any, rows: int) -> Tensor:
@@ -73,11 +75,17 @@ def gather_rows(columns: Sequence[Tensor], starts: Tensor, numbers: Tensor) -> T
     out = first.new_empty((numbers.numel(), *first.shape[1:]))
     ordered, places = numbers.sort()
     bounds = torch.searchsorted(ordered, starts).tolist()
-    for shard, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for shard, (low, high) in enumerate(pairwise(bounds)):
         if low < high:
             local = ordered[low:high] - starts[shard]
             _bytes(out).index_copy_(0, places[low:high], _bytes(columns[shard]).index_select(0, local))
     return out
+
+
+def joined(parts: Sequence[TensorDict]) -> TensorDict:
+    """Rows behind rows."""
+    together: Any = torch.cat(list(parts))
+    return together  # type: ignore[no-any-return]
 
 
 def _bytes(rows: Tensor) -> Tensor:

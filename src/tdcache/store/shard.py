@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import socket
 import stat
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tdcache.errors import DamagedError, StoreError
-from tdcache.store.files import Files
+from tdcache.store.files import Files, unnamed
 from tdcache.store.header import Header, TensorEntry, header_length, pack_header, parse_header
 
 __all__ = ["BLOCK", "Shard", "ShardInfo", "bytes_of", "read_shard", "write_shard"]
@@ -26,6 +24,8 @@ BLOCK = 1 << 20
 """Bytes per checksum."""
 
 _ALIGN = 4096
+# No symbolic link is followed, and a pipe in the place of a file does not make us wait.
+_READ_ONLY = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 _NO_SUM = "00000000"
 _INFO, _SUM = "tdcache", "tdcache.header_crc32"
 
@@ -78,7 +78,8 @@ class _BlockSums:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor; of one that is not contiguous, those of a copy that is."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    flat: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def write_shard(
@@ -108,7 +109,7 @@ def write_shard(
     sizes = {name: sum(part.nbytes for part in parts) for name, parts in pieces.items()}
     sums = {name: _NO_SUM * -(-size // BLOCK) for name, size in sizes.items()}
     start = len(_pack(shapes, info, sums))
-    temporary = scratch / f"{target.stem}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+    temporary = unnamed(scratch, target.stem)
     descriptor = files.create(temporary)
     try:
         try:
@@ -250,7 +251,7 @@ def read_shard(path: Path, *, spec: str | None = None) -> Shard:
         StoreError: it belongs to another spec.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+        descriptor = os.open(path, _READ_ONLY)
     except FileNotFoundError:
         raise DamagedError(f"{path}: the shard is missing", path=path) from None
     except OSError as error:
@@ -289,7 +290,6 @@ def _read_info(header: Header, path: Path) -> ShardInfo:
             all(type(each) is int and each >= 0 for each in (info.unit, info.first, info.rows))
             and type(info.last) is int
             and info.last >= info.first
-            and isinstance(info.spec, str)
             and all(
                 entry.shape[:1] == (info.rows,) and len(info.sums[name]) == 8 * -(-entry.nbytes // BLOCK)
                 for name, entry in header.tensors.items()

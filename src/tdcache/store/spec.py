@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
-import secrets
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tdcache.errors import DamagedError, SpecError
-from tdcache.store.files import Files
+from tdcache.store.files import Files, unnamed
 
 __all__ = ["FORMAT", "canonical", "differing", "read_spec", "spec_id", "write_spec"]
 
@@ -62,7 +61,7 @@ def write_spec(folder: Path, spec: Mapping[str, Any], *, made_by: Mapping[str, s
     target = folder / "spec.json"
     if not target.exists():
         data = memoryview(_rendered(document))
-        temporary = folder / ".tmp" / f"spec.{os.getpid()}.{secrets.token_hex(4)}"
+        temporary = unnamed(folder / ".tmp", "spec")
         descriptor = files.create(temporary)
         try:
             try:
@@ -70,10 +69,8 @@ def write_spec(folder: Path, spec: Mapping[str, Any], *, made_by: Mapping[str, s
                 files.sync(descriptor)
             finally:
                 files.close(descriptor)
-            try:
+            with contextlib.suppress(FileExistsError):  # another writer was faster: its spec is compared below
                 files.link(temporary, target)
-            except FileExistsError:
-                pass  # another writer was faster: what it wrote is compared below
             files.sync_folder(folder)
         finally:
             files.remove(temporary)
@@ -83,7 +80,7 @@ def write_spec(folder: Path, spec: Mapping[str, Any], *, made_by: Mapping[str, s
         fields = differing(wanted, there)
         shown = "\n".join(f"  {each}: {_at(there, each)} there, {_at(wanted, each)} asked for" for each in fields)
         raise SpecError(
-            f"{folder} was made otherwise than is asked for now:\n{shown}\nask for the same, or write to another folder",
+            f"{folder} was made otherwise than is asked for now:\n{shown}\nask for the same, or give another folder",
             path=folder,
             fields=fields,
         )
@@ -102,7 +99,7 @@ def _at(spec: Any, field: str) -> str:
             return "nothing"
         spec, field = spec[name], field[len(name) + 1 :]
     text = json.dumps(spec)
-    return text if len(text) <= 120 else f"{text[:117]}..."  # noqa: PLR2004
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def read_spec(folder: Path) -> dict[str, Any]:

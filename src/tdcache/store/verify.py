@@ -27,7 +27,7 @@ def check_columns(shard: Shard, spec: Mapping[str, Any]) -> None:
     if found != expected or token != ("int32", ()):
         wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name)) or ["tok"]
         raise DamagedError(
-            f"{shard.path}: column {wrong[0]!r} is {found.get(wrong[0], token)}, the spec says {expected.get(wrong[0])}",
+            f"{shard.path}: column {wrong[0]!r} is {found.get(wrong[0], token)}, the spec has {expected.get(wrong[0])}",
             path=shard.path,
         )
 

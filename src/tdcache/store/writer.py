@@ -116,8 +116,8 @@ class StoreWriter:
             return write_shard(target, columns, info=info, scratch=self.layout.scratch, files=self.files)
         except OSError as error:
             raise StoreError(
-                f"unit {unit} could not be written to {target}: {error.strerror or error}; the store is whole without it: "
-                "run the same harvest again to continue",
+                f"unit {unit} could not be written to {target}: {error.strerror or error}; the store is whole without "
+                "it: run the same harvest again to continue",
                 path=target,
             ) from error
 

@@ -1,0 +1,216 @@
+"""Layer-wise relevance propagation, at inputs and at any selected module, in one backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from tdcache.attribution.asks import Place, Rows, wide
+from tdcache.attribution.base import Attribution, Work
+from tdcache.attribution.frame import Frame
+from tdcache.attribution.gradients import Seen, key_of
+from tdcache.attribution.lrp.linear import canonised, is_linear, linear_function
+from tdcache.attribution.lrp.maps import RuleMap, Rules
+from tdcache.attribution.lrp.replaced import BehindTaps, ReplacedBackward, install_replaced
+from tdcache.attribution.lrp.rules import Epsilon, Pass, Rule, nonzero
+from tdcache.contexts import HookingContextFactory
+from tdcache.errors import AttributionError
+from tdcache.hooks import MultiHookHandle, Order, attach
+from tdcache.modules import HookedModule
+from tdcache.selection import as_matcher, walk
+from tdcache.types import Match, Pick, Selector
+
+__all__ = ["LRP", "RelevanceRules"]
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class RelevanceRules(HookingContextFactory):
+    """The modifier that applies rules: gradients become relevance divided by activation.
+
+    Args:
+        rules: a rule for all linear modules, or pairs of a selector and a rule, of which the first that fits counts.
+            What no pair selects keeps its ordinary backward.
+        canonise: a batch norm in eval mode that reads what a linear module returned counts as part of that module;
+            nothing of the model is changed.
+    """
+
+    rowwise = True
+
+    def __init__(self, rules: RuleMap | Rule | None = None, *, canonise: bool = True) -> None:
+        super().__init__()
+        self.rules = Rules.of(Epsilon() if rules is None else rules)
+        self.canonise = canonise
+
+    def install(self, model: nn.Module, rows: Rows | None, handle: MultiHookHandle) -> None:
+        """Add the hooks, for some rows or (None) for all."""
+        followers: dict[int, Any] = {}
+        for path, module in [("", model), *walk(model)]:
+            rule = self.rules.at(path, module)
+            if rule is not None:
+                applied = _Applied(rule, path)
+                applied.check(module)
+                install_replaced(module, ReplacedBackward(path, applied, rows, followers), handle)
+            elif self.canonise and isinstance(module, _BATCH_NORMS):
+                norm = _CanonisedNorm(path, rows, followers)
+                handle.add(attach(module, BehindTaps(norm.on_norm_input), "fwd_pre_kwargs", order=Order.CAPTURE))
+                handle.add(attach(module, norm.on_output, order=norm.order))
+        handle.add(attach(model, _Forget(followers).on_output, order=Order.EDIT))
+
+    def _hook_module(self, module: HookedModule) -> MultiHookHandle:
+        handle = MultiHookHandle()
+        try:
+            self.install(module.model, None, handle)
+        except BaseException:
+            handle.remove()
+            raise
+        return handle
+
+
+class _Forget:
+    """Lets go of the outputs that were kept to recognise who reads them."""
+
+    order = Order.EDIT
+    rowwise = True
+
+    def __init__(self, followers: dict[int, Any]) -> None:
+        self.followers = followers
+
+    def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The forward is over."""
+        self.followers.clear()
+
+
+class _Applied:
+    """A rule at one module, as the backward that takes the place of the module's own."""
+
+    def __init__(self, rule: Any, path: str) -> None:
+        self.rule = rule
+        self.path = path
+
+    def __repr__(self) -> str:
+        return repr(self.rule)
+
+    def check(self, module: nn.Module) -> None:
+        """Refuse a rule with weights at a module without."""
+        if isinstance(self.rule, Rule) and not isinstance(self.rule, Pass) and not is_linear(module):
+            raise AttributionError(
+                f"{self.rule!r} needs a linear module, and {self.path!r} is a {type(module).__name__}; choose others, "
+                "or Pass()"
+            )
+
+    def gradient(self, module: nn.Module, x: Tensor, y: Tensor, grad: Tensor, norm: nn.Module | None) -> Tensor:
+        """The gradient that carries the relevance of the input."""
+        if isinstance(self.rule, Pass):
+            return self.rule.change(x, y, grad)
+        if not isinstance(self.rule, Rule):
+            found: Tensor = self.rule.gradient(module, x, y, grad, norm)
+            return found
+        weight, bias = canonised(module, norm)
+        linear = linear_function(module)
+        # With a norm folded in, the relevance that arrives belongs to the norm's output, z' below.
+        z = y if norm is None else linear(x, weight, bias)
+        relevance_grad = grad if norm is None else grad * nonzero(y) / nonzero(z)
+        return self.rule.input_gradient(linear, x, weight, bias, z, relevance_grad)
+
+
+class _CanonisedNorm(ReplacedBackward):
+    """A batch norm that counts as part of the linear module before it, and hands relevance on."""
+
+    def __init__(self, path: str, rows: Rows | None, followers: dict[int, Any]) -> None:
+        super().__init__(path, _Applied(Pass(), path), rows)
+        self.known = followers
+        self._folded: list[bool] = []
+
+    def on_norm_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note which call the input came from."""
+        given = args[0] if args else None
+        found = self.known.get(id(given))
+        folds = found is not None and found.output is given and is_linear(found.call.module) and not module.training
+        if folds and found is not None:
+            found.call.norm = module
+        self._folded.append(folds)
+        return super().on_input(module, args, kwargs)
+
+    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Exchange the backward where the norm was folded."""
+        if self._folded.pop():
+            return super().on_output(module, args, output)
+        self._inputs.pop()
+        return None
+
+
+class LRP(Attribution):
+    r"""Relevance of the inputs, or of what the selected modules return, by layer-wise relevance propagation.
+
+    The target's value is the relevance at the output, so that in a net without biases the scores of the inputs, and of
+    any layer that everything passes through, sum to it (Bach et al. 2015, doi:10.1371/journal.pone.0130140). The target
+    should pick outputs, such as an index.
+
+    Args:
+        selector: which modules; None for the inputs.
+        rules: see :class:`RelevanceRules`; by default epsilon at linear modules, with activations passed through.
+            :func:`~tdcache.attribution.lrp.epsilon_plus` and its relatives are ready maps, and
+            :func:`~tdcache.attribution.lrp.relp` and :func:`~tdcache.attribution.lrp.attnlrp` those for transformers.
+        canonise: fold batch norms; see :class:`RelevanceRules`.
+        match: see :class:`SiteAttribution`.
+        pick: likewise.
+        call: likewise.
+        **options: see :class:`Attribution`.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4, bias=False), torch.nn.ReLU())
+        >>> with LRP(target=1, rules=Epsilon(0.0)).prepare(model) as hooked:
+        ...     td = hooked(TensorDict({"input": torch.randn(5, 3)}, batch_size=[5]))
+        >>> torch.allclose(td["attr", "input"].sum(-1), td["output"][:, 1], atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        selector: Selector | None = None,
+        *,
+        rules: RuleMap | Rule | None = None,
+        canonise: bool = True,
+        match: Match = "full",
+        pick: Pick = None,
+        call: int | None = None,
+        **options: Any,
+    ) -> None:
+        modifiers = (*options.pop("modifiers", ()), RelevanceRules(rules, canonise=canonise))
+        super().__init__(modifiers=modifiers, **options)
+        if selector is not None:
+            as_matcher(selector, match)
+        self.selector = selector
+        self.match: Match = match
+        self.pick = pick
+        self.call = call
+
+    def selectors_by_role(self) -> Mapping[str, tuple[Selector, Match]]:
+        """The selectors of the method by role."""
+        return {} if self.selector is None else {"sites": (self.selector, self.match)}
+
+    def site_options(self, role: str) -> tuple[Pick, int | None]:
+        """Which tensor and which call of the selected modules."""
+        return (self.pick, self.call)
+
+    def work(self, frame: Frame) -> Work:
+        """Ask for what the scores need, and compute them."""
+        places = frame.explained() if self.selector is None else frame.sites()
+        seen = {name: Seen(places) for name in frame.targets}
+        yield [
+            frame.ask(frame.base, each, frame.targets[name], values=places, grads=places) for name, each in seen.items()
+        ]
+        return {
+            key_of(self.name, name, place): self._relevance(each, place)
+            for name, each in seen.items()
+            for place in places
+        }
+
+    @staticmethod
+    def _relevance(seen: Seen, place: Place) -> Tensor:
+        return wide(nonzero(seen.values[place])) * wide(seen.grads[place])  # R = a * g

@@ -1,0 +1,56 @@
+"""Attention rollout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tdcache.attribution.asks import wide
+from tdcache.attribution.base import SiteAttribution, Work
+from tdcache.attribution.frame import Frame
+from tdcache.attribution.gradients import Seen, key_of
+from tdcache.attribution.reductions import attention_rollout
+from tdcache.types import Pick, Selector
+
+__all__ = ["AttentionRollout"]
+
+
+class AttentionRollout(SiteAttribution):
+    """How much of each input token reaches each position, over all layers: ``("attr", "rollout")``.
+
+    See :func:`~tdcache.attribution.reductions.attention_rollout`. Hugging Face models give their attention
+    probabilities with ``attn_implementation="eager"``.
+
+    Args:
+        selector: the modules that return the probabilities ``(batch, heads, query, key)``, in the order they run.
+        gradient: weight heads by the positive part of gradient times probability; needs a target.
+        residual: the share of the skip connection.
+        pick: which tensor of their output; the second by default, where attention modules return it.
+        **options: see :class:`SiteAttribution`.
+    """
+
+    def __init__(
+        self, selector: Selector, *, gradient: bool = False, residual: float = 0.5, pick: Pick = 1, **options: Any
+    ) -> None:
+        super().__init__(selector, pick=pick, **options)
+        self.gradient = gradient
+        self.residual = residual
+
+    def work(self, frame: Frame) -> Work:
+        """Ask for what the scores need, and compute them."""
+        places = frame.sites()
+        if not self.gradient:
+            seen = Seen(places, with_grads=False)
+            yield [frame.ask(frame.base, seen, values=places)]
+            patterns = [wide(seen.values[place]) for place in places]
+            return {key_of(self.name, None, "rollout"): attention_rollout(patterns, residual=self.residual)}
+        each = {name: Seen(places) for name in frame.targets}
+        yield [
+            frame.ask(frame.base, each[name], target, values=places, grads=places)
+            for name, target in frame.targets.items()
+        ]
+        return {
+            key_of(self.name, name, "rollout"): attention_rollout(
+                [wide(seen.values[place]) for place in places], [wide(seen.grads[place]) for place in places]
+            )
+            for name, seen in each.items()
+        }

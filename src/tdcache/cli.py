@@ -1,0 +1,163 @@
+"""The command line: ``tdcache harvest``, ``tdcache info``, ``tdcache verify``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tdcache.errors import StoreError, TdcacheError
+from tdcache.harvesting import harvest, preflight
+from tdcache.harvesting.row_rule import as_positions
+from tdcache.store import ActivationDataset
+from tdcache.store.verify import find_damage
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 for damage or a failed harvest, 2 for a wrong call.
+
+    Args:
+        arguments: in place of the process's own.
+    """
+    options = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return run(options)
+    except (TdcacheError, OSError, ValueError) as error:
+        print(f"tdcache: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tdcache", description="Activations of a PyTorch model, in files.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    take = commands.add_parser("harvest", help="store what flows through a model", description=_harvest.__doc__)
+    take.add_argument("source", help="MODULE:FUNCTION giving (model, data); or, with --texts, a Hugging Face model")
+    take.add_argument("path", type=Path, help="the store's folder; an unfinished one is continued")
+    take.add_argument("--select", required=True, action="append", metavar="REGEX", help="modules, by whole path")
+    take.add_argument("--texts", type=Path, metavar="FILE", help="one sample per line, for a Hugging Face model")
+    take.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float8_e4m3fn"), help="of what is stored")
+    take.add_argument("--drop", default="pad", help="pad, bos, pad|bos or none (default: pad)")
+    take.add_argument("--positions", type=_positions, metavar="N|N,N|N:N", help="kept places of each sample")
+    take.add_argument("--max-rows", type=int, metavar="N")
+    take.add_argument("--max-bytes", metavar="SIZE", help="such as 20GB")
+    take.add_argument("--batch-size", type=int, default=32, metavar="N")
+    take.add_argument("--device", help="where the model runs")
+    take.add_argument("--dry-run", action="store_true", help="print what would be stored, and stop")
+    take.add_argument("--quiet", action="store_true", help="print no progress")
+    take.set_defaults(run=_harvest)
+    info = commands.add_parser("info", help="what a store holds", description=_info.__doc__)
+    info.add_argument("path", type=Path)
+    info.set_defaults(run=_info)
+    verify = commands.add_parser("verify", help="read every byte of a store", description=_verify.__doc__)
+    verify.add_argument("path", type=Path)
+    verify.set_defaults(run=_verify)
+    return parser
+
+
+def _positions(text: str) -> Any:
+    if ":" in text:
+        return as_positions(slice(*(int(each) if each else None for each in text.split(":"))))
+    return as_positions([int(each) for each in text.split(",")])
+
+
+def _harvest(options: argparse.Namespace) -> int:
+    """Store what flows through the selected modules; run it again to continue after an interruption."""
+    model, data, collate = _from_texts(options) if options.texts else (*_from_function(options.source), None)
+    if options.device:
+        model = model.to(options.device)
+    asked: dict[str, Any] = {
+        "select": options.select,
+        "dtype": getattr(torch, options.dtype) if options.dtype else None,
+        "drop": None if options.drop == "none" else options.drop,
+        "positions": options.positions,
+        "max_rows": options.max_rows,
+        "max_bytes": options.max_bytes,
+        "batch_size": options.batch_size,
+        "collate": collate,
+    }
+    if options.dry_run:
+        print(preflight(model, data, options.path, **asked))
+        return 0
+    print(harvest(model, data, options.path, progress=not options.quiet, **asked))
+    return 0
+
+
+def _from_function(source: str) -> tuple[nn.Module, Any]:
+    module, _, name = source.partition(":")
+    if not name:
+        raise ValueError(f"{source!r} is not MODULE:FUNCTION; for a Hugging Face model give --texts FILE as well")
+    sys.path.insert(0, str(Path.cwd()))  # as python -m has it
+    try:
+        found = getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{source!r} cannot be called: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[0], nn.Module):
+        raise ValueError(f"{source} returns (model, data), got {type(found).__name__}")
+    return found
+
+
+class _Lines(torch.utils.data.Dataset[str]):
+    """The lines of a file that hold something."""
+
+    def __init__(self, path: Path) -> None:
+        self.lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, number: int) -> str:
+        return self.lines[number]
+
+
+def _from_texts(options: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError:
+        raise StoreError("a Hugging Face model needs transformers: pip install 'tdcache[hf]'") from None
+    tokenizer = AutoTokenizer.from_pretrained(options.source)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModel.from_pretrained(options.source)
+
+    def collate(texts: list[str]) -> Any:
+        return tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+
+    return model, _Lines(options.texts), collate
+
+
+def _info(options: argparse.Namespace) -> int:
+    """Print what a store holds, and whether it is complete."""
+    dataset = ActivationDataset.open(options.path)
+    print(dataset)
+    width = max(map(len, dataset.keys))
+    for key in dataset.keys:
+        dtype, shape = dataset.describe(key)
+        print(f"  {key.ljust(width)}  {str(dtype).removeprefix('torch.')} {shape}")
+    spec = dataset.spec
+    print(f"  rows: one per {str(spec.get('rows'))[:-1]}, dropped: {', '.join(spec.get('drop') or []) or 'nothing'}")
+    print(f"  samples: {dataset.sequences:,} in {len(dataset.shards)} shards, id {dataset.id[:12]}")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    """Read every byte; print what is damaged, and exit with status 1 if anything is."""
+    damage = find_damage(options.path)
+    for error in damage:
+        print(error, file=sys.stderr)
+    if damage:
+        return 1
+    dataset = ActivationDataset.open(options.path)
+    print(f"{len(dataset.shards)} shards, {dataset.nbytes:,} bytes: every checksum fits")
+    if not dataset.complete:
+        print("the harvest is unfinished; run it again to continue")
+    return 0

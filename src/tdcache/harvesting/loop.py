@@ -1,0 +1,375 @@
+"""From a model and data to a store: units are run, written beside the next forwards, and never run twice."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import tensordict
+import torch
+from torch import Tensor, nn
+
+from tdcache.errors import CaptureError, SpecError, StoreError
+from tdcache.harvesting.capture import Capture
+from tdcache.harvesting.plan import Budget, Preflight, Probe, batches_per_unit, model_fingerprint, probe, row_bytes
+from tdcache.harvesting.progress import Progress
+from tdcache.harvesting.pump import WriterThread
+from tdcache.harvesting.row_rule import BatchRows, RowKind, RowRule, as_drops, as_positions, batch_length
+from tdcache.harvesting.source import Source, Step, Visit
+from tdcache.harvesting.whole import refuse_shards
+from tdcache.harvesting.workers import Share, wait_for_others
+from tdcache.selection import select as select_sites
+from tdcache.store.dataset import ActivationDataset
+from tdcache.store.files import Files
+from tdcache.store.spec import read_spec
+from tdcache.store.writer import StoreWriter, site_column
+from tdcache.types import Match, Pick, Selector
+
+__all__ = ["harvest", "preflight"]
+
+SHARD_BYTES = 1 << 26
+_SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def harvest(
+    model: nn.Module,
+    data: Any,
+    path: str | os.PathLike[str],
+    *,
+    select: Selector,
+    match: Match = "full",
+    direction: Literal["fwd", "fwd_pre"] = "fwd",
+    pick: Pick = None,
+    dtype: torch.dtype | None = None,
+    drop: str | Sequence[str] | None = "pad",
+    positions: slice | int | Sequence[int] | None = None,
+    rows: RowKind | None = None,
+    max_rows: int | None = None,
+    max_bytes: int | str | None = None,
+    overflow: Literal["raise", "count"] = "raise",
+    resume: bool = True,
+    stop_early: bool = True,
+    progress: bool = False,
+    batch_size: int = 32,
+    collate: Callable[[list[Any]], Any] | None = None,
+    forward: Callable[[Any, Any], Any] | None = None,
+    device: torch.device | str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    rank: int | None = None,
+    world: int | None = None,
+    files: Files | None = None,
+) -> ActivationDataset:
+    """Store what flows through the selected modules while ``data`` runs through ``model``; resumable at any instant.
+
+    The data is cut into units, fixed ranges of samples; each becomes one file that is there whole or not at all. Run
+    again after a crash, with any number of processes, it runs the units that are missing, and the files are byte for
+    byte those of one uninterrupted run (on the same device). A finished harvest run again does no forward. The same
+    call under ``torchrun`` deals the units to the ranks. The model is run without gradients in eval mode and left as it
+    was.
+
+    Args:
+        model: any module. Batches that are mappings become keyword arguments, of those that it takes; of tuples and
+            lists the first item is the input.
+        data: a ``DataLoader`` that does not shuffle, a map-style dataset of samples, or any iterable of batches.
+        path: the store's folder.
+        select: which modules; see :class:`tdcache.ActivationCaching`.
+        match: how patterns are held against paths.
+        direction: ``"fwd"`` (outputs) or ``"fwd_pre"`` (inputs).
+        pick: which tensor of a structured value.
+        dtype: of the stored values; None keeps the model's.
+        drop: ``"pad"`` (by the attention mask), ``"bos"`` (each sample's first token), ``"pad|bos"``, or None.
+        positions: the places among a sample's own tokens that are kept: a number, several, or a slice.
+        rows: ``"tokens"`` or ``"samples"``; by default tokens where the batches have token ids or a mask.
+        max_rows: the most rows, exactly: those of the first samples, the same for all sites.
+        max_bytes: the most bytes of all columns together, also as ``"20GB"``.
+        overflow: ``"raise"`` refuses finite values that ``dtype`` cannot hold, ``"count"`` stores how many there were.
+        resume: continue a store that is there; False refuses one.
+        stop_early: end each forward once every site has fired. Ignored with ``forward``.
+        progress: print what will be stored, then rows per second and the time left, to the standard error stream.
+        batch_size: samples per batch, where ``data`` is a dataset.
+        collate: makes a batch of samples, where ``data`` is a dataset.
+        forward: ``forward(model, batch)``, where the model is called in a way of its own.
+        device: where batches are moved; by default where the model is.
+        shard_bytes: how big a shard should be, about; three of them are held in memory.
+        rank: which share of the units is run here; by default torchrun's.
+        world: how many shares there are.
+        files: how files are written.
+
+    Returns:
+        The store, open for reading.
+
+    Raises:
+        SelectionError: nothing selected, nothing in the data, or an unusable option.
+        SpecError: the store there holds something else; the fields that differ are named.
+        CaptureError: values without rows in common, values that ``dtype`` cannot hold, or a bare shard of one.
+        StoreError: a unit could not be written; the message names it and its path.
+    """
+    capture = Capture(
+        model,
+        select,
+        match=match,
+        direction=direction,
+        pick=pick,
+        dtype=dtype,
+        stop_early=stop_early and forward is None,
+        forward=forward,
+        device=device,
+    )
+    request = _Request(
+        folder=Path(path),
+        source=Source(data, batch_size=batch_size, collate=collate),
+        paths=select_sites(model, select, match=match).paths,
+        rule={"drop": as_drops(drop), "positions": as_positions(positions)},
+        kind=rows,
+        budget=Budget(max_rows, _as_bytes(max_bytes)),
+        shard_bytes=shard_bytes,
+        fixed={"direction": direction, "dtype": _name(dtype), "pick": _spelled(pick)},
+    )
+    share = Share.of(model, rank, world)
+    spec = request.settled(capture, share, shown=progress)
+    if not resume and (request.folder / "spec.json").exists():
+        raise SpecError(f"{request.folder} holds a store already, and resume=False", path=request.folder)
+    made_by = {"torch": torch.__version__, "tensordict": str(tensordict.__version__)}
+    writer = StoreWriter(request.folder, spec, made_by=made_by, files=files)
+    _Run(capture, request, writer, share, refuse_overflow=overflow == "raise", shown=progress).go()
+    wait_for_others()
+    return ActivationDataset.open(request.folder)
+
+
+def preflight(
+    model: nn.Module, data: Any, path: str | os.PathLike[str], *, select: Selector, **options: Any
+) -> Preflight:
+    """What :func:`harvest` would store with these arguments; one forward runs, nothing is written.
+
+    Args:
+        model: as there.
+        data: as there.
+        path: as there.
+        select: as there.
+        **options: ``match``, ``direction``, ``pick``, ``dtype``, ``drop``, ``positions``, ``rows``, ``max_rows``,
+            ``max_bytes``, ``batch_size``, ``collate``, ``forward``, ``device`` and ``shard_bytes``, as there.
+    """
+    names = ("match", "direction", "pick", "dtype", "forward", "device")
+    kept = {name: options[name] for name in names if name in options}
+    request = _Request(
+        folder=Path(path),
+        source=Source(data, batch_size=options.get("batch_size", 32), collate=options.get("collate")),
+        paths=select_sites(model, select, match=options.get("match", "full")).paths,
+        rule={"drop": as_drops(options.get("drop", "pad")), "positions": as_positions(options.get("positions"))},
+        kind=options.get("rows"),
+        budget=Budget(options.get("max_rows"), _as_bytes(options.get("max_bytes"))),
+        shard_bytes=options.get("shard_bytes", SHARD_BYTES),
+        fixed={},
+    )
+    return request.preflight(probe(Capture(model, select, **kept), request.source, request.rule, request.kind))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """What was asked for, before the model is looked at."""
+
+    folder: Path
+    source: Source
+    paths: tuple[str, ...]
+    rule: Mapping[str, Any]
+    kind: RowKind | None
+    budget: Budget
+    shard_bytes: int
+    fixed: Mapping[str, Any]
+
+    def preflight(self, found: Probe) -> Preflight:
+        per_unit = batches_per_unit(found, shard_bytes=self.shard_bytes, batches=self.source.batches)
+        limit = self.budget.limit(found.row_bytes)
+        return Preflight.of(self.folder, found, batches=self.source.batches, per_unit=per_unit, limit=limit)
+
+    def settled(self, capture: Capture, share: Share, *, shown: bool) -> dict[str, Any]:
+        """The spec: of a store that is there, what a forward would show is taken from it, so that none is needed."""
+        asked = {
+            **self.fixed,
+            "model": {"class": type(capture.model).__qualname__, "fingerprint": model_fingerprint(capture.model)},
+            "data": {"batches": self.source.batches, "first_batch": self.source.fingerprint()},
+            "drop": list(self.rule["drop"]),
+            "positions": _spelled(self.rule["positions"]),
+            "budget": {"rows": self.budget.rows, "bytes": self.budget.bytes},
+            "shard_bytes": self.shard_bytes,
+        }
+        is_there = frozenset({0}) if (self.folder / "spec.json").exists() else frozenset()
+        if share.agree(is_there):
+            there = read_spec(self.folder)
+            seen = {name: there.get(name) for name in ("rows", "tokens", "batches_per_unit")}
+            sites = {path: there["sites"].get(path) for path in self.paths}
+            return {**asked, **seen, "rows": self.kind or seen["rows"], "sites": sites}
+        found = probe(capture, self.source, self.rule, self.kind)
+        if share.sharded:
+            _refuse_shards_in(capture, self, found)
+        if shown and share.rank == 0 and share.writes:
+            print(self.preflight(found), file=sys.stderr)
+        per_unit = batches_per_unit(found, shard_bytes=self.shard_bytes, batches=self.source.batches)
+        sites = {path: {"dtype": _name(kind), "shape": list(shape)} for path, (kind, shape) in found.sites.items()}
+        return {**asked, "rows": found.kind, "tokens": found.with_tokens, "batches_per_unit": per_unit, "sites": sites}
+
+
+def _refuse_shards_in(capture: Capture, request: _Request, found: Probe) -> None:
+    batch = request.source.first()
+    with capture.open() as hooked:
+        chosen = RowRule(kind=found.kind, **request.rule)(batch, first=0)
+        refuse_shards(capture.run(hooked, batch, chosen), capture.paths(hooked))
+
+
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _spelled(value: Any) -> Any:
+    """An option as JSON; of a callable its name, because its address changes from run to run."""
+    if isinstance(value, slice):
+        return ":".join("" if each is None else str(each) for each in (value.start, value.stop, value.step))
+    if isinstance(value, tuple | list):
+        return [_spelled(each) for each in value]
+    return getattr(value, "__qualname__", value if isinstance(value, str | int | None) else type(value).__qualname__)
+
+
+def _as_bytes(size: int | str | None) -> int | None:
+    if size is None or isinstance(size, int):
+        return size
+    digits = size.rstrip("BKMGTbkmgt ")
+    unit = size[len(digits) :].strip().upper() or "B"
+    try:
+        return int(float(digits) * _SIZES[unit])
+    except (ValueError, KeyError):
+        raise ValueError(f"max_bytes is a number, or one with B, KB, MB, GB or TB; got {size!r}") from None
+
+
+@dataclass(slots=True)
+class _Unit:
+    """The rows of a unit while it is run."""
+
+    number: int
+    first: int
+    columns: dict[str, list[Tensor]] = field(default_factory=dict)
+    overflow: dict[str, int] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, Tensor], rows: BatchRows) -> None:
+        own = {"seq": rows.seq, "pos": rows.pos} | ({} if rows.tok is None else {"tok": rows.tok})
+        for name, part in (own | {site_column(path): value for path, value in values.items()}).items():
+            self.columns.setdefault(name, []).append(part)
+
+
+@dataclass(slots=True)
+class _Run:
+    """One process's share of a harvest."""
+
+    capture: Capture
+    request: _Request
+    writer: StoreWriter
+    share: Share
+    refuse_overflow: bool
+    shown: bool
+    there: dict[int, int] = field(default_factory=dict)
+    """Rows of the units that are there, or were counted or run, by unit."""
+    limit: int | None = None
+    unit: _Unit | None = None
+    rows_before: int = 0
+    counted: int = 0
+
+    def go(self) -> None:
+        """Run the units that are missing, and write the index."""
+        committed = self.writer.committed()
+        agreed = self.share.agree(frozenset(committed))
+        self.there = {unit: committed[unit].rows for unit in agreed}
+        ended = any(shard.info.end for shard in committed.values())
+        if not (ended and len(committed) == max(committed) + 1):
+            self._prepare()
+            self._walk()
+        if self.share.writes:
+            self.writer.finish()
+
+    def _prepare(self) -> None:
+        spec = self.writer.spec
+        sizes = {
+            path: (getattr(torch, site["dtype"]).itemsize, tuple(site["shape"])) for path, site in spec["sites"].items()
+        }
+        self.limit = self.request.budget.limit(row_bytes(sizes, spec["tokens"]))
+
+    def _visit(self, unit: int) -> Visit:
+        if unit in self.there:
+            return "skip"
+        if self.share.has(unit):
+            return "run"
+        return "skip" if self.limit is None else "count"
+
+    def _walk(self) -> None:
+        spec = self.writer.spec
+        rule = RowRule(kind=spec["rows"], **self.request.rule)
+        with (
+            Progress(shown=self.shown and self.share.writes, total=self.limit) as progress,
+            WriterThread() as thread,
+            self.capture.open() as hooked,
+        ):
+            for step in self.request.source.walk(spec["batches_per_unit"], self._visit):
+                self._begin(step)
+                rows = rule(step.batch, first=step.first)
+                left = None if self.limit is None else self.limit - self.rows_before - self.counted
+                if left is not None and left <= 0:
+                    break
+                full = left is not None and len(rows) >= left
+                rows = rows if left is None else rows.first(left)
+                self.counted += len(rows)
+                if step.visit == "run":
+                    self._take(self.capture.run(hooked, step.batch, rows), step, rows)
+                    progress.add(len(rows))
+                if full or step.ends_unit:
+                    self._finish(step, full or step.ends_data, thread)
+                if full:
+                    break
+
+    def _begin(self, step: Step) -> None:
+        """A batch comes; where its unit is a new one, the rows of those before it are known now."""
+        if self.unit is not None and self.unit.number == step.unit:
+            return
+        self.unit = _Unit(step.unit, step.first)
+        self.rows_before = sum(rows for unit, rows in self.there.items() if unit < step.unit)
+        self.counted = 0
+
+    def _take(self, values: Mapping[str, Tensor], step: Step, rows: BatchRows) -> None:
+        unit = self._needed()
+        for path, count in self.capture.overflow().items():
+            if self.refuse_overflow:
+                dtype = self.capture.taker.dtype
+                raise CaptureError(
+                    f"{count} finite values at {path!r} in batch {step.number} cannot be held by {dtype}; store "
+                    "torch.bfloat16 or torch.float32, or give overflow='count' to have them stored as they come out",
+                    paths=(path,),
+                )
+            unit.overflow[path] = unit.overflow.get(path, 0) + count
+        unit.add(values, rows)
+
+    def _finish(self, step: Step, end: bool, thread: WriterThread) -> None:
+        unit, self.unit = self._needed(), None
+        self.there[unit.number] = self.counted
+        if step.visit == "run" and self.share.writes:
+            behind = int(unit.columns["seq"][-1][-1]) + 1 if self._cut(unit) else step.first + batch_length(step.batch)
+            thread.submit(
+                partial(
+                    self.writer.write,
+                    unit.number,
+                    unit.columns,
+                    samples=(unit.first, max(behind, unit.first)),
+                    end=end,
+                    overflow=unit.overflow,
+                )
+            )
+
+    def _cut(self, unit: _Unit) -> bool:
+        reached = self.limit is not None and self.rows_before + self.counted >= self.limit
+        return reached and unit.columns["seq"][-1].numel() > 0
+
+    def _needed(self) -> _Unit:
+        if self.unit is None:
+            raise StoreError("a unit ended that had not begun")
+        return self.unit

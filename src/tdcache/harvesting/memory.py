@@ -1,0 +1,384 @@
+"""Activations of a data set in memory: the latest of a model, or the rows of many batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tdcache.caching import ActivationCaching
+from tdcache.errors import CaptureError, ContextError, SelectionError, listed
+from tdcache.harvesting.capture import (
+    Capture,
+    accepted_names,
+    as_evaluated,
+    call_model,
+    model_device,
+    to_device,
+)
+from tdcache.harvesting.names import HookSite, Layout, resolve_hook_points
+from tdcache.harvesting.progress import Progress
+from tdcache.harvesting.saved import load_activations, save_activations
+from tdcache.hooks.values import pick_tensor
+from tdcache.modules import HookedModule
+from tdcache.reducers import Concatenate
+from tdcache.types import Selector
+
+__all__ = ["ActivationCollector", "ActivationStore", "collect_activations_from_dataloader", "extract_representations"]
+
+
+class ActivationStore:
+    """The latest activations of some modules, as copies on the CPU, while it is enabled. Also a context manager.
+
+    Args:
+        model: any module.
+        layers: paths, or any selector; every module that is called by default.
+        device: where copies are kept.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
+        >>> with ActivationStore(model, ["0"]) as store:
+        ...     _ = model(torch.randn(4, 2))
+        >>> store.get("0").shape
+        torch.Size([4, 3])
+    """
+
+    def __init__(self, model: nn.Module, layers: Selector | None = None, *, device: torch.device | str = "cpu") -> None:
+        self._model = model
+        selector = _any_called if layers is None else _literal_first(model, layers)
+        self._factory = ActivationCaching(selector, hold="snapshot", device=device)
+        self._hooked: HookedModule | None = None
+        self._names: tuple[str, ...] = ()
+        self._cache: Any = {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self._model).__name__}, {'enabled' if self.enabled else 'disabled'})"
+
+    @property
+    def enabled(self) -> bool:
+        """Whether activations are kept now."""
+        return self._hooked is not None
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The paths, once it was enabled."""
+        return list(self._names)
+
+    @property
+    def activations(self) -> dict[str, Tensor]:
+        """The latest activations by path."""
+        if self._hooked is not None:
+            self._cache = self._hooked.cache
+        return dict(self._cache.items())
+
+    def get(self, name: str) -> Tensor | None:
+        """The latest activation at a path; None where there is none."""
+        return self.activations.get(name)
+
+    def enable(self) -> None:
+        """Start keeping; if that fails, the model is as it was. When it is enabled already, nothing happens.
+
+        Raises:
+            SelectionError: a name that no module has; the nearest are named.
+        """
+        if self._hooked is None:
+            context = self._factory.prepare(self._model)
+            self._hooked = context.open()
+            self._names = self._hooked.hooking_context.recorder.channels[0].paths
+
+    def disable(self) -> None:
+        """Stop keeping, and take every hook off the model; what was kept stays."""
+        if self._hooked is not None:
+            hooked, self._hooked = self._hooked, None
+            try:
+                self._cache = hooked.cache
+            finally:
+                hooked.restore()
+
+    def clear(self) -> None:
+        """Forget what was kept."""
+        if self._hooked is not None:
+            self._hooked.hooking_context.clear()
+        self._cache = {}
+
+    def __enter__(self) -> Self:
+        self.enable()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.disable()
+
+
+def _any_called(path: str, module: nn.Module) -> bool:
+    return not isinstance(module, nn.ModuleList | nn.ModuleDict)
+
+
+def _literal_first(model: nn.Module, layers: Selector) -> Selector:
+    """A string that is the path of a module means that module, and not what its dots would match."""
+    if isinstance(layers, str):
+        return _literal_first(model, [layers])
+    if not isinstance(layers, Sequence):
+        return layers
+    return [_Exactly(each) if isinstance(each, str) and each in _paths(model) else each for each in layers]
+
+
+def _paths(model: nn.Module) -> set[str]:
+    return {path for path, _ in model.named_modules(remove_duplicate=False)}
+
+
+class _Exactly:
+    """The predicate for one path."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"exactly {self.path!r}"
+
+    def __call__(self, path: str, module: nn.Module) -> bool:
+        return path == self.path
+
+
+def extract_representations(
+    model: nn.Module,
+    dataset: Any,
+    layers: Selector,
+    device: torch.device | str | None = None,
+    batch_size: int = 32,
+    max_samples: int | None = None,
+) -> dict[str, Tensor]:
+    """What some layers make of a dataset: one tensor per path, samples along the first dimension, on the CPU.
+
+    The model is run without gradients in eval mode; every module's own flag is put back. Rows are written where they
+    stay, so that the peak is the result and one batch.
+
+    Args:
+        model: any module.
+        dataset: samples; mappings of tensors, tuples whose first item is the input, or tensors.
+        layers: paths, or any selector.
+        device: where batches are moved; by default where the model is.
+        batch_size: samples per batch.
+        max_samples: the most samples; no batch beyond them is run.
+
+    Raises:
+        SelectionError: a layer that is not there, no samples, or none asked for.
+        CaptureError: shapes that differ between batches, as where samples are padded per batch.
+    """
+    if max_samples is not None and max_samples < 1:
+        raise SelectionError(f"max_samples is at least 1, got {max_samples}", selector=max_samples)
+    if len(dataset) == 0:
+        raise SelectionError("the dataset holds no sample, so there is nothing to extract")
+    capture = Capture(model, _literal_first(model, layers), device=device, stop_early=True)
+    gathered: dict[str, Concatenate] = {}
+    total = len(dataset) if max_samples is None else min(max_samples, len(dataset))
+    with capture.open() as hooked:
+        for number, batch in enumerate(DataLoader(dataset, batch_size=batch_size, shuffle=False)):
+            if number * batch_size >= total:
+                break
+            for path, value in capture.run(hooked, batch, None).items():
+                gathered.setdefault(path, Concatenate(max_rows=total)).update(value)
+    return {path: reducer.compute() for path, reducer in gathered.items()}
+
+
+class ActivationCollector:
+    """Rows of activations over many batches, within one budget for all hook points. A context manager.
+
+    ``(batch, tokens, features)`` becomes ``(batch * tokens, features)``. All hook points hold the same rows: a value
+    with another number of rows is an error. Values are copied when they are seen, straight to where they stay.
+
+    Args:
+        model: any module.
+        hook_points: paths, regexes on paths, or TransformerLens-style names; see
+            :func:`tdcache.harvesting.resolve_hook_points`.
+        max_activations: the most rows, exactly.
+        device: where rows are kept.
+        save_path: a file, or a folder in which ``activations.safetensors`` is written.
+        layout: where the model has its blocks, if that is not found out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        hook_points: str | Sequence[str],
+        max_activations: int = 10_000_000,
+        device: torch.device | str = "cpu",
+        save_path: str | os.PathLike[str] | None = None,
+        *,
+        layout: Layout | str | None = None,
+    ) -> None:
+        if max_activations < 1:
+            raise SelectionError(f"max_activations is at least 1, got {max_activations}", selector=max_activations)
+        self.model = model
+        self.max_activations = max_activations
+        self.save_path = None if save_path is None else Path(save_path)
+        self._device = device
+        self._sites = resolve_hook_points(model, hook_points, layout=layout)
+        self._gathered: dict[str, Concatenate] = {}
+        self._loaded: dict[str, Tensor] = {}
+        self._undo: ExitStack | None = None
+        self.clear()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({listed(self.hook_points)}, {self.rows:,} of {self.max_activations:,} rows)"
+
+    @property
+    def hook_points(self) -> list[str]:
+        """The names, one for each place."""
+        return [site.name for site in self._sites]
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are, the same at every hook point."""
+        return min(self.counts.values())
+
+    @property
+    def full(self) -> bool:
+        """Whether the budget is used up."""
+        return self.rows >= self.max_activations
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows by hook point."""
+        if self._loaded:
+            return {name: tensor.shape[0] for name, tensor in self._loaded.items()}
+        return {name: reducer.rows for name, reducer in self._gathered.items()}
+
+    def __enter__(self) -> Self:
+        if self._undo is not None:
+            raise ContextError("this collector is open already")
+        with ExitStack() as undo:
+            for site in self._sites:
+                taker = _RowCollector(site, self)
+                options: dict[str, Any] = {"callback": taker, "directions": [site.direction]}
+                undo.enter_context(ActivationCaching(_Exactly(site.path), **options).prepare(self.model))
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo.__exit__(kind, error, traceback)
+        if kind is None:
+            self._check_aligned()
+
+    def take(self, name: str, value: Tensor) -> None:
+        """Keep the rows of one value, within the budget."""
+        if value.dim() < 2:
+            raise CaptureError(
+                f"{name!r} gives values of shape {tuple(value.shape)}; rows need (..., features)", paths=(name,)
+            )
+        self._gathered[name].update(value.detach().flatten(0, -2).to(self._device))
+
+    def _check_aligned(self) -> None:
+        counts = self.counts
+        if len(set(counts.values())) > 1:
+            raise CaptureError(
+                f"the hook points saw different numbers of rows, which therefore do not belong together: {counts}; "
+                "collect them one by one",
+                paths=tuple(counts),
+            )
+
+    def get_activations(self, hook_point: str | None = None) -> Any:
+        """The rows ``(rows, features)`` of one hook point, or a dict of all.
+
+        Raises:
+            SelectionError: no such hook point.
+            CaptureError: no forward has run yet, or the hook points' rows do not belong together.
+        """
+        if hook_point is not None and hook_point not in self.counts:
+            raise SelectionError(f"there is no hook point {hook_point!r}; there are {listed(list(self.counts))}")
+        self._check_aligned()
+        if self._loaded:
+            return self._loaded if hook_point is None else self._loaded[hook_point]
+        if hook_point is not None:
+            return self._gathered[hook_point].compute()
+        return {name: reducer.compute() for name, reducer in self._gathered.items()}
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self._loaded = {}
+        self._gathered = {site.name: Concatenate(max_rows=self.max_activations) for site in self._sites}
+
+    def save_activations(self, path: str | os.PathLike[str] | None = None) -> Path:
+        """Write all rows to one file; see :func:`tdcache.harvesting.save_activations`."""
+        target = self._file(path)
+        return save_activations(self.get_activations(), target)
+
+    def load_activations(self, path: str | os.PathLike[str] | None = None) -> dict[str, Tensor]:
+        """Read rows that were saved, in place of those that are here; names are as they were."""
+        self._loaded = load_activations(self._file(path))
+        return self._loaded
+
+    def _file(self, path: str | os.PathLike[str] | None) -> Path:
+        chosen = self.save_path if path is None else Path(path)
+        if chosen is None:
+            raise SelectionError("say where: give a path, or save_path= to the collector")
+        return chosen if chosen.suffix in (".safetensors", ".npz", ".pt") else chosen / "activations.safetensors"
+
+
+class _RowCollector:
+    """The callback at one hook point."""
+
+    def __init__(self, site: HookSite, collector: ActivationCollector) -> None:
+        self.site = site
+        self.collector = collector
+
+    def __repr__(self) -> str:
+        return f"rows of {self.site.name!r}"
+
+    def __call__(self, *, module: nn.Module, key: Any, **seen: Any) -> Tensor:
+        value = pick_tensor(seen["output"] if "output" in seen else seen["args"], None, self.site.path)
+        self.collector.take(self.site.name, value)
+        return torch.empty(0)
+
+
+def collect_activations_from_dataloader(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    hook_points: str | Sequence[str],
+    max_activations: int = 10_000_000,
+    device: torch.device | str = "cpu",
+    save_path: str | os.PathLike[str] | None = None,
+    verbose: bool = True,
+    *,
+    layout: Layout | str | None = None,
+) -> dict[str, Tensor]:
+    """Run batches until the budget is met, and give the rows of every hook point.
+
+    Args:
+        model: any module; run without gradients in eval mode, and left as it was.
+        dataloader: batches: tensors, tuples or lists whose first item is the input, or mappings (``"input_ids"``, or
+            keyword arguments that the model takes).
+        hook_points: see :class:`ActivationCollector`.
+        max_activations: the most rows, exactly.
+        device: where rows are kept.
+        save_path: where they are written as well.
+        verbose: print rows per second and the time left to the standard error stream.
+        layout: see :class:`ActivationCollector`.
+    """
+    collector = ActivationCollector(model, hook_points, max_activations, device, save_path, layout=layout)
+    names, home = accepted_names(model), model_device(model)
+    with as_evaluated(model), torch.no_grad(), Progress(shown=verbose, total=max_activations) as progress, collector:
+        for batch in dataloader:
+            before = collector.rows
+            call_model(model, to_device(batch, home), names)
+            progress.add(collector.rows - before)
+            if collector.full:
+                break
+    if collector.rows == 0:
+        raise SelectionError("the data holds no batch, so there is nothing to collect")
+    if save_path is not None:
+        collector.save_activations()
+    found: Mapping[str, Tensor] = collector.get_activations()
+    return dict(found)

@@ -1,0 +1,150 @@
+"""TransformerLens-style hook points as places in other people's models, by a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import regex
+from torch import nn
+
+from tdcache.errors import SelectionError, listed
+from tdcache.paths import near_misses
+from tdcache.selection import select, walk
+
+__all__ = ["LAYOUTS", "HookSite", "Layout", "find_layout", "resolve_hook_points"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where one family of transformers has its parts.
+
+    Args:
+        block: the path of a block, with ``{layer}`` in it.
+        attn: the path, inside a block, of the module whose output is the attention's contribution.
+        mlp: likewise of the feed-forward part.
+    """
+
+    block: str
+    attn: str
+    mlp: str
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    "gpt2": Layout("h.{layer}", "attn", "mlp"),
+    "llama": Layout("layers.{layer}", "self_attn", "mlp"),
+    "bert": Layout("encoder.layer.{layer}", "attention.output.dense", "output.dense"),
+    "nanochat": Layout("transformer.h.{layer}", "attn", "mlp"),
+}
+"""Layouts by name; a user's own may be handed in instead."""
+
+# hook name -> which part of the block, and which side of it
+_PARTS: Mapping[str, tuple[str, Literal["fwd", "fwd_pre"]]] = {
+    "hook_resid_pre": ("", "fwd_pre"),
+    "hook_resid_post": ("", "fwd"),
+    "hook_attn_out": ("attn", "fwd"),
+    "attn": ("attn", "fwd"),
+    "hook_mlp_out": ("mlp", "fwd"),
+    "mlp": ("mlp", "fwd"),
+}
+_NAME = regex.compile(r"blocks\.(?P<layer>\d+)\.(?P<part>[\w.]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class HookSite:
+    """One hook point in one model."""
+
+    name: str
+    """As the user wrote it, or the path where a pattern was given."""
+    path: str
+    direction: Literal["fwd", "fwd_pre"]
+
+
+def find_layout(model: nn.Module) -> tuple[str, Layout] | None:
+    """The prefix and layout of a model whose blocks are where a known family has them; None where they are not.
+
+    The attention and feed-forward parts must be there as well, so that one family is not taken for another.
+    """
+    paths = [path for path, _ in walk(model)]
+    for layout in LAYOUTS.values():
+        found = _prefix(layout, paths)
+        if found is not None:
+            return found, layout
+    return None
+
+
+def _prefix(layout: Layout, paths: Sequence[str]) -> str | None:
+    there, block = set(paths), layout.block.format(layer=0)
+    for path in sorted((each for each in paths if f".{each}".endswith(f".{block}")), key=len):
+        if f"{path}.{layout.attn}" in there and f"{path}.{layout.mlp}" in there:
+            return path[: len(path) - len(block)]
+    return None
+
+
+def resolve_hook_points(
+    model: nn.Module, hook_points: str | Sequence[str], *, layout: Layout | str | None = None
+) -> tuple[HookSite, ...]:
+    """The places that hook points mean.
+
+    Args:
+        model: any module; for TransformerLens-style names one of a known layout.
+        hook_points: ``"blocks.3.hook_resid_pre"`` (the block's *input*), ``hook_resid_post``, ``hook_attn_out`` (or
+            ``attn``), ``hook_mlp_out`` (or ``mlp``); otherwise paths, or regexes on whole paths.
+        layout: one of :data:`LAYOUTS` by name, or one of your own; found out by default.
+
+    Raises:
+        SelectionError: a hook point that means nothing in this model; the nearest names are in the message.
+    """
+    names = [hook_points] if isinstance(hook_points, str) else list(hook_points)
+    if not names:
+        raise SelectionError("no hook point was given", selector=hook_points)
+    paths = [path for path, _ in walk(model)]
+    sites: dict[tuple[str, str], HookSite] = {}
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if match and match["part"] in _PARTS and name not in paths:
+            found = [_named(model, name, match, layout, paths)]
+        else:
+            found = [HookSite(path, path, "fwd") for path in _literal_or_pattern(model, name, paths)]
+        for site in found:
+            sites.setdefault((site.name, site.direction), site)
+    return tuple(sites.values())
+
+
+def _literal_or_pattern(model: nn.Module, name: str, paths: Sequence[str]) -> Sequence[str]:
+    return [name] if name in paths else select(model, name).paths
+
+
+def _named(
+    model: nn.Module, name: str, match: regex.Match[str], layout: Layout | str | None, paths: Sequence[str]
+) -> HookSite:
+    prefix, known = _layout_of(model, name, layout, paths)
+    part, direction = _PARTS[match["part"]]
+    block = prefix + known.block.format(layer=int(match["layer"]))
+    inner = {"": "", "attn": f".{known.attn}", "mlp": f".{known.mlp}"}[part]
+    if block + inner not in paths:
+        near = near_misses(regex.escape(block + inner), paths)
+        hint = f"; did you mean a name for {listed(near)}?" if near else ""
+        raise SelectionError(
+            f"hook point {name!r} means {block + inner!r}, which {type(model).__name__} does not have{hint}",
+            selector=name,
+            near=near,
+        )
+    return HookSite(name, block + inner, direction)
+
+
+def _layout_of(model: nn.Module, name: str, layout: Layout | str | None, paths: Sequence[str]) -> tuple[str, Layout]:
+    if isinstance(layout, str):
+        if layout not in LAYOUTS:
+            raise SelectionError(f"layout is one of {listed(list(LAYOUTS))}, or a Layout; got {layout!r}")
+        layout = LAYOUTS[layout]
+    found = find_layout(model) if layout is None else (_prefix(layout, paths) or "", layout)
+    if found is None:
+        raise SelectionError(
+            f"hook point {name!r} needs a model of a known layout ({listed(list(LAYOUTS))}), which "
+            f"{type(model).__name__} is not; give layout=Layout(block=..., attn=..., "
+            "mlp=...), or a path or regex instead of the name",
+            selector=name,
+        )
+    return found

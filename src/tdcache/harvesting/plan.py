@@ -1,0 +1,208 @@
+"""What will be stored: sites, rows, units and bytes, worked out before the first of them is written."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdcache.errors import CaptureError, SelectionError, listed
+from tdcache.harvesting.capture import Capture
+from tdcache.harvesting.row_rule import BatchRows, RowKind, RowRule, tokens_of
+from tdcache.harvesting.source import Source
+from tdcache.store.writer import ROW_COLUMNS
+
+__all__ = ["Budget", "Preflight", "Probe", "model_fingerprint", "probe"]
+
+_SAMPLED = 16  # values per parameter that go into a model's fingerprint
+_UNITS = 16  # at least so many, where the data is long enough: a unit is what a crash can cost
+_ROW_BYTES = 8 + 4
+_TOKEN_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How many rows at most: one number for all sites, counted in the order of the samples."""
+
+    rows: int | None = None
+    bytes: int | None = None
+
+    def limit(self, row_bytes: int) -> int | None:
+        """The most rows, given the bytes of one in all columns."""
+        limits = [self.rows, None if self.bytes is None else self.bytes // row_bytes]
+        return min((each for each in limits if each is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one forward over the first batch showed."""
+
+    sites: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    """Dtype and feature shape as they will be stored, by path."""
+    kind: RowKind
+    with_tokens: bool
+    rows: int
+    """Rows of the first batch that are kept."""
+    seconds: float
+    """How long the forward took."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in all columns."""
+        sizes = {path: (dtype.itemsize, shape) for path, (dtype, shape) in self.sites.items()}
+        return row_bytes(sizes, self.with_tokens)
+
+
+def row_bytes(sites: Mapping[str, tuple[int, tuple[int, ...]]], with_tokens: bool) -> int:
+    """Bytes of one row, given item size and feature shape of each site."""
+    wide = sum(size * math.prod(shape) for size, shape in sites.values())
+    return wide + _ROW_BYTES + (_TOKEN_BYTES if with_tokens else 0)
+
+
+def probe(capture: Capture, source: Source, rule: Mapping[str, Any], kind: RowKind | None) -> Probe:
+    """Run the first batch once, to see shapes and dtypes; nothing is kept.
+
+    Args:
+        capture: the model.
+        source: the data.
+        rule: the fields of the row rule but its kind.
+        kind: one row per token or per sample; None to find out.
+
+    Raises:
+        SelectionError: there is no batch, or a site has the name of a row's own column.
+        CaptureError: the sites' values have no rows in common.
+    """
+    batch = source.first()
+    if batch is None:
+        raise SelectionError("the data holds no batch, so there is nothing to harvest")
+    with capture.open() as hooked:
+        start = time.perf_counter()
+        whole = capture.look(hooked, batch)
+        seconds = time.perf_counter() - start
+        paths = capture.paths(hooked)
+    taken = [path for path in paths if path in ROW_COLUMNS]
+    if taken:
+        raise SelectionError(f"no site can be called {taken[0]!r}: a row's own column has that name", selector=taken[0])
+    kind = kind or _kind_of(whole, batch)
+    made = RowRule(kind=kind, **rule)
+    if kind == "samples" and (made.positions is not None or "bos" in made.drop):
+        raise SelectionError("positions= and drop='bos' choose among tokens, and these rows are samples, one each")
+    rows = made(batch, first=0)
+    dtype = capture.taker.dtype
+    _check_grid(whole, rows)
+    sites = {
+        path: (dtype if dtype and value.is_floating_point() else value.dtype, tuple(value.shape[len(rows.grid) :]))
+        for path, value in ((path, whole[path]) for path in paths)
+    }
+    return Probe(sites, kind, rows.tok is not None, len(rows), seconds)
+
+
+def _check_grid(whole: Mapping[str, Tensor], rows: BatchRows) -> None:
+    odd = {path: tuple(each.shape) for path, each in whole.items() if tuple(each.shape[: len(rows.grid)]) != rows.grid}
+    if odd:
+        path, shape = next(iter(odd.items()))
+        raise CaptureError(
+            f"{listed(list(odd))} cannot stand in one store with the other sites: rows lie along {rows.grid}, and "
+            f"{path!r} gives values of shape {shape}; leave it out, pick= another value, or give rows='samples'",
+            paths=tuple(odd),
+        )
+
+
+def _kind_of(whole: Mapping[str, Tensor], batch: Any) -> RowKind:
+    ids, mask = tokens_of(batch)
+    grid = ids if ids is not None else mask
+    if grid is None:
+        return "samples"
+    size = tuple(grid.shape)
+    fits = [path for path, value in whole.items() if tuple(value.shape[:2]) == size and value.dim() > 1]
+    return "tokens" if fits else "samples"
+
+
+def batches_per_unit(found: Probe, *, shard_bytes: int, batches: int | None) -> int:
+    """So many that a shard has about ``shard_bytes``, and that the data has some units at least."""
+    wanted = shard_bytes // max(1, found.row_bytes * found.rows)
+    if batches is not None:
+        wanted = min(wanted, -(-batches // _UNITS))
+    return max(1, wanted)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A hash of every parameter's and buffer's name, shape, dtype and some of its values.
+
+    Of a sharded parameter the values are left out, so that every rank has the same fingerprint.
+    """
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if not isinstance(tensor, Tensor):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.device.type != "meta"
+        if plain and tensor.numel() and not tensor.is_quantized and not tensor.is_sparse:
+            flat = tensor.detach().reshape(-1)
+            places = torch.linspace(0, flat.numel() - 1, min(_SAMPLED, flat.numel())).long()
+            digest.update(flat[places.to(flat.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preflight:
+    """What a harvest is about to store; ``print`` it."""
+
+    folder: Path
+    sites: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    kind: RowKind
+    batches: int | None
+    units: int | None
+    rows: int | None
+    """About so many: as if every batch were like the first; None where the number of batches is not known."""
+    row_bytes: int
+    seconds: float
+    """One forward."""
+    free: int
+    """Bytes that the disk has left."""
+
+    @classmethod
+    def of(cls, folder: Path, found: Probe, *, batches: int | None, per_unit: int, limit: int | None) -> Preflight:
+        """Work it out from a probe."""
+        rows = None if batches is None else batches * found.rows
+        if limit is not None:
+            rows = limit if rows is None else min(rows, limit)
+        there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        return cls(
+            folder=folder,
+            sites=found.sites,
+            kind=found.kind,
+            batches=batches if rows is None or not found.rows else -(-rows // found.rows),
+            units=None if batches is None else -(-batches // per_unit),
+            rows=rows,
+            row_bytes=found.row_bytes,
+            seconds=found.seconds,
+            free=shutil.disk_usage(there).free,
+        )
+
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes of all columns, about."""
+        return None if self.rows is None else self.rows * self.row_bytes
+
+    def __str__(self) -> str:
+        width = max(len(path) for path in self.sites)
+        lines = [f"harvest to {self.folder}: {len(self.sites)} sites, one row per {self.kind[:-1]}"]
+        for path, (dtype, shape) in self.sites.items():
+            wide = dtype.itemsize * math.prod(shape)
+            lines.append(f"  {path.ljust(width)}  {str(dtype)[6:]:>9} {shape!s:>12} {wide:>8,} B/row")
+        rows = "an unknown number of" if self.rows is None else f"about {self.rows:,}"
+        size = "?" if self.nbytes is None else f"{self.nbytes / 1e9:,.2f} GB"
+        lines.append(f"  {rows} rows of {self.row_bytes:,} bytes: {size} of {self.free / 1e9:,.0f} GB free")
+        if self.batches is not None:
+            left = f"{self.batches * self.seconds:,.0f} s"
+            lines.append(f"  about {self.batches:,} batches at {self.seconds * 1e3:,.0f} ms: {left} for one process")
+        return "\n".join(lines)

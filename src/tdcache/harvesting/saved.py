@@ -1,0 +1,110 @@
+"""Dicts of tensors in files of four kinds, each name and dtype as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from tdcache.errors import DamagedError, StoreError
+from tdcache.store.export import check_memmap
+from tdcache.store.safetensors import read_tensors, write_tensors
+
+__all__ = ["load_activations", "save_activations"]
+
+_SUFFIXES = (".npz", ".safetensors", ".pt", ".memmap")
+_DTYPES = "__dtypes__"
+
+
+def save_activations(acts: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
+    """Write named tensors; the suffix says how.
+
+    ``.safetensors``; ``.npz`` (NumPy has no bfloat16 and no float8: such tensors are stored as float32, which is exact,
+    and come back as they were); ``.pt`` (loaded without running anything); ``.memmap``, a folder that
+    ``TensorDict.load_memmap`` reads. Without one of these suffixes ``.npz`` is added behind the name, never in place of
+    a part of it.
+
+    Args:
+        acts: tensors by name; any name.
+        path: where; folders are made.
+
+    Returns:
+        The path that was written.
+
+    Example:
+        >>> import tempfile
+        >>> target = save_activations({"layers.0": torch.ones(2)}, Path(tempfile.mkdtemp(), "acts.step50"))
+        >>> target.name, list(load_activations(target))
+        ('acts.step50.npz', ['layers.0'])
+    """
+    target = Path(path)
+    if target.suffix not in _SUFFIXES:
+        target = target.with_name(target.name + ".npz")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    kept = {name: tensor.detach().cpu() for name, tensor in acts.items()}
+    if target.suffix == ".safetensors":
+        write_tensors(kept, target)
+    elif target.suffix == ".pt":
+        torch.save({name: tensor.clone() for name, tensor in kept.items()}, target)
+    elif target.suffix == ".memmap":
+        for name, tensor in kept.items():
+            check_memmap(name, tensor.dtype)
+        TensorDict(kept, batch_size=[]).memmap(str(target))
+    else:
+        _save_npz(kept, target)
+    return target
+
+
+def _save_npz(acts: Mapping[str, Tensor], target: Path) -> None:
+    import numpy as np
+
+    lost = {name: str(each.dtype)[6:] for name, each in acts.items() if _is_strange(each.dtype)}
+    arrays = {name: (each.float() if name in lost else each).numpy() for name, each in acts.items()}
+    if lost:
+        arrays[_DTYPES] = np.array(json.dumps(lost))
+    with target.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # names are the user's own
+
+
+def _is_strange(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 or (dtype.is_floating_point and dtype.itemsize == 1)
+
+
+def load_activations(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """What :func:`save_activations` wrote: names, shapes and dtypes as they were; nothing is executed.
+
+    Raises:
+        StoreError: no such file, or a suffix that says nothing.
+        DamagedError: a file that is not what was written.
+    """
+    source = Path(path)
+    if not source.exists() and source.with_name(source.name + ".npz").exists():
+        source = source.with_name(source.name + ".npz")
+    if not source.exists() or source.suffix not in _SUFFIXES:
+        raise StoreError(f"{source} is no file of activations; they end in {', '.join(_SUFFIXES)}", path=source)
+    if source.suffix == ".safetensors":
+        return read_tensors(source)
+    if source.suffix == ".memmap":
+        loaded: Any = TensorDict.load_memmap(str(source))
+        return {str(name): tensor for name, tensor in loaded.items()}
+    try:
+        if source.suffix == ".pt":
+            return dict(torch.load(source, weights_only=True, map_location="cpu"))
+        return _load_npz(source)
+    except Exception as error:
+        raise DamagedError(f"{source} cannot be read: {type(error).__name__}: {error}", path=source) from error
+
+
+def _load_npz(source: Path) -> dict[str, Tensor]:
+    import numpy as np
+
+    with np.load(source, allow_pickle=False) as archive:
+        lost = json.loads(str(archive[_DTYPES])) if _DTYPES in archive.files else {}
+        found = {name: torch.from_numpy(archive[name]) for name in archive.files if name != _DTYPES}
+    return {name: each.to(getattr(torch, lost[name])) if name in lost else each for name, each in found.items()}

@@ -1,0 +1,76 @@
+"""Which share of the units is this process's: the only thing that several processes need to agree on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tdcache.errors import TdcacheWarning, warn_user
+from tdcache.harvesting.whole import ShardedModel
+
+__all__ = ["Share"]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One of ``world`` equal shares of the units: those whose number leaves ``rank`` when divided by ``world``."""
+
+    rank: int = 0
+    world: int = 1
+    writes: bool = True
+    """Whether this process writes; of those that hold one model together, one does."""
+    sharded: bool = False
+    """Whether several processes hold one model together, and so must run the same batches."""
+
+    @classmethod
+    def of(cls, model: nn.Module, rank: int | None, world: int | None) -> Share:
+        """The share that was asked for, or else the one that torchrun (or an open process group) gives this process.
+
+        A collective where the model is sharded over processes.
+        """
+        if rank is not None or world is not None:
+            rank, world = rank or 0, world or 1
+            if not 0 <= rank < world:
+                raise ValueError(f"a share needs 0 <= rank < world, got {rank=}, {world=}")
+            return cls(rank, world)
+        if _in_group():
+            together = ShardedModel.of(model)
+            if together is not None:
+                return cls(together.group, together.groups, together.writes, sharded=True)
+            return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun, and no process group was opened
+            return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        return cls()
+
+    def has(self, unit: int) -> bool:
+        """Whether a unit is in this share."""
+        return unit % self.world == self.rank
+
+    def agree(self, units: frozenset[int]) -> frozenset[int]:
+        """What the writer of this share's group said: they must run the same units."""
+        if not self.sharded:
+            return units
+        said: list[tuple[int, bool, frozenset[int]]] = [(0, False, frozenset())] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(said, (self.rank, self.writes, units))
+        return next(there for rank, writes, there in said if writes and rank == self.rank)
+
+
+def wait_for_others() -> None:
+    """Wait for the other ranks, where there is a process group; one that died is a warning: it costs its units only."""
+    if not _in_group():
+        return
+    try:
+        torch.distributed.barrier()
+    except RuntimeError as error:
+        warn_user(
+            f"another rank did not come to the end of the harvest ({str(error).splitlines()[0]}); what was written is "
+            "whole: run it again, with any number of ranks, to fill in the units that are missing",
+            TdcacheWarning,
+        )
+
+
+def _in_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,0 +1,225 @@
+"""Pictures of scores, from the TensorDict alone: heat maps, coloured tokens, layer by position maps, edge graphs.
+
+matplotlib is imported when a picture is drawn: ``pip install tdcache[plot]``. Every function returns what it drew on, and
+neither shows nor saves nor closes anything. Positive scores are red, negative ones blue, zero is white.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["edge_graph", "image_maps", "layer_map", "token_html", "tokens"]
+
+_COLORS = "RdBu_r"
+
+
+def image_maps(
+    images: Tensor, scores: Mapping[str, Tensor] | TensorDictBase, *, titles: Sequence[str] | None = None
+) -> Any:
+    """Images in the first column and their scores in the others, one row per image.
+
+    Args:
+        images: ``(rows, channels, height, width)`` or ``(rows, height, width)``.
+        scores: per column title, scores of the same rows; channels are summed, and smaller maps are enlarged.
+        titles: what stands beside each row.
+
+    Returns:
+        The figure.
+    """
+    import matplotlib.pyplot as plt
+
+    rows, columns = len(images), 1 + len(list(scores.keys()))
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(1.7 * columns + 0.6, 1.7 * rows + 0.4), squeeze=False, layout="constrained"
+    )
+    height, width = images.shape[-2:]
+    for row in range(rows):
+        panels[row, 0].imshow(_flat(images[row], mean=True), cmap="gray_r")
+        for column, (name, values) in enumerate(scores.items(), start=1):
+            found = _flat(values[row])
+            limit = abs(found).max() or 1.0
+            panel = panels[row, column]
+            panel.imshow(found, cmap=_COLORS, vmin=-limit, vmax=limit, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+            if row == 0:
+                panel.set_title(str(name), fontsize=11)
+        if titles is not None:
+            panels[row, 0].set_ylabel(titles[row], rotation=0, ha="right", va="center", fontsize=11)
+    for panel in panels.flat:
+        panel.set(xticks=[], yticks=[])
+        for side in panel.spines.values():
+            side.set_color("0.8")
+    return figure
+
+
+def _flat(image: Tensor, *, mean: bool = False) -> Any:
+    image = image.detach().float().cpu()
+    if image.ndim < 3:
+        return image.numpy()
+    return (image.mean(0) if mean else image.sum(0)).numpy()
+
+
+def tokens(words: Sequence[str], scores: Tensor, *, axes: Axes | None = None, limit: float | None = None) -> Axes:
+    """Words in a line, each on the colour of its score.
+
+    Args:
+        words: the tokens.
+        scores: one score each, ``(tokens,)``.
+        axes: where to draw; a new figure by default.
+        limit: the score of the deepest colour; the largest by default.
+
+    Returns:
+        The axes.
+    """
+    import matplotlib.pyplot as plt
+
+    values = _checked(words, scores)
+    limit = limit or max(map(abs, values), default=0.0) or 1.0
+    if axes is None:
+        _, axes = plt.subplots(figsize=(0.12 * sum(len(word) + 2 for word in words) + 0.5, 0.6), layout="constrained")
+    colors = plt.get_cmap(_COLORS)
+    at = 0.0
+    for word, value in zip(words, values, strict=True):
+        share = value / limit
+        width = len(word) + 1.4
+        box = plt.Rectangle((at, 0), width - 0.2, 1, color=colors(0.5 + 0.42 * max(-1.0, min(1.0, share))))
+        axes.add_patch(box)
+        ink = "white" if abs(share) > 0.75 else "black"
+        axes.text(at + width / 2 - 0.1, 0.5, word, ha="center", va="center", color=ink, family="monospace", fontsize=11)
+        at += width
+    axes.set(xlim=(-0.2, at), ylim=(-0.05, 1.05))
+    axes.set_axis_off()
+    return axes
+
+
+def token_html(words: Sequence[str], scores: Tensor, *, limit: float | None = None) -> str:
+    """The same as HTML: one ``span`` per word, its score as the title. Needs no matplotlib.
+
+    >>> token_html(["a", "<b>"], torch.tensor([1.0, -0.5]))  # doctest: +ELLIPSIS
+    '<span style="background:rgba(202,0,32,1.00)..." title="1">a</span> <span ...title="-0.5">&lt;b&gt;</span>'
+    """
+    values = _checked(words, scores)
+    limit = limit or max(map(abs, values), default=0.0) or 1.0
+    spans = []
+    for word, value in zip(words, values, strict=True):
+        red_green_blue = "202,0,32" if value > 0 else "5,113,176"
+        share = min(1.0, abs(value) / limit)
+        ink = "#fff" if share > 0.6 else "#000"
+        style = f"background:rgba({red_green_blue},{share:.2f});color:{ink};padding:1px 3px;border-radius:3px"
+        spans.append(f'<span style="{style}" title="{value:.3g}">{escape(word)}</span>')
+    return " ".join(spans)
+
+
+def _checked(words: Sequence[str], scores: Tensor) -> list[float]:
+    if scores.shape != (len(words),):
+        raise ValueError(f"{len(words)} words need as many scores, got shape {tuple(scores.shape)}; sum the features first")
+    found: list[float] = scores.detach().float().cpu().tolist()
+    return found
+
+
+def layer_map(
+    scores: Mapping[str, Tensor] | TensorDictBase,
+    *,
+    words: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+    axes: Axes | None = None,
+) -> Axes:
+    """Layers from bottom to top, positions from left to right.
+
+    Args:
+        scores: per layer, one score per position ``(positions,)``; a TensorDict such as ``td["attr"]`` of one row.
+        words: the tokens.
+        labels: what stands beside the layers; the keys by default.
+        axes: where to draw; a new figure by default.
+
+    Returns:
+        The axes.
+    """
+    import matplotlib.pyplot as plt
+
+    names = [str(key) for key in scores.keys()]  # noqa: SIM118  (iterating a TensorDict gives its rows)
+    values = torch.stack([scores[name].detach().float().cpu() for name in names])
+    if values.ndim != 2:
+        raise ValueError(f"a layer map needs one score per position, got shape {tuple(values.shape[1:])} per layer")
+    if axes is None:
+        _, axes = plt.subplots(figsize=(0.5 * values.shape[1] + 2, 0.32 * len(names) + 1), layout="constrained")
+    limit = values.abs().max().item() or 1.0
+    mesh = axes.pcolormesh(values.numpy(), cmap=_COLORS, vmin=-limit, vmax=limit, edgecolors="white", linewidth=1)
+    axes.set_yticks([at + 0.5 for at in range(len(names))], labels or names)
+    if words is not None:
+        axes.set_xticks([at + 0.5 for at in range(len(words))], words, rotation=40, ha="right", rotation_mode="anchor")
+    axes.tick_params(length=0)
+    axes.set_frame_on(False)
+    bar = axes.figure.colorbar(mesh, ax=axes, aspect=30)
+    bar.outline.set_visible(False)  # type: ignore[operator]  # the stubs call it a method
+    return axes
+
+
+def edge_graph(
+    edges: Mapping[str, Mapping[str, float]] | TensorDictBase,
+    *,
+    order: Sequence[str],
+    threshold: float = 0.0,
+    labels: Mapping[str, str] | None = None,
+    axes: Axes | None = None,
+) -> Axes:
+    """Edges between writers and readers, as wide as their scores are large, from bottom to top.
+
+    Args:
+        edges: ``edges[writer][reader]``, scalars; a TensorDict such as ``td["attr"].mean(0)``.
+        order: the nodes' rows, from below; each entry is a path, or several joined by ``"|"`` that stand side by side.
+        threshold: smaller edges (by size) are left out, and so are nodes without edges.
+        labels: what nodes are called; their paths by default.
+        axes: where to draw; a new figure by default.
+
+    Returns:
+        The axes.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import FancyArrowPatch
+
+    found = {
+        (writer, reader): float(value)
+        for writer, each in edges.items()
+        for reader, value in each.items()
+        if abs(float(value)) > threshold
+    }
+    places = {
+        name: (at - (len(row.split("|")) - 1) / 2, float(height))
+        for height, row in enumerate(order)
+        for at, name in enumerate(row.split("|"))
+    }
+    missing = {name for edge in found for name in edge} - places.keys()
+    if missing:
+        raise ValueError(f"order= has no place for {sorted(missing)!r}; it has {sorted(places)!r}")
+    if axes is None:
+        _, axes = plt.subplots(figsize=(6, 0.9 * len(order) + 0.8), layout="constrained")
+    limit = max(map(abs, found.values()), default=1.0)
+    colors = plt.get_cmap(_COLORS)
+    for (writer, reader), value in sorted(found.items(), key=lambda edge: abs(edge[1])):
+        share = value / limit
+        (x0, y0), (x1, y1) = places[writer], places[reader]
+        bend = 0.0 if abs(y1 - y0) <= 1 else 0.16 * (1 if (y1 + y0) % 2 else -1)
+        arrow = FancyArrowPatch(
+            (x0, y0), (x1, y1), connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>", mutation_scale=11,
+            shrinkA=16, shrinkB=16, linewidth=0.6 + 5 * abs(share), color=colors(0.5 + 0.45 * share),
+        )  # fmt: skip
+        axes.add_patch(arrow)
+    used = {name for edge in found for name in edge}
+    for name, (x, y) in places.items():
+        if name in used:
+            text = labels.get(name, name) if labels else name
+            box = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": "0.35"}
+            axes.text(x, y, text, ha="center", va="center", fontsize=10, bbox=box)
+    width = max((abs(x) for x, _ in places.values()), default=0.0) + 1.2
+    axes.set(xlim=(-width, width), ylim=(-0.6, len(order) - 0.4))
+    axes.set_axis_off()
+    return axes

@@ -1,0 +1,172 @@
+"""Interventions in a directory: data comes back, functions are asked for, damaged files are refused."""
+
+import json
+
+import pytest
+import regex
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from small_models import MLP
+from tdcache import (
+    Ablation,
+    ActivationAddition,
+    ActivationPatching,
+    CausalTracing,
+    HookedModule,
+    Intervention,
+    PathPatching,
+    ResumeFrom,
+    SteeringVectors,
+    cache_activations,
+    load_intervention,
+    save_intervention,
+)
+from tdcache.errors import DamagedError, StoreError
+
+
+@pytest.fixture
+def model():
+    return MLP()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, 4)
+
+
+def metric(data):
+    return data["output"].sum()
+
+
+CASES = [
+    SteeringVectors(r"layers\.\d", torch.randn(4), coefficient=2.5),
+    SteeringVectors(["layers.0", "head"], {"layers.0": torch.randn(4), "head": torch.randn(2)}, match="prefix"),
+    SteeringVectors("head", torch.randn(2).bfloat16(), units=slice(0, 2), positions=None),
+    Ablation("layers.1", "project", torch.randn(2, 4), center=torch.randn(4)),
+    Ablation("layers.1", "resample", TensorDict({"layers.1": torch.randn(9, 4)}), seed=5, units=[0, 3]),
+    ActivationPatching("layers.1", source=TensorDict({"layers.1": torch.randn(5, 4)}), units=torch.tensor([1])),
+    ActivationPatching("layers.1", source=TensorDict({"fwd": TensorDict({"layers.1": torch.randn(5, 4)})})),
+]
+
+
+@pytest.mark.parametrize("intervention", CASES, ids=repr)
+def test_what_is_loaded_does_the_same_to_another_copy_of_the_model(intervention, model, x, tmp_path):
+    save_intervention(intervention, tmp_path / "saved")
+    loaded = load_intervention(tmp_path / "saved")
+    other = MLP()
+    other.load_state_dict(model.state_dict())
+    assert type(loaded) is type(intervention)
+    with intervention.prepare(model) as hooked:
+        expected = hooked(x)
+    with loaded.prepare(other) as hooked:
+        assert torch.equal(hooked(x), expected)
+    assert not torch.equal(expected, model(x))
+
+
+def test_every_kind_comes_back_with_its_arguments(tmp_path):
+    kinds = [
+        (ActivationAddition("0", coefficient=0.5, pool="last", mask_key="mask", steps="decode"), {}),
+        (PathPatching("a", "out", freeze=["a", "b"], units=slice(4, 8), direction="fwd_pre"), {}),
+        (CausalTracing("h", "wte", subject=[1, 2], metric=metric, window=3, sweep=True), {"metric": metric}),
+        (ActivationPatching("h", sweep=("position", "head"), heads=2, metric=metric, chunk=3), {"metric": metric}),
+        (SteeringVectors("h", steer_fn=metric), {"steer_fn": metric}),
+        (ResumeFrom("0", torch.ones(2)), {}),
+    ]
+    for number, (intervention, functions) in enumerate(kinds):
+        save_intervention(intervention, tmp_path / str(number))
+        loaded = load_intervention(tmp_path / str(number), **functions)
+        assert repr(loaded).replace("[", "(").replace("]", ")") == repr(intervention).replace("[", "(").replace(
+            "]", ")"
+        )
+
+
+def test_the_files_are_json_and_safetensors(tmp_path):
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    vectors = {"layers.0": torch.randn(4), "head": torch.randn(2)}
+    save_intervention(SteeringVectors(["layers.0", "head"], vectors), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["intervention.json", "tensors.safetensors"]
+    config = json.loads((tmp_path / "intervention.json").read_text())
+    assert config["kind"] == "SteeringVectors"
+    stored = load_file(tmp_path / "tensors.safetensors")
+    assert torch.equal(stored["vectors/head"], vectors["head"])
+
+
+def test_a_cache_of_a_model_is_saved_as_it_is(model, x, tmp_path):
+    with cache_activations(model, r"layers\.\d") as cache:
+        model(x)
+    save_intervention(ActivationPatching(r"layers\.\d", source=cache), tmp_path)
+    with load_intervention(tmp_path).prepare(model) as hooked:
+        assert torch.equal(hooked(torch.randn(5, 4)), model.head(model.act(nn.functional.gelu(cache["layers.2"]))))
+
+
+def test_functions_have_to_be_given_again(tmp_path):
+    save_intervention(SteeringVectors("h", steer_fn=metric), tmp_path)
+    with pytest.raises(StoreError, match="without its functions: give 'steer_fn' to load_intervention, got none"):
+        load_intervention(tmp_path)
+    with pytest.raises(StoreError, match="got 'patch_fn'"):
+        load_intervention(tmp_path, patch_fn=metric)
+
+
+class OfOnesOwn(Intervention):
+    pass
+
+
+def test_what_is_no_data_is_refused_with_the_remedy(model, x, tmp_path):
+    with HookedModule.from_module(model).run(x) as run:
+        proxy = run.get("head")
+    for intervention, message in (
+        (Ablation(regex.compile("head")), "compiled pattern; use its text"),
+        (Ablation(nn.Linear), "selector can be saved as a regex"),
+        (Ablation(lambda path, module: True), "selector can be saved as a regex"),
+        (ActivationPatching("head", source=proxy), "resolve the proxy of a run first"),
+        (OfOnesOwn("head"), "could not be loaded again"),
+    ):
+        with pytest.raises(StoreError, match=message):
+            save_intervention(intervention, tmp_path / "none")
+
+
+def edit(folder, change):
+    file = folder / "intervention.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "intervention.json").unlink(), "is missing; is .* the directory of an intervention"),
+        (lambda folder: (folder / "tensors.safetensors").unlink(), "tensors.safetensors is missing"),
+        (lambda folder: (folder / "intervention.json").write_text("{"), "is no valid JSON"),
+        (lambda folder: (folder / "intervention.json").write_text("[" * 100_000), "is no valid JSON"),
+        (lambda folder: (folder / "intervention.json").write_text("[]"), "does not describe an intervention"),
+        (
+            lambda folder: edit(folder, lambda config: config.update(kind="os.system")),
+            "does not describe an intervention",
+        ),
+        (lambda folder: edit(folder, lambda config: config.update(kind=["x"])), "does not describe an intervention"),
+        (lambda folder: edit(folder, lambda config: config.update(format=99)), "is of format 99"),
+        (lambda folder: edit(folder, lambda config: config["arguments"].update(other=1)), "has no argument 'other'"),
+        (
+            lambda folder: edit(folder, lambda config: config["arguments"].update(vectors={"tensor": "gone"})),
+            "does not fit its tensors",
+        ),
+        (
+            lambda folder: edit(folder, lambda config: config["arguments"].update(vectors={"tensor": []})),
+            "does not fit its tensors",
+        ),
+        (
+            lambda folder: edit(folder, lambda config: config["arguments"].update(vectors={"code": "1"})),
+            "unknown kind of value",
+        ),
+        (lambda folder: edit(folder, lambda config: config["arguments"].update(vectors=[1])), "holds a bare list"),
+        (lambda folder: (folder / "tensors.safetensors").write_bytes(b"\x08"), "tensors.safetensors"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, damage, message):
+    save_intervention(SteeringVectors("h", torch.ones(3)), tmp_path)
+    damage(tmp_path)
+    with pytest.raises(DamagedError, match=message):
+        load_intervention(tmp_path)

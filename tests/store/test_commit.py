@@ -1,0 +1,180 @@
+"""Whatever fails at whichever operation, a store holds complete shards only, and can be continued to the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from store.faulty_files import SPEC, Counted, contents, disk_full, unit_columns, write_units
+from tdcache.errors import SpecError, StoreError
+from tdcache.store import ActivationDataset, StoreWriter
+from tdcache.store.spec import write_spec
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("golden") / "a.acts"
+    write_units(folder)
+    return contents(folder)
+
+
+def operations(tmp_path):
+    files = Counted()
+    write_units(tmp_path / "counted.acts", files=files)
+    return files.names
+
+
+def test_a_store_is_written_in_the_order_that_makes_it_durable(tmp_path):
+    names = operations(tmp_path)
+    first = names.index("reserve")
+    assert names[first - 1 : first + 13] == [
+        "create",
+        "reserve",
+        *["write"] * 8,  # seq, pos, tok, and two columns in two pieces less one: data first, the header last
+        "sync",
+        "close",
+        "link",
+        "sync_folder",
+    ]
+
+
+def test_a_disk_that_is_full_at_any_operation_leaves_complete_shards_and_can_be_continued(tmp_path, golden):
+    total = len(operations(tmp_path))
+    assert total > 50
+    for at in range(total):
+        folder = tmp_path / f"{at}.acts"
+        with pytest.raises((OSError, StoreError), match="No space left"):
+            write_units(folder, files=Counted(at, disk_full))
+        there = contents(folder) if folder.exists() else {}
+        assert all(golden[name] == data for name, data in there.items() if name != "index.json")
+        write_units(folder)
+        assert contents(folder) == golden
+
+
+def test_a_failed_write_names_the_unit_and_the_path(tmp_path):
+    at = operations(tmp_path).index("reserve")
+    with pytest.raises(StoreError, match=r"unit 0 could not be written to .*u00000000.safetensors: No space") as failure:
+        write_units(tmp_path / "a.acts", files=Counted(at, disk_full))
+    assert Path(failure.value.path).name == "u00000000.safetensors"
+
+
+def test_a_process_killed_at_any_operation_leaves_complete_shards_and_can_be_continued(tmp_path, golden):
+    total = len(operations(tmp_path))
+    for at in range(0, total, 3):  # forked, because an interpreter takes a second to start
+        folder = tmp_path / f"{at}.acts"
+        assert in_a_fork(folder, at) == -signal.SIGKILL
+        there = contents(folder) if folder.exists() else {}
+        assert all(golden[name] == data for name, data in there.items() if name != "index.json")
+        if (folder / "spec.json").exists():
+            opened = ActivationDataset.open(folder)
+            opened.verify()
+            assert len(opened) == 24 * len(opened.shards)
+        write_units(folder)
+        assert contents(folder) == golden
+        assert list((folder / ".tmp").iterdir()) == []  # what the dead left behind is swept
+
+
+def in_a_fork(folder, at):
+    script = (
+        "import os, sys; from store.faulty_files import *\n"
+        "for line in sys.stdin:\n"
+        "    folder, at = line.rstrip().split('|')\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        from pathlib import Path; write_units(Path(folder), files=Counted(int(at), killed)); os._exit(0)\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
+    )
+    if not hasattr(in_a_fork, "server"):
+        paths = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
+        environment = {**os.environ, "PYTHONPATH": paths}
+        in_a_fork.server = subprocess.Popen(
+            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+    in_a_fork.server.stdin.write(f"{folder}|{at}\n")
+    in_a_fork.server.stdin.flush()
+    return int(in_a_fork.server.stdout.readline())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _end_of_the_server():
+    yield
+    server = in_a_fork.__dict__.pop("server", None)
+    if server is not None:
+        server.stdin.close()
+        server.wait()
+        server.stdout.close()
+
+
+def test_a_unit_that_is_there_is_never_written_over(tmp_path, golden):
+    folder = tmp_path / "a.acts"
+    writer = write_units(folder)
+    other = unit_columns(7)
+    other["seq"] = unit_columns(0)["seq"]
+    assert writer.write(0, other, samples=(0, 4)) is False
+    assert contents(folder) == golden
+
+
+def test_two_writers_of_one_unit_leave_one_complete_shard(tmp_path, golden):
+    folder = tmp_path / "a.acts"
+    files = Counted()
+    slow = StoreWriter(folder, SPEC, made_by={"torch": "any"}, files=files)
+    count = files.before
+
+    def fast_one_comes_first(name, args):
+        count(name, args)
+        if name == "link":
+            write_units(folder, [0])
+
+    files.before = fast_one_comes_first
+    assert slow.write(0, unit_columns(0), samples=(0, 4)) is False
+    name = "shards/000/u00000000.safetensors"
+    assert contents(folder)[name] == golden[name]
+    assert sorted(path.name for path in (folder / ".tmp").iterdir()) == []
+
+
+def test_a_store_that_was_made_otherwise_is_refused_with_the_fields_that_differ(tmp_path):
+    write_units(tmp_path / "a.acts")
+    other = {"sites": {**SPEC["sites"], "layers.0": {"dtype": "float16", "shape": [8]}}, "drop": ["bos"]}
+    with pytest.raises(SpecError, match=r"(?s)drop: nothing there, \[\"bos\"\] asked for.*layers.0.dtype") as failure:
+        StoreWriter(tmp_path / "a.acts", other)
+    assert failure.value.fields == ("drop", "sites.layers.0.dtype")
+
+
+def test_a_spec_that_another_wrote_meanwhile_is_compared(tmp_path):
+    folder = tmp_path / "a.acts"
+    writer = StoreWriter(folder, SPEC)
+    (folder / "spec.json").rename(folder / "moved")
+
+    class Slow(Counted):
+        def link(self, source, target):
+            (folder / "moved").rename(target)
+            super().link(source, target)
+
+    assert write_spec(folder, SPEC, made_by={}, files=Slow()) == writer.spec
+
+
+def test_the_index_can_be_made_again_from_the_shards(tmp_path, golden):
+    folder = tmp_path / "a.acts"
+    writer = write_units(folder)
+    (folder / "index.json").unlink()
+    assert len(ActivationDataset.open(folder)) == 72
+    assert not (folder / "index.json").exists()  # a reader writes nothing
+    writer.finish()
+    assert contents(folder) == golden
+
+
+def test_a_reader_sees_the_shards_that_come_while_it_is_open(tmp_path):
+    folder = tmp_path / "a.acts"
+    write_units(folder, [0])
+    dataset = ActivationDataset.open(folder)
+    assert (len(dataset), dataset.complete) == (24, False)
+    write_units(folder, [1, 2])
+    assert len(dataset) == 24
+    assert (len(dataset.refresh()), dataset.complete) == (72, True)
+    assert torch.equal(dataset[30]["layers.1"], torch.cat(unit_columns(1)["act/layers.1"])[6])
