@@ -74,7 +74,7 @@ start = {"W_enc": directions.T.clone(), "b_enc": torch.zeros(256), "W_dec": dire
 dictionary = Dictionary(start, DictionaryConfig(architecture="topk", k=8))
 optimizer = torch.optim.Adam(dictionary.parameters(), lr=2e-3)
 for _ in range(300):
-    rows = tokens[torch.randint(len(tokens), (512,))]
+    rows = tokens[torch.randint(len(tokens), (256,))]
     missed = (dictionary(rows) - rows).square().sum(-1).mean() / spread
     optimizer.zero_grad()
     missed.backward()

