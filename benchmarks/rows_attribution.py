@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from math import nan
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -153,6 +154,22 @@ def _ig_tdhook(stack: ExitStack) -> Call:
 # LRP of the same CNN.
 
 
+def _stand_in_for_torchvision() -> None:
+    """zennit imports it for models that are not measured here."""
+    names = (
+        "torchvision",
+        "torchvision.models",
+        "torchvision.models.resnet",
+        "torchvision.ops",
+        "torchvision.ops.misc",
+    )
+    for name in names:
+        sys.modules.setdefault(name, ModuleType(name))
+    for name in ("Bottleneck", "BasicBlock"):
+        setattr(sys.modules["torchvision.models.resnet"], name, type(name, (), {}))
+    sys.modules["torchvision.ops.misc"].FrozenBatchNorm2d = type("FrozenBatchNorm2d", (), {})  # type: ignore[attr-defined]
+
+
 def _lrp(stack: ExitStack) -> Call:
     model, x = cnn(), images()
     factory = LRP(target=3, rules=epsilon_plus())
@@ -165,6 +182,7 @@ def _lrp(stack: ExitStack) -> Call:
 
 
 def _lrp_zennit(stack: ExitStack) -> Call:
+    _stand_in_for_torchvision()
     from zennit.attribution import Gradient
     from zennit.composites import EpsilonPlus
 

@@ -35,6 +35,7 @@ ROWS = {
     "runstop": "rows_interventions:stopped_run",
     "points": "rows_points:points",
     "attribution": "rows_attribution:attribution",
+    "harvest": "rows_harvest:rows",
 }
 PEERS = ("tensordict", "regex", "tdhook", "nnsight", "captum", "zennit", "transformer-lens", "pyvene", "transformers")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"

@@ -73,8 +73,8 @@ answer = ids.gather(1, at + 1)[:, 0]
 print(f"recalled: {(model(ids)[:, -1].argmax(1) == answer).float().mean():.0%}")
 
 # %%
-# **Score the edges.** In the counterfactual the asked letter has changed places with another one, so that another letter
-# comes after it. The target is the difference of their logits.
+# **Score the edges.** In the counterfactual the asked letter has changed places with another one, so that another
+# letter comes after it. The target is the difference of their logits.
 place = (at + torch.randint(2, LETTERS - 2, at.shape)) % (LETTERS - 1)
 other = ids.gather(1, place + 1)[:, 0]
 corrupt = ids.scatter(1, at, ids.gather(1, place)).scatter(1, place, ids.gather(1, at))
@@ -137,27 +137,28 @@ exact = {edge: effect([edge]) for edge in scores}
 found, true = torch.tensor([[scores[edge], exact[edge]] for edge in scores]).T
 correlation = torch.corrcoef(torch.stack([found, true]))[0, 1].item()
 circuit = sorted(scores, key=lambda edge: -abs(scores[edge]))[:4]
-whole = effect([edge for edge in scores if edge[0] == "tokens"])
 print(f"{len(scores)} edges; correlation of EAP-IG with exact patching: {correlation:.3f}")
-print("strongest edges:", *(f"  {u} -> {v}: {scores[u, v]:.2f} (exact {exact[u, v]:.2f})" for u, v in circuit), sep="\n")
+print(
+    "strongest edges:", *(f"  {u} -> {v}: {scores[u, v]:.2f} (exact {exact[u, v]:.2f})" for u, v in circuit), sep="\n"
+)
 
 # %%
 # **Look.** Blue: taking the edge's clean value away costs the answer.
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", width_ratios=[1.25, 1])
 order = ["tokens|positions", "layers.0.head0|layers.0.head1", "layers.1.head0|layers.1.head1", "final"]
-labels = {f"layers.{l}.head{h}": f"head {l}.{h}" for l in range(2) for h in range(HEADS)} | {"final": "logits"}
+labels = {f"layers.{i}.head{h}": f"head {i}.{h}" for i in range(2) for h in range(HEADS)} | {"final": "logits"}
 threshold = 0.05 * found.abs().max().item()
 edge_graph(td["attr"].mean(0), order=order, labels=labels, threshold=threshold, axes=left)
 left.set_title("Edges by EAP-IG", loc="left")
 right.axline((0, 0), slope=1, color="0.8", zorder=0)
 right.scatter(true, found, color="tab:blue")
-for u, v in circuit:
+for number, (u, v) in enumerate(circuit):
     text = f"{labels.get(u, u)} → {labels.get(v, v)}"
-    right.annotate(text, (exact[u, v], scores[u, v]), textcoords="offset points", xytext=(7, -3), fontsize=9)
+    right.annotate(text, (exact[u, v], scores[u, v]), textcoords="offset points", xytext=(8, 5 if number % 2 else -11), fontsize=9)
 right.set(xlabel="exact: change of the logit difference when patched", ylabel="estimated by EAP-IG")
 right.set_title(f"Every edge, patched for real (r = {correlation:.2f})", loc="left")
 right.spines[["top", "right"]].set_visible(False)
-figure.suptitle("The induction circuit: a head of each layer, one after the other", weight="bold", x=0.02, ha="left")
+figure.suptitle("The induction circuit: one head of the first layer feeds those of the second", weight="bold", x=0.02, ha="left")
 figure.savefig(Path("circuit.png"), dpi=150)
 
 # %%

@@ -33,7 +33,7 @@ kinds = {
     "professions": "doctor lawyer farmer teacher pilot nurse baker judge soldier painter engineer sailor",
     "weather": "rain snow thunder fog wind storm hail sunshine frost lightning drizzle cloud",
     "vehicles": "car train bicycle truck airplane boat bus tractor taxi helicopter motorcycle ship",
-    "the body": "hand knee heart shoulder tooth lung finger brain stomach elbow ear throat",
+    "the body": "hand knee heart shoulder tooth lung finger brain stomach elbow ankle skin",
 }
 frames = [
     "I dreamed about the {} again.",
@@ -54,13 +54,13 @@ def sentences(frames, chosen):
     return [text for text, _ in found], torch.tensor([kind == "instruments" for _, kind in found])
 
 
-training, musical = sentences(frames[:6], slice(9))
+training, _ = sentences(frames[:6], slice(9))
 held_out, instruments = sentences(frames[6:], slice(9, None))
 
 # %%
 # **Train.** The activations of one layer, one row a token, and 300 steps of plain Adam. tdcache itself trains nothing:
-# ``Dictionary`` is a module with parameters, like any other. Then choose the latent that sentences about instruments
-# excite most, compared to the others.
+# ``Dictionary`` is a module with parameters, like any other. Then choose the latent that the names of instruments
+# excite most, compared to all other tokens.
 layer = r"encoder\.layer\.3"
 batch = tokenizer(training, padding=True, return_tensors="pt")
 with torch.no_grad(), cache_activations(model, layer) as cache:
@@ -74,16 +74,16 @@ start = {"W_enc": directions.T.clone(), "b_enc": torch.zeros(256), "W_dec": dire
 dictionary = Dictionary(start, DictionaryConfig(architecture="topk", k=8))
 optimizer = torch.optim.Adam(dictionary.parameters(), lr=2e-3)
 for _ in range(300):
-    rows = tokens[torch.randint(len(tokens), (256,))]
+    rows = tokens[torch.randint(len(tokens), (512,))]
     missed = (dictionary(rows) - rows).square().sum(-1).mean() / spread
     optimizer.zero_grad()
     missed.backward()
     optimizer.step()
 dictionary.requires_grad_(False)
 
-in_music = musical[real.nonzero()[:, 0]]  # whether a token stands in a sentence about an instrument
-latents = dictionary.encode(tokens)
-latent = int((latents[in_music].mean(0) - latents[~in_music].mean(0)).argmax())
+names_one = [token in words["instruments"] for token in tokenizer.convert_ids_to_tokens(batch["input_ids"][real])]
+named, latents = torch.tensor(names_one), dictionary.encode(tokens)
+latent = int((latents[named].mean(0) - latents[~named].mean(0)).argmax())
 print(f"256 latents, 8 at a time, explain {1 - missed.item():.0%} of the variance of {len(tokens)} tokens")
 
 # %%

@@ -12,7 +12,7 @@ from store.faulty_files import write_units
 from tdcache import ActivationDataset
 from tdcache.cli import main
 
-SOURCE = '''
+SOURCE = """
 import torch
 from torch import nn
 
@@ -23,7 +23,7 @@ def make():
 
 def wrong():
     return 3
-'''
+"""
 
 
 @pytest.fixture

@@ -54,7 +54,9 @@ def test_a_layer_map_has_a_row_per_layer_and_a_column_per_position():
 
 
 def test_an_edge_graph_draws_the_edges_above_the_threshold_and_their_nodes():
-    edges = TensorDict({"embed": {"ln1": torch.tensor(1.0), "ln_f": torch.tensor(0.01)}, "attn": {"ln_f": torch.tensor(-0.5)}})
+    edges = TensorDict(
+        {"embed": {"ln1": torch.tensor(1.0), "ln_f": torch.tensor(0.01)}, "attn": {"ln_f": torch.tensor(-0.5)}}
+    )
     order = ["embed", "ln1", "attn", "ln_f"]
     axes = plot.edge_graph(edges, order=order, threshold=0.1, labels={"ln_f": "logits"})
     assert len(axes.patches) == 2

@@ -1,7 +1,7 @@
 """Pictures of scores, from the TensorDict alone: heat maps, coloured tokens, layer by position maps, edge graphs.
 
-matplotlib is imported when a picture is drawn: ``pip install tdcache[plot]``. Every function returns what it drew on, and
-neither shows nor saves nor closes anything. Positive scores are red, negative ones blue, zero is white.
+matplotlib is imported when a picture is drawn: ``pip install tdcache[plot]``. Every function returns what it drew on,
+and neither shows nor saves nor closes anything. Positive scores are red, negative ones blue, zero is white.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def image_maps(
     return figure
 
 
-def _flat(image: Tensor, *, mean: bool = False) -> Any:
+def _flat(image: Any, *, mean: bool = False) -> Any:
     image = image.detach().float().cpu()
     if image.ndim < 3:
         return image.numpy()
@@ -80,6 +80,7 @@ def tokens(words: Sequence[str], scores: Tensor, *, axes: Axes | None = None, li
         The axes.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
 
     values = _checked(words, scores)
     limit = limit or max(map(abs, values), default=0.0) or 1.0
@@ -90,7 +91,7 @@ def tokens(words: Sequence[str], scores: Tensor, *, axes: Axes | None = None, li
     for word, value in zip(words, values, strict=True):
         share = value / limit
         width = len(word) + 1.4
-        box = plt.Rectangle((at, 0), width - 0.2, 1, color=colors(0.5 + 0.42 * max(-1.0, min(1.0, share))))
+        box = Rectangle((at, 0), width - 0.2, 1, color=colors(0.5 + 0.42 * max(-1.0, min(1.0, share))))
         axes.add_patch(box)
         ink = "white" if abs(share) > 0.75 else "black"
         axes.text(at + width / 2 - 0.1, 0.5, word, ha="center", va="center", color=ink, family="monospace", fontsize=11)
@@ -120,7 +121,9 @@ def token_html(words: Sequence[str], scores: Tensor, *, limit: float | None = No
 
 def _checked(words: Sequence[str], scores: Tensor) -> list[float]:
     if scores.shape != (len(words),):
-        raise ValueError(f"{len(words)} words need as many scores, got shape {tuple(scores.shape)}; sum the features first")
+        raise ValueError(
+            f"{len(words)} words need as many scores, got shape {tuple(scores.shape)}; sum the features first"
+        )
     found: list[float] = scores.detach().float().cpu().tolist()
     return found
 
@@ -159,7 +162,7 @@ def layer_map(
     axes.tick_params(length=0)
     axes.set_frame_on(False)
     bar = axes.figure.colorbar(mesh, ax=axes, aspect=30)
-    bar.outline.set_visible(False)  # type: ignore[operator]  # the stubs call it a method
+    bar.outline.set_visible(False)
     return axes
 
 
@@ -184,42 +187,54 @@ def edge_graph(
         The axes.
     """
     import matplotlib.pyplot as plt
-    from matplotlib.patches import FancyArrowPatch
 
     found = {
         (writer, reader): float(value)
-        for writer, each in edges.items()
-        for reader, value in each.items()
+        for writer, each in _items(edges)
+        for reader, value in _items(each)
         if abs(float(value)) > threshold
     }
-    places = {
+    places = _places(order)
+    used = {name for edge in found for name in edge}
+    if used - places.keys():
+        raise ValueError(f"order= has no place for {sorted(used - places.keys())!r}; it has {sorted(places)!r}")
+    if axes is None:
+        _, axes = plt.subplots(figsize=(6, 0.9 * len(order) + 0.8), layout="constrained")
+    limit = max(map(abs, found.values()), default=1.0)
+    for (writer, reader), value in sorted(found.items(), key=lambda edge: abs(edge[1])):
+        _arrow(axes, places[writer], places[reader], value / limit)
+    for name in sorted(used):
+        text = labels.get(name, name) if labels else name
+        box = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": "0.35"}
+        axes.text(*places[name], text, ha="center", va="center", fontsize=10, bbox=box)
+    width = max((abs(x) for x, _ in places.values()), default=0.0) + 0.8
+    axes.set(xlim=(-width, width), ylim=(-0.4, len(order) - 0.6))
+    axes.set_axis_off()
+    return axes
+
+
+def _items(mapping: Any) -> Any:
+    return mapping.items()
+
+
+def _places(order: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Where each node stands: rows from below, the nodes of a row side by side."""
+    return {
         name: (at - (len(row.split("|")) - 1) / 2, float(height))
         for height, row in enumerate(order)
         for at, name in enumerate(row.split("|"))
     }
-    missing = {name for edge in found for name in edge} - places.keys()
-    if missing:
-        raise ValueError(f"order= has no place for {sorted(missing)!r}; it has {sorted(places)!r}")
-    if axes is None:
-        _, axes = plt.subplots(figsize=(6, 0.9 * len(order) + 0.8), layout="constrained")
-    limit = max(map(abs, found.values()), default=1.0)
-    colors = plt.get_cmap(_COLORS)
-    for (writer, reader), value in sorted(found.items(), key=lambda edge: abs(edge[1])):
-        share = value / limit
-        (x0, y0), (x1, y1) = places[writer], places[reader]
-        bend = 0.0 if abs(y1 - y0) <= 1 else 0.16 * (1 if (y1 + y0) % 2 else -1)
-        arrow = FancyArrowPatch(
-            (x0, y0), (x1, y1), connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>", mutation_scale=11,
-            shrinkA=16, shrinkB=16, linewidth=0.6 + 5 * abs(share), color=colors(0.5 + 0.45 * share),
-        )  # fmt: skip
-        axes.add_patch(arrow)
-    used = {name for edge in found for name in edge}
-    for name, (x, y) in places.items():
-        if name in used:
-            text = labels.get(name, name) if labels else name
-            box = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": "0.35"}
-            axes.text(x, y, text, ha="center", va="center", fontsize=10, bbox=box)
-    width = max((abs(x) for x, _ in places.values()), default=0.0) + 1.2
-    axes.set(xlim=(-width, width), ylim=(-0.6, len(order) - 0.4))
-    axes.set_axis_off()
-    return axes
+
+
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], share: float) -> None:
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import FancyArrowPatch
+
+    rows = end[1] - start[1]
+    side = 1 if start[0] + end[0] < 0 else -1
+    arrow = FancyArrowPatch(
+        start, end, connectionstyle=f"arc3,rad={0.0 if rows <= 1 else -0.22 * side}", arrowstyle="-|>",
+        mutation_scale=11, shrinkA=16, shrinkB=16, linewidth=0.6 + 5 * abs(share),
+        color=plt.get_cmap(_COLORS)(0.5 + 0.45 * share),
+    )  # fmt: skip
+    axes.add_patch(arrow)

@@ -14,6 +14,7 @@ LINES_PER_FUNCTION = 40
 # Over the cap for a reason: {"tdcache.module": "why"}, {"tdcache.module:Class.method": "why"}.
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {
+    "tdcache.harvesting.loop:harvest": "some thirty options, a line each in the signature and in the body",
     "tdcache.caching:ActivationCaching.__init__": "twenty options, a line each in the signature and in the body",
 }
 

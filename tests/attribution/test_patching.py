@@ -263,9 +263,7 @@ def test_graddrop_averages_the_sizes_with_each_layer_left_out():
             value, own = a.clone().requires_grad_(), path.startswith(f"blocks.{layer}")
             handles.append(
                 model.get_submodule(path).register_forward_hook(
-                    lambda m, args, out, value=value, own=own: (
-                        value.detach() if own else value
-                    )
+                    lambda m, args, out, value=value, own=own: value.detach() if own else value
                 )
             )
             metric = difference({"output": model(data["input"])}).sum()

@@ -1,4 +1,4 @@
-"""A small encoder, padded token data, and the slow obvious way to harvest: one plain hook, one Python loop per token."""
+"""A small encoder, padded token data, and the slow obvious way to harvest: a plain hook, a Python loop over tokens."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""One of two processes that hold one model together; prints what each case gave: ``python sharded_worker.py FOLDER``."""
+"""One of two processes that hold one model together; prints what each case gave."""
 
 import copy
 import json

@@ -277,7 +277,7 @@ def test_the_fields_in_which_another_harvest_differs_are_named(folder):
         assert field in failure.value.fields
     other = encoder()
     nn.init.zeros_(other.embeddings.word_embeddings.weight)
-    with pytest.raises(SpecError, match="model.fingerprint"):
+    with pytest.raises(SpecError, match=r"model\.fingerprint"):
         harvest_tokens(folder, model=other)
     with pytest.raises(SpecError, match="holds a store already, and resume=False"):
         harvest_tokens(folder, resume=False)
@@ -307,7 +307,9 @@ def test_data_without_an_order_is_refused(folder):
     with pytest.raises(StoreError, match=r"draws its samples with RandomSampler.*give it shuffle=False"):
         harvest(Counting(), DataLoader(data, shuffle=True), folder, select="first")
     sampler = DistributedSampler(data, num_replicas=2, rank=0, shuffle=False)
-    with pytest.raises(StoreError, match="the loader has a DistributedSampler.*harvest deals units to the ranks itself"):
+    with pytest.raises(
+        StoreError, match=r"the loader has a DistributedSampler.*harvest deals units to the ranks itself"
+    ):
         harvest(Counting(), DataLoader(data, sampler=sampler), folder, select="first")
     with pytest.raises(SelectionError, match="the data holds no batch"):
         harvest(Counting(), [], folder, select="first")

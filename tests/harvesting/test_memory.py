@@ -108,7 +108,9 @@ def test_fault_train_and_eval_flags_of_single_modules_come_back():
 def test_extracted_representations_are_those_of_one_forward_over_everything():
     model, x = MLP(), torch.randn(10, 4)
     for size in (1, 3, 10, 64):
-        found = extract_representations(model, TensorDataset(x, torch.arange(10)), r"layers\.\d", "cpu", batch_size=size)
+        found = extract_representations(
+            model, TensorDataset(x, torch.arange(10)), r"layers\.\d", "cpu", batch_size=size
+        )
         assert list(found) == ["layers.0", "layers.1", "layers.2"]
         assert torch.allclose(found["layers.0"], model.layers[0](x), atol=1e-6)
     limited = extract_representations(model, TensorDataset(x), ["head"], "cpu", 4, max_samples=6)
@@ -305,7 +307,7 @@ def test_names_of_other_layouts_are_refused_or_given_by_the_user():
         resolve_hook_points(model, "blocks.0.mlp")
     with pytest.raises(SelectionError, match="layout is one of"):
         resolve_hook_points(model, "blocks.0.mlp", layout="t5")
-    with pytest.raises(SelectionError, match="means 'h.7', which GPT2Model does not have"):
+    with pytest.raises(SelectionError, match=r"means 'h.7', which GPT2Model does not have"):
         resolve_hook_points(gpt2(), "blocks.7.hook_resid_pre")
     with pytest.raises(SelectionError, match="no hook point was given"):
         resolve_hook_points(model, [])

@@ -98,9 +98,7 @@ def test_a_dead_rank_costs_its_units_only_and_another_number_of_processes_fills_
     calls = []
     handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
     for rank in range(3):
-        harvest(
-            model, data(), folder, select=r"layers\.[02]", batch_size=4, dtype=torch.bfloat16, rank=rank, world=3
-        )
+        harvest(model, data(), folder, select=r"layers\.[02]", batch_size=4, dtype=torch.bfloat16, rank=rank, world=3)
     handle.remove()
     assert contents(folder) == golden
     assert len(calls) <= COUNT // 2

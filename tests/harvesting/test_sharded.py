@@ -45,7 +45,9 @@ def test_a_value_that_can_be_made_whole_is_stored_as_a_single_process_would(answ
 
 def test_the_bare_shard_of_a_column_parallel_layer_is_refused_by_name(answers):
     for each in answers:
-        assert each["column-parallel"].startswith("CaptureError: 'up' has 8 features here and 16 in all: this rank sees")
+        assert each["column-parallel"].startswith(
+            "CaptureError: 'up' has 8 features here and 16 in all: this rank sees"
+        )
 
 
 def test_a_shard_that_shows_no_trace_of_being_one_is_refused_by_name(answers):

@@ -28,7 +28,7 @@ def folder(tmp_path):
 def test_every_flipped_byte_of_every_file_is_found(folder):
     chooser = random.Random(0)
     for name, data in contents(folder).items():
-        places = {*range(0, min(len(data), 40)), *range(len(data) - 8, len(data))}
+        places = {*range(min(len(data), 40)), *range(len(data) - 8, len(data))}
         places |= set(chooser.sample(range(len(data)), 60))
         for place in sorted(places):
             raw = bytearray(data)
@@ -68,7 +68,7 @@ def test_all_damage_is_reported_and_not_the_first_alone(folder, capsys):
         raw = bytearray(path.read_bytes())
         raw[-1] ^= 1
         path.write_bytes(raw)
-    with pytest.raises(DamagedError, match="u00000000") as failure:
+    with pytest.raises(DamagedError, match=r"u00000000") as failure:
         ActivationDataset.open(folder).verify()
     assert "u00000002" in failure.value.__notes__[0]
     assert main(["verify", str(folder)]) == 1
@@ -85,8 +85,8 @@ def test_a_missing_shard_is_found_by_its_number(folder, unit):
 
 
 def test_a_shard_under_another_number_is_refused(folder):
-    os.rename(folder / SHARD, folder / "shards/000/u00000007.safetensors")
-    with pytest.raises(DamagedError, match="u00000007.safetensors holds unit 1, not 7"):
+    (folder / SHARD).rename(folder / "shards/000/u00000007.safetensors")
+    with pytest.raises(DamagedError, match=r"u00000007.safetensors holds unit 1, not 7"):
         ActivationDataset.open(folder)
 
 
@@ -121,7 +121,7 @@ def test_links_and_foreign_names_are_not_followed(folder, tmp_path):
 def test_a_folder_in_the_place_of_a_shard_is_refused(folder):
     (folder / SHARD).unlink()
     (folder / SHARD).mkdir()
-    with pytest.raises(DamagedError, match="no regular file|cannot be opened"):
+    with pytest.raises(DamagedError, match=r"no regular file|cannot be opened"):
         ActivationDataset.open(folder)
 
 
@@ -183,10 +183,10 @@ FORGERIES = {
 def test_a_forged_safetensors_file_is_refused(folder, tmp_path, what):
     path = tmp_path / "forged.safetensors"
     path.write_bytes(FORGERIES[what])
-    with pytest.raises(DamagedError, match="forged.safetensors"):
+    with pytest.raises(DamagedError, match=r"forged.safetensors"):
         read_tensors(path)
     (folder / SHARD).write_bytes(FORGERIES[what])
-    with pytest.raises(DamagedError, match="u00000001.safetensors"):
+    with pytest.raises(DamagedError, match=r"u00000001.safetensors"):
         ActivationDataset.open(folder)
 
 
@@ -228,7 +228,7 @@ def forge_header(path, change):
 )
 def test_a_shard_that_lies_about_itself_is_refused(folder, change):
     forge_header(folder / SHARD, change)
-    with pytest.raises(DamagedError, match="u00000001.safetensors"):
+    with pytest.raises(DamagedError, match=r"u00000001.safetensors"):
         ActivationDataset.open(folder)
     assert find_damage(folder)
 

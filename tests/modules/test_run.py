@@ -20,6 +20,7 @@ from tdcache import (
     InplaceModificationError,
     PathError,
     RepeatedCallWarning,
+    TdcacheWarning,
     UnfiredSiteWarning,
 )
 
@@ -515,3 +516,26 @@ def test_a_run_shows_what_it_is(hooked, x):
         value = run.get("head")
         assert repr(run) == "<HookedModuleRun 'clean.' of MLP, 1 verbs>"
         assert "head_output" in repr(value)
+
+
+@pytest.fixture
+def compiled(model, x):
+    """A compiled model that has run, so that its graph knows no hooks."""
+    made = torch.compile(model, backend="eager")
+    made(x)
+    yield HookedModule.from_module(made)
+    torch._dynamo.reset()
+
+
+def test_a_run_of_a_model_that_was_compiled_before_is_eager(compiled, model, x):
+    with compiled.run(x) as run:
+        run.set("layers.2", torch.zeros(5, 4))
+        run.get("head")
+    expected = model.head(model.act(torch.zeros(5, 4)))
+    assert torch.equal(run.result, expected)
+    assert torch.equal(run.cache["head_output"], expected)
+
+
+def test_a_verb_on_a_model_that_was_compiled_before_says_that_it_is_skipped(compiled):
+    with pytest.warns(TdcacheWarning, match="its graph skips the hook at 'head'; use a run or a context"):
+        compiled.set("head", torch.zeros(5, 2)).remove()

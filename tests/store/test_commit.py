@@ -59,7 +59,9 @@ def test_a_disk_that_is_full_at_any_operation_leaves_complete_shards_and_can_be_
 
 def test_a_failed_write_names_the_unit_and_the_path(tmp_path):
     at = operations(tmp_path).index("reserve")
-    with pytest.raises(StoreError, match=r"unit 0 could not be written to .*u00000000.safetensors: No space") as failure:
+    with pytest.raises(
+        StoreError, match=r"unit 0 could not be written to .*u00000000.safetensors: No space"
+    ) as failure:
         write_units(tmp_path / "a.acts", files=Counted(at, disk_full))
     assert Path(failure.value.path).name == "u00000000.safetensors"
 

@@ -76,7 +76,9 @@ def test_pieces_that_do_not_fit_together_are_refused_and_leave_nothing(tmp_path)
     writer = write_units(tmp_path / "a.acts", [])
     columns = unit_columns(0)
     columns[site_column("layers.0")][1] = columns[site_column("layers.0")][1].float()
-    with pytest.raises(StoreError, match=r"'act/layers.0' changes from rows of \(8,\), torch.bfloat16 to \(8,\), torch.f"):
+    with pytest.raises(
+        StoreError, match=r"'act/layers.0' changes from rows of \(8,\), torch.bfloat16 to \(8,\), torch.f"
+    ):
         writer.write(0, columns, samples=(0, 4))
     columns = unit_columns(0)
     columns["pos"][0] = columns["pos"][0][1:]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tdcache.attribution.asks import Ask, Modifies, Point
 from tdcache.attribution.frame import Frame
-from tdcache.attribution.runs import Runner, looked_on
+from tdcache.attribution.runs import Runner, Survey
 from tdcache.attribution.targets import TargetLike
 from tdcache.contexts import HookingContextFactory
 from tdcache.errors import AttributionError
@@ -217,6 +217,7 @@ def _runner(module: HookedModule, data: TensorDictBase, forward: Any, crowd: lis
                         f"two methods in one pass read {path!r} differently: (pick, call) = {options[path]!r} and "
                         f"{wanted!r}; give both the same, or open them one after the other"
                     )
+    survey = Survey.of(module.model)
     chunks = [member.factory.chunk for member in crowd if member.factory.chunk is not None]
     copies = [member.factory.snapshot for member in crowd if member.factory.snapshot is not None]
     return Runner(
@@ -228,7 +229,8 @@ def _runner(module: HookedModule, data: TensorDictBase, forward: Any, crowd: lis
         modules=modules,
         options=options,
         chunk=min(chunks) if chunks else None,
-        watched=looked_on(module.model) or _runs_otherwise(module),
+        watched=survey.watched or _runs_otherwise(module),
+        survey=survey,
         create_graph=any(member.factory.create_graph for member in crowd),
         snapshot=any(copies) if copies else None,
     )

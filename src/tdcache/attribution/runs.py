@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +17,15 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.attribution.asks import Ask, Place, Point, Rows, View
-from tdcache.attribution.taps import InputTap, OutputTap, Replacement, check_unchanged, has_inplace_modules
-from tdcache.attribution.targets import Target, row_values
+from tdcache.attribution.taps import InputTap, OutputTap, Replacement, check_unchanged
+from tdcache.attribution.targets import At, Target, row_values
 from tdcache.errors import AttributionError, ContextError, listed
 from tdcache.hooks import MultiHookHandle, Order, attach
-from tdcache.introspect import compiled_modules, is_optimized_module, post_hooks, pre_hooks
+from tdcache.introspect import is_optimized_module, post_hooks, pre_hooks
+from tdcache.selection import walk
 from tdcache.types import CacheKey, Pick
 
-__all__ = ["Runner", "looked_on"]
+__all__ = ["Runner", "Survey"]
 
 Forward = Callable[[TensorDictBase], TensorDictBase]
 
@@ -41,6 +43,7 @@ class Runner:
         options: per path, which tensor and which call of it.
         chunk: how many points one forward may take; None for all.
         watched: whether something else looks on.
+        survey: what is known of the model.
         create_graph: whether gradients are differentiable.
         snapshot: whether values are copied; None for where the model has modules that work in place.
     """
@@ -57,6 +60,7 @@ class Runner:
         options: dict[str, tuple[Pick, int | None]],
         chunk: int | None,
         watched: bool,
+        survey: Survey,
         create_graph: bool,
         snapshot: bool | None,
     ) -> None:
@@ -70,11 +74,12 @@ class Runner:
         self.final: TensorDictBase | None = None
         """The TensorDict after the forward of the user's own rows."""
         self._forward = forward
+        self._survey = survey
         self._modules = modules
         self._options = options
         self._create_graph = create_graph
-        self._snapshot = has_inplace_modules(model) if snapshot is None else snapshot
-        stackable = data.batch_dims > 0 and not watched and not _mixes_rows(model)
+        self._snapshot = survey.inplace if snapshot is None else snapshot
+        stackable = data.batch_dims > 0 and not watched and not survey.mixes_rows
         self._chunk = (chunk or 1 << 30) if stackable else 1
         self._base: Point | None = None
         self._last: Point | None = None
@@ -117,7 +122,7 @@ class Runner:
         data, inputs = self._stack([group[0].point for group in groups], asks)
         taps, handle = self._hook(groups, rows, asks)
         graph = any(ask.grads for ask in asks)
-        with torch.inference_mode(False), torch.set_grad_enabled(graph), _eagerly(self.model):
+        with torch.inference_mode(False), torch.set_grad_enabled(graph), _eagerly(self._survey.compiled):
             with handle:
                 after = self._forward(data)
             self.forwards += 1
@@ -236,11 +241,11 @@ class Runner:
         """Compute the targets, go backward once per target, and hand the sinks their views."""
         by_target: dict[Target | None, list[tuple[Ask, Rows, Tensor | None]]] = {}
         seeds: dict[Target, list[Tensor]] = {}
+        whole: dict[Target, Tensor] = {}
         for group, part in zip(groups, rows, strict=True):
-            own = after if len(groups) == 1 else after[part.start : part.stop]
             if self._base is not None and group[0].point.label == self._base.label:
-                self.final = own
-            found = self._targets(group, own, seeds)
+                self.final = _rows_of(after, part)
+            found = self._targets(group, after, part, whole, seeds)
             for ask in group:
                 value = None if ask.target is None else found[ask.target]
                 by_target.setdefault(ask.target, []).append((ask, part, value))
@@ -256,12 +261,23 @@ class Runner:
                 ask.sink(View(part, values, grads, seen))
 
     def _targets(
-        self, group: list[Ask], own: TensorDictBase, seeds: dict[Target, list[Tensor]]
+        self,
+        group: list[Ask],
+        after: TensorDictBase,
+        part: Rows,
+        whole: dict[Target, Tensor],
+        seeds: dict[Target, list[Tensor]],
     ) -> dict[Target, Tensor]:
         """The values of each target at one point; those that are differentiated also go to ``seeds``."""
         found: dict[Target, Tensor] = {}
         for target in dict.fromkeys(ask.target for ask in group if ask.target is not None):
-            found[target] = row_values(target, own, own.batch_size)
+            if isinstance(target, At) and target.is_one_for_all:  # all points at once: no slice of the TensorDict each
+                if target not in whole:
+                    whole[target] = row_values(target, after, after.batch_size)
+                found[target] = part.part(whole[target], target)
+            else:
+                own = _rows_of(after, part)
+                found[target] = row_values(target, own, own.batch_size)
             if any(ask.grads for ask in group if ask.target == target):
                 seeds.setdefault(target, []).append(found[target])
         return found
@@ -308,27 +324,55 @@ class Runner:
         return {place: grad for place, grad in arrived.items() if grad is not None}
 
 
+def _rows_of(after: TensorDictBase, part: Rows) -> TensorDictBase:
+    return after if part.total == part.stop - part.start else after[part.start : part.stop]
+
+
 def _accumulator(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
 
 
-def _mixes_rows(model: nn.Module) -> bool:
-    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    return any(module.training and isinstance(module, norms) for module in model.modules())
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a pass must know of a model, found in one walk over its modules.
+
+    Args:
+        watched: hooks are on it that are not row-wise modifiers of ours.
+        mixes_rows: a batch norm is in training mode.
+        inplace: some module says that it works in place.
+        compiled: it, or a part of it, is compiled.
+    """
+
+    watched: bool = False
+    mixes_rows: bool = False
+    inplace: bool = False
+    compiled: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Survey:
+        """Look at every module once."""
+        found = [model, *(module for _, module in walk(model))]
+        return cls(
+            watched=any(
+                _is_foreign(hook) for m in found for hooks in (post_hooks(m), pre_hooks(m)) for hook in hooks.values()
+            ),
+            mixes_rows=any(module.training and isinstance(module, _BATCH_NORMS) for module in found),
+            inplace=any(module.__dict__.get("inplace") is True for module in found),
+            compiled=is_optimized_module(model)
+            or any(getattr(module, "_compiled_call_impl", None) is not None for module in found),
+        )
 
 
-def looked_on(model: nn.Module) -> bool:
-    """Whether hooks are on the model that are not row-wise modifiers of ours."""
-    for module in model.modules():
-        for hooks in (post_hooks(module), pre_hooks(module)):
-            if hooks and any(not getattr(getattr(hook, "__self__", hook), "rowwise", False) for hook in hooks.values()):
-                return True
-    return False
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def _eagerly(model: nn.Module) -> Any:
+def _is_foreign(hook: Any) -> bool:
+    return not getattr(getattr(hook, "__self__", hook), "rowwise", False)
+
+
+def _eagerly(compiled: bool) -> Any:
     """Run a compiled model without its graph, which would not call hooks that come and go."""
-    if not (is_optimized_module(model) or compiled_modules(model)):
+    if not compiled:
         return nullcontext()
     stack = ExitStack()
     stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -20,7 +20,7 @@ from tdcache.hooks import Order
 from tdcache.hooks.values import leaves, pick_tensor, replace_tensor
 from tdcache.types import Pick
 
-__all__ = ["InputTap", "OutputTap", "Replacement", "check_unchanged", "has_inplace_modules"]
+__all__ = ["InputTap", "OutputTap", "Replacement", "check_unchanged"]
 
 _CLOCK = count(1)
 
@@ -176,8 +176,3 @@ def check_unchanged(taps: Sequence[_Tap]) -> None:
             f"the values at {listed(stale)} were changed in place after they were seen; keep copies with snapshot=True",
             paths=stale,
         )
-
-
-def has_inplace_modules(model: nn.Module) -> bool:
-    """Whether some module of the model says that it works in place."""
-    return any(getattr(module, "inplace", False) is True for module in model.modules())

@@ -37,6 +37,11 @@ class At:
     def _identity(self) -> tuple[Any, ...]:
         return (id(self.index) if isinstance(self.index, Tensor) else repr(self.index), self.key, self.default)
 
+    @property
+    def is_one_for_all(self) -> bool:
+        """Whether every row has the same index."""
+        return not isinstance(self.index, Tensor) or self.index.ndim == 0
+
     def __eq__(self, other: object) -> bool:  # equal targets share one backward
         return isinstance(other, At) and self._identity() == other._identity()
 

@@ -14,11 +14,11 @@ from tdcache.harvesting.saved import load_activations, save_activations
 from tdcache.store import ActivationDataset
 
 __all__ = [
-    "LAYOUTS",
     "ActivationCollector",
     "ActivationDataset",
     "ActivationStore",
     "HookSite",
+    "LAYOUTS",
     "Layout",
     "Preflight",
     "collect_activations_from_dataloader",

@@ -13,7 +13,7 @@ from tdcache.errors import SelectionError, listed
 from tdcache.paths import near_misses
 from tdcache.selection import select, walk
 
-__all__ = ["LAYOUTS", "HookSite", "Layout", "find_layout", "resolve_hook_points"]
+__all__ = ["HookSite", "LAYOUTS", "Layout", "find_layout", "resolve_hook_points"]
 
 
 @dataclass(frozen=True, slots=True)

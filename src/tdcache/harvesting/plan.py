@@ -20,7 +20,7 @@ from tdcache.harvesting.row_rule import BatchRows, RowKind, RowRule, tokens_of
 from tdcache.harvesting.source import Source
 from tdcache.store.writer import ROW_COLUMNS
 
-__all__ = ["Budget", "Preflight", "Probe", "model_fingerprint", "probe"]
+__all__ = ["Budget", "Preflight", "Probe", "batches_per_unit", "model_fingerprint", "probe", "row_bytes"]
 
 _SAMPLED = 16  # values per parameter that go into a model's fingerprint
 _UNITS = 16  # at least so many, where the data is long enough: a unit is what a crash can cost

@@ -15,7 +15,7 @@ from torch import Tensor
 from tdcache.errors import SelectionError
 from tdcache.hooks.values import first_tensor
 
-__all__ = ["BatchRows", "RowKind", "RowRule", "as_positions", "batch_length"]
+__all__ = ["BatchRows", "RowKind", "RowRule", "as_drops", "as_positions", "batch_length", "tokens_of"]
 
 RowKind = Literal["tokens", "samples"]
 _DROPS = ("bos", "pad")

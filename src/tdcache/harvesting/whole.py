@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tdcache.errors import CaptureError
 
-__all__ = ["ShardedModel", "refuse_shards", "whole_tensor"]
+__all__ = ["ShardedModel", "refuse_shards", "shard_error", "whole_tensor"]
 
 _TOLERANCE = 1e-3  # between ranks: reductions may add up in another order, shards are other numbers altogether
 

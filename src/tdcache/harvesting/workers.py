@@ -11,7 +11,7 @@ from torch import nn
 from tdcache.errors import TdcacheWarning, warn_user
 from tdcache.harvesting.whole import ShardedModel
 
-__all__ = ["Share"]
+__all__ = ["Share", "wait_for_others"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,8 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
         """The user's own model, which all paths are relative to."""
         context = self._hooking_context
         if context is not None:
-            return context.model
+            model: nn.Module = context.model
+            return model
         called = self.td_module
         if isinstance(called, ModelCall) and self._relative_path == "td_module.module":
             return called.module  # the usual case, without looking a path up

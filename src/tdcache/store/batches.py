@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdcache.errors import SpecError
-from tdcache.store.rows import joined
+from tdcache.store.rows import joined, pick_rows
 
 if TYPE_CHECKING:
     from tdcache.store.dataset import ActivationDataset
@@ -90,14 +90,15 @@ class _Pools:
         for number, (low, high) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
             if low < end and begin < high:
                 parts.append(self._mixed(number)[max(begin - low, 0) : end - low])
-        return parts[0].clone() if len(parts) == 1 else joined(parts)
+        return parts[0] if len(parts) == 1 else joined(parts)
 
     def _mixed(self, number: int) -> TensorDict:
         if number != self._number or self._pool is None:
             self._pool = None  # freed before the next one is read
-            rows = joined([self.dataset.span(*block) for block in self._members(number * self.per_pool)])
-            order = torch.randperm(rows.shape[0], generator=_generator(*self.seed, number))
-            self._pool, self._number = rows[order], number
+            blocks = self._members(number * self.per_pool)
+            order = torch.randperm(sum(end - begin for begin, end in blocks), generator=_generator(*self.seed, number))
+            mixed = {key: pick_rows(self.dataset.blocks(key, blocks), order) for key in self.dataset.columns}
+            self._pool, self._number = TensorDict(mixed, batch_size=[order.numel()]), number
         return self._pool
 
 

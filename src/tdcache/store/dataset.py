@@ -181,7 +181,7 @@ class ActivationDataset(torch.utils.data.Dataset[TensorDict]):
         Raises:
             IndexError: out of range, or no such index.
         """
-        names = [*self.keys, *self.row_keys] if keys is None else list(keys)
+        names = list(self.columns if keys is None else keys)
         numbers = row_numbers(index, len(self))
         if isinstance(index, slice) and index.step in (None, 1):
             begin = int(numbers[0]) if numbers.numel() else 0
@@ -190,13 +190,23 @@ class ActivationDataset(torch.utils.data.Dataset[TensorDict]):
 
     def span(self, begin: int, end: int, keys: Sequence[str] | None = None) -> TensorDict:
         """Rows ``begin`` to ``end``, read in one go per column and shard."""
-        names = [*self.keys, *self.row_keys] if keys is None else keys
+        names = self.columns if keys is None else keys
         starts = self._starts[:-1].tolist()
         found = {
             key: slice_rows(self._columns(key), starts, begin, end) if self._shards else self._none(key)
             for key in names
         }
         return TensorDict(found, batch_size=[end - begin])
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Everything a row has: the sites, and what it knows of itself."""
+        return (*self.keys, *self.row_keys)
+
+    def blocks(self, key: str, spans: Sequence[tuple[int, int]]) -> Tensor:
+        """One column of several spans of rows, one behind the other; each is read in one go."""
+        columns, starts = self._columns(key), self._starts[:-1].tolist()
+        return torch.cat([slice_rows(columns, starts, *span, copy=False) for span in spans])
 
     def _gather(self, key: str, numbers: Tensor) -> Tensor:
         if not self._shards:

@@ -17,7 +17,7 @@ import torch
 
 from tdcache.errors import DamagedError, StoreError
 
-__all__ = ["Header", "TensorEntry", "pack_header", "parse_header"]
+__all__ = ["Header", "TensorEntry", "header_length", "pack_header", "parse_header"]
 
 _LENGTH = 8
 _MOST = 100_000_000  # bytes of header, as in the reference implementation

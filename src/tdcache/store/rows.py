@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-__all__ = ["gather_rows", "joined", "row_numbers", "slice_rows"]
+__all__ = ["gather_rows", "joined", "pick_rows", "row_numbers", "slice_rows"]
 
 
 def row_numbers(index: Any, rows: int) -> Tensor:
@@ -44,14 +44,15 @@ def row_numbers(index: Any, rows: int) -> Tensor:
     return torch.where(numbers < 0, numbers + rows, numbers)
 
 
-def slice_rows(columns: Sequence[Tensor], starts: Sequence[int], begin: int, end: int) -> Tensor:
-    """Rows ``begin`` to ``end``, copied: reads that follow one another.
+def slice_rows(columns: Sequence[Tensor], starts: Sequence[int], begin: int, end: int, *, copy: bool = True) -> Tensor:
+    """Rows ``begin`` to ``end``: reads that follow one another.
 
     Args:
         columns: the column in each shard.
         starts: the number of the first row of each shard.
         begin: the first row.
         end: behind the last.
+        copy: with False, rows of one shard are a view of it.
     """
     parts = [
         column[max(begin - start, 0) : max(end - start, 0)]
@@ -60,7 +61,9 @@ def slice_rows(columns: Sequence[Tensor], starts: Sequence[int], begin: int, end
     ]
     if not parts:
         return columns[0][:0].clone()
-    return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+    if len(parts) > 1:
+        return torch.cat(parts)
+    return parts[0].clone() if copy else parts[0]
 
 
 def gather_rows(columns: Sequence[Tensor], starts: Tensor, numbers: Tensor) -> Tensor:
@@ -71,15 +74,25 @@ def gather_rows(columns: Sequence[Tensor], starts: Tensor, numbers: Tensor) -> T
         starts: the number of the first row of each shard, and behind the last the number of rows: ``(shards + 1,)``.
         numbers: row numbers, ``(n,)``.
     """
-    first = columns[0]
-    out = first.new_empty((numbers.numel(), *first.shape[1:]))
     ordered, places = numbers.sort()
     bounds = torch.searchsorted(ordered, starts).tolist()
-    for shard, (low, high) in enumerate(pairwise(bounds)):
-        if low < high:
-            local = ordered[low:high] - starts[shard]
-            _bytes(out).index_copy_(0, places[low:high], _bytes(columns[shard]).index_select(0, local))
-    return out
+    parts = [
+        pick_rows(columns[shard], ordered[low:high] - starts[shard])
+        for shard, (low, high) in enumerate(pairwise(bounds))
+        if low < high
+    ]
+    if not parts:
+        return columns[0][:0].clone()
+    found = torch.cat(parts) if len(parts) > 1 else parts[0]
+    back = torch.empty_like(places)
+    back[places] = torch.arange(places.numel())
+    return pick_rows(found, back)
+
+
+def pick_rows(rows: Tensor, numbers: Tensor) -> Tensor:
+    """``rows[numbers]``, at several times the speed."""
+    chosen = _bytes(rows).index_select(0, numbers)
+    return chosen.view(rows.dtype) if chosen.dtype != rows.dtype else chosen
 
 
 def joined(parts: Sequence[TensorDict]) -> TensorDict:

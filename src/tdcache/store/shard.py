@@ -7,6 +7,7 @@ import os
 import stat
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,14 +116,16 @@ def write_shard(
         try:
             files.reserve(descriptor, start + sum(sizes.values()))
             offset = start
-            for name, parts in pieces.items():
-                running = _BlockSums()
-                for part in parts:
-                    data = bytes_of(part)
-                    running.update(data)
-                    files.write(descriptor, data, offset)
-                    offset += data.nbytes
-                sums[name] = running.digits()
+            with ThreadPoolExecutor(max_workers=1) as beside:  # sums are taken while the disk is busy
+                for name, parts in pieces.items():
+                    running = _BlockSums()
+                    for part in parts:
+                        data = bytes_of(part)
+                        summed = beside.submit(running.update, data)
+                        files.write(descriptor, data, offset)
+                        summed.result()
+                        offset += data.nbytes
+                    sums[name] = running.digits()
             files.write(descriptor, memoryview(_pack(shapes, info, sums)), 0)
             files.sync(descriptor)
         finally:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
-__all__ = ["LINEAR", "Linear", "canonised", "is_linear", "linear_function"]
+__all__ = ["LINEAR", "Linear", "canonised", "is_linear", "linear_function", "transposed"]
 
 LINEAR: tuple[type[nn.Module], ...] = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -43,6 +44,18 @@ def _transposed_convolution(module: Any, x: Tensor, weight: Tensor, bias: Tensor
 
 def _is_gpt2_linear(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # transformers' own, weight transposed
+
+
+def transposed(linear: Linear, x: Tensor, weight: Tensor, cotangent: Tensor) -> Tensor | None:
+    """The transpose of the linear map without its forward, or None where there is no short way."""
+    if linear is F.linear:
+        return cotangent @ weight
+    module = linear.args[0] if isinstance(linear, partial) and linear.func is _convolution else None
+    if module is None or module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return None
+    backward: Any = (conv1d_input, conv2d_input, conv3d_input)[weight.ndim - 3]
+    found: Tensor = backward(x.shape, weight, cotangent, module.stride, module.padding, module.dilation, module.groups)
+    return found
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tdcache.attribution.lrp.linear import Linear
+from tdcache.attribution.lrp.linear import Linear, transposed
 
 __all__ = ["AlphaBeta", "Epsilon", "Flat", "Gamma", "Pass", "Rule", "WSquare", "ZPlus", "nonzero", "stabilised"]
 
@@ -31,6 +31,9 @@ def stabilised(z: Tensor, eps: float) -> Tensor:
 
 def _vjp(linear: Linear, x: Tensor, weight: Tensor, cotangent: Tensor) -> Tensor:
     """The transpose of the linear map, at a cotangent; ``x`` gives the shape."""
+    short = transposed(linear, x, weight, cotangent)
+    if short is not None:
+        return short
     with torch.enable_grad():
         at = torch.zeros_like(x).requires_grad_()
         out = linear(at, weight, None)
@@ -153,21 +156,36 @@ class _Signed:
     with_low: Tensor
     bias: Tensor | None
     other_bias: Tensor | None
+    both: bool
+    """Whether some input is negative."""
 
     @classmethod
     def split(cls, linear: Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> _Signed:
         """The positive contributions."""
-        biases = (None, None) if bias is None else (bias.clamp(min=0), bias.clamp(max=0))
-        return cls(linear, x.clamp(min=0), x.clamp(max=0), weight.clamp(min=0), weight.clamp(max=0), *biases)
+        up, down = (None, None) if bias is None else (bias.clamp(min=0), bias.clamp(max=0))
+        return cls(
+            linear,
+            x.clamp(min=0),
+            x.clamp(max=0),
+            weight.clamp(min=0),
+            weight.clamp(max=0),
+            up,
+            down,
+            bool((x < 0).any()),
+        )
 
     def opposite(self) -> _Signed:
         """The negative contributions."""
-        return _Signed(self.linear, self.high, self.low, self.with_low, self.with_high, self.other_bias, self.bias)
+        return _Signed(
+            self.linear, self.high, self.low, self.with_low, self.with_high, self.other_bias, self.bias, self.both
+        )
 
     def share(self, relevance: Tensor, eps: float) -> Tensor:
         """The relevance, shared in proportion to the contributions."""
-        total = self.linear(self.high, self.with_high, self.bias) + self.linear(self.low, self.with_low, None)
-        per_unit = relevance / stabilised(total, eps)
+        total = self.linear(self.high, self.with_high, self.bias)
+        if not self.both:  # behind a ReLU
+            return self.high * _vjp(self.linear, self.high, self.with_high, relevance / stabilised(total, eps))
+        per_unit = relevance / stabilised(total + self.linear(self.low, self.with_low, None), eps)
         of_high = _vjp(self.linear, self.high, self.with_high, per_unit)
         return self.high * of_high + self.low * _vjp(self.linear, self.low, self.with_low, per_unit)
 

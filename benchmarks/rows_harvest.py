@@ -1,0 +1,394 @@
+"""Harvesting: beside the forward alone, the disk alone and other stores. Peaks have a process of their own each."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Goal, Plan, Table, settle_process
+from rows_memory import MB, forget_peak, map_big_blocks, resident, settled
+from torch import Tensor, nn
+from zoo import small_gpt2
+
+from tdcache import ActivationDataset, harvest
+from tdcache.harvesting import extract_representations
+from tdcache.store import StoreWriter, site_column
+
+ROW = 384  # features of a row, in bfloat16
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _rounds(calls: Mapping[str, Callable[[], Any]], count: int) -> dict[str, list[float]]:
+    """Seconds of each call, in rounds of random order."""
+    names, shuffle = list(calls), random.Random(0).shuffle
+    for name in names:
+        calls[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(count):
+        shuffle(names)
+        for name in names:
+            seconds[name].append(_seconds(calls[name]))
+    return seconds
+
+
+def _ratio(seconds: Mapping[str, list[float]], base: str, name: str) -> float:
+    """How fast ``name`` is, with ``base`` as 1: the median over rounds."""
+    return statistics.median(one / other for one, other in zip(seconds[base], seconds[name], strict=True))
+
+
+# Beside the forward.
+
+
+def _forward_only(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+
+
+def _preallocated(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+    rows = sum(batch["input_ids"].numel() for batch in batches)
+    out, place = torch.empty(rows, 768, dtype=torch.bfloat16), 0
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal place
+        value = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
+        out[place : place + len(value)].copy_(value)
+        place += len(value)
+
+    handle = model.get_submodule("h.6").register_forward_hook(keep)
+    try:
+        _forward_only(model, batches)
+    finally:
+        handle.remove()
+    return out
+
+
+def _harvested(model: nn.Module, batches: list[dict[str, Tensor]], folder: Path, *, stop_early: bool = False) -> None:
+    target = folder / f"{time.monotonic_ns()}.acts"
+    harvest(model, batches, target, select=r"h\.6", dtype=torch.bfloat16, stop_early=stop_early)
+    shutil.rmtree(target)
+
+
+def compute(plan: Plan) -> list[Table]:
+    """One layer of GPT-2 small, where the forward takes the time."""
+    settle_process()
+    count = 4 if plan.quick else 12
+    model = small_gpt2().eval()
+    model = model.transformer if hasattr(model, "transformer") else model
+    batches = [{"input_ids": torch.randint(1, 1000, (4, 128))} for _ in range(count)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        calls = {
+            "forward only": partial(_forward_only, model, batches),
+            "forward, preallocated copy_ by hand": partial(_preallocated, model, batches),
+            "tdcache.harvest": partial(_harvested, model, batches, folder),
+            "tdcache.harvest, stop_early": partial(_harvested, model, batches, folder, stop_early=True),
+        }
+        seconds = _rounds(calls, 3 if plan.quick else 9)
+    # The one forward that looks at shapes costs a share of so short a harvest that a long one would not notice.
+    looked = [each * count / (count + 1) for each in seconds["tdcache.harvest"]]
+    tokens = count * 4 * 128
+    table = Table(
+        f"Harvest, compute-bound: layer 6 of GPT-2 small, {tokens} tokens, bfloat16, durable",
+        ["variant", "tokens/s", "x forward only"],
+    )
+    for name in calls:
+        rate = tokens / statistics.median(seconds[name])
+        table.rows.append([name, f"{rate:,.0f}", f"{_ratio(seconds, 'forward only', name):.2f}"])
+    steady = {**seconds, "steady": looked}
+    rate = tokens / statistics.median(looked)
+    table.rows.append(
+        ["tdcache.harvest, less the look", f"{rate:,.0f}", f"{_ratio(steady, 'forward only', 'steady'):.2f}"]
+    )
+    for base in ("forward only", "forward, preallocated copy_ by hand"):
+        what = f"harvest less the look, speed of: {base}"
+        table.goals.append(Goal(what, _ratio(steady, base, "steady"), 0.95, at_least=True))
+    return [table]
+
+
+# Beside the disk.
+
+
+def _raw(folder: Path, rows: Tensor, parts: int) -> None:
+    for number in range(parts):
+        path = folder / f"{number}.raw"
+        with path.open("wb", buffering=0) as file:
+            data = memoryview(rows.view(torch.uint8).reshape(-1).numpy())
+            while data.nbytes:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+        path.unlink()
+
+
+def _stored(folder: Path, rows: Tensor, parts: int) -> None:
+    target = folder / f"{time.monotonic_ns()}.acts"
+    spec = {"sites": {"a": {"dtype": "bfloat16", "shape": [ROW]}}}
+    writer = StoreWriter(target, spec)
+    seq, pos = torch.arange(len(rows)), torch.zeros(len(rows), dtype=torch.int32)
+    for number in range(parts):
+        columns = {site_column("a"): [rows], "seq": [seq], "pos": [pos]}
+        writer.write(number, columns, samples=(0, len(rows)), end=number == parts - 1)
+        writer.layout.shard(number).unlink()
+    shutil.rmtree(target)
+
+
+def disk(plan: Plan) -> list[Table]:
+    """The same bytes, raw with one fsync, and as shards with checksums and an atomic commit."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # writing is two threads' work
+    parts = 3 if plan.quick else 8
+    rows = torch.randn((1 << 26) // (2 * ROW), ROW).bfloat16()
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+        calls = {
+            "raw write + fsync": partial(_raw, Path(name), rows, parts),
+            "tdcache shards": partial(_stored, Path(name), rows, parts),
+        }
+        seconds = _rounds(calls, 3 if plan.quick else 9)
+    size = parts * rows.nbytes
+    table = Table(f"Writing to disk, durable: {parts} files of {rows.nbytes / MB:.0f} MB", ["variant", "GB/s", "x raw"])
+    for variant in calls:
+        speed = size / statistics.median(seconds[variant]) / 1e9
+        table.rows.append([variant, f"{speed:.2f}", f"{_ratio(seconds, 'raw write + fsync', variant):.2f}"])
+    ratio = _ratio(seconds, "raw write + fsync", "tdcache shards")
+    table.goals.append(Goal("writing shards, speed of raw write + fsync", ratio, 0.8, at_least=True))
+    return [table]
+
+
+# Peaks.
+
+
+class _Ones(torch.utils.data.Dataset):
+    """Samples of ones."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Tensor:
+        return torch.ones(16, 1024)
+
+
+def _list_cat(model: nn.Module, data: _Ones) -> Tensor:
+    kept: list[Tensor] = []
+    handle = model.register_forward_hook(lambda module, args, output: kept.append(output.detach().cpu().clone()))
+    for batch in torch.utils.data.DataLoader(data, batch_size=32):
+        model(batch)
+    handle.remove()
+    return torch.cat(kept)
+
+
+def _to_disk(model: nn.Module, data: _Ones) -> ActivationDataset:
+    folder = Path(tempfile.mkdtemp(dir=Path.cwd()), "a.acts")
+    try:
+        return harvest(model, data, folder, select="0", shard_bytes=1 << 23)
+    finally:
+        shutil.rmtree(folder.parent)
+
+
+PEAKS: Mapping[str, Callable[[nn.Module, _Ones], Any]] = {
+    "list + cat (KempnerForge, nanochat)": _list_cat,
+    "extract_representations": lambda model, data: extract_representations(model, data, ["0"], "cpu"),
+    "harvest": _to_disk,
+}
+
+
+def _peak(variant: str, count: int) -> int:
+    """Run in a process of its own: bytes at the most over those before."""
+    torch.set_num_threads(1)
+    map_big_blocks()
+    model = nn.Sequential(nn.Identity())
+    run = partial(PEAKS[variant], model)
+    run(_Ones(64))
+    before = settled()
+    forget_peak()
+    kept = run(_Ones(count))
+    del kept
+    return resident("VmHWM") - before
+
+
+def peaks(plan: Plan) -> list[Table]:
+    """The most memory there was, over one and ten times the data."""
+    sizes = (1024, 4096) if plan.quick else (1024, 10240)
+    table = Table(
+        "Peak memory of a harvest, MB over what was there before",
+        ["variant", *(f"{count * 16 * 1024 * 4 / MB:.0f} MB of data" for count in sizes)],
+    )
+    found: dict[str, list[float]] = {}
+    for variant in PEAKS:
+        found[variant] = []
+        for count in sizes:
+            command = [sys.executable, __file__, variant, str(count)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found[variant].append(json.loads(done.stdout.splitlines()[-1]) / MB)
+        table.rows.append([variant, *(f"{each:.0f}" for each in found[variant])])
+    payload = [count * 16 * 1024 * 4 / MB for count in sizes]
+    table.goals.append(Goal("peak of a harvest, growth with the data", found["harvest"][1] / payload[1], 0.2))
+    inside = found["extract_representations"][1] / payload[1]
+    table.goals.append(Goal("peak of extract_representations, of the payload", inside, 1.15))
+    return [table]
+
+
+# Reading.
+
+
+def _evict(folder: Path) -> None:
+    """Drop the files of a folder from the page cache, as far as the system lets us."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            with suppress(AttributeError, OSError):
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def _epoch_store(folder: Path, rows: int) -> Iterator[int]:
+    dataset = ActivationDataset.open(folder / "a.acts")
+    for batch in dataset.batches(1024, shuffle="block", seed=0):
+        yield len(batch)
+
+
+def _epoch_npz(folder: Path, rows: int) -> Iterator[int]:
+    import numpy as np
+
+    with np.load(folder / "a.npz") as archive:
+        values = torch.from_numpy(archive["a"])
+    for chosen in torch.randperm(rows).split(1024):
+        yield len(values[chosen])
+
+
+def _epoch_pt(folder: Path, rows: int) -> Iterator[int]:
+    for number in torch.randperm(len(list((folder / "pt").iterdir()))).tolist():
+        values = torch.load(folder / "pt" / f"{number}.pt", weights_only=True)["a"]
+        for chosen in torch.randperm(len(values)).split(1024):
+            yield len(values[chosen])
+
+
+def _epoch_memmap(folder: Path, rows: int) -> Iterator[int]:
+    from tensordict import TensorDict
+
+    loaded = TensorDict.load_memmap(folder / "memmap")
+    for chosen in torch.randperm(rows).split(1024):
+        yield len(loaded[chosen])
+
+
+def _epoch_hf(folder: Path, rows: int) -> Iterator[int]:
+    import datasets
+
+    loaded = datasets.load_from_disk(str(folder / "hf")).with_format("torch")
+    for chosen in torch.randperm(rows).split(1024):
+        yield len(loaded[chosen.tolist()]["a"])
+
+
+EPOCHS: Mapping[str, Callable[[Path, int], Iterator[int]]] = {
+    "tdcache, shuffle='block'": _epoch_store,
+    "npz (float32), all in memory": _epoch_npz,
+    "one .pt per shard": _epoch_pt,
+    "memory-mapped TensorDict": _epoch_memmap,
+    "Hugging Face datasets": _epoch_hf,
+}
+
+
+def _fill(folder: Path, rows: int) -> dict[str, str]:
+    """The same rows in every format; the reasons of those that cannot be had."""
+    values, skipped = torch.randn(rows, ROW).bfloat16(), {}
+    writer = StoreWriter(folder / "a.acts", {"sites": {"a": {"dtype": "bfloat16", "shape": [ROW]}}})
+    (folder / "pt").mkdir()
+    for number, part in enumerate(values.split(1 << 14)):
+        first = number << 14
+        columns = {site_column("a"): [part], "seq": [torch.arange(first, first + len(part))]}
+        columns["pos"] = [torch.zeros(len(part), dtype=torch.int32)]
+        end = first + len(part) == rows
+        writer.write(number, columns, samples=(first, first + len(part)), end=end)
+        torch.save({"a": part.clone()}, folder / "pt" / f"{number}.pt")
+    writer.finish()
+    dataset = ActivationDataset.open(folder / "a.acts")
+    for kind, name in (("npz", "a.npz"), ("memmap", "memmap"), ("hf", "hf")):
+        try:
+            dataset.export(folder / name, kind)  # type: ignore[arg-type]
+        except Exception as error:  # noqa: BLE001 - an extra that is not installed leaves its line out
+            skipped[name] = str(error)
+    return skipped
+
+
+def reading(plan: Plan) -> list[Table]:
+    """One shuffled epoch in batches of 1024, with files in the page cache and without."""
+    rows = (1 << 16) if plan.quick else (1 << 18)
+    table = Table(
+        f"Shuffled reading: {rows:,} rows of {ROW} bfloat16, batches of 1024, Mrow/s",
+        ["variant", "warm", "cold"],
+    )
+    rates: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+        folder = Path(name)
+        skipped = _fill(folder, rows)
+        for variant, epoch in EPOCHS.items():
+            try:
+                found = [_rate(epoch, folder, rows, cold=cold, plan=plan) for cold in (False, True)]
+            except (ImportError, OSError) as error:
+                skipped[variant] = str(error)
+                continue
+            rates[variant] = found
+            table.rows.append([variant, *(f"{each:.2f}" for each in found)])
+    ours = rates.pop("tdcache, shuffle='block'")
+    for at, state in enumerate(("warm", "cold")):
+        best = max(rates, key=lambda name: rates[name][at])
+        what = f"shuffled reading, {state}, beside the fastest other ({best})"
+        table.goals.append(Goal(what, ours[at] / rates[best][at], 1.0, at_least=True))
+    table.notes += [f"{name}: not measured: {reason}" for name, reason in skipped.items()]
+    table.notes.append("cold: the pages were given back with posix_fadvise; a disk of its own may still cache")
+    return [table]
+
+
+def _rate(epoch: Callable[[Path, int], Iterator[int]], folder: Path, rows: int, *, cold: bool, plan: Plan) -> float:
+    """Million rows per second, the median of some epochs."""
+    found = []
+    for _ in itertools.repeat(None, 2 if plan.quick else 5):
+        if cold:
+            _evict(folder)
+        start = time.perf_counter()
+        seen = sum(epoch(folder, rows))
+        found.append(rows / (time.perf_counter() - start) / 1e6)
+        if seen != rows:
+            raise AssertionError(f"{seen} of {rows} rows")
+    return statistics.median(found)
+
+
+def rows(plan: Plan) -> list[Table]:
+    """All of it."""
+    return [*compute(plan), *disk(plan), *peaks(plan), *reading(plan)]
+
+
+def main() -> None:
+    """Measure one peak and print it as JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("variant", choices=PEAKS)
+    parser.add_argument("count", type=int)
+    options = parser.parse_args()
+    print(json.dumps(_peak(options.variant, options.count)))
+
+
+if __name__ == "__main__":
+    main()
