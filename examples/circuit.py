@@ -154,11 +154,13 @@ right.axline((0, 0), slope=1, color="0.8", zorder=0)
 right.scatter(true, found, color="tab:blue")
 for number, (u, v) in enumerate(circuit):
     text = f"{labels.get(u, u)} → {labels.get(v, v)}"
-    right.annotate(text, (exact[u, v], scores[u, v]), textcoords="offset points", xytext=(8, 5 if number % 2 else -11), fontsize=9)
+    offset = (8, -11 if number % 2 else 4)
+    right.annotate(text, (exact[u, v], scores[u, v]), textcoords="offset points", xytext=offset, fontsize=9)
 right.set(xlabel="exact: change of the logit difference when patched", ylabel="estimated by EAP-IG")
 right.set_title(f"Every edge, patched for real (r = {correlation:.2f})", loc="left")
 right.spines[["top", "right"]].set_visible(False)
-figure.suptitle("The induction circuit: one head of the first layer feeds those of the second", weight="bold", x=0.02, ha="left")
+title = "The induction circuit: one head of the first layer feeds those of the second"
+figure.suptitle(title, weight="bold", x=0.02, ha="left")
 figure.savefig(Path("circuit.png"), dpi=150)
 
 # %%

@@ -102,9 +102,7 @@ cka = cross / (cross.diag().sqrt()[:, None] * cross.diag().sqrt())
 # **Look.**
 names = ["embedding", *(f"layer {number}" for number in range(len(store.keys) - 1))]
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", width_ratios=(1.15, 1))
-best = max(range(len(names)), key=accuracy.__getitem__)
-colors = ["#2c5f8a" if number == best else "#a9c1d6" for number in range(len(names))]
-bars = left.bar(names, accuracy, color=colors, width=0.7)
+bars = left.bar(names, accuracy, color="#a9c1d6", width=0.7)
 left.bar_label(bars, [f"{value:.0%}" for value in accuracy], padding=2, fontsize=10)
 white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
 left.axhline(chance, color="#b5523b", linewidth=1)

@@ -70,7 +70,7 @@ class _Pools:
     per_pool: int
     seed: tuple[int, ...]
     starts: list[int] = field(init=False)
-    _number: int = -1
+    _number: int = -2
     _pool: TensorDict | None = None
 
     def __post_init__(self) -> None:
@@ -96,6 +96,9 @@ class _Pools:
         if number != self._number or self._pool is None:
             self._pool = None  # freed before the next one is read
             blocks = self._members(number * self.per_pool)
+            if self._number != number - 1:
+                self.dataset.prefetch(blocks)
+            self.dataset.prefetch(self._members((number + 1) * self.per_pool))
             order = torch.randperm(sum(end - begin for begin, end in blocks), generator=_generator(*self.seed, number))
             mixed = {key: pick_rows(self.dataset.blocks(key, blocks), order) for key in self.dataset.columns}
             self._pool, self._number = TensorDict(mixed, batch_size=[order.numel()]), number

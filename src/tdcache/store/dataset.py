@@ -208,6 +208,15 @@ class ActivationDataset(torch.utils.data.Dataset[TensorDict]):
         columns, starts = self._columns(key), self._starts[:-1].tolist()
         return torch.cat([slice_rows(columns, starts, *span, copy=False) for span in spans])
 
+    def prefetch(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Ask the system to read these spans of rows soon, while something else is computed."""
+        names = [key if key in self.row_keys else site_column(key) for key in self.columns]
+        for shard, start in zip(self._shards, self._starts.tolist(), strict=False):
+            for begin, end in spans:
+                low, high = max(begin - start, 0), min(end - start, shard.rows)
+                if low < high:
+                    shard.prefetch(names, low, high)
+
     def _gather(self, key: str, numbers: Tensor) -> Tensor:
         if not self._shards:
             return self._none(key).reshape((*numbers.shape, *self.describe(key)[1]))
