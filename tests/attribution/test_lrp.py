@@ -10,6 +10,7 @@ from torch import nn
 
 from attribution.nets import ConvNet, Transformer
 from model_state import state_of
+from stable_ids import stable_id
 from tdcache import AttributionError
 from tdcache import CompositeHookingContextFactory as Together
 from tdcache.attribution import (
@@ -83,7 +84,7 @@ def net(bias=True, width=6):
     return model.double()
 
 
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("rule", RULES, ids=stable_id)
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_rule_equals_the_loop_of_its_formula(rule, bias):
     model, x = net(bias), torch.randn(4, 5, dtype=torch.float64)
@@ -310,7 +311,7 @@ def zennit(monkeypatch):
     return zennit
 
 
-@pytest.mark.parametrize("ours", [Epsilon(0.25), Gamma(0.25), AlphaBeta(), ZPlus(), Flat(), WSquare()], ids=repr)
+@pytest.mark.parametrize("ours", [Epsilon(0.25), Gamma(0.25), AlphaBeta(), ZPlus(), Flat(), WSquare()], ids=stable_id)
 def test_rules_equal_those_of_zennit(zennit, ours):
     rules = zennit.rules
     theirs = {

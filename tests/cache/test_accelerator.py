@@ -5,6 +5,7 @@ import torch
 from tensordict import TensorDict
 
 from small_models import MLP
+from stable_ids import stable_id
 from tdcache import ActivationCaching, Concatenate, InplaceModificationError, Stack
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +29,7 @@ def test_values_stay_on_the_gpu_as_aliases(model, x):
     assert hooked.cache["bwd", "head"].is_cuda
 
 
-@pytest.mark.parametrize("reducer", [None, Stack(), Concatenate()], ids=repr)
+@pytest.mark.parametrize("reducer", [None, Stack(), Concatenate()], ids=stable_id)
 @pytest.mark.parametrize("by", ["device", "cache"])
 def test_values_moved_to_the_cpu_have_arrived_when_they_can_be_read(model, x, reducer, by):
     options = {"device": "cpu"} if by == "device" else {"cache": TensorDict(device="cpu")}

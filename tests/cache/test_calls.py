@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from small_models import MLP, Residual, by_hand
+from stable_ids import stable_id
 from tdcache import ActivationCaching, Concatenate, First, Last, RepeatedCallWarning, Stack, UnfiredSiteWarning
 
 
@@ -174,7 +175,7 @@ def test_each_call_of_the_hooked_model_by_a_larger_one_is_a_forward(x):
         {"pick": "all"},
         {"batch_dims": 1},
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_a_site_that_did_not_fire_has_no_entry_from_the_forward_before(x, options):
     with ActivationCaching("layer|other", **options).prepare(Looped()) as hooked:

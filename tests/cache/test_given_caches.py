@@ -6,6 +6,7 @@ from tensordict import MemoryMappedTensor, TensorDict
 from torch import nn
 
 from small_models import MLP
+from stable_ids import stable_id
 from tdcache import ActivationCaching, CacheWriteError, Stack
 
 
@@ -84,7 +85,7 @@ def test_a_locked_cache_with_directions_is_written_in_place(model, x):
     assert torch.equal(cache["bwd", "2"], torch.ones(5, 2))
 
 
-@pytest.mark.parametrize("options", [{"hold": "snapshot"}, {"hold": "live"}, {"reducer": Stack()}], ids=str)
+@pytest.mark.parametrize("options", [{"hold": "snapshot"}, {"hold": "live"}, {"reducer": Stack()}], ids=stable_id)
 def test_a_locked_cache_takes_values_however_they_are_held(model, x, options):
     shape = (1, 5, 2) if "reducer" in options else (5, 2)
     cache = TensorDict({"2": torch.zeros(shape)}).lock_()

@@ -10,6 +10,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from small_models import Residual
+from stable_ids import stable_id
 from tdcache import ActivationCaching, First, InplaceModificationError, Mean, Stack
 
 
@@ -100,7 +101,7 @@ def test_a_kept_slice_does_not_pin_the_whole_activation(hold, direction):
 
 
 @pytest.mark.parametrize(
-    "index", [0, slice(1, 3), (..., -1), [0, 2], torch.tensor([True, False, True, False, True])], ids=str
+    "index", [0, slice(1, 3), (..., -1), [0, 2], torch.tensor([True, False, True, False, True])], ids=stable_id
 )
 def test_index_is_what_stands_in_brackets(model, x, index):
     with ActivationCaching("2", index=index).prepare(model) as hooked:
@@ -139,7 +140,7 @@ def test_nothing_but_the_cache_holds_activations_after_exit(model, x):
 # In-place operations after the capture
 
 
-@pytest.mark.parametrize("reducer", [None, Stack(), First()], ids=repr)
+@pytest.mark.parametrize("reducer", [None, Stack(), First()], ids=stable_id)
 @pytest.mark.parametrize("grad", [True, False])
 def test_an_overwritten_alias_is_detected_when_the_forward_ends(x, reducer, grad):
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.ReLU(inplace=True))
@@ -246,7 +247,7 @@ def test_a_module_whose_output_was_written_in_place_is_kept_as_it_came_out(x):
 
 
 @pytest.mark.parametrize(
-    "options", [{"hold": "snapshot"}, {"dtype": torch.float64}, {"index": 0}, {"reducer": Mean()}], ids=str
+    "options", [{"hold": "snapshot"}, {"dtype": torch.float64}, {"index": 0}, {"reducer": Mean()}], ids=stable_id
 )
 def test_what_is_copied_cannot_be_overwritten(x, options):
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))

@@ -9,6 +9,7 @@ from torch import nn
 
 from model_state import state_of
 from small_models import MLP, by_hand
+from stable_ids import stable_id
 from tdcache import (
     ActivationCaching,
     ContextError,
@@ -217,7 +218,7 @@ def test_a_hooked_module_can_be_prepared_again(model, x):
     assert list(inner.cache.keys()) == ["layers.0"]
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1), (1, 2, 0)], ids=str)
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1), (1, 2, 0)], ids=stable_id)
 def test_contexts_may_be_left_in_any_order_and_remove_only_their_own_hooks(model, x, order):
     before = state_of(model)
     contexts = [ActivationCaching("head", directions=["fwd", "bwd"]).prepare(model) for _ in range(3)]

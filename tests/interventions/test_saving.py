@@ -9,6 +9,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from small_models import MLP
+from stable_ids import stable_id
 from tdcache import (
     Ablation,
     ActivationAddition,
@@ -51,7 +52,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("intervention", CASES, ids=repr)
+@pytest.mark.parametrize("intervention", CASES, ids=stable_id)
 def test_what_is_loaded_does_the_same_to_another_copy_of_the_model(intervention, model, x, tmp_path):
     save_intervention(intervention, tmp_path / "saved")
     loaded = load_intervention(tmp_path / "saved")

@@ -6,6 +6,7 @@ from torch import nn
 
 from model_state import state_of
 from small_models import MLP, by_hand
+from stable_ids import stable_id
 from tdcache import ActivationCaching, UnfiredSiteWarning
 
 
@@ -98,7 +99,7 @@ def test_the_input_gradient_of_integers_is_reported_as_impossible():
     assert list(hooked.cache.keys()) == ["1"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=stable_id)
 def test_values_keep_their_dtype(dtype):
     model = nn.Sequential(nn.Linear(4, 3, dtype=dtype))
     with ActivationCaching("0", directions=["fwd", "bwd"]).prepare(model) as hooked:

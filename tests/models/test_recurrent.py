@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
+from stable_ids import stable_id
 from tdcache import ActivationCaching, CaptureError, Stack
 
 
@@ -24,7 +25,7 @@ def x():
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2}], ids=stable_id)
 def test_the_sequence_of_outputs_is_kept(kind, options, x):
     model = Tagger(kind, **options)
     with ActivationCaching("rnn|head").prepare(model) as hooked:

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from small_models import output_gradients
+from stable_ids import stable_id
 from tdcache import ActivationCaching, Stack
 
 
@@ -51,7 +52,7 @@ def twin_of(model):
 
 
 @variants
-@pytest.mark.parametrize("directions", [["fwd"], ["bwd"], ["fwd", "bwd"]], ids=str)
+@pytest.mark.parametrize("directions", [["fwd"], ["bwd"], ["fwd", "bwd"]], ids=stable_id)
 def test_every_site_fires_once(reentrant, directions, x):
     model = Net(reentrant)
     with ActivationCaching(PATTERN, directions=directions, reducer=Stack(), use_nested_keys=True).prepare(

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from stable_ids import stable_id
 from tdcache.errors import EditError, HookSignatureError, SelectionError
 from tdcache.pipeline import (
     AtCalls,
@@ -86,7 +87,7 @@ def test_a_keyword_that_is_not_in_scope_is_an_error_with_the_remedy():
         (When(lambda x: x.new_tensor([True, False, True]).bool()), lambda row, position: row != 1),
         (When(lambda x, layer: layer == 3), lambda row, position: True),
     ],
-    ids=repr,
+    ids=stable_id,
 )
 def test_an_edit_changes_what_the_condition_means_and_nothing_else(x, condition, chosen):
     before = x.clone()

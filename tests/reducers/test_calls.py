@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from stable_ids import stable_id
 from tdcache.errors import CaptureError
 from tdcache.reducers import Concatenate, First, Last, Mean, Reducer, Stack, TopK, Variance
 
@@ -70,7 +71,7 @@ def test_a_stack_can_be_read_between_two_calls():
     assert fed(stack, VALUES[1]).compute().shape == (2, 2, 3)
 
 
-@pytest.mark.parametrize("reducer", EVERY, ids=repr)
+@pytest.mark.parametrize("reducer", EVERY, ids=stable_id)
 def test_a_fresh_reducer_has_the_configuration_and_its_own_state(reducer):
     used = fed(reducer.fresh(), torch.ones(2, 3, 2))
     again = used.fresh()
@@ -87,7 +88,7 @@ def as_dict(result):
 @pytest.mark.parametrize(
     "copied", [lambda each: pickle.loads(pickle.dumps(each)), copy.deepcopy], ids=["pickle", "deepcopy"]
 )
-@pytest.mark.parametrize("reducer", EVERY, ids=repr)
+@pytest.mark.parametrize("reducer", EVERY, ids=stable_id)
 def test_a_reducer_travels_with_its_state(reducer, copied):
     used = fed(reducer.fresh(), torch.arange(12.0).reshape(2, 3, 2))
     twin = copied(used)
@@ -99,7 +100,7 @@ def test_a_reducer_travels_with_its_state(reducer, copied):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("reducer", EVERY, ids=repr)
+@pytest.mark.parametrize("reducer", EVERY, ids=stable_id)
 def test_the_configuration_shows_and_the_state_does_not(reducer):
     assert repr(fed(reducer.fresh(), torch.ones(2, 3, 2))) == repr(reducer)
     assert repr(reducer).startswith(f"{type(reducer).__name__}(")
@@ -115,14 +116,14 @@ def test_the_configuration_shows_and_the_state_does_not(reducer):
         (Mean(), Mean(dim=1)),
         (TopK(2), TopK(3)),
     ],
-    ids=repr,
+    ids=stable_id,
 )
 def test_only_reducers_of_one_kind_and_configuration_merge(one, other):
     with pytest.raises(ValueError, match="can be merged with"):
         one.merge(other)
 
 
-@pytest.mark.parametrize("reducer", EVERY, ids=repr)
+@pytest.mark.parametrize("reducer", EVERY, ids=stable_id)
 def test_a_run_in_inference_mode_can_go_on_outside_of_it(reducer):
     reducer = reducer.fresh()
     with torch.inference_mode():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch.utils.data import DataLoader
 
+from stable_ids import stable_id
 from store.faulty_files import contents, unit_columns, write_units
 from tdcache.errors import CaptureError, SpecError, StoreError
 from tdcache.store import ActivationDataset
@@ -59,7 +60,7 @@ INDICES = [
 ]
 
 
-@pytest.mark.parametrize("index", INDICES, ids=repr)
+@pytest.mark.parametrize("index", INDICES, ids=stable_id)
 def test_any_index_gives_what_it_gives_on_tensors(dataset, index):
     rows = dataset[index]
     plain = index

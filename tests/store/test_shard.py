@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from stable_ids import stable_id
 from store.faulty_files import unit_columns, write_units
 from tdcache.errors import DamagedError, StoreError
 from tdcache.store import ActivationDataset, StoreWriter, site_column
@@ -89,7 +90,7 @@ def test_pieces_that_do_not_fit_together_are_refused_and_leave_nothing(tmp_path)
     assert writer.committed() == {}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=stable_id)
 def test_tensors_of_every_dtype_come_back_and_agree_with_the_package(tmp_path, dtype):
     values = torch.randint(0, 2, (5, 3)).to(dtype)
     tensors = {"a.b/c": values, "": values[0], "empty": values[:0], "scalar": values[0, 0]}

@@ -115,17 +115,13 @@ def write_shard(
     try:
         try:
             files.reserve(descriptor, start + sum(sizes.values()))
-            offset = start
             with ThreadPoolExecutor(max_workers=1) as beside:  # sums are taken while the disk is busy
-                for name, parts in pieces.items():
-                    running = _BlockSums()
-                    for part in parts:
-                        data = bytes_of(part)
-                        summed = beside.submit(running.update, data)
-                        files.write(descriptor, data, offset)
-                        summed.result()
-                        offset += data.nbytes
-                    sums[name] = running.digits()
+                taken = beside.submit(_sums, pieces)
+                offset = start
+                for data in (bytes_of(part) for parts in pieces.values() for part in parts):
+                    files.write(descriptor, data, offset)
+                    offset += data.nbytes
+                sums = taken.result()
             files.write(descriptor, memoryview(_pack(shapes, info, sums)), 0)
             files.sync(descriptor)
         finally:
@@ -133,6 +129,17 @@ def write_shard(
         return _commit(temporary, target, files)
     finally:
         files.remove(temporary)
+
+
+def _sums(columns: Mapping[str, Sequence[Tensor]]) -> dict[str, str]:
+    """The checksums of each column, whose pieces follow one another."""
+    found = {}
+    for name, parts in columns.items():
+        running = _BlockSums()
+        for part in parts:
+            running.update(bytes_of(part))
+        found[name] = running.digits()
+    return found
 
 
 def _commit(temporary: Path, target: Path, files: Files) -> bool:
