@@ -61,12 +61,12 @@ def test_fault_a_failed_enable_leaks_no_hook():
     model = MLP()
     before = state_of(model)
     store = ActivationStore(model, ["layers.0", "nope"])
+    for _ in range(2):
+        with pytest.raises(SelectionError, match="pattern 'nope' matches none of"):
+            store.enable()
+        assert not store.enabled
     with pytest.raises(SelectionError, match="nope"):
-        ActivationStore(model, ["nope"]).enable()
-    with pytest.raises(SelectionError):
-        extract_representations(model, TensorDataset(torch.ones(2, 4)), ["nope"], "cpu")
-    store.enable()  # a union: what there is is kept
-    store.disable()
+        extract_representations(model, TensorDataset(torch.ones(2, 4)), ["layers.0", "nope"], "cpu")
     assert state_of(model) == before
 
 

@@ -129,6 +129,11 @@ def test_memory_is_the_same_over_one_ten_and_a_hundred_times_the_data(tmp_path):
         "    gc.collect(); Path('/proc/self/clear_refs').write_text('5'); before = field('VmRSS')\n"
         "    harvest(model, data, f'{sys.argv[1]}/{times}-{before}', select='0', shard_bytes=1 << 20)\n"
         "    print(field('VmHWM') - before)\n"
+        "from tdcache.harvesting import extract_representations\n"
+        "data = torch.utils.data.TensorDataset(torch.ones(1, 1024).expand(1 << 14, -1))  # 64 MiB of results\n"
+        "gc.collect(); Path('/proc/self/clear_refs').write_text('5'); before = field('VmRSS')\n"
+        "found = extract_representations(model, data, ['0'], 'cpu')\n"
+        "print(field('VmHWM') - before)\n"
     )
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux's /proc")
@@ -137,6 +142,7 @@ def test_memory_is_the_same_over_one_ten_and_a_hundred_times_the_data(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, check=True
     )
-    _, one, ten, hundred = map(int, run.stdout.split())  # KiB; the first run loads code
+    _, one, ten, hundred, extracted = map(int, run.stdout.split())  # KiB; the first run loads code
     assert ten < one + 2048
     assert hundred < one + 4096  # 100 MiB went through
+    assert extracted < 1.2 * (1 << 16)  # in memory: the result once, and not twice at the end

@@ -29,6 +29,7 @@ from tdcache.harvesting.saved import load_activations, save_activations
 from tdcache.hooks.values import pick_tensor
 from tdcache.modules import HookedModule
 from tdcache.reducers import Concatenate
+from tdcache.selection import select
 from tdcache.types import Selector
 
 __all__ = ["ActivationCollector", "ActivationStore", "collect_activations_from_dataloader", "extract_representations"]
@@ -52,8 +53,8 @@ class ActivationStore:
 
     def __init__(self, model: nn.Module, layers: Selector | None = None, *, device: torch.device | str = "cpu") -> None:
         self._model = model
-        selector = _any_called if layers is None else _literal_first(model, layers)
-        self._factory = ActivationCaching(selector, hold="snapshot", device=device)
+        self._layers = layers
+        self._device = device
         self._hooked: HookedModule | None = None
         self._names: tuple[str, ...] = ()
         self._cache: Any = {}
@@ -89,8 +90,9 @@ class ActivationStore:
             SelectionError: a name that no module has; the nearest are named.
         """
         if self._hooked is None:
-            context = self._factory.prepare(self._model)
-            self._hooked = context.open()
+            selector = _any_called if self._layers is None else _literal_first(self._model, self._layers)
+            factory = ActivationCaching(selector, hold="snapshot", device=self._device)
+            self._hooked = factory.prepare(self._model).open()
             self._names = self._hooked.hooking_context.recorder.channels[0].paths
 
     def disable(self) -> None:
@@ -123,12 +125,20 @@ def _any_called(path: str, module: nn.Module) -> bool:
 
 
 def _literal_first(model: nn.Module, layers: Selector) -> Selector:
-    """A string that is the path of a module means that module, and not what its dots would match."""
+    """A string that is the path of a module means that module, and not what its dots would match.
+
+    Raises:
+        SelectionError: one of several matches nothing, which a union would pass over.
+    """
     if isinstance(layers, str):
         return _literal_first(model, [layers])
     if not isinstance(layers, Sequence):
         return layers
-    return [_Exactly(each) if isinstance(each, str) and each in _paths(model) else each for each in layers]
+    there = _paths(model)
+    for each in layers:
+        if not isinstance(each, str) or each not in there:
+            select(model, each)
+    return [_Exactly(each) if isinstance(each, str) and each in there else each for each in layers]
 
 
 def _paths(model: nn.Module) -> set[str]:
