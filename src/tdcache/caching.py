@@ -106,6 +106,10 @@ class ActivationCaching(HookingContextFactory):
             raise DirectionError(f"directions is a sequence: write directions=[{directions!r}]")
         if hold not in get_args(Hold):
             raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {hold!r}")
+        if reducer is not None and not isinstance(reducer, Reducer) and not _is_reducer_class(reducer):
+            raise ValueError(f"reducer= is a Reducer such as Stack(), got {reducer!r}")
+        if batch_dims < 0:
+            raise ValueError(f"batch_dims is a number of leading dimensions, got {batch_dims}")
         chosen = tuple(dict.fromkeys(directions or ("fwd",)))
         self._hooking_context_kwargs = {"cache": cache, "clear_cache": clear_cache}
         self._match = match
@@ -167,6 +171,10 @@ class ActivationCaching(HookingContextFactory):
         if depends_on_names_only(self._matcher):
             context.remembered = (self._matcher, tree, selection)
         return selection
+
+
+def _is_reducer_class(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Reducer)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FrameType
@@ -18,6 +19,7 @@ __all__ = [
     "has_stale_graph",
     "in_backward",
     "is_optimized_module",
+    "is_wrapped_by_compile",
     "module_hooks",
     "post_hooks",
     "pre_hooks",
@@ -89,6 +91,12 @@ def calls_on_stack(module: nn.Module | None) -> int:
 def is_optimized_module(model: nn.Module) -> bool:
     """Whether ``model`` is what ``torch.compile(module)`` returns."""
     return type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules
+
+
+def is_wrapped_by_compile(model: nn.Module) -> bool:
+    """Whether ``torch.compile(model)`` was called and its result is alive; slow, and asked only in doubt."""
+    holders = (each for each in gc.get_referrers(model) if isinstance(each, dict))
+    return any(holder.get("_orig_mod") is model for holder in holders)
 
 
 def compiled_modules(model: nn.Module) -> list[nn.Module]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, NamedTuple, Protocol, TypeGuard, overload
 
 import regex
@@ -24,6 +25,7 @@ __all__ = [
     "Where",
     "as_matcher",
     "depends_on_names_only",
+    "distinct_sites",
     "select",
     "select_matching",
     "walk",
@@ -79,9 +81,11 @@ class PathPattern:
         if self.simple:
             return method
 
+        deadline = monotonic() + _MATCH_SECONDS  # for all paths together
+
         def bounded(path: str) -> regex.Match[str] | None:
             try:
-                return method(path, timeout=_MATCH_SECONDS)
+                return method(path, timeout=max(deadline - monotonic(), 1e-3))
             except TimeoutError:
                 raise SelectionError(
                     f"pattern {self.pattern.pattern!r} backtracks for more than {_MATCH_SECONDS:g} s on path {path!r}; "
@@ -307,6 +311,14 @@ def depends_on_names_only(matcher: Matcher) -> bool:
     if isinstance(matcher, AnyOf):
         return all(map(depends_on_names_only, matcher.members))
     return isinstance(matcher, PathPattern | IsInstance)
+
+
+def distinct_sites(selection: Selection) -> list[Site]:
+    """The sites of a selection without further names of the same module: an edit must not run twice."""
+    first: dict[int, Site] = {}
+    for site in selection:
+        first.setdefault(id(site.module), site)
+    return list(first.values())
 
 
 def _matches(tree: list[tuple[str, nn.Module]], matcher: Matcher) -> list[Site]:

@@ -64,6 +64,15 @@ def test_eleven_methods_share_one_forward_and_one_backward(monkeypatch):
             torch.testing.assert_close(td["attr", method.name][key], alone["attr", method.name][key])
 
 
+@pytest.mark.parametrize("method", [*STACK, Together(STACK[5], STACK[4])], ids=lambda method: type(method).__name__)
+def test_each_method_alone_takes_one_forward_and_one_backward(method, monkeypatch):
+    model, x = ConvNet().eval(), images()
+    counter = Counter(model, monkeypatch)
+    td = run(method, model, x, [4])
+    assert counter.counts == (1, 1)
+    torch.testing.assert_close(td["output"], model(x).detach())
+
+
 def test_nested_contexts_share_the_pass_and_all_write_their_scores(monkeypatch):
     model, x = ConvNet().eval(), images()
     counter = Counter(model, monkeypatch)
@@ -160,7 +169,7 @@ def test_every_chunk_size_gives_the_same_numbers(chunk):
 
 def test_a_batch_equals_its_rows_one_by_one():
     model, x = ConvNet().double().eval(), images(3).double()
-    stack = Together(*STACK[:-1])  # noise differs between rows
+    stack = Together(*STACK)
     whole = run(stack, model, x, [3])["attr"]
     for row in range(3):
         alone = run(stack, model, x[row : row + 1], [1])["attr"]

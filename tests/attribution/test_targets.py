@@ -1,5 +1,6 @@
 """Targets, and the errors of everything that cannot be computed as asked."""
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -36,6 +37,7 @@ def test_a_target_is_an_index_one_per_row_a_key_with_an_index_or_a_callable():
     w = MODEL.weight.detach()
     for target in (2, ("output", 2), lambda td: td["output"][:, 2], torch.tensor(2)):
         assert torch.equal(gradients(target)["input"], w[2].expand(2, 3))
+    assert torch.equal(gradients(np.int64(2))["input"], w[2].expand(2, 3))
     per_row = torch.tensor([3, 0])
     for target in (per_row, ("output", per_row)):
         assert torch.equal(gradients(target)["input"], w[per_row])
@@ -63,9 +65,18 @@ def test_named_outputs_and_keyword_inputs_are_read_as_the_context_was_prepared()
     assert torch.equal(td["attr", "x"], model.right.weight[0].abs().expand(2, 4).detach())
 
 
+def test_a_tuple_is_the_key_of_a_nested_output():
+    w = MODEL.weight.detach()
+    for target in ((("head", "logits"), 2), (("head", "logits"), np.int64(2)), ("head", "logits", 2)):
+        factory = Saliency(target=target, absolute=False)
+        td = run(factory, MODEL, {"input": torch.ones(2, 3)}, (2,), out_keys=[("head", "logits")])
+        assert torch.equal(td["attr", "input"], w[2].expand(2, 3))
+
+
 @pytest.mark.parametrize(
     ("target", "text"),
     [
+        ((("logits", 1), 2), "the strings of a key come first"),
         (lambda td: td["output"], r"values of shape \(2, 4\), not one scalar per row \(2,\)"),
         (lambda td: td["output"].sum(), r"values of shape \(\), not one scalar per row \(2,\)"),
         (lambda td: 3, "returned int; return a tensor, one scalar per row"),

@@ -345,3 +345,28 @@ def test_a_site_that_fired_in_one_of_several_forwards_is_not_reported(x):
             hooked(x, times=0)
 
     assert warnings_of(body) == []
+
+
+def test_a_second_backward_replaces_the_gradients_of_every_site(x):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, times):
+            for _ in range(times):
+                x = self.a(x)
+            return self.b(x)
+
+    model = Twice()
+    with (
+        warnings.catch_warnings(action="ignore"),
+        ActivationCaching("a|b", directions=["fwd", "bwd"]).prepare(model) as hooked,
+    ):
+        hooked(x, 2).sum().backward()
+        loss = hooked(x, 1).sum()
+        loss.backward(retain_graph=True)
+        once = hooked.cache["bwd"].clone()
+        (5 * loss).backward()
+    assert torch.allclose(hooked.cache["bwd", "a"], 5 * once["a"])
+    assert torch.allclose(hooked.cache["bwd", "b"], 5 * once["b"])

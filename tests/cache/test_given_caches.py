@@ -7,7 +7,7 @@ from torch import nn
 
 from small_models import MLP
 from stable_ids import stable_id
-from tdcache import ActivationCaching, CacheWriteError, Stack
+from tdcache import ActivationCaching, CacheWriteError, ContextError, Stack
 
 
 @pytest.fixture
@@ -209,3 +209,27 @@ def test_leading_dims_that_disagree_are_an_error_that_names_the_entries(x):
     ):
         hooked(x)
     assert caught.value.paths == ("head",)
+
+
+def test_a_second_use_keeps_the_entries_of_the_first_under_nested_keys():
+    model, cache = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), TensorDict()
+    for pattern in ("0", "1"):
+        factory = ActivationCaching(pattern, cache=cache, clear_cache=False, use_nested_keys=True)
+        with factory.prepare(model) as hooked:
+            hooked(torch.ones(1, 2))
+    assert sorted(cache["fwd"].keys()) == ["0", "1"]
+
+
+def test_a_node_of_the_cache_that_is_an_output_key_is_refused():
+    data = TensorDict({"input": torch.ones(1, 2)})
+    factory = ActivationCaching("0", cache=data, clear_cache=False, use_nested_keys=True)
+    with (
+        factory.prepare(nn.Sequential(nn.Linear(2, 2)), out_keys=["fwd"]) as hooked,
+        pytest.raises(CacheWriteError, match="'fwd'"),
+    ):
+        hooked(data)
+
+
+def test_a_cache_that_is_no_tensordict_is_refused():
+    with pytest.raises(ContextError, match=r"cache= is a TensorDict, got dict"):
+        ActivationCaching("0", cache={}).prepare(nn.Sequential(nn.Linear(2, 2)))

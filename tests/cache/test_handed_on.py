@@ -67,3 +67,29 @@ def test_a_second_backward_leaves_the_kept_gradient_of_a_parameter_alone(directi
     output.backward()
     assert torch.equal(model.source.weight.grad, torch.tensor([2.0, 4.0, 8.0]))
     assert torch.equal(hooked.cache["bwd", "source"], torch.tensor([1.0, 2.0, 4.0]))
+
+
+class HandsOnByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.second = Second()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        hidden = self.linear(x)
+        return 2 * self.drop(input=hidden) + 3 * self.second(x, hidden) + hidden
+
+
+class Second(nn.Module):
+    def forward(self, first, second):
+        return second
+
+
+@pytest.mark.parametrize("directions", PAIRS, ids="+".join)
+def test_an_input_is_handed_on_from_any_place(directions):
+    model = HandsOnByName().eval()
+    with ActivationCaching("drop|second", directions=directions, use_nested_keys=True).prepare(model) as hooked:
+        hooked(torch.ones(2, 3)).sum().backward()
+    assert torch.equal(hooked.cache["bwd", "drop"], torch.full((2, 3), 2.0))
+    assert torch.equal(hooked.cache["bwd", "second"], torch.full((2, 3), 3.0))

@@ -362,3 +362,20 @@ def test_a_warning_says(odd, text):
     (warning,) = caught
     assert str(warning.message) == text
     assert warning.filename == __file__  # the user's line, not one of the library's
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: ActivationCaching("0", reducer=3), r"reducer= is a Reducer such as Stack\(\), got 3"),
+        (lambda: ActivationCaching("0", batch_dims=-1), "batch_dims is a number of leading dimensions, got -1"),
+        (lambda: ActivationCaching("0", callback=3), r"callback= is a function .*, got 3; wrap it in one"),
+        (
+            lambda: ActivationCaching("0", callback=lambda mine, **rest: rest["output"]),
+            "the callback wants 'mine', which it is not given",
+        ),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_refused_at_once(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()

@@ -228,3 +228,29 @@ def test_a_wrapper_that_was_traced_before_is_refused_when_only_the_inner_model_w
     ):
         compiled(x)
     assert not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_contexts_on_a_model_that_was_traced_may_be_left_in_any_order(in_place, x):
+    model = UserModel()
+    if in_place:
+        model.compile(backend="eager")
+    called = model if in_place else torch.compile(model, backend="eager")
+    called(x)
+    before = dict(called.__dict__)
+    first, second = (ActivationCaching("first").prepare(called) for _ in range(2))
+    first.__enter__()
+    hooked = second.__enter__()
+    called(x)
+    first.__exit__(None, None, None)
+    called(2 * x)
+    second.__exit__(None, None, None)
+    assert torch.equal(hooked.hooking_context.cache["first"], model.first(2 * x))
+    assert called.__dict__ == before
+
+
+def test_a_traced_model_that_is_not_run_in_the_block_is_no_error(x):
+    compiled = torch.compile(nn.Sequential(nn.Linear(4, 4)), backend="eager")
+    compiled(x)
+    with ActivationCaching("0").prepare(nn.Sequential(nn.Linear(4, 4))):
+        pass

@@ -146,3 +146,27 @@ def test_a_hooked_module_pauses_its_context(name):
         assert torch.equal(hooked.cache["0"], kept)
         hooked(torch.zeros(1, 2))
         assert torch.equal(hooked.cache["0"], model[0].bias[None])
+
+
+def test_what_the_wrapper_does_not_have_is_the_models():
+    class Speaks(nn.Linear):
+        def generate(self, x):
+            return self(x)
+
+    model = nn.Sequential(Speaks(2, 2))
+    model.generate = model[0].generate
+    with ActivationCaching("0").prepare(model) as hooked:
+        y = hooked.generate(torch.ones(1, 2))
+        assert torch.equal(hooked.cache["0"], y)
+        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+            hooked.nothing  # noqa: B018
+
+
+def test_no_hook_is_added_through_a_closed_context():
+    model = nn.Sequential(nn.Linear(2, 2))
+    with ActivationCaching("0").prepare(model) as hooked:
+        hooked(torch.ones(1, 2))
+    for add in (lambda: hooked.set("0", 0), lambda: hooked.stop("0")):
+        with pytest.raises(ContextError, match="closed"):
+            add()
+    assert not model[0]._forward_hooks

@@ -79,8 +79,8 @@ class Runner:
         self._options = options
         self._create_graph = create_graph
         self._snapshot = survey.inplace if snapshot is None else snapshot
-        stackable = data.batch_dims > 0 and not watched and not survey.mixes_rows
-        self._chunk = (chunk or 1 << 30) if stackable else 1
+        self._stacks = data.batch_dims > 0 and not watched and not survey.mixes_rows
+        self._chunk = (chunk or 1 << 30) if self._stacks else 1
         self._base: Point | None = None
         self._last: Point | None = None
 
@@ -91,6 +91,8 @@ class Runner:
             by_label.setdefault(ask.point.label, []).append(ask)
         groups = list(by_label.values())
         self._base = base
+        if self._stacks and self.final is None and not any(self._gives_outputs(group[0].point) for group in groups):
+            groups.append([_only_run(base)])  # so that the outputs need no forward of their own
         if self.watched:
             groups.sort(key=lambda group: group[0].point.label == base.label)
         batch: list[list[Ask]] = []
@@ -107,10 +109,16 @@ class Runner:
     def finish(self, base: Point) -> TensorDictBase:
         """The TensorDict after a forward of the user's own rows; the last forward, where something looks on."""
         if self.final is None or (self.watched and self._last is not None and self._last.label != base.label):
-            self._run_chunk([[Ask(point=base, sink=lambda view: None)]])
+            self._run_chunk([[_only_run(base)]])
         if self.final is None:
             raise ContextError("the model did not run")
         return self.final
+
+    def _gives_outputs(self, point: Point) -> bool:
+        """Whether the point's outputs are those of the user's rows; modifiers change no value, only the backward."""
+        if point.modifiers and (self.watched or self._create_graph):
+            return False
+        return not point.inputs and not point.replace and point.copies == 1
 
     def ran_before(self, first: Place, second: Place) -> bool:
         """Whether ``first`` was seen before ``second``; both were asked for in the same point."""
@@ -243,7 +251,8 @@ class Runner:
         seeds: dict[Target, list[Tensor]] = {}
         whole: dict[Target, Tensor] = {}
         for group, part in zip(groups, rows, strict=True):
-            if self._base is not None and group[0].point.label == self._base.label:
+            point = group[0].point
+            if point.label == getattr(self._base, "label", None) or (self.final is None and self._gives_outputs(point)):
                 self.final = _rows_of(after, part)
             found = self._targets(group, after, part, whole, seeds)
             for ask in group:
@@ -322,6 +331,10 @@ class Runner:
                 "or overwritten in place on the way; select other sites"
             )
         return {place: grad for place, grad in arrived.items() if grad is not None}
+
+
+def _only_run(point: Point) -> Ask:
+    return Ask(point=point, sink=lambda view: None)
 
 
 def _rows_of(after: TensorDictBase, part: Rows) -> TensorDictBase:

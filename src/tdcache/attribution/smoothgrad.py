@@ -18,9 +18,12 @@ __all__ = ["SmoothGrad"]
 class SmoothGrad(Attribution):
     """The gradient averaged over inputs with Gaussian noise (Smilkov et al. 2017, arXiv:1706.03825).
 
+    All rows of a batch get the same noise, so that a row's scores do not depend on the others.
+
     Args:
         n_samples: how many noisy copies.
-        scale: standard deviation of the noise, as a share of each input's range (its maximum minus its minimum).
+        scale: standard deviation of the noise, as a share of each row's range (its maximum minus its minimum); where a
+            row is one number, of the batch's.
         seed: of the noise; equal seeds give equal scores.
         multiply_by_inputs: multiply by the input.
         **options: see :class:`Attribution`.
@@ -70,12 +73,12 @@ class SmoothGrad(Attribution):
         for number, (key, tensor) in enumerate(frame.inputs().items()):
             # Drawn on the CPU, so that a seed means the same on every device.
             generator = torch.Generator().manual_seed(hash((self.seed, at, number)) % (1 << 62))
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
-            span = (tensor.amax() - tensor.amin()) if tensor.ndim < 2 else _span(tensor)
-            noisy[key] = tensor + self.scale * span * noise
+            rows = frame.data.batch_dims
+            noise = torch.randn(tensor.shape[rows:], generator=generator, dtype=torch.float32).to(tensor)
+            noisy[key] = tensor + self.scale * _span(tensor, max(rows, 1)) * noise
         return noisy
 
 
-def _span(tensor: torch.Tensor) -> torch.Tensor:
-    axes = tuple(range(1, tensor.ndim))
+def _span(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    axes = tuple(range(rows if tensor.ndim > rows else 0, tensor.ndim))
     return tensor.amax(dim=axes, keepdim=True) - tensor.amin(dim=axes, keepdim=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -84,11 +85,13 @@ def as_targets(target: TargetLike, out_keys: Sequence[CacheKey]) -> dict[str | N
 
 def _as_target(target: Any, out_keys: Sequence[CacheKey]) -> Target:
     default = next((key for key in out_keys if key != "_"), "output")
-    if target is None or isinstance(target, int | Tensor):
+    if target is None or isinstance(target, Tensor):
         return At(target, default=default)
+    if isinstance(target, Integral):
+        return At(int(target), default=default)
     if callable(target):
         return target  # type: ignore[no-any-return]  # what it returns is checked where it is called
-    if isinstance(target, tuple) and target and isinstance(target[0], str):
+    if isinstance(target, tuple) and target and isinstance(target[0], str | tuple):
         return At(*_index_and_key(target), default=default)
     raise AttributionError(
         "a target is a callable on the output TensorDict, an index, a tensor of indices, a tuple (key, index), or a "
@@ -97,6 +100,8 @@ def _as_target(target: Any, out_keys: Sequence[CacheKey]) -> Target:
 
 
 def _index_and_key(target: tuple[Any, ...]) -> tuple[Any, CacheKey]:
+    if isinstance(target[0], tuple):
+        target = (*target[0], *target[1:])
     strings = [part for part in target if isinstance(part, str)]
     index = target[len(strings) :]
     key: CacheKey = strings[0] if len(strings) == 1 else tuple(strings)

@@ -72,8 +72,7 @@ class Capture:
         channels = []
         for direction in self.directions:
             target = Target(cache, direction if self.nested else None, self.batch_dims)
-            if self.nested and not target.in_place:
-                target.reset()  # so that cache["bwd"] can be read before the first gradient
+            target.ensure()
             if not has_parts:
                 target.check(selection.paths if stack_by is None else tuple(stack_by.members))
             channels.append(Channel(direction, selection.paths, keep, target, self.reducer, stack_by, has_parts))

@@ -78,6 +78,13 @@ class Channel:
         self.latest_only = isinstance(self.reducer, Last)
 
     @property
+    def top_keys(self) -> tuple[str, ...]:
+        """The top-level keys of the cache that entries of this direction go to."""
+        if self.target.node is not None:
+            return (self.target.node,)
+        return self.paths if self.stack_by is None else tuple(self.stack_by.members)
+
+    @property
     def takes_aliases(self) -> bool:
         """Whether a hook may write the tensor itself into ``values``."""
         return self.latest_only and self.keep.plain and not self.target.in_place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -75,11 +76,12 @@ class Recorder:
         self._depth -= 1
         if self._depth or torch.compiler.is_compiling():
             return
+        raised = output is None and sys.exc_info()[1] is not None  # torch calls this in its own except block then
         try:
-            self.forwards += output is not None  # as torch has it here when the forward raised
+            self.forwards += not raised
             self.deliver()
         except CaptureError:
-            if output is not None:
+            if not raised:
                 raise
 
     def deliver(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tdcache.errors import CaptureError
 from tdcache.hooks.directions import Direction
-from tdcache.hooks.gradients import watch_tensor
+from tdcache.hooks.gradients import handed_on, watch_tensor
 from tdcache.hooks.values import leaves, pick_tensor
 from tdcache.types import CacheKey, Pick
 
@@ -235,14 +235,12 @@ class OutputAndGradientTap(OutputTap):
         """Keep the output, and set a hook on the node that made it: a tensor hook does the same at twice the cost."""
         values = self.values
         path = self.path
-        try:
-            if not (output._version or path in values or (args and args[0] is output)):
-                on_grads = partial(self.on_grads, self.gradient_channel.number, output.output_nr)
-                output.grad_fn.register_prehook(on_grads)
+        if type(output) is Tensor and path not in values and not handed_on(output, args):
+            node = output.grad_fn
+            if node is not None and not output._version:
+                node.register_prehook(partial(self.on_grads, self.gradient_channel.number, output.output_nr))
                 values[path] = output
                 return None
-        except (AttributeError, RuntimeError):  # no tensor, an inference tensor, or none that an operation made
-            pass
         self.gradient.arrived = 0
         self.on_output(module, args, output)
         return self.gradient.on_output(module, args, output)
@@ -255,6 +253,7 @@ class OutputAndGradientTap(OutputTap):
             if grad is not None:
                 self.gradient.on_grad(path, number, 0, grad)
             return
+        self.gradient.arrived = 0
         channel.versions[path] = grad._version
         channel.values[path] = grad
 

@@ -43,7 +43,7 @@ class Target:
         Raises:
             CacheWriteError: it names the missing ones and the remedy.
         """
-        if not self.in_place:
+        if not (self.in_place or self.cache.is_locked):
             return
         missing = [self._full(key) for key in keys if self.cache.get(self._full(key), None) is None]
         if missing:
@@ -60,7 +60,7 @@ class Target:
             entries: key to tensor (or TensorDict).
             complete: whether every site is among them, so that no older entry can be left over.
         """
-        if self.in_place:
+        if self.in_place or self.cache.is_locked:
             for key, value in entries.items():
                 self._copy_in(key, value)
             return
@@ -96,13 +96,20 @@ class Target:
         """Drop every entry that was written here."""
         if self.in_place:
             return
-        if self.node is not None:
+        ours = dict.fromkeys((*self._complete, *self.written))
+        node = None if self.node is None else self.cache.get(self.node, None)
+        if node is not None and len(node.keys()) == len(ours):  # ours alone: a new node costs less than emptying it
             self.cache[self.node] = TensorDict(batch_size=self.cache.batch_size, device=self.cache.device)
         else:
-            for key in (*self._complete, *self.written):
+            for key in ours:
                 self._drop(key)
         self.written.clear()
         self._complete = ()
+
+    def ensure(self) -> None:
+        """Make the direction's node exist, so that ``cache["bwd"]`` can be read before the first gradient."""
+        if not self.in_place:
+            self._own_node()
 
     def _own_node(self) -> TensorDictBase:
         if self.node is None:

@@ -47,6 +47,10 @@ class CompositeHookingContext(HookingContextWithCache):
             child.clear()
         super().clear()
 
+    def keys_in(self, data: TensorDictBase) -> set[str]:
+        """The top-level keys of ``data`` that the children write as a cache."""
+        return {key for child in self._caching_children() for key in child.keys_in(data)}
+
     def _caching_children(self) -> list[HookingContextWithCache]:
         return [child for child in self.children if isinstance(child, HookingContextWithCache)]
 

@@ -16,6 +16,7 @@ from tdcache.cache.recorder import Recorder
 from tdcache.errors import CacheWriteError, CaptureError, ContextError
 from tdcache.hooks.attach import MultiHookHandle
 from tdcache.hooks.compiled import eager_where_stale
+from tdcache.introspect import is_wrapped_by_compile
 from tdcache.modules.call import ModelCall
 from tdcache.modules.hooked import HookedModule
 from tdcache.selection import Matcher, Selection
@@ -227,6 +228,8 @@ class HookingContextWithCache(HookingContext):
         self, *args: Any, cache: TensorDictBase | None = None, clear_cache: bool = True, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
+        if cache is not None and not isinstance(cache, TensorDictBase):
+            raise ContextError(f"cache= is a TensorDict, got {type(cache).__name__}; TensorDict() makes an empty one")
         self.has_own_cache = cache is None
         self._cache = TensorDict(batch_size=[]) if cache is None else cache
         self._clear_cache = clear_cache
@@ -269,17 +272,21 @@ class HookingContextWithCache(HookingContext):
 
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call; refuses to write outputs over cache entries."""
-        if args and args[0] is self._cache and self.recorder is not None:
-            taken = {
-                path for channel in self.recorder.channels for path in channel.paths if channel.target.node is None
-            }
-            if clash := taken & {*map(str, self._in_keys), *map(str, self._out_keys)}:
+        if args and isinstance(args[0], TensorDictBase):
+            named = {key if isinstance(key, str) else key[0] for key in (*self._in_keys, *self._out_keys)}
+            if clash := self.keys_in(args[0]) & named:
                 raise CacheWriteError(
                     f"the cache is the TensorDict that the model writes to, and {sorted(clash)!r} name both a site "
                     "and an input or output; rename those with in_keys= and out_keys=, or hand in another cache",
                     paths=sorted(clash),
                 )
         return super().call(module, args, kwargs)
+
+    def keys_in(self, data: TensorDictBase) -> set[str]:
+        """The top-level keys of ``data`` that this context writes as a cache."""
+        if data is not self._cache or self.recorder is None:
+            return set()
+        return {key for channel in self.recorder.channels for key in channel.top_keys}
 
     def _install(self) -> None:
         super()._install()
@@ -297,7 +304,8 @@ class HookingContextWithCache(HookingContext):
             return
         try:
             recorder.refresh()
-            if error is None and self._was_traced and not any(channel.fired for channel in recorder.channels):
+            fired = any(channel.fired for channel in recorder.channels)
+            if error is None and self._was_traced and not fired and is_wrapped_by_compile(self.model):
                 raise CaptureError(
                     f"no site of {type(self.model).__name__} saw a value, and torch.compile had traced the model "
                     "before: its graph skips hooks that came later; prepare the compiled module itself, or enter "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,18 +57,41 @@ def check_callback(callback: Callable[..., Any] | None, expected: tuple[str, ...
     """
     if callback is None:
         return
-    parameters = inspect.signature(callback).parameters.values()
+    call = ", ".join(f"{name}=" for name in expected)
+    try:
+        parameters = inspect.signature(callback).parameters.values()
+    except (TypeError, ValueError):
+        raise HookSignatureError(
+            f"callback= is a function with a signature, called as callback({call}), got {callback!r}; wrap it in one"
+        ) from None
     if any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters):
         raise HookSignatureError(
             "a callback is called with keyword arguments only; it cannot have positional-only parameters"
         )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        _refuse_extra(parameters, expected)
         return
     missing = [name for name in expected if name not in {parameter.name for parameter in parameters}]
     if missing:
         raise HookSignatureError(
             f"the callback lacks the parameters {', '.join(map(repr, missing))}; it is called with "
-            f"{', '.join(f'{name}=' for name in expected)} (take **kwargs for those you do not need)"
+            f"{call} (take **kwargs for those you do not need)"
+        )
+    _refuse_extra(parameters, expected)
+
+
+def _refuse_extra(parameters: Iterable[inspect.Parameter], expected: tuple[str, ...]) -> None:
+    extra = [
+        parameter.name
+        for parameter in parameters
+        if parameter.name not in expected
+        and parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    if extra:
+        raise HookSignatureError(
+            f"the callback wants {', '.join(map(repr, extra))}, which it is not given; it is called with "
+            f"{', '.join(f'{name}=' for name in expected)}"
         )
 
 

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from tdcache.errors import InplaceModificationError
 from tdcache.hooks.values import children, leaves, with_parts
 
-__all__ = ["GradInputHook", "GradOutputHook", "GradientHandle", "watch_tensor"]
+__all__ = ["GradInputHook", "GradOutputHook", "GradientHandle", "handed_on", "watch_tensor"]
 
 Grads = tuple[Tensor | None, ...]
 
@@ -221,12 +221,22 @@ def _watch_outputs(args: Any, output: Any, on_grads: Callable[[Grads], Grads | N
 
     if len(needing) > 1:
         gated = iter(_Gate.apply(on_needed, *needing))  # type: ignore[no-untyped-call]
-    elif needing[0].is_leaf or any(needing[0] is tensor for _, tensor in leaves(args)):
+    elif needing[0].is_leaf or handed_on(needing[0], args):
         gated = iter([_watched_alias(needing[0], on_needed, where)])
     else:
         needing[0].register_hook(_OneGrad(on_needed))
         return None
     return _exchange(output, iter([next(gated) if needed else None for needed in needs]))
+
+
+def handed_on(tensor: Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether a module may have handed this tensor on: it is an argument, or there are only keyword arguments.
+
+    Those a forward hook does not see.
+    """
+    if len(args) == 1 and isinstance(args[0], Tensor):  # the common case, and a hot path
+        return args[0] is tensor
+    return not args or any(tensor is given for _, given in leaves(args))
 
 
 def watch_tensor(args: Any, output: Any, tensor: Tensor, on_grad: Callable[[Tensor], None], where: str) -> Any:
@@ -235,7 +245,7 @@ def watch_tensor(args: Any, output: Any, tensor: Tensor, on_grad: Callable[[Tens
     One is needed where the module did not compute the tensor (it hands on an input, or a parameter): the gradient is
     then that of an alias, which is the module's own.
     """
-    if not tensor.is_leaf and not any(tensor is given for _, given in leaves(args)):
+    if not tensor.is_leaf and not handed_on(tensor, args):
         tensor.register_hook(on_grad)
         return None
     alias = _watched_alias(tensor, _Shown(on_grad), where)

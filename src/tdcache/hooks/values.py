@@ -19,7 +19,17 @@ from torch import Tensor
 from tdcache.errors import CaptureError, EditError
 from tdcache.types import Pick
 
-__all__ = ["check_fits", "children", "first_tensor", "leaves", "pick_tensor", "replace_tensor", "with_parts"]
+__all__ = [
+    "check_fits",
+    "children",
+    "first_tensor",
+    "leaves",
+    "output_pick",
+    "pick_tensor",
+    "replace_in_output",
+    "replace_tensor",
+    "with_parts",
+]
 
 Step = int | str
 
@@ -102,6 +112,26 @@ def replace_tensor(value: Any, new: Any, *, pick: Pick = None, path: str = "") -
         raise EditError(f"a callable pick= cannot say where to put the new value at {path!r}; use an index or a key")
     steps = _steps_to(value, pick, path)
     return _rebuild(value, steps, new, path)
+
+
+def output_pick(module: Any, output: Any, pick: Pick) -> Pick:
+    """``pick``, which for a TensorDict module's output is by default the first entry that it made itself."""
+    keys = getattr(module, "out_keys", None)
+    if pick is None and keys and isinstance(output, TensorDictBase):
+        return keys[0]  # type: ignore[no-any-return]
+    return pick
+
+
+def replace_in_output(output: Any, new: Any, *, pick: Pick, path: str) -> Any:
+    """:func:`replace_tensor`, but a TensorDict is written into, as the module does that was given it.
+
+    Raises:
+        EditError: ``new`` does not fit.
+    """
+    if isinstance(output, TensorDictBase) and isinstance(pick, str | tuple):
+        check_fits(new, output.get(pick), path)  # type: ignore[arg-type]  # the entries of a TensorDict have names
+        return output.set(pick, new)  # type: ignore[arg-type]
+    return replace_tensor(output, new, pick=pick, path=path)
 
 
 def _steps_to(value: Any, pick: Pick, path: str) -> tuple[Step, ...]:

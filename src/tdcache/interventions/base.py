@@ -18,7 +18,15 @@ from tdcache.interventions.regions import Along, Region
 from tdcache.interventions.steps import StepClock, Steps, check_steps
 from tdcache.modules import HookedModule
 from tdcache.paths import near_misses
-from tdcache.selection import Selection, Site, as_matcher, depends_on_names_only, select_matching, walk
+from tdcache.selection import (
+    Selection,
+    Site,
+    as_matcher,
+    depends_on_names_only,
+    distinct_sites,
+    select_matching,
+    walk,
+)
 from tdcache.types import CacheKey, Match, Pick, Selector
 
 __all__ = ["Intervention", "InterventionContext", "Side", "entry_of", "with_inputs_of"]
@@ -122,8 +130,8 @@ class Intervention(HookingContextFactory):
         return self.hook_sites(module, self.select(module))
 
     def hook_sites(self, module: HookedModule, selection: Selection) -> MultiHookHandle:
-        """Put the edit of each site on it, either all of them or none."""
-        edits = [(site, self.edit_at(site, module.hooking_context)) for site in selection]
+        """Put the edit of each site on it, either all of them or none; once on a module of several names."""
+        edits = [(site, self.edit_at(site, module.hooking_context)) for site in distinct_sites(selection)]
         handle = MultiHookHandle()
         try:
             clock = self.add_clock(module, handle)

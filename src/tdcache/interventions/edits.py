@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.hooks.attach import Order
-from tdcache.hooks.values import check_fits, pick_tensor, replace_tensor
+from tdcache.hooks.values import check_fits, output_pick, pick_tensor, replace_in_output, replace_tensor
 from tdcache.interventions.regions import Region
 from tdcache.interventions.steps import StepClock
 from tdcache.modules.inputs import picked_input, steps_to_input
@@ -32,13 +31,6 @@ class _Tap:
     path: str
     pick: Pick
     clock: StepClock | None
-
-    def _of_output(self, module: nn.Module, output: Any) -> Pick:
-        """The pick, which for a TensorDict module's output is the first entry that it made itself."""
-        keys = getattr(module, "out_keys", None)
-        if self.pick is None and keys and isinstance(output, TensorDictBase):
-            return keys[0]  # type: ignore[no-any-return]
-        return self.pick
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r})"
@@ -80,13 +72,11 @@ class EditTap(_Tap):
             if new is not None and not _same_kind(new, output):
                 check_fits(new, output, self.path)  # says what differs
             return new
-        pick = self._of_output(module, output)
+        pick = output_pick(module, output, self.pick)
         new = self._edited(pick_tensor(output, pick, self.path))
         if new is None:
             return None
-        if isinstance(output, TensorDictBase) and isinstance(pick, str | tuple):
-            return output.set(pick, new)  # type: ignore[arg-type]  # a TensorDict module writes into what it was given
-        return replace_tensor(output, new, pick=pick, path=self.path)
+        return replace_in_output(output, new, pick=pick, path=self.path)
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Change an argument."""
@@ -130,7 +120,7 @@ class ReadTap(_Tap):
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Show the output."""
-        self.read(self.path, pick_tensor(output, self._of_output(module, output), self.path))
+        self.read(self.path, pick_tensor(output, output_pick(module, output, self.pick), self.path))
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Show an argument."""

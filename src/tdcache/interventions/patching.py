@@ -49,9 +49,11 @@ class Paste:
         # Copies: neither the source nor the model's own value may change with what is done to the new one.
         if self.patch_fn is None:
             return given.clone()
-        given = given.clone()
-        made = self.patch_fn(module_key=self.path, output=part.clone(), output_to_patch=given)
-        return given if made is None else made
+        given, there = given.clone(), part.clone()
+        made = self.patch_fn(module_key=self.path, output=there, output_to_patch=given)
+        if made is None:
+            return given
+        return made if made is given or made is there or not isinstance(made, Tensor) else made.clone()
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,8 +43,8 @@ class PathPatching(Intervention):
         sender: the module whose output is sent; several, for the paths from all of them.
         receiver: the module whose input is changed; ``""`` cannot be one.
         freeze: what is held between them, for instance ``r"h\.\d+\.(attn|mlp)"``: everything that writes to the
-            residual stream. The sender is never held, nor what it is part of. What is not held lets indirect paths
-            through.
+            residual stream. The sender is never held, nor what it is part of; likewise a receiver whose output is
+            changed. What is not held lets indirect paths through.
         source: a cache by path with the sender's value, in place of a first input.
         positions: which positions of the sender's value are sent, all by default.
         units: which of its features are sent, for instance those of one head, with ``direction="fwd_pre"`` at the
@@ -102,9 +102,10 @@ class PathPatching(Intervention):
                 path: [entry_of(self.source, path, self.direction, "source=")] for path in senders.paths
             }
         held = select(module.model, self.freeze, match=self.match)
-        loose = [site for site in held if not any(f"{path}.".startswith(f"{site.path}.") for path in senders.paths)]
-        held = Selection(loose, selector=self.freeze, model_name=held.model_name)
         receivers = select(module.model, self.receiver, match=self.match)
+        ends = (*senders.paths, *(receivers.paths if self.receiver_direction == "fwd" else ()))
+        loose = [site for site in held if not any(f"{path}.".startswith(f"{site.path}.") for path in ends)]
+        held = Selection(loose, selector=self.freeze, model_name=held.model_name)
         handle = self.hook_sites(module, senders)
         try:
             if self.source is None:

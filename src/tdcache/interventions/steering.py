@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
@@ -22,23 +23,19 @@ __all__ = ["AddVector", "CallSteer", "SteeringVectors"]
 
 @dataclass(slots=True)
 class AddVector:
-    """Adds ``coefficient * vector``; the vector is cast and moved to the value once."""
+    """Adds ``coefficient * vector``, cast and moved to the value; once for a vector that stays as it is."""
 
     path: str
     vector: Tensor
     coefficient: float
-    _cast: Tensor = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._cast = self.vector
+    _cast: tuple[int, Tensor] | None = field(init=False, default=None, repr=False)
+    """The version of the vector, and what it was cast to."""
 
     def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
         """The steered part; None, so that not one bit changes, for the coefficient zero."""
         if self.coefficient == 0:
             return None
-        vector = self._cast
-        if vector.dtype != part.dtype or vector.device != part.device:
-            vector = self._cast = self.vector.to(part)
+        vector = self._like(part)
         try:
             return part + self.coefficient * vector
         except EditError:
@@ -50,6 +47,21 @@ class AddVector:
                 f"{tuple(part.shape)}; a vector has one entry per feature, and may have axes in front of it"
             ) from None
 
+    def _like(self, part: Tensor) -> Tensor:
+        vector = self.vector
+        if _alike(vector, part):
+            return vector
+        # A kept cast would hold on to a graph that is freed, or be an inference tensor outside of that mode.
+        if vector.requires_grad or vector.is_inference() or torch.is_inference_mode_enabled():
+            return vector.to(part)
+        if self._cast is None or self._cast[0] != vector._version or not _alike(self._cast[1], part):
+            self._cast = vector._version, vector.to(part)
+        return self._cast[1]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device
+
 
 @dataclass(frozen=True, slots=True)
 class CallSteer:
@@ -59,8 +71,10 @@ class CallSteer:
     steer_fn: Callable[..., Tensor | None]
 
     def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
-        """What the function returns; it gets a copy, which it may write to."""
-        return self.steer_fn(module_key=self.path, output=part.clone())
+        """What the function returns, or a copy; it gets a copy, which it may write to."""
+        given = part.clone()
+        made = self.steer_fn(module_key=self.path, output=given)
+        return made if made is given or not isinstance(made, Tensor) else made.clone()
 
 
 class SteeringVectors(Intervention):

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 
 from tdcache.errors import EditError
 from tdcache.interventions.regions import Region
@@ -121,7 +122,20 @@ def _choices(positions: Any, shape: torch.Size, dim: int, path: str) -> list[int
         return every
     if isinstance(positions, slice):
         return every[positions]
+    if isinstance(positions, Tensor):
+        return _listed(positions, shape[dim], path)
     return [positions] if isinstance(positions, int) else [int(at) for at in positions]
+
+
+def _listed(positions: Tensor, size: int, path: str) -> list[int]:
+    mask = positions.dtype == torch.bool
+    if positions.ndim > 1 or (mask and positions.shape != (size,)):
+        raise EditError(
+            f"a sweep over positions patches the same ones in every row: give positions as a sequence of ints or a "
+            f"mask of shape {(size,)} for {path!r}, got {positions.dtype} of shape {tuple(positions.shape)}"
+        )
+    chosen = positions.nonzero() if mask else positions
+    return [int(at) for at in chosen.flatten().tolist()]
 
 
 def _head_slices(size: int, heads: int, path: str) -> list[slice]:

@@ -114,6 +114,15 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
             raise ContextError("this hooked module's context is closed; enter it again, or call your own model")
         return context.call(self, args, kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        # What the wrapper does not have is the model's: hooked.generate(...), hooked.config.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+            return getattr(self.model, name)
+
     def call_model(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model without asking the context; a stopped forward gives the TensorDict, or None."""
         called: Any = self._modules["td_module"]  # attribute access to a submodule costs more than this whole method
@@ -154,6 +163,9 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
         Raises:
             PathError: no such path.
         """
+        context = self._hooking_context
+        if context is not None and not context._in_context:
+            raise ContextError("this hooked module's context is closed; enter it again before adding hooks through it")
         path, module = resolve_all(self.model if relative else self, key)
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             warnings.warn(

@@ -7,21 +7,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import HookSignatureError, InplaceModificationError
 from tdcache.hooks import MultiHookHandle, Order
 from tdcache.hooks import attach as attach_hook
-from tdcache.hooks.values import leaves, pick_tensor, replace_tensor
+from tdcache.hooks.values import leaves, output_pick, pick_tensor, replace_tensor
 from tdcache.introspect import in_backward
 from tdcache.modules import HookedModule
+from tdcache.modules.inputs import steps_to_input
 from tdcache.pipeline.collection import HookCollection
 from tdcache.pipeline.hooks import Hook, HookNode, Hooks
-from tdcache.pipeline.sites import distinct_sites
 from tdcache.pipeline.versions import share_memory, version_of
-from tdcache.selection import Site, as_matcher, select_matching
+from tdcache.selection import Site, as_matcher, distinct_sites, select_matching
 from tdcache.types import Match, Pick, Selector
 
 __all__ = ["AttachedPipeline", "attach"]
@@ -65,15 +64,11 @@ class _AttachedHook:
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Pass the output through the pipeline."""
-        pick: Any = self.pick
-        if pick is None and isinstance(output, TensorDictBase):
-            pick = next(iter(getattr(module, "out_keys", ())), None)  # what it made, not the first entry it was given
-        return self._through(output, pick, args)
+        return self._through(output, output_pick(module, output, self.pick), args)
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pass an argument through the pipeline: the first tensor, a positional one by number or a keyword by name."""
-        pick = self.pick if self.pick is None else (int(isinstance(self.pick, str)), self.pick)
-        return self._through((args, kwargs), pick, ())  # type: ignore[arg-type]  # a callable was refused
+        return self._through((args, kwargs), steps_to_input(self.pick, args, kwargs, self.path), ())
 
     def _through(self, value: Any, pick: Pick, args: Any) -> Any:
         x = value if pick is None and isinstance(value, Tensor) else pick_tensor(value, pick, self.path)

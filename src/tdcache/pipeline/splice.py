@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import CaptureError, ContextError, InplaceModificationError, SelectionError, listed
 from tdcache.hooks import MultiHookHandle, Order, attach, direction_row
-from tdcache.hooks.values import first_tensor, pick_tensor, replace_tensor
+from tdcache.hooks.values import first_tensor, output_pick, pick_tensor, replace_in_output
 from tdcache.modules import HookedModule
 from tdcache.pipeline.autoencoder import Autoencoder, Sites, as_autoencoder
 from tdcache.pipeline.planting import plant
-from tdcache.pipeline.sites import distinct_sites
 from tdcache.pipeline.versions import version_of
-from tdcache.selection import Site, as_matcher, select_matching
+from tdcache.selection import Site, as_matcher, distinct_sites, select_matching
 from tdcache.types import Match, Pick, Selector
 
 __all__ = ["Splice", "SpliceContext", "SpliceSite", "sparse_latents"]
@@ -80,8 +79,7 @@ class _SpliceHooks:
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Replace the picked tensor of the output, which is encoded."""
-        x = pick_tensor(output, self.pick, self.path)
-        return replace_tensor(output, self.site(x, x), pick=self.pick, path=self.path)
+        return self._replaced(module, output, None)
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Replace the picked tensor of the output by what the input encodes to."""
@@ -92,8 +90,12 @@ class _SpliceHooks:
                 "another module",
                 paths=(self.path,),
             )
-        x = pick_tensor(output, self.pick, self.path)
-        return replace_tensor(output, self.site(x, source), pick=self.pick, path=self.path)
+        return self._replaced(module, output, source)
+
+    def _replaced(self, module: nn.Module, output: Any, source: Tensor | None) -> Any:
+        pick = output_pick(module, output, self.pick)
+        x = pick_tensor(output, pick, self.path)
+        return replace_in_output(output, self.site(x, x if source is None else source), pick=pick, path=self.path)
 
 
 class SpliceContext(HookingContext):

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from tdcache.attribution.asks import Rows
 from tdcache.attribution.lrp.replaced import ReplacedBackward, install_replaced
+from tdcache.contexts import HookingContextFactory
 from tdcache.errors import AttributionError
 from tdcache.hooks import MultiHookHandle
+from tdcache.modules import HookedModule
 from tdcache.selection import select
 from tdcache.types import Selector
 
@@ -52,7 +54,7 @@ class FrozenNorm:
         return frozen_norm_gradient(module, x, grad)
 
 
-class FreezeNorm:
+class FreezeNorm(HookingContextFactory):
     """A modifier: the scale of the selected norms counts as a constant in the backward.
 
     Args:
@@ -62,6 +64,7 @@ class FreezeNorm:
     rowwise = True
 
     def __init__(self, selector: Selector | None = None) -> None:
+        super().__init__()
         self.selector = selector
 
     def __repr__(self) -> str:
@@ -75,6 +78,15 @@ class FreezeNorm:
                     f"{path!r} is a {type(module).__name__}, no LayerNorm or RMSNorm, so it has no scale to freeze"
                 )
             install_replaced(module, ReplacedBackward(path, FrozenNorm(), rows), handle)
+
+    def _hook_module(self, module: HookedModule) -> MultiHookHandle:
+        handle = MultiHookHandle()
+        try:
+            self.install(module.model, None, handle)
+        except BaseException:
+            handle.remove()
+            raise
+        return handle
 
 
 def _any_norm(path: str, module: nn.Module) -> bool:
