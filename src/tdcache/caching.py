@@ -153,7 +153,7 @@ class ActivationCaching(HookingContextFactory):
         except BaseException:
             handle.remove()
             raise
-        context.recorder = recorder
+        context.record(recorder)
         return handle
 
     def _select(self, module: HookedModule) -> Selection:
@@ -161,15 +161,14 @@ class ActivationCaching(HookingContextFactory):
         context: HookingContextWithCache = module.hooking_context
         root = module.model if self._relative else module
         tree = walk(root)
-        if context.remembered is not None:
-            matcher, before, selection = context.remembered
-            if matcher is self._matcher and before == tree:
-                return selection
+        remembered = context.recall(self._matcher, tree)
+        if remembered is not None:
+            return remembered
         selection = select_matching(
             root, self._matcher, self._key_pattern, match=self._match, allow_empty=self._allow_empty, tree=tree
         )
         if depends_on_names_only(self._matcher):
-            context.remembered = (self._matcher, tree, selection)
+            context.remember(self._matcher, tree, selection)
         return selection
 
 

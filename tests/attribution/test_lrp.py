@@ -11,7 +11,7 @@ from torch import nn
 from attribution.nets import ConvNet, Transformer
 from model_state import state_of
 from stable_ids import stable_id
-from tdcache import AttributionError
+from tdcache import AttributionError, HookingContextFactory, attribution
 from tdcache import CompositeHookingContextFactory as Together
 from tdcache.attribution import (
     LRP,
@@ -21,9 +21,13 @@ from tdcache.attribution import (
     Flat,
     FreezeNorm,
     Gamma,
+    GradDrop,
     GradientXActivation,
+    GuidedReLU,
     Pass,
+    RelevanceRules,
     Saliency,
+    ScaleGradient,
     StopGradient,
     WSquare,
     ZPlus,
@@ -252,6 +256,26 @@ def test_a_frozen_norm_equals_a_detached_scale():
     scale = (at.var(-1, keepdim=True, unbiased=False) + model[0].eps).sqrt().detach()
     value = model[1]((at - at.mean(-1, keepdim=True)) / scale * model[0].weight + model[0].bias)
     torch.testing.assert_close(found, torch.autograd.grad(value.sum(), at)[0], rtol=1e-10, atol=1e-12)
+
+
+def test_a_frozen_norm_in_a_composite_means_every_method_and_leaves_with_it():
+    model, x = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 1)).double(), torch.randn(3, 6, dtype=torch.float64)
+    before = state_of(model)
+    wanted = run(Saliency(absolute=False, modifiers=[FreezeNorm()]), model, x)["attr", "input"]
+    found = run(Together(FreezeNorm(), Saliency(absolute=False)), model, x)["attr", "input"]
+    assert torch.equal(found, wanted)
+    assert not torch.allclose(found, run(Saliency(absolute=False), model, x)["attr", "input"])
+    assert state_of(model) == before
+    with pytest.raises(AttributionError, match="no scale to freeze"), FreezeNorm("1").prepare(model):
+        pass
+    assert state_of(model) == before
+
+
+def test_every_public_modifier_is_a_factory():
+    public = [getattr(attribution, name) for name in attribution.__all__]
+    modifiers = {each for each in public if isinstance(each, type) and hasattr(each, "install")}
+    assert {FreezeNorm, GradDrop, GuidedReLU, RelevanceRules, ScaleGradient, StopGradient} <= modifiers
+    assert all(issubclass(each, HookingContextFactory) and hasattr(each, "prepare") for each in modifiers)
 
 
 def test_rms_norms_are_frozen_too():

@@ -76,7 +76,7 @@ def test_a_tuple_is_the_key_of_a_nested_output():
 @pytest.mark.parametrize(
     ("target", "text"),
     [
-        ((("logits", 1), 2), "the strings of a key come first"),
+        ((("output", 1), 2), "a target is a callable on the output TensorDict"),
         (lambda td: td["output"], r"values of shape \(2, 4\), not one scalar per row \(2,\)"),
         (lambda td: td["output"].sum(), r"values of shape \(\), not one scalar per row \(2,\)"),
         (lambda td: 3, "returned int; return a tensor, one scalar per row"),

@@ -164,6 +164,20 @@ def test_fault_saving_never_replaces_a_part_of_the_name(tmp_path):
     assert load_activations(tmp_path / "acts.step50")["a"] == 1
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt", ".memmap"])
+def test_any_name_can_be_saved_and_a_collector_takes_every_suffix(tmp_path, suffix):
+    acts = {"file": torch.ones(2), "allow_pickle": torch.zeros(1), "kwds": torch.arange(3)}
+    found = load_activations(save_activations(acts, tmp_path / f"names{suffix}"))
+    assert {name: value.tolist() for name, value in found.items()} == {
+        name: value.tolist() for name, value in acts.items()
+    }
+    collector = ActivationCollector(MLP(), "head")
+    with collector:
+        collector.model(torch.ones(2, 4))
+    assert collector.save_activations(tmp_path / f"x{suffix}") == tmp_path / f"x{suffix}"
+    assert torch.equal(collector.load_activations(tmp_path / f"x{suffix}")["head"], load_activations(tmp_path / f"x{suffix}")["head"])
+
+
 def test_loading_executes_nothing_and_names_what_is_damaged(tmp_path):
     np.savez(tmp_path / "a.npz", a=np.array([object()], dtype=object))
     torch.save({"a": nn.Linear(2, 2)}, tmp_path / "a.pt")

@@ -180,3 +180,17 @@ def test_a_reader_sees_the_shards_that_come_while_it_is_open(tmp_path):
     assert len(dataset) == 24
     assert (len(dataset.refresh()), dataset.complete) == (72, True)
     assert torch.equal(dataset[30]["layers.1"], torch.cat(unit_columns(1)["act/layers.1"])[6])
+
+
+def test_a_stale_file_that_another_starting_writer_removes_first_is_no_error(tmp_path):
+    class Late(Counted):
+        def remove(self, path):
+            path.unlink()  # the other writer was here
+            super().remove(path)
+
+    write_units(tmp_path / "a.acts")
+    stale = tmp_path / "a.acts" / ".tmp" / "old"
+    stale.touch()
+    os.utime(stale, (0, 0))
+    StoreWriter(tmp_path / "a.acts", SPEC, files=Late())
+    assert not stale.exists()

@@ -303,3 +303,15 @@ def test_an_empty_store_is_an_empty_dataset(tmp_path):
     assert list(dataset.batches(4, shuffle="block")) == []
     dataset.verify()
     assert "unfinished" in repr(dataset)
+
+
+def test_merge_is_a_method_that_leaves_out_none_and_writes_beside_the_first(dataset, tmp_path):
+    one, other = dataset.repack(tmp_path / "one.acts"), dataset.repack(tmp_path / "other.acts")
+    both = one.merge(other)
+    assert both.path == tmp_path / "one-merged.acts"
+    assert torch.equal(both["layers.0"][...], torch.cat([whole()["layers.0"]] * 2))
+    assert len(one.merge(other, other, path=tmp_path / "three.acts")) == 3 * ROWS
+    assert one.repack(shuffle=True).path == tmp_path / "one-shuffled.acts"
+    assert one.repack(keys=["layers.1"]).path == tmp_path / "one-repacked.acts"
+    with pytest.raises(StoreError, match="is there already"):
+        one.merge(other)

@@ -91,8 +91,10 @@ def _as_target(target: Any, out_keys: Sequence[CacheKey]) -> Target:
         return At(int(target), default=default)
     if callable(target):
         return target  # type: ignore[no-any-return]  # what it returns is checked where it is called
-    if isinstance(target, tuple) and target and isinstance(target[0], str | tuple):
-        return At(*_index_and_key(target), default=default)
+    if isinstance(target, tuple) and target:
+        key = target[0] if isinstance(target[0], tuple) else target[:1]
+        if key and all(isinstance(part, str) for part in key):
+            return At(*_index_and_key((*key, *target[1:])), default=default)
     raise AttributionError(
         "a target is a callable on the output TensorDict, an index, a tensor of indices, a tuple (key, index), or a "
         f"list or dict of these; got {target!r} ({type(target).__name__})"
@@ -100,8 +102,6 @@ def _as_target(target: Any, out_keys: Sequence[CacheKey]) -> Target:
 
 
 def _index_and_key(target: tuple[Any, ...]) -> tuple[Any, CacheKey]:
-    if isinstance(target[0], tuple):
-        target = (*target[0], *target[1:])
     strings = [part for part in target if isinstance(part, str)]
     index = target[len(strings) :]
     key: CacheKey = strings[0] if len(strings) == 1 else tuple(strings)

@@ -235,9 +235,11 @@ class OutputAndGradientTap(OutputTap):
         """Keep the output, and set a hook on the node that made it: a tensor hook does the same at twice the cost."""
         values = self.values
         path = self.path
-        if type(output) is Tensor and path not in values and not handed_on(output, args):
+        if type(output) is Tensor and path not in values:
             node = output.grad_fn
-            if node is not None and not output._version:
+            lone = len(args) == 1 and type(args[0]) is Tensor  # spares the call in the common case
+            given = args[0] is output if lone else handed_on(output, args)
+            if node is not None and not output._version and not given:
                 node.register_prehook(partial(self.on_grads, self.gradient_channel.number, output.output_nr))
                 values[path] = output
                 return None

@@ -234,9 +234,8 @@ class HookingContextWithCache(HookingContext):
         self._cache = TensorDict(batch_size=[]) if cache is None else cache
         self._clear_cache = clear_cache
         self.recorder: Recorder | None = None
-        """The state of the capture while the context is open; made by the recipe."""
-        self.remembered: tuple[Matcher, list[tuple[str, nn.Module]], Selection] | None = None
-        """The last entry's matcher, modules and selection; kept by the recipe."""
+        """The state of the capture while the context is open, as the recipe has begun it."""
+        self._remembered: tuple[Matcher, list[tuple[str, nn.Module]], Selection] | None = None
 
     @property
     def cache(self) -> TensorDictBase:
@@ -248,6 +247,20 @@ class HookingContextWithCache(HookingContext):
         if self.recorder is not None:
             self.recorder.refresh()
         return self._cache
+
+    def record(self, recorder: Recorder) -> None:
+        """Keep the cache current by ``recorder`` until the context is left."""
+        self.recorder = recorder
+
+    def remember(self, matcher: Matcher, tree: list[tuple[str, nn.Module]], selection: Selection) -> None:
+        """Keep what ``matcher`` selected among the modules ``tree``, for the next entry."""
+        self._remembered = (matcher, tree, selection)
+
+    def recall(self, matcher: Matcher, tree: list[tuple[str, nn.Module]]) -> Selection | None:
+        """What was remembered for just this matcher and these modules."""
+        if self._remembered is None or self._remembered[0] is not matcher or self._remembered[1] != tree:
+            return None
+        return self._remembered[2]
 
     def share(self, cache: TensorDictBase) -> None:
         """Write to ``cache``, which somebody else clears, from the next entry on."""

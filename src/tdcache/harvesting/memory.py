@@ -25,7 +25,7 @@ from tdcache.harvesting.capture import (
 )
 from tdcache.harvesting.names import HookSite, Layout, resolve_hook_points
 from tdcache.harvesting.progress import Progress
-from tdcache.harvesting.saved import load_activations, save_activations
+from tdcache.harvesting.saved import SUFFIXES, load_activations, save_activations
 from tdcache.hooks.values import pick_tensor
 from tdcache.modules import HookedModule
 from tdcache.reducers import Concatenate
@@ -334,7 +334,7 @@ class ActivationCollector:
         chosen = self.save_path if path is None else Path(path)
         if chosen is None:
             raise SelectionError("say where: give a path, or save_path= to the collector")
-        return chosen if chosen.suffix in (".safetensors", ".npz", ".pt") else chosen / "activations.safetensors"
+        return chosen if chosen.suffix in SUFFIXES else chosen / "activations.safetensors"
 
 
 class _RowCollector:

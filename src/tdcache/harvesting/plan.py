@@ -147,7 +147,8 @@ def model_fingerprint(model: nn.Module) -> str:
         plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.device.type != "meta"
         if plain and tensor.numel() and not tensor.is_quantized and not tensor.is_sparse:
             flat = tensor.detach().reshape(-1)
-            places = torch.linspace(0, flat.numel() - 1, min(_SAMPLED, flat.numel())).long()
+            count = min(_SAMPLED, flat.numel())
+            places = torch.arange(count) * (flat.numel() - 1) // max(1, count - 1)  # integers: float32 rounds up
             digest.update(flat[places.to(flat.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

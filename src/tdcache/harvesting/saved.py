@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from tdcache.errors import DamagedError, StoreError
 from tdcache.store.export import check_memmap
 from tdcache.store.safetensors import read_tensors, write_tensors
 
-__all__ = ["load_activations", "save_activations"]
+__all__ = ["SUFFIXES", "load_activations", "save_activations"]
 
-_SUFFIXES = (".npz", ".safetensors", ".pt", ".memmap")
+SUFFIXES = (".npz", ".safetensors", ".pt", ".memmap")
+"""What the names of files of activations end in."""
 _DTYPES = "__dtypes__"
 
 
@@ -44,7 +46,7 @@ def save_activations(acts: Mapping[str, Tensor], path: str | os.PathLike[str]) -
         ('acts.step50.npz', ['layers.0'])
     """
     target = Path(path)
-    if target.suffix not in _SUFFIXES:
+    if target.suffix not in SUFFIXES:
         target = target.with_name(target.name + ".npz")
     target.parent.mkdir(parents=True, exist_ok=True)
     kept = {name: tensor.detach().cpu() for name, tensor in acts.items()}
@@ -68,8 +70,10 @@ def _save_npz(acts: Mapping[str, Tensor], target: Path) -> None:
     arrays = {name: (each.float() if name in lost else each).numpy() for name, each in acts.items()}
     if lost:
         arrays[_DTYPES] = np.array(json.dumps(lost))
-    with target.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]  # names are the user's own
+    with zipfile.ZipFile(target, "w", allowZip64=True) as archive:  # np.savez has parameters, which names may be
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
 
 
 def _is_strange(dtype: torch.dtype) -> bool:
@@ -86,8 +90,8 @@ def load_activations(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     source = Path(path)
     if not source.exists() and source.with_name(source.name + ".npz").exists():
         source = source.with_name(source.name + ".npz")
-    if not source.exists() or source.suffix not in _SUFFIXES:
-        raise StoreError(f"{source} is no file of activations; they end in {', '.join(_SUFFIXES)}", path=source)
+    if not source.exists() or source.suffix not in SUFFIXES:
+        raise StoreError(f"{source} is no file of activations; they end in {', '.join(SUFFIXES)}", path=source)
     if source.suffix == ".safetensors":
         return read_tensors(source)
     if source.suffix == ".memmap":

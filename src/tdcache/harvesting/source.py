@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
@@ -40,8 +41,9 @@ class Source:
     """The batches of ``data`` in an order that never changes.
 
     Args:
-        data: a ``DataLoader`` that does not shuffle, a map-style dataset of samples, or any iterable of batches.
-            Loaders and datasets are entered at any batch; other iterables from their beginning.
+        data: a ``DataLoader`` that does not shuffle, a map-style dataset of samples (of any library; a tensor or
+            TensorDict is one of its rows), or any iterable of batches, as a list of them. Loaders and datasets are
+            entered at any batch; other iterables from their beginning.
         batch_size: samples per batch, of a dataset.
         collate: makes a batch of samples, of a dataset.
 
@@ -50,7 +52,9 @@ class Source:
     """
 
     def __init__(self, data: Any, *, batch_size: int = 32, collate: Callable[[list[Any]], Any] | None = None) -> None:
-        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        if isinstance(data, TensorDictBase):
+            data, collate = _Rows(data), collate or torch.stack
+        if _holds_samples(data):
             data = DataLoader(data, batch_size=batch_size, collate_fn=collate)
         if isinstance(data, DataLoader):
             _refuse_shuffled(data)
@@ -130,6 +134,27 @@ class Source:
                 ends = last or number % per_unit == per_unit - 1
                 yield Step(unit, number, first, batch, kind, ends, last)  # type: ignore[arg-type]
             first += batch_length(batch)
+
+
+class _Rows(Dataset[Any]):
+    """The rows of a TensorDict, one by one: what its own ``__getitems__`` gives is no list of samples."""
+
+    def __init__(self, rows: TensorDictBase) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.rows[number]
+
+
+def _holds_samples(data: Any) -> bool:
+    """Whether data are samples that are numbered, and not batches."""
+    if isinstance(data, Dataset):
+        return not isinstance(data, IterableDataset)
+    numbered = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    return numbered and not isinstance(data, Sequence | Mapping | Iterator)
 
 
 def _with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:

@@ -14,7 +14,7 @@ from tdcache.hooks import MultiHookHandle
 from tdcache.interventions.base import Intervention, InterventionContext, Side, with_inputs_of
 from tdcache.interventions.edits import Edit
 from tdcache.interventions.memory import Memory
-from tdcache.interventions.regions import Along
+from tdcache.interventions.regions import Along, Region
 from tdcache.interventions.steering import AddVector
 from tdcache.interventions.steps import Steps
 from tdcache.modules import HookedModule
@@ -41,13 +41,15 @@ class _AddFitted:
     fit: _Fit
     path: str
     coefficient: float
+    units: Region
+    """Which entries of the vector."""
 
     def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
         """The steered part; None while vectors are being made, and before there are any."""
         vector = self.fit.vectors.get(self.path)
         if vector is None or self.fit.memory.mode == "record":
             return None
-        return AddVector(self.path, vector, self.coefficient)(part, full)
+        return AddVector(self.path, self.units.take(vector, self.path), self.coefficient)(part, full)
 
 
 class ActivationAddition(Intervention):
@@ -66,7 +68,7 @@ class ActivationAddition(Intervention):
         negative_key: where the negative ones are.
         steer_key: where the vectors are written.
         coefficient: what they are multiplied by.
-        pool: how a value ``(batch, ..., features)`` becomes a vector: the mean over all but features (``"tokens"``),
+        pool: how a value ``(batch, ..., features)`` becomes a vector: the mean over all but ``unit_dim`` (``"tokens"``),
             the mean over the batch at the last position (``"last"``), or over the batch alone (``"batch"``).
         mask_key: with ``pool="tokens"``, the entry of the positive and negative inputs that is 1 where a token counts,
             for instance ``"attention_mask"``.
@@ -118,7 +120,8 @@ class ActivationAddition(Intervention):
 
     def edit_at(self, site: Site, context: InterventionContext) -> Edit:
         """Add the vector, once there is one."""
-        return _AddFitted(context.state, site.path, self.coefficient)
+        units = Region(units=self.units, unit_dim=self.unit_dim)
+        return _AddFitted(context.state, site.path, self.coefficient, units)
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context, selection = module.hooking_context, self.select(module)
@@ -159,8 +162,13 @@ class ActivationAddition(Intervention):
         if self.pool == "batch" or value.ndim < 3:
             return value.mean(0)
         if self.pool == "last":
-            return value.select(self.position_dim, -1).mean(0)
+            at, last = self.position_dim % value.ndim, value.select(self.position_dim, -1).mean(0)
+            return last.unsqueeze(at - 1) if at > self.unit_dim % value.ndim else last
+        if -self.unit_dim > value.ndim:
+            raise EditError(f"unit_dim={self.unit_dim} is no axis of a value of shape {tuple(value.shape)}")
+        others = [dim for dim in range(value.ndim) if dim != self.unit_dim % value.ndim]
+        shape = value.shape[self.unit_dim], *(1,) * (-1 - self.unit_dim)  # broadcasts to the value
         if mask is None:
-            return value.flatten(0, -2).mean(0)
-        weight = mask.to(value).unsqueeze(-1)
-        return (value * weight).flatten(0, -2).sum(0) / weight.sum()
+            return value.mean(others).reshape(shape)
+        weight = mask.to(value).unsqueeze(self.unit_dim)
+        return ((value * weight).sum(others) / weight.sum()).reshape(shape)

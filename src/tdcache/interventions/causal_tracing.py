@@ -80,7 +80,7 @@ class CausalTracing(Intervention):
         unit_dim: likewise.
 
     Raises:
-        EditError: options that do not go together.
+        EditError: options that do not go together, or an embedding that does not run once in a forward.
         SelectionError: a selector that matches nothing, or several modules as the embedding.
     """
 
@@ -154,9 +154,14 @@ class CausalTracing(Intervention):
         sweep, noise = state.sweep, state.noise
         with sweep.memory.recording(), state.embedded.recording():
             forward(clean)
-        (embedded,) = state.embedded.values.pop(noise.path)
+        embedded = state.embedded.values.pop(noise.path, [])
         try:
-            noise.noise = self._drawn(embedded, noise.path)
+            if len(embedded) != 1:
+                raise EditError(
+                    f"embedding={self.embedding!r}: {noise.path!r} ran {len(embedded)} times in one forward; noise "
+                    "needs a module that runs once"
+                )
+            noise.noise = self._drawn(embedded[0], noise.path)
             forward(corrupted)
             restored = sweep.run_on(every, every, forward, in_keys, out_keys)
         finally:

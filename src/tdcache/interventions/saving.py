@@ -140,7 +140,7 @@ def _as_data(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         entries = [[key, _as_data(item, f"{name}/{key}", tensors)] for key, item in value.items()]
         return {next(iter(nodes)): entries}
     if isinstance(value, tuple | list | range):
-        return {"list": [_as_data(item, f"{name}/{at}", tensors) for at, item in enumerate(value)]}
+        return {"tuple" if isinstance(value, tuple) else "list": [_as_data(item, f"{name}/{at}", tensors) for at, item in enumerate(value)]}
     raise StoreError(
         f"{name}= is {type(value).__name__}, which is no data: a selector can be saved as a regex, a "
         "source as a tensor or "
@@ -159,8 +159,9 @@ def _from_data(data: Any, tensors: Mapping[str, Tensor], folder: Path) -> Any:
             return tensors[content]
         if kind == "slice":
             return slice(*content)
-        if kind == "list":
-            return [_from_data(item, tensors, folder) for item in content]
+        if kind in ("list", "tuple"):
+            items = [_from_data(item, tensors, folder) for item in content]
+            return tuple(items) if kind == "tuple" else items
         if kind in ("tensordict", "mapping"):
             entries = {str(key): _from_data(item, tensors, folder) for key, item in content}
             return TensorDict(entries, batch_size=[]) if kind == "tensordict" else entries

@@ -35,7 +35,7 @@ class HookedModuleRun(DirectedForms):
     resolves them when it needs the value.
 
     Raises:
-        ContextError: a verb outside the block, or a block inside itself.
+        ContextError: a verb outside the block, a block inside itself, or two values for one key of the cache.
         InplaceModificationError: when the block ends, if a kept value was overwritten.
     """
 
@@ -55,7 +55,7 @@ class HookedModuleRun(DirectedForms):
         self._outer_cache = cache
         self._prefix = f"{run_name or 'run'}{run_sep or '.'}"
         self._cache = run_cache
-        self._grad_enabled = grad_enabled
+        self._grad_asked = self._grad_enabled = grad_enabled
         self._run_callback = run_callback or _call
         self._forwards = Forwards()
         self._handle = MultiHookHandle()
@@ -84,6 +84,7 @@ class HookedModuleRun(DirectedForms):
         if self._in_context:
             raise ContextError("this run is open already; begin another one with hooked.run(...)")
         self._in_context = True
+        self._stopped_at, self._grad_enabled = None, self._grad_asked
         return self
 
     def __exit__(
@@ -155,7 +156,15 @@ class HookedModuleRun(DirectedForms):
         return tap.proxy
 
     def save(
-        self, key: str, *, cache_key: CacheKey | None = None, direction: HookDirection = "fwd", **options: Any
+        self,
+        key: str,
+        *,
+        cache_key: CacheKey | None = None,
+        callback: Callable[..., Any] | None = None,
+        direction: HookDirection = "fwd",
+        prepend: bool = False,
+        relative: bool = True,
+        **options: Any,
     ) -> ValueProxy:
         """Have a value written to the cache that the run was given, as ``"run.<path>_output"``; see :meth:`get`."""
         self._needs_block("save", direction)
@@ -163,7 +172,10 @@ class HookedModuleRun(DirectedForms):
             self.cache if self._outer_cache is None else self._outer_cache,
             key,
             cache_key or f"{self._prefix}{key}_{direction_row(direction).noun}",
+            callback=callback,
             direction=direction,
+            prepend=prepend,
+            relative=relative,
             forwards=self._forwards,
             **options,
         )
@@ -178,6 +190,12 @@ class HookedModuleRun(DirectedForms):
         self._stopped_at = path
 
     def _take_in(self, tap: GetTap | SetTap, handle: Any) -> None:
+        if isinstance(tap, GetTap) and any(tap.clashes_with(each) for each in self._taps if isinstance(each, GetTap)):
+            handle.remove()
+            raise ContextError(
+                f"this run writes another value to {tap.proxy.key!r} already: one with other prepend=, direction= or "
+                "callback=; give one of the two a key of its own with cache_key="
+            )
         self._handle.add(handle)
         self._taps.append(tap)
 

@@ -38,8 +38,8 @@ class Forwards:
 class ValueProxy(CacheProxy):
     """A value that a ``get`` or ``save`` will bring: made before the forward, resolved when it is needed.
 
-    It may be handed to a ``set``, also of another run, and to ``ActivationPatching(source=...)``. It keeps the cache
-    that it reads from alive.
+    It may be handed to a ``set``, also of another run, and to ``ActivationPatching(source=...)``. It keeps its
+    value and the cache alive; a value that another ``get`` writes to the same key later is not its own.
     """
 
     def __init__(self, key: CacheKey, cache: Any, path: str) -> None:
@@ -47,8 +47,8 @@ class ValueProxy(CacheProxy):
         self._held = cache
         self.path = path
         """Where the value is taken."""
-        self._alias: Tensor | None = None
-        self._version = 0
+        self._value: Any = None
+        self._version: int | None = None
 
     @property
     def key(self) -> CacheKey:
@@ -62,7 +62,7 @@ class ValueProxy(CacheProxy):
             InplaceModificationError: an in-place operation overwrote it since.
         """
         self.check()
-        return self._target().get(self._key, None)
+        return self._value
 
     def check(self) -> None:
         """Raise if the value that is kept was overwritten.
@@ -70,7 +70,7 @@ class ValueProxy(CacheProxy):
         Raises:
             InplaceModificationError: it names the path and the remedy.
         """
-        if self._alias is not None and self._alias._version != self._version:
+        if self._version is not None and self._value._version != self._version:
             raise InplaceModificationError(
                 f"the value taken at {self.path!r} was overwritten by a later in-place operation, so it no longer is "
                 "the activation; keep a copy with hold='snapshot'",
@@ -78,18 +78,19 @@ class ValueProxy(CacheProxy):
             )
 
     def write(self, value: Any) -> None:
-        """Put the value into the cache, and note its version."""
-        cache = self._target()
+        """Put the value into the cache, and keep what lies there then: others may write to the same key."""
+        cache = self._held.resolve() if hasattr(self._held, "resolve") else self._held
         if cache.is_locked:
             Target(cache, None, 0).put(self._key, value)
-            return
-        cache[self._key] = value
-        self._alias = None
-        if isinstance(value, Tensor) and not value.is_inference() and cache.get(self._key) is value:
-            self._alias, self._version = value, value._version
+        else:
+            cache[self._key] = value
+        self._value = stored = cache.get(self._key)
+        alias = isinstance(value, Tensor) and stored is value and not value.is_inference()
+        self._version = value._version if alias else None
 
-    def _target(self) -> Any:
-        return self._held.resolve() if hasattr(self._held, "resolve") else self._held
+    def same_entry(self, other: ValueProxy) -> bool:
+        """Whether both write to one key of one cache."""
+        return self._held is other._held and self._key == other._key
 
 
 class GetTap:
@@ -121,6 +122,11 @@ class GetTap:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r}, {self.row.name!r})"
+
+    def clashes_with(self, other: GetTap) -> bool:
+        """Whether the other tap takes another value for the same entry of the same cache."""
+        mine, its = ((tap.row, tap.order, tap.callback) for tap in (self, other))
+        return self.proxy.same_entry(other.proxy) and mine != its
 
     def on_call(self, *args: Any) -> None:
         """Take the value."""
@@ -199,6 +205,8 @@ class SetTap:
             new = self.callback(**named, value=new, direction=self.row.name)
             if new is None:
                 return None
+            if isinstance(new, Tensor) and not self.row.gradient and not self._holds(args, new):
+                new = new.clone()
         elif isinstance(new, Tensor) and not self.row.gradient:
             new = new.clone()  # a later in-place operation must not reach the caller's tensor
         if self.row.name == "fwd_pre_kwargs":
@@ -209,6 +217,10 @@ class SetTap:
             check_fits(new, old.get(key), self.path)
             return old.set(key, new)
         return self._replaced(old, new)
+
+    def _holds(self, args: tuple[Any, ...], new: Tensor) -> bool:
+        """Whether a tensor is one of the module's own value."""
+        return any(each is new for _, each in leaves(args[self.row.returns_index]))
 
     def _needed(self) -> Any:
         if not hasattr(self.value, "resolve"):

@@ -11,7 +11,7 @@ from torch import nn
 
 from tdcache.errors import HookSignatureError, listed
 
-__all__ = ["Call", "spell"]
+__all__ = ["Call", "only_positional", "spell"]
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -91,6 +91,16 @@ def _accepted(hook: Callable[..., Any]) -> tuple[frozenset[str] | None, tuple[st
         )
     wanted = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
     return names, tuple(each.name for each in wanted if each.default is each.empty)
+
+
+def only_positional(hook: Callable[..., Any]) -> str | None:
+    """The name of the one parameter that can be given by position; None where there are several, or none is known."""
+    try:
+        parameters = inspect.signature(hook.forward if isinstance(hook, nn.Module) else hook).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    names = [each.name for each in parameters if each.kind in (*_POSITIONAL, inspect.Parameter.VAR_POSITIONAL)]
+    return names[0] if len(names) == 1 else None
 
 
 def spell(hook: Any) -> str:

@@ -27,6 +27,7 @@ class ConditionalHooks(Hooks):
     Args:
         condition: a :class:`~tdcache.pipeline.conditions.Condition`, or any predicate of the value and of the keyword
             arguments in scope that it names; it returns a bool, or a boolean mask over the value's leading dimensions.
+            One whose only positional parameter names such a keyword, as ``lambda layer: layer == 3``, gets that.
         *hooks: the first hooks.
 
     Example:

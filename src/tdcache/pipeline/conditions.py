@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tdcache.errors import HookSignatureError, SelectionError, listed
-from tdcache.pipeline.calling import Call, spell
+from tdcache.pipeline.calling import Call, only_positional, spell
 
 __all__ = [
     "All",
@@ -182,6 +182,9 @@ class When(Condition):
         Raises:
             HookSignatureError: it returned neither a bool nor a boolean mask.
         """
+        name = only_positional(self.predicate)
+        if name is not None and name in kwargs:  # lambda layer: layer == 3
+            x, kwargs = kwargs[name], {key: value for key, value in kwargs.items() if key != name}
         return checked(Call(self.predicate)(x, args, kwargs), self)
 
     def __repr__(self) -> str:

@@ -308,15 +308,14 @@ class ActivationDataset(torch.utils.data.Dataset[TensorDict]):
 
         return export_rows(self, path, kind)
 
-    def repack(self, path: str | os.PathLike[str], **options: Any) -> ActivationDataset:
+    def repack(self, path: str | os.PathLike[str] | None = None, **options: Any) -> ActivationDataset:
         """Write the rows to another store, shuffled, fewer sites, another dtype; see :mod:`tdcache.store.repack`."""
         from tdcache.store.repack import repack
 
         return repack(self, path, **options)
 
-    @classmethod
-    def merge(cls, *stores: ActivationDataset, path: str | os.PathLike[str]) -> ActivationDataset:
-        """Write the rows of several stores to one, one after the other; see :mod:`tdcache.store.repack`."""
+    def merge(self, *others: ActivationDataset, path: str | os.PathLike[str] | None = None) -> ActivationDataset:
+        """Write the rows of this store and of others to a new one, in order; see :mod:`tdcache.store.repack`."""
         from tdcache.store.repack import merge
 
-        return merge(*stores, path=path)
+        return merge(self, *others, path=path)

@@ -15,6 +15,7 @@ import socket
 import time
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from tdcache.errors import DamagedError
@@ -126,7 +127,8 @@ class Layout:
         """Remove files without a name whose writer is dead."""
         for entry in os.scandir(self.scratch):
             if _is_stale(entry):
-                files.remove(Path(entry.path))
+                with suppress(FileNotFoundError):  # another writer that starts sweeps as well
+                    files.remove(Path(entry.path))
 
 
 def _is_stale(entry: os.DirEntry[str]) -> bool:

@@ -27,7 +27,7 @@ __all__ = ["merge", "repack"]
 
 def repack(
     dataset: ActivationDataset,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
     shuffle: bool = False,
     seed: int = 0,
@@ -42,7 +42,7 @@ def repack(
 
     Args:
         dataset: the store; a complete one.
-        path: the new store's folder; it must not be there.
+        path: the new store's folder, which must not be there; by default a name beside the store's own.
         shuffle: mix the rows.
         seed: of the shuffle.
         keys: the sites that are kept; all by default.
@@ -54,7 +54,7 @@ def repack(
         CaptureError: finite values that ``dtype`` cannot hold.
     """
     source = dataset if keys is None else dataset.select(*keys)
-    target = _fresh(path, source)
+    target = _fresh(path or _beside(source, "shuffled" if shuffle else "repacked"), source)
     sites = {
         key: {"dtype": _name(dtype, source.describe(key)[0]), "shape": list(source.describe(key)[1])}
         for key in source.keys
@@ -71,10 +71,14 @@ def repack(
     return type(dataset).open(target)
 
 
-def merge(*stores: ActivationDataset, path: str | os.PathLike[str]) -> ActivationDataset:
+def merge(*stores: ActivationDataset, path: str | os.PathLike[str] | None = None) -> ActivationDataset:
     """Write the rows of several stores of the same sites to a new one, in order.
 
     The samples of each store are numbered on from those of the one before.
+
+    Args:
+        *stores: in the order of their rows.
+        path: the new store's folder, which must not be there; by default a name beside the first store's own.
 
     Raises:
         SpecError: their sites, shapes, dtypes or rows differ; the fields are named.
@@ -90,7 +94,7 @@ def merge(*stores: ActivationDataset, path: str | os.PathLike[str]) -> Activatio
                 path=other.path,
                 fields=fields,
             )
-    target = _fresh(path, *stores)
+    target = _fresh(path or _beside(first, "merged"), *stores)
     spec = {**first.spec, "merged": [[store.id, len(store)] for store in stores]}
     spec["sites"] = {key: first.spec["sites"][key] for key in first.keys}
     with StoreWriter(target, spec) as writer:
@@ -106,6 +110,12 @@ def merge(*stores: ActivationDataset, path: str | os.PathLike[str]) -> Activatio
                 unit += 1
             offset += store.sequences
     return type(first).open(target)
+
+
+def _beside(store: ActivationDataset, word: str) -> Path:
+    """``runs/a.acts`` becomes ``runs/a-word.acts``."""
+    folder = store.path.absolute()
+    return folder.with_name(f"{folder.stem}-{word}{folder.suffix}")
 
 
 def _fresh(path: str | os.PathLike[str], *stores: ActivationDataset) -> Path:
