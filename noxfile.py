@@ -13,7 +13,7 @@ nox.options.sessions = ["tests", "lint", "types", "docs"]
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 # The libraries that benchmarks/ measures beside tdcache. None is needed: the bench runs with those it finds.
-PEERS = ("captum", "nnsight", "transformer-lens", "pyvene", "tdhook==0.1.3")
+PEERS = ("captum", "nnsight", "transformer-lens", "pyvene", "tdhook==0.1.3", "zennit", "datasets")
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 

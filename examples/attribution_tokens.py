@@ -3,8 +3,7 @@ Which words make two sentences similar?
 =======================================
 
 A pretrained sentence encoder (all-MiniLM-L6-v2) says how similar two sentences are. Integrated gradients at its word
-embeddings say which words it takes that from, and the same pass says in which layers: the gradient times the activation
-of every layer's output.
+embeddings say which words it takes that from.
 """
 
 from pathlib import Path

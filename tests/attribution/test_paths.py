@@ -19,6 +19,7 @@ from tdcache.attribution import (
     InputXGradient,
     IntegratedGradients,
     InternalInfluence,
+    Saliency,
     SmoothGrad,
     quadrature,
 )
@@ -98,9 +99,13 @@ def test_at_a_branch_integrated_gradients_sum_to_the_effect_of_that_branch_alone
     assert td["gap", "left"].abs().max() < 1e-8
 
 
+def conductance(*args, **options):
+    return Conductance(*args, target=0, method="trapezoid", **options)
+
+
 def test_conductance_sums_to_the_difference_and_influence_is_the_mean_gradient():
     model, x = Smooth().double(), torch.randn(6, 4, dtype=torch.float64)
-    stack = Together(Conductance("a|u", target=0, n_steps=200), InternalInfluence("u", target=0, name="i", n_steps=9))
+    stack = Together(conductance("a|u", n_steps=200), InternalInfluence("u", target=0, name="i", n_steps=9))
     td = run(stack, model, {"input": x}, 6)
     wanted = (model(x) - model(torch.zeros_like(x)))[:, 0].detach()
     for site in ("a", "u"):
@@ -124,9 +129,21 @@ def conductance_by_loop(model, x, start, site, nodes):
     return total.detach()
 
 
+def test_conductance_takes_gauss_legendre_nodes_by_default_and_its_gap_shrinks_with_the_step():
+    model, (x, start) = Smooth().double(), torch.randn(2, 3, 4, dtype=torch.float64)
+    data = {"input": x, "baseline": {"input": start}}
+    default = run(Conductance("t", target=0), model, data, 3)
+    named = run(Conductance("t", target=0, method="gausslegendre", n_steps=50), model, data, 3)
+    assert torch.equal(default["attr", "t"], named["attr", "t"])
+    wanted = (model(x) - model(start))[:, 0].detach()
+    torch.testing.assert_close(default["attr", "t"].sum(-1) - wanted, default["gap", "t"])
+    finer = run(Conductance("t", target=0, n_steps=400), model, data, 3)
+    assert 0 < finer["gap", "t"].abs().max() < default["gap", "t"].abs().max() / 4
+
+
 def test_conductance_equals_the_loop_over_points():
     model, x, start = Smooth().double(), *torch.randn(2, 3, 4, dtype=torch.float64)
-    td = run(Conductance("t", target=0, n_steps=5, chunk=2), model, {"input": x, "baseline": {"input": start}}, 3)
+    td = run(conductance("t", n_steps=5, chunk=2), model, {"input": x, "baseline": {"input": start}}, 3)
     wanted = conductance_by_loop(model, x, start, "t", [0, 0.2, 0.4, 0.6, 0.8, 1])
     torch.testing.assert_close(td["attr", "t"], wanted, rtol=1e-12, atol=1e-14)
 
@@ -160,6 +177,44 @@ def test_deeplift_sums_to_the_difference_of_a_relu_net():
     wanted = (model(x) - model(start))[:, 1].detach()
     torch.testing.assert_close(td["attr", "input"].flatten(1).sum(1), wanted, rtol=0, atol=1e-10)
     assert td["gap", "input"].abs().max() < 1e-10
+
+
+POOLS = {
+    "1d": (nn.Conv1d(2, 3, 3), nn.MaxPool1d(3, stride=2, padding=1), (2, 9)),
+    "2d": (nn.Conv2d(2, 3, 3), nn.MaxPool2d(3, stride=1, dilation=2, ceil_mode=True), (2, 8, 7)),
+    "3d": (nn.Conv3d(2, 3, 2), nn.MaxPool3d(2), (2, 5, 5, 6)),
+    "indices": (nn.Conv2d(2, 3, 3), nn.MaxPool2d(2, return_indices=True), (2, 8, 8)),
+}
+
+
+class Pooled(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.conv, self.pool, _ = POOLS[kind]
+        self.relu, self.head, self.softmax = nn.ReLU(), nn.LazyLinear(4), nn.Softmax(-1)
+
+    def forward(self, x):
+        pooled = self.pool(self.relu(self.conv(x)))
+        return self.softmax(self.head((pooled[0] if isinstance(pooled, tuple) else pooled).flatten(1)))
+
+
+@pytest.mark.parametrize("kind", sorted(POOLS))
+def test_deeplift_sums_to_the_difference_through_max_pools_and_softmax(kind):
+    model, (x, start) = Pooled(kind).double(), torch.randn(2, 3, *POOLS[kind][2], dtype=torch.float64)
+    wanted = (model(x) - model(start))[:, 1].detach()
+    stack = Together(DeepLift(target=1), Saliency(target=1, name="beside"))
+    td = run(stack, model, {"input": x, "baseline": {"input": start}}, 3)
+    torch.testing.assert_close(td["attr", "input"].flatten(1).sum(1), wanted, rtol=0, atol=1e-10)
+    assert wanted.abs().min() > 1e-6
+
+
+def test_deeplift_of_a_softmax_is_complete_where_a_logit_stays_and_where_one_is_masked():
+    x = torch.tensor([[1.0, 2.0, 0.5, -torch.inf]], dtype=torch.float64)
+    start = torch.tensor([[1.0, 0.0, 1.5, -torch.inf]], dtype=torch.float64)
+    model = nn.Sequential(nn.Softmax(-1))
+    td = run(DeepLift(target=0), model, {"input": x, "baseline": {"input": start}}, 1)
+    found = td["attr", "input"][0, :3].sum()
+    torch.testing.assert_close(found, (model(x) - model(start))[0, 0], rtol=0, atol=1e-12)
 
 
 def test_smoothgrad_is_the_mean_of_gradients_at_noisy_inputs():

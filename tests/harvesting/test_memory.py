@@ -175,7 +175,9 @@ def test_any_name_can_be_saved_and_a_collector_takes_every_suffix(tmp_path, suff
     with collector:
         collector.model(torch.ones(2, 4))
     assert collector.save_activations(tmp_path / f"x{suffix}") == tmp_path / f"x{suffix}"
-    assert torch.equal(collector.load_activations(tmp_path / f"x{suffix}")["head"], load_activations(tmp_path / f"x{suffix}")["head"])
+    assert torch.equal(
+        collector.load_activations(tmp_path / f"x{suffix}")["head"], load_activations(tmp_path / f"x{suffix}")["head"]
+    )
 
 
 def test_loading_executes_nothing_and_names_what_is_damaged(tmp_path):

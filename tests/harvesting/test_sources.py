@@ -50,7 +50,11 @@ def test_a_tensordict_is_a_dataset_of_its_rows(tmp_path):
     dataset = harvest(module, rows, tmp_path / "a.acts", select="module", batch_size=8)
     assert torch.equal(dataset["seq"][...], torch.arange(20))
     assert torch.allclose(dataset["module"][...], module.module(X).detach(), atol=1e-6)
-    assert [step.batch.batch_size for step in Source(rows, batch_size=8).walk(1, lambda unit: "run")] == [(8,), (8,), (4,)]
+    assert [step.batch.batch_size for step in Source(rows, batch_size=8).walk(1, lambda unit: "run")] == [
+        (8,),
+        (8,),
+        (4,),
+    ]
 
 
 def test_whatever_has_numbered_samples_is_a_dataset(tmp_path):

@@ -6,6 +6,7 @@ from tensordict import TensorDict
 
 from interventions.hand import edited, pasted, values
 from model_state import state_of
+from small_models import Tied
 from tdcache import CausalTracing, EditError
 
 transformers = pytest.importorskip("transformers")
@@ -119,3 +120,9 @@ def test_one_module_is_the_embedding(model):
     recipe = CausalTracing(r"transformer\.h\.0", r"transformer\.w.e", subject=0, metric=probability)
     with pytest.raises(EditError, match="selects 2 modules; name one"), recipe.prepare(model):
         pass
+
+
+def test_an_embedding_that_runs_twice_is_named():
+    recipe = CausalTracing("decode", "encode", subject=slice(None), metric=lambda data: data["output"].sum())
+    with recipe.prepare(Tied()) as hooked, pytest.raises(EditError, match="'encode' ran 2 times in one forward"):
+        hooked(TensorDict({"input": torch.randn(1, 3, 4)}))

@@ -434,3 +434,11 @@ def test_the_recipe_shows_what_it_was_made_with():
     assert repr(ActivationPatching("layers.0")) == "ActivationPatching('layers.0')"
     shown = repr(ActivationPatching("layers.0", source=source, positions=[1, 2], direction="fwd_pre"))
     assert shown == "ActivationPatching('layers.0', source=TensorDict of 1, positions=[1, 2], direction='fwd_pre')"
+
+
+def test_what_patch_fn_returns_is_not_written_to(x):
+    model, mine = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), -torch.ones(5, 4)
+    recipe = ActivationPatching("0", source=torch.ones(5, 4), patch_fn=lambda **named: mine)
+    with recipe.prepare(model) as hooked:
+        assert torch.equal(hooked(x), torch.zeros(5, 4))
+    assert torch.equal(mine, -torch.ones(5, 4))

@@ -160,3 +160,11 @@ def test_a_selector_that_matches_nothing_is_refused_on_entering(model, wrong):
     with pytest.raises(SelectionError, match="'nowhere' matches none"), PathPatching(**arguments).prepare(model):
         pass
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("freeze", ["[abc]", "[ab]"])
+def test_a_receiver_whose_output_is_changed_is_not_frozen(model, x, y, freeze):
+    with PathPatching("a", "c", freeze=freeze, receiver_direction="fwd").prepare(model) as hooked:
+        found = hooked(both(x, y))["patched", "output"]
+    torch.testing.assert_close(found, edge_by_formula(model, x, y, "c"))
+    assert not torch.allclose(found, model(y))

@@ -1,5 +1,6 @@
 """Interventions in a directory: data comes back, functions are asked for, damaged files are refused."""
 
+import inspect
 import json
 
 import pytest
@@ -78,9 +79,23 @@ def test_every_kind_comes_back_with_its_arguments(tmp_path):
     for number, (intervention, functions) in enumerate(kinds):
         save_intervention(intervention, tmp_path / str(number))
         loaded = load_intervention(tmp_path / str(number), **functions)
-        assert repr(loaded).replace("[", "(").replace("]", ")") == repr(intervention).replace("[", "(").replace(
-            "]", ")"
-        )
+        for name in inspect.signature(type(intervention)).parameters:
+            there, here = getattr(loaded, name), getattr(intervention, name)
+            assert type(there) is type(here), name
+            assert torch.equal(there, here) if isinstance(here, torch.Tensor) else there == here, name
+
+
+def test_lists_and_tuples_stay_what_they_are(tmp_path):
+    save_intervention(SteeringVectors(["a", "b"], torch.ones(3), pick=(0, 1)), tmp_path)
+    loaded = load_intervention(tmp_path)
+    assert loaded.pick == (0, 1)
+    assert loaded.selector == ["a", "b"]
+
+
+def test_files_that_were_written_before_there_were_tuples_are_read(tmp_path):
+    save_intervention(SteeringVectors(("a", "b"), torch.ones(3)), tmp_path)
+    edit(tmp_path, lambda config: config["arguments"].update(selector={"list": ["a", "b"]}))
+    assert load_intervention(tmp_path).selector == ["a", "b"]
 
 
 def test_the_files_are_json_and_safetensors(tmp_path):

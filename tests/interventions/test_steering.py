@@ -7,7 +7,7 @@ from torch import nn
 
 from interventions.hand import edited, values
 from model_state import state_of
-from small_models import MLP, Pair
+from small_models import MLP, Pair, Tied
 from tdcache import (
     ActivationAddition,
     ActivationCaching,
@@ -228,3 +228,85 @@ def test_padding_is_left_out_by_a_mask():
 def test_an_unknown_pool_is_refused():
     with pytest.raises(EditError, match="pool is one of 'tokens', 'last', 'batch', got 'max'"):
         ActivationAddition("0", pool="max")
+
+
+def test_a_module_of_two_names_is_steered_once(x):
+    model, vector = Tied(), torch.randn(4)
+    once = lambda value: model.encode(value) + vector  # noqa: E731
+    expected = once(torch.tanh(once(x)))
+    with SteeringVectors("encode|decode", vector).prepare(model) as hooked:
+        torch.testing.assert_close(hooked(x), expected)
+
+
+def test_a_cast_vector_that_learns_gets_its_gradient_in_every_step(x):
+    model, vector = MLP().double(), torch.zeros(4, requires_grad=True)
+    with SteeringVectors("layers.2", vector).prepare(model) as hooked:
+        for _ in range(2):
+            before = hooked(x.double())
+            before.sum().backward()
+            with torch.no_grad():
+                vector -= vector.grad
+                vector.grad = None
+        assert not torch.equal(hooked(x.double()), before)
+
+
+def test_a_cast_vector_that_is_written_to_is_cast_again(x):
+    model, vector = MLP().double(), torch.zeros(4)
+    with SteeringVectors("layers.2", vector).prepare(model) as hooked:
+        plain = hooked(x.double())
+        vector += 1
+        assert not torch.equal(hooked(x.double()), plain)
+
+
+def test_a_vector_that_was_cast_in_inference_mode_serves_in_training(x):
+    model, vector, factor = MLP().double(), torch.ones(4), torch.ones((), dtype=torch.float64, requires_grad=True)
+    with SteeringVectors("layers.2", vector, coefficient=factor).prepare(model) as hooked:
+        with torch.inference_mode():
+            first = hooked(x.double())
+        second = hooked(x.double())
+        second.sum().backward()
+    assert torch.equal(second, first)
+    assert factor.grad != 0
+
+
+def test_what_steer_fn_returns_is_not_written_to(x):
+    model, mine = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), -torch.ones(5, 4)
+    with SteeringVectors("0", steer_fn=lambda module_key, output: mine).prepare(model) as hooked:
+        assert torch.equal(hooked(x), torch.zeros(5, 4))
+    assert torch.equal(mine, -torch.ones(5, 4))
+
+
+def test_channels_are_pooled_along_their_own_axis():
+    model, mask = nn.Sequential(nn.Identity()), torch.rand(2, 5, 6) > 0.5
+    positive, negative, x = torch.randn(3, 2, 3, 5, 6).unbind(0)
+    for mask_key in (None, "mask"):
+        data = contrast(positive, negative, input=x)
+        data["positive", "mask"] = data["negative", "mask"] = mask
+        with ActivationAddition("0", unit_dim=-3, mask_key=mask_key).prepare(model) as hooked:
+            found = hooked(data)
+
+        def mean(value, masked=mask_key is not None):
+            return torch.stack([value[:, c][mask].mean() if masked else value[:, c].mean() for c in range(3)])
+
+        vector = (mean(positive) - mean(negative)).reshape(3, 1, 1)
+        torch.testing.assert_close(found["steer", "0"], vector)
+        torch.testing.assert_close(found["output"], x + vector)
+
+
+def test_the_last_position_is_pooled_where_features_come_first():
+    model, (positive, negative, x) = nn.Sequential(nn.Identity()), torch.randn(3, 2, 4, 5).unbind(0)
+    recipe = ActivationAddition("0", pool="last", position_dim=2, unit_dim=-2)
+    with recipe.prepare(model) as hooked:
+        found = hooked(contrast(positive, negative, input=x))
+    vector = positive[..., -1].mean(0) - negative[..., -1].mean(0)
+    torch.testing.assert_close(found["output"], x + vector[:, None])
+
+
+@pytest.mark.parametrize("units", [[0, 3], slice(1, 3), torch.tensor([True, False, False, True])])
+def test_addition_to_some_units_takes_those_of_the_vector(units):
+    model, (positive, negative, x) = nn.Sequential(nn.Identity()), torch.randn(3, 2, 5, 4).unbind(0)
+    with ActivationAddition("0", units=units).prepare(model) as hooked:
+        found = hooked(contrast(positive, negative, input=x))
+    expected = x.clone()
+    expected[..., units] += (positive.mean((0, 1)) - negative.mean((0, 1)))[units]
+    torch.testing.assert_close(found["output"], expected)

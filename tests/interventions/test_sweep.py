@@ -319,3 +319,26 @@ def test_a_sweep_leaves_the_model_as_it_was_also_when_the_metric_fails(ids):
     with pytest.raises(ZeroDivisionError):
         run(model, ActivationPatching(GPT2_SITES, sweep=True, metric=lambda data: 1 / 0), clean, corrupted)
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("positions", [torch.tensor([False, True, False, False, True]), torch.tensor([1, 4])])
+def test_positions_of_a_sweep_may_be_a_mask(ids, positions):
+    recipe = {"sweep": "position", "metric": logit}
+    found = run(gpt2_once(), ActivationPatching(r"transformer\.h\.1", positions=positions, **recipe), *ids)
+    listed = run(gpt2_once(), ActivationPatching(r"transformer\.h\.1", positions=[1, 4], **recipe), *ids)
+    assert found["transformer.h.1"].shape == (2,)
+    assert torch.equal(found["transformer.h.1"], listed["transformer.h.1"])
+
+
+def gpt2_once():
+    torch.manual_seed(3)
+    return gpt2()
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (4,)])
+def test_a_mask_that_a_sweep_cannot_go_over_is_refused(ids, shape):
+    recipe = ActivationPatching(
+        r"transformer\.h\.1", positions=torch.ones(shape, dtype=torch.bool), sweep="position", metric=logit
+    )
+    with pytest.raises(EditError, match=r"the same ones in every row.*mask of shape \(5,\)"):
+        run(gpt2_once(), recipe, *ids)

@@ -1,6 +1,7 @@
 """Runs: what is declared in the block happens when it ends, and the model is left as it was."""
 
 import gc
+import inspect
 
 import pytest
 import torch
@@ -539,3 +540,73 @@ def test_a_run_of_a_model_that_was_compiled_before_is_eager(compiled, model, x):
 def test_a_verb_on_a_model_that_was_compiled_before_says_that_it_is_skipped(compiled):
     with pytest.warns(TdcacheWarning, match="its graph skips the hook at 'head'; use a run or a context"):
         compiled.set("head", torch.zeros(5, 2)).remove()
+
+
+def test_proxies_of_runs_that_share_a_cache_keep_their_own_values(hooked, model, x):
+    kept = TensorDict()
+    with hooked.run(x, run_cache=kept) as one:
+        first = one.get("head")
+        assert first.resolve() is None
+    assert first.resolve() is kept["head_output"]
+    with hooked.run(x + 1, run_cache=kept) as other:
+        second = other.get("head")
+    assert torch.equal(first.resolve(), model(x))
+    assert torch.equal(second.resolve(), model(x + 1))
+    assert second.resolve() is kept["head_output"]
+
+
+def before_edits(**named):
+    return named["output"] + 1
+
+
+@pytest.mark.parametrize("options", [{"prepend": True}, {"callback": before_edits}, {"direction": "fwd_pre"}])
+def test_two_values_for_one_key_of_the_cache_are_refused(hooked, model, x, options):
+    before = state_of(model)
+    with hooked.run(x) as run:
+        run.get("head", cache_key="same")
+        with pytest.raises(ContextError, match=r"writes another value to 'same' already.*cache_key="):
+            run.get("head", cache_key="same", **options)
+        with pytest.raises(ContextError, match=r"writes another value to 'same' already.*cache_key="):
+            run.save("head", cache_key="same", **options)
+    assert torch.equal(run.cache["same"], model(x))
+    assert state_of(model) == before
+
+
+def test_the_same_value_may_be_asked_for_twice(hooked, x):
+    with hooked.run(x) as run:
+        first, again = run.get("head"), run.get("head")
+    assert first.resolve() is again.resolve() is run.cache["head_output"]
+
+
+@pytest.mark.parametrize("direction", ["fwd", "fwd_pre"])
+def test_what_a_callback_returns_is_not_written_to_by_the_model(x, direction):
+    model, mine = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), -torch.ones(5, 4)
+    key = "0" if direction == "fwd" else "1"
+    with HookedModule.from_module(model).run(x) as run:
+        run.set(key, callback=lambda **named: mine, direction=direction)
+    assert torch.equal(run.result, torch.zeros(5, 4))
+    assert torch.equal(mine, -torch.ones(5, 4))
+
+
+def test_a_run_that_is_opened_again_has_forgotten_its_stop_and_its_gradient(hooked, x):
+    run = hooked.run(x)
+    with run:
+        run.stop("head")
+    with pytest.warns(UnfiredSiteWarning), run:
+        run.get_grad_output("head")
+    with run:
+        kept = run.get("head")
+    assert not kept.resolve().requires_grad
+    with pytest.warns(UnfiredSiteWarning) as warned, run:
+        run.get_grad_output("head")
+    assert "stopped" not in str(warned[0].message)
+
+
+def test_save_takes_the_options_of_get(hooked, model, x):
+    with hooked.run(x) as run:
+        run.set("head", torch.zeros(5, 2))
+        assert {"callback", "prepend", "relative", "direction"} <= set(inspect.signature(run.save).parameters)
+        run.save("head", cache_key="before", prepend=True)
+        run.save("head", cache_key="more", callback=before_edits, relative=True, direction="fwd")
+    assert torch.equal(run.cache["before"], model(x))
+    assert torch.equal(run.cache["more"], torch.ones(5, 2))

@@ -334,3 +334,22 @@ def test_edits_take_part_in_the_recomputation_of_a_checkpoint(x):
         (got,) = torch.autograd.grad(model(x).sum(), x)
     (want,) = torch.autograd.grad(torch.tanh(2 * model.inner[0](x)).sum(), x)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("pick", [(0, 1), ("values", 1), -1, (-1, 1)])
+def test_an_argument_inside_a_tuple_is_edited(pick, x):
+    class Sum(nn.Module):
+        def forward(self, values):
+            return values if isinstance(values, torch.Tensor) else values[0] + values[1]
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Sum()
+
+        def forward(self, x):
+            given = (x, 3 * x) if isinstance(pick, tuple) else x
+            return self.inner(values=given) if isinstance(pick, tuple) and pick[0] == "values" else self.inner(given)
+
+    with attach(Outer(), "inner", double, direction="fwd_pre", pick=pick) as hooked:
+        torch.testing.assert_close(hooked(x), 7 * x if isinstance(pick, tuple) else 2 * x)

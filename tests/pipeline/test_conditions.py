@@ -215,3 +215,13 @@ def test_after_a_no_the_rest_is_not_asked(x):
 )
 def test_reprs_read_as_they_are_written(hooks, text):
     assert repr(hooks) == text
+
+
+def test_a_predicate_of_one_keyword_gets_that_keyword(x):
+    hooks = ConditionalHooks(lambda layer: layer == 3, zero)
+    assert torch.equal(hooks(x, layer=3), 0 * x)
+    assert torch.equal(hooks(x, layer=2), x)
+    both = ConditionalHooks(lambda layer, *, call: layer == call, zero)
+    assert torch.equal(both(x, layer=3, call=3), 0 * x)
+    assert torch.equal(both(x, layer=3, call=2), x)
+    assert torch.equal(ConditionalHooks(lambda value: value.dim() == x.dim(), zero)(x, layer=3), 0 * x)

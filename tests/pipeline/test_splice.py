@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
@@ -624,3 +625,20 @@ def test_a_compiled_model_is_spliced_and_edited_whether_it_was_traced_before_or_
     assert len(hooked.cache.keys()) == 2
     assert paths_of(compiled) == []
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reads", ["output", "input"])
+def test_of_a_tensordict_module_what_it_writes_is_spliced(reads):
+    linear, x = nn.Linear(4, 4), torch.randn(3, 4)
+    model = TensorDictSequential(
+        TensorDictModule(linear, in_keys=["x"], out_keys=["h"]),
+        TensorDictModule(nn.Tanh(), in_keys=["h"], out_keys=["y"]),
+    )
+    pair = (lambda value: 2 * value, lambda latents: 3 * latents)
+    with Splice(r"module\.0", pair, add_error=False, reads=reads).prepare(model) as hooked:
+        data = TensorDict(a=torch.zeros(3, 4), x=x)
+        assert hooked(data) is data
+    expected = 6 * linear(x) if reads == "output" else 6 * x
+    assert torch.equal(data["x"], x)
+    torch.testing.assert_close(data["h"], expected)
+    torch.testing.assert_close(data["y"], torch.tanh(expected))

@@ -1,6 +1,7 @@
 """Reading rows: any index, single columns, sequences, loaders, batches that see every row once, other formats."""
 
 import pickle
+import sys
 from itertools import islice, pairwise
 
 import numpy as np
@@ -235,7 +236,7 @@ def test_an_export_is_whole_or_not_there(dataset, tmp_path, monkeypatch):
     (tmp_path / "a.npz").write_text("mine")
     with pytest.raises(StoreError, match="is there already; export to another path"):
         dataset.export(tmp_path / "a.npz", "npz")
-    with pytest.raises(ValueError, match="export knows 'npz', 'pt', 'memmap', 'hf', got 'csv'"):
+    with pytest.raises(ValueError, match="export knows 'npz', 'pt', 'memmap', 'hf', 'arrow', got 'csv'"):
         dataset.export(tmp_path / "b", "csv")
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="no space"):
@@ -315,3 +316,29 @@ def test_merge_is_a_method_that_leaves_out_none_and_writes_beside_the_first(data
     assert one.repack(keys=["layers.1"]).path == tmp_path / "one-repacked.acts"
     with pytest.raises(StoreError, match="is there already"):
         one.merge(other)
+
+
+@pytest.mark.parametrize(
+    "index", [None, ["0", "1"], ("0", 3), {"a": 1}, object()], ids=lambda index: type(index).__name__
+)
+def test_what_is_no_index_is_an_index_error(dataset, index):
+    with pytest.raises(IndexError, match="an index is an integer, a slice"):
+        dataset[index]
+    with pytest.raises(IndexError, match="an index is an integer, a slice"):
+        dataset["layers.0"][index]
+
+
+def test_export_takes_the_format_from_the_suffix(dataset, tmp_path):
+    with np.load(dataset.export(tmp_path / "a.npz")) as archive:
+        assert sorted(archive.files) == sorted(whole())
+    loaded = torch.load(dataset.export(tmp_path / "a.pt"), weights_only=True)
+    assert loaded.keys() == whole().keys()
+    with pytest.raises(ValueError, match=r"export knows .*'arrow', got None"):
+        dataset.export(tmp_path / "a")
+
+
+def test_arrow_is_another_name_for_hugging_face(dataset, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for kind in ("hf", "arrow"):
+        with pytest.raises(StoreError, match="exporting to Hugging Face datasets needs them"):
+            dataset.export(tmp_path / "a", kind)

@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tdcache.attribution.asks import Rows, wide
 from tdcache.attribution.base import Attribution, Work
 from tdcache.attribution.frame import Baseline, Frame
 from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.integrated import gap_key
+from tdcache.attribution.lrp.linear import ELEMENTWISE
+from tdcache.attribution.lrp.replaced import ReplacedBackward, install_replaced
 from tdcache.errors import AttributionError
 from tdcache.hooks import MultiHookHandle, Order, attach
 from tdcache.selection import select
 from tdcache.types import Selector
 
-__all__ = ["DeepLift", "ELEMENTWISE", "Rescale"]
+__all__ = ["DeepLift", "RESCALED", "Rescale"]
 
-ELEMENTWISE: tuple[type[nn.Module], ...] = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Sigmoid,
-    nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.LogSigmoid, nn.Softsign, nn.Tanhshrink, nn.PReLU,
-)  # fmt: skip
-"""Modules that act on each number by itself."""
+_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+
+RESCALED: tuple[type[nn.Module], ...] = (*ELEMENTWISE, *_POOLS, nn.Softmax)
+"""Modules that DeepLift has a rule for."""
 
 
 class Rescale:
     """At elementwise modules the slope between input and reference takes the derivative's place (the rescale rule).
 
-    The rows are the inputs followed by as many references.
+    The rows are the inputs followed by as many references. A max pool hands what its output rises by to the input's
+    maximum, or to the reference's where that is larger. A softmax is the exponential, a sum and a quotient, each with
+    its own slope, so that it is complete even where a logit stays as it was.
 
     Args:
-        selector: which modules; by default the classes of :data:`ELEMENTWISE`.
+        selector: which modules; by default the classes of :data:`RESCALED`. Those that are neither max pools nor
+            ``nn.Softmax`` count as elementwise.
         eps: differences below it use the derivative.
     """
 
-    def __init__(self, selector: Selector = ELEMENTWISE, eps: float = 1e-7) -> None:
+    def __init__(self, selector: Selector = RESCALED, eps: float = 1e-7) -> None:
         self.selector = selector
         self.eps = eps
 
@@ -46,6 +52,10 @@ class Rescale:
     def install(self, model: nn.Module, rows: Rows | None, handle: MultiHookHandle) -> None:
         """Add the hooks."""
         for path, module, _ in select(model, self.selector, allow_empty=True):
+            if isinstance(module, (*_POOLS, nn.Softmax)):
+                rule = (_MaxPool if isinstance(module, _POOLS) else _Softmax)(self.eps)
+                install_replaced(module, ReplacedBackward(path, rule, rows), handle)
+                continue
             hook = _RescaleHook(self, path, rows)
             handle.add(attach(module, hook.on_input, "fwd_pre", order=Order.EDIT))
             handle.add(attach(module, hook.on_output, order=Order.EDIT))
@@ -102,12 +112,81 @@ class _Slope(torch.autograd.Function):
         return through, plain, None
 
 
+@dataclass(frozen=True, slots=True)
+class _MaxPool:
+    """What a maximum rises by from reference to input comes from the larger of the two maxima."""
+
+    eps: float
+
+    def gradient(self, module: nn.Module, x: Tensor, y: Tensor, grad: Tensor, norm: nn.Module | None) -> Tensor:
+        """The multipliers of inputs and references times ``grad``."""
+        settings: Any = module
+        space = next(size for size, kind in enumerate(_POOLS, 1) if isinstance(module, kind))
+        pool: Any = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[space - 1]
+        _, found = pool(
+            x,
+            settings.kernel_size,
+            settings.stride,
+            settings.padding,
+            settings.dilation,
+            ceil_mode=settings.ceil_mode,
+            return_indices=True,
+        )
+        at, flat_x = found.flatten(-space), x.flatten(-space)
+        (high, low), rise = y.chunk(2), _rise(y)
+        # Below each maximum of the input by what it exceeds that of the reference, and the other way round.
+        here, there = at.chunk(2)
+        above = torch.where(high > low, rise, 0).flatten(-space)
+        below = torch.where(high > low, 0, rise).flatten(-space)
+        empty, arrives = torch.zeros_like(flat_x), grad.flatten(-space)
+        moved = empty.scatter_add(-1, torch.cat([here, here]), arrives * torch.cat([above, above]))
+        moved = moved.scatter_add(-1, torch.cat([there, there]), arrives * torch.cat([below, below]))
+        derivative = empty.scatter_add(-1, at, arrives)
+        return _quotient(moved, flat_x, derivative, self.eps).view_as(x)
+
+
+@dataclass(frozen=True, slots=True)
+class _Softmax:
+    """``y = e / s`` of ``e = exp(x)`` and their sum ``s``; a product ``e * r`` rises by its factors' rises in turn."""
+
+    eps: float
+
+    def gradient(self, module: nn.Module, x: Tensor, y: Tensor, grad: Tensor, norm: nn.Module | None) -> Tensor:
+        """The multipliers of inputs and references times ``grad``."""
+        axis: Any = module.dim
+        if axis is None:  # as torch chooses
+            axis = 0 if x.ndim in (0, 1, 3) else 1
+        peak = torch.maximum(*x.amax(axis, keepdim=True).chunk(2))
+        e = torch.exp(x - torch.cat([peak, peak]))
+        r = 1 / e.sum(axis, keepdim=True)
+        (high, low), (high_r, low_r) = e.chunk(2), r.chunk(2)
+        mean_e, mean_r, slope_r = (high + low) / 2, (high_r + low_r) / 2, -high_r * low_r
+        mean_e, mean_r, slope_r = (torch.cat([each, each]) for each in (mean_e, mean_r, slope_r))
+        to_e = grad * mean_r + (grad * mean_e).sum(axis, keepdim=True) * slope_r
+        rise = _rise(e)
+        return _quotient(to_e * torch.cat([rise, rise]), x, to_e * e, self.eps)
+
+
+def _rise(values: Tensor) -> Tensor:
+    """By how much the inputs' values exceed the references'."""
+    high, low = values.chunk(2)
+    return high - low
+
+
+def _quotient(moved: Tensor, x: Tensor, derivative: Tensor, eps: float) -> Tensor:
+    """``moved`` by the step from reference to input; the derivative where there is none (as between two infinities)."""
+    step = _rise(x)
+    step = torch.cat([step, step])
+    steps = step.abs() >= eps
+    return torch.where(steps, moved / torch.where(steps, step, 1), derivative)
+
+
 class DeepLift(Attribution):
     """Differences from a reference, passed back by the rescale rule (Shrikumar et al. 2017, arXiv:1704.02685).
 
     Input and reference run in the same forward. The scores sum to ``f(input) - f(reference)`` where the model is made
-    of linear modules and the elementwise ones of :data:`ELEMENTWISE`, called as modules; ``("gap", ...)`` holds, per
-    row, by how much they miss it.
+    of linear modules and those of :data:`RESCALED`, called as modules; ``("gap", ...)`` holds, per row, by how much
+    they miss it.
 
     Args:
         baseline: the reference; see :class:`IntegratedGradients`.

@@ -80,21 +80,23 @@ class InternalInfluence(_PathMethod):
 class Conductance(_PathMethod):
     """What flows through each selected module along the inputs' path (Dhamdhere et al. 2018, arXiv:1805.12233).
 
-    ``sum_k g_k * (a_{k+1} - a_k)`` over activations ``a`` and their gradients ``g``. With ``method="trapezoid"`` (the
-    default) the steps begin and end at the path's ends and gradients are averaged over a step, so that the scores of a
-    layer that everything passes through sum to ``f(input) - f(baseline)`` up to the second order of the step; other
-    methods use the gradient at the step's beginning.
+    ``sum_k g_k * (a_{k+1} - a_k)`` over activations ``a`` and their gradients ``g`` at ``n_steps + 1`` points. By
+    default these are Gauss-Legendre nodes and the gradient is that at the step's beginning, as in captum; the nodes
+    leave out the path's ends, so that the scores miss ``f(input) - f(baseline)`` by the first order of the step. With
+    ``method="trapezoid"`` the steps begin and end at the path's ends and gradients are averaged over a step, so that
+    the scores of a layer that everything passes through sum to the difference up to the second order. ``("gap", ...)``
+    holds, per row, by how much they miss it.
 
     Args:
         selector: which modules.
         n_steps: the number of steps.
-        method: where the points lie.
+        method: where the points lie; a rule of :func:`~tdcache.attribution.quadrature.quadrature`.
         **options: see :class:`IntegratedGradients` and :class:`SiteAttribution`.
     """
 
-    def __init__(self, selector: Selector, *, n_steps: int = 50, method: str = "trapezoid", **options: Any) -> None:
-        super().__init__(selector, n_steps=n_steps, method=method, **options)
-        self.nodes = quadrature(method, n_steps + 1)
+    def __init__(self, selector: Selector, **options: Any) -> None:
+        super().__init__(selector, **options)
+        self.nodes = quadrature(self.method, self.n_steps + 1)
 
     def work(self, frame: Frame) -> Work:
         """Ask for what the scores need, and compute them."""

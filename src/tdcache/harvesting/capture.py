@@ -13,14 +13,25 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.caching import ActivationCaching
-from tdcache.errors import CaptureError, listed
+from tdcache.errors import CaptureError, SelectionError, listed
 from tdcache.harvesting.row_rule import BatchRows
 from tdcache.harvesting.whole import whole_tensor
 from tdcache.hooks.values import pick_tensor
 from tdcache.modules import HookedModule
 from tdcache.types import HookDirection, Match, Pick, Selector
 
-__all__ = ["Capture", "RowTaker", "accepted_names", "as_evaluated", "call_model", "model_device", "to_device"]
+__all__ = [
+    "Capture",
+    "RowTaker",
+    "accepted_names",
+    "as_dtype",
+    "as_evaluated",
+    "call_model",
+    "model_device",
+    "to_device",
+]
+
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
 @dataclass(slots=True)
@@ -119,13 +130,13 @@ class Capture:
         match: Match = "full",
         direction: HookDirection = "fwd",
         pick: Pick = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         stop_early: bool = True,
         forward: Callable[[Any, Any], Any] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         self.model = model
-        self.taker = RowTaker(dtype, pick)
+        self.taker = RowTaker(as_dtype(dtype), pick)
         self.device = model_device(model) if device is None else torch.device(device)
         self._forward = forward
         self._factory = ActivationCaching(
@@ -182,6 +193,21 @@ class Capture:
         counts = {path: int(count) for path, count in self.taker.overflow.items()}
         self.taker.overflow.clear()
         return {path: count for path, count in counts.items() if count}
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype of stored values, also by its name.
+
+    Raises:
+        SelectionError: not one that floating values can be stored in.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if dtype is None:
+        return None
+    if name not in _DTYPES:
+        raise SelectionError(f"dtype is one of {listed(_DTYPES)}, or None for the model's; got {dtype!r}")
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def call_model(called: Callable[..., Any], batch: Any, names: frozenset[str] | None) -> None:

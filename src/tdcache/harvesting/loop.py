@@ -45,7 +45,7 @@ def harvest(
     match: Match = "full",
     direction: Literal["fwd", "fwd_pre"] = "fwd",
     pick: Pick = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     drop: str | Sequence[str] | None = "pad",
     positions: slice | int | Sequence[int] | None = None,
     rows: RowKind | None = None,
@@ -75,13 +75,14 @@ def harvest(
     Args:
         model: any module. Batches that are mappings become keyword arguments, of those that it takes; of tuples and
             lists the first item is the input.
-        data: a ``DataLoader`` that does not shuffle, a map-style dataset of samples, or any iterable of batches.
+        data: a ``DataLoader`` that does not shuffle, a map-style dataset of samples (of any library; a tensor or
+            TensorDict is one of its rows), or any iterable of batches, as a list of them.
         path: the store's folder.
         select: which modules; see :class:`tdcache.ActivationCaching`.
         match: how patterns are held against paths.
         direction: ``"fwd"`` (outputs) or ``"fwd_pre"`` (inputs).
         pick: which tensor of a structured value.
-        dtype: of the stored values; None keeps the model's.
+        dtype: of the stored values, also by name (``"bfloat16"``); None keeps the model's.
         drop: ``"pad"`` (by the attention mask), ``"bos"`` (each sample's first token), ``"pad|bos"``, or None.
         positions: the places among a sample's own tokens that are kept: a number, several, or a slice.
         rows: ``"tokens"`` or ``"samples"``; by default tokens where the batches have token ids or a mask.
@@ -104,7 +105,7 @@ def harvest(
         The store, open for reading.
 
     Raises:
-        SelectionError: nothing selected, nothing in the data, or an unusable option.
+        SelectionError: nothing selected, nothing in the data, a budget below one row, or an unusable option.
         SpecError: the store there holds something else; the fields that differ are named.
         CaptureError: values without rows in common, values that ``dtype`` cannot hold, or a bare shard of one.
         StoreError: a unit could not be written; the message names it and its path.
@@ -128,16 +129,15 @@ def harvest(
         kind=rows,
         budget=Budget(max_rows, _as_bytes(max_bytes)),
         shard_bytes=shard_bytes,
-        fixed={"direction": direction, "dtype": _name(dtype), "pick": _spelled(pick)},
+        fixed={"direction": direction, "dtype": _name(capture.taker.dtype), "pick": _spelled(pick)},
     )
     share = Share.of(model, rank, world)
-    spec = request.settled(capture, share, shown=progress)
+    spec, expected = request.settled(capture, share, shown=progress)
     if not resume and (request.folder / "spec.json").exists():
         raise SpecError(f"{request.folder} holds a store already, and resume=False", path=request.folder)
     made_by = {"torch": torch.__version__, "tensordict": str(tensordict.__version__)}
     writer = StoreWriter(request.folder, spec, made_by=made_by, files=files)
-    _Run(capture, request, writer, share, refuse_overflow=overflow == "raise", shown=progress).go()
-    wait_for_others()
+    _Run(capture, request, writer, share, overflow == "raise", shown=progress, expected=expected).go()
     return ActivationDataset.open(request.folder)
 
 
@@ -187,8 +187,11 @@ class _Request:
         limit = self.budget.limit(found.row_bytes)
         return Preflight.of(self.folder, found, batches=self.source.batches, per_unit=per_unit, limit=limit)
 
-    def settled(self, capture: Capture, share: Share, *, shown: bool) -> dict[str, Any]:
-        """The spec: of a store that is there, what a forward would show is taken from it, so that none is needed."""
+    def settled(self, capture: Capture, share: Share, *, shown: bool) -> tuple[dict[str, Any], int | None]:
+        """The spec, and about how many rows there will be.
+
+        Of a store that is there, what a forward would show is taken from it, so that none is needed.
+        """
         asked = {
             **self.fixed,
             "model": {"class": type(capture.model).__qualname__, "fingerprint": model_fingerprint(capture.model)},
@@ -203,15 +206,17 @@ class _Request:
             there = read_spec(self.folder)
             seen = {name: there.get(name) for name in ("rows", "tokens", "batches_per_unit")}
             sites = {path: there["sites"].get(path) for path in self.paths}
-            return {**asked, **seen, "rows": self.kind or seen["rows"], "sites": sites}
+            return {**asked, **seen, "rows": self.kind or seen["rows"], "sites": sites}, None
         found = probe(capture, self.source, self.rule, self.kind)
         if share.sharded:
             _refuse_shards_in(capture, self, found)
+        ahead = self.preflight(found)
         if shown and share.rank == 0 and share.writes:
-            print(self.preflight(found), file=sys.stderr)
+            print(ahead, file=sys.stderr)
         per_unit = batches_per_unit(found, shard_bytes=self.shard_bytes, batches=self.source.batches)
         sites = {path: {"dtype": _name(kind), "shape": list(shape)} for path, (kind, shape) in found.sites.items()}
-        return {**asked, "rows": found.kind, "tokens": found.with_tokens, "batches_per_unit": per_unit, "sites": sites}
+        seen = {"rows": found.kind, "tokens": found.with_tokens, "batches_per_unit": per_unit}
+        return {**asked, **seen, "sites": sites}, ahead.rows
 
 
 def _refuse_shards_in(capture: Capture, request: _Request, found: Probe) -> None:
@@ -270,6 +275,8 @@ class _Run:
     share: Share
     refuse_overflow: bool
     shown: bool
+    expected: int | None
+    """About how many rows there will be, where a forward showed it."""
     there: dict[int, int] = field(default_factory=dict)
     """Rows of the units that are there, or were counted or run, by unit."""
     limit: int | None = None
@@ -278,7 +285,7 @@ class _Run:
     counted: int = 0
 
     def go(self) -> None:
-        """Run the units that are missing, and write the index."""
+        """Run the units that are missing, and write the index: at once, and again when the others have written."""
         committed = self.writer.committed()
         agreed = self.share.agree(frozenset(committed))
         self.there = {unit: committed[unit].rows for unit in agreed}
@@ -287,6 +294,9 @@ class _Run:
             self._prepare()
             self._walk()
         if self.share.writes:
+            self.writer.finish()
+        wait_for_others()
+        if self.share.writes and self.share.rank == 0 and self.share.world > 1:
             self.writer.finish()
 
     def _prepare(self) -> None:
@@ -303,11 +313,15 @@ class _Run:
             return "run"
         return "skip" if self.limit is None else "count"
 
+    def _rows_to_run(self) -> int | None:
+        rows = self.limit if self.expected is None else self.expected
+        return None if rows is None else -(-max(rows - sum(self.there.values()), 0) // self.share.world)
+
     def _walk(self) -> None:
         spec = self.writer.spec
         rule = RowRule(kind=spec["rows"], **self.request.rule)
         with (
-            Progress(shown=self.shown and self.share.writes, total=self.limit) as progress,
+            Progress(shown=self.shown and self.share.writes, total=self._rows_to_run()) as progress,
             WriterThread() as thread,
             self.capture.open() as hooked,
         ):

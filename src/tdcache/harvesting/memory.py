@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,11 +11,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tdcache.caching import ActivationCaching
-from tdcache.errors import CaptureError, ContextError, SelectionError, listed
+from tdcache.errors import CaptureError, ContextError, SelectionError, UnfiredSiteWarning, listed
 from tdcache.harvesting.capture import (
     Capture,
     accepted_names,
@@ -23,10 +25,11 @@ from tdcache.harvesting.capture import (
     model_device,
     to_device,
 )
-from tdcache.harvesting.names import HookSite, Layout, resolve_hook_points
+from tdcache.harvesting.names import Exactly, HookSite, Layout, is_called, literal_first, resolve_hook_points
 from tdcache.harvesting.progress import Progress
 from tdcache.harvesting.saved import SUFFIXES, load_activations, save_activations
-from tdcache.hooks.values import pick_tensor
+from tdcache.harvesting.source import length_of
+from tdcache.hooks.values import first_tensor, pick_tensor
 from tdcache.modules import HookedModule
 from tdcache.reducers import Concatenate
 from tdcache.selection import select
@@ -56,7 +59,7 @@ class ActivationStore:
         self._layers = layers
         self._device = device
         self._hooked: HookedModule | None = None
-        self._names: tuple[str, ...] = ()
+        self._every = _FirstIfAny() if layers is None else None
         self._cache: Any = {}
 
     def __repr__(self) -> str:
@@ -69,15 +72,23 @@ class ActivationStore:
 
     @property
     def layer_names(self) -> list[str]:
-        """The paths, once it was enabled."""
-        return list(self._names)
+        """The paths.
+
+        Raises:
+            SelectionError: a name that no module has; the nearest are named.
+        """
+        return list(select(self._model, self._selector()).paths)
+
+    def _selector(self) -> Selector:
+        return is_called if self._layers is None else literal_first(self._model, self._layers)
 
     @property
     def activations(self) -> dict[str, Tensor]:
         """The latest activations by path."""
         if self._hooked is not None:
             self._cache = self._hooked.cache
-        return dict(self._cache.items())
+        without = self._every.without if self._every is not None else ()
+        return {path: value for path, value in self._cache.items() if path not in without}
 
     def get(self, name: str) -> Tensor | None:
         """The latest activation at a path; None where there is none."""
@@ -90,10 +101,8 @@ class ActivationStore:
             SelectionError: a name that no module has; the nearest are named.
         """
         if self._hooked is None:
-            selector = _any_called if self._layers is None else _literal_first(self._model, self._layers)
-            factory = ActivationCaching(selector, hold="snapshot", device=self._device)
+            factory = ActivationCaching(self._selector(), callback=self._every, hold="snapshot", device=self._device)
             self._hooked = factory.prepare(self._model).open()
-            self._names = self._hooked.hooking_context.recorder.channels[0].paths
 
     def disable(self) -> None:
         """Stop keeping, and take every hook off the model; what was kept stays."""
@@ -102,7 +111,10 @@ class ActivationStore:
             try:
                 self._cache = hooked.cache
             finally:
-                hooked.restore()
+                with warnings.catch_warnings():
+                    if self._every is not None:
+                        warnings.simplefilter("ignore", UnfiredSiteWarning)  # nobody asked for these modules by name
+                    hooked.restore()
 
     def clear(self) -> None:
         """Forget what was kept."""
@@ -120,42 +132,23 @@ class ActivationStore:
         self.disable()
 
 
-def _any_called(path: str, module: nn.Module) -> bool:
-    return not isinstance(module, nn.ModuleList | nn.ModuleDict)
+class _FirstIfAny:
+    """The callback where nobody named the layers: the first tensor of an output; what has none is passed over."""
 
+    def __init__(self) -> None:
+        self.without: set[str] = set()
+        """The paths whose latest output holds no tensor."""
 
-def _literal_first(model: nn.Module, layers: Selector) -> Selector:
-    """A string that is the path of a module means that module, and not what its dots would match.
-
-    Raises:
-        SelectionError: one of several matches nothing, which a union would pass over.
-    """
-    if isinstance(layers, str):
-        return _literal_first(model, [layers])
-    if not isinstance(layers, Sequence):
-        return layers
-    there = _paths(model)
-    for each in layers:
-        if not isinstance(each, str) or each not in there:
-            select(model, each)
-    return [_Exactly(each) if isinstance(each, str) and each in there else each for each in layers]
-
-
-def _paths(model: nn.Module) -> set[str]:
-    return {path for path, _ in model.named_modules(remove_duplicate=False)}
-
-
-class _Exactly:
-    """The predicate for one path."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __repr__(self) -> str:
-        return f"exactly {self.path!r}"
-
-    def __call__(self, path: str, module: nn.Module) -> bool:
-        return path == self.path
+    def __call__(self, *, module: nn.Module, output: Any, key: str, **_: Any) -> Tensor:
+        out_keys: Any = getattr(module, "out_keys", None)
+        if isinstance(output, TensorDictBase) and out_keys:
+            output = output.get(out_keys[0])
+        found = first_tensor(output)
+        if found is None:
+            self.without.add(key)
+            return torch.empty(0)
+        self.without.discard(key)
+        return found
 
 
 def extract_representations(
@@ -187,7 +180,7 @@ def extract_representations(
         raise SelectionError(f"max_samples is at least 1, got {max_samples}", selector=max_samples)
     if len(dataset) == 0:
         raise SelectionError("the dataset holds no sample, so there is nothing to extract")
-    capture = Capture(model, _literal_first(model, layers), device=device, stop_early=True)
+    capture = Capture(model, literal_first(model, layers), device=device, stop_early=True)
     gathered: dict[str, Concatenate] = {}
     total = len(dataset) if max_samples is None else min(max_samples, len(dataset))
     with capture.open() as hooked:
@@ -269,7 +262,7 @@ class ActivationCollector:
             for site in self._sites:
                 taker = _RowCollector(site, self)
                 options: dict[str, Any] = {"callback": taker, "directions": [site.direction]}
-                undo.enter_context(ActivationCaching(_Exactly(site.path), **options).prepare(self.model))
+                undo.enter_context(ActivationCaching(Exactly(site.path), **options).prepare(self.model))
             self._undo = undo.pop_all()
         return self
 
@@ -378,11 +371,13 @@ def collect_activations_from_dataloader(
         layout: see :class:`ActivationCollector`.
     """
     collector = ActivationCollector(model, hook_points, max_activations, device, save_path, layout=layout)
-    names, home = accepted_names(model), model_device(model)
+    names, home, batches = accepted_names(model), model_device(model), length_of(dataloader)
     with as_evaluated(model), torch.no_grad(), Progress(shown=verbose, total=max_activations) as progress, collector:
         for batch in dataloader:
             before = collector.rows
             call_model(model, to_device(batch, home), names)
+            if before == 0 and batches is not None:
+                progress.expect(min(max_activations, batches * collector.rows))
             progress.add(collector.rows - before)
             if collector.full:
                 break

@@ -12,8 +12,18 @@ from torch import nn
 from tdcache.errors import SelectionError, listed
 from tdcache.paths import near_misses
 from tdcache.selection import select, walk
+from tdcache.types import Selector
 
-__all__ = ["HookSite", "LAYOUTS", "Layout", "find_layout", "resolve_hook_points"]
+__all__ = [
+    "Exactly",
+    "HookSite",
+    "LAYOUTS",
+    "Layout",
+    "find_layout",
+    "is_called",
+    "literal_first",
+    "resolve_hook_points",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,3 +158,39 @@ def _layout_of(model: nn.Module, name: str, layout: Layout | str | None, paths: 
             selector=name,
         )
     return found
+
+
+def is_called(path: str, module: nn.Module) -> bool:
+    """Whether a module is one that has a forward: lists and dicts of modules have none."""
+    return not isinstance(module, nn.ModuleList | nn.ModuleDict)
+
+
+def literal_first(model: nn.Module, layers: Selector) -> Selector:
+    """A string that is the path of a module means that module, and not what its dots would match.
+
+    Raises:
+        SelectionError: one of several matches nothing, which a union would pass over.
+    """
+    if isinstance(layers, str):
+        return literal_first(model, [layers])
+    if not isinstance(layers, Sequence):
+        return layers
+    there = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    for each in layers:
+        if not isinstance(each, str) or each not in there:
+            select(model, each)
+    return [Exactly(each) if isinstance(each, str) and each in there else each for each in layers]
+
+
+class Exactly:
+    """The predicate for one path."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"exactly {self.path!r}"
+
+    def __call__(self, path: str, module: nn.Module) -> bool:
+        """Whether it is this one."""
+        return path == self.path

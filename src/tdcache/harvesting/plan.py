@@ -35,8 +35,23 @@ class Budget:
     rows: int | None = None
     bytes: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, size in (("max_rows", self.rows), ("max_bytes", self.bytes)):
+            if size is not None and size < 1:
+                raise SelectionError(f"{name} is at least 1, got {size}; leave it out for all rows", selector=size)
+
     def limit(self, row_bytes: int) -> int | None:
-        """The most rows, given the bytes of one in all columns."""
+        """The most rows, given the bytes of one in all columns.
+
+        Raises:
+            SelectionError: not even one.
+        """
+        if self.bytes is not None and self.bytes < row_bytes:
+            raise SelectionError(
+                f"max_bytes={self.bytes:,} holds no row: one has {row_bytes:,} bytes in all columns; allow more, or "
+                "select fewer sites",
+                selector=self.bytes,
+            )
         limits = [self.rows, None if self.bytes is None else self.bytes // row_bytes]
         return min((each for each in limits if each is not None), default=None)
 

@@ -39,6 +39,13 @@ class Progress:
         elif self._shown:
             self._say()
 
+    def expect(self, total: int | None) -> None:
+        """Say how many rows there will be, once that is known."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.refresh()
+
     def add(self, rows: int) -> None:
         """Count some more rows."""
         self.rows += rows

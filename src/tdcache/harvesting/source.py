@@ -17,7 +17,7 @@ from tdcache.errors import StoreError
 from tdcache.harvesting.row_rule import batch_length
 from tdcache.hooks.values import leaves
 
-__all__ = ["Source", "Step", "Visit"]
+__all__ = ["Source", "Step", "Visit", "length_of"]
 
 Visit = Literal["skip", "count", "run"]
 """What happens to a unit: not looked at, its rows counted, or run."""
@@ -62,7 +62,7 @@ class Source:
         self._loader = data if isinstance(data, DataLoader) and _enters_anywhere(data) else None
         self._ahead: list[Any] = []
         self._iterator: Iterator[Any] | None = data if isinstance(data, Iterator) else None  # can be walked once only
-        self.batches: int | None = len(data) if isinstance(data, Sized) and _has_length(data) else None
+        self.batches: int | None = length_of(data)
         """How many there are, where that is known."""
 
     def first(self) -> Any:
@@ -168,12 +168,12 @@ def _with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         yield item, True
 
 
-def _has_length(data: Sized) -> bool:
+def length_of(data: Any) -> int | None:
+    """How many items there are, where that is known."""
     try:
-        len(data)
+        return len(data) if isinstance(data, Sized) else None
     except TypeError:  # a loader over an iterable dataset has the method, and raises in it
-        return False
-    return True
+        return None
 
 
 def _enters_anywhere(loader: DataLoader[Any]) -> bool:

@@ -129,7 +129,7 @@ def replace_in_output(output: Any, new: Any, *, pick: Pick, path: str) -> Any:
         EditError: ``new`` does not fit.
     """
     if isinstance(output, TensorDictBase) and isinstance(pick, str | tuple):
-        check_fits(new, output.get(pick), path)  # type: ignore[arg-type]  # the entries of a TensorDict have names
+        check_fits(new, output.get(pick), path)
         return output.set(pick, new)  # type: ignore[arg-type]
     return replace_tensor(output, new, pick=pick, path=path)
 

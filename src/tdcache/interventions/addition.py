@@ -68,8 +68,9 @@ class ActivationAddition(Intervention):
         negative_key: where the negative ones are.
         steer_key: where the vectors are written.
         coefficient: what they are multiplied by.
-        pool: how a value ``(batch, ..., features)`` becomes a vector: the mean over all but ``unit_dim`` (``"tokens"``),
-            the mean over the batch at the last position (``"last"``), or over the batch alone (``"batch"``).
+        pool: how a value ``(batch, ..., features)`` becomes a vector: the mean over all but ``unit_dim``
+            (``"tokens"``), the mean over the batch at the last position (``"last"``), or over the batch alone
+            (``"batch"``).
         mask_key: with ``pool="tokens"``, the entry of the positive and negative inputs that is 1 where a token counts,
             for instance ``"attention_mask"``.
         positions: where the vector is added; see :class:`Intervention`, as ``units`` and the arguments behind it.

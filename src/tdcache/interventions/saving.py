@@ -140,7 +140,8 @@ def _as_data(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         entries = [[key, _as_data(item, f"{name}/{key}", tensors)] for key, item in value.items()]
         return {next(iter(nodes)): entries}
     if isinstance(value, tuple | list | range):
-        return {"tuple" if isinstance(value, tuple) else "list": [_as_data(item, f"{name}/{at}", tensors) for at, item in enumerate(value)]}
+        items = [_as_data(item, f"{name}/{at}", tensors) for at, item in enumerate(value)]
+        return {"tuple": items} if isinstance(value, tuple) else {"list": items}
     raise StoreError(
         f"{name}= is {type(value).__name__}, which is no data: a selector can be saved as a regex, a "
         "source as a tensor or "

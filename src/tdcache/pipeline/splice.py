@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.contexts import HookingContext, HookingContextFactory
@@ -73,8 +74,11 @@ class _SpliceHooks:
     order: int = Order.EDIT
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the first tensor of the input."""
-        source = pick_tensor((*args, *kwargs.values()), None, self.path)
+        """Note the first tensor of the input; of a TensorDict, the first that the module reads."""
+        given = (*args, *kwargs.values())
+        keys = getattr(module, "in_keys", None)
+        pick = (0, keys[0]) if keys and given and isinstance(given[0], TensorDictBase) else None
+        source = pick_tensor(given, pick, self.path)
         self.inputs.append((source, version_of(source)))
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -302,7 +302,9 @@ class ActivationDataset(torch.utils.data.Dataset[TensorDict]):
                 found[0].add_note(str(further))
             raise found[0]
 
-    def export(self, path: str | os.PathLike[str], kind: Literal["npz", "pt", "memmap", "hf"]) -> Path:
+    def export(
+        self, path: str | os.PathLike[str], kind: Literal["npz", "pt", "memmap", "hf", "arrow"] | None = None
+    ) -> Path:
         """Write the rows in another format; see :func:`tdcache.store.export.export_rows`."""
         from tdcache.store.export import export_rows
 

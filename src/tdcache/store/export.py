@@ -30,30 +30,33 @@ _NUMPY_KNOWS = frozenset(
 
 
 def export_rows(
-    dataset: ActivationDataset, path: str | os.PathLike[str], kind: Literal["npz", "pt", "memmap", "hf"]
+    dataset: ActivationDataset,
+    path: str | os.PathLike[str],
+    kind: Literal["npz", "pt", "memmap", "hf", "arrow"] | None = None,
 ) -> Path:
     """Write all rows of a store in another format; on any failure nothing is there under ``path``.
 
     ``"npz"``: one array per column, for ``numpy.load``. ``"pt"``: a dict of tensors, for
     ``torch.load(..., weights_only=True)``; held in memory. ``"memmap"``: a folder for ``TensorDict.load_memmap``.
-    ``"hf"``: a folder for ``datasets.load_from_disk`` (extra ``hf``). NumPy and Arrow have no bfloat16 and no float8:
-    there such columns become float32, which holds their values exactly.
+    ``"hf"``, also ``"arrow"``: a folder for ``datasets.load_from_disk`` (extra ``hf``). NumPy and Arrow have no
+    bfloat16 and no float8: there such columns become float32, which holds their values exactly.
 
     Args:
         dataset: the store.
         path: the file or folder; it must not be there.
-        kind: the format.
+        kind: the format; by default what a suffix ``.npz`` or ``.pt`` says.
 
     Returns:
         ``path``.
 
     Raises:
         StoreError: ``path`` is there, or a site's name would lead out of it.
-        ValueError: no such format.
+        ValueError: no such format, or none given and none in the suffix.
     """
+    target = Path(path)
+    kind = kind or _KINDS.get(target.suffix)  # type: ignore[assignment]
     if kind not in _WRITERS:
         raise ValueError(f"export knows {', '.join(map(repr, _WRITERS))}, got {kind!r}")
-    target = Path(path)
     if target.exists():
         raise StoreError(f"{target} is there already; export to another path, or remove it first", path=target)
     for key in (*dataset.keys, *dataset.row_keys):
@@ -160,4 +163,5 @@ def _write_hf(dataset: ActivationDataset, path: Path) -> None:
     hf.concatenate_datasets(parts).save_to_disk(path)
 
 
-_WRITERS = {"npz": _write_npz, "pt": _write_pt, "memmap": _write_memmap, "hf": _write_hf}
+_WRITERS = {"npz": _write_npz, "pt": _write_pt, "memmap": _write_memmap, "hf": _write_hf, "arrow": _write_hf}
+_KINDS = {".npz": "npz", ".pt": "pt"}

@@ -28,7 +28,7 @@ def row_numbers(index: Any, rows: int) -> Tensor:
     if isinstance(index, slice):
         start, stop, step = index.indices(rows)
         return torch.arange(rows)[start:stop:step] if step > 0 else torch.tensor(range(start, stop, step))
-    numbers = torch.as_tensor(index.copy() if hasattr(index, "__array__") and not isinstance(index, Tensor) else index)
+    numbers = _as_tensor(index)
     if numbers.numel() == 0 and numbers.dtype == torch.get_default_dtype():  # an empty list
         return numbers.long()
     if numbers.dtype == torch.bool:
@@ -42,6 +42,16 @@ def row_numbers(index: Any, rows: int) -> Tensor:
         wrong = int(numbers.max()) if int(numbers.max()) >= rows else int(numbers.min())
         raise IndexError(f"row {wrong} is out of range; there are {rows} rows")
     return torch.where(numbers < 0, numbers + rows, numbers)
+
+
+def _as_tensor(index: Any) -> Tensor:
+    try:
+        return torch.as_tensor(index.copy() if hasattr(index, "__array__") and not isinstance(index, Tensor) else index)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise IndexError(
+            f"an index is an integer, a slice, ..., or integers or booleans in a list, an array or a tensor; got "
+            f"{index!r}; ask one column by its name, and its rows behind it: ds['layers.0'][:10]"
+        ) from None
 
 
 def slice_rows(columns: Sequence[Tensor], starts: Sequence[int], begin: int, end: int, *, copy: bool = True) -> Tensor:

@@ -8,8 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from tdcache.attribution.deeplift import ELEMENTWISE
-from tdcache.attribution.lrp.linear import LINEAR, is_linear
+from tdcache.attribution.lrp.linear import ELEMENTWISE, LINEAR, is_linear
 from tdcache.attribution.lrp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZPlus
 from tdcache.selection import Matcher, as_matcher
 from tdcache.types import Selector

@@ -1,0 +1,143 @@
+"""Options that are refused before anything is written, the index of several processes, and what is said on the way."""
+
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from harvesting.harvest_data import Counting
+from model_state import state_of
+from small_models import MLP
+from tdcache import ActivationDataset, harvest
+from tdcache.errors import SelectionError
+from tdcache.harvesting import ActivationStore, collect_activations_from_dataloader, loop, memory, preflight
+from tdcache.harvesting.progress import Progress
+from tdcache.store.layout import Layout
+
+X = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_rows": 0}, "max_rows is at least 1, got 0; leave it out for all rows"),
+        ({"max_rows": -3}, "max_rows is at least 1, got -3"),
+        ({"max_bytes": 0}, "max_bytes is at least 1, got 0"),
+        ({"max_bytes": 27}, "max_bytes=27 holds no row: one has 28 bytes in all columns; allow more"),
+        ({"dtype": torch.int8}, "dtype is one of 'float64', .*, or None for the model's; got torch.int8"),
+        ({"dtype": "half"}, "dtype is one of 'float64', .*; got 'half'"),
+    ],
+)
+def test_a_budget_or_dtype_that_holds_nothing_is_refused_before_anything_is_written(tmp_path, options, text):
+    for call in (harvest, preflight):
+        with pytest.raises(SelectionError, match=text):
+            call(Counting(), X, tmp_path / "a.acts", select="first", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dtype_can_be_given_by_name_and_one_row_is_a_budget(tmp_path):
+    named = harvest(Counting(), X, tmp_path / "a.acts", select="first", dtype="bfloat16", max_bytes=20)
+    assert (named["first"].dtype, len(named)) == (torch.bfloat16, 1)
+    other = harvest(Counting(), X, tmp_path / "b.acts", select="first", dtype=torch.bfloat16, max_bytes=20)
+    assert named.id == other.id
+
+
+def test_the_index_has_the_shards_of_all_ranks_after_they_met(tmp_path, monkeypatch):
+    folder = tmp_path / "a.acts"
+    options = {"select": "first", "batch_size": 4, "world": 2}
+
+    def meet():
+        monkeypatch.setattr(loop, "wait_for_others", lambda: None)
+        early = Layout(folder).index.read_bytes()
+        harvest(Counting(), X, folder, rank=1, **options)
+        Layout(folder).index.write_bytes(early)  # rank 0 looked before rank 1 had written, and wrote after it
+
+    monkeypatch.setattr(loop, "wait_for_others", meet)
+    harvest(Counting(), X, folder, rank=0, **options)
+    assert sorted(Layout(folder).read_index()) == [0, 1, 2, 3, 4]
+    assert ActivationDataset.open(folder).complete
+
+
+class Told(Progress):
+    totals: ClassVar[list] = []
+
+    def __init__(self, *, shown, total=None):
+        super().__init__(shown=False)
+        self.totals.append(total)
+
+    def expect(self, total):
+        super().expect(total)
+        self.totals.append(total)
+
+
+@pytest.mark.parametrize(
+    ("make", "most", "total"),
+    [
+        (lambda: DataLoader(X, batch_size=5), 1000, 20),
+        (lambda: DataLoader(X, batch_size=5), 12, 12),
+        (lambda: iter(X.split(5)), 12, 12),
+    ],
+)
+def test_collecting_says_how_many_rows_there_will_be(monkeypatch, make, most, total):
+    monkeypatch.setattr(memory, "Progress", Told)
+    monkeypatch.setattr(Told, "totals", [])
+    collect_activations_from_dataloader(MLP(), make(), "head", most)
+    assert Told.totals[-1] == total
+
+
+@pytest.mark.parametrize(("options", "total"), [({}, 20), ({"max_rows": 7}, 7), ({"rank": 1, "world": 2}, 10)])
+def test_a_harvest_says_how_many_rows_it_will_run(monkeypatch, tmp_path, options, total):
+    monkeypatch.setattr(loop, "Progress", Told)
+    monkeypatch.setattr(Told, "totals", [])
+    harvest(Counting(), X, tmp_path / "a.acts", select="first", batch_size=5, **options)
+    assert Told.totals == [total]
+
+
+def test_progress_counts_the_time_left_by_what_is_expected(capsys):
+    with Progress(shown=True) as progress:
+        progress.expect(10)
+        progress.add(10)
+    assert "10" in capsys.readouterr().err
+
+
+class Odd(nn.Module):
+    """Of its parts, one returns no tensor, one now and then, and one is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.text, self.now, self.never = nn.Linear(4, 2), Text(), Now(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        self.text(x)
+        self.now(x)
+        return self.linear(x)
+
+
+class Text(nn.Module):
+    def forward(self, x):
+        return "no tensor"
+
+
+class Now(nn.Module):
+    def forward(self, x):
+        return x.sum() if len(x) > 2 else None
+
+
+def test_where_nobody_names_the_layers_those_without_tensors_are_passed_over():
+    model = Odd()
+    before = state_of(model)
+    with ActivationStore(model) as store:
+        model(X)
+        assert set(store.activations) == {"linear", "now"}
+        model(X[:2])
+        assert set(store.activations) == {"linear"}
+    assert torch.equal(store.get("linear"), model.linear(X[:2]))
+    assert state_of(model) == before
+
+
+def test_a_store_knows_its_layers_before_it_is_enabled():
+    assert ActivationStore(MLP(), ["head", "layers.0"]).layer_names == ["layers.0", "head"]
+    assert ActivationStore(MLP(), r"layers\.[01]").layer_names == ["layers.0", "layers.1"]
+    assert "head" in ActivationStore(MLP()).layer_names
