@@ -115,7 +115,9 @@ def compute(plan: Plan) -> list[Table]:
         rate = tokens / statistics.median(seconds[name])
         table.rows.append([name, f"{rate:,.0f}", f"{_ratio(seconds, 'forward only', name):.2f}"])
     for base in ("forward only", "forward, preallocated copy_ by hand"):
-        table.goals.append(Goal(f"harvest, speed of: {base}", _ratio(seconds, base, "tdcache.harvest"), 0.95, at_least=True))
+        table.goals.append(
+            Goal(f"harvest, speed of: {base}", _ratio(seconds, base, "tdcache.harvest"), 0.95, at_least=True)
+        )
     return [table]
 
 
