@@ -96,12 +96,12 @@ class Target:
         """Drop every entry that was written here."""
         if self.in_place:
             return
-        ours = dict.fromkeys((*self._complete, *self.written))
         node = None if self.node is None else self.cache.get(self.node, None)
-        if node is not None and len(node.keys()) == len(ours):  # ours alone: a new node costs less than emptying it
+        if node is not None and not self.written and len(node.keys()) == len(self._complete):
+            # Ours alone, as after most forwards: a new node costs less than emptying this one.
             self.cache[self.node] = TensorDict(batch_size=self.cache.batch_size, device=self.cache.device)
         else:
-            for key in ours:
+            for key in dict.fromkeys((*self._complete, *self.written)):
                 self._drop(key)
         self.written.clear()
         self._complete = ()

@@ -18,7 +18,7 @@ from tdcache.hooks.attach import MultiHookHandle
 from tdcache.hooks.compiled import eager_where_stale
 from tdcache.introspect import is_wrapped_by_compile
 from tdcache.modules.call import ModelCall
-from tdcache.modules.hooked import HookedModule
+from tdcache.modules.hooked import HookedModule, holds_entries
 from tdcache.selection import Matcher, Selection
 from tdcache.types import CacheKey
 
@@ -187,7 +187,7 @@ class HookingContext:
 
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call of the hooked module."""
-        if args and isinstance(args[0], TensorDictBase):
+        if args and holds_entries(args[0]):
             forward = self.runner(lambda data: module.call_model(data, *args[1:], **kwargs))
             return forward(args[0])
         if self.factory.runs_module:
@@ -285,7 +285,7 @@ class HookingContextWithCache(HookingContext):
 
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call; refuses to write outputs over cache entries."""
-        if args and isinstance(args[0], TensorDictBase):
+        if args and holds_entries(args[0]):
             named = {key if isinstance(key, str) else key[0] for key in (*self._in_keys, *self._out_keys)}
             if clash := self.keys_in(args[0]) & named:
                 raise CacheWriteError(

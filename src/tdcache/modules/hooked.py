@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from textwrap import indent
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictModuleWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from tdcache.errors import ContextError, StopForward, TdcacheWarning
 from tdcache.hooks.attach import register_hook_to_module
@@ -19,7 +19,12 @@ from tdcache.modules.verbs import ModuleVerbs
 from tdcache.paths import resolve, resolve_all
 from tdcache.types import CacheKey, HookDirection, Removable
 
-__all__ = ["HookedModule", "OwningContext"]
+__all__ = ["HookedModule", "OwningContext", "holds_entries"]
+
+
+def holds_entries(value: Any) -> TypeGuard[TensorDictBase]:
+    """Whether ``value`` is a TensorDict; a test of an abstract class, which plain tensors are spared."""
+    return type(value) is not Tensor and isinstance(value, TensorDictBase)
 
 
 class OwningContext(Protocol):
@@ -126,7 +131,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
     def call_model(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model without asking the context; a stopped forward gives the TensorDict, or None."""
         called: Any = self._modules["td_module"]  # attribute access to a submodule costs more than this whole method
-        if type(called) is ModelCall and not (args and isinstance(args[0], TensorDictBase)):
+        if type(called) is ModelCall and not (args and holds_entries(args[0])):
             called = called._modules["module"]
         try:
             return called(*args, **kwargs)
