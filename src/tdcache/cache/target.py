@@ -37,13 +37,17 @@ class Target:
         """The keys whose entries are ours; after a complete write, only ``_complete`` says so."""
         self._complete: tuple[CacheKey, ...] = ()
 
+    def copies_in(self) -> bool:
+        """Whether values are copied into entries that are there; a cache may be locked while the context is open."""
+        return self.in_place or self.cache.is_locked
+
     def check(self, keys: Sequence[CacheKey]) -> None:
         """Refuse a locked cache that lacks entries for ``keys``.
 
         Raises:
             CacheWriteError: it names the missing ones and the remedy.
         """
-        if not (self.in_place or self.cache.is_locked):
+        if not self.copies_in():
             return
         missing = [self._full(key) for key in keys if self.cache.get(self._full(key), None) is None]
         if missing:
@@ -60,7 +64,7 @@ class Target:
             entries: key to tensor (or TensorDict).
             complete: whether every site is among them, so that no older entry can be left over.
         """
-        if self.in_place or self.cache.is_locked:
+        if self.copies_in():
             for key, value in entries.items():
                 self._copy_in(key, value)
             return

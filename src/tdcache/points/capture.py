@@ -89,6 +89,10 @@ class _MappingTarget(Target):
         self.written = {}
         self._complete = ()
 
+    def copies_in(self) -> bool:
+        """Never: a dict takes any value."""
+        return False
+
     def _drop(self, key: CacheKey) -> None:
         self.cache.pop(key, None)
         self.written.pop(key, None)
