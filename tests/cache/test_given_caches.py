@@ -233,3 +233,16 @@ def test_a_node_of_the_cache_that_is_an_output_key_is_refused():
 def test_a_cache_that_is_no_tensordict_is_refused():
     with pytest.raises(ContextError, match=r"cache= is a TensorDict, got dict"):
         ActivationCaching("0", cache={}).prepare(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_a_cache_that_is_locked_inside_the_block_is_refused_and_no_output_is_overwritten():
+    model = nn.Sequential(nn.Linear(2, 2))
+    with ActivationCaching("0").prepare(model) as hooked:
+        y = hooked(torch.ones(1, 2))
+        kept = y.clone()
+        hooked.cache.lock_()
+        with pytest.raises(CacheWriteError, match="locked inside the block"):
+            hooked(torch.zeros(1, 2))
+        assert torch.equal(y, kept)
+        hooked.cache.unlock_()
+        hooked(torch.zeros(1, 2))

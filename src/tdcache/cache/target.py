@@ -37,9 +37,19 @@ class Target:
         """The keys whose entries are ours; after a complete write, only ``_complete`` says so."""
         self._complete: tuple[CacheKey, ...] = ()
 
-    def copies_in(self) -> bool:
-        """Whether values are copied into entries that are there; a cache may be locked while the context is open."""
-        return self.in_place or self.cache.is_locked
+    def refuse_lock(self) -> None:
+        """Refuse a cache that was locked after the context was entered.
+
+        Its entries are the model's own tensors, so nothing may be copied into them.
+
+        Raises:
+            CacheWriteError: it was.
+        """
+        if self.cache.is_locked:
+            raise CacheWriteError(
+                "the cache was locked inside the block, and what is in it may be the model's own tensors: unlock it "
+                "with cache.unlock_(), or hand in a preallocated cache that is locked before the block"
+            )
 
     def check(self, keys: Sequence[CacheKey]) -> None:
         """Refuse a locked cache that lacks entries for ``keys``.
@@ -47,7 +57,7 @@ class Target:
         Raises:
             CacheWriteError: it names the missing ones and the remedy.
         """
-        if not self.copies_in():
+        if not self.in_place:
             return
         missing = [self._full(key) for key in keys if self.cache.get(self._full(key), None) is None]
         if missing:
@@ -64,10 +74,11 @@ class Target:
             entries: key to tensor (or TensorDict).
             complete: whether every site is among them, so that no older entry can be left over.
         """
-        if self.copies_in():
+        if self.in_place:
             for key, value in entries.items():
                 self._copy_in(key, value)
             return
+        self.refuse_lock()
         stale: list[CacheKey] = []
         if complete:
             self._complete = self._complete or tuple(entries)
@@ -90,6 +101,7 @@ class Target:
         if self.in_place:
             self._copy_in(key, value)
             return
+        self.refuse_lock()
         self.written[key] = None
         if self.batch_dims:
             self._write_batched({key: value})

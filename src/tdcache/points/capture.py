@@ -89,9 +89,8 @@ class _MappingTarget(Target):
         self.written = {}
         self._complete = ()
 
-    def copies_in(self) -> bool:
-        """Never: a dict takes any value."""
-        return False
+    def refuse_lock(self) -> None:
+        """A dict cannot be locked."""
 
     def _drop(self, key: CacheKey) -> None:
         self.cache.pop(key, None)
