@@ -151,8 +151,8 @@ def test_a_site_that_sees_nothing_is_an_error_and_not_an_empty_column(folder):
 def test_the_forward_ends_behind_the_last_site(folder, stop_early):
     model = Counting()
     harvest(model, [torch.ones(2, 4)] * 3, folder, select="first", stop_early=stop_early)
-    assert model.calls == 4  # one of them to see the shapes
-    assert model.ends == (0 if stop_early else 4)
+    assert model.calls == 3
+    assert model.ends == (0 if stop_early else 3)
 
 
 def test_the_budget_of_rows_is_exact_and_the_same_for_all_sites(folder, tmp_path):
@@ -163,6 +163,28 @@ def test_the_budget_of_rows_is_exact_and_the_same_for_all_sites(folder, tmp_path
         assert dataset.complete
         assert torch.equal(dataset["encoder.layer.1"][...], whole["encoder.layer.1"][:budget])
         dataset.verify()
+
+
+def test_the_forward_that_shows_the_shapes_is_not_run_again(folder, tmp_path):
+    data = [torch.randn(3, 4) for _ in range(5)]
+    for options, forwards in (({}, 5), ({"max_rows": 7}, 3), ({"rank": 1, "world": 2}, 3)):
+        model = Counting()
+        harvest(model, data, tmp_path / f"{forwards}-{len(options)}.acts", select="first", **options)
+        assert model.calls == forwards  # of the second rank: one to see the shapes, and its two units
+    model = Counting()
+    short = harvest(model, data, folder, select="first", max_rows=2)
+    assert model.calls == 2  # the first batch holds more rows than are wanted
+    assert torch.equal(short["first"][...], model.first(torch.cat(data))[:2].detach())
+
+
+def test_values_that_overflow_in_the_first_forward_are_counted_once(folder, tmp_path):
+    data = [torch.full((3, 4), 1e30), torch.zeros(3, 4)]
+    kept = harvest(
+        Counting(), data, folder, select="", pick=None, dtype=torch.float16, overflow="count", rows="samples"
+    )
+    assert [sum(shard.info.overflow.values()) for shard in kept.shards] == [12, 0]
+    with pytest.raises(CaptureError, match=r"12 finite values at '' in batch 0 cannot be held by torch.float16"):
+        harvest(Counting(), data, tmp_path / "b.acts", select="", dtype=torch.float16)
 
 
 def test_the_budget_of_bytes_is_exact(folder):

@@ -1,5 +1,6 @@
 """Whatever fails at whichever operation, a store holds complete shards only, and can be continued to the same bytes."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -138,6 +139,20 @@ def test_two_writers_of_one_unit_leave_one_complete_shard(tmp_path, golden):
     name = "shards/000/u00000000.safetensors"
     assert contents(folder)[name] == golden[name]
     assert sorted(path.name for path in (folder / ".tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_without_hard_links_and_reservations_takes_a_store(tmp_path, golden, monkeypatch, code):
+    def refuse(*args, **options):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    folder = tmp_path / "a.acts"
+    writer = write_units(folder)
+    assert contents(folder) == golden
+    assert list((folder / ".tmp").iterdir()) == []
+    assert writer.write(0, unit_columns(0), samples=(0, 4)) is False
 
 
 def test_a_store_that_was_made_otherwise_is_refused_with_the_fields_that_differ(tmp_path):

@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+import threading
 from itertools import islice, pairwise
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from stable_ids import stable_id
 from store.faulty_files import contents, unit_columns, write_units
-from tdcache.errors import CaptureError, SpecError, StoreError
+from tdcache.errors import CaptureError, DamagedError, SpecError, StoreError
 from tdcache.store import ActivationDataset
 
 ROWS = 72
@@ -179,9 +180,41 @@ def test_rows_are_mixed_and_every_epoch_is_another_one_and_repeatable(dataset):
     assert identities(dataset.batches(72, shuffle="block", seed=2, block=6)) != first
 
 
-def test_a_block_is_half_a_megabyte_of_the_narrowest_site(dataset):
-    assert dataset.batches(4, shuffle="block").block * 8 * 2 >= 1 << 19
+def test_a_block_is_a_mebibyte_of_the_narrowest_site(dataset):
+    assert dataset.batches(4, shuffle="block").block * 8 * 2 == 1 << 20
     assert len(dataset.batches(5)) == 15
+
+
+@pytest.mark.parametrize("shuffle", [False, "block", "rows"])
+def test_a_batch_is_memory_of_its_own(dataset, shuffle):
+    batches = dataset.batches(10, shuffle=shuffle, seed=2, block=6, pool=18)
+    kept = [(batch, batch.clone()) for batch in batches]
+    assert all(bool((one == other).all()) for one, other in kept)  # memory that is read into again is not handed out
+    for batch in batches:
+        assert all(value.untyped_storage().nbytes() == value.nbytes for value in batch.values())
+
+
+@pytest.mark.parametrize("shuffle", [False, "block"])
+def test_a_shard_that_is_cut_while_it_is_open_is_an_error_where_it_is_read(tmp_path, shuffle):
+    folder = tmp_path / "a.acts"
+    write_units(folder)
+    dataset = ActivationDataset.open(folder)
+    path = dataset.shards[2].path
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 1)
+    before = threading.active_count()
+    with pytest.raises(DamagedError, match=r"u00000002.safetensors: the file ends at byte \d+; it is truncated"):
+        list(dataset.batches(9, shuffle=shuffle, block=6, pool=12))
+    assert threading.active_count() == before
+    with pytest.raises(DamagedError, match="it is truncated"):
+        dataset[:]
+
+
+def test_an_epoch_that_is_broken_off_leaves_no_thread(dataset):
+    before = threading.active_count()
+    for _ in dataset.batches(4, shuffle="block", block=6, pool=12):
+        break
+    assert threading.active_count() == before
 
 
 def test_a_state_of_other_batches_is_refused(dataset):

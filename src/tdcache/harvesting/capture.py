@@ -33,6 +33,9 @@ __all__ = [
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
+Described = tuple[torch.dtype, tuple[int, ...]]
+"""Dtype and shape of a value."""
+
 
 @dataclass(slots=True)
 class RowTaker:
@@ -45,8 +48,8 @@ class RowTaker:
     pick: Pick = None
     rows: BatchRows | None = None
     """The rows of the running batch; None takes whole values."""
-    looking: bool = False
-    """Whether shapes and dtypes are all that is wanted: then nothing is copied."""
+    seen: dict[str, Described] | None = None
+    """Where given, dtype and shape of each value are noted, and one that does not fit the rows is taken whole."""
     overflow: dict[str, Tensor] = field(default_factory=dict)
     """Finite values per site that the dtype cannot hold, since they were last asked for."""
 
@@ -63,9 +66,11 @@ class RowTaker:
                 f"pick={self.pick!r} gives {type(tensor).__name__}, no tensor, at {path!r}", paths=(path,)
             )
         tensor = whole_tensor(tensor.detach(), module, path)
-        if self.looking:
-            return torch.empty((), dtype=tensor.dtype).expand(tensor.shape)
-        return self._cast(tensor if self.rows is None else _chosen(tensor, self.rows, path), path, tensor)
+        rows = self.rows
+        if self.seen is not None:
+            self.seen[path] = tensor.dtype, tuple(tensor.shape)
+            rows = rows if rows is not None and _fits(tensor, rows) else None
+        return self._cast(tensor if rows is None else _chosen(tensor, rows, path), path, tensor)
 
     def _cast(self, rows: Tensor, path: str, of: Tensor) -> Tensor:
         if self.dtype is None or self.dtype == rows.dtype:
@@ -82,9 +87,13 @@ class RowTaker:
         return rows.to(self.dtype)
 
 
+def _fits(tensor: Tensor, rows: BatchRows) -> bool:
+    return tuple(tensor.shape[: len(rows.grid)]) == rows.grid
+
+
 def _chosen(tensor: Tensor, rows: BatchRows, path: str) -> Tensor:
     depth = len(rows.grid)
-    if tuple(tensor.shape[:depth]) != rows.grid:
+    if not _fits(tensor, rows):
         what = "(batch, tokens)" if depth > 1 else "(batch,)"
         raise CaptureError(
             f"{path!r} has values of shape {tuple(tensor.shape)}, which do not begin with {what} = {rows.grid}, so "
@@ -155,13 +164,20 @@ class Capture:
         with as_evaluated(self.model), torch.no_grad(), self._factory.prepare(self.model) as hooked:
             yield hooked
 
-    def look(self, hooked: HookedModule, batch: Any) -> Mapping[str, Tensor]:
-        """One forward; tensors of the shapes and dtypes that the sites give, without their values or memory."""
-        self.taker.looking = True
+    def look(
+        self, hooked: HookedModule, batch: Any, rows: BatchRows
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Described]]:
+        """One forward of which it is not known yet whether its values have these rows; those that do not are whole.
+
+        Returns:
+            What :meth:`run` gives, and dtype and shape of the values before rows were taken.
+        """
+        seen: dict[str, Described] = {}
+        self.taker.seen = seen
         try:
-            return self.run(hooked, batch, None)
+            return self.run(hooked, batch, rows), seen
         finally:
-            self.taker.looking = False
+            self.taker.seen = None
 
     def run(self, hooked: HookedModule, batch: Any, rows: BatchRows | None) -> Mapping[str, Tensor]:
         """One forward; the kept rows of every site (or whole values), copied to the CPU, valid for good.

@@ -23,6 +23,7 @@ from tdcache.harvesting.row_rule import BatchRows, RowKind, RowRule, as_drops, a
 from tdcache.harvesting.source import Source, Step, Visit
 from tdcache.harvesting.whole import refuse_shards
 from tdcache.harvesting.workers import Share, wait_for_others
+from tdcache.modules import HookedModule
 from tdcache.selection import select as select_sites
 from tdcache.store.dataset import ActivationDataset
 from tdcache.store.files import Files
@@ -132,12 +133,16 @@ def harvest(
         fixed={"direction": direction, "dtype": _name(capture.taker.dtype), "pick": _spelled(pick)},
     )
     share = Share.of(model, rank, world)
-    spec, expected = request.settled(capture, share, shown=progress)
+    spec, found = request.settled(capture, share)
+    if found is not None:
+        ahead = request.preflight(found)  # a budget that holds no row is refused before anything is written
+        if progress and share.rank == 0 and share.writes:
+            print(ahead, file=sys.stderr)
     if not resume and (request.folder / "spec.json").exists():
         raise SpecError(f"{request.folder} holds a store already, and resume=False", path=request.folder)
     made_by = {"torch": torch.__version__, "tensordict": str(tensordict.__version__)}
     writer = StoreWriter(request.folder, spec, made_by=made_by, files=files)
-    _Run(capture, request, writer, share, overflow == "raise", shown=progress, expected=expected).go()
+    _Run(capture, request, writer, share, overflow == "raise", shown=progress, found=found).go()
     return ActivationDataset.open(request.folder)
 
 
@@ -166,7 +171,8 @@ def preflight(
         shard_bytes=options.get("shard_bytes", SHARD_BYTES),
         fixed={},
     )
-    return request.preflight(probe(Capture(model, select, **kept), request.source, request.rule, request.kind))
+    capture = Capture(model, select, stop_early="forward" not in kept, **kept)
+    return request.preflight(probe(capture, request.source, request.rule, request.kind))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,8 +193,8 @@ class _Request:
         limit = self.budget.limit(found.row_bytes)
         return Preflight.of(self.folder, found, batches=self.source.batches, per_unit=per_unit, limit=limit)
 
-    def settled(self, capture: Capture, share: Share, *, shown: bool) -> tuple[dict[str, Any], int | None]:
-        """The spec, and about how many rows there will be.
+    def settled(self, capture: Capture, share: Share) -> tuple[dict[str, Any], Probe | None]:
+        """The spec, and what the first forward showed.
 
         Of a store that is there, what a forward would show is taken from it, so that none is needed.
         """
@@ -209,21 +215,11 @@ class _Request:
             return {**asked, **seen, "rows": self.kind or seen["rows"], "sites": sites}, None
         found = probe(capture, self.source, self.rule, self.kind)
         if share.sharded:
-            _refuse_shards_in(capture, self, found)
-        ahead = self.preflight(found)
-        if shown and share.rank == 0 and share.writes:
-            print(ahead, file=sys.stderr)
+            refuse_shards(found.values, tuple(found.sites))
         per_unit = batches_per_unit(found, shard_bytes=self.shard_bytes, batches=self.source.batches)
         sites = {path: {"dtype": _name(kind), "shape": list(shape)} for path, (kind, shape) in found.sites.items()}
         seen = {"rows": found.kind, "tokens": found.with_tokens, "batches_per_unit": per_unit}
-        return {**asked, **seen, "sites": sites}, ahead.rows
-
-
-def _refuse_shards_in(capture: Capture, request: _Request, found: Probe) -> None:
-    batch = request.source.first()
-    with capture.open() as hooked:
-        chosen = RowRule(kind=found.kind, **request.rule)(batch, first=0)
-        refuse_shards(capture.run(hooked, batch, chosen), capture.paths(hooked))
+        return {**asked, **seen, "sites": sites}, found
 
 
 def _name(dtype: torch.dtype | None) -> str | None:
@@ -275,8 +271,8 @@ class _Run:
     share: Share
     refuse_overflow: bool
     shown: bool
-    expected: int | None
-    """About how many rows there will be, where a forward showed it."""
+    found: Probe | None
+    """The first batch, where it was run already; let go once its turn has come."""
     there: dict[int, int] = field(default_factory=dict)
     """Rows of the units that are there, or were counted or run, by unit."""
     limit: int | None = None
@@ -314,7 +310,7 @@ class _Run:
         return "skip" if self.limit is None else "count"
 
     def _rows_to_run(self) -> int | None:
-        rows = self.limit if self.expected is None else self.expected
+        rows = self.limit if self.found is None else self.request.preflight(self.found).rows
         return None if rows is None else -(-max(rows - sum(self.there.values()), 0) // self.share.world)
 
     def _walk(self) -> None:
@@ -335,7 +331,7 @@ class _Run:
                 rows = rows if left is None else rows.first(left)
                 self.counted += len(rows)
                 if step.visit == "run":
-                    self._take(self.capture.run(hooked, step.batch, rows), step, rows)
+                    self._take(hooked, step, rows)
                     progress.add(len(rows))
                 if full or step.ends_unit:
                     self._finish(step, full or step.ends_data, thread)
@@ -350,9 +346,14 @@ class _Run:
         self.rows_before = sum(rows for unit, rows in self.there.items() if unit < step.unit)
         self.counted = 0
 
-    def _take(self, values: Mapping[str, Tensor], step: Step, rows: BatchRows) -> None:
-        unit = self._needed()
-        for path, count in self.capture.overflow().items():
+    def _take(self, hooked: HookedModule, step: Step, rows: BatchRows) -> None:
+        """Run a batch, or take what its first forward gave."""
+        unit, found, self.found = self._needed(), self.found, None
+        if found is not None and step.number == 0 and len(rows) == found.rows:
+            values, lost = found.values, found.overflow
+        else:
+            values, lost = self.capture.run(hooked, step.batch, rows), self.capture.overflow()
+        for path, count in lost.items():
             if self.refuse_overflow:
                 dtype = self.capture.taker.dtype
                 raise CaptureError(

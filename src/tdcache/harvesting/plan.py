@@ -58,7 +58,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What one forward over the first batch showed."""
+    """What one forward over the first batch showed, and the rows that it gave."""
 
     sites: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     """Dtype and feature shape as they will be stored, by path."""
@@ -68,6 +68,10 @@ class Probe:
     """Rows of the first batch that are kept."""
     seconds: float
     """How long the forward took."""
+    values: Mapping[str, Tensor]
+    """The kept rows of the first batch, by path."""
+    overflow: Mapping[str, int]
+    """Values among them that the dtype cannot hold."""
 
     @property
     def row_bytes(self) -> int:
@@ -83,7 +87,7 @@ def row_bytes(sites: Mapping[str, tuple[int, tuple[int, ...]]], with_tokens: boo
 
 
 def probe(capture: Capture, source: Source, rule: Mapping[str, Any], kind: RowKind | None) -> Probe:
-    """Run the first batch once, to see shapes and dtypes; nothing is kept.
+    """Run the first batch, to see shapes and dtypes; the first unit need not run it again.
 
     Args:
         capture: the model.
@@ -98,30 +102,32 @@ def probe(capture: Capture, source: Source, rule: Mapping[str, Any], kind: RowKi
     batch = source.first()
     if batch is None:
         raise SelectionError("the data holds no batch, so there is nothing to harvest")
+    rows = RowRule(kind=kind or _likely_kind(batch), **rule)(batch, first=0)
     with capture.open() as hooked:
         start = time.perf_counter()
-        whole = capture.look(hooked, batch)
+        values, seen = capture.look(hooked, batch, rows)
         seconds = time.perf_counter() - start
         paths = capture.paths(hooked)
     taken = [path for path in paths if path in ROW_COLUMNS]
     if taken:
         raise SelectionError(f"no site can be called {taken[0]!r}: a row's own column has that name", selector=taken[0])
-    kind = kind or _kind_of(whole, batch)
+    shapes = {path: seen[path][1] for path in paths}
+    kind = kind or ("tokens" if _has_tokens(shapes, rows) else "samples")
     made = RowRule(kind=kind, **rule)
     if kind == "samples" and (made.positions is not None or "bos" in made.drop):
         raise SelectionError("positions= and drop='bos' choose among tokens, and these rows are samples, one each")
-    rows = made(batch, first=0)
+    rows = made(batch, first=0)  # where no value has tokens, values were taken whole: those are the rows of samples
     dtype = capture.taker.dtype
-    _check_grid(whole, rows)
+    _check_grid(shapes, rows)
     sites = {
-        path: (dtype if dtype and value.is_floating_point() else value.dtype, tuple(value.shape[len(rows.grid) :]))
-        for path, value in ((path, whole[path]) for path in paths)
+        path: (dtype if dtype and own.is_floating_point else own, shape[len(rows.grid) :])
+        for path, (own, shape) in ((path, seen[path]) for path in paths)
     }
-    return Probe(sites, kind, rows.tok is not None, len(rows), seconds)
+    return Probe(sites, kind, rows.tok is not None, len(rows), seconds, values, capture.overflow())
 
 
-def _check_grid(whole: Mapping[str, Tensor], rows: BatchRows) -> None:
-    odd = {path: tuple(each.shape) for path, each in whole.items() if tuple(each.shape[: len(rows.grid)]) != rows.grid}
+def _check_grid(shapes: Mapping[str, tuple[int, ...]], rows: BatchRows) -> None:
+    odd = {path: shape for path, shape in shapes.items() if shape[: len(rows.grid)] != rows.grid}
     if odd:
         path, shape = next(iter(odd.items()))
         raise CaptureError(
@@ -131,14 +137,12 @@ def _check_grid(whole: Mapping[str, Tensor], rows: BatchRows) -> None:
         )
 
 
-def _kind_of(whole: Mapping[str, Tensor], batch: Any) -> RowKind:
-    ids, mask = tokens_of(batch)
-    grid = ids if ids is not None else mask
-    if grid is None:
-        return "samples"
-    size = tuple(grid.shape)
-    fits = [path for path, value in whole.items() if tuple(value.shape[:2]) == size and value.dim() > 1]
-    return "tokens" if fits else "samples"
+def _likely_kind(batch: Any) -> RowKind:
+    return "samples" if tokens_of(batch) == (None, None) else "tokens"
+
+
+def _has_tokens(shapes: Mapping[str, tuple[int, ...]], rows: BatchRows) -> bool:
+    return len(rows.grid) > 1 and any(shape[:2] == rows.grid for shape in shapes.values())
 
 
 def batches_per_unit(found: Probe, *, shard_bytes: int, batches: int | None) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from tdcache.errors import SpecError
 from tdcache.store.rows import joined, pick_rows
+from tdcache.store.spans import Span
 
 if TYPE_CHECKING:
     from tdcache.store.dataset import ActivationDataset
@@ -22,9 +26,10 @@ __all__ = ["Batches", "Shuffle"]
 
 Shuffle = Literal[False, "block", "rows"]
 
-# Reading single rows off a cold disk is some forty times slower than reading half a megabyte at a time.
-_BLOCK_BYTES = 1 << 19
+# Reading single rows off a cold disk is some forty times slower than reading a mebibyte at a time.
+_BLOCK_BYTES = 1 << 20
 _BLOCKS_PER_POOL = 16
+_READERS = 4  # threads: some reads that wait keep a disk busy
 
 
 class _Stream(Protocol):
@@ -34,18 +39,8 @@ class _Stream(Protocol):
     def rows(self) -> int:
         """How many there are."""
 
-    def take(self, begin: int, end: int) -> TensorDict:
+    def take(self, begin: int, end: int, readers: Executor) -> TensorDict:
         """The rows at places ``begin`` to ``end`` of the order."""
-
-
-@dataclass(frozen=True, slots=True)
-class _InOrder:
-    dataset: ActivationDataset
-    first: int
-    rows: int
-
-    def take(self, begin: int, end: int) -> TensorDict:
-        return self.dataset.span(self.first + begin, self.first + end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,52 +52,87 @@ class _SingleRows:
     def rows(self) -> int:
         return self.numbers.numel()
 
-    def take(self, begin: int, end: int) -> TensorDict:
+    def take(self, begin: int, end: int, readers: Executor) -> TensorDict:
         return self.dataset.rows(self.numbers[begin:end])
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """Some blocks, read or being read."""
+
+    number: int
+    memory: dict[str, Tensor]
+    reads: Sequence[Future[None]]
+    order: Tensor | None
+
+    def rows(self, begin: int, end: int) -> TensorDict:
+        """Copies of the rows at these places of the pool's order."""
+        if self.order is None:
+            found = {key: column[begin:end].clone() for key, column in self.memory.items()}
+        else:
+            places = self.order[begin:end]
+            found = {key: pick_rows(column, places) for key, column in self.memory.items()}
+        return TensorDict(found, batch_size=[end - begin])
 
 
 @dataclass(slots=True)
 class _Pools:
-    """Blocks in random order; some at a time are read whole and their rows mixed."""
+    """Blocks in an order, a pool of some at a time: while one is handed out, row by row, the next is read.
+
+    The memory of a pool is used for the one behind the next: fresh memory costs more than the reading.
+    """
 
     dataset: ActivationDataset
-    blocks: list[tuple[int, int]]
+    blocks: Sequence[Span]
     per_pool: int
-    seed: tuple[int, ...]
+    seed: tuple[int, ...] | None
+    """Of the mixing; None leaves rows as they lie."""
     starts: list[int] = field(init=False)
-    _number: int = -2
-    _pool: TensorDict | None = None
+    _pool: _Pool | None = None
+    _next: _Pool | None = None
 
     def __post_init__(self) -> None:
-        self.starts = [0]
-        for at in range(0, len(self.blocks), self.per_pool):
-            self.starts.append(self.starts[-1] + sum(end - begin for begin, end in self._members(at)))
-
-    def _members(self, at: int) -> list[tuple[int, int]]:
-        return self.blocks[at : at + self.per_pool]
+        sizes = (_rows_in(self._members(number)) for number in range(-(-len(self.blocks) // self.per_pool)))
+        self.starts = list(itertools.accumulate(sizes, initial=0))
 
     @property
     def rows(self) -> int:
         return self.starts[-1]
 
-    def take(self, begin: int, end: int) -> TensorDict:
+    def take(self, begin: int, end: int, readers: Executor) -> TensorDict:
         parts = []
-        for number, (low, high) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
-            if low < end and begin < high:
-                parts.append(self._mixed(number)[max(begin - low, 0) : end - low])
+        for number in range(bisect_right(self.starts, begin) - 1, bisect_left(self.starts, end)):
+            low, high = self.starts[number : number + 2]
+            parts.append(self._turn_to(number, readers).rows(max(begin - low, 0), min(end, high) - low))
         return parts[0] if len(parts) == 1 else joined(parts)
 
-    def _mixed(self, number: int) -> TensorDict:
-        if number != self._number or self._pool is None:
-            self._pool = None  # freed before the next one is read
-            blocks = self._members(number * self.per_pool)
-            if self._number != number - 1:
-                self.dataset.prefetch(blocks)
-            self.dataset.prefetch(self._members((number + 1) * self.per_pool))
-            order = torch.randperm(sum(end - begin for begin, end in blocks), generator=_generator(*self.seed, number))
-            mixed = {key: pick_rows(self.dataset.blocks(key, blocks), order) for key in self.dataset.columns}
-            self._pool, self._number = TensorDict(mixed, batch_size=[order.numel()]), number
+    def _turn_to(self, number: int, readers: Executor) -> _Pool:
+        if self._pool is None or self._pool.number != number:
+            is_due = self._next is not None and self._next.number == number
+            due = self._next if is_due and self._next is not None else self._read(number, self._memory(), readers)
+            for read in due.reads:
+                read.result()
+            spare = self._memory() if self._pool is None else self._pool.memory
+            has_more = number + 2 < len(self.starts)
+            self._pool, self._next = due, self._read(number + 1, spare, readers) if has_more else None
         return self._pool
+
+    def _read(self, number: int, memory: dict[str, Tensor], readers: Executor) -> _Pool:
+        members = self._members(number)
+        order = None
+        if self.seed is not None:
+            order = torch.randperm(_rows_in(members), generator=_generator(*self.seed, number))
+        return _Pool(number, memory, self.dataset.read(members, memory, readers=readers), order)
+
+    def _members(self, number: int) -> Sequence[Span]:
+        return self.blocks[number * self.per_pool : (number + 1) * self.per_pool]
+
+    def _memory(self) -> dict[str, Tensor]:
+        return self.dataset.empty(max(map(int.__sub__, self.starts[1:], self.starts)))
+
+
+def _rows_in(spans: Sequence[Span]) -> int:
+    return sum(end - begin for begin, end in spans)
 
 
 def _generator(*numbers: int) -> torch.Generator:
@@ -151,23 +181,25 @@ class Batches:
 
     def __iter__(self) -> Iterator[TensorDict]:
         stream = self._stream()
-        while self.position < stream.rows:
-            begin, self.position = self.position, min(self.position + self.size, stream.rows)
-            yield stream.take(begin, self.position)
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="tdcache-reader") as readers:
+            while self.position < stream.rows:
+                begin, self.position = self.position, min(self.position + self.size, stream.rows)
+                yield stream.take(begin, self.position, readers)
         self.epoch, self.position = self.epoch + 1, 0
 
     def _stream(self) -> _Stream:
-        rows = len(self.dataset)
+        rows, per_pool = len(self.dataset), max(1, self.pool // self.block)
         if self.shuffle is False:
             first, last = (rows * share // self.world for share in (self.rank, self.rank + 1))
-            return _InOrder(self.dataset, first, last - first)
+            in_order = [(begin, min(begin + self.block, last)) for begin in range(first, last, self.block)]
+            return _Pools(self.dataset, in_order, per_pool, None)
         generator = _generator(self.seed, self.epoch)
         if self.shuffle == "rows":
             return _SingleRows(self.dataset, torch.randperm(rows, generator=generator)[self.rank :: self.world])
         blocks = self._blocks()
         order = torch.randperm(len(blocks), generator=generator)[self.rank :: self.world].tolist()
         chosen = [blocks[each] for each in order]
-        return _Pools(self.dataset, chosen, max(1, self.pool // self.block), (self.seed, self.epoch, self.rank))
+        return _Pools(self.dataset, chosen, per_pool, (self.seed, self.epoch, self.rank))
 
     def _blocks(self) -> list[tuple[int, int]]:
         """First row and the one behind the last of each block; none spans two shards."""

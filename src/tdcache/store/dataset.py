@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -15,8 +16,9 @@ from tdcache.errors import listed
 from tdcache.paths import near_misses
 from tdcache.store.batches import Batches, Shuffle
 from tdcache.store.layout import Layout
-from tdcache.store.rows import gather_rows, joined, row_numbers, slice_rows
+from tdcache.store.rows import gather_rows, joined, row_numbers
 from tdcache.store.shard import Shard
+from tdcache.store.spans import Span, read_spans
 from tdcache.store.spec import read_spec, spec_id
 from tdcache.store.verify import check_columns, find_damage
 from tdcache.store.writer import ROW_COLUMNS, site_column
@@ -190,32 +192,26 @@ class ActivationDataset(torch.utils.data.Dataset[TensorDict]):
 
     def span(self, begin: int, end: int, keys: Sequence[str] | None = None) -> TensorDict:
         """Rows ``begin`` to ``end``, read in one go per column and shard."""
-        names = self.columns if keys is None else keys
-        starts = self._starts[:-1].tolist()
-        found = {
-            key: slice_rows(self._columns(key), starts, begin, end) if self._shards else self._none(key)
-            for key in names
-        }
+        found = self.empty(end - begin, keys)
+        self.read([(begin, end)], found)
         return TensorDict(found, batch_size=[end - begin])
+
+    def empty(self, rows: int, keys: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Memory for so many rows of some columns, all by default; what is in it is undefined."""
+        described = {key: self.describe(key) for key in (self.columns if keys is None else keys)}
+        return {key: torch.empty((rows, *shape), dtype=dtype) for key, (dtype, shape) in described.items()}
+
+    def read(
+        self, spans: Sequence[Span], into: Mapping[str, Tensor], *, readers: Executor | None = None
+    ) -> Sequence[Future[None]]:
+        """Read several spans of rows, one behind the other, into memory; see :func:`tdcache.store.spans.read_spans`."""
+        targets = {self._in_shard(key): column for key, column in into.items()}
+        return read_spans(targets, self._shards, self._starts.tolist(), spans, readers=readers)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Everything a row has: the sites, and what it knows of itself."""
         return (*self.keys, *self.row_keys)
-
-    def blocks(self, key: str, spans: Sequence[tuple[int, int]]) -> Tensor:
-        """One column of several spans of rows, one behind the other; each is read in one go."""
-        columns, starts = self._columns(key), self._starts[:-1].tolist()
-        return torch.cat([slice_rows(columns, starts, *span, copy=False) for span in spans])
-
-    def prefetch(self, spans: Sequence[tuple[int, int]]) -> None:
-        """Ask the system to read these spans of rows soon, while something else is computed."""
-        names = [key if key in self.row_keys else site_column(key) for key in self.columns]
-        for shard, start in zip(self._shards, self._starts.tolist(), strict=False):
-            for begin, end in spans:
-                low, high = max(begin - start, 0), min(end - start, shard.rows)
-                if low < high:
-                    shard.prefetch(names, low, high)
 
     def _gather(self, key: str, numbers: Tensor) -> Tensor:
         if not self._shards:
@@ -224,8 +220,10 @@ class ActivationDataset(torch.utils.data.Dataset[TensorDict]):
         return flat.reshape((*numbers.shape, *flat.shape[1:]))
 
     def _columns(self, key: str) -> list[Tensor]:
-        name = key if key in self.row_keys else site_column(key)
-        return [shard.column(name) for shard in self._shards]
+        return [shard.column(self._in_shard(key)) for shard in self._shards]
+
+    def _in_shard(self, key: str) -> str:
+        return key if key in self.row_keys else site_column(key)
 
     def _none(self, key: str) -> Tensor:
         dtype, shape = self.describe(key)
@@ -284,8 +282,9 @@ class ActivationDataset(torch.utils.data.Dataset[TensorDict]):
             seed: of the shuffle; each epoch has another order.
             rank: which share.
             world: how many shares.
-            block: rows per block; by default enough for half a megabyte of the narrowest site.
-            pool: rows that are mixed at a time, in memory; by default sixteen blocks.
+            block: rows per block; by default enough for a mebibyte of the narrowest site.
+            pool: rows that are mixed at a time; by default sixteen blocks. Two pools are in memory: one is handed
+                out while the next is read.
         """
         return Batches(self, size, shuffle=shuffle, seed=seed, rank=rank, world=world, block=block, pool=pool)
 

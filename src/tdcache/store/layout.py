@@ -15,7 +15,6 @@ import socket
 import time
 import zlib
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from tdcache.errors import DamagedError
@@ -127,8 +126,7 @@ class Layout:
         """Remove files without a name whose writer is dead."""
         for entry in os.scandir(self.scratch):
             if _is_stale(entry):
-                with suppress(FileNotFoundError):  # another writer that starts sweeps as well
-                    files.remove(Path(entry.path))
+                files.remove(Path(entry.path))  # which another writer that starts may do as well
 
 
 def _is_stale(entry: os.DirEntry[str]) -> bool:

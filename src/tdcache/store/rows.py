@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-__all__ = ["gather_rows", "joined", "pick_rows", "row_numbers", "slice_rows"]
+__all__ = ["gather_rows", "joined", "pick_rows", "row_numbers"]
 
 
 def row_numbers(index: Any, rows: int) -> Tensor:
@@ -52,28 +52,6 @@ def _as_tensor(index: Any) -> Tensor:
             f"an index is an integer, a slice, ..., or integers or booleans in a list, an array or a tensor; got "
             f"{index!r}; ask one column by its name, and its rows behind it: ds['layers.0'][:10]"
         ) from None
-
-
-def slice_rows(columns: Sequence[Tensor], starts: Sequence[int], begin: int, end: int, *, copy: bool = True) -> Tensor:
-    """Rows ``begin`` to ``end``: reads that follow one another.
-
-    Args:
-        columns: the column in each shard.
-        starts: the number of the first row of each shard.
-        begin: the first row.
-        end: behind the last.
-        copy: with False, rows of one shard are a view of it.
-    """
-    parts = [
-        column[max(begin - start, 0) : max(end - start, 0)]
-        for column, start in zip(columns, starts, strict=True)
-        if start < end and begin < start + column.shape[0]
-    ]
-    if not parts:
-        return columns[0][:0].clone()
-    if len(parts) > 1:
-        return torch.cat(parts)
-    return parts[0].clone() if copy else parts[0]
 
 
 def gather_rows(columns: Sequence[Tensor], starts: Tensor, numbers: Tensor) -> Tensor:

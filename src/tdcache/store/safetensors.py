@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tdcache.errors import DamagedError
 from tdcache.store.files import Files
 from tdcache.store.header import Header, header_length, pack_header, parse_header
-from tdcache.store.shard import bytes_of
+from tdcache.store.shard import bytes_of, read_into
 
 __all__ = ["read_tensors", "write_tensors"]
 
@@ -87,10 +86,5 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _read(descriptor: int, header: Header, name: str, source: Path) -> Tensor:
     entry = header.tensors[name]
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
-    data, offset = bytes_of(tensor), header.data_start + entry.begin
-    while data.nbytes:
-        count = os.preadv(descriptor, [data], offset)
-        if count == 0:
-            raise DamagedError(f"{source}: tensor {name!r} ends early; the file is truncated", path=source)
-        data, offset = data[count:], offset + count
+    read_into(descriptor, bytes_of(tensor), header.data_start + entry.begin, source)
     return tensor

@@ -19,7 +19,7 @@ from tdcache.errors import DamagedError, StoreError
 from tdcache.store.files import Files, unnamed
 from tdcache.store.header import Header, TensorEntry, header_length, pack_header, parse_header
 
-__all__ = ["BLOCK", "Shard", "ShardInfo", "bytes_of", "read_shard", "write_shard"]
+__all__ = ["BLOCK", "Shard", "ShardInfo", "bytes_of", "read_into", "read_shard", "write_shard"]
 
 BLOCK = 1 << 20
 """Bytes per checksum."""
@@ -81,6 +81,19 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor; of one that is not contiguous, those of a copy that is."""
     flat: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
+
+
+def read_into(descriptor: int, data: memoryview, offset: int, name: Path) -> None:
+    """Fill ``data`` from ``offset`` of a file.
+
+    Raises:
+        DamagedError: the file ends early.
+    """
+    while data.nbytes:
+        count = os.preadv(descriptor, [data], offset)
+        if count == 0:
+            raise DamagedError(f"{name}: the file ends at byte {offset}; it is truncated", path=name)
+        data, offset = data[count:], offset + count
 
 
 def write_shard(
@@ -212,17 +225,18 @@ class Shard:
         begin = self.header.data_start + entry.begin
         return self._map[begin : begin + entry.nbytes].view(entry.dtype).view(entry.shape)
 
-    def prefetch(self, names: Sequence[str], begin: int, end: int) -> None:
-        """Ask the system to read rows ``begin`` to ``end`` of some columns soon; it may do so while we compute."""
-        if not hasattr(os, "posix_fadvise"):
-            return
+    def read(self, name: str, rows: tuple[int, int], target: Tensor) -> None:
+        """Read rows from the first number to before the second of one column into ``target``, without mapping the file.
+
+        Raises:
+            DamagedError: the file ends before the rows do.
+        """
+        entry = self.header.tensors[name]
+        width = entry.nbytes // max(1, self.rows)
+        offset = self.header.data_start + entry.begin + rows[0] * width
         descriptor = os.open(self.path, _READ_ONLY)
         try:
-            for name in names:
-                entry = self.header.tensors[name]
-                row = entry.nbytes // max(1, self.rows)
-                start = self.header.data_start + entry.begin + begin * row
-                os.posix_fadvise(descriptor, start, (end - begin) * row, os.POSIX_FADV_WILLNEED)
+            read_into(descriptor, bytes_of(target), offset, self.path)
         finally:
             os.close(descriptor)
 
