@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from zoo import small_gpt2
 
 from tdcache import ActivationDataset, harvest
-from tdcache.harvesting import extract_representations
+from tdcache.harvesting import collect_activations_from_dataloader, extract_representations
 from tdcache.store import StoreWriter, site_column
 
 ROW = 384  # features of a row, in bfloat16
@@ -93,10 +93,10 @@ def _harvested(model: nn.Module, batches: list[dict[str, Tensor]], folder: Path,
 def compute(plan: Plan) -> list[Table]:
     """One layer of GPT-2 small, where the forward takes the time."""
     settle_process()
-    count = 4 if plan.quick else 48  # long: the one forward that looks at shapes is a share of a short harvest
+    count = 4 if plan.quick else 16
     model = small_gpt2().eval()
     model = model.transformer if hasattr(model, "transformer") else model
-    batches = [{"input_ids": torch.randint(1, 1000, (4, 128))} for _ in range(count)]
+    batches = [{"input_ids": torch.randint(1, 1000, (4, 64))} for _ in range(count)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         calls = {
@@ -106,7 +106,7 @@ def compute(plan: Plan) -> list[Table]:
             "tdcache.harvest, stop_early": partial(_harvested, model, batches, folder, stop_early=True),
         }
         seconds = _rounds(calls, 3 if plan.quick else 5)
-    tokens = count * 4 * 128
+    tokens = count * 4 * 64
     table = Table(
         f"Harvest, compute-bound: layer 6 of GPT-2 small, {tokens} tokens, bfloat16, durable",
         ["variant", "tokens/s", "x forward only"],
@@ -166,6 +166,70 @@ def disk(plan: Plan) -> list[Table]:
         table.rows.append([variant, f"{speed:.2f}", f"{_ratio(seconds, 'raw write + fsync', variant):.2f}"])
     ratio = _ratio(seconds, "raw write + fsync", "tdcache shards")
     table.goals.append(Goal("writing shards, speed of raw write + fsync", ratio, 0.8, at_least=True))
+    return [table]
+
+
+# In memory.
+
+
+def _gathered(model: nn.Module, batches: list[Tensor], keep: Callable[[Tensor], Any]) -> None:
+    handle = model[0].register_forward_hook(lambda module, args, output: keep(output))
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+    finally:
+        handle.remove()
+
+
+def _copied(model: nn.Module, batches: list[Tensor]) -> Tensor:
+    out, place = torch.empty(sum(map(_rows_of, batches)), batches[0].shape[-1]), 0
+
+    def keep(value: Tensor) -> None:
+        nonlocal place
+        place += len(out[place : place + _rows_of(value)].copy_(value.flatten(0, -2)))
+
+    _gathered(model, batches, keep)
+    return out
+
+
+def _listed(model: nn.Module, batches: list[Tensor]) -> Tensor:
+    kept: list[Tensor] = []
+    _gathered(model, batches, lambda value: kept.append(value.detach().flatten(0, -2).clone()))
+    return torch.cat(kept)
+
+
+def _collected(model: nn.Module, batches: list[Tensor], *, budget: int) -> Tensor:
+    return collect_activations_from_dataloader(model, batches, "0", budget, verbose=False)["0"]
+
+
+def _rows_of(batch: Tensor) -> int:
+    return batch.shape[0] * batch.shape[1]
+
+
+def in_memory(plan: Plan) -> list[Table]:
+    """Rows of many batches in one tensor, from a model that does nothing: copying is all the work there is."""
+    model = nn.Sequential(nn.Identity())
+    batches = [torch.randn(32, 16, 1024) for _ in range(16 if plan.quick else 64)]
+    rows = sum(map(_rows_of, batches))
+    calls = {
+        "preallocated copy_ by hand": partial(_copied, model, batches),
+        "list + cat, copied in the hook": partial(_listed, model, batches),
+        "collect_activations_from_dataloader, exact budget": partial(_collected, model, batches, budget=rows),
+        "collect_activations_from_dataloader, no budget": partial(_collected, model, batches, budget=10_000_000),
+    }
+    expected = _copied(model, batches)
+    for name, call in calls.items():
+        if not torch.equal(call(), expected):
+            raise AssertionError(f"{name} gave other rows")
+    seconds = _rounds(calls, 5 if plan.quick else 15)
+    size = expected.nbytes
+    table = Table(f"Harvest to memory: {size / MB:.0f} MB, float32", ["variant", "GB/s", "x copy_"])
+    for name in calls:
+        speed = size / statistics.median(seconds[name]) / 1e9
+        table.rows.append([name, f"{speed:.2f}", f"{_ratio(seconds, 'preallocated copy_ by hand', name):.2f}"])
+    ratio = _ratio(seconds, "preallocated copy_ by hand", "collect_activations_from_dataloader, exact budget")
+    table.goals.append(Goal("harvest to memory, speed of a preallocated copy_", ratio, 0.8, at_least=True))
     return [table]
 
 
@@ -374,7 +438,7 @@ def _rate(epoch: Callable[[Path, int], Iterator[int]], folder: Path, rows: int, 
 
 def rows(plan: Plan) -> list[Table]:
     """All of it."""
-    return [*compute(plan), *disk(plan), *peaks(plan), *reading(plan)]
+    return [*compute(plan), *in_memory(plan), *disk(plan), *peaks(plan), *reading(plan)]
 
 
 def main() -> None:
