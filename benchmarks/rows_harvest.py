@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import os
 import random
@@ -323,6 +322,15 @@ def _evict(folder: Path) -> None:
             os.close(descriptor)
 
 
+def _touch(folder: Path) -> None:
+    """Read every file of a folder, so that it is in the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while file.read(1 << 22):
+                    pass
+
+
 def _epoch_store(folder: Path, rows: int) -> Iterator[int]:
     dataset = ActivationDataset.open(folder / "a.acts")
     for batch in dataset.batches(1024, shuffle="block", seed=0):
@@ -364,7 +372,7 @@ def _epoch_hf(folder: Path, rows: int) -> Iterator[int]:
 EPOCHS: Mapping[str, Callable[[Path, int], Iterator[int]]] = {
     "tdcache, shuffle='block'": _epoch_store,
     "npz (float32), all in memory": _epoch_npz,
-    "one .pt per shard": _epoch_pt,
+    "one .pt per shard, mixed within it": _epoch_pt,
     "memory-mapped TensorDict": _epoch_memmap,
     "Hugging Face datasets": _epoch_hf,
 }
@@ -399,18 +407,12 @@ def reading(plan: Plan) -> list[Table]:
         f"Shuffled reading: {rows:,} rows of {ROW} bfloat16, batches of 1024, Mrow/s",
         ["variant", "warm", "cold"],
     )
-    rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         folder = Path(name)
         skipped = _fill(folder, rows)
-        for variant, epoch in EPOCHS.items():
-            try:
-                found = [_rate(epoch, folder, rows, cold=cold, plan=plan) for cold in (False, True)]
-            except (ImportError, OSError) as error:
-                skipped[variant] = str(error)
-                continue
-            rates[variant] = found
-            table.rows.append([variant, *(f"{each:.2f}" for each in found)])
+        rates = _read_all(folder, rows, plan, skipped)
+    for variant, found in rates.items():
+        table.rows.append([variant, *(f"{each:.2f}" for each in found)])
     ours = rates.pop("tdcache, shuffle='block'")
     for at, state in enumerate(("warm", "cold")):
         best = max(rates, key=lambda name: rates[name][at])
@@ -421,19 +423,39 @@ def reading(plan: Plan) -> list[Table]:
     return [table]
 
 
-def _rate(epoch: Callable[[Path, int], Iterator[int]], folder: Path, rows: int, *, cold: bool, plan: Plan) -> float:
-    """Million rows per second, the median of some epochs."""
-    found = []
-    for _ in itertools.repeat(None, 2 if plan.quick else 5):
-        if cold:
-            gc.collect()  # pages that are mapped stay
-            _evict(folder)
-        start = time.perf_counter()
-        seen = sum(epoch(folder, rows))
-        found.append(rows / (time.perf_counter() - start) / 1e6)
-        if seen != rows:
-            raise AssertionError(f"{seen} of {rows} rows")
-    return statistics.median(found)
+def _read_all(folder: Path, rows: int, plan: Plan, skipped: dict[str, str]) -> dict[str, list[float]]:
+    """Million rows per second of each variant, warm and cold: the median of some epochs, which take turns."""
+    found: dict[str, list[list[float]]] = {variant: [[], []] for variant in EPOCHS}
+    order, shuffle = list(EPOCHS), random.Random(0).shuffle
+    for _ in range(2 if plan.quick else 7):
+        shuffle(order)
+        for variant in order:
+            if variant in skipped:
+                continue
+            try:
+                for state in (0, 1):
+                    found[variant][state].append(_rate(EPOCHS[variant], folder, rows, cold=state == 1))
+            except (ImportError, OSError) as error:
+                skipped[variant] = str(error)
+    return {
+        variant: [statistics.median(each) for each in states]
+        for variant, states in found.items()
+        if variant not in skipped
+    }
+
+
+def _rate(epoch: Callable[[Path, int], Iterator[int]], folder: Path, rows: int, *, cold: bool) -> float:
+    gc.collect()  # pages that are mapped stay
+    if cold:
+        _evict(folder)
+    else:
+        _touch(folder)
+    start = time.perf_counter()
+    seen = sum(epoch(folder, rows))
+    seconds = time.perf_counter() - start
+    if seen != rows:
+        raise AssertionError(f"{seen} of {rows} rows")
+    return rows / seconds / 1e6
 
 
 def rows(plan: Plan) -> list[Table]:

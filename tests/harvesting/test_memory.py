@@ -198,13 +198,13 @@ def test_a_collector_joins_tokens_to_rows_within_an_exact_budget():
             model(batch)
     assert collector.counts == {"layers.0": 11, "layers.1": 11, "layers.2": 11, "head": 11}
     assert collector.full
-    assert torch.equal(collector.get_activations("layers.0"), model.layers[0](x).flatten(0, 1)[:11])
+    assert torch.equal(collector.get_activations("layers.0")["layers.0"], model.layers[0](x).flatten(0, 1)[:11])
     assert set(collector.get_activations()) == set(collector.counts)
     collector.clear()
     assert collector.rows == 0
     with collector:
         model(x[0])
-    assert torch.equal(collector.get_activations("head"), model(x[0]))
+    assert torch.equal(collector.get_activations("head")["head"], model(x[0]))
     with pytest.raises(SelectionError, match="there is no hook point 'tail'"):
         collector.get_activations("tail")
 
@@ -256,16 +256,40 @@ def test_collecting_from_a_loader_takes_batches_of_every_kind_and_stops_when_the
     assert "row" in capsys.readouterr().err
 
 
+def test_a_model_that_needs_two_inputs_gets_the_first_two_of_a_tuple():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x, scale):
+            return self.head(x * scale)
+
+    model, x = Two(), torch.randn(6, 4)
+    batches = [(part, torch.full((2, 1), 3.0), torch.zeros(2)) for part in x.split(2)]
+    found = collect_activations_from_dataloader(model, batches, "head", verbose=False)
+    assert torch.equal(found["head"], model.head(x * 3))
+
+
+def test_a_layer_that_is_not_there_is_called_so():
+    model = MLP()
+    for call in (ActivationStore(model, ["head", "tail"]).enable, lambda: extract_representations(model, [1], "hea")):
+        with pytest.raises(SelectionError, match=r"layer '(tail|hea)' not found: pattern '(tail|hea)' matches none"):
+            call()
+
+
 def test_collecting_writes_a_file_that_the_collector_reads_again(tmp_path):
     model = gpt2()
     loader = DataLoader(torch.arange(3, 27).view(4, 6), batch_size=2)
     names = ["blocks.1.hook_resid_post", "blocks.1.hook_resid_pre"]
     found = collect_activations_from_dataloader(model, loader, names, 1000, "cpu", tmp_path, False)
     assert [path.name for path in tmp_path.iterdir()] == ["activations.safetensors"]
-    collector = ActivationCollector(model, names, save_path=tmp_path)
-    collector.load_activations()
-    assert collector.counts == dict.fromkeys(names, 24)
-    assert all(torch.equal(collector.get_activations(name), found[name]) for name in names)
+    again = ActivationCollector.load_activations(tmp_path)
+    assert list(again) == list(found)
+    assert all(torch.equal(again[name], found[name]) and len(found[name]) == 24 for name in names)
+    assert list(ActivationCollector.load_activations(tmp_path, names[:1])) == names[:1]
+    with pytest.raises(SelectionError, match=r"has no hook point 'head'; there are 'blocks\.1\.hook_resid_p"):
+        ActivationCollector.load_activations(tmp_path, ["head"])
     with pytest.raises(SelectionError, match="the data holds no batch"):
         collect_activations_from_dataloader(model, [], names, verbose=False)
     with pytest.raises(SelectionError, match="say where: give a path"):

@@ -22,8 +22,8 @@ from tdcache.types import HookDirection, Match, Pick, Selector
 
 __all__ = [
     "Capture",
+    "Inputs",
     "RowTaker",
-    "accepted_names",
     "as_dtype",
     "as_evaluated",
     "call_model",
@@ -31,6 +31,7 @@ __all__ = [
     "to_device",
 ]
 
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 Described = tuple[torch.dtype, tuple[int, ...]]
@@ -156,7 +157,7 @@ class Capture:
             device="cpu",
             stop_early=stop_early,
         )
-        self._names = accepted_names(model)
+        self._inputs = Inputs.of(model)
 
     @contextmanager
     def open(self) -> Iterator[HookedModule]:
@@ -189,7 +190,7 @@ class Capture:
         if self._forward is not None:
             self._forward(hooked, to_device(batch, self.device))
         else:
-            call_model(hooked, to_device(batch, self.device), self._names)
+            call_model(hooked, to_device(batch, self.device), self._inputs)
         found: dict[str, Any] = dict(hooked.cache.items())
         missing = [path for path in self.paths(hooked) if path not in found]
         if missing:
@@ -226,33 +227,44 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def call_model(called: Callable[..., Any], batch: Any, names: frozenset[str] | None) -> None:
-    """Call a model with a batch: the first of a tuple or list, a mapping's tensors by name, anything else as it is.
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a model's forward takes."""
+
+    names: frozenset[str] | None
+    """The keyword arguments; None for any."""
+    needed: int
+    """How many positional arguments it cannot do without."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Inputs:
+        """Read from the signature of ``forward``."""
+        parameters = inspect.signature(model.forward).parameters.values()
+        needed = [each for each in parameters if each.default is each.empty and each.kind in _POSITIONAL]
+        takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
+        return cls(None if takes_any else frozenset(each.name for each in parameters), len(needed))
+
+
+def call_model(called: Callable[..., Any], batch: Any, inputs: Inputs) -> None:
+    """Call a model with a batch: the first of a tuple or list, or as many as it needs; a mapping's tensors by name.
 
     Args:
         called: the model, or a hooked module around it.
         batch: on the model's device.
-        names: the keyword arguments that it takes; None for any.
+        inputs: what the model takes.
     """
     if isinstance(batch, tuple | list):
-        batch = batch[0]  # inputs and labels, as a supervised dataset has them
+        called(*batch[: max(1, inputs.needed)])  # behind the inputs are labels, as a supervised dataset has them
+        return
     if not isinstance(batch, Mapping) or isinstance(batch, TensorDictBase):
         called(batch)
         return
     named = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-    taken = {name: value for name, value in named.items() if names is None or name in names}
+    taken = {name: value for name, value in named.items() if inputs.names is None or name in inputs.names}
     if taken or not named:
         called(**taken)
     else:
         called(named.get("input_ids", next(iter(named.values()))))  # a model that calls its input otherwise
-
-
-def accepted_names(model: nn.Module) -> frozenset[str] | None:
-    """The keyword arguments of a model; None where it takes any."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return frozenset(parameter.name for parameter in parameters)
 
 
 @contextmanager

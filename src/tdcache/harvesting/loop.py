@@ -74,8 +74,8 @@ def harvest(
     was.
 
     Args:
-        model: any module. Batches that are mappings become keyword arguments, of those that it takes; of tuples and
-            lists the first item is the input.
+        model: any module. Batches that are mappings become keyword arguments, of those that it takes; tuples and lists
+            begin with the inputs.
         data: a ``DataLoader`` that does not shuffle, a map-style dataset of samples (of any library; a tensor or
             TensorDict is one of its rows), or any iterable of batches, as a list of them.
         path: the store's folder.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from tdcache.caching import ActivationCaching
 from tdcache.errors import CaptureError, ContextError, SelectionError, UnfiredSiteWarning, listed
 from tdcache.harvesting.capture import (
     Capture,
-    accepted_names,
+    Inputs,
     as_evaluated,
     call_model,
     model_device,
@@ -58,7 +58,7 @@ class ActivationStore:
         self._model = model
         self._layers = layers
         self._device = device
-        self._hooked: HookedModule | None = None
+        self._hooks: list[HookedModule] = []
         self._every = _FirstIfAny() if layers is None else None
         self._cache: Any = {}
 
@@ -68,7 +68,7 @@ class ActivationStore:
     @property
     def enabled(self) -> bool:
         """Whether activations are kept now."""
-        return self._hooked is not None
+        return bool(self._hooks)
 
     @property
     def layer_names(self) -> list[str]:
@@ -85,8 +85,8 @@ class ActivationStore:
     @property
     def activations(self) -> dict[str, Tensor]:
         """The latest activations by path."""
-        if self._hooked is not None:
-            self._cache = self._hooked.cache
+        for hooked in self._hooks:
+            self._cache = hooked.cache
         without = self._every.without if self._every is not None else ()
         return {path: value for path, value in self._cache.items() if path not in without}
 
@@ -100,14 +100,14 @@ class ActivationStore:
         Raises:
             SelectionError: a name that no module has; the nearest are named.
         """
-        if self._hooked is None:
+        if not self._hooks:
             factory = ActivationCaching(self._selector(), callback=self._every, hold="snapshot", device=self._device)
-            self._hooked = factory.prepare(self._model).open()
+            self._hooks.append(factory.prepare(self._model).open())
 
     def disable(self) -> None:
         """Stop keeping, and take every hook off the model; what was kept stays."""
-        if self._hooked is not None:
-            hooked, self._hooked = self._hooked, None
+        while self._hooks:
+            hooked = self._hooks.pop()
             try:
                 self._cache = hooked.cache
             finally:
@@ -118,8 +118,8 @@ class ActivationStore:
 
     def clear(self) -> None:
         """Forget what was kept."""
-        if self._hooked is not None:
-            self._hooked.hooking_context.clear()
+        for hooked in self._hooks:
+            hooked.hooking_context.clear()
         self._cache = {}
 
     def __enter__(self) -> Self:
@@ -166,7 +166,7 @@ def extract_representations(
 
     Args:
         model: any module.
-        dataset: samples; mappings of tensors, tuples whose first item is the input, or tensors.
+        dataset: samples; mappings of tensors, tuples that begin with the inputs, or tensors.
         layers: paths, or any selector.
         device: where batches are moved; by default where the model is.
         batch_size: samples per batch.
@@ -190,6 +190,10 @@ def extract_representations(
             for path, value in capture.run(hooked, batch, None).items():
                 gathered.setdefault(path, Concatenate(max_rows=total)).update(value)
     return {path: reducer.compute() for path, reducer in gathered.items()}
+
+
+def _file_in(path: Path) -> Path:
+    return path if path.suffix in SUFFIXES else path / "activations.safetensors"
 
 
 class ActivationCollector:
@@ -226,7 +230,6 @@ class ActivationCollector:
         self._device = device
         self._sites = resolve_hook_points(model, hook_points, layout=layout)
         self._gathered: dict[str, Concatenate] = {}
-        self._loaded: dict[str, Tensor] = {}
         self._undo: ExitStack | None = None
         self.clear()
 
@@ -251,8 +254,6 @@ class ActivationCollector:
     @property
     def counts(self) -> dict[str, int]:
         """Rows by hook point."""
-        if self._loaded:
-            return {name: tensor.shape[0] for name, tensor in self._loaded.items()}
         return {name: reducer.rows for name, reducer in self._gathered.items()}
 
     def __enter__(self) -> Self:
@@ -292,8 +293,8 @@ class ActivationCollector:
                 paths=tuple(counts),
             )
 
-    def get_activations(self, hook_point: str | None = None) -> Any:
-        """The rows ``(rows, features)`` of one hook point, or a dict of all.
+    def get_activations(self, hook_point: str | None = None) -> dict[str, Tensor]:
+        """The rows ``(rows, features)`` by hook point: of all, or of one alone.
 
         Raises:
             SelectionError: no such hook point.
@@ -302,15 +303,11 @@ class ActivationCollector:
         if hook_point is not None and hook_point not in self.counts:
             raise SelectionError(f"there is no hook point {hook_point!r}; there are {listed(list(self.counts))}")
         self._check_aligned()
-        if self._loaded:
-            return self._loaded if hook_point is None else self._loaded[hook_point]
-        if hook_point is not None:
-            return self._gathered[hook_point].compute()
-        return {name: reducer.compute() for name, reducer in self._gathered.items()}
+        names = self.counts if hook_point is None else [hook_point]
+        return {name: self._gathered[name].compute() for name in names}
 
     def clear(self) -> None:
         """Forget all rows."""
-        self._loaded = {}
         self._gathered = {site.name: Concatenate(max_rows=self.max_activations) for site in self._sites}
 
     def save_activations(self, path: str | os.PathLike[str] | None = None) -> Path:
@@ -318,16 +315,25 @@ class ActivationCollector:
         target = self._file(path)
         return save_activations(self.get_activations(), target)
 
-    def load_activations(self, path: str | os.PathLike[str] | None = None) -> dict[str, Tensor]:
-        """Read rows that were saved, in place of those that are here; names are as they were."""
-        self._loaded = load_activations(self._file(path))
-        return self._loaded
+    @staticmethod
+    def load_activations(path: str | os.PathLike[str], hook_points: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """What :meth:`save_activations` wrote to a file or folder, names as they were; of all hook points or of some.
+
+        Raises:
+            SelectionError: a hook point that is not there.
+            StoreError: no such file.
+        """
+        found = load_activations(_file_in(Path(path)))
+        missing = [name for name in hook_points or () if name not in found]
+        if missing:
+            raise SelectionError(f"{path} has no hook point {missing[0]!r}; there are {listed(list(found))}")
+        return {name: found[name] for name in (found if hook_points is None else hook_points)}
 
     def _file(self, path: str | os.PathLike[str] | None) -> Path:
         chosen = self.save_path if path is None else Path(path)
         if chosen is None:
             raise SelectionError("say where: give a path, or save_path= to the collector")
-        return chosen if chosen.suffix in SUFFIXES else chosen / "activations.safetensors"
+        return _file_in(chosen)
 
 
 class _RowCollector:
@@ -361,7 +367,7 @@ def collect_activations_from_dataloader(
 
     Args:
         model: any module; run without gradients in eval mode, and left as it was.
-        dataloader: batches: tensors, tuples or lists whose first item is the input, or mappings (``"input_ids"``, or
+        dataloader: batches: tensors, tuples or lists that begin with the inputs, or mappings (``"input_ids"``, or
             keyword arguments that the model takes).
         hook_points: see :class:`ActivationCollector`.
         max_activations: the most rows, exactly.
@@ -371,11 +377,11 @@ def collect_activations_from_dataloader(
         layout: see :class:`ActivationCollector`.
     """
     collector = ActivationCollector(model, hook_points, max_activations, device, save_path, layout=layout)
-    names, home, batches = accepted_names(model), model_device(model), length_of(dataloader)
+    inputs, home, batches = Inputs.of(model), model_device(model), length_of(dataloader)
     with as_evaluated(model), torch.no_grad(), Progress(shown=verbose, total=max_activations) as progress, collector:
         for batch in dataloader:
             before = collector.rows
-            call_model(model, to_device(batch, home), names)
+            call_model(model, to_device(batch, home), inputs)
             if before == 0 and batches is not None:
                 progress.expect(min(max_activations, batches * collector.rows))
             progress.add(collector.rows - before)
@@ -385,5 +391,4 @@ def collect_activations_from_dataloader(
         raise SelectionError("the data holds no batch, so there is nothing to collect")
     if save_path is not None:
         collector.save_activations()
-    found: Mapping[str, Tensor] = collector.get_activations()
-    return dict(found)
+    return collector.get_activations()

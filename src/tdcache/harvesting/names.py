@@ -178,7 +178,10 @@ def literal_first(model: nn.Module, layers: Selector) -> Selector:
     there = {path for path, _ in model.named_modules(remove_duplicate=False)}
     for each in layers:
         if not isinstance(each, str) or each not in there:
-            select(model, each)
+            try:
+                select(model, each)
+            except SelectionError as error:
+                raise SelectionError(f"layer {each!r} not found: {error}", selector=each, near=error.near) from None
     return [Exactly(each) if isinstance(each, str) and each in there else each for each in layers]
 
 

@@ -225,18 +225,23 @@ class Shard:
         begin = self.header.data_start + entry.begin
         return self._map[begin : begin + entry.nbytes].view(entry.dtype).view(entry.shape)
 
-    def read(self, name: str, rows: tuple[int, int], target: Tensor) -> None:
-        """Read rows from the first number to before the second of one column into ``target``, without mapping the file.
+    def read(self, targets: Mapping[str, Tensor], rows: tuple[int, int]) -> None:
+        """Read rows from the first number to before the second of some columns, without mapping the file.
+
+        Args:
+            targets: where they go, by column.
+            rows: which.
 
         Raises:
             DamagedError: the file ends before the rows do.
         """
-        entry = self.header.tensors[name]
-        width = entry.nbytes // max(1, self.rows)
-        offset = self.header.data_start + entry.begin + rows[0] * width
         descriptor = os.open(self.path, _READ_ONLY)
         try:
-            read_into(descriptor, bytes_of(target), offset, self.path)
+            for name, target in targets.items():
+                entry = self.header.tensors[name]
+                width = entry.nbytes // max(1, self.rows)
+                offset = self.header.data_start + entry.begin + rows[0] * width
+                read_into(descriptor, bytes_of(target), offset, self.path)
         finally:
             os.close(descriptor)
 

@@ -18,15 +18,14 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The rows of one column that one shard has of one span."""
+    """The rows that one shard has of one span."""
 
     shard: Shard
-    column: str
     rows: Span
-    target: Tensor
+    targets: Mapping[str, Tensor]
 
     def __call__(self) -> None:
-        self.shard.read(self.column, self.rows, self.target)
+        self.shard.read(self.targets, self.rows)
 
 
 def read_spans(
@@ -70,6 +69,5 @@ def _parts(
             if low >= high:
                 continue
             at = place + start + low - begin
-            for name, column in columns.items():
-                yield _Part(shard, name, (low, high), column[at : at + high - low])
+            yield _Part(shard, (low, high), {name: column[at : at + high - low] for name, column in columns.items()})
         place += end - begin
