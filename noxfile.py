@@ -1,4 +1,4 @@
-"""The project's commands: ``python -m nox -s demo``, ``tests``, ``lint``, ``types``, ``docs``, ``bench``."""
+"""The project's commands: ``python -m nox -s demo``, ``tests``, ``peers``, ``lint``, ``types``, ``docs``, ``bench``."""
 
 import os
 from pathlib import Path
@@ -14,6 +14,17 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 
 # The libraries that benchmarks/ measures beside tdcache. None is needed: the bench runs with those it finds.
 PEERS = ("captum", "nnsight", "transformer-lens", "pyvene", "tdhook==0.1.3", "zennit", "datasets")
+
+# Those that the tests hold it against, and where.
+TESTED_PEERS = ("captum", "datasets", "ray", "transformer-lens")
+PEER_TESTS = (
+    "tests/attribution/test_captum.py",
+    "tests/attribution/test_lrp.py",
+    "tests/harvesting/test_ray_fleet.py",
+    "tests/harvesting/test_sources.py",
+    "tests/points/test_transformer_lens.py",
+    "tests/store/test_dataset.py",
+)
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -42,6 +53,16 @@ def tests(session):
     install_group(session, "tests", "-e", ".[examples]")
     workers = str(min(os.cpu_count() or 1, 4))  # each imports torch: more than four only costs memory
     session.run("python", "-m", "pytest", "-n", workers, "--dist", "worksteal", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def peers(session):
+    """Run the tests that hold tdcache against other libraries, which are installed for it."""
+    install_group(session, "tests", "-e", ".[examples]", *TESTED_PEERS)
+    install(session, "--no-deps", "zennit")  # which needs no torchvision for its rules
+    # A peer may bring a torchvision built for another torch, which breaks `import transformers`; none needs it here.
+    session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision")
+    session.run("python", "-m", "pytest", *PEER_TESTS, *session.posargs, env=OFFLINE)
 
 
 @nox.session
