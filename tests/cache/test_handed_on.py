@@ -1,5 +1,7 @@
 """Modules that compute nothing: what they hand on is an input or a parameter, which others use as well."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -93,3 +95,44 @@ def test_an_input_is_handed_on_from_any_place(directions):
         hooked(torch.ones(2, 3)).sum().backward()
     assert torch.equal(hooked.cache["bwd", "drop"], torch.full((2, 3), 2.0))
     assert torch.equal(hooked.cache["bwd", "second"], torch.full((2, 3), 3.0))
+
+
+class HandsOn(nn.Module):
+    """Layers that make their output, hand it on, give several, are called twice, and are followed by in-place work."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.made, self.again, self.deaf = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.same, self.pair, self.relu = nn.Identity(), Halves(), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.deaf(x)
+        left, right = self.pair(self.relu(self.made(x)))
+        return self.same(self.again(torch.tanh(self.again(left * right))))
+
+
+class Halves(nn.Module):
+    def forward(self, x):
+        return x * 2, x * 3
+
+
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_gradients_alone_are_those_that_come_with_the_outputs(backwards):
+    model, x = HandsOn(), torch.randn(5, 4)
+    found = []
+    for directions, hold in ((["bwd"], "detached"), (["fwd", "bwd"], "snapshot")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the second call, and the one without a graph
+            with ActivationCaching(".+", directions=directions, hold=hold).prepare(model) as hooked:
+                for _ in range(2):
+                    y = hooked(x)
+                    for _ in range(backwards):
+                        y.square().sum().backward(retain_graph=True)
+                    grads = hooked.cache if len(directions) == 1 else hooked.cache["bwd"]
+                    found.append(dict(grads.items()))
+    assert set(found[0]) == {"made", "again", "same", "pair", "relu"}
+    for other in found[1:]:
+        assert set(other) == set(found[0])
+        assert all(torch.equal(other[path], grad) for path, grad in found[0].items())

@@ -12,7 +12,15 @@ from torch import nn
 from tdcache.cache.channel import Channel
 from tdcache.cache.keep import Keep
 from tdcache.cache.recorder import Recorder
-from tdcache.cache.taps import CallbackTap, GradientTap, OutputAndGradientTap, OutputTap, StopTap, ValueTap
+from tdcache.cache.taps import (
+    CallbackTap,
+    GradientTap,
+    OutputAndGradientTap,
+    OutputTap,
+    PlainGradientTap,
+    StopTap,
+    ValueTap,
+)
 from tdcache.cache.target import StackBy, Target
 from tdcache.errors import DirectionError
 from tdcache.hooks.attach import MultiHookHandle, Order, attach, attach_outputs
@@ -110,7 +118,9 @@ class Capture:
         self, selection: Selection, channel: Channel, recorder: Recorder
     ) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
         for path, module, _ in selection:
-            if channel.is_gradient:
+            if channel.is_gradient and self.pick is None and channel.takes_aliases and not self.prepend:
+                yield module, PlainGradientTap(path, channel, recorder, self.order).on_plain
+            elif channel.is_gradient:
                 yield module, GradientTap(path, channel, recorder, self.order, self.pick).on_output
             elif self.pick is None and channel.takes_aliases:
                 yield module, OutputTap(path, channel, recorder, self.order).on_output

@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from tdcache.cache.channel import Channel
     from tdcache.cache.recorder import Recorder
 
-__all__ = ["CallbackTap", "GradientTap", "OutputAndGradientTap", "OutputTap", "StopTap", "Tap", "ValueTap"]
+__all__ = [
+    "CallbackTap",
+    "GradientTap",
+    "OutputAndGradientTap",
+    "OutputTap",
+    "PlainGradientTap",
+    "StopTap",
+    "Tap",
+    "ValueTap",
+]
 
 
 class Tap:
@@ -221,43 +230,75 @@ class GradientTap(Tap):
             self.arrived = call
 
 
-class OutputAndGradientTap(OutputTap):
-    """Takes the output and its gradient, both as they are, in one hook: the fast path for the usual pair."""
+class PlainGradientTap(GradientTap):
+    """Takes the gradient of an output that is a tensor, as it is: the fast path, by a hook on the node that made it.
 
-    __slots__ = ("gradient", "gradient_channel")
+    A tensor hook does the same at twice the cost.
+    """
 
-    def __init__(self, path: str, channel: Channel, recorder: Recorder, order: int, gradient_channel: Channel) -> None:
-        super().__init__(path, channel, recorder, order)
-        self.gradient_channel = gradient_channel
-        self.gradient = GradientTap(path, gradient_channel, recorder, order, None)
+    __slots__ = ("number",)
 
-    def on_both(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Keep the output, and set a hook on the node that made it: a tensor hook does the same at twice the cost."""
-        values = self.values
-        path = self.path
-        if type(output) is Tensor and path not in values:
-            node = output.grad_fn
-            lone = len(args) == 1 and type(args[0]) is Tensor  # spares the call in the common case
-            given = args[0] is output if lone else handed_on(output, args)
-            if node is not None and not output._version and not given:
-                node.register_prehook(partial(self.on_grads, self.gradient_channel.number, output.output_nr))
-                values[path] = output
-                return None
-        self.gradient.arrived = 0
-        self.on_output(module, args, output)
-        return self.gradient.on_output(module, args, output)
+    def __init__(self, path: str, channel: Channel, recorder: Recorder, order: int) -> None:
+        super().__init__(path, channel, recorder, order, None)
+        self.number = -1
+        """The latest forward in which the module was called."""
+
+    def on_plain(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Set a hook on the node, in the first call of a forward."""
+        number = self.channel.number
+        is_first, self.number = self.number != number, number
+        if is_first and type(output) is Tensor and self.watch_node(args, output):
+            return None
+        return self.on_output(module, args, output)
+
+    def watch_node(self, args: Any, output: Tensor) -> bool:
+        """Set a hook on the node that made ``output``, if it was this module that made it; says whether it did."""
+        node = output.grad_fn
+        lone = len(args) == 1 and type(args[0]) is Tensor  # spares the call in the common case
+        given = args[0] is output if lone else handed_on(output, args)
+        if node is None or output._version or given:
+            return False
+        node.register_prehook(partial(self.on_grads, self.channel.number, output.output_nr))
+        return True
 
     def on_grads(self, number: int, position: int, grads: tuple[Tensor | None, ...]) -> None:
         """Take the gradient of the first call in a forward."""
-        channel, path = self.gradient_channel, self.path
+        channel, path = self.channel, self.path
         grad = grads[position]
         if number != channel.accepting or path in channel.values or grad is None:
             if grad is not None:
-                self.gradient.on_grad(path, number, 0, grad)
+                self.on_grad(path, number, 0, grad)
             return
-        self.gradient.arrived = 0
+        self.arrived = 0
         channel.versions[path] = grad._version
         channel.values[path] = grad
+
+
+@torch.compiler.substitute_in_graph(PlainGradientTap.on_plain, skip_signature_check=True)
+def _on_plain_in_graph(self: PlainGradientTap, module: nn.Module, args: Any, output: Any) -> Any:
+    """:meth:`PlainGradientTap.on_plain` in a compiled graph, which has no nodes yet when it is made."""
+    return self.on_output(module, args, output)
+
+
+class OutputAndGradientTap(OutputTap):
+    """Takes the output and its gradient, both as they are, in one hook: the fast path for the usual pair."""
+
+    __slots__ = ("gradient",)
+
+    def __init__(self, path: str, channel: Channel, recorder: Recorder, order: int, gradient_channel: Channel) -> None:
+        super().__init__(path, channel, recorder, order)
+        self.gradient = PlainGradientTap(path, gradient_channel, recorder, order)
+
+    def on_both(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Keep the output, and set a hook on the node that made it."""
+        values = self.values
+        path = self.path
+        if type(output) is Tensor and path not in values and self.gradient.watch_node(args, output):
+            values[path] = output
+            return None
+        self.gradient.arrived = 0
+        self.on_output(module, args, output)
+        return self.gradient.on_output(module, args, output)
 
 
 @torch.compiler.substitute_in_graph(OutputAndGradientTap.on_both, skip_signature_check=True)
