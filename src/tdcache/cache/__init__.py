@@ -5,12 +5,13 @@ from tdcache.cache.channel import Channel
 from tdcache.cache.keep import Keep, Transfers
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.taps import CallbackTap, GradientTap, OutputAndGradientTap, OutputTap, StopTap, ValueTap
-from tdcache.cache.target import StackBy, Target
+from tdcache.cache.target import EntryTarget, StackBy, Target
 
 __all__ = [
     "CallbackTap",
     "Capture",
     "Channel",
+    "EntryTarget",
     "GradientTap",
     "Keep",
     "OutputAndGradientTap",

@@ -17,7 +17,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.cache.keep import Keep, Transfers, shares_memory
-from tdcache.cache.target import StackBy, Target
+from tdcache.cache.target import EntryTarget, StackBy
 from tdcache.errors import InplaceModificationError, listed
 from tdcache.hooks.directions import direction_row
 from tdcache.reducers import Last, Reducer
@@ -45,7 +45,7 @@ class Channel:
     direction: HookDirection
     paths: tuple[str, ...]
     keep: Keep
-    target: Target
+    target: EntryTarget
     reducer: Reducer
     stack_by: StackBy | None
     has_parts: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -13,7 +13,32 @@ from tdcache.errors import CacheWriteError, CaptureError, listed
 from tdcache.selection import Site
 from tdcache.types import CacheKey
 
-__all__ = ["StackBy", "Target"]
+__all__ = ["EntryTarget", "StackBy", "Target"]
+
+
+class EntryTarget(Protocol):
+    """What a channel asks of the place that its entries go to."""
+
+    @property
+    def cache(self) -> Any:
+        """What the user sees."""
+
+    @property
+    def node(self) -> str | None:
+        """The direction's name, where the cache has one node per direction."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether values are copied into tensors that are there."""
+
+    def write(self, entries: Mapping[CacheKey, Any], *, complete: bool) -> None:
+        """Make ``entries`` the direction's entries."""
+
+    def put(self, key: CacheKey, value: Any) -> None:
+        """Write one entry at once, beside those that are there."""
+
+    def reset(self) -> None:
+        """Drop every entry that was written here."""
 
 
 class Target:

@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from tdcache.cache import Channel, GradientTap, Keep, OutputTap, Recorder, Target
+from tdcache.cache import Channel, EntryTarget, GradientTap, Keep, OutputTap, Recorder, Target
 from tdcache.errors import CaptureError
 from tdcache.hooks import MultiHookHandle, Order, attach_outputs, bracket
 from tdcache.hooks.values import first_tensor
@@ -78,23 +78,33 @@ class CaptureOptions:
         return tensor[0]
 
 
-class _MappingTarget(Target):
+class _MappingTarget:
     """Entries into a plain dict, for those who hand one in."""
 
+    node = None
+    in_place = False
+
     def __init__(self, cache: MutableMapping[str, Any]) -> None:
-        self.cache = cache  # type: ignore[assignment]  # all that Target asks of it without a node, a dict can do
-        self.node = None
-        self.batch_dims = 0
-        self.in_place = False
-        self.written = {}
-        self._complete = ()
+        self.cache: MutableMapping[Any, Any] = cache
+        self._written: dict[CacheKey, None] = {}
 
-    def refuse_lock(self) -> None:
-        """A dict cannot be locked."""
+    def write(self, entries: Mapping[CacheKey, Any], *, complete: bool) -> None:
+        """Make ``entries`` the direction's entries."""
+        for key in self._written.keys() - entries.keys():
+            self.cache.pop(key, None)
+        self.cache.update(entries)
+        self._written = dict.fromkeys(entries)
 
-    def _drop(self, key: CacheKey) -> None:
-        self.cache.pop(key, None)
-        self.written.pop(key, None)
+    def put(self, key: CacheKey, value: Any) -> None:
+        """Write one entry at once, beside those that are there."""
+        self.cache[key] = value
+        self._written[key] = None
+
+    def reset(self) -> None:
+        """Drop every entry that was written here."""
+        for key in self._written:
+            self.cache.pop(key, None)
+        self._written.clear()
 
 
 class PointCapture:
@@ -121,10 +131,14 @@ class PointCapture:
         self._brackets = 0
 
     def _channel(self, direction: HookDirection, names: tuple[str, ...]) -> Channel:
-        target = Target(self.cache, None, 0) if isinstance(self.cache, TensorDictBase) else _MappingTarget(self.cache)
-        if target.in_place:
-            target.check(names)
-        return Channel(direction, names, self.options.keep, target, self.options.reducer, None)
+        return Channel(direction, names, self.options.keep, self._target(names), self.options.reducer, None)
+
+    def _target(self, names: tuple[str, ...]) -> EntryTarget:
+        if not isinstance(self.cache, TensorDictBase):
+            return _MappingTarget(self.cache)
+        target = Target(self.cache, None, 0)
+        target.check(names)
+        return target
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
