@@ -24,6 +24,7 @@ PEER_TESTS = (
     "tests/harvesting/test_sources.py",
     "tests/points/test_transformer_lens.py",
     "tests/store/test_dataset.py",
+    "tests/store/test_repack.py",
 )
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

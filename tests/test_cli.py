@@ -13,6 +13,8 @@ from tdcache import ActivationDataset
 from tdcache.cli import main
 
 SOURCE = """
+from collections import OrderedDict
+
 import torch
 from torch import nn
 
@@ -20,6 +22,19 @@ def make():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     return model, torch.utils.data.TensorDataset(torch.arange(40.0).view(10, 4))
+
+def tokens():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Identity())
+    model[2].register_forward_pre_hook(lambda *_: print("to the end"))
+    with torch.no_grad():
+        model[0].weight.fill_(1e5)
+    return model, [torch.arange(1, 7).view(2, 3)] * 4
+
+def nested():
+    block = nn.Sequential(OrderedDict(lin=nn.Linear(4, 4)))
+    model = nn.Sequential(OrderedDict(block=block, linear=nn.Linear(4, 4)))
+    return model, [torch.ones(2, 4)]
 
 def wrong():
     return 3
@@ -73,6 +88,39 @@ def test_a_dry_run_prints_what_would_be_stored(here, capsys):
     assert main(["harvest", "recipe_for_cli:make", "a.acts", "--select", "0", "--dry-run"]) == 0
     assert "about 10 rows" in capsys.readouterr().out
     assert not Path("a.acts").exists()
+
+
+def test_every_option_reaches_the_harvest(here, capsys):
+    wanted = ["--select", "1", "--match", "prefix", "--direction", "fwd_pre", "--rows", "samples"]
+    options = ["--dtype", "float16", "--shard-bytes", "48", "--quiet"]
+    assert main(["harvest", "recipe_for_cli:tokens", "a.acts", *wanted, *options]) == 1
+    assert "24 finite values at '1' in batch 0 cannot be held by torch.float16" in capsys.readouterr().err
+    counted = ["harvest", "recipe_for_cli:tokens", "b.acts", *wanted, *options, "--overflow", "count"]
+    assert main([*counted, "--dry-run"]) == 0
+    assert "one row per sample" in capsys.readouterr().out
+    assert main(counted) == 0
+    assert capsys.readouterr().out.count("to the end") <= 1  # the first forward may show where the last site is
+    dataset = ActivationDataset.open("b.acts")
+    assert (len(dataset), dataset["1"].shape) == (8, (8, 3, 4))
+    assert [shard.info.overflow for shard in dataset.shards] == [{"1": 24}] * 4
+    assert dataset["1"][...].isinf().all()  # the input of the second module, the embeddings
+    assert (dataset.spec["direction"], dataset.spec["shard_bytes"]) == ("fwd_pre", 48)
+    assert main(["harvest", "recipe_for_cli:tokens", "c.acts", "--select", "1", "--no-stop-early", "--quiet"]) == 0
+    assert capsys.readouterr().out.count("to the end") == 4
+
+
+def test_patterns_are_held_against_paths_as_asked(here, capsys):
+    command = ["harvest", "recipe_for_cli:nested", "a.acts", "--select", "lin", "--quiet"]
+    assert main(command) == 1
+    assert "matches none" in capsys.readouterr().err
+    assert main([*command, "--match", "search"]) == 0
+    assert ActivationDataset.open("a.acts").keys == ("block.lin", "linear")
+    assert main([*command[:2], "b.acts", *command[3:], "--match", "prefix"]) == 0
+    assert ActivationDataset.open("b.acts").keys == ("linear",)
+    for option in ("--match", "--direction", "--rows", "--overflow"):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, option, "other"])
+        assert stop.value.code == 2
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,18 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from tdcache.errors import StoreError, TdcacheError
 from tdcache.harvesting import harvest, preflight
-from tdcache.harvesting.row_rule import as_positions
+from tdcache.harvesting.loop import SHARD_BYTES
+from tdcache.harvesting.row_rule import RowKind, as_positions
 from tdcache.store import ActivationDataset
 from tdcache.store.verify import find_damage
+from tdcache.types import Match
 
 __all__ = ["main"]
 
@@ -43,14 +45,20 @@ def _parser() -> argparse.ArgumentParser:
     take.add_argument("source", help="MODULE:FUNCTION giving (model, data); or, with --texts, a Hugging Face model")
     take.add_argument("path", type=Path, help="the store's folder; an unfinished one is continued")
     take.add_argument("--select", required=True, action="append", metavar="REGEX", help="modules, by whole path")
+    take.add_argument("--match", choices=get_args(Match), default="full", help="how a REGEX is held against a path")
+    take.add_argument("--direction", choices=("fwd", "fwd_pre"), default="fwd", help="outputs or inputs of modules")
     take.add_argument("--texts", type=Path, metavar="FILE", help="one sample per line, for a Hugging Face model")
     take.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float8_e4m3fn"), help="of what is stored")
+    take.add_argument("--overflow", choices=("raise", "count"), default="raise", help="what --dtype cannot hold")
+    take.add_argument("--rows", choices=get_args(RowKind), help="one row per token or per sample")
     take.add_argument("--drop", default="pad", help="pad, bos, pad|bos or none (default: pad)")
     take.add_argument("--positions", type=_positions, metavar="N|N,N|N:N", help="kept places of each sample")
     take.add_argument("--max-rows", type=int, metavar="N")
     take.add_argument("--max-bytes", metavar="SIZE", help="such as 20GB")
+    take.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help="how big a file is, about")
     take.add_argument("--batch-size", type=int, default=32, metavar="N")
     take.add_argument("--device", help="where the model runs")
+    take.add_argument("--no-stop-early", action="store_true", help="run each forward to its end")
     take.add_argument("--dry-run", action="store_true", help="print what would be stored, and stop")
     take.add_argument("--quiet", action="store_true", help="print no progress")
     take.set_defaults(run=_harvest)
@@ -76,18 +84,23 @@ def _harvest(options: argparse.Namespace) -> int:
         model = model.to(options.device)
     asked: dict[str, Any] = {
         "select": options.select,
+        "match": options.match,
+        "direction": options.direction,
         "dtype": getattr(torch, options.dtype) if options.dtype else None,
         "drop": None if options.drop == "none" else options.drop,
         "positions": options.positions,
+        "rows": options.rows,
         "max_rows": options.max_rows,
         "max_bytes": options.max_bytes,
+        "shard_bytes": options.shard_bytes,
         "batch_size": options.batch_size,
         "collate": collate,
     }
     if options.dry_run:
         print(preflight(model, data, options.path, **asked))
         return 0
-    print(harvest(model, data, options.path, progress=not options.quiet, **asked))
+    asked |= {"overflow": options.overflow, "stop_early": not options.no_stop_early, "progress": not options.quiet}
+    print(harvest(model, data, options.path, **asked))
     return 0
 
 

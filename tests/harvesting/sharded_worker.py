@@ -1,8 +1,9 @@
 """One of two processes that hold one model together; prints what each case gave."""
 
-import copy
 import json
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,10 +53,23 @@ def tried(call, values):
     return "equal" if close else "different"
 
 
-def stored(folder, model, data, select):
-    dataset = harvest(model, data, folder, select=select)
+def stored(folder, model, data, select, **options):
+    dataset = harvest(model, data, folder, select=select, **options)
     dataset.verify()
     return {key: dataset[key][...] for key in dataset.keys}
+
+
+def alone(folder, data):
+    """Rank 0 harvests a share of its own; the other takes no part, and looks whether that one came to its end."""
+    flag = folder / "rank 0 is done"
+    if dist.get_rank() == 0:
+        harvest(Mlp(), data, folder / "alone.acts", select="up", rank=0, world=1)
+        flag.touch()
+        return "done"
+    until = time.monotonic() + 20
+    while time.monotonic() < until and not flag.exists():
+        time.sleep(0.01)
+    return "done" if flag.exists() else "waits"
 
 
 def captured(model, batch, mesh):
@@ -76,7 +90,7 @@ def main():
     x = torch.randn(20, 8)
     data, values = list(x.split(4)), expected(x)
     parallel = parallelize_module(Mlp(), mesh, plan())
-    open_ended = parallelize_module(Mlp(), mesh, {"up": ColwiseParallel(use_local_output=False)})
+    open_ended = parallelize_module(Mlp(), mesh, plan(use_local_output=False))
     cases = {
         "row-parallel": lambda: stored(folder / "row.acts", parallel, data, "down"),
         "column-parallel": lambda: stored(folder / "column.acts", parallel, data, "up"),
@@ -85,9 +99,14 @@ def main():
     }
     answers = {name: tried(case, values) for name, case in cases.items()}
     answers["hooks first"] = tried(lambda: captured(Mlp(), x, mesh), values)
-    sharded = copy.deepcopy(Mlp())
-    fully_shard(sharded, mesh=mesh)
+    sharded, fresh = Mlp(), Mlp()
+    for model in (sharded, fresh):  # after a forward the root's parameters are whole until the next backward
+        fully_shard(model, mesh=mesh)
     answers["fsdp"] = tried(lambda: stored(folder / "fsdp.acts", sharded, data, "up|act|down"), values)
+    mine = {"rank": dist.get_rank(), "world": 2}
+    for name, model in {"parallel": parallel, "fsdp": fresh}.items():
+        answers[f"own share, {name}"] = tried(partial(stored, folder / "own.acts", model, data, "act", **mine), values)
+    answers["alone"] = alone(folder, data)
     print(json.dumps(answers), flush=True)
     dist.destroy_process_group()
 

@@ -55,6 +55,17 @@ def test_a_shard_that_shows_no_trace_of_being_one_is_refused_by_name(answers):
         assert each["between them"].startswith("CaptureError: 'act' has other values on other ranks")
 
 
+@pytest.mark.parametrize("case", ["own share, parallel", "own share, fsdp"])
+def test_shares_of_a_model_that_the_ranks_hold_together_are_refused(answers, case):
+    for each in answers:
+        assert each[case].startswith("CaptureError: the ranks 0, 1 hold this model together and must run the same")
+        assert "leave rank= and world= out" in each[case]
+
+
+def test_a_share_that_was_asked_for_waits_for_no_other_rank(answers):
+    assert [each["alone"] for each in answers] == ["done", "done"]
+
+
 def test_without_processes_a_value_is_itself():
     tensor = torch.ones(2)
     assert whole_tensor(tensor, nn.Linear(2, 2), "a") is tensor

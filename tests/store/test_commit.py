@@ -209,3 +209,12 @@ def test_a_stale_file_that_another_starting_writer_removes_first_is_no_error(tmp
     os.utime(stale, (0, 0))
     StoreWriter(tmp_path / "a.acts", SPEC, files=Late())
     assert not stale.exists()
+
+
+def test_advice_that_the_system_does_not_take_is_no_reason_to_fail(tmp_path, golden, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+    write_units(tmp_path / "a.acts")
+    assert contents(tmp_path / "a.acts") == golden

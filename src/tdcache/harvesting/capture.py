@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.caching import ActivationCaching
-from tdcache.errors import CaptureError, SelectionError, listed
+from tdcache.errors import CaptureError, RepeatedCallWarning, SelectionError, listed
 from tdcache.harvesting.row_rule import BatchRows
 from tdcache.harvesting.whole import whole_tensor
 from tdcache.hooks.values import pick_tensor
@@ -23,6 +25,7 @@ from tdcache.types import HookDirection, Match, Pick, Selector
 __all__ = [
     "Capture",
     "Inputs",
+    "Look",
     "RowTaker",
     "as_dtype",
     "as_evaluated",
@@ -51,12 +54,15 @@ class RowTaker:
     """The rows of the running batch; None takes whole values."""
     seen: dict[str, Described] | None = None
     """Where given, dtype and shape of each value are noted, and one that does not fit the rows is taken whole."""
+    calls: dict[str, int] = field(default_factory=dict)
+    """How often each site was called in the running forward."""
     overflow: dict[str, Tensor] = field(default_factory=dict)
     """Finite values per site that the dtype cannot hold, since they were last asked for."""
 
     def __call__(self, *, module: nn.Module, key: Any, **seen: Any) -> Tensor:
         """Take the rows of one value."""
         path = key if isinstance(key, str) else key[-1]
+        self.calls[path] = self.calls.get(path, 0) + 1
         value = seen["output"] if "output" in seen else seen["args"]
         out_keys: Any = getattr(module, "out_keys", None)
         if isinstance(value, TensorDictBase) and out_keys and self.pick is None:
@@ -67,6 +73,8 @@ class RowTaker:
                 f"pick={self.pick!r} gives {type(tensor).__name__}, no tensor, at {path!r}", paths=(path,)
             )
         tensor = whole_tensor(tensor.detach(), module, path)
+        if tensor.layout != torch.strided:
+            raise CaptureError(f"{path!r} gives a tensor of layout {tensor.layout}, which has no rows", paths=(path,))
         rows = self.rows
         if self.seen is not None:
             self.seen[path] = tensor.dtype, tuple(tensor.shape)
@@ -117,6 +125,20 @@ def _unrepresentable(rows: Tensor, dtype: torch.dtype) -> Tensor | None:
     return (lost & torch.isfinite(rows)).sum()
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a first forward gave."""
+
+    values: Mapping[str, Tensor]
+    """The rows of each site, or the whole value where it has no such rows."""
+    overflow: Mapping[str, int]
+    """Values among them that the dtype cannot hold."""
+    described: Mapping[str, Described]
+    """Dtype and shape of each value before rows were taken."""
+    seconds: float
+    """How long it took."""
+
+
 class Capture:
     """A model with takers at its sites, called batch by batch. A context manager.
 
@@ -165,28 +187,33 @@ class Capture:
         with as_evaluated(self.model), torch.no_grad(), self._factory.prepare(self.model) as hooked:
             yield hooked
 
-    def look(
-        self, hooked: HookedModule, batch: Any, rows: BatchRows
-    ) -> tuple[Mapping[str, Tensor], Mapping[str, Described]]:
+    def look(self, batch: Any, rows: BatchRows) -> Look:
         """One forward of which it is not known yet whether its values have these rows; those that do not are whole.
 
-        Returns:
-            What :meth:`run` gives, and dtype and shape of the values before rows were taken.
+        Raises:
+            CaptureError: a site saw no value, or several.
         """
         seen: dict[str, Described] = {}
         self.taker.seen = seen
         try:
-            return self.run(hooked, batch, rows), seen
+            with self.open() as hooked, warnings.catch_warnings():
+                warnings.simplefilter("ignore", RepeatedCallWarning)  # an error here
+                start = time.perf_counter()
+                values = self.run(hooked, batch, rows)
+                seconds = time.perf_counter() - start
+                paths = self.paths(hooked)
         finally:
             self.taker.seen = None
+        return Look(values, self.overflow(), {path: seen[path] for path in paths}, seconds)
 
     def run(self, hooked: HookedModule, batch: Any, rows: BatchRows | None) -> Mapping[str, Tensor]:
         """One forward; the kept rows of every site (or whole values), copied to the CPU, valid for good.
 
         Raises:
-            CaptureError: a site saw no value.
+            CaptureError: a site saw no value, or several.
         """
         self.taker.rows = rows
+        self.taker.calls.clear()
         if self._forward is not None:
             self._forward(hooked, to_device(batch, self.device))
         else:
@@ -197,6 +224,13 @@ class Capture:
             raise CaptureError(
                 f"{listed(missing)} saw no value in this forward, so rows would be missing; leave it out of select=",
                 paths=missing,
+            )
+        again = {path: count for path, count in self.taker.calls.items() if count > 1}
+        if again:
+            raise CaptureError(
+                f"{listed(list(again))} ran {max(again.values())} times in one forward (as layers that share weights "
+                "do), and a row holds one value; select the modules around it, which run once",
+                paths=tuple(again),
             )
         return found
 
@@ -239,7 +273,8 @@ class Inputs:
     @classmethod
     def of(cls, model: nn.Module) -> Inputs:
         """Read from the signature of ``forward``."""
-        parameters = inspect.signature(model.forward).parameters.values()
+        own = getattr(model, "_orig_mod", model)  # a compiled model's signature is anything
+        parameters = inspect.signature(own.forward).parameters.values()
         needed = [each for each in parameters if each.default is each.empty and each.kind in _POSITIONAL]
         takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
         return cls(None if takes_any else frozenset(each.name for each in parameters), len(needed))

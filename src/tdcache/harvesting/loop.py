@@ -14,15 +14,16 @@ import tensordict
 import torch
 from torch import Tensor, nn
 
-from tdcache.errors import CaptureError, SpecError, StoreError
+from tdcache.errors import CaptureError, SelectionError, SpecError, StoreError, listed
 from tdcache.harvesting.capture import Capture
 from tdcache.harvesting.plan import Budget, Preflight, Probe, batches_per_unit, model_fingerprint, probe, row_bytes
 from tdcache.harvesting.progress import Progress
 from tdcache.harvesting.pump import WriterThread
-from tdcache.harvesting.row_rule import BatchRows, RowKind, RowRule, as_drops, as_positions, batch_length
+from tdcache.harvesting.row_rule import BatchRows, RowKind, RowRule, as_drops, as_kind, as_positions, batch_length
 from tdcache.harvesting.source import Source, Step, Visit
+from tdcache.harvesting.spelled import as_bytes, as_count, dtype_name, spelled
 from tdcache.harvesting.whole import refuse_shards
-from tdcache.harvesting.workers import Share, wait_for_others
+from tdcache.harvesting.workers import Share
 from tdcache.modules import HookedModule
 from tdcache.selection import select as select_sites
 from tdcache.store.dataset import ActivationDataset
@@ -34,7 +35,6 @@ from tdcache.types import Match, Pick, Selector
 __all__ = ["harvest", "preflight"]
 
 SHARD_BYTES = 1 << 26
-_SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def harvest(
@@ -91,7 +91,8 @@ def harvest(
         max_bytes: the most bytes of all columns together, also as ``"20GB"``.
         overflow: ``"raise"`` refuses finite values that ``dtype`` cannot hold, ``"count"`` stores how many there were.
         resume: continue a store that is there; False refuses one.
-        stop_early: end each forward once every site has fired. Ignored with ``forward``.
+        stop_early: end each forward once every site has fired; of a module that would run again, it is the first call.
+            Ignored with ``forward``.
         progress: print what will be stored, then rows per second and the time left, to the standard error stream.
         batch_size: samples per batch, where ``data`` is a dataset.
         collate: makes a batch of samples, where ``data`` is a dataset.
@@ -111,6 +112,8 @@ def harvest(
         CaptureError: values without rows in common, values that ``dtype`` cannot hold, or a bare shard of one.
         StoreError: a unit could not be written; the message names it and its path.
     """
+    if overflow not in ("raise", "count"):
+        raise SelectionError(f"overflow is 'raise' or 'count', got {overflow!r}", selector=overflow)
     capture = Capture(
         model,
         select,
@@ -127,10 +130,16 @@ def harvest(
         source=Source(data, batch_size=batch_size, collate=collate),
         paths=select_sites(model, select, match=match).paths,
         rule={"drop": as_drops(drop), "positions": as_positions(positions)},
-        kind=rows,
-        budget=Budget(max_rows, _as_bytes(max_bytes)),
+        kind=as_kind(rows),
+        budget=Budget(as_count(max_rows), as_bytes(max_bytes)),
         shard_bytes=shard_bytes,
-        fixed={"direction": direction, "dtype": _name(capture.taker.dtype), "pick": _spelled(pick)},
+        fixed={
+            "direction": direction,
+            "dtype": dtype_name(capture.taker.dtype),
+            "pick": spelled(pick),
+            "collate": spelled(collate),
+            "forward": spelled(forward),
+        },
     )
     share = Share.of(model, rank, world)
     spec, found = request.settled(capture, share)
@@ -159,20 +168,26 @@ def preflight(
         **options: ``match``, ``direction``, ``pick``, ``dtype``, ``drop``, ``positions``, ``rows``, ``max_rows``,
             ``max_bytes``, ``batch_size``, ``collate``, ``forward``, ``device`` and ``shard_bytes``, as there.
     """
-    names = ("match", "direction", "pick", "dtype", "forward", "device")
-    kept = {name: options[name] for name in names if name in options}
+    unknown = sorted(options.keys() - {*_OF_CAPTURE, *_OF_ROWS})
+    if unknown:
+        raise TypeError(f"preflight has no option {unknown[0]!r}; there are {listed((*_OF_CAPTURE, *_OF_ROWS), 20)}")
+    kept = {name: options[name] for name in _OF_CAPTURE if name in options}
     request = _Request(
         folder=Path(path),
         source=Source(data, batch_size=options.get("batch_size", 32), collate=options.get("collate")),
         paths=select_sites(model, select, match=options.get("match", "full")).paths,
         rule={"drop": as_drops(options.get("drop", "pad")), "positions": as_positions(options.get("positions"))},
-        kind=options.get("rows"),
-        budget=Budget(options.get("max_rows"), _as_bytes(options.get("max_bytes"))),
+        kind=as_kind(options.get("rows")),
+        budget=Budget(as_count(options.get("max_rows")), as_bytes(options.get("max_bytes"))),
         shard_bytes=options.get("shard_bytes", SHARD_BYTES),
         fixed={},
     )
     capture = Capture(model, select, stop_early="forward" not in kept, **kept)
     return request.preflight(probe(capture, request.source, request.rule, request.kind))
+
+
+_OF_CAPTURE = ("match", "direction", "pick", "dtype", "forward", "device")
+_OF_ROWS = ("drop", "positions", "rows", "max_rows", "max_bytes", "batch_size", "collate", "shard_bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +218,7 @@ class _Request:
             "model": {"class": type(capture.model).__qualname__, "fingerprint": model_fingerprint(capture.model)},
             "data": {"batches": self.source.batches, "first_batch": self.source.fingerprint()},
             "drop": list(self.rule["drop"]),
-            "positions": _spelled(self.rule["positions"]),
+            "positions": spelled(self.rule["positions"]),
             "budget": {"rows": self.budget.rows, "bytes": self.budget.bytes},
             "shard_bytes": self.shard_bytes,
         }
@@ -217,33 +232,9 @@ class _Request:
         if share.sharded:
             refuse_shards(found.values, tuple(found.sites))
         per_unit = batches_per_unit(found, shard_bytes=self.shard_bytes, batches=self.source.batches)
-        sites = {path: {"dtype": _name(kind), "shape": list(shape)} for path, (kind, shape) in found.sites.items()}
+        sites = {path: {"dtype": dtype_name(kind), "shape": list(shape)} for path, (kind, shape) in found.sites.items()}
         seen = {"rows": found.kind, "tokens": found.with_tokens, "batches_per_unit": per_unit}
         return {**asked, **seen, "sites": sites}, found
-
-
-def _name(dtype: torch.dtype | None) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")
-
-
-def _spelled(value: Any) -> Any:
-    """An option as JSON; of a callable its name, because its address changes from run to run."""
-    if isinstance(value, slice):
-        return ":".join("" if each is None else str(each) for each in (value.start, value.stop, value.step))
-    if isinstance(value, tuple | list):
-        return [_spelled(each) for each in value]
-    return getattr(value, "__qualname__", value if isinstance(value, str | int | None) else type(value).__qualname__)
-
-
-def _as_bytes(size: int | str | None) -> int | None:
-    if size is None or isinstance(size, int):
-        return size
-    digits = size.rstrip("BKMGTbkmgt ")
-    unit = size[len(digits) :].strip().upper() or "B"
-    try:
-        return int(float(digits) * _SIZES[unit])
-    except (ValueError, KeyError):
-        raise ValueError(f"max_bytes is a number, or one with B, KB, MB, GB or TB; got {size!r}") from None
 
 
 @dataclass(slots=True)
@@ -288,10 +279,13 @@ class _Run:
         ended = any(shard.info.end for shard in committed.values())
         if not (ended and len(committed) == max(committed) + 1):
             self._prepare()
+            if self.shown and committed and self.share.writes:
+                rows = sum(self.there.values())
+                print(f"going on with {self.writer.folder}: {len(self.there)} units, {rows:,} rows", file=sys.stderr)
             self._walk()
         if self.share.writes:
             self.writer.finish()
-        wait_for_others()
+        self.share.wait()
         if self.share.writes and self.share.rank == 0 and self.share.world > 1:
             self.writer.finish()
 
@@ -310,7 +304,13 @@ class _Run:
         return "skip" if self.limit is None else "count"
 
     def _rows_to_run(self) -> int | None:
-        rows = self.limit if self.found is None else self.request.preflight(self.found).rows
+        rows = self.limit
+        if self.found is not None:
+            rows = self.request.preflight(self.found).rows
+        elif self.there and self.request.source.batches is not None:  # as if the other units were like those there
+            units = -(-self.request.source.batches // self.writer.spec["batches_per_unit"])
+            rows = sum(self.there.values()) * units // len(self.there)
+            rows = rows if self.limit is None else min(rows, self.limit)
         return None if rows is None else -(-max(rows - sum(self.there.values()), 0) // self.share.world)
 
     def _walk(self) -> None:
@@ -349,10 +349,13 @@ class _Run:
     def _take(self, hooked: HookedModule, step: Step, rows: BatchRows) -> None:
         """Run a batch, or take what its first forward gave."""
         unit, found, self.found = self._needed(), self.found, None
-        if found is not None and step.number == 0 and len(rows) == found.rows:
-            values, lost = found.values, found.overflow
+        is_known = found is not None and step.number == 0 and (len(rows) == found.rows or not found.overflow)
+        if found is not None and is_known:
+            cut = len(rows) < found.rows
+            values = {path: value[: len(rows)].clone() if cut else value for path, value in found.values.items()}
+            lost = found.overflow
         else:
-            values, lost = self.capture.run(hooked, step.batch, rows), self.capture.overflow()
+            values, lost = dict(self.capture.run(hooked, step.batch, rows)), self.capture.overflow()
         for path, count in lost.items():
             if self.refuse_overflow:
                 dtype = self.capture.taker.dtype

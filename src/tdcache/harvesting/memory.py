@@ -25,11 +25,12 @@ from tdcache.harvesting.capture import (
     model_device,
     to_device,
 )
-from tdcache.harvesting.names import Exactly, HookSite, Layout, is_called, literal_first, resolve_hook_points
+from tdcache.harvesting.names import Exactly, Layout, is_called, literal_first, resolve_hook_points
 from tdcache.harvesting.progress import Progress
 from tdcache.harvesting.saved import SUFFIXES, load_activations, save_activations
+from tdcache.harvesting.site_rows import SiteRows
 from tdcache.harvesting.source import length_of
-from tdcache.hooks.values import first_tensor, pick_tensor
+from tdcache.hooks.values import first_tensor
 from tdcache.modules import HookedModule
 from tdcache.reducers import Concatenate
 from tdcache.selection import select
@@ -199,8 +200,9 @@ def _file_in(path: Path) -> Path:
 class ActivationCollector:
     """Rows of activations over many batches, within one budget for all hook points. A context manager.
 
-    ``(batch, tokens, features)`` becomes ``(batch * tokens, features)``. All hook points hold the same rows: a value
-    with another number of rows is an error. Values are copied when they are seen, straight to where they stay.
+    ``(batch, tokens, features)`` becomes ``(batch * tokens, features)``; values of more dimensions are refused. All
+    hook points hold the same rows: one that saw another number of rows, kept or not, is an error. Values are copied
+    when they are seen, straight to where they stay.
 
     Args:
         model: any module.
@@ -227,11 +229,9 @@ class ActivationCollector:
         self.model = model
         self.max_activations = max_activations
         self.save_path = None if save_path is None else Path(save_path)
-        self._device = device
         self._sites = resolve_hook_points(model, hook_points, layout=layout)
-        self._gathered: dict[str, Concatenate] = {}
+        self._rows = {site.name: SiteRows(site, max_activations, device) for site in self._sites}
         self._undo: ExitStack | None = None
-        self.clear()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({listed(self.hook_points)}, {self.rows:,} of {self.max_activations:,} rows)"
@@ -254,15 +254,15 @@ class ActivationCollector:
     @property
     def counts(self) -> dict[str, int]:
         """Rows by hook point."""
-        return {name: reducer.rows for name, reducer in self._gathered.items()}
+        return {name: rows.kept.rows for name, rows in self._rows.items()}
 
     def __enter__(self) -> Self:
         if self._undo is not None:
             raise ContextError("this collector is open already")
         with ExitStack() as undo:
             for site in self._sites:
-                taker = _RowCollector(site, self)
-                options: dict[str, Any] = {"callback": taker, "directions": [site.direction]}
+                direction = "fwd" if site.direction == "fwd" else "fwd_pre_kwargs"  # a block may be called by keyword
+                options: dict[str, Any] = {"callback": self._rows[site.name], "directions": [direction]}
                 undo.enter_context(ActivationCaching(Exactly(site.path), **options).prepare(self.model))
             self._undo = undo.pop_all()
         return self
@@ -278,19 +278,15 @@ class ActivationCollector:
 
     def take(self, name: str, value: Tensor) -> None:
         """Keep the rows of one value, within the budget."""
-        if value.dim() < 2:
-            raise CaptureError(
-                f"{name!r} gives values of shape {tuple(value.shape)}; rows need (..., features)", paths=(name,)
-            )
-        self._gathered[name].update(value.detach().flatten(0, -2).to(self._device))
+        self._rows[name].take(value)
 
     def _check_aligned(self) -> None:
-        counts = self.counts
-        if len(set(counts.values())) > 1:
+        seen = {name: rows.seen for name, rows in self._rows.items()}  # counts are alike once the budget is used up
+        if len(set(seen.values())) > 1:
             raise CaptureError(
-                f"the hook points saw different numbers of rows, which therefore do not belong together: {counts}; "
+                f"the hook points saw different numbers of rows, which therefore do not belong together: {seen}; "
                 "collect them one by one",
-                paths=tuple(counts),
+                paths=tuple(seen),
             )
 
     def get_activations(self, hook_point: str | None = None) -> dict[str, Tensor]:
@@ -304,11 +300,12 @@ class ActivationCollector:
             raise SelectionError(f"there is no hook point {hook_point!r}; there are {listed(list(self.counts))}")
         self._check_aligned()
         names = self.counts if hook_point is None else [hook_point]
-        return {name: self._gathered[name].compute() for name in names}
+        return {name: self._rows[name].kept.compute() for name in names}
 
     def clear(self) -> None:
         """Forget all rows."""
-        self._gathered = {site.name: Concatenate(max_rows=self.max_activations) for site in self._sites}
+        for rows in self._rows.values():
+            rows.clear()
 
     def save_activations(self, path: str | os.PathLike[str] | None = None) -> Path:
         """Write all rows to one file; see :func:`tdcache.harvesting.save_activations`."""
@@ -334,22 +331,6 @@ class ActivationCollector:
         if chosen is None:
             raise SelectionError("say where: give a path, or save_path= to the collector")
         return _file_in(chosen)
-
-
-class _RowCollector:
-    """The callback at one hook point."""
-
-    def __init__(self, site: HookSite, collector: ActivationCollector) -> None:
-        self.site = site
-        self.collector = collector
-
-    def __repr__(self) -> str:
-        return f"rows of {self.site.name!r}"
-
-    def __call__(self, *, module: nn.Module, key: Any, **seen: Any) -> Tensor:
-        value = pick_tensor(seen["output"] if "output" in seen else seen["args"], None, self.site.path)
-        self.collector.take(self.site.name, value)
-        return torch.empty(0)
 
 
 def collect_activations_from_dataloader(

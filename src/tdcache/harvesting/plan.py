@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import re
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,14 @@ from tdcache.errors import CaptureError, SelectionError, listed
 from tdcache.harvesting.capture import Capture
 from tdcache.harvesting.row_rule import BatchRows, RowKind, RowRule, tokens_of
 from tdcache.harvesting.source import Source
+from tdcache.store.header import pack_header
 from tdcache.store.writer import ROW_COLUMNS
 
 __all__ = ["Budget", "Preflight", "Probe", "batches_per_unit", "model_fingerprint", "probe", "row_bytes"]
 
 _SAMPLED = 16  # values per parameter that go into a model's fingerprint
 _UNITS = 16  # at least so many, where the data is long enough: a unit is what a crash can cost
+_MOST_BATCHES = 1024  # in a unit
 _ROW_BYTES = 8 + 4
 _TOKEN_BYTES = 4
 
@@ -37,8 +40,8 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, size in (("max_rows", self.rows), ("max_bytes", self.bytes)):
-            if size is not None and size < 1:
-                raise SelectionError(f"{name} is at least 1, got {size}; leave it out for all rows", selector=size)
+            if size is not None and (type(size) is not int or size < 1):
+                raise SelectionError(f"{name} is at least 1, got {size!r}; leave it out for all rows", selector=size)
 
     def limit(self, row_bytes: int) -> int | None:
         """The most rows, given the bytes of one in all columns.
@@ -66,6 +69,8 @@ class Probe:
     with_tokens: bool
     rows: int
     """Rows of the first batch that are kept."""
+    most_rows: int
+    """Rows that would be kept of a batch like it without padding."""
     seconds: float
     """How long the forward took."""
     values: Mapping[str, Tensor]
@@ -102,17 +107,14 @@ def probe(capture: Capture, source: Source, rule: Mapping[str, Any], kind: RowKi
     batch = source.first()
     if batch is None:
         raise SelectionError("the data holds no batch, so there is nothing to harvest")
-    rows = RowRule(kind=kind or _likely_kind(batch), **rule)(batch, first=0)
-    with capture.open() as hooked:
-        start = time.perf_counter()
-        values, seen = capture.look(hooked, batch, rows)
-        seconds = time.perf_counter() - start
-        paths = capture.paths(hooked)
-    taken = [path for path in paths if path in ROW_COLUMNS]
+    likely = kind or _likely_kind(batch)
+    rows = RowRule(kind=likely, **rule)(batch, first=0)
+    look = capture.look(batch, rows)
+    taken = [path for path in look.described if path in ROW_COLUMNS]
     if taken:
         raise SelectionError(f"no site can be called {taken[0]!r}: a row's own column has that name", selector=taken[0])
-    shapes = {path: seen[path][1] for path in paths}
-    kind = kind or ("tokens" if _has_tokens(shapes, rows) else "samples")
+    shapes = {path: shape for path, (_, shape) in look.described.items()}
+    kind = kind or _kind_of(shapes, rows)
     made = RowRule(kind=kind, **rule)
     if kind == "samples" and (made.positions is not None or "bos" in made.drop):
         raise SelectionError("positions= and drop='bos' choose among tokens, and these rows are samples, one each")
@@ -121,9 +123,11 @@ def probe(capture: Capture, source: Source, rule: Mapping[str, Any], kind: RowKi
     _check_grid(shapes, rows)
     sites = {
         path: (dtype if dtype and own.is_floating_point else own, shape[len(rows.grid) :])
-        for path, (own, shape) in ((path, seen[path]) for path in paths)
+        for path, (own, shape) in look.described.items()
     }
-    return Probe(sites, kind, rows.tok is not None, len(rows), seconds, values, capture.overflow())
+    pack_header(sites, {})  # a dtype that cannot be stored is refused before anything is written
+    most = made.most_rows(rows.grid)
+    return Probe(sites, kind, rows.tok is not None, len(rows), most, look.seconds, look.values, look.overflow)
 
 
 def _check_grid(shapes: Mapping[str, tuple[int, ...]], rows: BatchRows) -> None:
@@ -141,24 +145,43 @@ def _likely_kind(batch: Any) -> RowKind:
     return "samples" if tokens_of(batch) == (None, None) else "tokens"
 
 
-def _has_tokens(shapes: Mapping[str, tuple[int, ...]], rows: BatchRows) -> bool:
-    return len(rows.grid) > 1 and any(shape[:2] == rows.grid for shape in shapes.values())
+def _kind_of(shapes: Mapping[str, tuple[int, ...]], rows: BatchRows) -> RowKind:
+    """Tokens, where some value has them.
+
+    Raises:
+        CaptureError: a value may be either: as many features as there are tokens, or one number per token.
+    """
+    if len(rows.grid) < 2:
+        return "samples"
+    unclear = [path for path, shape in shapes.items() if shape == rows.grid]
+    if unclear:
+        raise CaptureError(
+            f"{listed(unclear)} gives values of shape {rows.grid}: one number per token, or one row per sample with as "
+            "many features as there are tokens here; say which with rows='tokens' or rows='samples'",
+            paths=tuple(unclear),
+        )
+    return "tokens" if any(shape[:2] == rows.grid for shape in shapes.values()) else "samples"
 
 
 def batches_per_unit(found: Probe, *, shard_bytes: int, batches: int | None) -> int:
-    """So many that a shard has about ``shard_bytes``, and that the data has some units at least."""
-    wanted = shard_bytes // max(1, found.row_bytes * found.rows)
+    """So many that a shard has at most ``shard_bytes``, about, and that the data has some units at least.
+
+    The first batch may be all padding, so that it is not its kept rows that count.
+    """
+    wanted = min(_MOST_BATCHES, shard_bytes // max(1, found.row_bytes * found.most_rows))
     if batches is not None:
         wanted = min(wanted, -(-batches // _UNITS))
     return max(1, wanted)
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A hash of every parameter's and buffer's name, shape, dtype and some of its values.
+    """A hash of every parameter's and buffer's name, shape, dtype and some of its values, and of the model's settings.
 
-    Of a sharded parameter the values are left out, so that every rank has the same fingerprint.
+    Settings are what its modules say of themselves, and a Hugging Face model's configuration. Of a sharded parameter
+    the values are left out, so that every rank has the same fingerprint.
     """
     digest = hashlib.sha256(type(model).__qualname__.encode())
+    digest.update(_settings(model).encode())
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         if not isinstance(tensor, Tensor):
             continue
@@ -170,6 +193,17 @@ def model_fingerprint(model: nn.Module) -> str:
             places = torch.arange(count) * (flat.numel() - 1) // max(1, count - 1)  # integers: float32 rounds up
             digest.update(flat[places.to(flat.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _settings(model: nn.Module) -> str:
+    config: Any = getattr(model, "config", None)
+    told = config.to_dict() if callable(getattr(config, "to_dict", None)) else {}
+    kept = {name: value for name, value in told.items() if name not in _NO_SETTINGS}
+    text = f"{model!r}\n{json.dumps(kept, sort_keys=True, default=repr)}"
+    return re.sub(r" at 0x[0-9a-f]+", "", text)  # addresses are others in every process
+
+
+_NO_SETTINGS = ("transformers_version", "_name_or_path")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ The answer depends on the batch alone, never on the model, so that rows can be c
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from torch import Tensor
 from tdcache.errors import SelectionError
 from tdcache.hooks.values import first_tensor
 
-__all__ = ["BatchRows", "RowKind", "RowRule", "as_drops", "as_positions", "batch_length", "tokens_of"]
+__all__ = ["BatchRows", "RowKind", "RowRule", "as_drops", "as_kind", "as_positions", "batch_length", "tokens_of"]
 
 RowKind = Literal["tokens", "samples"]
 _DROPS = ("bos", "pad")
@@ -80,6 +81,13 @@ class RowRule:
             None if ids is None else ids.cpu().reshape(-1)[chosen].int(),
         )
 
+    def most_rows(self, grid: tuple[int, ...]) -> int:
+        """The rows of a batch of this size without padding, at the most."""
+        per_sample = grid[1] if len(grid) > 1 else 1
+        if isinstance(self.positions, tuple):
+            per_sample = min(per_sample, len(self.positions))
+        return grid[0] * per_sample
+
     def _asked_for(self, place: Tensor, length: Tensor) -> Tensor:
         asked = torch.ones_like(place, dtype=torch.bool) if "bos" not in self.drop else place > 0
         if isinstance(self.positions, slice):
@@ -105,19 +113,34 @@ def as_positions(positions: Any) -> slice | tuple[int, ...] | None:
     Raises:
         SelectionError: something else.
     """
-    if isinstance(positions, int) and not isinstance(positions, bool):
-        return (positions,)
+    if _is_number(positions):
+        return (operator.index(positions),)
     if isinstance(positions, slice):
         bounds = (positions.start, positions.stop, positions.step)
         if all(each is None or isinstance(each, int) for each in bounds) and (positions.step or 1) > 0:
             return positions
     elif positions is None:
         return None
-    elif isinstance(positions, Sequence) and positions and all(type(each) is int for each in positions):
-        return tuple(positions)
+    elif isinstance(positions, Sequence) and positions and all(_is_number(each) for each in positions):
+        return tuple(map(operator.index, positions))
     raise SelectionError(
         f"positions is a number, several, or a slice with a positive step, got {positions!r}", selector=positions
     )
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def as_kind(rows: str | None) -> RowKind | None:
+    """``"tokens"``, ``"samples"`` or None.
+
+    Raises:
+        SelectionError: something else.
+    """
+    if rows not in (None, "tokens", "samples"):
+        raise SelectionError(f"rows is 'tokens', 'samples' or None, got {rows!r}", selector=rows)
+    return rows  # type: ignore[return-value]
 
 
 def as_drops(drop: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -135,7 +158,8 @@ def tokens_of(batch: Any) -> tuple[Tensor | None, Tensor | None]:
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     else:
         ids, mask = first_tensor(batch), None
-    ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point() else None
+    is_ids = isinstance(ids, Tensor) and ids.dim() == 2 and not (ids.is_floating_point() or ids.is_complex())
+    ids = ids if is_ids else None
     return ids, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 

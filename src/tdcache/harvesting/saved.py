@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import zipfile
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdcache.errors import DamagedError, StoreError
-from tdcache.store.export import check_memmap
+from tdcache.store.export import check_memmap, safe_name
 from tdcache.store.safetensors import read_tensors, write_tensors
 
 __all__ = ["SUFFIXES", "load_activations", "save_activations"]
@@ -53,7 +54,7 @@ def save_activations(acts: Mapping[str, Tensor], path: str | os.PathLike[str]) -
     if target.suffix == ".safetensors":
         write_tensors(kept, target)
     elif target.suffix == ".pt":
-        torch.save({name: tensor.clone() for name, tensor in kept.items()}, target)
+        torch.save(_of_their_own(kept), target)
     elif target.suffix == ".memmap":
         for name, tensor in kept.items():
             check_memmap(name, tensor.dtype)
@@ -63,17 +64,38 @@ def save_activations(acts: Mapping[str, Tensor], path: str | os.PathLike[str]) -
     return target
 
 
+def _of_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors; a copy of each that is not the one and only user of all of its memory."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        is_whole = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
+        found[name] = tensor if is_whole else tensor.clone()
+        seen.add(storage.data_ptr())
+    return found
+
+
 def _save_npz(acts: Mapping[str, Tensor], target: Path) -> None:
     import numpy as np
 
     lost = {name: str(each.dtype)[6:] for name, each in acts.items() if _is_strange(each.dtype)}
-    arrays = {name: (each.float() if name in lost else each).numpy() for name, each in acts.items()}
-    if lost:
-        arrays[_DTYPES] = np.array(json.dumps(lost))
     with zipfile.ZipFile(target, "w", allowZip64=True) as archive:  # np.savez has parameters, which names may be
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
+        for name, tensor in acts.items():
+            _add(archive, name, _for_numpy(tensor))  # one at a time: a copy is gone before the next is made
+        if lost:
+            _add(archive, _DTYPES, np.array(json.dumps(lost)))
+
+
+def _add(archive: zipfile.ZipFile, name: str, array: Any) -> None:
+    import numpy as np
+
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def _for_numpy(tensor: Tensor) -> Any:
+    return (tensor.float() if _is_strange(tensor.dtype) else tensor).numpy()
 
 
 def _is_strange(dtype: torch.dtype) -> bool:
@@ -95,6 +117,7 @@ def load_activations(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if source.suffix == ".safetensors":
         return read_tensors(source)
     if source.suffix == ".memmap":
+        _check_folder(source)
         loaded: Any = TensorDict.load_memmap(str(source))
         return {str(name): tensor for name, tensor in loaded.items()}
     try:
@@ -105,10 +128,38 @@ def load_activations(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise DamagedError(f"{source} cannot be read: {type(error).__name__}: {error}", path=source) from error
 
 
+def _check_folder(source: Path) -> None:
+    """Hold the sizes of a folder's files against what it says of them: a map would lengthen a short one with zeros."""
+    try:
+        said = json.loads((source / "meta.json").read_bytes())
+        described = {name: each for name, each in said.items() if isinstance(each, dict)}
+        sizes = {
+            name: getattr(torch, each["dtype"].removeprefix("torch.")).itemsize * math.prod(each["shape"])
+            for name, each in described.items()
+        }
+        if said["_type"] != str(TensorDict):
+            raise ValueError(f"it is a {said['_type']}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(
+            f"{source} is no folder of activations: {type(error).__name__}: {error}", path=source
+        ) from error
+    for name, size in sizes.items():
+        file = source / f"{safe_name(name)}.memmap"
+        found = file.stat().st_size if file.exists() else 0
+        if found < size:
+            raise DamagedError(
+                f"{file} has {found} bytes where meta.json says {size}; it is truncated, save it again", path=file
+            )
+
+
 def _load_npz(source: Path) -> dict[str, Tensor]:
     import numpy as np
 
     with np.load(source, allow_pickle=False) as archive:
         lost = json.loads(str(archive[_DTYPES])) if _DTYPES in archive.files else {}
-        found = {name: torch.from_numpy(archive[name]) for name in archive.files if name != _DTYPES}
-    return {name: each.to(getattr(torch, lost[name])) if name in lost else each for name, each in found.items()}
+        return {name: _as_saved(archive[name], lost.get(name)) for name in archive.files if name != _DTYPES}
+
+
+def _as_saved(array: Any, dtype: str | None) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor if dtype is None else tensor.to(getattr(torch, dtype))

@@ -11,7 +11,17 @@ from typing import Any, Literal
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from tdcache.errors import StoreError
 from tdcache.harvesting.row_rule import batch_length
@@ -60,21 +70,21 @@ class Source:
             _refuse_shuffled(data)
         self._data = data
         self._loader = data if isinstance(data, DataLoader) and _enters_anywhere(data) else None
-        self._ahead: list[Any] = []
-        self._iterator: Iterator[Any] | None = data if isinstance(data, Iterator) else None  # can be walked once only
+        self._walked: Iterator[Any] | None = None
+        self._first: list[Any] | None = None
+        """The first batch, once it was read; it is read once, because it may be another one the next time."""
         self.batches: int | None = length_of(data)
         """How many there are, where that is known."""
 
     def first(self) -> Any:
         """The first batch; None where there is none."""
-        if self._loader is not None:
-            found = list(itertools.islice(self._restricted([0]) if self.batches else [], 1))
-        elif self._iterator is None:
-            found = list(itertools.islice(self._data, 1))
-        else:
-            self._ahead = self._ahead or list(itertools.islice(self._iterator, 1))
-            found = self._ahead
-        return found[0] if found else None
+        if self._first is None:
+            if self._loader is None:
+                self._walked = iter(self._data)
+                self._first = list(itertools.islice(self._walked, 1))
+            else:
+                self._first = list(self._restricted([0] if self.batches else []))
+        return self._first[0] if self._first else None
 
     def fingerprint(self) -> str:
         """A hash of the first batch: enough to notice other data."""
@@ -100,7 +110,10 @@ class Source:
         count, size = self.batches or 0, self._loader.batch_size if self._loader is not None else 0
         visits = {unit: visit(unit) for unit in range(-(-count // per_unit))}
         numbers = [number for number in range(count) if visits[number // per_unit] != "skip"]
-        for number, batch in zip(numbers, self._restricted(numbers), strict=True):
+        read = self._first if self._first and numbers[:1] == [0] else []
+        self._first = None
+        batches = itertools.chain(read, self._restricted(numbers[len(read) :]))
+        for number, batch in zip(numbers, batches, strict=True):
             unit, last = number // per_unit, number == count - 1
             ends = last or number % per_unit == per_unit - 1
             yield Step(unit, number, number * (size or 1), batch, visits[unit], ends, last)
@@ -110,21 +123,30 @@ class Source:
         loader = self._loader
         if loader is None or loader.batch_size is None:
             raise StoreError("only a loader with batches of one size can be entered anywhere")
-        size, length = loader.batch_size, len(loader.dataset)  # type: ignore[arg-type]
-        indices = [list(range(number * size, min((number + 1) * size, length))) for number in numbers]
-        workers = loader.num_workers if len(numbers) > 1 else 0
+        workers = min(loader.num_workers, len(numbers))
+        if len(numbers) == 1 and loader.worker_init_fn is None:
+            workers = 0  # a process for one batch would cost more than the batch
+        beside: dict[str, Any] = {}
+        if workers:
+            beside = {
+                "multiprocessing_context": loader.multiprocessing_context,
+                "prefetch_factor": loader.prefetch_factor,
+                "timeout": loader.timeout,
+            }
         return DataLoader(
             loader.dataset,
-            batch_sampler=indices,
+            batch_sampler=_Indices(numbers, loader.batch_size, len(loader.dataset)),  # type: ignore[arg-type]
             collate_fn=loader.collate_fn,
             num_workers=workers,
             pin_memory=loader.pin_memory,
             worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context if workers else None,
+            **beside,
         )
 
     def _go_through(self, per_unit: int, visit: Callable[[int], Visit]) -> Iterator[Step]:
-        walked = self._data if self._iterator is None else itertools.chain(self._ahead, self._iterator)
+        self.first()
+        walked = itertools.chain(self._first or (), () if self._walked is None else self._walked)
+        self._first = None
         first, current, kind = 0, -1, "skip"
         for number, (batch, last) in enumerate(_with_last(walked)):
             unit = number // per_unit
@@ -134,6 +156,22 @@ class Source:
                 ends = last or number % per_unit == per_unit - 1
                 yield Step(unit, number, first, batch, kind, ends, last)  # type: ignore[arg-type]
             first += batch_length(batch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Indices:
+    """The samples of some batches, worked out one batch at a time."""
+
+    numbers: Sequence[int]
+    size: int
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in self.numbers:
+            yield list(range(number * self.size, min((number + 1) * self.size, self.length)))
 
 
 class _Rows(Dataset[Any]):
@@ -186,17 +224,22 @@ def _enters_anywhere(loader: DataLoader[Any]) -> bool:
 
 
 def _refuse_shuffled(loader: DataLoader[Any]) -> None:
-    name = type(loader.sampler).__name__
-    if name in ("RandomSampler", "WeightedRandomSampler", "SubsetRandomSampler"):
+    samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    drawn = [type(each).__name__ for each in samplers if isinstance(each, _RANDOM)]
+    if drawn:
         raise StoreError(
-            f"the loader draws its samples with {name}, so that they have no fixed number and a harvest could not be "
-            "resumed; give it shuffle=False: ActivationDataset.batches(shuffle='block') mixes rows when they are read"
+            f"the loader draws its samples with {drawn[0]}, so that they have no fixed number and a harvest could not "
+            "be resumed; give it shuffle=False: ActivationDataset.batches(shuffle='block') mixes rows when they are "
+            "read"
         )
-    if name == "DistributedSampler":
+    if any(isinstance(each, DistributedSampler) for each in samplers):
         raise StoreError(
             "the loader has a DistributedSampler, which gives every rank other samples; leave it out: harvest deals "
             "units to the ranks itself"
         )
+
+
+_RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def _some_bytes(tensor: Tensor) -> bytes:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tdcache.errors import CaptureError
 
-__all__ = ["ShardedModel", "refuse_shards", "shard_error", "whole_tensor"]
+__all__ = ["ShardedModel", "holders", "refuse_shards", "shard_error", "whole_tensor"]
 
 _TOLERANCE = 1e-3  # between ranks: reductions may add up in another order, shards are other numbers altogether
 
@@ -68,6 +68,15 @@ def _is_initialized() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def holders(model: nn.Module) -> tuple[int, ...]:
+    """The ranks that hold parts of a model, in order; none where it is whole on each rank. No collective."""
+    kind = _dtensor_class() if _is_initialized() else None
+    if kind is None:
+        return ()
+    meshes = [each.device_mesh for each in model.parameters() if isinstance(each, kind)]  # type: ignore[attr-defined]
+    return tuple(sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}))
+
+
 @dataclass(frozen=True, slots=True)
 class ShardedModel:
     """Which ranks must run a model together, because each holds a part of it."""
@@ -82,14 +91,10 @@ class ShardedModel:
     @classmethod
     def of(cls, model: nn.Module) -> ShardedModel | None:
         """The group, or None where the model is whole on each rank; a collective where it is not."""
-        kind = _dtensor_class() if _is_initialized() else None
-        if kind is None:
+        ranks = holders(model)
+        if not ranks:
             return None
-        meshes = [each.device_mesh for each in model.parameters() if isinstance(each, kind)]  # type: ignore[attr-defined]
-        ranks = tuple(sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}))
         said: list[Any] = [None] * torch.distributed.get_world_size()
-        if not torch.distributed.is_initialized() or not ranks:
-            return None
         torch.distributed.all_gather_object(said, ranks)
         groups = sorted(set(said))
         return cls(ranks, len(groups), groups.index(ranks))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tdcache.errors import TdcacheWarning, warn_user
-from tdcache.harvesting.whole import ShardedModel
+from tdcache.errors import CaptureError, TdcacheWarning, warn_user
+from tdcache.harvesting.whole import ShardedModel, holders
 
 __all__ = ["Share", "wait_for_others"]
 
@@ -24,26 +24,41 @@ class Share:
     """Whether this process writes; of those that hold one model together, one does."""
     sharded: bool = False
     """Whether several processes hold one model together, and so must run the same batches."""
+    waits: bool = False
+    """Whether the ranks of the process group have one harvest in common, and so meet at its end."""
 
     @classmethod
     def of(cls, model: nn.Module, rank: int | None, world: int | None) -> Share:
         """The share that was asked for, or else the one that torchrun (or an open process group) gives this process.
 
-        A collective where the model is sharded over processes.
+        A collective where the model is sharded over processes. Nothing is known of the other ranks where the share was
+        asked for: there is no meeting at the end.
+
+        Raises:
+            CaptureError: a share was asked for of a model that several ranks hold together.
         """
         if rank is not None or world is not None:
-            rank, world = rank or 0, world or 1
-            if not 0 <= rank < world:
-                raise ValueError(f"a share needs 0 <= rank < world, got {rank=}, {world=}")
-            return cls(rank, world)
+            return cls._explicit(model, rank or 0, world or 1)
         if _in_group():
             together = ShardedModel.of(model)
             if together is not None:
-                return cls(together.group, together.groups, together.writes, sharded=True)
-            return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+                return cls(together.group, together.groups, together.writes, sharded=True, waits=True)
+            return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), waits=True)
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun, and no process group was opened
             return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         return cls()
+
+    @classmethod
+    def _explicit(cls, model: nn.Module, rank: int, world: int) -> Share:
+        if not 0 <= rank < world:
+            raise ValueError(f"a share needs 0 <= rank < world, got {rank=}, {world=}")
+        together = holders(model)
+        if len(together) > 1:
+            raise CaptureError(
+                f"the ranks {', '.join(map(str, together))} hold this model together and must run the same batches, "
+                f"which shares by {rank=}, {world=} are not; leave rank= and world= out, and one of the ranks writes"
+            )
+        return cls(rank, world)
 
     def has(self, unit: int) -> bool:
         """Whether a unit is in this share."""
@@ -56,6 +71,11 @@ class Share:
         said: list[tuple[int, bool, frozenset[int]]] = [(0, False, frozenset())] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(said, (self.rank, self.writes, units))
         return next(there for rank, writes, there in said if writes and rank == self.rank)
+
+    def wait(self) -> None:
+        """Meet the other ranks, where they have this harvest in common; see :func:`wait_for_others`."""
+        if self.waits:
+            wait_for_others()
 
 
 def wait_for_others() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import math
@@ -15,7 +16,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from tdcache.errors import SpecError
+from tdcache.errors import ContextError, SpecError
 from tdcache.store.rows import joined, pick_rows
 from tdcache.store.spans import Span
 
@@ -26,7 +27,8 @@ __all__ = ["Batches", "Shuffle"]
 
 Shuffle = Literal[False, "block", "rows"]
 
-# Reading single rows off a cold disk is some forty times slower than reading a mebibyte at a time.
+# Reading single rows off a cold disk is some forty times slower than reading a mebibyte at a time. Of the widest site,
+# so that the memory of two pools has a bound however narrow the others are.
 _BLOCK_BYTES = 1 << 20
 _BLOCKS_PER_POOL = 16
 _READERS = 4  # threads: some reads that wait keep a disk busy
@@ -145,7 +147,12 @@ class Batches:
     """An iterable over the rows of a store; each ``for`` is the rest of an epoch, each epoch has another order.
 
     Made by :meth:`ActivationDataset.batches`, which has the arguments. The order depends on the numbers given there
-    alone, so that an interrupted epoch goes on where it was: ``batches.load_state_dict(state)``.
+    alone, so that an interrupted epoch goes on where it was: ``batches.load_state_dict(state)``. An epoch keeps to the
+    rows that were there when it began: what ``dataset.refresh()`` takes in is in the next one.
+
+    Raises:
+        ContextError: from an iterator, when another one over the same object went on in the meantime.
+        DamagedError: from an iterator, when rows cannot be read; the same rows come next when they can.
     """
 
     def __init__(
@@ -172,6 +179,8 @@ class Batches:
         """The number of the epoch that runs, or comes next."""
         self.position = 0
         """Rows of this epoch that were handed out."""
+        self._began = dataset
+        """The store as it was when the epoch began."""
 
     def __repr__(self) -> str:
         return f"Batches({self.dataset!r}, {self.size}, shuffle={self.shuffle!r}, rank={self.rank}/{self.world})"
@@ -181,30 +190,50 @@ class Batches:
 
     def __iter__(self) -> Iterator[TensorDict]:
         stream = self._stream()
+        if 0 < stream.rows <= self.position:  # a state from behind the last batch: that epoch is over
+            self.epoch, self.position = self.epoch + 1, 0
+            stream = self._stream()
         with ThreadPoolExecutor(_READERS, thread_name_prefix="tdcache-reader") as readers:
             while self.position < stream.rows:
-                begin, self.position = self.position, min(self.position + self.size, stream.rows)
-                yield stream.take(begin, self.position, readers)
+                here = self.epoch, min(self.position + self.size, stream.rows)
+                rows = stream.take(self.position, here[1], readers)
+                self.position = here[1]  # only now: rows that could not be read were not handed out
+                yield rows
+                self._check_still_at(*here)
         self.epoch, self.position = self.epoch + 1, 0
 
+    def _check_still_at(self, epoch: int, position: int) -> None:
+        if (self.epoch, self.position) != (epoch, position):
+            raise ContextError(
+                f"this iterator left its batches at row {position} of epoch {epoch}, and they are at row "
+                f"{self.position} of epoch {self.epoch}: another `for` over the same object went on, or a state was "
+                "loaded; run one `for` at a time, and make a second `dataset.batches(...)` for another"
+            )
+
+    def _rows_of_epoch(self) -> ActivationDataset:
+        if self.position == 0:
+            self._began = copy.copy(self.dataset)
+        return self._began
+
     def _stream(self) -> _Stream:
-        rows, per_pool = len(self.dataset), max(1, self.pool // self.block)
+        dataset = self._rows_of_epoch()
+        rows, per_pool = len(dataset), max(1, self.pool // self.block)
         if self.shuffle is False:
             first, last = (rows * share // self.world for share in (self.rank, self.rank + 1))
             in_order = [(begin, min(begin + self.block, last)) for begin in range(first, last, self.block)]
-            return _Pools(self.dataset, in_order, per_pool, None)
+            return _Pools(dataset, in_order, per_pool, None)
         generator = _generator(self.seed, self.epoch)
         if self.shuffle == "rows":
-            return _SingleRows(self.dataset, torch.randperm(rows, generator=generator)[self.rank :: self.world])
-        blocks = self._blocks()
+            return _SingleRows(dataset, torch.randperm(rows, generator=generator)[self.rank :: self.world])
+        blocks = self._blocks(dataset)
         order = torch.randperm(len(blocks), generator=generator)[self.rank :: self.world].tolist()
         chosen = [blocks[each] for each in order]
-        return _Pools(self.dataset, chosen, per_pool, (self.seed, self.epoch, self.rank))
+        return _Pools(dataset, chosen, per_pool, (self.seed, self.epoch, self.rank))
 
-    def _blocks(self) -> list[tuple[int, int]]:
+    def _blocks(self, dataset: ActivationDataset) -> list[tuple[int, int]]:
         """First row and the one behind the last of each block; none spans two shards."""
         found, start = [], 0
-        for shard in self.dataset.shards:
+        for shard in dataset.shards:
             stop = start + shard.rows
             found += [(begin, min(begin + self.block, stop)) for begin in range(start, stop, self.block)]
             start = stop
@@ -212,7 +241,8 @@ class Batches:
 
     def _identity(self) -> dict[str, Any]:
         names = ("size", "shuffle", "seed", "rank", "world", "block", "pool")
-        return {"store": self.dataset.id, "rows": len(self.dataset), **{name: getattr(self, name) for name in names}}
+        dataset = self._rows_of_epoch()
+        return {"store": dataset.id, "rows": len(dataset), **{name: getattr(self, name) for name in names}}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the iteration is: what was handed out is not handed out again after :meth:`load_state_dict`."""
@@ -234,5 +264,5 @@ class Batches:
 
 def _default_block(dataset: ActivationDataset) -> int:
     widths = [dataset.describe(key) for key in dataset.keys]
-    narrowest = min(max(1, torch.Size(shape).numel() * dtype.itemsize) for dtype, shape in widths)
-    return -(-_BLOCK_BYTES // narrowest)
+    widest = max((torch.Size(shape).numel() * dtype.itemsize for dtype, shape in widths), default=1)
+    return -(-_BLOCK_BYTES // max(1, widest))

@@ -248,19 +248,20 @@ class ActivationDataset(torch.utils.data.Dataset[TensorDict]):
         return type(self)(self.path, keys=keys)
 
     def sequence(self, number: int) -> TensorDict:
-        """The rows of one sample, in order; none where all were dropped.
+        """The rows of one sample, in the order of ``"pos"``; none where all were dropped.
 
         Raises:
             IndexError: no such sample.
         """
         if not 0 <= number < self.sequences:
             raise IndexError(f"sample {number} is out of range; there are {self.sequences}")
-        spans = []
+        found, places = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int32)]
         for shard, start in zip(self._shards, self._starts.tolist(), strict=False):
             if shard.info.first <= number < shard.info.last:
-                found = (shard.column("seq") == number).nonzero().squeeze(1)
-                spans.append(found + start)
-        return self.rows(torch.cat(spans) if spans else [])
+                rows = (shard.column("seq") == number).nonzero().squeeze(1)
+                found.append(rows + start)
+                places.append(shard.column("pos")[rows])
+        return self.rows(torch.cat(found)[torch.cat(places).argsort(stable=True)])
 
     def batches(
         self,
@@ -282,9 +283,9 @@ class ActivationDataset(torch.utils.data.Dataset[TensorDict]):
             seed: of the shuffle; each epoch has another order.
             rank: which share.
             world: how many shares.
-            block: rows per block; by default enough for a mebibyte of the narrowest site.
-            pool: rows that are mixed at a time; by default sixteen blocks. Two pools are in memory: one is handed
-                out while the next is read.
+            block: rows per block; by default enough for a mebibyte of the widest site.
+            pool: rows that are mixed at a time; by default sixteen blocks. Two pools are in memory, by default at most
+                32 MiB per site (more where a row is wider than a mebibyte): one is handed out while the next is read.
         """
         return Batches(self, size, shuffle=shuffle, seed=seed, rank=rank, world=world, block=block, pool=pool)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["check_memmap", "export_rows", "safe_name"]
 
 _CHUNK_BYTES = 1 << 26
+_MEMMAP_WORDS = ("shape", "device", "_type", "_class", "_format_version", "_names")
 _NUMPY_KNOWS = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
     | {torch.bool, torch.complex64}
@@ -86,9 +87,10 @@ def check_memmap(key: str, dtype: torch.dtype) -> None:
     """Refuse what ``TensorDict.load_memmap`` would not read again.
 
     Raises:
-        StoreError: a float8 tensor, or a name that would lead to another folder.
+        StoreError: a float8 tensor, or a name that would lead to another folder or is one of TensorDict's own.
     """
-    safe_name(key)
+    if safe_name(key) in _MEMMAP_WORDS:
+        raise StoreError(f"{key!r} is a name that a memory-mapped TensorDict keeps for itself; use another format")
     if dtype.is_floating_point and dtype.itemsize == 1:
         raise StoreError(
             f"{key!r} of {dtype} cannot be read again from a memory-mapped TensorDict; use another format, or cast it"
@@ -98,7 +100,7 @@ def check_memmap(key: str, dtype: torch.dtype) -> None:
 def _chunks(dataset: ActivationDataset) -> Iterator[tuple[int, TensorDict]]:
     """Rows in order, some at a time, each with the number of its first row."""
     rows = max(1, _CHUNK_BYTES * len(dataset) // max(1, dataset.nbytes))
-    for begin in range(0, len(dataset), rows):
+    for begin in range(0, max(1, len(dataset)), rows):  # of no rows one empty chunk: it has the columns
         yield begin, dataset.span(begin, min(begin + rows, len(dataset)))
 
 
@@ -160,7 +162,8 @@ def _write_hf(dataset: ActivationDataset, path: Path) -> None:
         hf.Dataset.from_dict({key: _for_numpy(rows[key]) for key in columns}, features=features)
         for _, rows in _chunks(dataset)
     ]
-    hf.concatenate_datasets(parts).save_to_disk(path)
+    # Of no rows it would write no file, and then not load that.
+    hf.concatenate_datasets(parts).save_to_disk(path, **({} if len(dataset) else {"num_shards": 1}))
 
 
 _WRITERS = {"npz": _write_npz, "pt": _write_pt, "memmap": _write_memmap, "hf": _write_hf, "arrow": _write_hf}

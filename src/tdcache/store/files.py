@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -26,7 +27,8 @@ def _start_writing(descriptor: int, offset: int, size: int) -> None:
     What is on its way to the disk stays in the page cache all the same.
     """
     if sys.platform == "linux":
-        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):  # advice that some file systems and sandboxes do not take
+            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 class Files:

@@ -61,6 +61,8 @@ def repack(
     }
     made = {"from": source.id, "rows": len(source), "shuffle": seed if shuffle else None, "shard_bytes": shard_bytes}
     spec = {**source.spec, "sites": sites, "repacked": made}
+    if dtype is not None:
+        spec["dtype"] = str(dtype).removeprefix("torch.")
     per_shard = max(1, shard_bytes * len(source) // max(1, source.nbytes))
     bins = target.with_name(f".{target.name}.bins")
     try:
@@ -97,6 +99,7 @@ def merge(*stores: ActivationDataset, path: str | os.PathLike[str] | None = None
     target = _fresh(path or _beside(first, "merged"), *stores)
     spec = {**first.spec, "merged": [[store.id, len(store)] for store in stores]}
     spec["sites"] = {key: first.spec["sites"][key] for key in first.keys}
+    units = sum(len(store.shards) for store in stores)
     with StoreWriter(target, spec) as writer:
         unit, offset = 0, 0
         for store in stores:
@@ -104,9 +107,9 @@ def merge(*stores: ActivationDataset, path: str | os.PathLike[str] | None = None
                 columns = {name: [shard.column(name)] for name in map(site_column, store.keys)}
                 columns |= {name: [shard.column(name)] for name in store.row_keys}
                 columns["seq"] = [columns["seq"][0] + offset]
-                last = store is stores[-1] and shard is store.shards[-1]
                 samples = (shard.info.first + offset, shard.info.last + offset)
-                writer.write(unit, columns, samples=samples, end=last, overflow=shard.info.overflow)
+                end = unit == units - 1  # by number: a store may be merged with itself
+                writer.write(unit, columns, samples=samples, end=end, overflow=shard.info.overflow)
                 unit += 1
             offset += store.sequences
     return type(first).open(target)
@@ -141,6 +144,7 @@ def _shuffled(dataset: ActivationDataset, seed: int, per_shard: int, folder: Pat
     """Rows in random order: dealt to bins at random, each bin mixed when it is read again."""
     generator = torch.Generator().manual_seed(seed)
     count = math.ceil(len(dataset) / per_shard)
+    shutil.rmtree(folder, ignore_errors=True)  # what one that was killed has left
     folder.mkdir(parents=True)
     for number, rows in enumerate(_in_order(dataset, per_shard)):
         bins = torch.randint(count, (len(rows),), generator=generator)
@@ -165,22 +169,30 @@ def _write(
     per_shard: int,
     dtype: torch.dtype | None,
 ) -> None:
-    """Cut a stream of rows into shards."""
-    total, done, unit = len(source), 0, 0
-    held: list[TensorDict] = []
+    """Write a stream of rows as shards; of no rows as one, so that the store has an end."""
+    total, done = len(source), 0
     with StoreWriter(target, spec) as writer:
-        for rows in stream:
-            held.append(rows)
-            while (waiting := sum(map(len, held))) >= per_shard or (waiting and done + waiting == total):
-                waiting_rows = joined(held)
-                part, held = waiting_rows[:per_shard], [waiting_rows[per_shard:]]
-                done += len(part)
-                columns = {site_column(key): [_cast(part[key], dtype, key)] for key in source.keys}
-                columns |= {key: [part[key]] for key in source.row_keys}
-                seq = part["seq"]
-                samples = (int(seq.min()), int(seq.max()) + 1)
-                writer.write(unit, columns, samples=samples, end=done == total)
-                unit += 1
+        for unit, part in enumerate(_cut(stream, per_shard) if total else [source.span(0, 0)]):
+            done += len(part)
+            columns = {site_column(key): [_cast(part[key], dtype, key)] for key in source.keys}
+            columns |= {key: [part[key]] for key in source.row_keys}
+            seq, end = part["seq"], done == total
+            # Samples at the end of which no row was kept are samples still.
+            samples = (int(seq.min()) if total else 0, source.sequences if end else int(seq.max()) + 1)
+            writer.write(unit, columns, samples=samples, end=end)
+
+
+def _cut(stream: Iterator[TensorDict], per_shard: int) -> Iterator[TensorDict]:
+    """The same rows in parts of ``per_shard``; the last one may be smaller."""
+    held: list[TensorDict] = []
+    for rows in stream:
+        held.append(rows)
+        while sum(map(len, held)) >= per_shard:
+            waiting = joined(held)
+            yield waiting[:per_shard]
+            held = [waiting[per_shard:]]
+    if sum(map(len, held)):
+        yield joined(held)
 
 
 def _cast(values: Tensor, dtype: torch.dtype | None, key: str) -> Tensor:

@@ -218,12 +218,25 @@ class Shard:
         return self.info.rows
 
     def column(self, name: str) -> Tensor:
-        """All rows of one column, ``(rows, *features)``; pages are read when they are used."""
+        """All rows of one column, ``(rows, *features)``; pages are read when they are used.
+
+        Raises:
+            DamagedError: the file is gone or shorter than it was.
+        """
         entry = self.header.tensors[name]
         if self._map is None:
-            self._map = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
+            self._map = self._mapped()
         begin = self.header.data_start + entry.begin
         return self._map[begin : begin + entry.nbytes].view(entry.dtype).view(entry.shape)
+
+    def _mapped(self) -> Tensor:
+        try:
+            os.close(_open(self.path))
+            return torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
+        except RuntimeError as error:
+            if isinstance(error, StoreError):
+                raise
+            raise DamagedError(f"{self.path} cannot be mapped, it may be truncated: {error}", path=self.path) from None
 
     def read(self, targets: Mapping[str, Tensor], rows: tuple[int, int]) -> None:
         """Read rows from the first number to before the second of some columns, without mapping the file.
@@ -233,9 +246,9 @@ class Shard:
             rows: which.
 
         Raises:
-            DamagedError: the file ends before the rows do.
+            DamagedError: the file is gone, or ends before the rows do.
         """
-        descriptor = os.open(self.path, _READ_ONLY)
+        descriptor = _open(self.path)
         try:
             for name, target in targets.items():
                 entry = self.header.tensors[name]
@@ -293,12 +306,7 @@ def read_shard(path: Path, *, spec: str | None = None) -> Shard:
         DamagedError: the file is truncated, forged or damaged in its header, or no shard.
         StoreError: it belongs to another spec.
     """
-    try:
-        descriptor = os.open(path, _READ_ONLY)
-    except FileNotFoundError:
-        raise DamagedError(f"{path}: the shard is missing", path=path) from None
-    except OSError as error:
-        raise DamagedError(f"{path} cannot be opened as a shard: {error.strerror}", path=path) from None
+    descriptor = _open(path)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -310,6 +318,15 @@ def read_shard(path: Path, *, spec: str | None = None) -> Shard:
     if spec is not None and info.spec != spec:
         raise StoreError(f"{path} belongs to spec {info.spec[:12]}, this store has spec {spec[:12]}", path=path)
     return Shard(path, info, header, status.st_size)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, _READ_ONLY)
+    except FileNotFoundError:
+        raise DamagedError(f"{path}: the shard is missing", path=path) from None
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be opened as a shard: {error.strerror}", path=path) from None
 
 
 def _read_header(descriptor: int, size: int, path: Path) -> Header:
