@@ -37,7 +37,10 @@ ROWS = {
     "attribution": "rows_attribution:attribution",
     "harvest": "rows_harvest:rows",
 }
-PEERS = ("tensordict", "regex", "tdhook", "nnsight", "captum", "zennit", "transformer-lens", "pyvene", "transformers")
+PEERS = (
+    *("tensordict", "regex", "tdhook", "nnsight", "captum", "zennit", "transformer-lens", "pyvene", "transformers"),
+    "datasets",
+)
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 

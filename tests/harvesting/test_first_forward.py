@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Subset
-from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel
+from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from harvesting.harvest_data import Counting
 from tdcache import CaptureError, SelectionError, SpecError, StoreError, harvest
@@ -229,3 +229,17 @@ def test_a_harvest_that_goes_on_says_from_where(tmp_path, capsys):
         harvest(Counting(fail_at=9), data, tmp_path / "a.acts", select="first")
     harvest(Counting(), data, tmp_path / "a.acts", select="first", progress=True)
     assert "a.acts: 4 units, 24 rows" in capsys.readouterr().err
+
+
+def test_inputs_that_are_given_by_keyword_are_inputs(tmp_path):
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    model = LlamaModel(LlamaConfig(vocab_size=50, hidden_size=8, **sizes)).eval()
+    data = [{"input_ids": torch.randint(1, 50, (2, 5))}]
+    inputs = harvest(model, data, tmp_path / "a.acts", select=r"layers\.0\.self_attn", direction="fwd_pre")
+    named = harvest(
+        model, data, tmp_path / "b.acts", select=r"layers\.0\.self_attn", direction="fwd_pre", pick="hidden_states"
+    )
+    outputs = harvest(model, data, tmp_path / "c.acts", select=r"layers\.0\.input_layernorm")
+    wanted = outputs["layers.0.input_layernorm"][...]
+    assert torch.equal(inputs["layers.0.self_attn"][...], wanted)
+    assert torch.equal(named["layers.0.self_attn"][...], wanted)

@@ -63,7 +63,7 @@ class RowTaker:
         """Take the rows of one value."""
         path = key if isinstance(key, str) else key[-1]
         self.calls[path] = self.calls.get(path, 0) + 1
-        value = seen["output"] if "output" in seen else seen["args"]
+        value = seen["output"] if "output" in seen else _inputs(seen["args"], seen["kwargs"], self.pick)
         out_keys: Any = getattr(module, "out_keys", None)
         if isinstance(value, TensorDictBase) and out_keys and self.pick is None:
             value = value.get(out_keys[0])  # a TensorDict module hands on what it was given as well
@@ -94,6 +94,11 @@ class RowTaker:
         if count is not None:
             self.overflow[path] = self.overflow.get(path, torch.zeros((), device=rows.device)) + count
         return rows.to(self.dtype)
+
+
+def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], pick: Pick) -> Any:
+    """What a module was called with: for a name the keyword arguments, else all, positional ones first."""
+    return {**dict(enumerate(args)), **kwargs} if isinstance(pick, str) else (*args, *kwargs.values())
 
 
 def _fits(tensor: Tensor, rows: BatchRows) -> bool:
@@ -174,7 +179,7 @@ class Capture:
         self._factory = ActivationCaching(
             select,
             callback=self.taker,
-            directions=[direction],
+            directions=["fwd_pre_kwargs" if direction == "fwd_pre" else direction],
             match=match,
             device="cpu",
             stop_early=stop_early,
