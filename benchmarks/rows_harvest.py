@@ -424,6 +424,7 @@ def _read_all(folder: Path, rows: int, plan: Plan, skipped: dict[str, str]) -> d
             if variant in skipped:
                 continue
             try:
+                _rate(EPOCHS[variant], folder, rows, cold=False)  # the first use of much memory takes time of its own
                 for state in (1, 0):  # a cold epoch leaves what it read in the page cache, for the warm one
                     found[variant][state].append(_rate(EPOCHS[variant], folder, rows, cold=state == 1))
             except (ImportError, OSError) as error:
