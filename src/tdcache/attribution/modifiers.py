@@ -20,10 +20,27 @@ from tdcache.modules import HookedModule
 from tdcache.selection import as_matcher, select
 from tdcache.types import Index, Match, Pick, Selector
 
-__all__ = ["GradDrop", "GradientHook", "GuidedReLU", "Modifier", "ScaleGradient", "StopGradient"]
+__all__ = ["GradDrop", "GradientHook", "GuidedReLU", "Installed", "Modifier", "ScaleGradient", "StopGradient"]
 
 
-class Modifier(HookingContextFactory):
+class Installed(HookingContextFactory):
+    """Base of what adds hooks for some rows of a pass, or as a context of its own for all: override :meth:`install`."""
+
+    def install(self, model: nn.Module, rows: Rows | None, handle: MultiHookHandle) -> None:
+        """Add the hooks, for some rows or (None) for all."""
+        raise NotImplementedError
+
+    def _hook_module(self, module: HookedModule) -> MultiHookHandle:
+        handle = MultiHookHandle()
+        try:
+            self.install(module.model, None, handle)
+        except BaseException:
+            handle.remove()
+            raise
+        return handle
+
+
+class Modifier(Installed):
     """Base of the modifiers: override :meth:`change`, which gets the gradient of each selected module's output.
 
     Args:
@@ -53,15 +70,6 @@ class Modifier(HookingContextFactory):
         for path, module, _ in select(model, self.selector, match=self.match):
             hook = GradientHook(self, path, rows)
             handle.add(attach(module, hook.on_output, order=hook.order))
-
-    def _hook_module(self, module: HookedModule) -> MultiHookHandle:
-        handle = MultiHookHandle()
-        try:
-            self.install(module.model, None, handle)
-        except BaseException:
-            handle.remove()
-            raise
-        return handle
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,15 +143,17 @@ def harvest(
     )
     share = Share.of(model, rank, world)
     spec, found = request.settled(capture, share)
+    expected: int | None = None
     if found is not None:
         ahead = request.preflight(found)  # a budget that holds no row is refused before anything is written
+        expected = ahead.rows
         if progress and share.rank == 0 and share.writes:
             print(ahead, file=sys.stderr)
     if not resume and (request.folder / "spec.json").exists():
         raise SpecError(f"{request.folder} holds a store already, and resume=False", path=request.folder)
     made_by = {"torch": torch.__version__, "tensordict": str(tensordict.__version__)}
     writer = StoreWriter(request.folder, spec, made_by=made_by, files=files)
-    _Run(capture, request, writer, share, overflow == "raise", shown=progress, found=found).go()
+    _Run(capture, request, writer, share, overflow == "raise", shown=progress, found=found, expected=expected).go()
     return ActivationDataset.open(request.folder)
 
 
@@ -264,6 +266,8 @@ class _Run:
     shown: bool
     found: Probe | None
     """The first batch, where it was run already; let go once its turn has come."""
+    expected: int | None
+    """About how many rows there will be, by the first batch; None where that is not known."""
     there: dict[int, int] = field(default_factory=dict)
     """Rows of the units that are there, or were counted or run, by unit."""
     limit: int | None = None
@@ -304,10 +308,9 @@ class _Run:
         return "skip" if self.limit is None else "count"
 
     def _rows_to_run(self) -> int | None:
-        rows = self.limit
-        if self.found is not None:
-            rows = self.request.preflight(self.found).rows
-        elif self.there and self.request.source.batches is not None:  # as if the other units were like those there
+        rows = self.limit if self.found is None else self.expected
+        if self.found is None and self.there and self.request.source.batches is not None:
+            # as if the other units were like those that are there
             units = -(-self.request.source.batches // self.writer.spec["batches_per_unit"])
             rows = sum(self.there.values()) * units // len(self.there)
             rows = rows if self.limit is None else min(rows, self.limit)

@@ -49,8 +49,9 @@ def as_bytes(size: Any) -> int | None:
     Raises:
         ValueError: something else.
     """
-    if size is None or hasattr(size, "__index__"):
-        return None if size is None else operator.index(size)
+    size = as_count(size)
+    if size is None or isinstance(size, int):
+        return size
     size = str(size)
     digits = size.rstrip("BKMGTbkmgt ")
     unit = size[len(digits) :].strip().upper() or "B"

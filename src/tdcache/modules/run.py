@@ -148,12 +148,10 @@ class HookedModuleRun(DirectedForms):
     ) -> ValueProxy:
         """Have a value written to the run's own cache; see :meth:`HookedModule.get`."""
         self._needs_block("get", direction)
-        tap, handle = self._module.add_get(
-            self.cache, key, cache_key, callback=callback, direction=direction, prepend=prepend, relative=relative,
-            forwards=self._forwards, **options,
+        return self._read(
+            self.cache, key, cache_key,
+            callback=callback, direction=direction, prepend=prepend, relative=relative, **options,
         )  # fmt: skip
-        self._take_in(tap, handle)
-        return tap.proxy
 
     def save(
         self,
@@ -168,17 +166,15 @@ class HookedModuleRun(DirectedForms):
     ) -> ValueProxy:
         """Have a value written to the cache that the run was given, as ``"run.<path>_output"``; see :meth:`get`."""
         self._needs_block("save", direction)
-        tap, handle = self._module.add_get(
-            self.cache if self._outer_cache is None else self._outer_cache,
-            key,
-            cache_key or f"{self._prefix}{key}_{direction_row(direction).noun}",
-            callback=callback,
-            direction=direction,
-            prepend=prepend,
-            relative=relative,
-            forwards=self._forwards,
-            **options,
-        )
+        cache = self.cache if self._outer_cache is None else self._outer_cache
+        cache_key = cache_key or f"{self._prefix}{key}_{direction_row(direction).noun}"
+        return self._read(
+            cache, key, cache_key,
+            callback=callback, direction=direction, prepend=prepend, relative=relative, **options,
+        )  # fmt: skip
+
+    def _read(self, cache: TensorDictBase, key: str, cache_key: CacheKey | None, **options: Any) -> ValueProxy:
+        tap, handle = self._module.add_get(cache, key, cache_key, forwards=self._forwards, **options)
         self._take_in(tap, handle)
         return tap.proxy
 

@@ -15,10 +15,9 @@ from tdcache.attribution.lrp.linear import canonised, is_linear, linear_function
 from tdcache.attribution.lrp.maps import RuleMap, Rules
 from tdcache.attribution.lrp.replaced import BehindTaps, ReplacedBackward, install_replaced
 from tdcache.attribution.lrp.rules import Epsilon, Pass, Rule, nonzero
-from tdcache.contexts import HookingContextFactory
+from tdcache.attribution.modifiers import Installed
 from tdcache.errors import AttributionError
 from tdcache.hooks import MultiHookHandle, Order, attach
-from tdcache.modules import HookedModule
 from tdcache.selection import as_matcher, walk
 from tdcache.types import Match, Pick, Selector
 
@@ -27,7 +26,7 @@ __all__ = ["LRP", "RelevanceRules"]
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class RelevanceRules(HookingContextFactory):
+class RelevanceRules(Installed):
     """The modifier that applies rules: gradients become relevance divided by activation.
 
     Args:
@@ -58,15 +57,6 @@ class RelevanceRules(HookingContextFactory):
                 handle.add(attach(module, BehindTaps(norm.on_norm_input), "fwd_pre_kwargs", order=Order.CAPTURE))
                 handle.add(attach(module, norm.on_output, order=norm.order))
         handle.add(attach(model, _Forget(followers).on_output, order=Order.EDIT))
-
-    def _hook_module(self, module: HookedModule) -> MultiHookHandle:
-        handle = MultiHookHandle()
-        try:
-            self.install(module.model, None, handle)
-        except BaseException:
-            handle.remove()
-            raise
-        return handle
 
 
 class _Forget:

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from tdcache.attribution.asks import Rows
 from tdcache.attribution.lrp.replaced import ReplacedBackward, install_replaced
-from tdcache.contexts import HookingContextFactory
+from tdcache.attribution.modifiers import Installed
 from tdcache.errors import AttributionError
 from tdcache.hooks import MultiHookHandle
-from tdcache.modules import HookedModule
 from tdcache.selection import select
 from tdcache.types import Selector
 
@@ -54,7 +53,7 @@ class FrozenNorm:
         return frozen_norm_gradient(module, x, grad)
 
 
-class FreezeNorm(HookingContextFactory):
+class FreezeNorm(Installed):
     """A modifier: the scale of the selected norms counts as a constant in the backward.
 
     Args:
@@ -78,15 +77,6 @@ class FreezeNorm(HookingContextFactory):
                     f"{path!r} is a {type(module).__name__}, no LayerNorm or RMSNorm, so it has no scale to freeze"
                 )
             install_replaced(module, ReplacedBackward(path, FrozenNorm(), rows), handle)
-
-    def _hook_module(self, module: HookedModule) -> MultiHookHandle:
-        handle = MultiHookHandle()
-        try:
-            self.install(module.model, None, handle)
-        except BaseException:
-            handle.remove()
-            raise
-        return handle
 
 
 def _any_norm(path: str, module: nn.Module) -> bool:
