@@ -17,14 +17,8 @@ from torch.utils.data import DataLoader
 
 from tdcache.caching import ActivationCaching
 from tdcache.errors import CaptureError, ContextError, SelectionError, UnfiredSiteWarning, listed
-from tdcache.harvesting.capture import (
-    Capture,
-    Inputs,
-    as_evaluated,
-    call_model,
-    model_device,
-    to_device,
-)
+from tdcache.harvesting.calling import Inputs, as_evaluated, call_model, model_device, to_device
+from tdcache.harvesting.capture import Capture
 from tdcache.harvesting.names import Exactly, Layout, is_called, literal_first, resolve_hook_points
 from tdcache.harvesting.progress import Progress
 from tdcache.harvesting.saved import SUFFIXES, load_activations, save_activations
