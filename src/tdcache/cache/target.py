@@ -13,7 +13,7 @@ from tdcache.errors import CacheWriteError, CaptureError, listed
 from tdcache.selection import Site
 from tdcache.types import CacheKey
 
-__all__ = ["EntryTarget", "StackBy", "Target"]
+__all__ = ["ClosedTarget", "EntryTarget", "StackBy", "Target"]
 
 
 class EntryTarget(Protocol):
@@ -39,6 +39,23 @@ class EntryTarget(Protocol):
 
     def reset(self) -> None:
         """Drop every entry that was written here."""
+
+
+class ClosedTarget:
+    """Where entries go after the context has closed: nowhere."""
+
+    cache = None
+    node = None
+    in_place = True
+
+    def write(self, entries: Mapping[CacheKey, Any], *, complete: bool) -> None:
+        """Drop them."""
+
+    def put(self, key: CacheKey, value: Any) -> None:
+        """Drop it."""
+
+    def reset(self) -> None:
+        """Nothing was written here."""
 
 
 class Target:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
-from tdcache.contexts.context import HookingContext, HookingContextWithCache
+from tdcache.contexts.cached import HookingContextWithCache
+from tdcache.contexts.context import HookingContext
 from tdcache.contexts.factory import HookingContextFactory
-from tdcache.errors import CacheWriteError, ContextError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from tdcache.errors import CacheWriteError, ContextError, StopForward
+from tdcache.types import CacheKey
 
 __all__ = ["CompositeHookingContext", "CompositeHookingContextFactory"]
 
@@ -69,30 +68,53 @@ class CompositeHookingContext(HookingContextWithCache):
         self._refuse_clashes()
         return working
 
+    def _entries(self) -> Iterator[tuple[HookingContextWithCache, Any, CacheKey]]:
+        """Every entry that a child writes: the child, the cache, and the full key in it; those of composites too."""
+        for child in self._caching_children():
+            if isinstance(child, CompositeHookingContext):
+                yield from child._entries()
+            for channel in child.recorder.channels if child.recorder is not None else ():
+                node = channel.target.node
+                for key in channel.entry_keys:
+                    yield child, channel.target.cache, key if node is None else (node, key)
+
     def _refuse_clashes(self) -> None:
-        seen: dict[Any, int] = {}
-        for number, child in enumerate(self.children):
-            if not isinstance(child, HookingContextWithCache) or child.recorder is None:
-                continue
-            for channel in child.recorder.channels:
-                for path in channel.paths:
-                    key = (id(channel.target.cache), channel.target.node, path)
-                    if key in seen:
-                        raise CacheWriteError(
-                            f"children {seen[key]} and {number} of the composite both cache {path!r}; give one of them "
-                            "a cache of its own with cache=TensorDict(), or other sites",
-                            paths=(path,),
-                        )
-                    seen[key] = number
+        writers: dict[Any, HookingContextWithCache] = {}
+        nodes: dict[Any, HookingContextWithCache] = {}
+        for child, cache, key in self._entries():
+            node = key[0] if isinstance(key, tuple) else None
+            other = writers.get((id(cache), key)) or (
+                nodes.get((id(cache), key)) if node is None else writers.get((id(cache), node))
+            )
+            if other is not None:
+                raise CacheWriteError(
+                    f"two children of the composite, {other.factory!r} and {child.factory!r}, both cache {key!r}; give "
+                    "one of them a cache of its own with cache=TensorDict(), or other sites",
+                    paths=(key if node is None else key[1],),
+                )
+            writers[id(cache), key] = child
+            if node is not None:
+                nodes.setdefault((id(cache), node), child)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Take the hooks of all children off inside a block."""
+        """Mute the hooks of all children inside a block; each keeps its place."""
         self._needed()
         with ExitStack() as stack:
             for child in self.children:
                 stack.enter_context(child.paused())
             yield
+
+    @contextmanager
+    def _module_restored(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for child in reversed(self.children):  # what was prepared last is undone first
+                stack.enter_context(child._module_restored())
+            stack.enter_context(super()._module_restored())
+            yield
+
+    def _asked_for(self, stop: StopForward) -> bool:
+        return any(child._asked_for(stop) for child in self.children)
 
 
 class CompositeHookingContextFactory(HookingContextFactory):

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from tdcache.cache.keep import shares_memory
 from tdcache.errors import DirectionError, EditError, HookSignatureError
 from tdcache.hooks import Order, attach
-from tdcache.hooks.gradients import GradientHandle
-from tdcache.points.gradient import PointGradient
 from tdcache.points.reshape import Conversion, as_conversion
 from tdcache.types import Removable
 
@@ -150,12 +148,10 @@ class HookPoint(nn.Module):
         order = Order.FIRST if prepend else getattr(hook, "order", default)
         tap = PointHook(self, hook, dir, order, is_permanent=is_permanent, aliases=tuple(alias_names or ()))
         listed = self.fwd_hooks if dir == "fwd" else self.bwd_hooks
-        inner: Removable
         if dir == "fwd":
             inner = attach(self, tap.on_output, "fwd", order=order)
         else:
-            watch = PointGradient(tap.on_grad, order)
-            inner = GradientHandle(watch, (attach(self, watch.on_output, "fwd", order=order),))  # type: ignore[arg-type]
+            inner = attach(self, tap.on_grad, "bwd_pre", order=order, path=self.name or type(self).__name__)
         registration = Registration(inner, listed)
         registration.lens = handle = LensHandle(registration, is_permanent, level, hook)
         listed.insert(0 if prepend else len(listed), handle)

@@ -48,6 +48,11 @@ class Reducer(ABC):
     def empty(self) -> bool:
         """Whether nothing was seen yet."""
 
+    @property
+    def wants_more(self) -> bool:
+        """Whether a further value could change what is kept."""
+        return True
+
     def fresh(self) -> Self:
         """An empty reducer with the same configuration."""
         return dataclasses.replace(self)  # type: ignore[type-var]  # every subclass is a dataclass

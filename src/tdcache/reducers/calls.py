@@ -68,6 +68,11 @@ class First(Reducer):
         return self._value
 
     @property
+    def wants_more(self) -> bool:
+        """Whether there is no value yet."""
+        return self._value is None
+
+    @property
     def empty(self) -> bool:
         """Whether nothing was seen yet."""
         return self._value is None
