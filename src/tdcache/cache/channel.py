@@ -17,7 +17,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.cache.keep import Keep, Transfers, shares_memory
-from tdcache.cache.target import EntryTarget, StackBy
+from tdcache.cache.stacking import StackBy
+from tdcache.cache.target import EntryTarget
 from tdcache.errors import InplaceModificationError, listed
 from tdcache.hooks.directions import direction_row
 from tdcache.reducers import Last, Reducer
