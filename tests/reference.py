@@ -60,3 +60,36 @@ def copied(grads):
     if isinstance(grads, tuple):
         return tuple(copied(grad) for grad in grads)
     return None if grads is None else grads.clone()
+
+
+def stacked(entries, pattern, names):
+    """Per path with ``*`` where the groups stand, the entries stacked along one axis per group, by loops."""
+    found = {path: re.fullmatch(pattern, path) for path in entries}
+    result = {}
+    for common in {starred(match, names) for match in found.values()}:
+        at = {
+            tuple(match[name] for name in names): path
+            for path, match in found.items()
+            if starred(match, names) == common
+        }
+        axes = [sorted({values[axis] for values in at}, key=numbers_by_size) for axis in range(len(names))]
+        result[common] = stacked_along(axes, (), at, entries)
+    return result
+
+
+def starred(match, names):
+    """The matched path with ``*`` in place of the groups, which lie apart: from the last one to the first."""
+    path = match.string
+    for start, end in sorted((match.span(name) for name in names), reverse=True):
+        path = path[:start] + "*" + path[end:]
+    return path
+
+
+def stacked_along(axes, values, at, entries):
+    if len(values) == len(axes):
+        return entries[at[values]]
+    return torch.stack([stacked_along(axes, (*values, value), at, entries) for value in axes[len(values)]])
+
+
+def numbers_by_size(value):
+    return (0, int(value), value) if value.isdecimal() else (1, 0, value)
