@@ -1,5 +1,6 @@
 """Slow and obvious versions of what the package does fast: by ``re``, by ``named_modules`` and on whole tensors."""
 
+import math
 import re
 
 import torch
@@ -28,6 +29,18 @@ def as_rows(values, dim):
     """All rows of all values, ``(rows, *rest)``, where rows lie along one dimension or several."""
     dims = (dim,) if isinstance(dim, int) else dim
     return torch.cat([value.movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1) for value in values])
+
+
+def counted_rows(value, mask, dim, flatten):
+    """The rows of one value that its mask selects, and their numbers among all its rows, one after the other."""
+    every = torch.ones((), dtype=torch.bool) if mask is None else mask
+    every = every.reshape(every.shape + (1,) * (value.dim() - every.dim())).expand(value.shape).clone()
+    if flatten is not None:
+        length = math.prod(value.shape[:flatten])
+        value, every = (each.reshape(length, *each.shape[flatten:]) for each in (value, every))
+    rows, selected = as_rows([value], dim), as_rows([every], dim)
+    numbers = [number for number in range(len(rows)) if selected[number].all()]
+    return rows[numbers], numbers
 
 
 def result_dtype(rows):

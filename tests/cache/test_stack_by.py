@@ -222,9 +222,9 @@ def refused(pattern, stack_by, *paths):
 def test_different_paths_do_not_share_a_key():
     paths = [f"{side}.{layer}.attn" for side in ("encoder", "decoder") for layer in range(2)]
     assert refused(r"(?:encoder|decoder)\.(?P<layer>\d)\.(?P<kind>attn)", "layer", *paths) == (
-        "stack_by='layer' would give 'encoder.*.attn', 'decoder.*.attn' one key, 'attn': these paths differ outside the "
-        "named groups; name the part that differs too, as in (?P<part>encoder|decoder), or write the other groups as "
-        "(?:...), so that the whole path is the key"
+        "stack_by='layer' would give 'encoder.*.attn', 'decoder.*.attn' one key, 'attn': these paths differ outside "
+        "the named groups; name the part that differs too, as in (?P<part>encoder|decoder), or write the other groups "
+        "as (?:...), so that the whole path is the key"
     )
     together, _ = both(Tree(*paths), r"(?:encoder|decoder)\.(?P<layer>\d)\.(?:attn)", "layer")
     assert sorted(together) == ["decoder.*.attn", "encoder.*.attn"]

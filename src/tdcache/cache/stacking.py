@@ -16,7 +16,7 @@ __all__ = ["StackBy"]
 
 
 class StackBy:
-    """Joins the entries of sites that differ only in some named groups into one dense tensor with a leading axis each.
+    r"""Joins the entries of sites that differ only in named groups into one dense tensor, one leading axis a group.
 
     What is common to the sites of one joined entry is their path with ``*`` where the groups stand. Its key is the
     values of the other named groups, joined by dots; where there are none, that path. An axis has the values of its
@@ -33,7 +33,7 @@ class StackBy:
         >>> from torch import nn
         >>> from tdcache import select
         >>> model = nn.ModuleList(nn.ModuleDict({"attn": nn.ReLU(), "mlp": nn.ReLU()}) for _ in range(2))
-        >>> StackBy("layer", select(model, r"(?P<layer>\\d)\\.(attn|mlp)")).members
+        >>> StackBy("layer", select(model, r"(?P<layer>\d)\.(attn|mlp)")).members
         {'*.attn': ['0.attn', '1.attn'], '*.mlp': ['0.mlp', '1.mlp']}
     """
 
@@ -99,9 +99,9 @@ class StackBy:
         for key, commons in sharing.items():
             if len(commons) > 1:
                 raise CaptureError(
-                    f"stack_by={self.group!r} would give {listed(commons)} one key, {key!r}: these paths differ outside "
-                    "the named groups; name the part that differs too, as in (?P<part>encoder|decoder), or write the "
-                    "other groups as (?:...), so that the whole path is the key",
+                    f"stack_by={self.group!r} would give {listed(commons)} one key, {key!r}: these paths differ "
+                    "outside the named groups; name the part that differs too, as in (?P<part>encoder|decoder), or write "
+                    "the other groups as (?:...), so that the whole path is the key",
                     paths=[site.path for common in commons for site in alike[common]],
                 )
         return {keys[common]: found for common, found in alike.items()}
