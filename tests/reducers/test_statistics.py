@@ -92,7 +92,8 @@ def test_statistics_without_any_row_are_nan_as_in_torch(dtype):
     assert mean.compute().shape == variance.compute().shape == (3, 2)
     assert mean.compute().dtype == (torch.float32 if dtype == torch.bfloat16 else wide.dtype)
     assert variance.compute().dtype == mean.compute().dtype.to_real()
-    assert mean.compute().isnan().all() and variance.compute().isnan().all()
+    assert mean.compute().isnan().all()
+    assert variance.compute().isnan().all()
     assert wide.mean(0).isnan().all()
     best = fed(TopK(2), empty.real if dtype.is_complex else empty).compute()
     assert best["values"].shape == best["indices"].shape == (0, 3, 2)
@@ -199,9 +200,8 @@ def test_what_is_computed_over_rows_holds_no_graph(reducer, rows):
 
 @pytest.mark.parametrize("kind", [Mean, Variance])
 def test_rows_lie_along_one_dimension_at_least(kind):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"^dim=\(\) names no dimension along which rows lie; give one, or several as"):
         kind(())
-    assert str(caught.value) == "dim=() names no dimension along which rows lie; give one, or several as (0, 1)"
 
 
 @pytest.mark.parametrize("reducer", [Mean(), Variance(), TopK(1)], ids=stable_id)

@@ -100,8 +100,8 @@ class StackBy:
             if len(commons) > 1:
                 raise CaptureError(
                     f"stack_by={self.group!r} would give {listed(commons)} one key, {key!r}: these paths differ "
-                    "outside the named groups; name the part that differs too, as in (?P<part>encoder|decoder), or write "
-                    "the other groups as (?:...), so that the whole path is the key",
+                    "outside the named groups; name the part that differs too, as in (?P<part>encoder|decoder), or "
+                    "write the other groups as (?:...), so that the whole path is the key",
                     paths=[site.path for common in commons for site in alike[common]],
                 )
         return {keys[common]: found for common, found in alike.items()}
