@@ -209,13 +209,13 @@ MESSAGES = {
     ),
     "means of another shape": (
         lambda: fed(Mean(), torch.ones(2, 3), torch.ones(2, 4)),
-        "Mean(dim=0, flatten=None) saw values that reduce to (3,) and now to (4,); let dim= cover every dimension that varies, "
-        "e.g. dim=(0, 1) for (batch, seq, d)",
+        "Mean(dim=0, flatten=None) saw values that reduce to (3,) and now to (4,); let dim= cover every "
+        "dimension that varies, e.g. dim=(0, 1) for (batch, seq, d)",
     ),
     "best rows of another shape": (
         lambda: fed(TopK(1), torch.ones(2, 3), torch.ones(2, 4)),
-        "TopK(k=1, dim=0, largest=True, flatten=None) saw rows of (3,) and now of (4,); choose another dim, or bring the values to "
-        "one shape with index= or callback=",
+        "TopK(k=1, dim=0, largest=True, flatten=None) saw rows of (3,) and now of (4,); choose another "
+        "dim, or bring the values to one shape with index= or callback=",
     ),
     "no best rows": (lambda: TopK(0), "k is at least 1, got 0"),
 }

@@ -176,7 +176,7 @@ def test_without_double_precision_many_sums_lose_nothing(accumulate):
 
 def test_a_value_that_is_large_is_widened_in_parts(monkeypatch):
     values = batches(torch.float64, (7, 3), (1, 3), (0, 3), (8, 3))
-    monkeypatch.setattr(statistics, "_ELEMENTS_AT_ONCE", 6)
+    monkeypatch.setattr(statistics, "_ELEMENTS_ON_CPU", 6)
     torch.testing.assert_close(fed(Mean(), *values).compute(), reference.mean(values, 0), **CLOSE)
     torch.testing.assert_close(fed(Variance(), *values).compute(), reference.variance(values, 0), **CLOSE)
 
