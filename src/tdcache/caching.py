@@ -57,6 +57,7 @@ class ActivationCaching(HookingContextFactory):
         reducer: what is kept over calls: ``Last()`` (default), ``First()``, ``Stack()``, ``Concatenate()``, statistics.
         batch_dims: the number of leading dimensions that all entries share, as batch size of the cache.
         stack_by: the named group of the pattern that becomes a leading axis: sites that differ only in it are stacked.
+            Several groups become several axes, in the order given.
         stop_early: end the forward once every site has fired (not with gradients). Call ``hooked(...)``, which then
             returns no output.
         allow_empty: a selector that matches nothing is no error.
@@ -96,7 +97,7 @@ class ActivationCaching(HookingContextFactory):
         device: torch.device | str | None = None,
         reducer: Reducer | type[Reducer] | None = None,
         batch_dims: int = 0,
-        stack_by: str | None = None,
+        stack_by: str | Sequence[str] | None = None,
         stop_early: bool = False,
         allow_empty: bool = False,
         prepend: bool = False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from tdcache.cache.channel import Channel
 from tdcache.cache.keep import Keep
 from tdcache.cache.recorder import Recorder
+from tdcache.cache.stacking import StackBy
 from tdcache.cache.taps import (
     CallbackTap,
     GradientTap,
@@ -22,7 +23,7 @@ from tdcache.cache.taps import (
     StopTap,
     ValueTap,
 )
-from tdcache.cache.target import StackBy, Target
+from tdcache.cache.target import Target
 from tdcache.errors import DirectionError
 from tdcache.hooks.attach import MultiHookHandle, Order, attach, attach_gradient, attach_outputs, attach_ports
 from tdcache.hooks.directions import direction_row
@@ -52,7 +53,7 @@ class Capture:
     keep: Keep
     reducer: Reducer
     batch_dims: int
-    stack_by: str | None
+    stack_by: str | Sequence[str] | None
     stop_early: bool
     prepend: bool
 

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from tdcache.cache.keep import Keep, Transfers, shares_memory
 from tdcache.cache.ownership import is_of_leaf, owned, shared_keys
-from tdcache.cache.target import EntryTarget, StackBy
+from tdcache.cache.stacking import StackBy
+from tdcache.cache.target import EntryTarget
 from tdcache.hooks.directions import direction_row
 from tdcache.inplace import InplaceWatch, overwritten
-from tdcache.reducers import Last, Reducer
+from tdcache.reducers import First, Last, Reducer
 from tdcache.types import CacheKey, HookDirection
 
 __all__ = ["Channel"]
@@ -219,20 +220,26 @@ class Channel:
 
     def _reduce(self, key: CacheKey, path: str, value: Any, serial: int | None) -> None:
         reducer = self._reducer_at(key)
-        if serial is None and not reducer.wants_more:
+        if reducer.full:
             return
         self._dirty = True
         kept, is_alias = self._keep(value, path)
         if serial is not None and reducer.ordered:
             if is_alias:
                 self._pending_watch.add(path, kept)
-            self._pending.setdefault(key, []).append((serial, kept))
+            self._wait(key, (serial, kept))
             return
         if not reducer.aliases:
             self.transfers.wait()
         elif is_alias:
             self._watch.add(path, kept)
         reducer.update(kept)
+
+    def _wait(self, key: CacheKey, arrival: tuple[int, Any]) -> None:
+        arrivals = self._pending.setdefault(key, [])
+        arrivals.append(arrival)
+        if isinstance(self.reducer, First):  # which wants one only
+            arrivals[:] = [min(arrivals, key=_serial)]
 
     def _reducer_at(self, key: CacheKey) -> Reducer:
         reducer = self.reducers.get(key)
@@ -254,8 +261,7 @@ class Channel:
         self.check()
         for key, arrivals in self._pending.items():
             for _, value in sorted(arrivals, key=_serial):
-                if self._reducer_at(key).wants_more:
-                    self._reducer_at(key).update(value)
+                self._reducer_at(key).update(value)
         self._pending.clear()
         self._pending_watch.clear()
         entries: dict[CacheKey, Any] = {key: reducer.compute() for key, reducer in self.reducers.items()}

@@ -36,7 +36,7 @@ class HookingContextWithCache(HookingContext):
         self.has_own_cache = cache is None
         self._cache = TensorDict(batch_size=[]) if cache is None else cache
         self._batch_size = self._cache.batch_size
-        self._clear_cache = clear_cache
+        self._clear_cache = self._forgets = clear_cache
         self._reducers: list[dict[CacheKey, Reducer]] = []
         """Where the cache is not cleared: what the reducers hold between two entries."""
         self.recorder: Recorder | None = None
@@ -129,7 +129,7 @@ class HookingContextWithCache(HookingContext):
             if error is None:
                 recorder.report_unfired(self.model)
             recorder.settle(self.model)
-            if not self._clear_cache:
+            if not self._forgets:
                 self._reducers = [dict(channel.reducers) for channel in recorder.channels]
         finally:
             recorder.close()

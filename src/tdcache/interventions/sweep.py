@@ -15,7 +15,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from tdcache.cache.target import StackBy
+from tdcache.cache.stacking import StackBy
 from tdcache.errors import ContextError, EditError
 from tdcache.hooks import MultiHookHandle, attach, port_at
 from tdcache.hooks.values import check_fits

@@ -29,7 +29,10 @@ class Reducer(ABC):
 
     @abstractmethod
     def update(self, value: Tensor) -> None:
-        """Take one more value in: detached, on the device it is to stay on."""
+        """Take one more value in, on the device it is to stay on.
+
+        Those that keep values whole keep its graph too, where it has one (``hold="live"``); the others detach it.
+        """
 
     @abstractmethod
     def merge(self, other: Self) -> None:
@@ -49,9 +52,9 @@ class Reducer(ABC):
         """Whether nothing was seen yet."""
 
     @property
-    def wants_more(self) -> bool:
-        """Whether a further value could change what is kept."""
-        return True
+    def full(self) -> bool:
+        """Whether further values would change nothing, so that they need not be kept for :meth:`update`."""
+        return False
 
     def fresh(self) -> Self:
         """An empty reducer with the same configuration."""

@@ -68,14 +68,14 @@ class First(Reducer):
         return self._value
 
     @property
-    def wants_more(self) -> bool:
-        """Whether there is no value yet."""
-        return self._value is None
-
-    @property
     def empty(self) -> bool:
         """Whether nothing was seen yet."""
         return self._value is None
+
+    @property
+    def full(self) -> bool:
+        """Whether there is a value, which no further one replaces."""
+        return self._value is not None
 
 
 @dataclass(eq=True)
