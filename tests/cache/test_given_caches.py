@@ -59,7 +59,7 @@ def test_a_cache_on_the_cpu_takes_values_as_they_are(model, x):
     cache = TensorDict(device="cpu")
     with ActivationCaching("2", cache=cache).prepare(model) as hooked:
         y = hooked(x)
-    assert cache["2"].data_ptr() == y.data_ptr()
+        assert cache["2"].data_ptr() == y.data_ptr()
 
 
 # Locked

@@ -68,7 +68,7 @@ class Recorder:
         """Pre-hook of the root: a forward begins."""
         if in_backward():
             return
-        if get_ident() != self._thread:
+        if not torch.compiler.is_compiling() and get_ident() != self._thread:
             self._elsewhere += 1
             self._idle()
             return
@@ -99,7 +99,7 @@ class Recorder:
         """Hook of the root, also called when the forward raised: the forward is over."""
         if in_backward():
             return
-        if get_ident() != self._thread:
+        if not torch.compiler.is_compiling() and get_ident() != self._thread:
             self._elsewhere = max(0, self._elsewhere - 1)
             return
         if not self._depth:

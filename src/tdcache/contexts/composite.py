@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -68,33 +68,33 @@ class CompositeHookingContext(HookingContextWithCache):
         self._refuse_clashes()
         return working
 
-    def _entries(self) -> Iterator[tuple[HookingContextWithCache, Any, CacheKey]]:
-        """Every entry that a child writes: the child, the cache, and the full key in it; those of composites too."""
-        for child in self._caching_children():
+    def _entries(self) -> Iterator[tuple[int, int, CacheKey]]:
+        """Every entry that is written: by which child, to which cache, under which full key; those of composites too."""
+        for number, child in enumerate(self.children):
             if isinstance(child, CompositeHookingContext):
-                yield from child._entries()
-            for channel in child.recorder.channels if child.recorder is not None else ():
-                node = channel.target.node
-                for key in channel.entry_keys:
-                    yield child, channel.target.cache, key if node is None else (node, key)
+                yield from ((number, cache, key) for _, cache, key in child._entries())
+            elif isinstance(child, HookingContextWithCache) and child.recorder is not None:
+                for channel in child.recorder.channels:
+                    node = channel.target.node
+                    for key in channel.entry_keys:
+                        yield number, id(channel.target.cache), key if node is None else (node, key)
 
     def _refuse_clashes(self) -> None:
-        writers: dict[Any, HookingContextWithCache] = {}
-        nodes: dict[Any, HookingContextWithCache] = {}
-        for child, cache, key in self._entries():
-            node = key[0] if isinstance(key, tuple) else None
-            other = writers.get((id(cache), key)) or (
-                nodes.get((id(cache), key)) if node is None else writers.get((id(cache), node))
-            )
+        entries: dict[tuple[int, CacheKey], int] = {}
+        nodes: dict[tuple[int, CacheKey], int] = {}
+        for number, cache, key in self._entries():
+            node, path = key if isinstance(key, tuple) else (None, key)
+            # An entry meets another of the same key, or a node of that name; a node meets an entry of its name.
+            other = entries.get((cache, key), nodes.get((cache, key)) if node is None else entries.get((cache, node)))
             if other is not None:
                 raise CacheWriteError(
-                    f"two children of the composite, {other.factory!r} and {child.factory!r}, both cache {key!r}; give "
-                    "one of them a cache of its own with cache=TensorDict(), or other sites",
-                    paths=(key if node is None else key[1],),
+                    f"children {other} and {number} of the composite both cache {path!r}; give one of them "
+                    "a cache of its own with cache=TensorDict(), or other sites",
+                    paths=(path,),
                 )
-            writers[id(cache), key] = child
+            entries[cache, key] = number
             if node is not None:
-                nodes.setdefault((id(cache), node), child)
+                nodes.setdefault((cache, node), number)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

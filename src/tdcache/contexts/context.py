@@ -195,6 +195,10 @@ class HookingContext:
             self._paused = False
             self._set_taking(self._in_context)
 
+    def disable_hooks(self) -> Any:
+        """The same as :meth:`paused`."""
+        return self.paused()
+
     def _set_taking(self, taking: bool) -> None:
         """Whether values that still arrive, such as gradients, are wanted."""
 

@@ -118,7 +118,7 @@ def tensor_only(picked: Any, pick: Pick, path: str) -> Any:
     if isinstance(picked, Tensor) or is_entries(picked):
         return picked
     raise CaptureError(
-        f"pick={pick!r} gives {type(picked).__name__} at {path!r}; pick a tensor, or a TensorDict of them",
+        f"pick={pick!r} gives {type(picked).__name__} at {path!r}; a cache holds tensors (or TensorDicts of them)",
         paths=(path,),
     )
 
@@ -212,6 +212,7 @@ def _signature(tensor: Tensor) -> str:
 
 
 def describe(value: Any) -> str:
+    """What a value is, for messages: its type, with those of its parts."""
     if isinstance(value, tuple | list):
         return f"{type(value).__name__} of ({', '.join(type(item).__name__ for item in value)})"
     return type(value).__name__ if not isinstance(value, torch.Tensor) else f"Tensor{tuple(value.shape)}"

@@ -200,6 +200,8 @@ class SetTap:
         elif isinstance(new, Tensor) and not self.row.gradient:
             new = new.clone()  # a later in-place operation must not reach the caller's tensor
         if isinstance(new, Tensor) and not self.row.gradient:
+            if self.row.name == "fwd_pre":  # a callback's: without keyword arguments
+                return self.port.write(args[0], args[1], {}, new)[0]
             return self.port.write(*args, new)
         changed = self._replaced(args[self.row.returns_index], new)
         return (changed, args[2]) if self.row.name == "fwd_pre_kwargs" else changed

@@ -283,6 +283,16 @@ class SavingHook:
         return f"{type(self).__name__}({self.name!r})"
 
     def __call__(self, tensor: Any, hook: Any) -> None:
-        """Keep it."""
-        kept = self.capture.options.shaped(tensor, self.name, hook.pos_dim)
-        self.capture.recorder.take(self.channel, self.name, self.name, kept)
+        """Keep a value."""
+        self.capture.recorder.take(self.channel, self.name, self.name, self._shaped(tensor, hook))
+
+    def for_call(self) -> Callable[..., None]:
+        """What keeps the gradient of the call that is under way."""
+        return partial(self._keep_gradient, self.channel.number, self.capture.recorder.next_serial())
+
+    def _keep_gradient(self, number: int, serial: int, tensor: Any, hook: Any) -> None:
+        kept = self._shaped(tensor, hook)
+        self.capture.recorder.take_gradient(self.channel, self.name, self.name, kept, number, serial)
+
+    def _shaped(self, tensor: Any, hook: Any) -> Tensor:
+        return self.capture.options.shaped(tensor, self.name, hook.pos_dim)
