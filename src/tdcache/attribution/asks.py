@@ -85,7 +85,7 @@ class Point:
         inputs: entries that differ from the user's TensorDict.
         replace: by path, what stands in place of a module's output.
         modifiers: what changes the backward of these rows.
-        copies: how many times the user's batch the rows are.
+        copies: how many times the user's batch the rows are; of several, the first is the user's own.
     """
 
     label: Hashable

@@ -118,7 +118,7 @@ class Runner:
         """Whether the point's outputs are those of the user's rows; modifiers change no value, only the backward."""
         if point.modifiers and (self.watched or self._create_graph):
             return False
-        return not point.inputs and not point.replace and point.copies == 1
+        return point.copies > 1 or not (point.inputs or point.replace)
 
     def ran_before(self, first: Place, second: Place) -> bool:
         """Whether ``first`` was seen before ``second``; both were asked for in the same point."""
@@ -253,7 +253,7 @@ class Runner:
         for group, part in zip(groups, rows, strict=True):
             point = group[0].point
             if point.label == getattr(self._base, "label", None) or (self.final is None and self._gives_outputs(point)):
-                self.final = _rows_of(after, part)
+                self.final = _rows_of(after, part._replace(stop=part.start + (part.stop - part.start) // point.copies))
             found = self._targets(group, after, part, whole, seeds)
             for ask in group:
                 value = None if ask.target is None else found[ask.target]

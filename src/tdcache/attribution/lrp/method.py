@@ -13,7 +13,7 @@ from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.lrp.linear import canonised, is_linear, linear_function
 from tdcache.attribution.lrp.maps import RuleMap, Rules
-from tdcache.attribution.lrp.replaced import BehindTaps, ReplacedBackward, install_replaced
+from tdcache.attribution.lrp.replaced import BehindTaps, Call, ReplacedBackward, install_replaced
 from tdcache.attribution.lrp.rules import Epsilon, Pass, Rule, nonzero
 from tdcache.attribution.modifiers import Installed
 from tdcache.errors import AttributionError
@@ -91,15 +91,16 @@ class _Applied:
                 "or Pass()"
             )
 
-    def gradient(self, module: nn.Module, x: Tensor, y: Tensor, grad: Tensor, norm: nn.Module | None) -> Tensor:
+    def gradient(self, call: Call, x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
         """The gradient that carries the relevance of the input."""
         if isinstance(self.rule, Pass):
             return self.rule.change(x, y, grad)
         if not isinstance(self.rule, Rule):
-            found: Tensor = self.rule.gradient(module, x, y, grad, norm)
+            found: Tensor = self.rule.gradient(call, x, y, grad)
             return found
-        weight, bias = canonised(module, norm)
-        linear = linear_function(module)
+        norm = call.norm
+        weight, bias = canonised(call.module, norm)
+        linear = linear_function(call.module)
         # With a norm folded in, the relevance that arrives belongs to the norm's output, z' below.
         z = y if norm is None else linear(x, weight, bias)
         relevance_grad = grad if norm is None else grad * nonzero(y) / nonzero(z)
