@@ -93,7 +93,9 @@ def test_a_softmax_over_any_axis_but_the_rows_is_complete(axis):
 def test_a_softmax_in_half_precision_is_computed_in_single():
     x, start = torch.tensor([9.0, 11.0, -60000.0]).half(), torch.tensor([10.0, 10.0, -60000.0]).half()
     found = multipliers(nn.Softmax(-1), x, start)
-    torch.testing.assert_close(found.double(), multipliers(nn.Softmax(-1), x.double(), start.double()), rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(
+        found.double(), multipliers(nn.Softmax(-1), x.double(), start.double()), rtol=2e-3, atol=1e-6
+    )
 
 
 def test_attention_with_a_softmax_module_is_complete_in_its_pattern():

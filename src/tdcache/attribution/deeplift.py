@@ -162,8 +162,7 @@ class _Softmax:
 
     def gradient(self, call: Call, x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
         """The multipliers of inputs and references times ``grad``."""
-        module: Any = call.module
-        axis = module.dim
+        module, axis = call.module, getattr(call.module, "dim", None)
         if axis is None:  # as torch chooses
             axis = 0 if x.ndim in (0, 1, 3) else 1
         elif axis >= 0:

@@ -253,7 +253,7 @@ class Runner:
         for group, part in zip(groups, rows, strict=True):
             point = group[0].point
             if point.label == getattr(self._base, "label", None) or (self.final is None and self._gives_outputs(point)):
-                self.final = _rows_of(after, part._replace(stop=part.start + (part.stop - part.start) // point.copies))
+                self.final = _rows_of(after, _first(part, point.copies))
             found = self._targets(group, after, part, whole, seeds)
             for ask in group:
                 value = None if ask.target is None else found[ask.target]
@@ -339,6 +339,10 @@ def _only_run(point: Point) -> Ask:
 
 def _rows_of(after: TensorDictBase, part: Rows) -> TensorDictBase:
     return after if part.total == part.stop - part.start else after[part.start : part.stop]
+
+
+def _first(part: Rows, copies: int) -> Rows:
+    return Rows(part.start, part.start + (part.stop - part.start) // copies, part.total)
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
