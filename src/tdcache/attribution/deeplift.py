@@ -169,9 +169,9 @@ class _Softmax:
             axis -= x.ndim  # the pair gets an axis of its own, in front
         mean = _logarithmic_mean(wide(x).log_softmax(axis)).unsqueeze(0)
         share = mean / mean.sum(axis, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
-        arrives = wide(grad).unflatten(0, (2, -1))
+        arrives: Tensor = wide(grad).unflatten(0, (2, -1))
         if isinstance(module, nn.LogSoftmax):
-            found = arrives - share * arrives.sum(axis, keepdim=True)
+            found: Tensor = arrives - share * arrives.sum(axis, keepdim=True)
         else:
             found = mean * (arrives - (share * arrives).sum(axis, keepdim=True))
         return found.flatten(0, 1).to(x.dtype)

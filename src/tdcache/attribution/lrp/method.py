@@ -105,12 +105,14 @@ class _Applied:
         return found.to(dtype)
 
     def _linear(self, call: Call, x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
-        weight, bias = (None if each is None else wide(each) for each in canonised(call.module, call.norm))
+        weight, bias = canonised(call.module, call.norm)
+        weight, bias = wide(weight), None if bias is None else wide(bias)
         linear = linear_function(call.module)
         # With a norm folded in, the relevance that arrives belongs to the norm's output, z' below.
         z = y if call.norm is None else linear(x, weight, bias)
         relevance_grad = grad if call.norm is None else grad * nonzero(y) / nonzero(z)
-        return self.rule.input_gradient(linear, x, weight, bias, z, relevance_grad)
+        found: Tensor = self.rule.input_gradient(linear, x, weight, bias, z, relevance_grad)
+        return found
 
 
 class _CanonisedNorm(ReplacedBackward):
