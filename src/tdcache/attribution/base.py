@@ -185,7 +185,7 @@ def _shared_pass(
 ) -> TensorDictBase:
     results = {"attr", "gap", "baseline", "corrupt"}
     bare = data.exclude(*(key for key in results if key in data)) if results & set(data.keys()) else data
-    runner = _runner(module, bare, forward, crowd)
+    runner = _runner(module, bare.apply(_usable), forward, crowd)  # inference tensors take part in no backward
     base = Point(label="base")
     frames = [
         Frame(runner, data, member.selections, member.factory.target, member.factory.modifiers, base=base)
@@ -234,6 +234,10 @@ def _runner(module: HookedModule, data: TensorDictBase, forward: Any, crowd: lis
         create_graph=any(member.factory.create_graph for member in crowd),
         snapshot=any(copies) if copies else None,
     )
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _runs_otherwise(module: HookedModule) -> bool:

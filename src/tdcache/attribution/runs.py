@@ -83,6 +83,7 @@ class Runner:
         self._chunk = (chunk or 1 << 30) if self._stacks else 1
         self._base: Point | None = None
         self._last: Point | None = None
+        self._calls: dict[str, int] = {}
 
     def run(self, asks: Iterable[Ask], base: Point) -> None:
         """Run the points that are asked for, each once, and hand the sinks their views."""
@@ -138,6 +139,7 @@ class Runner:
             check_unchanged([tap for tap in taps.values() if tap.wants_value])
             for place, tap in taps.items():
                 self.fired.setdefault(place, tap.when)
+                self._calls[str(place.name)] = tap.calls
             values: dict[Place, Any] = {place: tap.chosen()[0] for place, tap in taps.items()}
             values |= {Place("key", key): tensor for key, tensor in inputs.items()}
             self._differentiate(groups, rows, after, values, taps, inputs)
@@ -198,7 +200,8 @@ class Runner:
                 for path, tensor in point.replace.items():
                     replaced.setdefault(path, []).append((None if alone else part, tensor))
             for path, parts in replaced.items():
-                swap = Replacement(path, self._options.get(path, (None, None))[0], parts)
+                pick, call = self._options.get(path, (None, None))
+                swap = Replacement(path, pick, call if call is None or call >= 0 else self._calls[path] + call, parts)
                 handle.add(attach(self._modules[path], swap.on_output, order=Order.EDIT))
             return self._tap(asks, handle), handle
         except BaseException:
