@@ -15,7 +15,7 @@ from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import Seen, key_of
 from tdcache.errors import AttributionError
 from tdcache.selection import as_matcher
-from tdcache.types import Match, Selector
+from tdcache.types import Match, Pick, Selector
 
 __all__ = ["Mask", "QKAttributionPatching"]
 
@@ -46,6 +46,7 @@ class QKAttributionPatching(Attribution):
         scale: what logits are multiplied by; ``d_head ** -0.5`` by default.
         mask: ``"causal"``, or a boolean tensor that expands to ``(batch, heads, query, key)`` and is True where a query
             sees a key. None tells it from the pattern's zeros, and refuses where some may have come from underflow.
+        pick: which tensor of what the modules of ``pattern`` return, such as 1 for those of Hugging Face.
         match: how patterns are held against paths.
         **options: see :class:`Attribution`.
     """
@@ -59,6 +60,7 @@ class QKAttributionPatching(Attribution):
         heads: int,
         scale: float | None = None,
         mask: Mask = None,
+        pick: Pick = None,
         match: Match = "full",
         **options: Any,
     ) -> None:
@@ -70,10 +72,15 @@ class QKAttributionPatching(Attribution):
         self.heads = heads
         self.scale = scale
         self.mask = mask
+        self.pick = pick
 
     def selectors_by_role(self) -> Mapping[str, tuple[Selector, Match]]:
         """The selectors of the method by role."""
         return {role: (selector, self.match) for role, selector in self.selectors.items()}
+
+    def site_options(self, role: str) -> tuple[Pick, int | None]:
+        """Which tensor and which call of the selected modules."""
+        return (self.pick if role == "pattern" else None, None)
 
     def work(self, frame: Frame) -> Work:
         """Ask for what the scores need, and compute them."""
