@@ -168,9 +168,9 @@ def test_llama_before_its_rotary_embeddings_is_refused():
         rf"{block}\.q_proj", rf"{block}\.k_proj", block, heads=4, pick=1, target=lambda td: td["logits"][:, -1, 3]
     )
     ids = {"input_ids": torch.randint(17, (2, 6)), "corrupt": {"input_ids": torch.randint(17, (2, 6))}}
-    with method.prepare(lm, in_keys=["input_ids"], out_keys=["logits"]) as hooked:
-        with pytest.raises(AttributionError, match="rotary embeddings"):
-            hooked(TensorDict(ids, batch_size=[2]))
+    prepared = method.prepare(lm, in_keys=["input_ids"], out_keys=["logits"])
+    with pytest.raises(AttributionError, match="rotary embeddings"), prepared as hooked:
+        hooked(TensorDict(ids, batch_size=[2]))
 
 
 def test_rollout_by_gradients_mixes_in_the_residual():

@@ -366,11 +366,11 @@ def test_epsilon_gamma_is_a_map_of_its_parts():
 # Precision, single images, modules without a rule
 
 
-RULES = [Epsilon(0.0), Epsilon(0.25), Gamma(), AlphaBeta(), ZPlus(), Flat(), WSquare()]
+ALL_RULES = [Epsilon(0.0), Epsilon(0.25), Gamma(), AlphaBeta(), ZPlus(), Flat(), WSquare()]
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 0.03), (torch.float16, 0.006)], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("rule", RULES, ids=stable_id)
+@pytest.mark.parametrize("rule", ALL_RULES, ids=stable_id)
 def test_rules_work_in_half_precision(rule, dtype, close):
     model, x = ConvNet().to(dtype), torch.randn(3, 1, 8, 8).to(dtype)
     found = run(LRP(target=1, rules=rule), model, x)["attr", "input"]
@@ -379,7 +379,7 @@ def test_rules_work_in_half_precision(rule, dtype, close):
     assert ((found - wanted).norm() / wanted.norm()).item() < close
 
 
-@pytest.mark.parametrize("rule", [*RULES[:1], *RULES[2:]], ids=stable_id)
+@pytest.mark.parametrize("rule", [*ALL_RULES[:1], *ALL_RULES[2:]], ids=stable_id)
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
 def test_a_convolution_of_one_image_without_a_batch_axis_equals_a_batch_of_one(rule, kind):
     layers = [kind(2, 3, 3), nn.ReLU(), kind(3, 2, 3)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from tdcache.attribution.asks import Ask, Modifies, Place, Point, View
 from tdcache.attribution.runs import Runner
 from tdcache.attribution.targets import Target, TargetLike, as_targets
 from tdcache.errors import AttributionError, listed
-from tdcache.paths import near_misses
 from tdcache.selection import Selection
 from tdcache.types import CacheKey
 
@@ -107,6 +106,10 @@ class Frame:
     def _given(self, node: str) -> dict[CacheKey, Tensor]:
         given: dict[CacheKey, Tensor] = {}
         there = self.data.get(node, None)
+        if isinstance(there, Tensor):
+            raise AttributionError(
+                f"data[{node!r}] is a tensor; say of which input, data[{node!r}, {self.runner.in_keys[0]!r}]"
+            )
         if there is not None:
             self._refuse_unknown(node, there.keys(include_nested=True, leaves_only=True))
         for key in self.runner.in_keys:
@@ -121,7 +124,7 @@ class Frame:
         for key in keys:
             if key in names or (isinstance(key, str | tuple) and self.data.get(key, None) is not None):
                 continue
-            near = near_misses(re.escape(".".join(key) if isinstance(key, tuple) else str(key)), list(names.values()))
+            near = get_close_matches(".".join(key) if isinstance(key, tuple) else str(key), names.values())
             hint = f"did you mean {listed(near)}?" if near else f"the inputs are {listed(list(names.values()))}"
             raise AttributionError(f"the {node} has an entry {key!r}, and the model has no input of that name; {hint}")
 
