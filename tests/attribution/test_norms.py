@@ -274,7 +274,11 @@ def test_writers_and_the_norms_own_bias_are_the_logit(config, model):
     wanted = 0.0 if bias is None else (lm.lm_head.weight[3] @ bias).item()
     # What the norm adds whatever the stream is, and nothing else: up to rounding of logits of size 1 to 10.
     torch.testing.assert_close(td["attr", "bias"], torch.full((2,), wanted), rtol=1e-4, atol=2e-4)
-    assert (lm(ids).logits[:, -1, 3] - wanted).abs().min() > 1e-2
+    value = lm(ids).logits[:, -1, 3].detach()
+    assert (value - wanted).abs().min() > 1e-2
+    written = sum(score.sum(-1) for key, score in td["attr"].items() if key != "bias")
+    torch.testing.assert_close(written + td["attr", "bias"], value, rtol=1e-4, atol=2e-4)
+    assert td["gap", "bias"].abs().max() < 2e-4
 
 
 def test_attnlrp_and_relp_take_a_gemma_whole():
@@ -292,3 +296,23 @@ def test_attnlrp_and_relp_take_a_gemma_whole():
         # An RMSNorm with its scale frozen is linear, so that gradient times activation is the same on both sides.
         before, after = (attr[key].sum((1, 2)) for key in ("model.layers.1", "model.norm"))
         torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_softcap_bends_is_a_gap_and_no_bias():
+    class Capped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.norm, self.head = nn.Linear(4, WIDTH), norm("RMSNorm"), nn.Linear(WIDTH, 3)
+
+        def forward(self, x):
+            return 2 * torch.tanh(self.head(self.norm(self.embed(x))) / 2)
+
+    model, x = Capped().double(), torch.randn(5, 4, dtype=F64)
+    nn.init.normal_(model.head.weight)
+    with DirectLogitAttribution("embed", norm="norm", target=1).prepare(model) as hooked:
+        td = hooked(TensorDict({"input": x}, batch_size=[5]))
+    bias = (2 * torch.tanh(model.head.bias[1] / 2)).detach()
+    torch.testing.assert_close(td["attr", "bias"], bias.expand(5))
+    off = td["attr", "embed"] + bias - model(x)[:, 1].detach()
+    torch.testing.assert_close(td["gap", "bias"], off, rtol=1e-9, atol=1e-12)
+    assert off.abs().max() > 1e-3
