@@ -422,3 +422,14 @@ def test_inputs_made_under_inference_mode_are_explained(method):
     for key, value in wanted.items():
         assert torch.equal(found[key], value)
     assert x.is_inference()
+
+
+def test_without_the_activation_the_scores_of_a_module_are_its_gradients():
+    model, x = ConvNet().double(), images().double()
+    td = run(GradientXActivation(r"c\d|r1", target=1, multiply_by_inputs=False), model, x, [4])
+    for site in ("c1", "r1", "c2"):
+        seen = []
+        handle = getattr(model, site).register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+        total = model(x)[:, 1].sum()
+        handle.remove()
+        torch.testing.assert_close(td["attr", site], torch.autograd.grad(total, seen)[0], rtol=1e-9, atol=1e-12)
