@@ -143,3 +143,17 @@ def test_the_multipliers_times_the_difference_are_the_scores():
     bare = run(DeepLift(target=1, multiply_by_inputs=False), model, x, start)
     assert torch.equal(bare["attr", "input"] * (x - start), scores)
     assert bare["gap", "input"].abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("masked", ["input", "reference", "both"])
+def test_scores_at_masked_logits_are_zero_and_the_gap_says_what_a_mask_in_one_row_hides(masked):
+    x, start = torch.randn(2, 3, 4, dtype=F64)
+    if masked != "reference":
+        x[:, 1] = -torch.inf
+    if masked != "input":
+        start[:, 1] = -torch.inf
+    td = run(DeepLift(target=0), nn.Sequential(nn.Softmax(-1)), x, start)
+    rise = (x.softmax(-1) - start.softmax(-1))[:, 0]
+    assert (td["attr", "input"][:, 1] == 0).all()
+    torch.testing.assert_close(td["gap", "input"], td["attr", "input"].sum(1) - rise, rtol=0, atol=1e-14)
+    assert (td["gap", "input"].abs().max() < 1e-12) == (masked == "both")

@@ -213,7 +213,7 @@ def test_deeplift_of_a_softmax_is_complete_where_a_logit_stays_and_where_one_is_
     start = torch.tensor([[1.0, 0.0, 1.5, -torch.inf]], dtype=torch.float64)
     model = nn.Sequential(nn.Softmax(-1))
     td = run(DeepLift(target=0), model, {"input": x, "baseline": {"input": start}}, 1)
-    found = td["attr", "input"][0, :3].sum()
+    found = td["attr", "input"].sum()
     torch.testing.assert_close(found, (model(x) - model(start))[0, 0], rtol=0, atol=1e-12)
 
 

@@ -244,7 +244,9 @@ class DeepLift(Attribution):
         for name, each in seen.items():
             rows = frame.data.batch_size[0]
             grads = {place: wide(each.grads[place][:rows]) for place in places}
-            parts = {place: grads[place] * wide(frame.data.get(place.name) - start[place.name]) for place in places}
+            steps = {place: wide(frame.data.get(place.name) - start[place.name]) for place in places}
+            # A masked logit has no multiplier, and its step is infinite or undefined.
+            parts = {place: torch.where(grads[place] == 0, 0, grads[place] * steps[place]) for place in places}
             values = each.target
             if values is None:
                 raise AttributionError("the target was not computed")
