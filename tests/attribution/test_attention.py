@@ -131,7 +131,7 @@ def test_rows_that_see_no_key_have_no_effect():
     [
         (Grouped(bias=torch.randn(5, 5, dtype=F64)), {}, "'pattern' is not softmax"),
         (Grouped(), {"scale": 0.7}, "or scale= is another"),
-        (Grouped(), {"heads": 8}, "gives 8 heads|which do not fit|are \\(2, 8, 5, 5\\)"),
+        (Grouped(), {"heads": 8}, r"are \(2, 8, 5, 5\), \(batch, heads"),
         (Grouped(), {"heads": 5}, "'q' gives 16 features, not those of 5 heads"),
         (Grouped(), {"mask": "diagonal"}, "mask= is 'causal' or a boolean tensor.*'diagonal'"),
         (Grouped(), {"mask": torch.ones(5, 5)}, "got torch.float32"),
