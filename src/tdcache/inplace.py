@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tdcache.errors import InplaceModificationError, listed
 
-__all__ = ["InplaceWatch", "overwritten", "version_of"]
+__all__ = ["InplaceWatch", "NO_COUNTER", "overwritten", "version_of"]
 
 NO_COUNTER = -1
 

@@ -16,7 +16,7 @@ from tdcache.hooks.values import leaves
 from tdcache.introspect import storage_users
 from tdcache.types import CacheKey
 
-__all__ = ["is_of_leaf", "owned", "shared_keys", "storages_of"]
+__all__ = ["is_of_leaf", "owned", "shared_keys", "storage_of", "storages_of"]
 
 
 def is_of_leaf(tensor: Tensor) -> bool:

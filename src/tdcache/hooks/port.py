@@ -5,8 +5,8 @@ TensorDicts. Which of them is meant, how another is put in its place, and how it
 and nowhere else; a tap only says what happens to the tensor.
 
 Both ports are asked with what a hook at their side is called with, ``(module, args, output)`` or ``(module, args,
-kwargs)``, so that a tap needs one method for both. A place need not be a module: whatever calls hooks in these two forms
-has ports.
+kwargs)``, so that a tap needs one method for both. A place need not be a module: whatever calls hooks in these two
+forms has ports.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tdcache.hooks.values import (
 )
 from tdcache.types import CacheKey, HookDirection, Pick
 
-__all__ = ["InputPort", "OutputPort", "Port", "Steps", "port_at"]
+__all__ = ["InputPort", "OutputPort", "Port", "Steps", "own_entry", "port_at"]
 
 Steps = tuple[int | str, ...]
 
@@ -118,10 +118,10 @@ class OutputPort:
 class InputPort:
     """What a module is called with.
 
-    A number picks an argument, positional ones first, then keyword ones; a name a keyword argument, a positional one by
-    its name in the module's ``forward``, or an entry of the only argument; a tuple goes on from there; a callable gets
-    all arguments as a tuple. Without ``pick`` the first tensor is meant; of the TensorDict given to a TensorDict module,
-    the first entry that the module reads.
+    A number picks an argument, positional ones first, then keyword ones; a name picks a keyword argument, a positional
+    one by its name in the module's ``forward``, or an entry of the only argument; a tuple goes on from there; a callable
+    gets all arguments as a tuple. Without ``pick`` the first tensor is meant; of the TensorDict given to a TensorDict
+    module, the first entry that the module reads.
     """
 
     path: str
