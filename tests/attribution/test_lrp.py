@@ -10,6 +10,7 @@ from torch import nn
 
 from attribution.nets import ConvNet, Transformer
 from model_state import state_of
+from rounding import assert_same_but_rounding
 from stable_ids import stable_id
 from tdcache import AttributionError, HookingContextFactory, attribution
 from tdcache import CompositeHookingContextFactory as Together
@@ -178,7 +179,7 @@ def test_rules_of_one_method_do_not_touch_the_rows_of_another():
             td["attr", method.name]["input"], run(method, model, x)["attr", method.name]["input"]
         )
     plain = run(GradientXActivation("c1", target=0), model, x)
-    assert torch.equal(td["attr", "plain", "c1"], plain["attr", "c1"])
+    assert_same_but_rounding(td["attr", "plain", "c1"], plain["attr", "c1"])  # rows of a larger batch
 
 
 def test_a_rule_with_weights_at_a_module_without_is_refused_by_name():

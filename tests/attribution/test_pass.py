@@ -7,6 +7,7 @@ from torch import nn
 
 from attribution.nets import ConvNet, Counter, Transformer
 from model_state import state_of
+from rounding import assert_same_but_rounding
 from small_models import MLP, Pair, Residual, Tied
 from stable_ids import stable_id
 from tdcache import ActivationCaching, AttributionError, HookingContextFactory, MultiHookManager
@@ -147,7 +148,8 @@ def test_a_modifier_in_a_composite_means_everything_and_one_in_a_method_only_its
         [4],
     )
     assert td["attr", "stopped", "c2"].abs().sum() == 0
-    assert torch.equal(td["attr", "plain", "c2"], run(GradientXActivation("c2", target=0), model, x, [4])["attr", "c2"])
+    alone = run(GradientXActivation("c2", target=0), model, x, [4])
+    assert_same_but_rounding(td["attr", "plain", "c2"], alone["attr", "c2"])  # rows of a larger batch
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, None])
