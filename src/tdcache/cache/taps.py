@@ -37,6 +37,7 @@ __all__ = [
     "StopTap",
     "Tap",
     "ValueTap",
+    "part_key",
 ]
 
 
@@ -235,7 +236,7 @@ class PlainGradientTap(GradientTap):
         return self.on_call(module, args, output)
 
     def watch_plain(self, args: Any, output: Tensor) -> bool:
-        """Set a tensor hook on ``output``, if this module computed it and nothing is in the way; says whether it did."""
+        """Set a tensor hook on ``output`` if this module computed it and it is no view; says whether it did."""
         lone = len(args) == 1 and type(args[0]) is Tensor  # spares the call in the common case
         given = args[0] is output if lone else handed_on(output, args)
         if given or output.grad_fn is None or output._base is not None:
@@ -272,10 +273,10 @@ class OutputAndGradientTap(OutputTap):
         """Keep the output, and watch its gradient."""
         values = self.values
         path = self.path
-        if type(output) is Tensor and path not in values and not output._version:
-            if self.gradient.watch_plain(args, output):
-                values[path] = output
-                return None
+        plain = type(output) is Tensor and path not in values and not output._version
+        if plain and self.gradient.watch_plain(args, output):
+            values[path] = output
+            return None
         self.on_output(module, args, output)
         return self.gradient.on_call(module, args, output)
 

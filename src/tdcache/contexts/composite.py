@@ -69,7 +69,7 @@ class CompositeHookingContext(HookingContextWithCache):
         return working
 
     def _entries(self) -> Iterator[tuple[int, int, CacheKey]]:
-        """Every entry that is written: by which child, to which cache, under which full key; those of composites too."""
+        """Every entry that is written: by which child, to which cache, under which full key."""
         for number, child in enumerate(self.children):
             if isinstance(child, CompositeHookingContext):
                 yield from ((number, cache, key) for _, cache, key in child._entries())
