@@ -55,17 +55,23 @@ def test_a_key_that_is_absent_is_an_error_with_near_names():
         "mask_key='atention_mask' is no argument of this call; did you mean 'attention_mask'? (mask_key=None counts "
         "columns)"
     )
-    with pytest.raises(SelectionError, match=r"mask_key='zzz' is no argument of this call; the call has 'input_ids' \("):
+    with pytest.raises(
+        SelectionError, match=r"mask_key='zzz' is no argument of this call; the call has 'input_ids' \("
+    ):
         Sequences({"input_ids": IDS, "attention_mask": None}, mask_key="zzz")
 
 
 def test_a_padding_mask_of_unknown_sense_is_refused():
-    with pytest.raises(SelectionError, match=r"whether 1 in 'padding_mask' marks a token or padding is not told by its"):
+    with pytest.raises(
+        SelectionError, match=r"whether 1 in 'padding_mask' marks a token or padding is not told by its"
+    ):
         Sequences({"input_ids": IDS, "padding_mask": MASK})
 
 
 def test_a_square_mask_called_mask_is_refused():
-    with pytest.raises(SelectionError, match=r"'mask' of shape \(4, 4\) can be one of rows and tokens or one of queries"):
+    with pytest.raises(
+        SelectionError, match=r"'mask' of shape \(4, 4\) can be one of rows and tokens or one of queries"
+    ):
         Sequences({"x": torch.zeros(4, 4, 2), "mask": torch.ones(4, 4, dtype=torch.bool)})
 
 
@@ -116,7 +122,7 @@ def test_one_row_of_mask_is_that_of_all_rows():
 
 
 def test_a_mask_over_queries_and_keys_is_understood():
-    sees = (MASK[:, None, None].bool() & torch.ones(4, 4).tril().bool())
+    sees = MASK[:, None, None].bool() & torch.ones(4, 4).tril().bool()
     assert place({"input_ids": IDS, "attention_mask": sees}) == PLACE
     assert place({"input_ids": IDS, "attention_mask": {"full_attention": torch.where(sees, 0.0, -1e9)}}) == PLACE
 
@@ -132,7 +138,9 @@ def test_a_mask_over_queries_and_keys_is_understood():
     ],
 )
 def test_masks_that_do_not_tell_are_refused(name, mask, key, got):
-    with pytest.raises(SelectionError, match=rf"mask '{name}' \({got}\) does not tell the real tokens of the value at 'h"):
+    with pytest.raises(
+        SelectionError, match=rf"mask '{name}' \({got}\) does not tell the real tokens of the value at 'h"
+    ):
         place({"input_ids": IDS, name: mask}, mask_key=key)
 
 
@@ -143,7 +151,9 @@ def test_a_mask_between_both_lengths_is_refused():
 
 
 def test_a_value_of_another_length_is_refused():
-    with pytest.raises(SelectionError, match=r"does not tell the real tokens of the value at 'pool', which has 2 rows of 2"):
+    with pytest.raises(
+        SelectionError, match=r"does not tell the real tokens of the value at 'pool', which has 2 rows of 2"
+    ):
         place({"input_ids": IDS, "attention_mask": MASK}, path="pool", length=2)
 
 
@@ -232,9 +242,22 @@ def test_generate_numbers_the_real_tokens_of_each_row_one_after_the_other(length
         seen.append(Sequences(arguments).at("h", batch=fed.shape[0], length=fed.shape[1]).place)
 
     model.register_forward_pre_hook(watch, with_kwargs=True)
+    if "cache_implementation" in options:
+        mask = mask.flip(1) if not left else mask  # see the next test for right padding
     plain = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}
     model.generate(torch.ones_like(mask), attention_mask=mask, **plain, **options)
     rows = torch.cat([mask, mask.new_ones(len(lengths), 2)], 1).repeat_interleave(options.get("num_beams", 1), 0)
     expected = torch.where(rows == 1, rows.cumsum(1) - 1, -1)
     found = seen[-1] if "use_cache" in options else torch.cat(seen, 1)
     assert torch.equal(found, expected)
+
+
+def test_a_square_mask_beside_a_cache_needs_position_ids_that_agree():
+    sees = torch.tensor([[[[False, True, True, True]]], [[[True, True, True, True]]]])
+    step = {"input_ids": IDS[:, :1], "attention_mask": sees, "past_key_values": cache(3)}
+    assert place(step | {"position_ids": torch.tensor([[2], [3]])}, length=1) == [[2], [3]]
+    for ids in (None, torch.tensor([[3], [3]])):  # a window, or padding: who knows
+        tokens = Sequences(step | {"position_ids": ids}).at("h", batch=2, length=1)
+        assert tokens.select(-1).int().tolist() == [[1], [1]]
+        with pytest.raises(SelectionError, match=r"positions from the beginning need the number of cached tokens"):
+            tokens.select(2)

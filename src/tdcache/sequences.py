@@ -51,6 +51,7 @@ class Fed:
             SelectionError: the mask does not fit the value, or cannot be read.
         """
         ids = self._ids(batch, length, device)
+        begin = 0
         if self.mask is None:
             real, known = torch.ones(batch, length, dtype=torch.bool, device=device), self.past is not None
             before = torch.full((batch,), self.past or 0, device=device)
@@ -58,11 +59,14 @@ class Fed:
             columns, begin = self._columns(path, batch, length)
             columns = columns.expand(batch, -1).to(device)
             real, before = columns[:, begin : begin + length], columns[:, :begin].sum(1)
-            # Over queries and keys, a window hides cached tokens as padding does: they cannot be counted there.
-            known = begin == self.past if self.mask_is_flat or not begin else False
-            known = known or (self.past is None and begin > 0 and self.mask_is_flat)
+            known = begin == self.past or (self.past is None and begin > 0)
+        counted = self._counted(real, ids)
+        if begin and not self.mask_is_flat:
+            # Over queries and keys a window hides cached tokens as padding does; the position ids must agree.
+            known = counted is not None and torch.equal(counted.to(before), before)
+            counted = None
         tokens = Tokens.of_mask(real, before=before, position_ids=ids)
-        return replace(tokens, before=before if known else self._counted(real, ids), more=self.more)
+        return replace(tokens, before=before if known else counted, more=self.more)
 
     @property
     def mask_is_flat(self) -> bool:
@@ -95,8 +99,8 @@ class Fed:
 
     def _unread(self, path: str, batch: int, length: int, got: str) -> SelectionError:
         return SelectionError(
-            f"mask {self.name!r} ({got}) does not tell the real tokens of the value at {path!r}, which has {batch} rows "
-            f"of {length}; name another by mask_key=, or count columns with mask_key=None",
+            f"mask {self.name!r} ({got}) does not tell the real tokens of the value at {path!r}, which has {batch} "
+            f"rows of {length}; name another by mask_key=, or count columns with mask_key=None",
             selector=self.name,
         )
 
@@ -237,8 +241,8 @@ def _auto(given: Mapping[Any, Any]) -> tuple[Any, Any]:
     unclear = [name for name in given if isinstance(name, str) and "padding" in name and "mask" in name]
     if unclear:
         raise SelectionError(
-            f"whether 1 in {unclear[0]!r} marks a token or padding is not told by its name; give mask_key={unclear[0]!r} "
-            f"if a token, mask_key='~{unclear[0]}' if padding, or mask_key=None to count columns",
+            f"whether 1 in {unclear[0]!r} marks a token or padding is not told by its name; give "
+            f"mask_key={unclear[0]!r} if a token, mask_key='~{unclear[0]}' if padding, or mask_key=None for columns",
             selector=unclear[0],
         )
     return None, None

@@ -51,7 +51,7 @@ def check_steps(steps: Any) -> Steps:
         SelectionError: it is none.
     """
     if steps is None or callable(steps) or (isinstance(steps, str) and steps in ("prefill", "decode")):
-        return steps  # type: ignore[return-value]
+        return steps  # type: ignore[no-any-return]
     raise SelectionError(
         f"steps is 'prefill', 'decode', a predicate of a Step, or None for all, got {steps!r}", selector=steps
     )

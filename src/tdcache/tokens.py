@@ -20,7 +20,7 @@ from tdcache.errors import SelectionError
 __all__ = ["Positions", "Tokens", "check_positions"]
 
 Positions = int | slice | Sequence[int] | Tensor | None
-"""Numbers of real tokens from either side, the same for all rows, or one row of them per sample; a mask; None for all."""
+"""Numbers of real tokens from either side, the same for all rows or a row of them for each; a mask; None for all."""
 
 _MOST_ROWS = 5
 
@@ -93,8 +93,8 @@ class Tokens:
         Args:
             real: the mask.
             before: how many tokens of each row are cached; none by default.
-            position_ids: ``(batch, seq)`` or ``(1, seq)``; where they fall, or begin again at 0, at a real token, a
-                packed sequence begins.
+            position_ids: ``(batch, seq)`` or ``(1, seq)``; a packed sequence begins at a real token whose id is 0, or
+                less than that of the real token right before it.
         """
         real = real != 0
         before = torch.zeros(len(real), dtype=torch.long, device=real.device) if before is None else before
@@ -107,7 +107,7 @@ class Tokens:
 
     @property
     def place(self) -> Tensor:
-        """The number of each real token in its sequence, from 0, cached ones included; ``(batch, seq)``, -1 for padding.
+        """The number of each real token in its sequence, cached ones counted; ``(batch, seq)``, -1 for padding.
 
         Raises:
             SelectionError: how many are cached is unknown.
@@ -211,9 +211,9 @@ class Tokens:
             found = found & (after < -asked.start)
             begin = 0 if total is None else (total + asked.start).clamp(min=0)
         elif asked.start:
-            found, begin = found & (place >= asked.start), asked.start  # type: ignore[operator]
+            found, begin = found & (place >= asked.start), asked.start
         if asked.stop is not None:
-            found = found & (after >= -asked.stop if asked.stop < 0 else place < asked.stop)  # type: ignore[operator]
+            found = found & (after >= -asked.stop if asked.stop < 0 else place < asked.stop)
         return found if asked.step in (None, 1) else found & ((place - begin) % asked.step == 0)
 
     def _within(self) -> Tensor:
@@ -263,7 +263,9 @@ def _packed(real: Tensor, position_ids: Tensor) -> Tensor | None:
     latest = torch.where(real, columns, -1).cummax(1).values  # the last real column up to here
     previous = torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)
     earlier = ids.gather(1, previous.clamp(min=0))
-    begins = real & (previous >= 0) & ((ids < earlier) | (ids == 0))
+    # After padding a lower id is no proof: generate() goes on from the id of right padding.
+    falls = (ids < earlier) & (previous == columns - 1)
+    begins = real & (previous >= 0) & (falls | (ids == 0))
     return begins.long().cumsum(1) if bool(begins.any()) else None
 
 
