@@ -250,9 +250,7 @@ def test_gradients_pass_the_chosen_latents_only():
 
 def test_the_repr_has_sizes_and_settings():
     dictionary = Dictionary(tensors_of("topk"), KINDS["topk"])
-    assert repr(dictionary) == (
-        "Dictionary(d_in=4, latents=7, DictionaryConfig(architecture='topk', k=3))"
-    )
+    assert repr(dictionary) == "Dictionary(d_in=4, latents=7, DictionaryConfig(architecture='topk', k=3))"
 
 
 def test_what_is_written_is_what_the_reference_implementation_reads(tmp_path):

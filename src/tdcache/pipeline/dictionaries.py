@@ -52,10 +52,9 @@ class DictionaryConfig:
         return f"{type(self).__name__}({', '.join(f'{each.name}={getattr(self, each.name)!r}' for each in shown)})"
 
     def __post_init__(self) -> None:
-        for what, got, kind in (
-            ("architecture", self.architecture, Architecture),
-            ("normalize", self.normalize, Normalization),
-        ):
+        kinds = {"architecture": Architecture, "normalize": Normalization}
+        for what, kind in kinds.items():
+            got = getattr(self, what)
             if got not in get_args(kind):
                 raise ValueError(f"a dictionary's {what} is one of {listed(get_args(kind))}, got {got!r}")
         counted = type(self.k) is int and self.k >= 1
@@ -85,8 +84,8 @@ class Dictionary(nn.Module):
     - ``rescale_by_decoder_norm``: p is multiplied by the norms of W_dec's rows, z divided by them before decoding;
     - a transcoder's reconstruction is another activation, such as an MLP's output of its input, and stays as it is;
     - with ``W_skip``, x W_skip^T is added, for x as it came (Paulo et al., arXiv:2501.18823);
-    - with ``W_enc`` ``(layers, d, n)``, ``W_dec`` ``(n, layers, d)``, ``b_dec`` ``(layers, d)`` it is a crosscoder: x is
-      ``(..., layers, d)``, and its latents are shared (Lindsey et al., "Sparse Crosscoders", 2024).
+    - a crosscoder has ``W_enc`` ``(layers, d, n)``, ``W_dec`` ``(n, layers, d)``, ``b_dec`` ``(layers, d)``, and its
+      latents are shared by all layers of x ``(..., layers, d)`` (Lindsey et al., "Sparse Crosscoders", 2024).
 
     Gradients are those of these formulas as they stand: none reaches a threshold or a gate. Values are cast to the
     dictionary's dtype.
@@ -190,7 +189,8 @@ class Dictionary(nn.Module):
         return 0.0, x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5, 0.0
 
     def _norms(self) -> Tensor:
-        return self.W_dec.flatten(1).norm(dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(self.W_dec.flatten(1), dim=-1)
+        return norms
 
     @staticmethod
     def _flat(x: Tensor, axes: int) -> Tensor:

@@ -91,7 +91,7 @@ def _gemma_scope(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import numpy as np
 
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             tensors = {_NUMPY_NAMES.get(name, name): torch.from_numpy(arrays[name]) for name in arrays.files}
     except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise StoreError(f"{file} is no archive of arrays: {error}", path=file) from error
@@ -106,7 +106,7 @@ def _factor(folder: Path) -> float:
     """
     file = folder / "activation_scaler.json"
     factor = _read_json(file).get("scaling_factor") if file.is_file() else None
-    if type(factor) not in (int, float):
+    if isinstance(factor, bool) or not isinstance(factor, int | float):
         raise ValueError(
             f"it was made with normalize_activations={_AVERAGE!r}, and neither its config nor activation_scaler.json "
             "tells the factor; give norm_scaling_factor="
