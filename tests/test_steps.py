@@ -209,6 +209,74 @@ def test_any_prompt_in_any_chunks(length, size, beams, new, cached):
     assert [step.decoded for step in seen] == [0] * prompts + list(range(1, new))
 
 
+def short(seen):
+    """Tokens added, cached and fed."""
+    return [tuple(step[1:]) for step in seen]
+
+
+def test_prompts_that_share_a_prefix_are_each_a_prefill():
+    model, site = gpt2()
+
+    def shared_prefix():
+        cache = transformers.DynamicCache(config=model.config)
+        model(IDS, past_key_values=cache)
+        for _ in range(2):
+            model(IDS[:, :3], past_key_values=cache)
+            model(IDS[:, :1], past_key_values=cache)
+            cache.crop(-4)
+
+    seen = short(steps_seen(model, site, shared_prefix))
+    assert seen == [(0, 0, 6), (0, 6, 3), (1, 9, 1), (0, 6, 3), (1, 9, 1)]
+
+
+def test_masks_cut_from_one_long_tensor_make_no_prompt_of_what_is_added():
+    model, site = gpt2()
+
+    def loop():
+        mask, cache = torch.ones(2, 20, dtype=torch.long), transformers.DynamicCache(config=model.config)
+        model(IDS, attention_mask=mask[:, :6], past_key_values=cache)
+        for end in (7, 8):
+            model(IDS[:, :1], attention_mask=mask[:, :end], past_key_values=cache)
+
+    assert short(steps_seen(model, site, loop)) == [(0, 0, 6), (1, 6, 1), (2, 7, 1)]
+
+
+def test_a_cache_that_the_first_forward_made_goes_on_with_it():
+    model, site = gpt2()
+
+    def loop():
+        cache = model(IDS).past_key_values
+        for _ in range(2):
+            cache = model(IDS[:, :1], past_key_values=cache).past_key_values
+
+    assert short(steps_seen(model, site, loop)) == [(0, 0, 6), (1, 6, 1), (2, 7, 1)]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_second_generate_begins_with_its_prompt(cached):
+    model, site = gpt2()
+    twice = lambda: [generate(model, max_new_tokens=2, use_cache=cached) for _ in range(2)]  # noqa: E731
+    assert [step.decoded for step in steps_seen(model, site, twice)] == [0, 1, 0, 1]
+
+
+def test_windows_of_attention_and_lists_of_states_count_all_tokens():
+    torch.manual_seed(0)
+    gemma = config(
+        transformers.Gemma2Config, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=4, intermediate_size=8, sliding_window=4,
+    )  # fmt: skip
+    rwkv = config(
+        transformers.RwkvConfig, hidden_size=8, num_hidden_layers=2, attention_hidden_size=8, intermediate_size=8
+    )
+    for kind, made, site in (
+        (transformers.Gemma2ForCausalLM, gemma, "model.layers.0"),
+        (transformers.RwkvForCausalLM, rwkv, "rwkv.blocks.0"),
+    ):
+        model = kind(made).eval()
+        seen = steps_seen(model, site, lambda model=model: generate(model, max_new_tokens=3))
+        assert short(seen) == [(0, 0, 6), (1, 6, 1), (2, 7, 1)]
+
+
 class Recurrent(nn.Module):
     """Hands a list of states on, as RWKV does."""
 
