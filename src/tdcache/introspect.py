@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ __all__ = [
     "in_backward",
     "is_optimized_module",
     "is_wrapped_by_compile",
+    "keyword_arguments",
     "module_hooks",
     "post_hooks",
     "pre_hooks",
@@ -126,6 +127,16 @@ def calls_on_stack(module: nn.Module | None) -> int:
         calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
         frame = frame.f_back
     return calls
+
+
+def keyword_arguments(module: nn.Module) -> Mapping[str, Any]:
+    """What the innermost call of ``module`` was given by name: plain forward hooks are not told; slow."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
+            return cast(Mapping[str, Any], frame.f_locals["kwargs"])
+        frame = frame.f_back
+    return {}
 
 
 def is_optimized_module(model: nn.Module) -> bool:

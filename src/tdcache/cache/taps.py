@@ -231,15 +231,13 @@ class PlainGradientTap(GradientTap):
         """Set a tensor hook on the output, in the first call of a forward."""
         number = self.channel.number
         is_first, self.number = self.number != number, number
-        if is_first and type(output) is Tensor and not self.recorder.is_foreign and self.watch_plain(args, output):
+        if is_first and type(output) is Tensor and not self.recorder.is_foreign and self.watch_plain(module, args, output):
             return None
         return self.on_call(module, args, output)
 
-    def watch_plain(self, args: Any, output: Tensor) -> bool:
+    def watch_plain(self, module: nn.Module, args: Any, output: Tensor) -> bool:
         """Set a tensor hook on ``output`` if this module computed it and it is no view; says whether it did."""
-        lone = len(args) == 1 and type(args[0]) is Tensor  # spares the call in the common case
-        given = args[0] is output if lone else handed_on(output, args)
-        if given or output.grad_fn is None or output._base is not None:
+        if handed_on(module, output, args) or output.grad_fn is None or output._base is not None:
             return False
         add_tensor_hook(output, partial(self.on_first, self.channel.number))
         return True
@@ -274,7 +272,7 @@ class OutputAndGradientTap(OutputTap):
         values = self.values
         path = self.path
         plain = type(output) is Tensor and path not in values and not output._version
-        if plain and self.gradient.watch_plain(args, output):
+        if plain and self.gradient.watch_plain(module, args, output):
             values[path] = output
             return None
         self.on_output(module, args, output)
