@@ -303,10 +303,10 @@ def test_an_overwritten_gradient_is_an_error_whatever_gathers_it(reducer, pick):
     recipe = ActivationCaching("shift", directions=["bwd"], reducer=reducer, pick=pick)
     with pytest.raises(InplaceModificationError, match="'shift' was overwritten"):
         with recipe.prepare(DoublesGradient()) as hooked:
-            hooked(torch.ones(1, 2)).sum().backward()
+            hooked(torch.ones(1, 2)).backward(torch.ones(1, 2))
     recipe = ActivationCaching("shift", directions=["bwd"], reducer=reducer, pick=pick, hold="snapshot")
     with recipe.prepare(DoublesGradient()) as hooked:
-        hooked(torch.ones(1, 2)).sum().backward()
+        hooked(torch.ones(1, 2)).backward(torch.ones(1, 2))
     assert hooked.cache["shift"].reshape(-1).tolist() == [1.0, 1.0]
 
 

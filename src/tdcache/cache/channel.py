@@ -16,16 +16,19 @@ from typing import Any, cast
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdcache.cache.arrivals import Arrivals
 from tdcache.cache.keep import Keep, Transfers, shares_memory
-from tdcache.cache.ownership import owned, shared_keys
+from tdcache.cache.ownership import shared_keys
 from tdcache.cache.stacking import StackBy
 from tdcache.cache.target import EntryTarget
 from tdcache.hooks.directions import direction_row
 from tdcache.inplace import InplaceWatch, overwritten
-from tdcache.reducers import First, Last, Reducer
+from tdcache.reducers import Last, Reducer
 from tdcache.types import CacheKey, HookDirection
 
-__all__ = ["Channel"]
+__all__ = ["Carried", "Channel"]
+
+Carried = tuple[dict[CacheKey, Reducer], dict[CacheKey, list[Any]]]
 
 _version = attrgetter("_version")
 _requires_grad = attrgetter("requires_grad")
@@ -67,9 +70,8 @@ class Channel:
     """Whether each forward replaces the entries of the one before."""
     _watch: InplaceWatch = field(default_factory=InplaceWatch)
     """The aliases that reducers and parts of the cache keep."""
-    _pending: dict[CacheKey, list[tuple[int, Any]]] = field(default_factory=dict)
-    """Gradients that wait to be put in the order of their calls."""
-    _pending_watch: InplaceWatch = field(default_factory=InplaceWatch)
+    _arrivals: Arrivals = field(init=False)
+    """Gradients that are put in the order of their calls."""
     _dirty: bool = False
     _idle: bool = False
     """Whether some of ``values`` only stand for sites without a value."""
@@ -77,6 +79,7 @@ class Channel:
     def __post_init__(self) -> None:
         self.is_gradient = direction_row(self.direction).gradient
         self.latest_only = isinstance(self.reducer, Last)
+        self._arrivals = Arrivals(self.reducer)
 
     @property
     def top_keys(self) -> tuple[str, ...]:
@@ -128,7 +131,7 @@ class Channel:
         self.accepting = -1
         self.check()
         if not self.latest_only:
-            self._own_pending()
+            self._arrivals.own()
             return
         values = self.values
         if backward:
@@ -186,8 +189,7 @@ class Channel:
                 raise overwritten(changed)
         if self._watch.seen:
             self._watch.check()
-        if self._pending_watch.seen:
-            self._pending_watch.check()
+        self._arrivals.check()
 
     def take(self, key: CacheKey, path: str, tensor: Any, *, serial: int | None = None) -> None:
         """Keep a value on the slow path.
@@ -234,39 +236,23 @@ class Channel:
         return cast(Tensor, kept)
 
     def _reduce(self, key: CacheKey, path: str, value: Any, serial: int | None) -> None:
-        reducer = self._reducer_at(key)
+        if serial is not None and self.reducer.ordered:
+            self._dirty = True
+            kept, is_alias = self._keep(value, path)
+            self._arrivals.add(key, path, serial, kept, is_alias=is_alias)
+            return
+        reducer = self.reducers.get(key)
+        if reducer is None:
+            reducer = self.reducers[key] = self.reducer.fresh()
         if reducer.full:
             return
         self._dirty = True
         kept, is_alias = self._keep(value, path)
-        if serial is not None and reducer.ordered:
-            if is_alias:
-                self._pending_watch.add(path, kept)
-            self._wait(key, (serial, kept))
-            return
         if not reducer.aliases:
             self.transfers.wait()
         elif is_alias:
             self._watch.add(path, kept)
         reducer.update(kept)
-
-    def _wait(self, key: CacheKey, arrival: tuple[int, Any]) -> None:
-        arrivals = self._pending.setdefault(key, [])
-        arrivals.append(arrival)
-        if isinstance(self.reducer, First):  # which wants one only
-            arrivals[:] = [min(arrivals, key=_serial)]
-
-    def _reducer_at(self, key: CacheKey) -> Reducer:
-        reducer = self.reducers.get(key)
-        if reducer is None:
-            reducer = self.reducers[key] = self.reducer.fresh()
-        return reducer
-
-    def _own_pending(self) -> None:
-        """A backward is over: what it accumulates into later must not reach the gradients that wait."""
-        for arrivals in self._pending.values():
-            arrivals[:] = [(serial, owned(value)) for serial, value in arrivals]
-        self._pending_watch.clear()
 
     def compute(self) -> None:
         """Write what the reducers hold to the cache."""
@@ -274,12 +260,8 @@ class Channel:
             return
         self.transfers.wait()
         self.check()
-        for key, arrivals in self._pending.items():
-            for _, value in sorted(arrivals, key=_serial):
-                self._reducer_at(key).update(value)
-        self._pending.clear()
-        self._pending_watch.clear()
         entries: dict[CacheKey, Any] = {key: reducer.compute() for key, reducer in self.reducers.items()}
+        entries.update(self._arrivals.reduced())
         self.target.write(self._stacked(entries), complete=False)
         self._dirty = False
 
@@ -295,6 +277,16 @@ class Channel:
         for key in shared_keys(values, outside):
             self.target.put(key, values[key].clone())
 
+    def carry(self) -> Carried:
+        """What reducers hold, for the next entry of a context whose cache is not cleared."""
+        return dict(self.reducers), self._arrivals.carry()
+
+    def resume(self, carried: Carried) -> None:
+        """Go on where an earlier entry ended."""
+        reducers, arrivals = carried
+        self.reducers.update(reducers)
+        self._arrivals.resume(arrivals)
+
     def forget(self) -> None:
         """Drop every value and every entry that was written."""
         self.release()
@@ -304,10 +296,10 @@ class Channel:
 
     def release(self) -> None:
         """Let go of everything but what is in the cache; gradients still on their way are no longer wanted."""
-        for held in (self.values, self.versions, self.copies, self.arrived, self.reducers, self._pending):
+        for held in (self.values, self.versions, self.copies, self.arrived, self.reducers):
             held.clear()
         self._watch.clear()
-        self._pending_watch.clear()
+        self._arrivals.clear()
         self.number += 1
         self.accepting = -1
         self._dirty = False
@@ -315,10 +307,6 @@ class Channel:
 
 def _path_of(key: CacheKey) -> str:
     return key if isinstance(key, str) else key[0]
-
-
-def _serial(arrival: tuple[int, Any]) -> int:
-    return arrival[0]
 
 
 class _Absent:
