@@ -168,7 +168,9 @@ class HookedLayer(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("options", [{}, {"hold": "snapshot"}, {"hold": "live"}, {"index": slice(None)}, {"pick": "all"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"hold": "snapshot"}, {"hold": "live"}, {"index": slice(None)}, {"pick": "all"}]
+)
 @pytest.mark.parametrize("directions", [["bwd"], ["fwd", "bwd"]])
 def test_tensor_hooks_of_the_model_act_before_and_after_a_capture_alike(directions, options):
     x = torch.ones(2, requires_grad=True)

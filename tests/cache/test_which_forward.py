@@ -8,7 +8,6 @@ from tdcache import ActivationCaching, First, Mean, RepeatedCallWarning, Stack
 
 
 class Scale(nn.Module):
-
     def forward(self, x):
         return x * 1
 

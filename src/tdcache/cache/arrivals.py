@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tdcache.cache.ownership import owned
+from tdcache.cache.ownership import own
 from tdcache.inplace import InplaceWatch
 from tdcache.reducers import First, Reducer
 from tdcache.types import CacheKey
@@ -57,8 +57,12 @@ class Arrivals:
 
     def own(self) -> None:
         """A backward is over: what it accumulates into later must not reach the values that wait."""
-        for arrival in self._latest:
-            arrival.value = owned(arrival.value)
+        values: dict[int, Any] = {}
+        for number, arrival in enumerate(self._latest):
+            values[number], arrival.value = arrival.value, None
+        own(values)
+        for arrival, value in zip(self._latest, values.values(), strict=True):
+            arrival.value = value
         self._latest.clear()
         self._watch.clear()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from tdcache.cache.arrivals import Arrivals
 from tdcache.cache.keep import Keep, Transfers, shares_memory
-from tdcache.cache.ownership import shared_keys
+from tdcache.cache.ownership import own
 from tdcache.cache.stacking import StackBy
 from tdcache.cache.target import EntryTarget
 from tdcache.hooks.directions import direction_row
@@ -135,7 +136,7 @@ class Channel:
             return
         values = self.values
         if backward:
-            values.update({key: values[key].clone() for key in shared_keys(values)})
+            own(values)
         if self.keep.hold != "live":
             self._detach(values)
         if self.copies or self.stack_by is not None or self.has_parts or len(values) != len(self.paths):
@@ -216,12 +217,12 @@ class Channel:
 
     def write_now(self, key: CacheKey, path: str, tensor: Any) -> None:
         """Keep a value that was seen outside a forward of the root, and write it at once."""
-        self.fired.add(path)
-        kept, is_alias = self._keep(tensor, path)
+        self.take(key, path, tensor)
         self.transfers.wait()
-        if is_alias:
-            self._watch.add(path, kept)
-        self.target.put(key, kept)
+        kept = self.copies.get(key)
+        self.target.put(key, self.values[key] if kept is None else kept)
+        if kept is not None:
+            self.idle()
 
     def _keep(self, value: Any, path: str) -> tuple[Any, bool]:
         if isinstance(value, TensorDictBase):
@@ -265,17 +266,32 @@ class Channel:
         self.target.write(self._stacked(entries), complete=False)
         self._dirty = False
 
-    def settle(self, outside: Collection[int]) -> None:
+    def settle(self, outside: Collection[int] | None) -> None:
         """The context is left: copy what others could still write to, so that what is kept stays what was seen.
 
         Args:
             outside: the storages that the user has in hand.
         """
-        if self.keep.hold == "live" or self.target.in_place or not self.latest_only or self.stack_by is not None:
+        if self.keep.hold == "live" or self.target.in_place:
+            return
+        if self._watch.seen:
+            self._settle_watched({id(each.tensor) for each in self._watch.seen})
+        if not self.latest_only or self.stack_by is not None:
             return
         values = {key: value for key, value in self.values.items() if value is not _ABSENT}
-        for key in shared_keys(values, outside):
-            self.target.put(key, values[key].clone())
+        for key in own(values, outside, holders=3):  # this dict, the channel's, the cache
+            self.target.put(key, values[key])
+
+    def _settle_watched(self, watched: set[int]) -> None:
+        """Copy the aliases that reducers and a callback's TensorDicts keep."""
+        copied = partial(_copy_of, watched)
+        for reducer in self.reducers.values() if self.reducer.aliases else ():
+            reducer.own(copied)
+            self._dirty = True
+        self.compute()
+        for key, value in self.copies.items():
+            if isinstance(value, TensorDictBase) and self.stack_by is None:
+                self.target.put(key, value.apply(copied))
 
     def carry(self) -> Carried:
         """What reducers hold, for the next entry of a context whose cache is not cleared."""
@@ -307,6 +323,10 @@ class Channel:
 
 def _path_of(key: CacheKey) -> str:
     return key if isinstance(key, str) else key[0]
+
+
+def _copy_of(watched: set[int], tensor: Tensor) -> Tensor:
+    return tensor.clone() if id(tensor) in watched else tensor
 
 
 class _Absent:

@@ -231,7 +231,12 @@ class PlainGradientTap(GradientTap):
         """Set a tensor hook on the output, in the first call of a forward."""
         number = self.channel.number
         is_first, self.number = self.number != number, number
-        if is_first and type(output) is Tensor and not self.recorder.is_foreign and self.watch_plain(module, args, output):
+        if (
+            is_first
+            and type(output) is Tensor
+            and not self.recorder.is_foreign
+            and self.watch_plain(module, args, output)
+        ):
             return None
         return self.on_call(module, args, output)
 
@@ -271,7 +276,7 @@ class OutputAndGradientTap(OutputTap):
         """Keep the output, and watch its gradient."""
         values = self.values
         path = self.path
-        plain = type(output) is Tensor and path not in values and not output._version
+        plain = type(output) is Tensor and output.requires_grad and path not in values and not output._version
         if plain and self.gradient.watch_plain(module, args, output):
             values[path] = output
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, Self
 
 from tensordict import TensorDict
@@ -55,6 +56,9 @@ class Reducer(ABC):
     def full(self) -> bool:
         """Whether further values would change nothing, so that they need not be kept for :meth:`update`."""
         return False
+
+    def own(self, copied: Callable[[Tensor], Tensor]) -> None:
+        """Exchange every tensor that is kept itself (``aliases``) for what ``copied`` gives: the block has ended."""
 
     def fresh(self) -> Self:
         """An empty reducer with the same configuration."""
