@@ -237,9 +237,8 @@ def test_a_forward_that_ended_early_keeps_nothing(directions, stop, options):
     with no_collector():
         x = torch.ones(2, 4, requires_grad=True) * 1
         dies = weakref.ref(x)
-        with nullcontext() if stop else pytest.raises(Boom):
-            with watcher as hooked, stopper:
-                hooked(x)
+        with nullcontext() if stop else pytest.raises(Boom), watcher as hooked, stopper:
+            hooked(x)
         del x, hooked
         watcher.cache.clear()
         # What an exception's traceback holds is the interpreter's; it is gone with the block above.

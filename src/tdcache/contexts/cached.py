@@ -12,7 +12,6 @@ from tdcache.contexts.context import HookingContext
 from tdcache.errors import CacheWriteError, CaptureError, ContextError, StopForward
 from tdcache.introspect import is_wrapped_by_compile
 from tdcache.modules.hooked import HookedModule, holds_entries
-from tdcache.types import CacheKey
 
 __all__ = ["HookingContextWithCache"]
 

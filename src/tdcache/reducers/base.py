@@ -58,7 +58,12 @@ class Reducer(ABC):
         return False
 
     def own(self, copied: Callable[[Tensor], Tensor]) -> None:
-        """Exchange every tensor that is kept itself (``aliases``) for what ``copied`` gives: the block has ended."""
+        """Exchange every tensor that is kept for what ``copied`` makes of it."""
+        for name, kept in list(vars(self).items()):
+            if isinstance(kept, Tensor):
+                setattr(self, name, copied(kept))
+            elif isinstance(kept, list):
+                setattr(self, name, [copied(each) if isinstance(each, Tensor) else each for each in kept])
 
     def fresh(self) -> Self:
         """An empty reducer with the same configuration."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -78,11 +77,6 @@ class First(Reducer):
         """Whether there is a value, which no further one replaces."""
         return self._value is not None
 
-    def own(self, copied: Callable[[Tensor], Tensor]) -> None:
-        """Exchange the value."""
-        if isinstance(self._value, Tensor):
-            self._value = copied(self._value)
-
 
 @dataclass(eq=True)
 class Stack(Reducer):
@@ -118,7 +112,3 @@ class Stack(Reducer):
     def empty(self) -> bool:
         """Whether nothing was seen yet."""
         return not self._values
-
-    def own(self, copied: Callable[[Tensor], Tensor]) -> None:
-        """Exchange the values."""
-        self._values = [copied(value) for value in self._values]
