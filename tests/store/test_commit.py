@@ -34,14 +34,15 @@ def operations(tmp_path):
 def test_a_store_is_written_in_the_order_that_makes_it_durable(tmp_path):
     names = operations(tmp_path)
     first = names.index("reserve")
-    assert names[first - 1 : first + 13] == [
+    assert names[first - 1 : first + 14] == [
         "create",
         "reserve",
         *["write"] * 8,  # seq, pos, tok, and two columns in two pieces less one: data first, the header last
         "sync",
-        "close",
         "link",
         "sync_folder",
+        "remove",
+        "close",  # which frees the lock that kept the file from being swept
     ]
 
 
