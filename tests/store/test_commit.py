@@ -3,20 +3,15 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from store.faulty_files import SPEC, Counted, contents, disk_full, unit_columns, write_units
+from store.faulty_files import SPEC, Counted, ForkServer, contents, disk_full, unit_columns, write_units
 from tdcache.errors import SpecError, StoreError
 from tdcache.store import ActivationDataset, StoreWriter
 from tdcache.store.spec import write_spec
-
-TESTS = Path(__file__).resolve().parents[1]
-
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
@@ -68,11 +63,11 @@ def test_a_failed_write_names_the_unit_and_the_path(tmp_path):
     assert Path(failure.value.path).name == "u00000000.safetensors"
 
 
-def test_a_process_killed_at_any_operation_leaves_complete_shards_and_can_be_continued(tmp_path, golden):
+def test_a_process_killed_at_any_operation_leaves_complete_shards_and_can_be_continued(tmp_path, golden, forks):
     total = len(operations(tmp_path))
-    for at in range(0, total, 3):  # forked, because an interpreter takes a second to start
+    for at in range(0, total, 3):
         folder = tmp_path / f"{at}.acts"
-        assert in_a_fork(folder, at) == -signal.SIGKILL
+        assert forks.run(folder, at) == -signal.SIGKILL
         there = contents(folder) if folder.exists() else {}
         assert all(golden[name] == data for name, data in there.items() if name != "index.json")
         if (folder / "spec.json").exists():
@@ -84,35 +79,11 @@ def test_a_process_killed_at_any_operation_leaves_complete_shards_and_can_be_con
         assert list((folder / ".tmp").iterdir()) == []  # what the dead left behind is swept
 
 
-def in_a_fork(folder, at):
-    script = (
-        "import os, sys; from store.faulty_files import *\n"
-        "for line in sys.stdin:\n"
-        "    folder, at = line.rstrip().split('|')\n"
-        "    child = os.fork()\n"
-        "    if child == 0:\n"
-        "        from pathlib import Path; write_units(Path(folder), files=Counted(int(at), killed)); os._exit(0)\n"
-        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
-    )
-    if not hasattr(in_a_fork, "server"):
-        paths = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
-        environment = {**os.environ, "PYTHONPATH": paths}
-        in_a_fork.server = subprocess.Popen(
-            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-    in_a_fork.server.stdin.write(f"{folder}|{at}\n")
-    in_a_fork.server.stdin.flush()
-    return int(in_a_fork.server.stdout.readline())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _end_of_the_server():
-    yield
-    server = in_a_fork.__dict__.pop("server", None)
-    if server is not None:
-        server.stdin.close()
-        server.wait()
-        server.stdout.close()
+@pytest.fixture(scope="module")
+def forks():
+    server = ForkServer("def work(folder, at): write_units(Path(folder), files=Counted(int(at), killed))")
+    yield server
+    server.close()
 
 
 def test_a_unit_that_is_there_is_never_written_over(tmp_path, golden):

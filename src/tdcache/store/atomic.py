@@ -2,7 +2,7 @@
 
 Everything is written under a temporary name, made durable, and only then renamed. While it works, the writer holds a
 ``flock`` on the temporary file or folder. The kernel frees it when the writer dies, however it dies and on whichever
-machine or in whichever container it ran: what nobody holds is left over from a dead writer and is swept by the next one.
+machine or in a container it ran: what nobody holds is left over from a dead writer, and the next one sweeps it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +22,8 @@ from pathlib import Path
 from tdcache.errors import StoreError
 from tdcache.store.files import Files
 
-try:
+if sys.platform != "win32":  # where drafts are swept by their age
     import fcntl
-except ImportError:  # not on Windows; drafts there are swept by their age
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["draft_file", "draft_folder", "new_folder", "refuse_existing", "replacing_file", "sweep", "write_bytes"]
 
@@ -63,7 +62,11 @@ def draft_folder(folder: Path, stem: str) -> Iterator[Path]:
     while True:
         path = folder / _temporary_name(stem)
         path.mkdir()
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:
+            path.rmdir()
+            raise
         if _is_ours(descriptor, path):
             break
         os.close(descriptor)
@@ -141,12 +144,14 @@ def sweep(folder: Path, files: Files, *, stem: str | None = None) -> None:
     Args:
         folder: where they are; it may be read-only, then they stay.
         files: how files are removed.
-        stem: only those whose temporary names begin with it; None for everything in the folder, which then has to be one
-            that holds nothing else.
+        stem: only those whose temporary names begin with it; None for everything in the folder, which then has to hold
+            nothing else.
     """
     with contextlib.suppress(FileNotFoundError, PermissionError), os.scandir(folder) as entries:
         for entry in list(entries):
-            is_draft = stem is None or (_DRAFT.fullmatch(entry.name) and entry.name[: -len(".0123456789abcdef.tmp")] == stem)
+            is_draft = stem is None or (
+                _DRAFT.fullmatch(entry.name) and entry.name[: -len(".0123456789abcdef.tmp")] == stem
+            )
             if is_draft:
                 _sweep_one(entry, files)
 
@@ -177,7 +182,7 @@ def _is_abandoned(descriptor: int) -> bool:
 
 def _lock(descriptor: int) -> bool | None:
     """Whether the lock is ours now; None where the file system has none."""
-    if fcntl is None:
+    if sys.platform == "win32":
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

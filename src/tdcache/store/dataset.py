@@ -44,7 +44,9 @@ class Column:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         """All rows at once, for ``numpy.asarray``; NumPy has no bfloat16 and no float8, which become float32."""
         if copy is False:
-            raise ValueError(f"column {self.key!r} is read from files, so NumPy's array is always a copy; leave out copy=")
+            raise ValueError(
+                f"column {self.key!r} is read from files, so NumPy's array is always a copy; leave out copy="
+            )
         rows = self[...]
         strange = rows.dtype == torch.bfloat16 or (rows.is_floating_point() and rows.element_size() == 1)
         array = (rows.float() if strange else rows).numpy()
@@ -78,9 +80,7 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
     """
 
     @classmethod
-    def open(
-        cls, path: str | os.PathLike[str], *, keys: Sequence[str] | None = None, check: bool = False
-    ) -> Self:
+    def open(cls, path: str | os.PathLike[str], *, keys: Sequence[str] | None = None, check: bool = False) -> Self:
         """Open a store.
 
         Only the index is read, and the size of every shard compared with it. A shard is opened when something is read
@@ -101,7 +101,7 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
     def __repr__(self) -> str:
         state = "complete" if self.complete else "unfinished"
         size = f"{len(self.keys)} sites, {len(self):,} rows, {self.nbytes / 1e6:,.1f} MB"
-        return f"<{state} {type(self).__name__} {str(self.path)!r}: {size}>"
+        return f"<{state} {type(self).__name__} {self._name!r}: {size}>"
 
     @overload
     def __getitem__(self, index: str) -> Column: ...
@@ -167,9 +167,9 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
         return export_rows(self, path, kind)
 
     def repack(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Self:
-        """Write the rows to another store, shuffled, fewer sites, another dtype; see :func:`tdcache.store.repack.repack`."""
+        """Write the rows to another store, shuffled, fewer sites, another dtype; see :mod:`tdcache.store.repack`."""
         return type(self).open(repack(self, path, **options))
 
     def merge(self, *others: StoreReader, path: str | os.PathLike[str] | None = None) -> Self:
-        """Write the rows of this store and of others to a new one, in order; see :func:`tdcache.store.repack.merge`."""
+        """Write the rows of this store and of others to a new one, in order; see :mod:`tdcache.store.repack`."""
         return type(self).open(merge(self, *others, path=path))

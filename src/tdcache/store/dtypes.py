@@ -1,4 +1,4 @@
-"""The dtypes that files may hold, by every name they have there. A name from a file is looked up here and nowhere else."""
+"""The dtypes that files may hold: a name from a file is looked up here, never among the attributes of torch."""
 
 from __future__ import annotations
 

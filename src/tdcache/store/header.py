@@ -69,7 +69,9 @@ def pack_header(
     offset = 0
     for name, (dtype, shape) in tensors.items():
         if dtype not in _NAMES or name == "__metadata__":
-            raise StoreError(f"tensor {name!r} of {dtype} cannot be stored; the dtypes are {', '.join(SAFETENSORS_DTYPES)}")
+            raise StoreError(
+                f"tensor {name!r} of {dtype} cannot be stored; the dtypes are {', '.join(SAFETENSORS_DTYPES)}"
+            )
         size = math.prod(shape) * dtype.itemsize
         described[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size

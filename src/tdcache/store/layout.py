@@ -72,7 +72,7 @@ class Layout:
         return self.shards / f"{unit // _PER_FOLDER:03d}" / f"u{unit:08d}.safetensors"
 
     def units(self) -> dict[int, os.stat_result]:
-        """The status of each shard that is there, by unit, in order; foreign names and linked folders are ignored."""
+        """The status of each shard that is there, by unit, in order; foreign names and links are ignored."""
         self.check_folders()
         if not self.shards.is_dir():
             return {}
@@ -91,8 +91,8 @@ class Layout:
     ) -> dict[int, Shard]:
         """Every shard that is there, by unit.
 
-        What the index knows, or ``known`` holds, is not opened if its size is still the same; it is looked at when it is
-        read.
+        What the index knows, or ``known`` holds, is not opened if its size is still the same; it is looked at when it
+        is read.
 
         Raises:
             DamagedError: a shard is not what was written, or not the unit that its name says.
@@ -120,9 +120,9 @@ class Layout:
             return {}  # it says what the shards say as well
 
     def write_index(self, spec: str, shards: Iterable[Shard], files: Files) -> None:
-        """Write what the shards say of themselves into one file, over the one that is there, unless it says the same."""
+        """Write what the shards say of themselves into one file, over one that says something else."""
         rows = [list(each.row) for each in shards]
-        document = {"columns": list(IndexRow._fields), "shards": rows, "spec": spec}
+        document = {"columns": list(IndexRow.__annotations__), "shards": rows, "spec": spec}
         data = canonical({**document, "crc32": f"{crc32(canonical(document)):08x}"}) + b"\n"
         try:
             if read_bounded(self.index, most=len(data)) == data:
@@ -136,8 +136,11 @@ class Layout:
             files.replace(temporary, self.index)
             files.sync_folder(self.folder)
 
-    def read_index(self, spec: str) -> dict[int, IndexRow] | None:
+    def read_index(self, spec: str | None = None) -> dict[int, IndexRow] | None:
         """What the index says of each shard, by unit; None where there is none, or one of an earlier version.
+
+        Args:
+            spec: the id of the spec that it has to be of; None for any.
 
         Raises:
             DamagedError: it is not what was written.
@@ -149,7 +152,7 @@ class Layout:
         try:
             document = json.loads(raw)
             crc = document.pop("crc32")
-            sound = crc == f"{crc32(canonical(document)):08x}" and document["spec"] == spec
+            sound = crc == f"{crc32(canonical(document)):08x}" and spec in (None, document["spec"])
             sound = sound and raw == canonical({**document, "crc32": crc}) + b"\n"
             if sound and "columns" not in document:
                 return None

@@ -1,4 +1,4 @@
-"""Memory-mapped TensorDicts as folders: written as plain files, so that a full disk is an error; read without running anything.
+"""Memory-mapped TensorDicts as folders: written as plain files, so that a full disk is an error; read as data alone.
 
 The format is that of ``TensorDict.memmap``: one file of raw numbers per tensor, and ``meta.json``.
 """
@@ -27,6 +27,7 @@ from tdcache.store.shard_file import bytes_of
 __all__ = ["check_memmap", "load_memmap_folder", "safe_name", "write_memmap_column", "write_memmap_meta"]
 
 _WORDS = ("shape", "device", "_type", "_class", "_format_version", "_names")
+_FIELDS = {"dtype", "shape", "device", "is_nested"}
 _META, _MOST = "meta.json", 1 << 26
 
 
@@ -93,8 +94,8 @@ def write_memmap_meta(
 def load_memmap_folder(folder: Path) -> dict[str, Tensor]:
     """The tensors of a folder: private maps, so that writing to one changes neither the file nor another process.
 
-    Tensors alone are loaded, from regular files in the folder itself. When a file is cut while its tensor is in use, the
-    system kills the process at the first page that is gone (SIGBUS).
+    Tensors alone are loaded, from regular files in the folder itself. When a file is cut while its tensor is in use,
+    the system kills the process at the first page that is gone (SIGBUS).
 
     Raises:
         DamagedError: a file is missing or too short, or the folder is not one of tensors.
@@ -121,12 +122,12 @@ def _described(meta: Any) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     for name, each in meta.items():
         if name in _WORDS and not isinstance(each, dict):
             continue
-        if not isinstance(each, dict) or not {"dtype", "shape"} <= set(each) <= {"dtype", "shape", "device", "is_nested"}:
+        if not isinstance(each, dict) or set(each) - _FIELDS or each.get("is_nested"):
             raise ValueError(f"{name!r} is no plain tensor")
         dtype, shape = DTYPES[each["dtype"].removeprefix("torch.")], each["shape"]
-        if each.get("is_nested") or not isinstance(shape, list) or len(shape) > 64:
-            raise ValueError(f"{name!r} is no plain tensor")
-        if not all(type(size) is int and size >= 0 for size in shape) or math.prod(max(s, 1) for s in shape) > 1 << 60:
+        if not isinstance(shape, list) or len(shape) > 64 or not all(type(s) is int and s >= 0 for s in shape):
+            raise ValueError(f"{name!r} has shape {str(shape)[:100]}")
+        if math.prod(max(size, 1) for size in shape) > 1 << 60:
             raise ValueError(f"{name!r} has shape {str(shape)[:100]}")
         found[name] = dtype, tuple(shape)
     return found

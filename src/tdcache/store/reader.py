@@ -1,4 +1,4 @@
-"""The rows of a store by number, whichever shards they are in. What reads on (epochs, copies, exports) builds on this."""
+"""The rows of a store by number, whichever shards they are in: what epochs, copies and exports are made from."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class StoreReader:
     def __init__(
         self, folder: str | os.PathLike[str], *, keys: Sequence[str] | None = None, check: bool = False
     ) -> None:
-        self._layout = Layout(folder)
+        self._layout, self._name = Layout(folder), os.fspath(folder)
         self.spec: dict[str, Any] = read_spec(self._layout.folder)
         """What is stored, of which model, and how."""
         self.id = spec_id(self.spec)
@@ -71,16 +71,18 @@ class StoreReader:
             SpecError: another store has taken the place of this one.
         """
         if spec_id(read_spec(self.path)) != self.id:
-            raise SpecError(f"{self.path} holds another store than the one that was opened; open it again", path=self.path)
+            raise SpecError(
+                f"{self.path} holds another store than the one that was opened; open it again", path=self.path
+            )
         self._load(self._by_unit)
         return self
 
     def checking(self) -> Self:
         """The same rows, each block compared with its checksum when it is read for the first time."""
         found = copy.copy(self)
-        found._cache = ShardCache(check=True)
-        found._shards = tuple(Shard(each.path, each.row, each.contract, found._cache) for each in self._shards)
-        found._by_unit = dict(zip(self._by_unit, found._shards, strict=True))
+        cache = ShardCache(check=True)
+        shards = tuple(Shard(each.path, each.row, each.contract, cache) for each in self._shards)
+        vars(found).update(_cache=cache, _shards=shards, _by_unit=dict(zip(self._by_unit, shards, strict=True)))
         return found
 
     def select(self, *keys: str) -> Self:

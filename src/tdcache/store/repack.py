@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -94,8 +93,8 @@ def merge(*stores: StoreReader, path: str | os.PathLike[str] | None = None) -> P
 
     Args:
         *stores: in the order of their rows.
-        path: the new store's folder; by default a name beside the first store's own. One that the same call has begun is
-            continued, and a finished one is left as it is.
+        path: the new store's folder; by default a name beside the first store's own. One that the same call has begun
+            is continued, and a finished one is left as it is.
 
     Returns:
         The new store's folder.
@@ -107,7 +106,8 @@ def merge(*stores: StoreReader, path: str | os.PathLike[str] | None = None) -> P
     """
     first = stores[0]
     for other in stores[1:]:
-        fields = [each for name in _SAME_TO_MERGE for each in differing(first.spec.get(name), other.spec.get(name), name)]
+        pairs = {name: (first.spec.get(name), other.spec.get(name)) for name in _SAME_TO_MERGE}
+        fields = [each for name, pair in pairs.items() for each in differing(*pair, name)]
         if fields or first.columns != other.columns:
             raise SpecError(
                 f"{other.path} cannot follow {first.path}: they differ in {', '.join(fields) or 'their keys'}",

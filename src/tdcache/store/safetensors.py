@@ -66,7 +66,7 @@ def read_tensors(path: str | os.PathLike[str], *, follow_links: bool = True) -> 
         follow_links: whether it may be a symbolic link, as in the cache of the Hugging Face hub.
 
     Raises:
-        DamagedError: the file is truncated, forged, or no safetensors file; or it is no regular file, but a link or a pipe.
+        DamagedError: the file is truncated, forged, or no safetensors file; or a folder, a pipe, a link.
         FileNotFoundError: there is no file.
     """
     source = Path(path)

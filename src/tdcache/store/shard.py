@@ -57,7 +57,7 @@ class ShardCache:
         self.checked.pop(path, None)
 
 
-def _empty_cache(check: bool) -> ShardCache:  # noqa: FBT001 - of a pickle
+def _empty_cache(check: bool) -> ShardCache:
     return ShardCache(check=check)
 
 
@@ -121,8 +121,8 @@ class Shard:
     def column(self, name: str) -> Tensor:
         """All rows of one column, ``(rows, *features)``: a view of a private map, whose pages are read when used.
 
-        Writing to it changes this process's copy of a page only. When the file is cut while a view is in use, the system
-        kills the process at the first page that is gone (SIGBUS). :meth:`read` and :meth:`gather` look at the size first.
+        Writing to it changes this process's copy of a page only. When the file is cut while a view is in use, the
+        system kills the process at the first page that is gone (SIGBUS); :meth:`read` is safe from that.
 
         Raises:
             DamagedError: the file is gone or shorter than it was, or, with ``check``, a block is damaged.
@@ -166,7 +166,9 @@ class Shard:
                 if self.cache.check:
                     self._check(file, name, _blocks_of(numbers, file.width(name)))
                 few = numbers.numel() <= _FEW
-                found.append(file.pick(name, numbers) if few else pick_rows(file.column(name, self._map(file)), numbers))
+                found.append(
+                    file.pick(name, numbers) if few else pick_rows(file.column(name, self._map(file)), numbers)
+                )
         return found
 
     def verify(self) -> None:
@@ -252,4 +254,6 @@ def _blocks_of(numbers: Tensor, width: int) -> Iterator[int]:
     """The numbers of the blocks that hold these rows."""
     firsts = numbers * width // BLOCK
     lasts = (numbers * width + max(width - 1, 0)) // BLOCK
-    return (block for low, high in torch.stack([firsts, lasts]).unique(dim=1).T.tolist() for block in range(low, high + 1))
+    return (
+        block for low, high in torch.stack([firsts, lasts]).unique(dim=1).T.tolist() for block in range(low, high + 1)
+    )

@@ -17,7 +17,16 @@ from tdcache.store.dtypes import DTYPES
 from tdcache.store.header import Header, header_length, pack_header, parse_header
 from tdcache.store.regular import read_into
 
-__all__ = ["ROW_COLUMNS", "Contract", "IndexRow", "ShardInfo", "pack_shard_header", "read_shard_header", "site_column"]
+__all__ = [
+    "ROW_COLUMNS",
+    "Contract",
+    "IndexRow",
+    "ShardInfo",
+    "pack_shard_header",
+    "read_shard_header",
+    "site_column",
+    "with_sum",
+]
 
 ROW_COLUMNS = ("seq", "pos", "tok")
 """What a row knows of itself: its sample, its position in it and, where there is one, its token."""
@@ -175,7 +184,7 @@ def _read_info(header: Header, path: Path) -> ShardInfo:
             all(type(each) is int and each >= 0 for each in (info.unit, info.first, info.rows))
             and type(info.last) is int
             and info.last >= info.first
-            and type(info.end) is bool
+            and info.end in (False, True)
             and all(
                 entry.shape[:1] == (info.rows,) and len(info.sums[name]) == DIGITS * block_count(entry.nbytes)
                 for name, entry in header.tensors.items()

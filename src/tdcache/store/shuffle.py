@@ -1,8 +1,8 @@
-"""All rows of a store in random order, when they are more than memory holds: dealt to files at random, each mixed in memory.
+"""All rows of a store in random order, also where memory holds only some of them.
 
-Dealing each row to a bin of its own choice and mixing each bin gives every order with the same probability (Sanders,
-"Random permutations on distributed, external and hierarchical memory", 1998). A bin that is too large is dealt again, so
-that the number of open files is bounded, and each row is written once for every factor of that number.
+Rows are dealt to bins on the disk at random, and each bin is mixed in memory; this gives every order with the same
+probability (Sanders, "Random permutations on distributed, external and hierarchical memory", 1998). A bin that is too
+large for memory is dealt again, so that the number of open files has a bound: 128 bins are a pass over the rows.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tdcache.store.shard_file import bytes_of
 __all__ = ["shuffled_rows"]
 
 _MOST_BINS = 128  # open files
+_FEWEST = 8  # rows that are read at a time, however wide they are
 
 
 def shuffled_rows(source: StoreReader, *, seed: int, scratch: Path, memory: int) -> Iterator[TensorDict]:
@@ -49,13 +50,10 @@ def shuffled_rows(source: StoreReader, *, seed: int, scratch: Path, memory: int)
         yield _unpacked(records, source)
 
 
-_FEWEST = 8  # rows that are mixed at a time, however wide they are
-
-
 def _packed(rows: TensorDict) -> Tensor:
     """Each row as its bytes, ``(rows, row_bytes)``."""
-    parts = [column.reshape(len(rows), -1).view(torch.uint8) for column in rows.values()]
-    return torch.cat([part.reshape(len(rows), -1) for part in parts], dim=1)
+    columns: list[Tensor] = list(rows.to_dict().values())
+    return torch.cat([column.reshape(len(rows), -1).view(torch.uint8) for column in columns], dim=1)
 
 
 def _unpacked(records: Tensor, source: StoreReader) -> TensorDict:

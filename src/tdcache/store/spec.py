@@ -125,7 +125,9 @@ def read_spec(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
-        raise DamagedError(f"{target} is not what was written: its checksum, its id or a site does not fit", path=target)
+        raise DamagedError(
+            f"{target} is not what was written: its checksum, its id or a site does not fit", path=target
+        )
     if document["format"] != FORMAT:
         raise SpecError(f"{target} is of format {document['format']!r}; this version reads {FORMAT!r}", path=target)
     return dict(spec)

@@ -19,6 +19,7 @@ from tdcache.store.spec import spec_id, write_spec
 
 __all__ = ["ROW_COLUMNS", "StoreWriter", "site_column"]
 
+
 class StoreWriter:
     """Makes or continues a store. Several may work on one store at once, also from several machines.
 
@@ -127,4 +128,3 @@ class StoreWriter:
     def folder(self) -> Path:
         """Of the store."""
         return self.layout.folder
-
