@@ -131,7 +131,9 @@ def test_what_a_killed_save_left_beside_its_target_goes_with_the_next_save_and_n
     process.kill()
     process.wait()
     process.stdout.close()
-    bystanders = [tmp_path / name for name in (".a.npz.swp", ".b.npz.0123456789abcdef.tmp", "a.npz.0123456789abcdef.tmp")]
+    bystanders = [
+        tmp_path / name for name in (".a.npz.swp", ".b.npz.0123456789abcdef.tmp", "a.npz.0123456789abcdef.tmp")
+    ]
     for each in bystanders:
         each.write_text("mine")
     save_activations(OLD, tmp_path / "a.npz")

@@ -13,6 +13,7 @@ from tdcache.errors import SpecError, StoreError
 from tdcache.store import ActivationDataset, StoreWriter
 from tdcache.store.spec import write_spec
 
+
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden") / "a.acts"

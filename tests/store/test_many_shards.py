@@ -92,7 +92,9 @@ def test_maps_and_open_files_have_a_bound(folder):
         assert maps.read_text().count("a.acts") <= 64
 
 
-def test_a_shuffle_writes_each_row_a_bounded_number_of_times_to_a_bounded_number_of_files(folder, tmp_path, monkeypatch):
+def test_a_shuffle_writes_each_row_a_bounded_number_of_times_to_a_bounded_number_of_files(
+    folder, tmp_path, monkeypatch
+):
     written, open_now, most = [], set(), []
     create, close, write = Files.create, Files.close, Files.write
 
