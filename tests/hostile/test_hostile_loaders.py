@@ -96,7 +96,7 @@ META_FORGERIES = {
 @pytest.mark.parametrize("what", META_FORGERIES)
 def test_a_forged_description_of_a_folder_is_refused(folder, what):
     meta(folder, META_FORGERIES[what])
-    with pytest.raises(DamagedError, match="a.memmap is no folder of activations: "):
+    with pytest.raises(DamagedError, match=r"a.memmap is no folder of activations: "):
         load_activations(folder)
 
 
@@ -167,10 +167,10 @@ def test_a_description_of_a_hundred_megabytes_is_not_read(folder):
 
 def test_a_pt_file_with_a_pickle_is_refused_and_not_run(tmp_path, trap):
     torch.save({"a": Runs(trap[1])}, tmp_path / "a.pt")
-    with pytest.raises(DamagedError, match="a.pt cannot be read"):
+    with pytest.raises(DamagedError, match=r"a.pt cannot be read"):
         load_activations(tmp_path / "a.pt")
     (tmp_path / "b.pt").write_bytes(trap[0])
-    with pytest.raises(DamagedError, match="b.pt cannot be read"):
+    with pytest.raises(DamagedError, match=r"b.pt cannot be read"):
         load_activations(tmp_path / "b.pt")
     assert not trap[1].exists()
 
@@ -197,7 +197,7 @@ def npy(array, **options):
 @pytest.mark.parametrize("suffix", [".npz", ".pt"])
 def test_a_bomb_of_compressed_zeros_is_refused(tmp_path, suffix):
     zipped(tmp_path / f"a{suffix}", {"a.npy": npy(np.zeros(1_000_000))}, zipfile.ZIP_DEFLATED)
-    with pytest.raises(DamagedError, match="'a.npy' is compressed, which save_activations never does"):
+    with pytest.raises(DamagedError, match=r"'a.npy' is compressed, which save_activations never does"):
         load_activations(tmp_path / f"a{suffix}")
 
 
@@ -219,7 +219,7 @@ NPY_FORGERIES = {
 @pytest.mark.parametrize("what", NPY_FORGERIES)
 def test_a_forged_array_is_refused_and_nothing_is_run(tmp_path, trap, what):
     zipped(tmp_path / "a.npz", {"a.npy": NPY_FORGERIES[what](trap[1])})
-    with pytest.raises(DamagedError, match="a.npz cannot be read"):
+    with pytest.raises(DamagedError, match=r"a.npz cannot be read"):
         load_activations(tmp_path / "a.npz")
     assert not trap[1].exists()
 
@@ -227,7 +227,7 @@ def test_a_forged_array_is_refused_and_nothing_is_run(tmp_path, trap, what):
 @pytest.mark.parametrize("lost", ['{"a": "load"}', '{"a": ["x"]}', "[1]", "{", '{"a": "hub.load"}'])
 def test_the_names_of_dtypes_in_an_archive_are_dtypes(tmp_path, lost):
     zipped(tmp_path / "a.npz", {"a.npy": npy(np.zeros(3)), "__dtypes__.npy": npy(np.array(lost))})
-    with pytest.raises(DamagedError, match="a.npz cannot be read"):
+    with pytest.raises(DamagedError, match=r"a.npz cannot be read"):
         load_activations(tmp_path / "a.npz")
 
 
@@ -309,7 +309,7 @@ SPEC_FORGERIES = {
 @pytest.mark.parametrize("what", SPEC_FORGERIES)
 def test_a_forged_spec_is_refused(store, what):
     forge_spec(store, SPEC_FORGERIES[what])
-    with pytest.raises(DamagedError, match="spec.json is not what was written"):
+    with pytest.raises(DamagedError, match=r"spec.json is not what was written"):
         ActivationDataset.open(store)
 
 
@@ -326,7 +326,7 @@ def test_documents_that_are_none_are_refused(store, name, raw):
 def test_a_spec_of_a_hundred_megabytes_is_not_read(store):
     with (store / "spec.json").open("r+b") as file:
         file.truncate(100_000_000)
-    with pytest.raises(DamagedError, match="spec.json has 100000000 bytes, more than the"):
+    with pytest.raises(DamagedError, match=r"spec.json has 100000000 bytes, more than the"):
         ActivationDataset.open(store)
 
 
@@ -347,7 +347,7 @@ def test_a_forged_row_of_an_index_is_not_believed(store, what):
     document["crc32"] = f"{zlib.crc32(canonical(document)):08x}"
     (store / "index.json").write_bytes(canonical(document) + b"\n")
     assert len(ActivationDataset.open(store)[...]) == 72
-    with pytest.raises(DamagedError, match="index.json is not what was written"):
+    with pytest.raises(DamagedError, match=r"index.json is not what was written"):
         ActivationDataset.open(store).verify()
 
 
@@ -391,7 +391,7 @@ def test_a_forged_intervention_is_refused_by_the_name_of_its_file(steering, what
     said = json.loads((steering / "intervention.json").read_text())
     INTERVENTION_FORGERIES[what](said)
     (steering / "intervention.json").write_text(json.dumps(said))
-    with pytest.raises(DamagedError, match="intervention.json"):
+    with pytest.raises(DamagedError, match=r"intervention.json"):
         load_intervention(steering)
 
 

@@ -26,6 +26,7 @@ from tdcache import (
     save_intervention,
 )
 from tdcache.errors import DamagedError, StoreError
+from tdcache.store.files import Files
 
 
 @pytest.fixture

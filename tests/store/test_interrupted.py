@@ -1,7 +1,6 @@
 """Copies of stores that fail or are killed at any operation can be run again, and leave nothing but what they made."""
 
 import errno
-import os
 import signal
 
 import pytest
@@ -176,5 +175,5 @@ def test_a_copy_is_at_the_same_place_whatever_the_working_directory_is_later(fol
     assert len(first) + sum(map(len, batches)) == 72
     assert torch.equal(made[70]["layers.0"], dataset[70]["layers.0"])
     assert dataset.refresh().complete
-    assert os.path.isabs(exported)
+    assert exported.is_absolute()
     assert {path.name for path in tmp_path.iterdir()} == {"a.acts", "b.acts", "c.npz", "elsewhere"}

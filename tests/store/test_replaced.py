@@ -71,7 +71,7 @@ def test_a_shard_that_another_file_replaced_is_checked_again(folder):
     raw[-1] ^= 1
     path.with_suffix(".new").write_bytes(raw)
     path.with_suffix(".new").replace(path)
-    with pytest.raises(DamagedError, match="u00000001.safetensors: block 0 of column"):
+    with pytest.raises(DamagedError, match=r"u00000001.safetensors: block 0 of column"):
         dataset[...]
 
 
@@ -82,7 +82,7 @@ def test_a_shard_that_is_cut_after_it_was_mapped_is_an_error_and_no_signal(folde
     with dataset.shards[1].path.open("r+b") as file:
         file.truncate(4096)
     for read in (lambda: dataset[many], lambda: dataset[30], lambda: dataset[20:30]):
-        with pytest.raises(DamagedError, match="u00000001.safetensors: the file ends at byte 4096; it is truncated"):
+        with pytest.raises(DamagedError, match=r"u00000001.safetensors: the file ends at byte 4096; it is truncated"):
             read()
 
 
