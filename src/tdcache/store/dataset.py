@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tdcache.store.batches import Batches, Shuffle
 from tdcache.store.export import export_rows
+from tdcache.store.iterable import RowIterable
 from tdcache.store.reader import StoreReader
 from tdcache.store.repack import merge, repack
 from tdcache.store.rows import joined
@@ -142,10 +143,30 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
             rank: which share.
             world: how many shares.
             block: rows per block; by default enough for a mebibyte of the widest site.
-            pool: rows that are mixed at a time; by default sixteen blocks. Two pools are in memory, by default at most
-                32 MiB per site (more where a row is wider than a mebibyte): one is handed out while the next is read.
+            pool: rows that are mixed at a time; by default sixteen blocks. A row is followed by one of its own block
+                once in ``pool / block`` times, so a larger pool mixes better. Two pools are in memory, by default at
+                most 32 MiB per site (more where a row is wider than a mebibyte): one is handed out while the next is
+                read.
         """
         return Batches(self, size, shuffle=shuffle, seed=seed, rank=rank, world=world, block=block, pool=pool)
+
+    def iterable(
+        self,
+        size: int,
+        *,
+        shuffle: Shuffle = False,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        block: int | None = None,
+        pool: int | None = None,
+    ) -> RowIterable:
+        """The same for a stock loader: ``DataLoader(ds.iterable(1024), batch_size=None, num_workers=4)``.
+
+        The arguments are those of :meth:`batches`; the workers of the loader share what its rank has. A batch is a dict
+        of tensors, one per column.
+        """
+        return RowIterable(self, size, shuffle=shuffle, seed=seed, rank=rank, world=world, block=block, pool=pool)
 
     def verify(self) -> None:
         """Read every byte of the store and compare the checksums.
