@@ -1,6 +1,7 @@
 """Whatever fails at whichever operation, a store holds complete shards only, and can be continued to the same bytes."""
 
 import errno
+import json
 import os
 import signal
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from store.faulty_files import SPEC, Counted, ForkServer, contents, disk_full, unit_columns, write_units
 from tdcache.errors import SpecError, StoreError
 from tdcache.store import ActivationDataset, StoreWriter
-from tdcache.store.spec import write_spec
+from tdcache.store.checksums import crc32
+from tdcache.store.spec import canonical, write_spec
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +193,17 @@ def test_advice_that_the_system_does_not_take_is_no_reason_to_fail(tmp_path, gol
     monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
     write_units(tmp_path / "a.acts")
     assert contents(tmp_path / "a.acts") == golden
+
+
+def test_the_index_of_an_earlier_version_is_left_aside_and_made_anew(tmp_path, golden):
+    folder = tmp_path / "a.acts"
+    write_units(folder)
+    document = json.loads((folder / "index.json").read_bytes())
+    old = {"shards": [[*row[:4], row[6]] for row in document["shards"]], "spec": document["spec"]}
+    old["crc32"] = f"{crc32(canonical(old)):08x}"
+    (folder / "index.json").write_bytes(canonical(old) + b"\n")
+    dataset = ActivationDataset.open(folder)
+    dataset.verify()
+    assert len(dataset[...]) == 72
+    write_units(folder)
+    assert contents(folder) == golden

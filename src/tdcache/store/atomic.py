@@ -157,14 +157,16 @@ def sweep(folder: Path, files: Files, *, stem: str | None = None) -> None:
 
 
 def _sweep_one(entry: os.DirEntry[str], files: Files) -> None:
-    path = Path(entry.path)
+    path, is_folder = Path(entry.path), entry.is_dir(follow_symlinks=False)
+    # For writing, because network file systems have no exclusive locks on files that are open for reading.
+    mode = os.O_RDONLY if is_folder else os.O_RDWR
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    except OSError:  # a link, or gone
+        descriptor = os.open(path, mode | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError:  # a link, gone, or on a disk that is read-only
         return
     try:
         if _is_abandoned(descriptor):
-            _remove_tree(path) if entry.is_dir(follow_symlinks=False) else files.remove(path)
+            _remove_tree(path) if is_folder else files.remove(path)
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise
