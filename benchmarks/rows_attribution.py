@@ -6,6 +6,7 @@ import gc
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -21,7 +22,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from zoo import narrow_gpt2, token_ids
 
-from tdcache.attribution import LRP, GradientXActivation, IntegratedGradients, epsilon_plus
+from tdcache.attribution import LRP, DeepLift, GradientXActivation, IntegratedGradients, epsilon_plus
 
 LAYERS, STEPS, CHUNK = 12, 64, 16
 OURS = "tdcache"
@@ -99,10 +100,10 @@ def _gxa_by_hand(stack: ExitStack) -> Call:
 # Integrated gradients of a CNN.
 
 
-def cnn() -> nn.Sequential:
+def cnn(pool: type[nn.Module] = nn.MaxPool2d) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), pool(2),
         nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, 10),
     ).eval()  # fmt: skip
 
@@ -149,6 +150,35 @@ def _ig_tdhook(stack: ExitStack) -> Call:
             return hooked(data)["attr", "input"]
 
     same(_ig(stack)(), call(), "integrated gradients")
+    return call
+
+
+# DeepLift of the same CNN with average pools: at a max pool captum's scores miss the difference of outputs.
+
+
+def _deeplift(stack: ExitStack) -> Call:
+    model, x = cnn(nn.AvgPool2d), images()
+    factory = DeepLift(target=3)
+
+    def call() -> Tensor:
+        with factory.prepare(model) as hooked:
+            return hooked(TensorDict({"input": x}, batch_size=[len(x)]))["attr", "input"]
+
+    return call
+
+
+def _deeplift_captum(stack: ExitStack) -> Call:
+    from captum.attr import DeepLift as Theirs
+
+    model, x = cnn(nn.AvgPool2d), images()
+    method = Theirs(model)
+
+    def call() -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # captum's own, of its hooks
+            return method.attribute(x, target=3)
+
+    same(_deeplift(stack)(), call(), "DeepLift")
     return call
 
 
@@ -236,6 +266,10 @@ ROWS: Mapping[str, tuple[str, Mapping[str, Maker]]] = {
             "captum, all steps at once": partial(_ig_captum, chunk=None),
             "tdhook, all steps at once": _ig_tdhook,
         },
+    ),
+    "deeplift": (
+        "DeepLift, CNN, four images",
+        {OURS: _deeplift, "captum": _deeplift_captum},
     ),
     "lrp": (
         "LRP, epsilon-plus, CNN, four images",

@@ -12,6 +12,11 @@ import hypothesis
 import pytest
 import torch
 
+if os.environ.get("TDCACHE_OTHER_CPU"):
+    import other_cpu
+
+    other_cpu.install()
+
 # pytest-xdist runs one worker per core: with torch's default each of them would start a thread per core as well.
 torch.set_num_threads(1)
 

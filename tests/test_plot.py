@@ -65,3 +65,61 @@ def test_an_edge_graph_draws_the_edges_above_the_threshold_and_their_nodes():
     assert widths[1] > widths[0]
     with pytest.raises(ValueError, match=r"order= has no place for \['ln_f'\]"):
         plot.edge_graph(edges, order=order[:3])
+
+
+NAN = float("nan")
+GREY = (0.75, 0.75, 0.75, 1.0)
+
+
+def test_missing_scores_are_grey_and_outside_the_range_of_the_colours():
+    maps = plot.image_maps(torch.rand(1, 2, 2), {"a": torch.tensor([[[NAN, 1.0], [-2.0, 0.0]]])}).axes[1].images[0]
+    mesh = plot.layer_map({"a": torch.tensor([NAN, 1.0]), "b": torch.tensor([-2.0, float("inf")])}).collections[0]
+    for shown in (maps, mesh):
+        assert shown.get_clim() == (-2, 2)
+        assert shown.get_array().mask.reshape(-1).tolist() == [True, False, False, False]
+        assert tuple(shown.get_cmap().get_bad()) == GREY
+    boxes = plot.tokens(["a", "b"], torch.tensor([NAN, 0.5])).patches
+    assert boxes[0].get_facecolor() == GREY
+    assert boxes[1].get_facecolor() == plot.tokens(["b"], torch.tensor([0.5])).patches[0].get_facecolor()
+    html = plot.token_html(["a", "b"], torch.tensor([NAN, 0.5]))
+    assert "rgba(191,191,191,1.00);color:#000" in html
+    assert "rgba(202,0,32,1.00);color:#fff" in html
+    arrows = plot.edge_graph({"a": {"b": NAN, "c": 2.0}}, order=["a", "b", "c"]).patches
+    assert [arrow.get_edgecolor() == GREY for arrow in sorted(arrows, key=lambda arrow: arrow.get_linewidth())] == [
+        True,
+        False,
+    ]
+
+
+def test_dollars_are_drawn_as_they_are():
+    words = ["$", r"$\frac$", "a_b$"]  # the second one is no mathematics, and cannot be drawn as such
+    figures = [
+        plot.image_maps(torch.rand(1, 2, 2), {words[1]: torch.rand(1, 2, 2)}, titles=[words[1]]),
+        plot.tokens(words, torch.zeros(3)).figure,
+        plot.layer_map({words[1]: torch.zeros(3)}, words=words).figure,
+        plot.edge_graph({"a": {"b": 1.0}}, order=["a", "b"], labels={"a": words[1]}).figure,
+    ]
+    for figure in figures:
+        figure.canvas.draw()
+
+
+def test_rows_words_and_labels_that_do_not_match_are_errors():
+    images = torch.rand(2, 4, 4)
+    with pytest.raises(ValueError, match=r"'a' has 3 rows for 2 images; give one of each, in the same order"):
+        plot.image_maps(images, {"a": torch.rand(3, 4, 4)})
+    with pytest.raises(ValueError, match=r"'titles' has 3 rows for 2 images"):
+        plot.image_maps(images, {"a": images}, titles=["x", "y", "z"])
+    with pytest.raises(ValueError, match=r"words= has 3 words for 2 positions"):
+        plot.layer_map({"a": torch.zeros(2)}, words=["x", "y", "z"])
+    with pytest.raises(ValueError, match=r"labels= has 2 labels for 1 layers"):
+        plot.layer_map({"a": torch.zeros(2)}, labels=["x", "y"])
+
+
+def test_a_layer_map_takes_keys_of_any_kind_and_its_bar_shows_signs():
+    row = torch.tensor([-1.0, 1.0])
+    for scores in ({0: row, ("mlp", 1): row}, TensorDict({"0": row, "mlp": {"1": row}}, [])):
+        axes = plot.layer_map(scores)
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "mlp.1"]
+        axes.figure.canvas.draw()
+        ticks = {label.get_text() for label in axes.figure.axes[1].get_yticklabels()}
+        assert {"+1", "0", "−1"} <= ticks

@@ -20,7 +20,7 @@ from tdcache.errors import DirectionError
 from tdcache.hooks import MultiHookHandle, bracket
 from tdcache.modules import HookedModule
 from tdcache.reducers import Last, Reducer
-from tdcache.selection import Selection, as_matcher, depends_on_names_only, select_matching, walk
+from tdcache.selection import as_matcher
 from tdcache.types import Hold, HookDirection, Index, Match, Pick, Selector
 
 __all__ = ["ActivationCaching", "cache_activations"]
@@ -57,6 +57,7 @@ class ActivationCaching(HookingContextFactory):
         reducer: what is kept over calls: ``Last()`` (default), ``First()``, ``Stack()``, ``Concatenate()``, statistics.
         batch_dims: the number of leading dimensions that all entries share, as batch size of the cache.
         stack_by: the named group of the pattern that becomes a leading axis: sites that differ only in it are stacked.
+            Several groups become several axes, in the order given.
         stop_early: end the forward once every site has fired (not with gradients). Call ``hooked(...)``, which then
             returns no output.
         allow_empty: a selector that matches nothing is no error.
@@ -96,7 +97,7 @@ class ActivationCaching(HookingContextFactory):
         device: torch.device | str | None = None,
         reducer: Reducer | type[Reducer] | None = None,
         batch_dims: int = 0,
-        stack_by: str | None = None,
+        stack_by: str | Sequence[str] | None = None,
         stop_early: bool = False,
         allow_empty: bool = False,
         prepend: bool = False,
@@ -144,32 +145,20 @@ class ActivationCaching(HookingContextFactory):
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context: HookingContextWithCache = module.hooking_context
-        selection = self._select(module)
-        recorder = context.recorder or self._capture.recorder(context.cache, selection)
+        selection = context.select(
+            self._key_pattern,
+            match=self._match,
+            allow_empty=self._allow_empty,
+            root=module.model if self._relative else module,
+            matcher=self._matcher,
+        )
+        recorder = self._capture.recorder(context.cache, selection)
         handle = MultiHookHandle()
-        try:
+        with handle.installing():
             self._capture.place(selection, recorder, handle)
             bracket(module.model, recorder.begin, recorder.end, handle)
-        except BaseException:
-            handle.remove()
-            raise
         context.record(recorder)
         return handle
-
-    def _select(self, module: HookedModule) -> Selection:
-        """The sites; those of the last entry where neither the selector nor the modules have changed since."""
-        context: HookingContextWithCache = module.hooking_context
-        root = module.model if self._relative else module
-        tree = walk(root)
-        remembered = context.recall(self._matcher, tree)
-        if remembered is not None:
-            return remembered
-        selection = select_matching(
-            root, self._matcher, self._key_pattern, match=self._match, allow_empty=self._allow_empty, tree=tree
-        )
-        if depends_on_names_only(self._matcher):
-            context.remember(self._matcher, tree, selection)
-        return selection
 
 
 def _is_reducer_class(value: object) -> bool:

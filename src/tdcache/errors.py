@@ -148,11 +148,13 @@ class StopForward(BaseException):
 
     Attributes:
         key: the path at which the forward was stopped.
+        source: who asked for it, where that is a context: it swallows this when it is left.
     """
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, *, source: object = None) -> None:
         super().__init__(f"the forward was stopped at {key!r}")
         self.key = key
+        self.source = source
 
 
 class TdcacheWarning(UserWarning):

@@ -17,6 +17,7 @@ from tdcache.types import Match, Selector
 
 __all__ = [
     "AnyOf",
+    "Groups",
     "IsInstance",
     "Matcher",
     "PathPattern",
@@ -36,6 +37,21 @@ _MATCH_SECONDS = 1.0
 # A quantified group, a back reference, many quantifiers or many alternations can backtrack without end. What is simpler
 # is at worst polynomial in the length of a path, and regex's own timeout costs five times the match.
 _RISKY = regex.compile(r"(?s)\)[*+{]|\\[1-9]|\(\?[P&R<0-9]*[>=(]|(?:[*+{].*){4,}|(?:\|[^()]*\).*){6,}")
+
+
+class Groups(dict[str, str]):
+    """The named groups of a pattern at one path, and where in the path each of them stands.
+
+    Args:
+        found: the match.
+    """
+
+    __slots__ = ("spans",)
+
+    def __init__(self, found: regex.Match[str]) -> None:
+        super().__init__(found.groupdict())
+        self.spans: dict[str, tuple[int, int]] = {name: found.span(name) for name in self}
+        """First and one past the last character of each group; ``(-1, -1)`` for one that took no part."""
 
 
 class Site(NamedTuple):
@@ -72,7 +88,7 @@ class PathPattern:
         found = self.finder()(path)
         if found is None:
             return None
-        return found.groupdict() if self.pattern.groupindex else _NO_GROUPS
+        return Groups(found) if self.pattern.groupindex else _NO_GROUPS
 
     def finder(self) -> Callable[[str], regex.Match[str] | None]:
         """The matching function: bounded in time where the pattern could backtrack without end."""
@@ -326,7 +342,7 @@ def _matches(tree: list[tuple[str, nn.Module]], matcher: Matcher) -> list[Site]:
         return [Site(path, module, groups) for path, module in tree if (groups := matcher(path, module)) is not None]
     find = matcher.finder()  # the common case, without a Python call per module
     if matcher.pattern.groupindex:
-        return [Site(path, module, hit.groupdict()) for path, module in tree if (hit := find(path)) is not None]
+        return [Site(path, module, Groups(hit)) for path, module in tree if (hit := find(path)) is not None]
     return [Site._make((path, module, _NO_GROUPS)) for path, module in tree if find(path) is not None]
 
 

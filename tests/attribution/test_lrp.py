@@ -10,6 +10,7 @@ from torch import nn
 
 from attribution.nets import ConvNet, Transformer
 from model_state import state_of
+from rounding import assert_same_but_rounding
 from stable_ids import stable_id
 from tdcache import AttributionError, HookingContextFactory, attribution
 from tdcache import CompositeHookingContextFactory as Together
@@ -178,7 +179,7 @@ def test_rules_of_one_method_do_not_touch_the_rows_of_another():
             td["attr", method.name]["input"], run(method, model, x)["attr", method.name]["input"]
         )
     plain = run(GradientXActivation("c1", target=0), model, x)
-    assert torch.equal(td["attr", "plain", "c1"], plain["attr", "c1"])
+    assert_same_but_rounding(td["attr", "plain", "c1"], plain["attr", "c1"])  # rows of a larger batch
 
 
 def test_a_rule_with_weights_at_a_module_without_is_refused_by_name():
@@ -361,3 +362,49 @@ def test_epsilon_gamma_is_a_map_of_its_parts():
     one = run(LRP(target=1, rules=epsilon_gamma(0.5)), model, x)
     two = run(LRP(target=1, rules=((nn.Conv2d, Gamma(0.5)), (nn.Linear, Epsilon()))), model, x)
     torch.testing.assert_close(one["attr", "input"], two["attr", "input"])
+
+
+# Precision, single images, modules without a rule
+
+
+ALL_RULES = [Epsilon(0.0), Epsilon(0.25), Gamma(), AlphaBeta(), ZPlus(), Flat(), WSquare()]
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 0.03), (torch.float16, 0.006)], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("rule", ALL_RULES, ids=stable_id)
+def test_rules_work_in_half_precision(rule, dtype, close):
+    model, x = ConvNet().to(dtype), torch.randn(3, 1, 8, 8).to(dtype)
+    found = run(LRP(target=1, rules=rule), model, x)["attr", "input"]
+    wanted = run(LRP(target=1, rules=rule), model.double(), x.double())["attr", "input"]
+    # Three layers whose outputs and gradients are rounded to 8 or 11 bits: some units in the last place.
+    assert ((found - wanted).norm() / wanted.norm()).item() < close
+
+
+@pytest.mark.parametrize("rule", [*ALL_RULES[:1], *ALL_RULES[2:]], ids=stable_id)
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_convolution_of_one_image_without_a_batch_axis_equals_a_batch_of_one(rule, kind):
+    layers = [kind(2, 3, 3), nn.ReLU(), kind(3, 2, 3)]
+    one, many = nn.Sequential(*layers, nn.Flatten(0)).double(), nn.Sequential(*layers, nn.Flatten()).double()
+    x = torch.randn(2, 7, 7, dtype=torch.float64)
+    with LRP(target=lambda td: td["output"][1], rules=rule).prepare(one) as hooked:
+        found = hooked(TensorDict({"input": x}, batch_size=[]))["attr", "input"]
+    torch.testing.assert_close(found, run(LRP(target=1, rules=rule), many, x[None])["attr", "input"][0])
+
+
+def test_what_a_module_without_a_rule_loses_is_reported_as_a_gap():
+    class Squared(nn.Module):
+        def forward(self, x):
+            return x**2
+
+    x = torch.randn(3, 4, dtype=torch.float64)
+    layers = [nn.Linear(4, 5, bias=False), Squared(), nn.Linear(5, 2, bias=False)]
+    model = nn.Sequential(*layers).double()
+    td = run(LRP(target=1, rules=Epsilon(0.0)), model, x)
+    value = model(x)[:, 1].detach()
+    torch.testing.assert_close(td["gap", "input"], td["attr", "input"].sum(1) - value)
+    torch.testing.assert_close(td["gap", "input"], value)  # the derivative of a square passes twice the value on
+    sites = run(LRP("[01]", target=1, rules=Epsilon(0.0)), model, x)
+    torch.testing.assert_close(sites["gap", "0"], value)
+    torch.testing.assert_close(sites["gap", "1"], torch.zeros_like(value))
+    ruled = run(LRP(target=1, rules=((Squared, Pass()), (nn.Linear, Epsilon(0.0)))), model, x)
+    torch.testing.assert_close(ruled["gap", "input"], torch.zeros_like(value))

@@ -81,7 +81,7 @@ def test_clean_and_corrupt_share_one_forward_and_one_backward(monkeypatch):
         DirectLogitAttribution(SITES, norm="ln_f", target=difference, name="direct"),
     )
     run(stack, model, data)
-    assert counter.counts == (1, 1)
+    assert counter.counts == (2, 1)  # the second forward is that of a stream of zeros
 
 
 def test_without_a_counterfactual_the_patch_is_zero():
@@ -364,3 +364,31 @@ def test_integrated_gradients_of_a_node_sum_to_the_exact_effect_of_patching_it()
     value = outputs(model, "blocks.0.mlp", data["corrupt"]["input"])
     exact = base - patched_metric(model, "blocks.0.mlp", data["input"], value)
     torch.testing.assert_close(td["attr", "blocks.0.mlp"].sum((1, 2)), exact, rtol=0, atol=1e-8)
+
+
+def test_a_counterfactual_of_no_input_is_refused_with_near_misses():
+    model, data = setting()
+    ids = data["input"]
+    with pytest.raises(AttributionError, match=r"the corrupt has an entry 'inputs', .* did you mean 'input'?"):
+        run(AttributionPatching("embed", target=difference), model, {"input": ids, "corrupt": {"inputs": ids}})
+    beside = {"input": ids, "labels": ids, "corrupt": {"input": ids, "labels": ids}}  # for somebody else
+    assert run(AttributionPatching("embed", target=difference), model, beside)["attr", "embed"].abs().max() == 0
+
+
+@pytest.mark.parametrize("n_steps", [None, 3])
+def test_gpt2s_position_embeddings_are_writers_like_any_other(n_steps):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=13, n_positions=8, n_embd=8, n_layer=2, n_head=2)
+    lm = transformers.GPT2LMHeadModel(config).double().eval()
+    writers = r"transformer\.(wte|wpe)|transformer\.h\.\d+\.mlp"
+    readers = r"transformer\.h\.\d+\.ln_\d|transformer\.ln_f"
+    method = EdgeAttributionPatching(
+        writers, readers, n_steps=n_steps, embeddings=r"transformer\.wte", target=lambda td: td["logits"][:, -1, 3]
+    )
+    ids = {"input_ids": torch.randint(13, (3, 5)), "corrupt": {"input_ids": torch.randint(13, (3, 5))}}
+    with method.prepare(lm, in_keys=["input_ids"], out_keys=["logits"]) as hooked:
+        edges = hooked(TensorDict(ids, batch_size=[3]))["attr"]
+    assert len(edges["transformer.wpe"].keys()) == 5
+    for score in edges["transformer.wpe"].values():
+        assert torch.equal(score, torch.zeros(3, dtype=torch.float64))  # positions are the same in both inputs
+    assert edges["transformer.wte", "transformer.ln_f"].abs().min() > 0

@@ -213,7 +213,7 @@ def test_deeplift_of_a_softmax_is_complete_where_a_logit_stays_and_where_one_is_
     start = torch.tensor([[1.0, 0.0, 1.5, -torch.inf]], dtype=torch.float64)
     model = nn.Sequential(nn.Softmax(-1))
     td = run(DeepLift(target=0), model, {"input": x, "baseline": {"input": start}}, 1)
-    found = td["attr", "input"][0, :3].sum()
+    found = td["attr", "input"].sum()
     torch.testing.assert_close(found, (model(x) - model(start))[0, 0], rtol=0, atol=1e-12)
 
 
@@ -263,3 +263,56 @@ def test_memory_grows_with_the_chunk_and_not_with_the_steps():
         model = Wide()
         run(IntegratedGradients(n_steps=steps, chunk=4), model, {"input": torch.randn(3, 4)}, 3)
         assert max(model.rows) == 12
+
+
+class Thrice(nn.Module):
+    """One module that runs three times."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+
+    def forward(self, x):
+        return self.layer(self.layer(self.layer(x))).sum(-1)
+
+
+@pytest.mark.parametrize("call", [0, 1, 2, -1, -3])
+def test_a_path_at_one_call_of_a_module_leaves_its_other_calls_alone(call):
+    model, x = Thrice().double(), torch.randn(4, 3, dtype=torch.float64)
+    start = torch.randn(4, 3, dtype=torch.float64)
+    method = IntegratedGradients("layer", call=call, n_steps=40)
+    td = run(method, model, {"input": x, "baseline": {"input": start}}, 4)
+    low, after = start, x
+    for _ in range(call % 3 + 1):
+        low, after = model.layer(low), model.layer(after)
+    scores = torch.zeros_like(x)
+    for node, weight in quadrature("gausslegendre", 40):
+        value = (low + node * (after - low)).detach().requires_grad_()
+        out = value
+        for _ in range(2 - call % 3):
+            out = model.layer(out)
+        scores += weight * torch.autograd.grad(out.sum(), value)[0] * (after - low).detach()
+    torch.testing.assert_close(td["attr", "layer"], scores, rtol=1e-9, atol=1e-12)
+    assert td["gap", "layer"].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ({"baseline": {"inptu": torch.ones(4, 3)}}, {}, "the baseline has an entry 'inptu', .* did you mean 'input'?"),
+        ({}, {"baseline": {"inputs": 1.0}}, "the baseline has an entry 'inputs', .* did you mean 'input'?"),
+        ({"baseline": {"z": torch.ones(4, 3)}}, {}, "an entry 'z', and .*; the inputs are 'input'"),
+    ],
+    ids=["entry", "argument", "far"],
+)
+def test_a_baseline_of_no_input_is_refused_with_near_misses(data, options, message):
+    with pytest.raises(AttributionError, match=message):
+        run(IntegratedGradients(n_steps=2, **options), Thrice(), {"input": torch.ones(4, 3), **data}, 4)
+
+
+def test_a_baseline_that_names_no_input_at_all_is_refused():
+    data = {"input": torch.ones(4, 3), "baseline": torch.ones(4, 3)}
+    with pytest.raises(
+        AttributionError, match=r"data\['baseline'\] is a tensor; say of which input, data\['baseline', 'i"
+    ):
+        run(IntegratedGradients(n_steps=2), Thrice(), data, 4)

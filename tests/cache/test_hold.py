@@ -27,8 +27,8 @@ def x():
 def test_by_default_an_alias_without_graph_is_kept(model, x):
     with ActivationCaching("2").prepare(model) as hooked:
         y = hooked(x)
-    kept = hooked.cache["2"]
-    assert kept.data_ptr() == y.data_ptr()
+        kept = hooked.cache["2"]
+        assert kept.data_ptr() == y.data_ptr()
     assert not kept.requires_grad
     assert kept.grad_fn is None
 

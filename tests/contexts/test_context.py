@@ -320,7 +320,9 @@ def test_edits_of_gradients_come_before_captures_of_gradients(model, x, capture_
 def test_captures_at_the_final_value_share_memory_with_what_flows_on(model, x):
     with Scaling("head", 2.0).prepare(model), ActivationCaching("head").prepare(model) as hooked:
         y = hooked(x)
-    assert hooked.cache["head"].data_ptr() == y.data_ptr()
+        assert hooked.cache["head"].data_ptr() == y.data_ptr()
+    y.data.zero_()  # what is kept after the block is what was seen
+    assert hooked.cache["head"].any()
 
 
 # Suspending
@@ -331,7 +333,6 @@ def test_hooks_can_be_suspended_and_resumed(model, x, name):
     with ActivationCaching("head").prepare(model) as hooked:
         first = hooked(x)
         with getattr(hooked.hooking_context, name)():
-            assert not model.head._forward_hooks
             hooked(2 * x)
             assert torch.equal(hooked.cache["head"], first)
         third = hooked(3 * x)
@@ -340,13 +341,12 @@ def test_hooks_can_be_suspended_and_resumed(model, x, name):
 
 def test_the_hooked_module_suspends_as_well(model, x):
     with ActivationCaching("head").prepare(model) as hooked:
-        with hooked.disable_context_hooks():
+        with hooked.paused():
             hooked(x)
             assert hooked.cache.is_empty()
         hooked(x)
         with hooked.disable_context() as own:
             assert own is model
-            assert not model.head._forward_hooks
 
 
 def test_a_backward_while_paused_writes_nothing(model, x):

@@ -192,8 +192,8 @@ MESSAGES = {
     ),
     "reducers that do not merge": (
         lambda: TopK(3).merge(TopK(4)),
-        "TopK(k=3, dim=0, largest=True) can be merged with a reducer of the same kind and configuration, "
-        "not with TopK(k=4, dim=0, largest=True)",
+        "TopK(k=3, dim=0, largest=True, flatten=None) can be merged with a reducer of the same kind and configuration, "
+        "not with TopK(k=4, dim=0, largest=True, flatten=None)",
     ),
     "nothing to compute": (lambda: Last().compute(), "Last() saw no value; run a forward that reaches its site first"),
     "a negative budget": (lambda: Concatenate(max_rows=-1), "max_rows is a number of rows, got -1"),
@@ -209,13 +209,13 @@ MESSAGES = {
     ),
     "means of another shape": (
         lambda: fed(Mean(), torch.ones(2, 3), torch.ones(2, 4)),
-        "Mean(dim=0) saw values that reduce to (3,) and now to (4,); let dim= cover every dimension that varies, "
-        "e.g. dim=(0, 1) for (batch, seq, d)",
+        "Mean(dim=0, flatten=None) saw values that reduce to (3,) and now to (4,); let dim= cover every "
+        "dimension that varies, e.g. dim=(0, 1) for (batch, seq, d)",
     ),
     "best rows of another shape": (
         lambda: fed(TopK(1), torch.ones(2, 3), torch.ones(2, 4)),
-        "TopK(k=1, dim=0, largest=True) saw rows of (3,) and now of (4,); choose another dim, or bring the values to "
-        "one shape with index= or callback=",
+        "TopK(k=1, dim=0, largest=True, flatten=None) saw rows of (3,) and now of (4,); choose another "
+        "dim, or bring the values to one shape with index= or callback=",
     ),
     "no best rows": (lambda: TopK(0), "k is at least 1, got 0"),
 }

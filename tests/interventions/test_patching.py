@@ -407,7 +407,7 @@ def test_pausing_takes_the_patch_off(model, x, y):
     with cache_activations(model, "head") as cache:
         model(x)
     with ActivationPatching("head", source=cache).prepare(model) as hooked:
-        with hooked.disable_context_hooks():
+        with hooked.paused():
             assert torch.equal(hooked(y), model(y))
         assert torch.equal(hooked(y), cache["head"])
 

@@ -50,10 +50,10 @@ def paths_of(model, pattern):
     return [path for path, _ in model.named_modules() if re.fullmatch(pattern, path)]
 
 
-def compare(found, expected):
+def compare(found, expected, atol=TOLERANCE["atol"]):
     assert list(found.keys()) == list(expected)
     for path, numbers in expected.items():
-        torch.testing.assert_close(found[path].reshape(-1), numbers, **TOLERANCE)
+        torch.testing.assert_close(found[path].reshape(-1), numbers, rtol=0, atol=atol)
 
 
 GPT2_SITES = r"transformer\.h\.\d+(\.attn|\.mlp|\.ln_1)?|transformer\.(wte|ln_f)|lm_head"
@@ -61,15 +61,21 @@ LLAMA_SITES = r"model\.layers\.\d+(\.self_attn|\.mlp)?|model\.(embed_tokens|norm
 
 
 @pytest.mark.parametrize("options", [{}, {"chunk": 1}, {"chunk": 4}, {"replay": False}, {"chunk": 4, "replay": False}])
-@pytest.mark.parametrize(("make", "pattern"), [(gpt2, GPT2_SITES), (llama, LLAMA_SITES)])
-def test_one_site_at_a_time_equals_a_plain_loop(make, pattern, options, ids):
+@pytest.mark.parametrize(
+    ("make", "pattern", "atol"),
+    [
+        (gpt2, GPT2_SITES, TOLERANCE["atol"]),
+        (llama, LLAMA_SITES, 1e-7),  # LlamaRMSNorm computes in float32, whatever the model's dtype is
+    ],
+)
+def test_one_site_at_a_time_equals_a_plain_loop(make, pattern, atol, options, ids):
     model, (clean, corrupted) = make(), ids
     found = run(model, ActivationPatching(pattern, sweep=True, metric=logit, **options), clean, corrupted)
     paths = paths_of(model, pattern)
     source = values(model, paths, lambda: model(clean))
     expected = sweep(model, paths, source, lambda: model(corrupted), logit, [...])
-    compare(found, expected)
-    assert len({round(float(value), 9) for value in found.values()}) >= 6  # they differ
+    compare(found, expected, atol)
+    assert len({round(float(value), 5) for value in found.values()}) >= 6  # they differ, and by more than atol
 
 
 @pytest.mark.parametrize("chunk", [3, 32])

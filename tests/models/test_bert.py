@@ -4,6 +4,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from rounding import assert_same_but_rounding
 from small_models import output_gradients
 from tdcache import ActivationCaching
 
@@ -76,7 +77,7 @@ def test_attention_and_feed_forward_outputs_with_gradients(config, batch):
         call().backward()
     assert hooked.cache.batch_size == (2,)
     for path, grad in wanted.items():
-        assert torch.equal(hooked.cache["bwd", path], grad)
+        assert_same_but_rounding(hooked.cache["bwd", path], grad)  # those of autograd lie otherwise in memory
     assert (hooked.cache["fwd"] * hooked.cache["bwd"]).batch_size == (2,)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from rounding import assert_same_but_rounding
 from small_models import output_gradients
 from tdcache import ActivationCaching
 
@@ -49,7 +50,7 @@ def test_the_gradients_for_grad_cam_are_those_of_autograd(model, x):
     with ActivationCaching("0|1|4", directions=["fwd", "bwd"], hold="snapshot").prepare(model) as hooked:
         hooked(x)[:, 1].sum().backward()
     for path, grad in wanted.items():
-        assert torch.equal(hooked.cache["bwd", path], grad)
+        assert_same_but_rounding(hooked.cache["bwd", path], grad)  # autograd asked for no gradient of weights
 
 
 def test_capturing_changes_no_running_statistics(model, x):

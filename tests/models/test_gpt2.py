@@ -4,6 +4,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from rounding import assert_same_but_rounding
 from small_models import by_hand, output_gradients
 from tdcache import ActivationCaching, Concatenate, Stack
 
@@ -99,7 +100,7 @@ def test_gradients_at_the_mlps_are_those_of_autograd(model, ids):
     with ActivationCaching(r"transformer\.h\.\d+\.mlp", directions=["bwd"]).prepare(model) as hooked:
         hooked(ids).logits[:, -1].square().sum().backward()
     for path, grad in wanted.items():
-        assert torch.equal(hooked.cache[path], grad)
+        assert_same_but_rounding(hooked.cache[path], grad)  # the copies of output_gradients lie otherwise in memory
 
 
 def test_generate_gives_one_entry_per_step(model, ids):

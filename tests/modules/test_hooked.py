@@ -135,7 +135,7 @@ def test_the_hooked_module_shows_its_keys(model):
         assert repr(hooked).startswith("HookedModule(")
 
 
-@pytest.mark.parametrize("name", ["paused", "disable_hooks", "disable_context_hooks"])
+@pytest.mark.parametrize("name", ["paused", "disable_hooks"])
 def test_a_hooked_module_pauses_its_context(name):
     model = nn.Sequential(nn.Linear(2, 2))
     with ActivationCaching("0").prepare(model) as hooked:

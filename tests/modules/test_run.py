@@ -101,10 +101,10 @@ def test_without_a_cache_saves_land_in_the_runs_own(hooked, x):
 def test_several_runs_share_one_cache_under_their_names(hooked, model, x):
     kept = TensorDict()
     for name, data in (("clean", x), ("other", x + 1)):
-        with hooked.run(data, cache=kept, run_name=name, run_sep="/") as run:
+        with hooked.run(data, cache=kept, run_name=name) as run:
             run.save("head")
-    assert sorted(kept.keys()) == ["clean/head_output", "other/head_output"]
-    assert torch.equal(kept["other/head_output"], model(x + 1))
+    assert sorted(kept.keys()) == ["clean.head_output", "other.head_output"]
+    assert torch.equal(kept["other.head_output"], model(x + 1))
 
 
 def test_the_run_cache_may_be_given_and_the_key_chosen(hooked, x):

@@ -174,7 +174,9 @@ def test_a_view_that_is_changed_in_place_behind_a_gradient_hook_is_an_error(poin
     point.name = "hook_view"
     point.add_hook(doubled, dir="bwd")
     y = x.requires_grad_() * 1
-    with pytest.raises(InplaceModificationError, match="'hook_view' passes on is a view"):
+    with pytest.raises(
+        InplaceModificationError, match="'hook_view' passes its input on, and that was changed in place"
+    ):
         point(y[0]).relu_().sum().backward()
 
 

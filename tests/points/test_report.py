@@ -72,9 +72,9 @@ def test_open_contexts_and_hooks_of_the_library_go_by_name(model):
     assert {row.owner for row in report} == {"tdcache"}
     assert [(row.path, row.name) for row in report if row.path] == [
         ("linear", "shown"),
-        ("a", "ValueTap('a') (on the gradient)"),
+        ("a", "InputGradientTap('a')"),
         ("a", "OutputTap('a')"),
-        ("a", "ValueTap('a') (on the gradient)"),
+        ("a", "InputGradientTap('a')"),
     ]
     assert [row.name for row in report if not row.path] == ["Recorder(fwd, grad_in)"] * 2
     handle.remove()

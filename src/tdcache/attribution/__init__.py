@@ -1,5 +1,6 @@
 """Attribution: taps, modifiers and reducers around one forward and one backward."""
 
+from tdcache.attribution.attention import QKAttributionPatching
 from tdcache.attribution.base import Attribution, SiteAttribution
 from tdcache.attribution.deeplift import DeepLift
 from tdcache.attribution.edges import EdgeAttributionPatching
@@ -31,7 +32,7 @@ from tdcache.attribution.lrp import (
 )
 from tdcache.attribution.maximisation import ActivationMaximisation
 from tdcache.attribution.modifiers import GradDrop, GuidedReLU, ScaleGradient, StopGradient
-from tdcache.attribution.patching import AttributionPatching, QKAttributionPatching
+from tdcache.attribution.patching import AttributionPatching
 from tdcache.attribution.quadrature import quadrature
 from tdcache.attribution.reductions import attention_rollout, difference_x_gradient, grad_cam, gradient_x_activation
 from tdcache.attribution.rollout import AttentionRollout

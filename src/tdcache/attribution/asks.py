@@ -85,7 +85,7 @@ class Point:
         inputs: entries that differ from the user's TensorDict.
         replace: by path, what stands in place of a module's output.
         modifiers: what changes the backward of these rows.
-        copies: how many times the user's batch the rows are.
+        copies: how many times the user's batch the rows are; of several, the first is the user's own.
     """
 
     label: Hashable
@@ -127,8 +127,9 @@ class View:
         """The target's values, one per row."""
 
     def value(self, place: Place) -> Tensor:
-        """The activation."""
-        return self._rows.part(self._values[place], place.name)
+        """The activation; one that all rows share, such as that of position embeddings, is given as it is."""
+        value: Tensor = self._values[place]
+        return value if value.shape[:1] == (1,) else self._rows.part(value, place.name)
 
     def reached(self, place: Place) -> bool:
         """Whether a gradient came."""

@@ -185,7 +185,7 @@ def _shared_pass(
 ) -> TensorDictBase:
     results = {"attr", "gap", "baseline", "corrupt"}
     bare = data.exclude(*(key for key in results if key in data)) if results & set(data.keys()) else data
-    runner = _runner(module, bare, forward, crowd)
+    runner = _runner(module, _without_inference(bare), forward, crowd)
     base = Point(label="base")
     frames = [
         Frame(runner, data, member.selections, member.factory.target, member.factory.modifiers, base=base)
@@ -234,6 +234,16 @@ def _runner(module: HookedModule, data: TensorDictBase, forward: Any, crowd: lis
         create_graph=any(member.factory.create_graph for member in crowd),
         snapshot=any(copies) if copies else None,
     )
+
+
+def _without_inference(data: TensorDictBase) -> TensorDictBase:
+    """Inference tensors take part in no backward: they are copied."""
+    copies = {
+        key: value.clone()
+        for key, value in data.items(include_nested=True, leaves_only=True)
+        if isinstance(value, Tensor) and value.is_inference()
+    }
+    return data.copy().update(copies) if copies else data
 
 
 def _runs_otherwise(module: HookedModule) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,7 +16,8 @@ from tdcache.attribution.frame import Baseline, Frame
 from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.integrated import gap_key
 from tdcache.attribution.lrp.linear import ELEMENTWISE
-from tdcache.attribution.lrp.replaced import ReplacedBackward, install_replaced
+from tdcache.attribution.lrp.replaced import Call, ReplacedBackward, ReplacedRule, install_replaced
+from tdcache.attribution.targets import At, Target
 from tdcache.errors import AttributionError
 from tdcache.hooks import MultiHookHandle, Order, attach
 from tdcache.selection import select
@@ -25,7 +27,9 @@ __all__ = ["DeepLift", "RESCALED", "Rescale"]
 
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
-RESCALED: tuple[type[nn.Module], ...] = (*ELEMENTWISE, *_POOLS, nn.Softmax)
+_SOFTMAXES = (nn.Softmax, nn.LogSoftmax)
+
+RESCALED: tuple[type[nn.Module], ...] = (*ELEMENTWISE, *_POOLS, *_SOFTMAXES)
 """Modules that DeepLift has a rule for."""
 
 
@@ -33,12 +37,12 @@ class Rescale:
     """At elementwise modules the slope between input and reference takes the derivative's place (the rescale rule).
 
     The rows are the inputs followed by as many references. A max pool hands what its output rises by to the input's
-    maximum, or to the reference's where that is larger. A softmax is the exponential, a sum and a quotient, each with
-    its own slope, so that it is complete even where a logit stays as it was.
+    maximum, or to the reference's where that is larger. A softmax has a rule of its own (:class:`_Softmax`), complete
+    for every output and indifferent to a constant added to all logits.
 
     Args:
         selector: which modules; by default the classes of :data:`RESCALED`. Those that are neither max pools nor
-            ``nn.Softmax`` count as elementwise.
+            softmaxes count as elementwise.
         eps: differences below it use the derivative.
     """
 
@@ -52,8 +56,8 @@ class Rescale:
     def install(self, model: nn.Module, rows: Rows | None, handle: MultiHookHandle) -> None:
         """Add the hooks."""
         for path, module, _ in select(model, self.selector, allow_empty=True):
-            if isinstance(module, (*_POOLS, nn.Softmax)):
-                rule = (_MaxPool if isinstance(module, _POOLS) else _Softmax)(self.eps)
+            if isinstance(module, (*_POOLS, *_SOFTMAXES)):
+                rule: ReplacedRule = _MaxPool(self.eps) if isinstance(module, _POOLS) else _Softmax()
                 install_replaced(module, ReplacedBackward(path, rule, rows), handle)
                 continue
             hook = _RescaleHook(self, path, rows)
@@ -97,19 +101,20 @@ class _Slope(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         before, after = ctx.saved_tensors
         hook: _RescaleHook = ctx.hook
-        rows = hook.rows or Rows(0, before.shape[0], before.shape[0])
-        own = rows.of(before, hook.path)
-        x, reference = before[own].chunk(2)
-        y, y_reference = after[own].chunk(2)
-        step = x - reference
-        flat = step.abs() < hook.rule.eps
-        slope = (y - y_reference) / torch.where(flat, torch.ones_like(step), step)
-        slope, flat = torch.cat([slope, slope]), torch.cat([flat, flat])
-        through = torch.zeros_like(grad)
-        through[own] = torch.where(flat, torch.zeros_like(slope), slope * grad[own])
-        plain = grad.clone()
-        plain[own] = torch.where(flat, grad[own], torch.zeros_like(slope))  # by the module's own derivative
-        return through, plain, None
+        rows = slice(None) if hook.rows is None else hook.rows.of(before, hook.path)
+        step, rise = _rise(before[rows]), _rise(after[rows])
+        steps = step.abs() >= hook.rule.eps
+        slope = torch.where(steps, rise / torch.where(steps, step, 1), 0)
+        arrives = grad[rows].unflatten(0, (2, -1))
+        through, plain = (arrives * slope).flatten(0, 1), (arrives * ~steps).flatten(0, 1)
+        if rows != slice(None):
+            through = torch.zeros_like(grad).index_put((_indices(rows, grad),), through)
+            plain = grad.index_put((_indices(rows, grad),), plain)
+        return through, plain, None  # where there is no step, by the module's own derivative
+
+
+def _indices(rows: slice, tensor: Tensor) -> Tensor:
+    return torch.arange(rows.start, rows.stop, device=tensor.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +123,10 @@ class _MaxPool:
 
     eps: float
 
-    def gradient(self, module: nn.Module, x: Tensor, y: Tensor, grad: Tensor, norm: nn.Module | None) -> Tensor:
+    def gradient(self, call: Call, x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
         """The multipliers of inputs and references times ``grad``."""
-        settings: Any = module
-        space = next(size for size, kind in enumerate(_POOLS, 1) if isinstance(module, kind))
+        settings: Any = call.module
+        space = next(size for size, kind in enumerate(_POOLS, 1) if isinstance(settings, kind))
         pool: Any = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[space - 1]
         _, found = pool(
             x,
@@ -147,24 +152,38 @@ class _MaxPool:
 
 @dataclass(frozen=True, slots=True)
 class _Softmax:
-    """``y = e / s`` of ``e = exp(x)`` and their sum ``s``; a product ``e * r`` rises by its factors' rises in turn."""
+    r"""``M = diag(L) - L L^T / sum(L)``, with ``L`` the logarithmic means of the two softmaxes ``p`` and ``p'``.
 
-    eps: float
+    With ``d`` the step of the logits and ``c`` that of their ``logsumexp``, ``log p - log p' = d - c``, so that
+    ``p - p' = L (d - c)``; both sides sum to zero, hence ``c = L^T d / sum(L)`` and ``p - p' = M d``. Equal logits give
+    ``L = p``, the derivative. A logarithm rises by ``d - c``: ``nn.LogSoftmax`` has ``M = I - 1 L^T / sum(L)``. Where a
+    logit is minus infinity its mean is zero, and so are its multipliers.
+    """
 
-    def gradient(self, module: nn.Module, x: Tensor, y: Tensor, grad: Tensor, norm: nn.Module | None) -> Tensor:
+    def gradient(self, call: Call, x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
         """The multipliers of inputs and references times ``grad``."""
-        axis: Any = module.dim
+        module, axis = call.module, getattr(call.module, "dim", None)
         if axis is None:  # as torch chooses
             axis = 0 if x.ndim in (0, 1, 3) else 1
-        peak = torch.maximum(*x.amax(axis, keepdim=True).chunk(2))
-        e = torch.exp(x - torch.cat([peak, peak]))
-        r = 1 / e.sum(axis, keepdim=True)
-        (high, low), (high_r, low_r) = e.chunk(2), r.chunk(2)
-        mean_e, mean_r, slope_r = (high + low) / 2, (high_r + low_r) / 2, -high_r * low_r
-        mean_e, mean_r, slope_r = (torch.cat([each, each]) for each in (mean_e, mean_r, slope_r))
-        to_e = grad * mean_r + (grad * mean_e).sum(axis, keepdim=True) * slope_r
-        rise = _rise(e)
-        return _quotient(to_e * torch.cat([rise, rise]), x, to_e * e, self.eps)
+        elif axis >= 0:
+            axis -= x.ndim  # the pair gets an axis of its own, in front
+        mean = _logarithmic_mean(wide(x).log_softmax(axis)).unsqueeze(0)
+        share = mean / mean.sum(axis, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
+        arrives: Tensor = wide(grad).unflatten(0, (2, -1))
+        if isinstance(module, nn.LogSoftmax):
+            found: Tensor = arrives - share * arrives.sum(axis, keepdim=True)
+        else:
+            found = mean * (arrives - (share * arrives).sum(axis, keepdim=True))
+        return found.flatten(0, 1).to(x.dtype)
+
+
+def _logarithmic_mean(logs: Tensor) -> Tensor:
+    """``(p - p') / (log p - log p')`` of the exponentials of both halves; their common value where they are equal."""
+    high, low = logs.chunk(2)
+    top, step = torch.maximum(high, low), (high - low).abs()
+    steps = step > 0  # false also between two infinities
+    step = torch.where(steps, step, 1)
+    return top.exp() * torch.where(steps, -torch.expm1(-step) / step, 1)
 
 
 def _rise(values: Tensor) -> Tensor:
@@ -191,13 +210,22 @@ class DeepLift(Attribution):
     Args:
         baseline: the reference; see :class:`IntegratedGradients`.
         rule: where the slope takes the derivative's place.
+        multiply_by_inputs: multiply by the difference; without, the scores are the multipliers.
         **options: see :class:`Attribution`.
     """
 
-    def __init__(self, *, baseline: Baseline = None, rule: Rescale | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        baseline: Baseline = None,
+        rule: Rescale | None = None,
+        multiply_by_inputs: bool = True,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         self.baseline = baseline
         self.rule = Rescale() if rule is None else rule
+        self.multiply_by_inputs = multiply_by_inputs
 
     def work(self, frame: Frame) -> Work:
         """Ask for what the scores need, and compute them."""
@@ -211,19 +239,34 @@ class DeepLift(Attribution):
         doubled = {key: torch.cat([frame.data.get(key), low]) for key, low in start.items()}
         point = frame.point(("pair", id(self)), inputs=doubled, modifiers=(self.rule,), copies=2)
         seen = {name: Seen(places, with_values=False) for name in frame.targets}
-        yield [frame.ask(point, each, frame.targets[name], grads=places) for name, each in seen.items()]
+        yield [frame.ask(point, each, _of_both(frame.targets[name]), grads=places) for name, each in seen.items()]
         scores = {}
         for name, each in seen.items():
             rows = frame.data.batch_size[0]
-            parts = {
-                place: wide(each.grads[place][:rows]) * wide(frame.data.get(place.name) - start[place.name])
-                for place in places
-            }
+            grads = {place: wide(each.grads[place][:rows]) for place in places}
+            steps = {place: wide(frame.data.get(place.name) - start[place.name]) for place in places}
+            # A masked logit has no multiplier, and its step is infinite or undefined.
+            parts = {place: torch.where(grads[place] == 0, 0, grads[place] * steps[place]) for place in places}
             values = each.target
             if values is None:
                 raise AttributionError("the target was not computed")
             total = sum(part.reshape(*values[:rows].shape, -1).sum(-1) for part in parts.values())
             for place, part in parts.items():
-                scores[key_of(self.name, name, place)] = part
+                scores[key_of(self.name, name, place)] = part if self.multiply_by_inputs else grads[place]
                 scores[gap_key(self.name, name, place)] = total - wide(values[:rows] - values[rows:])
         return scores
+
+
+def _of_both(target: Target) -> Target:
+    return target if isinstance(target, At) and target.is_one_for_all else _OfBoth(target)
+
+
+@dataclass(frozen=True, slots=True)
+class _OfBoth:
+    """A target that may have one index per row, taken of the inputs and of the references by themselves."""
+
+    target: Target
+
+    def __call__(self, data: TensorDictBase) -> Tensor:
+        rows = data.batch_size[0] // 2
+        return torch.cat([self.target(data[:rows]), self.target(data[rows:])])

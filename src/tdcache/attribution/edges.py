@@ -133,7 +133,8 @@ class EdgeAttributionPatching(Attribution):
         return frame.runner.ran_before(writer, reader)
 
     def _score(self, change: Tensor, grad: Tensor) -> Tensor:
-        if change.shape != grad.shape:
+        each_row = grad.shape[1:]  # position embeddings are written to every row
+        if change.shape not in (grad.shape, each_row, (1, *each_row)):
             raise AttributionError(
                 f"a writer gives {tuple(change.shape)} and a reader takes {tuple(grad.shape)}; they share one "
                 "stream, so select modules whose outputs are added to what readers get"

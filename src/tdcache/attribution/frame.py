@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from tdcache.attribution.asks import Ask, Modifies, Place, Point, View
 from tdcache.attribution.runs import Runner
 from tdcache.attribution.targets import Target, TargetLike, as_targets
-from tdcache.errors import AttributionError
+from tdcache.errors import AttributionError, listed
 from tdcache.selection import Selection
 from tdcache.types import CacheKey
 
@@ -104,11 +105,28 @@ class Frame:
 
     def _given(self, node: str) -> dict[CacheKey, Tensor]:
         given: dict[CacheKey, Tensor] = {}
+        there = self.data.get(node, None)
+        if isinstance(there, Tensor):
+            raise AttributionError(
+                f"data[{node!r}] is a tensor; say of which input, data[{node!r}, {self.runner.in_keys[0]!r}]"
+            )
+        if there is not None:
+            self._refuse_unknown(node, there.keys(include_nested=True, leaves_only=True))
         for key in self.runner.in_keys:
             value = self.data.get((node, key) if isinstance(key, str) else (node, *key), None)
             if value is not None:
                 given[key] = _fitted(value, self.data.get(key), node, key)
         return given
+
+    def _refuse_unknown(self, node: str, keys: Iterable[Any]) -> None:
+        """Refuse entries that name nothing: the input they are meant for would be compared with zeros."""
+        names = {key: ".".join(key) if isinstance(key, tuple) else str(key) for key in self.runner.in_keys}
+        for key in keys:
+            if key in names or (isinstance(key, str | tuple) and self.data.get(key, None) is not None):
+                continue
+            near = get_close_matches(".".join(key) if isinstance(key, tuple) else str(key), names.values())
+            hint = f"did you mean {listed(near)}?" if near else f"the inputs are {listed(list(names.values()))}"
+            raise AttributionError(f"the {node} has an entry {key!r}, and the model has no input of that name; {hint}")
 
     def baselines(self, baseline: Baseline) -> dict[CacheKey, Tensor]:
         """The baseline of every input that has one: given in the TensorDict, as an argument, or zeros.
@@ -117,6 +135,8 @@ class Frame:
             AttributionError: one of another shape.
         """
         found = self._given("baseline")
+        if isinstance(baseline, Mapping):
+            self._refuse_unknown("baseline", baseline)
         for key, tensor in self.inputs().items():
             if key in found:
                 continue

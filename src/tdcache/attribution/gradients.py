@@ -124,18 +124,8 @@ class GuidedBackpropagation(Saliency):
         super().__init__(absolute=absolute, modifiers=modifiers, **options)
 
 
-class GradientXActivation(SiteAttribution):
-    r"""The gradient times the activation at every selected module, all of them in one forward and one backward.
-
-    Example:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
-        >>> with GradientXActivation(r"\d", target=0).prepare(model) as hooked:
-        ...     td = hooked(TensorDict({"input": torch.ones(4, 3)}, batch_size=[4]))
-        >>> td["attr", "1"].shape
-        torch.Size([4, 3])
-    """
+class _SiteMethod(SiteAttribution):
+    """A method that scores what modules return from one gradient."""
 
     def work(self, frame: Frame) -> Work:
         """Ask for what the scores need, and compute them."""
@@ -152,10 +142,36 @@ class GradientXActivation(SiteAttribution):
         }
 
     def _score(self, value: Tensor, grad: Tensor) -> Tensor:
-        return gradient_x_activation(wide(value), wide(grad))
+        raise NotImplementedError
 
 
-class GradCAM(GradientXActivation):
+class GradientXActivation(_SiteMethod):
+    r"""The gradient times the activation at every selected module, all of them in one forward and one backward.
+
+    Args:
+        selector: which modules.
+        multiply_by_inputs: multiply by the activation; without, the scores are the gradients.
+        **options: see :class:`SiteAttribution`.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> with GradientXActivation(r"\d", target=0).prepare(model) as hooked:
+        ...     td = hooked(TensorDict({"input": torch.ones(4, 3)}, batch_size=[4]))
+        >>> td["attr", "1"].shape
+        torch.Size([4, 3])
+    """
+
+    def __init__(self, selector: Selector, *, multiply_by_inputs: bool = True, **options: Any) -> None:
+        super().__init__(selector, **options)
+        self.multiply_by_inputs = multiply_by_inputs
+
+    def _score(self, value: Tensor, grad: Tensor) -> Tensor:
+        return gradient_x_activation(wide(value), wide(grad)) if self.multiply_by_inputs else wide(grad)
+
+
+class GradCAM(_SiteMethod):
     """Channels weighted by their mean gradient and summed (Selvaraju et al. 2017, arXiv:1610.02391).
 
     Scores have shape ``(batch, 1, *space)`` of the selected modules' outputs ``(batch, channels, *space)``.

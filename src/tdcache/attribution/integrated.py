@@ -18,7 +18,7 @@ from tdcache.errors import AttributionError
 from tdcache.selection import as_matcher
 from tdcache.types import Match, Pick, Selector
 
-__all__ = ["IntegratedGradients", "WeightedSum", "gap_key"]
+__all__ = ["IntegratedGradients", "WeightedSum", "gap_key", "row_sum"]
 
 
 def gap_key(name: str | None, target: str | None, place: Place) -> tuple[Any, ...]:
@@ -217,7 +217,7 @@ class IntegratedGradients(Attribution):
                 scores[key_of(self.name, name, place)] = products[place] if self.multiply_by_inputs else grads[place]
                 gap = wanted[name if joint else (name, place)]
                 parts = list(products.values()) if joint else [products[place]]
-                scores[gap_key(self.name, name, place)] = _row_sum(parts, gap) - wide(gap)
+                scores[gap_key(self.name, name, place)] = row_sum(parts, gap) - wide(gap)
         return scores
 
 
@@ -247,7 +247,7 @@ def _differences(high: Mapping[Any, Seen], low: Mapping[Any, Seen]) -> dict[Any,
     return {name: _minus(high[name], low[name]) for name in high}
 
 
-def _row_sum(parts: list[Tensor], like: Tensor) -> Tensor:
+def row_sum(parts: list[Tensor], like: Tensor) -> Tensor:
     """The sum of all scores of each row, in the shape of the target's values."""
     total = torch.zeros_like(wide(like))
     for part in parts:

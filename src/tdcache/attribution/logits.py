@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdcache.attribution.asks import Place, wide
+from tdcache.attribution.asks import Place, Point, wide
 from tdcache.attribution.base import Attribution, SiteAttribution, Work
 from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import Seen, key_of
+from tdcache.attribution.integrated import row_sum
 from tdcache.attribution.lrp.norms import FreezeNorm
+from tdcache.attribution.norms import NormForm
 from tdcache.attribution.reductions import gradient_x_activation
 from tdcache.errors import AttributionError
 from tdcache.hooks.values import first_tensor
@@ -26,9 +28,11 @@ class DirectLogitAttribution(Attribution):
     """What each writer adds to a logit, or a difference of logits, directly: past all later layers.
 
     The final norm's scale is frozen, so that the logit is linear in the stream: ``(u - mean(u)) * gamma / scale`` times
-    the unembedding's direction, plus a bias term, ``data["attr", "bias"]``. The scores of everything that is written to
-    the stream sum, with the bias, to the target exactly. The target must be linear in the logits, such as
-    ``lambda td: td["output"][:, -1, right] - td["output"][:, -1, wrong]``.
+    the unembedding's direction, plus a bias term, ``data["attr", "bias"]``: the target of a stream of zeros, for which
+    the model runs forward once more. The scores of everything that is written to the stream sum, with the bias, to the
+    target exactly where that is linear in what the norm returns, such as
+    ``lambda td: td["output"][:, -1, right] - td["output"][:, -1, wrong]``; ``data["gap", "bias"]`` holds, per row, by
+    how much they miss it where it is not (a softmax, logits that are capped).
 
     Args:
         writers: modules whose outputs are added to the stream.
@@ -73,17 +77,29 @@ class DirectLogitAttribution(Attribution):
                 for name, each in seen.items()
             ),
         ]
+        start = {name: Seen((), with_values=False, with_grads=False) for name in frame.targets}
+        at_zero = self._without_stream(frame, stream, next(iter(seen.values())).values[stream])
+        yield [frame.ask(at_zero, each, frame.targets[name]) for name, each in start.items()]
         scores: dict[tuple[Any, ...], Tensor] = {}
         for name, each in seen.items():
             grad, value = wide(each.grads[stream]), each.target
             for place in writers:
                 product = gradient_x_activation(self._fitting(outputs.values[place], grad, place), grad)
                 scores[key_of(self.name, name, place)] = product if self.reduce is None else product.sum(self.reduce)
-            if value is None:
+            bias = start[name].target
+            if value is None or bias is None:
                 raise AttributionError("the target was not computed")
             whole = gradient_x_activation(wide(each.values[stream]), grad)
-            scores[key_of(self.name, name, "bias")] = wide(value) - whole.reshape(*value.shape, -1).sum(-1)
+            key = key_of(self.name, name, "bias")
+            scores[key] = wide(bias)
+            scores["gap", *key[1:]] = row_sum([whole], value) + wide(bias) - wide(value)
         return scores
+
+    def _without_stream(self, frame: Frame, stream: Place, value: Tensor) -> Point:
+        """The point where the norm returns what it adds to a stream of zeros."""
+        path = str(stream.name)
+        bias = NormForm.of(resolve(frame.model, path), path, value).bias
+        return frame.point(("no stream", id(self)), replace={path: bias.expand_as(value)})
 
     @staticmethod
     def _fitting(value: Tensor, grad: Tensor, place: Place) -> Tensor:

@@ -46,7 +46,8 @@ def attention_rollout(
         patterns: attention probabilities of each layer, first layer first, ``(batch, heads, query, key)``.
         gradients: of the target with respect to them; heads are then weighted by the positive part of gradient times
             pattern (Chefer et al. 2021, arXiv:2103.15679) instead of averaged.
-        residual: the share of the skip connection.
+        residual: the share of the skip connection. With gradients a layer is ``2 * (residual * I + (1 - residual) *
+            heads)``, which at one half is the paper's ``I + heads``.
 
     Returns:
         ``(batch, query, key)``.
@@ -55,11 +56,9 @@ def attention_rollout(
     for layer, pattern in enumerate(patterns):
         mixed = (pattern if gradients is None else (pattern * gradients[layer]).relu()).mean(dim=1)
         eye = torch.eye(mixed.shape[-1], dtype=mixed.dtype, device=mixed.device)
-        if gradients is None:
-            mixed = (1 - residual) * mixed + residual * eye
-            step = mixed / mixed.sum(-1, keepdim=True)  # R = prod_l norm((mean_h P_l + I) / 2)
-        else:
-            step = eye + mixed
+        mixed = (1 - residual) * mixed + residual * eye
+        # R = prod_l norm((mean_h P_l + I) / 2); weighted by gradients, rows have no sum to keep.
+        step = mixed / mixed.sum(-1, keepdim=True) if gradients is None else 2 * mixed
         joint = step if joint is None else step @ joint
     if joint is None:
         raise ValueError("attention_rollout needs at least one layer")

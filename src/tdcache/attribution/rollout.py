@@ -50,7 +50,9 @@ class AttentionRollout(SiteAttribution):
         ]
         return {
             key_of(self.name, name, "rollout"): attention_rollout(
-                [wide(seen.values[place]) for place in places], [wide(seen.grads[place]) for place in places]
+                [wide(seen.values[place]) for place in places],
+                [wide(seen.grads[place]) for place in places],
+                residual=self.residual,
             )
             for name, seen in each.items()
         }

@@ -83,6 +83,7 @@ class Runner:
         self._chunk = (chunk or 1 << 30) if self._stacks else 1
         self._base: Point | None = None
         self._last: Point | None = None
+        self._calls: dict[str, int] = {}
 
     def run(self, asks: Iterable[Ask], base: Point) -> None:
         """Run the points that are asked for, each once, and hand the sinks their views."""
@@ -118,7 +119,7 @@ class Runner:
         """Whether the point's outputs are those of the user's rows; modifiers change no value, only the backward."""
         if point.modifiers and (self.watched or self._create_graph):
             return False
-        return not point.inputs and not point.replace and point.copies == 1
+        return point.copies > 1 or not (point.inputs or point.replace)
 
     def ran_before(self, first: Place, second: Place) -> bool:
         """Whether ``first`` was seen before ``second``; both were asked for in the same point."""
@@ -138,6 +139,7 @@ class Runner:
             check_unchanged([tap for tap in taps.values() if tap.wants_value])
             for place, tap in taps.items():
                 self.fired.setdefault(place, tap.when)
+                self._calls[str(place.name)] = tap.calls
             values: dict[Place, Any] = {place: tap.chosen()[0] for place, tap in taps.items()}
             values |= {Place("key", key): tensor for key, tensor in inputs.items()}
             self._differentiate(groups, rows, after, values, taps, inputs)
@@ -198,7 +200,8 @@ class Runner:
                 for path, tensor in point.replace.items():
                     replaced.setdefault(path, []).append((None if alone else part, tensor))
             for path, parts in replaced.items():
-                swap = Replacement(path, self._options.get(path, (None, None))[0], parts)
+                pick, call = self._options.get(path, (None, None))
+                swap = Replacement(path, pick, call if call is None or call >= 0 else self._calls[path] + call, parts)
                 handle.add(attach(self._modules[path], swap.on_output, order=Order.EDIT))
             return self._tap(asks, handle), handle
         except BaseException:
@@ -253,7 +256,7 @@ class Runner:
         for group, part in zip(groups, rows, strict=True):
             point = group[0].point
             if point.label == getattr(self._base, "label", None) or (self.final is None and self._gives_outputs(point)):
-                self.final = _rows_of(after, part)
+                self.final = _rows_of(after, _first(part, point.copies))
             found = self._targets(group, after, part, whole, seeds)
             for ask in group:
                 value = None if ask.target is None else found[ask.target]
@@ -339,6 +342,10 @@ def _only_run(point: Point) -> Ask:
 
 def _rows_of(after: TensorDictBase, part: Rows) -> TensorDictBase:
     return after if part.total == part.stop - part.start else after[part.start : part.stop]
+
+
+def _first(part: Rows, copies: int) -> Rows:
+    return Rows(part.start, part.start + (part.stop - part.start) // copies, part.total)
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:

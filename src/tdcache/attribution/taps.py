@@ -61,6 +61,11 @@ class _Tap:
         version = -1 if value is None or value.is_inference() else value._version
         self._seen.append((value, version, edge))
 
+    @property
+    def calls(self) -> int:
+        """How often the module ran."""
+        return len(self._seen)
+
     def grad(self) -> Tensor | None:
         """The gradient that arrived at the call that counts."""
         self.chosen()
@@ -146,13 +151,17 @@ class Replacement:
 
     order = Order.EDIT
 
-    def __init__(self, path: str, pick: Pick, parts: Sequence[tuple[Rows | None, Tensor]]) -> None:
+    def __init__(self, path: str, pick: Pick, call: int | None, parts: Sequence[tuple[Rows | None, Tensor]]) -> None:
         self.path = path
         self.pick = pick
+        self.call = call
         self.parts = parts
+        self._calls = count()
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Exchange the rows."""
+        """Exchange the rows, in the call that counts."""
+        if next(self._calls) != self.call and self.call is not None:
+            return output
         tensor = pick_tensor(output, self.pick, self.path)
         for rows, part in self.parts:
             new = part.to(tensor)

@@ -4,8 +4,9 @@ from tdcache.cache.capture import Capture
 from tdcache.cache.channel import Channel
 from tdcache.cache.keep import Keep, Transfers
 from tdcache.cache.recorder import Recorder
+from tdcache.cache.stacking import StackBy
 from tdcache.cache.taps import CallbackTap, GradientTap, OutputAndGradientTap, OutputTap, StopTap, ValueTap
-from tdcache.cache.target import EntryTarget, StackBy, Target
+from tdcache.cache.target import EntryTarget, Target
 
 __all__ = [
     "CallbackTap",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,23 +12,27 @@ from torch import nn
 from tdcache.cache.channel import Channel
 from tdcache.cache.keep import Keep
 from tdcache.cache.recorder import Recorder
+from tdcache.cache.stacking import StackBy
 from tdcache.cache.taps import (
     CallbackTap,
     GradientTap,
+    InputGradientTap,
     OutputAndGradientTap,
     OutputTap,
     PlainGradientTap,
     StopTap,
     ValueTap,
 )
-from tdcache.cache.target import StackBy, Target
+from tdcache.cache.target import Target
 from tdcache.errors import DirectionError
-from tdcache.hooks.attach import MultiHookHandle, Order, attach, attach_outputs
+from tdcache.hooks.attach import MultiHookHandle, Order, attach, attach_gradient, attach_outputs, attach_ports
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.factory import check_callback
+from tdcache.hooks.gradient_hooks import GradInputHook, GradOutputHook
+from tdcache.hooks.port import InputPort, OutputPort
 from tdcache.reducers import Reducer
 from tdcache.selection import Selection, Site
-from tdcache.types import HookDirection, Pick
+from tdcache.types import HookDirection, Pick, Removable
 
 __all__ = ["Capture"]
 
@@ -49,7 +53,7 @@ class Capture:
     keep: Keep
     reducer: Reducer
     batch_dims: int
-    stack_by: str | None
+    stack_by: str | Sequence[str] | None
     stop_early: bool
     prepend: bool
 
@@ -106,41 +110,63 @@ class Capture:
         return plain == ["fwd", "bwd"] and not (self.callback or self.pick or self.prepend)
 
     def _place_one(self, selection: Selection, channel: Channel, recorder: Recorder, handle: MultiHookHandle) -> None:
-        direction: HookDirection = channel.direction
-        if self.callback is None and direction in ("fwd", "fwd_kwargs", "bwd", "bwd_pre"):
+        if self.callback is not None:
+            for site in selection:
+                handle.add(self._attach_callback(site, channel, recorder, self.callback))
+        elif channel.direction == "grad_in":
+            for site in selection:
+                tap = InputGradientTap(InputPort(site.path, self.pick), channel, recorder, self.order)
+                handle.add(_Forgotten(tap))
+                handle.add(attach(site.module, tap.on_output, "fwd", order=self.order))
+                handle.add(attach(site.module, tap.on_input, "fwd_pre_kwargs", order=self.order))
+        elif channel.direction.startswith("fwd_pre"):
+            taps = (ValueTap(InputPort(path, self.pick), channel, recorder, self.order) for path in selection.paths)
+            pairs = ((site.module, tap) for site, tap in zip(selection, taps, strict=True))
+            attach_ports(pairs, InputPort.direction, handle, self.order)
+        else:
             attach_outputs(self._output_hooks(selection, channel, recorder), handle, self.order)
-            return
-        for site in selection:
-            hook, how = self._other_hook(site, channel, recorder)
-            handle.add(attach(site.module, hook, how, order=self.order, path=site.path))
 
     def _output_hooks(
         self, selection: Selection, channel: Channel, recorder: Recorder
     ) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-        for path, module, _ in selection:
-            if channel.is_gradient and self.pick is None and channel.takes_aliases and not self.prepend:
+        as_it_is = self.pick is None and channel.takes_aliases
+        for path, module, *_ in selection:
+            if channel.is_gradient and as_it_is and not self.prepend:
                 yield module, PlainGradientTap(path, channel, recorder, self.order).on_plain
             elif channel.is_gradient:
-                yield module, GradientTap(path, channel, recorder, self.order, self.pick).on_output
-            elif self.pick is None and channel.takes_aliases:
+                yield module, GradientTap(OutputPort(path, self.pick), channel, recorder, self.order).on_call
+            elif as_it_is:
                 yield module, OutputTap(path, channel, recorder, self.order).on_output
             else:
-                yield module, ValueTap(path, channel, recorder, self.order, self.pick).on_output
+                yield module, ValueTap(OutputPort(path, self.pick), channel, recorder, self.order).on_call
 
-    def _other_hook(self, site: Site, channel: Channel, recorder: Recorder) -> tuple[Callable[..., Any], HookDirection]:
-        """The hook of one site, and the direction it is registered in."""
-        path, direction = site.path, channel.direction
-        if self.callback is not None:
-            key = (direction, path) if self.nested else path
-            row = direction_row(direction)
-            asked = CallbackTap(path, channel, recorder, self.order, key=key, row=row, callback=self.callback)
-            return asked.on_call, direction
-        tap = ValueTap(path, channel, recorder, self.order, self.pick)
-        return (tap.on_grad_input, "grad_in") if direction == "grad_in" else (tap.on_input, "fwd_pre_kwargs")
+    def _attach_callback(
+        self, site: Site, channel: Channel, recorder: Recorder, callback: Callable[..., Any]
+    ) -> Removable:
+        path, row = site.path, direction_row(channel.direction)
+        key = (channel.direction, path) if self.nested else path
+        tap = CallbackTap(path, channel, recorder, self.order, key=key, row=row, callback=callback)
+        if not row.gradient:
+            return attach(site.module, tap.on_call, channel.direction, order=self.order, path=path)
+        kind = GradOutputHook if row.name == "bwd_pre" else GradInputHook
+        return attach_gradient(site.module, kind(tap, self.order, path, tap.for_call))
 
     def _place_stops(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:
         recorder.stop_after = frozenset(selection.paths)
         before: bool = all(direction.startswith("fwd_pre") for direction in self.directions)
-        for path, module, _ in selection:
+        for path, module, *_ in selection:
             stop = StopTap(path, recorder, Order.STOP)
             handle.add(attach(module, stop.on_call, "fwd_pre" if before else "fwd", order=Order.STOP))
+
+
+class _Forgotten:
+    """Lets a tap forget, when its hooks are removed, the calls that an exception ended."""
+
+    __slots__ = ("tap",)
+
+    def __init__(self, tap: InputGradientTap) -> None:
+        self.tap = tap
+
+    def remove(self) -> None:
+        """Forget."""
+        self.tap.forget()

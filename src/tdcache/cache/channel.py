@@ -8,7 +8,7 @@ plain tensor of a site (a second call, a tuple, a slice) takes the slow path.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, cast
@@ -17,25 +17,19 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.cache.keep import Keep, Transfers, shares_memory
-from tdcache.cache.target import EntryTarget, StackBy
-from tdcache.errors import InplaceModificationError, listed
+from tdcache.cache.ownership import owned, shared_keys
+from tdcache.cache.stacking import StackBy
+from tdcache.cache.target import EntryTarget
 from tdcache.hooks.directions import direction_row
-from tdcache.reducers import Last, Reducer
+from tdcache.inplace import InplaceWatch, overwritten
+from tdcache.reducers import First, Last, Reducer
 from tdcache.types import CacheKey, HookDirection
 
 __all__ = ["Channel"]
 
 _version = attrgetter("_version")
 _requires_grad = attrgetter("requires_grad")
-
-
-@dataclass(slots=True)
-class _Alias:
-    """A tensor that a reducer keeps and that shares memory with one the model still holds."""
-
-    path: str
-    tensor: Tensor
-    version: int
+_is_leaf = attrgetter("is_leaf")
 
 
 @dataclass(slots=True)
@@ -58,6 +52,8 @@ class Channel:
     """The versions of ``values`` when they were taken, where they were not 0."""
     copies: dict[CacheKey, Any] = field(default_factory=dict)
     """The latest forward's values that share no memory with the model."""
+    arrived: dict[CacheKey, int] = field(default_factory=dict)
+    """Of a gradient channel: the serial number of the call that the kept gradient belongs to, where it is not 0."""
     number: int = 0
     """Of a gradient channel: the forward whose gradients are current."""
     accepting: int = -1
@@ -69,9 +65,14 @@ class Channel:
     """Whether values arrive in the backward."""
     latest_only: bool = field(init=False)
     """Whether each forward replaces the entries of the one before."""
-    _aliases: list[_Alias] = field(default_factory=list)
-    _pending: dict[CacheKey, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    _watch: InplaceWatch = field(default_factory=InplaceWatch)
+    """The aliases that reducers and parts of the cache keep."""
+    _pending: dict[CacheKey, list[tuple[int, Any]]] = field(default_factory=dict)
+    """Gradients that wait to be put in the order of their calls."""
+    _pending_watch: InplaceWatch = field(default_factory=InplaceWatch)
     _dirty: bool = False
+    _idle: bool = False
+    """Whether some of ``values`` only stand for sites without a value."""
 
     def __post_init__(self) -> None:
         self.is_gradient = direction_row(self.direction).gradient
@@ -82,6 +83,11 @@ class Channel:
         """The top-level keys of the cache that entries of this direction go to."""
         if self.target.node is not None:
             return (self.target.node,)
+        return self.entry_keys
+
+    @property
+    def entry_keys(self) -> tuple[str, ...]:
+        """The keys of the entries in their node of the cache."""
         return self.paths if self.stack_by is None else tuple(self.stack_by.members)
 
     @property
@@ -92,35 +98,61 @@ class Channel:
     def begin(self) -> None:
         """A forward begins: what the one before left is no longer current."""
         self.values.clear()
-        self.versions.clear()
-        self.copies.clear()
-        if self.latest_only:
-            self._aliases.clear()
-        if self.is_gradient and self.latest_only:
+        self._idle = False
+        if self.versions:
+            self.versions.clear()
+        if self.copies:
+            self.copies.clear()
+        if not self.latest_only:
+            return
+        if self._watch.seen:
+            self._watch.clear()
+        if self.is_gradient:
+            self.arrived.clear()
             self.number += 1
             self.target.reset()
+
+    def has(self, key: CacheKey) -> bool:
+        """Whether the running forward gave a value for this key."""
+        return key in self.copies or self.values.get(key, _ABSENT) is not _ABSENT
 
     def deliver(self, *, backward: bool = False) -> None:
         """A forward (or a backward) is over: check the aliases, detach them, and write the entries to the cache."""
         if self.is_gradient != backward:
             return
         if len(self.fired) < len(self.paths):
-            self.fired.update(key if isinstance(key, str) else key[0] for key in (*self.values, *self.copies))
+            if len(self.values) == len(self.paths) and not (self._idle or self.has_parts):
+                self.fired.update(self.paths)
+            else:
+                self.fired.update(_path_of(key) for key in (*self.values, *self.copies) if self.has(key))
         self.accepting = -1
         self.check()
         if not self.latest_only:
+            self._own_pending()
             return
         values = self.values
+        if backward:
+            values.update({key: values[key].clone() for key in shared_keys(values)})
         if self.keep.hold != "live":
-            needing = list(map(_requires_grad, values.values()))
-            if all(needing):
-                values.update(zip(values, map(Tensor.detach, values.values()), strict=True))
-            elif any(needing):
-                values.update({key: value.detach() for key, value in values.items() if value.requires_grad})
+            self._detach(values)
         if self.copies or self.stack_by is not None or self.has_parts or len(values) != len(self.paths):
             self._deliver_slowly()
         else:
             self.target.write(values, complete=True)
+
+    def _detach(self, values: dict[CacheKey, Any]) -> None:
+        needing = list(map(_requires_grad, values.values()))
+        if not any(needing):
+            return
+        of_leaf: Sequence[CacheKey] = ()
+        if any(map(_is_leaf, values.values())):  # a parameter or an input, which the optimiser or the user writes to
+            of_leaf = [key for key, value in values.items() if value.requires_grad and value.is_leaf]
+        if all(needing):
+            values.update(zip(values, map(Tensor.detach, values.values()), strict=True))
+        else:
+            values.update({key: value.detach() for key, value in values.items() if value.requires_grad})
+        for key in of_leaf:
+            self.copies[key] = values.pop(key).clone()
 
     def _deliver_slowly(self) -> None:
         self.transfers.wait()
@@ -139,6 +171,7 @@ class Channel:
         for path in self.paths:
             if path not in self.values:
                 self.values[path] = _ABSENT
+                self._idle = True
 
     def check(self) -> None:
         """Raise if an alias that is kept was overwritten since.
@@ -150,10 +183,11 @@ class Channel:
             taken = self.versions
             changed = [str(key) for key, value in self.values.items() if value._version != taken.get(key, 0)]
             if changed:
-                raise _overwritten(changed)
-        changed = [alias.path for alias in self._aliases if alias.tensor._version != alias.version]
-        if changed:
-            raise _overwritten(list(dict.fromkeys(changed)))
+                raise overwritten(changed)
+        if self._watch.seen:
+            self._watch.check()
+        if self._pending_watch.seen:
+            self._pending_watch.check()
 
     def take(self, key: CacheKey, path: str, tensor: Any, *, serial: int | None = None) -> None:
         """Keep a value on the slow path.
@@ -164,11 +198,12 @@ class Channel:
             tensor: what the hook saw (a TensorDict where a callback returned one).
             serial: the number of the call, for values that do not arrive in order.
         """
-        kept, is_alias = self._keep(tensor, path)
         self.fired.add(path)
         if not self.latest_only:
-            self._reduce(key, path, kept, is_alias, serial)
-        elif is_alias:
+            self._reduce(key, path, tensor, serial)
+            return
+        kept, is_alias = self._keep(tensor, path)
+        if is_alias:
             self.copies.pop(key, None)
             self.values[key] = kept
             self.versions[key] = kept._version
@@ -183,7 +218,7 @@ class Channel:
         kept, is_alias = self._keep(tensor, path)
         self.transfers.wait()
         if is_alias:
-            self._aliases.append(_Alias(path, kept, kept._version))
+            self._watch.add(path, kept)
         self.target.put(key, kept)
 
     def _keep(self, value: Any, path: str) -> tuple[Any, bool]:
@@ -195,19 +230,31 @@ class Channel:
     def _keep_leaf(self, leaf: Tensor, path: str) -> Tensor:
         kept, is_alias = self._keep(leaf, path)
         if is_alias:
-            self._aliases.append(_Alias(path, kept, kept._version))
+            self._watch.add(path, kept)
         return cast(Tensor, kept)
 
-    def _reduce(self, key: CacheKey, path: str, kept: Any, is_alias: bool, serial: int | None) -> None:
-        self._dirty = True
-        if is_alias and self.reducer.aliases:
-            self._aliases.append(_Alias(path, kept, kept._version))
-        if serial is not None and self.reducer.ordered:
-            self._pending.setdefault(key, []).append((serial, kept))
+    def _reduce(self, key: CacheKey, path: str, value: Any, serial: int | None) -> None:
+        reducer = self._reducer_at(key)
+        if reducer.full:
             return
-        if not self.reducer.aliases:
+        self._dirty = True
+        kept, is_alias = self._keep(value, path)
+        if serial is not None and reducer.ordered:
+            if is_alias:
+                self._pending_watch.add(path, kept)
+            self._wait(key, (serial, kept))
+            return
+        if not reducer.aliases:
             self.transfers.wait()
-        self._reducer_at(key).update(kept)
+        elif is_alias:
+            self._watch.add(path, kept)
+        reducer.update(kept)
+
+    def _wait(self, key: CacheKey, arrival: tuple[int, Any]) -> None:
+        arrivals = self._pending.setdefault(key, [])
+        arrivals.append(arrival)
+        if isinstance(self.reducer, First):  # which wants one only
+            arrivals[:] = [min(arrivals, key=_serial)]
 
     def _reducer_at(self, key: CacheKey) -> Reducer:
         reducer = self.reducers.get(key)
@@ -215,18 +262,38 @@ class Channel:
             reducer = self.reducers[key] = self.reducer.fresh()
         return reducer
 
+    def _own_pending(self) -> None:
+        """A backward is over: what it accumulates into later must not reach the gradients that wait."""
+        for arrivals in self._pending.values():
+            arrivals[:] = [(serial, owned(value)) for serial, value in arrivals]
+        self._pending_watch.clear()
+
     def compute(self) -> None:
         """Write what the reducers hold to the cache."""
         if self.latest_only or not self._dirty:
             return
         self.transfers.wait()
+        self.check()
         for key, arrivals in self._pending.items():
-            for _, value in sorted(arrivals, key=lambda arrival: arrival[0]):
+            for _, value in sorted(arrivals, key=_serial):
                 self._reducer_at(key).update(value)
         self._pending.clear()
+        self._pending_watch.clear()
         entries: dict[CacheKey, Any] = {key: reducer.compute() for key, reducer in self.reducers.items()}
         self.target.write(self._stacked(entries), complete=False)
         self._dirty = False
+
+    def settle(self, outside: Collection[int]) -> None:
+        """The context is left: copy what others could still write to, so that what is kept stays what was seen.
+
+        Args:
+            outside: the storages that the user has in hand.
+        """
+        if self.keep.hold == "live" or self.target.in_place or not self.latest_only or self.stack_by is not None:
+            return
+        values = {key: value for key, value in self.values.items() if value is not _ABSENT}
+        for key in shared_keys(values, outside):
+            self.target.put(key, values[key].clone())
 
     def forget(self) -> None:
         """Drop every value and every entry that was written."""
@@ -237,11 +304,21 @@ class Channel:
 
     def release(self) -> None:
         """Let go of everything but what is in the cache; gradients still on their way are no longer wanted."""
-        for held in (self.values, self.versions, self.copies, self.reducers, self._aliases, self._pending):
+        for held in (self.values, self.versions, self.copies, self.arrived, self.reducers, self._pending):
             held.clear()
+        self._watch.clear()
+        self._pending_watch.clear()
         self.number += 1
         self.accepting = -1
         self._dirty = False
+
+
+def _path_of(key: CacheKey) -> str:
+    return key if isinstance(key, str) else key[0]
+
+
+def _serial(arrival: tuple[int, Any]) -> int:
+    return arrival[0]
 
 
 class _Absent:
@@ -249,14 +326,7 @@ class _Absent:
 
     _version = 0
     requires_grad = False
+    is_leaf = False
 
 
 _ABSENT = _Absent()
-
-
-def _overwritten(paths: Sequence[str]) -> InplaceModificationError:
-    return InplaceModificationError(
-        f"the value kept at {listed(paths, 20)} was overwritten by a later in-place operation "
-        "(such as ReLU(inplace=True)), so it is no longer the activation; keep a copy with hold='snapshot'",
-        paths=paths,
-    )

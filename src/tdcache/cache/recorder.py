@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from threading import get_ident
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tdcache.cache.channel import Channel
+from tdcache.cache.ownership import storage_of, storages_of
+from tdcache.cache.target import ClosedTarget
 from tdcache.errors import CaptureError, RepeatedCallWarning, StopForward, UnfiredSiteWarning, listed, warn_user
 from tdcache.hooks.directions import direction_row
-from tdcache.introspect import calls_on_stack, in_backward, why_not_called
+from tdcache.hooks.values import leaves
+from tdcache.introspect import NO_TASK, backward_task, calls_on_stack, in_backward, why_not_called
 from tdcache.types import CacheKey
 
 __all__ = ["Recorder"]
+
+# Looked up once: these run in every forward.
+is_compiling = torch.compiler.is_compiling
+is_grad_enabled = torch.is_grad_enabled
 
 
 class Recorder:
     """Takes values from the taps of one context and keeps the cache current.
 
     Its ``begin`` and ``end`` are hooks on the root of the model, so that ``hooked(td)``, ``hooked(x)`` and ``model(x)``
-    all count as forwards.
+    all count as forwards. A forward that another thread than the opener's runs is none of ours.
 
     Args:
         channels: one per direction.
@@ -43,6 +51,13 @@ class Recorder:
         self._depth = 0
         self._delivered = True
         self._serial = 0
+        self._thread = get_ident()
+        self._elsewhere = 0
+        """How many forwards of other threads are under way; every hook takes the slow path meanwhile."""
+        self._graph = False
+        """Whether the latest forward made a graph."""
+        self._outside: list[int] = []
+        """Where a graph was made: the storages of what went in and came out."""
         self._root: nn.Module | None = None
         self._warned: set[str] = set()
         self._to_stop: set[str] = set()
@@ -55,8 +70,13 @@ class Recorder:
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """Pre-hook of the root: a forward begins."""
-        if in_backward():
-            return
+        if not is_compiling():
+            if backward_task() != NO_TASK:
+                return
+            if get_ident() != self._thread:
+                self._elsewhere += 1
+                self._idle()
+                return
         if self._depth and calls_on_stack(module) < 2:
             self._depth = 0  # the forward before was left by an exception that torch shows to no hook
         self._depth += 1
@@ -66,17 +86,38 @@ class Recorder:
         self._delivered = False
         for channel in self.channels:
             channel.begin()
+        if self._elsewhere:
+            self._idle()
         if self.stop_after:
             self._to_stop = set(self.stop_after)
 
+    def _idle(self) -> None:
+        for channel in self.channels:
+            channel.idle()
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether what a hook sees now belongs to a forward of another thread."""
+        return self._elsewhere > 0 and get_ident() != self._thread
+
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook of the root, also called when the forward raised: the forward is over."""
-        if in_backward() or not self._depth:
+        if is_compiling():
+            self._depth = max(0, self._depth - 1)
             return
-        self._depth -= 1
-        if self._depth or torch.compiler.is_compiling():
+        if backward_task() != NO_TASK:
+            return
+        if get_ident() != self._thread:
+            self._elsewhere = max(0, self._elsewhere - 1)
+            return
+        if self._depth != 1:
+            self._depth = max(0, self._depth - 1)
             return
         raised = output is None and sys.exc_info()[1] is not None  # torch calls this in its own except block then
+        self._graph = is_grad_enabled()
+        if self._graph:  # what the user has in hand of this forward, by its memory, so that nothing is held
+            handed = (*args, output) if type(output) is Tensor else [each for _, each in leaves((args, output))]
+            self._outside = [storage_of(each) for each in handed if isinstance(each, Tensor)]
         try:
             self.forwards += not raised
             self.deliver()
@@ -89,7 +130,7 @@ class Recorder:
         self._depth = 0
         self._delivered = True
         while self.repeated:
-            self._warn_of_second_call(self.repeated.pop())
+            self.warn_of_second_call(self.repeated.pop())
         for channel in self.channels:
             channel.deliver()
 
@@ -104,41 +145,53 @@ class Recorder:
         Raises:
             StopForward: it was.
         """
+        if self.is_foreign:
+            return
         self._to_stop.discard(path)
         if not self._to_stop and self.running:
             self.forwards += 1
+            self._graph = False
             self.deliver()
-            raise StopForward(path)
+            raise StopForward(path, source=self)
 
     def take(self, channel: Channel, key: CacheKey, path: str, tensor: Any) -> None:
-        """Keep a value; the slow path of every tap."""
-        if channel.is_gradient:
-            self.take_gradient(channel, key, path, tensor, number=channel.number, serial=self._next_serial())
-        elif not self.open or in_backward():
+        """Keep a value of the forward; the slow path of every tap."""
+        if not self.open or in_backward() or self.is_foreign:
             return
-        elif not channel.latest_only:
+        if not channel.latest_only:
             channel.take(key, path, tensor)
-        elif not self.running:
+        elif self.running:
+            if channel.has(key):
+                self.warn_of_second_call(path)
+            channel.take(key, path, tensor)
+        elif get_ident() == self._thread:
             channel.write_now(key, path, tensor)
-        else:
-            if key in channel.values or key in channel.copies:
-                self._warn_of_second_call(path)
-            channel.take(key, path, tensor)
 
-    def take_gradient(
-        self, channel: Channel, key: CacheKey, path: str, grad: Any, *, number: int, serial: int, latest: int = 0
-    ) -> bool:
-        """Keep a gradient when it arrives, unless a later call's (``latest``) is there; says whether it was kept."""
+    def take_gradient(self, channel: Channel, key: CacheKey, path: str, grad: Any, number: int, serial: int) -> None:
+        """Keep a gradient when it arrives.
+
+        Args:
+            channel: where.
+            key: where in it.
+            path: the site.
+            grad: the gradient.
+            number: the forward that it belongs to. Those of an earlier one than the latest are not wanted any more.
+            serial: the call that it belongs to; of several in one forward the latest counts.
+        """
         if not self.open or (channel.latest_only and number != channel.number):
-            return False
+            return
         self._collect()
-        if channel.latest_only and (key in channel.values or key in channel.copies) and latest > serial:
-            self._warn_of_second_call(path)
-            return False
+        if channel.latest_only:
+            latest = channel.arrived.get(key, 0)
+            if latest != serial and channel.has(key):
+                self.warn_of_second_call(path)
+                if latest > serial:
+                    return
+            channel.arrived[key] = serial
         channel.take(key, path, grad, serial=serial)
-        return True
 
-    def _next_serial(self) -> int:
+    def next_serial(self) -> int:
+        """The number of one more call whose gradient is watched."""
         self._serial += 1
         return self._serial
 
@@ -175,11 +228,24 @@ class Recorder:
         for channel in self.channels:
             channel.forget()
 
+    def settle(self, model: nn.Module) -> None:
+        """The context is left: copy what could still be written to."""
+        outside: Collection[int] | None = None
+        if self._graph:
+            outside = storages_of(model).union(self._outside)
+        for channel in self.channels:
+            channel.settle(outside)
+
     def close(self) -> None:
-        """Take nothing any more and let go of everything but what is in the cache."""
+        """Take nothing any more and let go of everything but what is in the cache.
+
+        Hooks that are left on a graph hold this object, and the cache may hold the graph: nothing may lead from here to
+        the cache, or the two would keep each other alive for good.
+        """
         self.open = False
         for channel in self.channels:
             channel.release()
+            channel.target = ClosedTarget()
         self._root = None
 
     def report_unfired(self, model: nn.Module) -> None:
@@ -202,7 +268,8 @@ class Recorder:
         reasons = dict.fromkeys(reason for path in silent if (reason := why_not_called(model, path)))
         return "; ".join([what, *reasons])
 
-    def _warn_of_second_call(self, path: str) -> None:
+    def warn_of_second_call(self, path: str) -> None:
+        """Tell, once per site, that only one of several values is kept."""
         if path in self._warned:
             return
         self._warned.add(path)

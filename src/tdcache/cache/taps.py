@@ -1,13 +1,14 @@
 """The hooks of a caching context: small objects that take a value at one site and hand it to their channel.
 
-They are registered as bound methods, which torch calls faster than objects with ``__call__``.
+They are registered as bound methods, which torch calls faster than objects with ``__call__``. Each common case has a
+tap of its own that does no more than a hand-written hook; every other goes through a port.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDictBase
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 
 from tdcache.errors import CaptureError
 from tdcache.hooks.directions import Direction
-from tdcache.hooks.gradients import handed_on, watch_tensor
-from tdcache.hooks.values import leaves, pick_tensor
-from tdcache.types import CacheKey, Pick
+from tdcache.hooks.gradient_hooks import overwritten_input
+from tdcache.hooks.gradients import handed_on
+from tdcache.hooks.loans import OpenCalls, lend
+from tdcache.hooks.port import InputPort, OutputPort, Port, Steps
+from tdcache.introspect import add_tensor_hook
+from tdcache.types import CacheKey
 
 if TYPE_CHECKING:
     from tdcache.cache.channel import Channel
@@ -26,13 +30,18 @@ if TYPE_CHECKING:
 __all__ = [
     "CallbackTap",
     "GradientTap",
+    "InputGradientTap",
     "OutputAndGradientTap",
     "OutputTap",
     "PlainGradientTap",
     "StopTap",
     "Tap",
     "ValueTap",
+    "part_key",
 ]
+
+
+_version = Tensor._version.__get__  # type: ignore[attr-defined]  # faster than to ask the tensor, and for what it is
 
 
 class Tap:
@@ -67,15 +76,15 @@ class OutputTap(Tap):
         values = self.values
         path = self.path
         try:
-            if output._version or path in values:  # written in place before; a second call, or one outside a forward
-                self.recorder.take(self.channel, path, path, output)
+            if _version(output) or path in values:  # written in place before; a second call, or one outside a forward
+                self._take_part(module, args, output)
                 return
-        except (AttributeError, RuntimeError):  # no tensor; an inference tensor, which has no version counter
-            self._take_part(module, output)
+        except (TypeError, RuntimeError):  # no tensor; an inference tensor, which has no version counter
+            self._take_part(module, args, output)
             return
         values[path] = output
 
-    def _take_part(self, module: nn.Module, output: Any) -> None:
+    def _take_part(self, module: nn.Module, args: Any, output: Any) -> None:
         path = self.path
         if type(output) is tuple and output and isinstance(output[0], Tensor):  # (hidden states, cache, ...)
             tensor = output[0]
@@ -83,75 +92,41 @@ class OutputTap(Tap):
                 self.values[path] = tensor
                 return
         else:
-            tensor = _first_of(module, output, path)
+            tensor = OutputPort(path).read(module, args, output)
         self.recorder.take(self.channel, path, path, tensor)
 
 
 @torch.compiler.substitute_in_graph(OutputTap.on_output, skip_signature_check=True)
 def _on_output_in_graph(self: OutputTap, module: nn.Module, args: Any, output: Any) -> None:
     """:meth:`OutputTap.on_output` in a compiled graph, where a version is not known when the graph is made."""
-    tensor = output if isinstance(output, Tensor) else _first_of(module, output, self.path)
+    tensor = output if isinstance(output, Tensor) else OutputPort(self.path).read(module, args, output)
     if self.path in self.values:
         self.recorder.repeated.add(self.path)
     self.values[self.path] = tensor
 
 
-def _first_of(module: nn.Module, value: Any, path: str, keys: str = "out_keys") -> Tensor:
-    """The first tensor of a value; of the TensorDict that a TensorDict module passes on, the first it made itself."""
-    if isinstance(value, TensorDictBase) and getattr(module, keys, None):
-        value = value.get(getattr(module, keys)[0])
-    return cast(Tensor, pick_tensor(value, None, path))
-
-
 class ValueTap(Tap):
-    """Takes the picked tensor of an output, an input or a gradient of the input."""
+    """Takes what a port reads: an output or an input."""
 
-    __slots__ = ("pick",)
+    __slots__ = ("port",)
 
-    def __init__(self, path: str, channel: Channel, recorder: Recorder, order: int, pick: Pick) -> None:
-        super().__init__(path, channel, recorder, order)
-        self.pick = pick
+    def __init__(self, port: Port, channel: Channel, recorder: Recorder, order: int) -> None:
+        super().__init__(port.path, channel, recorder, order)
+        self.port = port
 
-    def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Keep what is picked of the output."""
-        self._on_value(module, output, "out_keys")
-
-    def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep what is picked of the arguments: positional ones by number, keyword ones by name."""
-        if (isinstance(self.pick, str) and self.pick != "all") or isinstance(self.pick, tuple):
-            self._on_value(module, {**dict(enumerate(args)), **kwargs}, "in_keys")
+    def on_call(self, module: nn.Module, args: Any, rest: Any) -> None:
+        """Keep what is picked of the output, or of the arguments."""
+        port, path = self.port, self.path
+        if port.pick == "all":
+            for steps, tensor in port.parts(module, args, rest):
+                self.recorder.take(self.channel, part_key(path, steps), path, tensor)
         else:
-            inputs = (*args, *kwargs.values())
-            self._on_value(module, inputs[0] if len(inputs) == 1 and self.pick is None else inputs, "in_keys")
-
-    def on_grad_input(self, module: nn.Module, grad_input: Any, grad_output: Any) -> None:
-        """Keep what is picked of the gradients of the inputs, if there is any."""
-        if self.pick is not None or any(grad is not None for grad in grad_input):
-            self._on_value(module, grad_input, "in_keys")
-        else:
-            self.recorder.graphless.add(self.path)
-
-    def _on_value(self, module: nn.Module, value: Any, keys: str) -> None:
-        if self.pick is None:
-            self.recorder.take(self.channel, self.path, self.path, _first_of(module, value, self.path, keys))
-        elif self.pick == "all":
-            for steps, tensor in leaves(value):
-                self.recorder.take(self.channel, _leaf_key(self.path, steps), self.path, tensor)
-        else:
-            picked = _tensor_only(pick_tensor(value, self.pick, self.path), self.path, f"pick={self.pick!r} gives")
-            self.recorder.take(self.channel, self.path, self.path, picked)
+            self.recorder.take(self.channel, path, path, port.read(module, args, rest))
 
 
-def _leaf_key(path: str, steps: tuple[int | str, ...]) -> CacheKey:
+def part_key(path: str, steps: Steps) -> CacheKey:
+    """The key of one part of a site's value (``pick="all"``)."""
     return (path, *map(str, steps)) if steps else path
-
-
-def _tensor_only(kept: Any, path: str, what: str) -> Any:
-    if not isinstance(kept, Tensor | TensorDictBase):
-        raise CaptureError(
-            f"{what} {type(kept).__name__} at {path!r}; a cache holds tensors (or TensorDicts of them)", paths=(path,)
-        )
-    return kept
 
 
 class CallbackTap(Tap):
@@ -179,105 +154,110 @@ class CallbackTap(Tap):
         return f"{type(self).__name__}({self.path!r}, {self.callback!r})"
 
     def on_call(self, *args: Any) -> None:
-        """Ask the callback and keep its answer."""
-        if self.row.gradient and not self.recorder.open:
-            return
+        """Ask the callback about a value of the forward and keep its answer."""
+        if not self.recorder.is_foreign:
+            self.recorder.take(self.channel, self.path, self.path, self._answer(args))
+
+    def for_call(self) -> Callable[..., None]:
+        """The hook for the gradients of the call that is under way."""
+        return partial(self.on_gradient, self.channel.number, self.recorder.next_serial())
+
+    def on_gradient(self, number: int, serial: int, *args: Any) -> None:
+        """Ask the callback about the gradients of one call and keep its answer."""
+        channel, recorder = self.channel, self.recorder
+        if recorder.open and (number == channel.number or not channel.latest_only):
+            recorder.take_gradient(channel, self.path, self.path, self._answer(args), number, serial)
+
+    def _answer(self, args: tuple[Any, ...]) -> Any:
         named = dict(zip(self.row.params, args, strict=True))
         kept = self.callback(**named, key=self.key, direction=self.row.name)
-        self.recorder.take(self.channel, self.path, self.path, _tensor_only(kept, self.path, "callback= returned"))
+        if not isinstance(kept, Tensor | TensorDictBase):
+            raise CaptureError(
+                f"callback= returned {type(kept).__name__} at {self.path!r}; a cache holds tensors (or TensorDicts of "
+                "them)",
+                paths=(self.path,),
+            )
+        return kept
 
 
 class GradientTap(Tap):
     """Takes the gradient of a module's output, by a tensor hook that is set in the forward."""
 
-    __slots__ = ("arrived", "calls", "pick")
+    __slots__ = ("port",)
 
-    def __init__(self, path: str, channel: Channel, recorder: Recorder, order: int, pick: Pick) -> None:
-        super().__init__(path, channel, recorder, order)
-        self.pick = pick
-        self.calls = 0
-        self.arrived = 0
-        """Which of the calls the kept gradient belongs to, where there are several in a forward."""
+    def __init__(self, port: OutputPort, channel: Channel, recorder: Recorder, order: int) -> None:
+        super().__init__(port.path, channel, recorder, order)
+        self.port = port
 
-    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def on_call(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Set a tensor hook on the output, if a gradient can come; returns an alias of an input that is handed on."""
-        if self.pick == "all":
-            result = output
-            for steps, tensor in leaves(output):
-                changed = self._watch(args, result, tensor, _leaf_key(self.path, steps))
-                result = result if changed is None else changed
-            return None if result is output else result
-        if self.pick is None:
-            picked = output if isinstance(output, Tensor) else _first_of(module, output, self.path)
-        else:
-            picked = pick_tensor(output, self.pick, self.path)
-        return self._watch(args, output, picked, self.path)
+        if self.recorder.is_foreign:
+            return None
+        if self.port.pick != "all":
+            return self._watch(module, args, output, self.port.read(module, args, output), self.path)
+        result = output
+        for steps, tensor in self.port.parts(module, args, output):
+            changed = self._watch(module, args, result, tensor, part_key(self.path, steps))
+            result = result if changed is None else changed
+        return None if result is output else result
 
-    def _watch(self, args: Any, output: Any, tensor: Tensor, key: CacheKey) -> Any:
+    def _watch(self, module: nn.Module, args: Any, output: Any, tensor: Tensor, key: CacheKey) -> Any:
         if tensor.requires_grad:
-            self.calls += 1
-            on_grad = partial(self.on_grad, key, self.channel.number, self.calls)
-            return watch_tensor(args, output, tensor, on_grad, self.path)
+            return self.port.watch(module, args, output, tensor, self.taker(key))
         if not torch.compiler.is_compiling():
             self.recorder.graphless.add(self.path)
         return None
 
-    def on_grad(self, key: CacheKey, number: int, call: int, grad: Tensor) -> None:
-        """Take the gradient of one call; of several calls in a forward the latest counts."""
-        if self.recorder.take_gradient(
-            self.channel, key, self.path, grad, number=number, serial=call, latest=self.arrived
-        ):
-            self.arrived = call
+    def taker(self, key: CacheKey) -> Callable[[Tensor], None]:
+        """The tensor hook that takes the gradient of the call that is under way."""
+        return partial(self.on_grad, key, self.channel.number, self.recorder.next_serial())
+
+    def on_grad(self, key: CacheKey, number: int, serial: int, grad: Tensor) -> None:
+        """Take the gradient of one call."""
+        self.recorder.take_gradient(self.channel, key, self.path, grad, number, serial)
 
 
 class PlainGradientTap(GradientTap):
-    """Takes the gradient of an output that is a tensor, as it is: the fast path, by a hook on the node that made it.
-
-    A tensor hook does the same at twice the cost.
-    """
+    """Takes the gradient of an output that is a tensor, as it is: the fast path."""
 
     __slots__ = ("number",)
 
     def __init__(self, path: str, channel: Channel, recorder: Recorder, order: int) -> None:
-        super().__init__(path, channel, recorder, order, None)
+        super().__init__(OutputPort(path), channel, recorder, order)
         self.number = -1
         """The latest forward in which the module was called."""
 
     def on_plain(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Set a hook on the node, in the first call of a forward."""
+        """Set a tensor hook on the output, in the first call of a forward."""
         number = self.channel.number
         is_first, self.number = self.number != number, number
-        if is_first and type(output) is Tensor and self.watch_node(args, output):
+        if is_first and type(output) is Tensor and not self.recorder.is_foreign and self.watch_plain(args, output):
             return None
-        return self.on_output(module, args, output)
+        return self.on_call(module, args, output)
 
-    def watch_node(self, args: Any, output: Tensor) -> bool:
-        """Set a hook on the node that made ``output``, if it was this module that made it; says whether it did."""
-        node = output.grad_fn
+    def watch_plain(self, args: Any, output: Tensor) -> bool:
+        """Set a tensor hook on ``output`` if this module computed it and it is no view; says whether it did."""
         lone = len(args) == 1 and type(args[0]) is Tensor  # spares the call in the common case
         given = args[0] is output if lone else handed_on(output, args)
-        if node is None or output._version or given:
+        if given or output.grad_fn is None or output._base is not None:
             return False
-        node.register_prehook(partial(self.on_grads, self.channel.number, output.output_nr))
+        add_tensor_hook(output, partial(self.on_first, self.channel.number))
         return True
 
-    def on_grads(self, number: int, position: int, grads: tuple[Tensor | None, ...]) -> None:
+    def on_first(self, number: int, grad: Tensor) -> None:
         """Take the gradient of the first call in a forward."""
         channel, path = self.channel, self.path
-        grad = grads[position]
-        if number != channel.accepting or path in channel.values or grad is None:
-            if grad is not None:
-                self.on_grad(path, number, 0, grad)
+        if number != channel.accepting or path in channel.values:
+            self.on_grad(path, number, 0, grad)
             return
-        self.arrived = 0
         channel.versions[path] = grad._version
         channel.values[path] = grad
 
 
 @torch.compiler.substitute_in_graph(PlainGradientTap.on_plain, skip_signature_check=True)
 def _on_plain_in_graph(self: PlainGradientTap, module: nn.Module, args: Any, output: Any) -> Any:
-    """:meth:`PlainGradientTap.on_plain` in a compiled graph, which has no nodes yet when it is made."""
-    return self.on_output(module, args, output)
+    """:meth:`PlainGradientTap.on_plain` in a compiled graph."""
+    return self.on_call(module, args, output)
 
 
 class OutputAndGradientTap(OutputTap):
@@ -290,22 +270,93 @@ class OutputAndGradientTap(OutputTap):
         self.gradient = PlainGradientTap(path, gradient_channel, recorder, order)
 
     def on_both(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Keep the output, and set a hook on the node that made it."""
+        """Keep the output, and watch its gradient."""
         values = self.values
         path = self.path
-        if type(output) is Tensor and path not in values and self.gradient.watch_node(args, output):
+        plain = type(output) is Tensor and path not in values and not output._version
+        if plain and self.gradient.watch_plain(args, output):
             values[path] = output
             return None
-        self.gradient.arrived = 0
         self.on_output(module, args, output)
-        return self.gradient.on_output(module, args, output)
+        return self.gradient.on_call(module, args, output)
 
 
 @torch.compiler.substitute_in_graph(OutputAndGradientTap.on_both, skip_signature_check=True)
 def _on_both_in_graph(self: OutputAndGradientTap, module: nn.Module, args: Any, output: Any) -> Any:
-    """:meth:`OutputAndGradientTap.on_both` in a compiled graph, which has no nodes yet when it is made."""
+    """:meth:`OutputAndGradientTap.on_both` in a compiled graph."""
     _on_output_in_graph(self, module, args, output)
-    return self.gradient.on_output(module, args, output)
+    return self.gradient.on_call(module, args, output)
+
+
+class InputGradientTap(Tap):
+    """Takes the gradient of what a module is called with: the module's own, by an alias that it gets instead."""
+
+    __slots__ = ("calls", "port")
+
+    def __init__(self, port: InputPort, channel: Channel, recorder: Recorder, order: int) -> None:
+        super().__init__(port.path, channel, recorder, order)
+        self.port = port
+        self.calls = OpenCalls()
+
+    def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hand the module an alias, if a gradient can come."""
+        if self.recorder.is_foreign or not torch.is_grad_enabled():
+            self.calls.begin(module)
+            self._note_graphless()
+            return None
+        if self.port.pick == "all":
+            return self._watch_all(module, args, kwargs)
+        tensor = self.port.differentiable(module, args, kwargs)
+        if tensor is None:
+            self.calls.begin(module)
+            self._note_graphless()
+            return None
+        changed, alias, loan = self.port.watch(module, args, kwargs, tensor, self._taker(self.path), tap=self)
+        self.calls.begin(module, (alias,), loan)
+        return changed
+
+    def _note_graphless(self) -> None:
+        if not torch.compiler.is_compiling() and not self.recorder.is_foreign:
+            self.recorder.graphless.add(self.path)
+
+    def _watch_all(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        aliases = [
+            self.port.alias(module, tensor, self._taker(part_key(self.path, steps)), tap=self)
+            if tensor.requires_grad
+            else None
+            for steps, tensor in self.port.parts(module, args, kwargs)
+        ]
+        args, kwargs, loan = lend(args, kwargs, iter(aliases))
+        self.calls.begin(module, [alias for alias in aliases if alias is not None], loan)
+        return args, kwargs
+
+    def _taker(self, key: CacheKey) -> _InputTaker:
+        return _InputTaker(self, key, self.channel.number, self.recorder.next_serial())
+
+    def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The module has run."""
+        if self.calls.end():
+            raise overwritten_input(self.path)
+
+    def forget(self) -> None:
+        """Let go of calls that an exception ended."""
+        self.calls.forget()
+
+
+class _InputTaker:
+    """The tensor hook for one input of one call."""
+
+    __slots__ = ("key", "number", "serial", "tap")
+
+    def __init__(self, tap: InputGradientTap, key: CacheKey, number: int, serial: int) -> None:
+        self.tap = tap
+        self.key = key
+        self.number = number
+        self.serial = serial
+
+    def __call__(self, grad: Tensor) -> None:
+        tap = self.tap
+        tap.recorder.take_gradient(tap.channel, self.key, tap.path, grad, self.number, self.serial)
 
 
 class StopTap:

@@ -7,13 +7,11 @@ from typing import Any, Protocol, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
 
 from tdcache.errors import CacheWriteError, CaptureError, listed
-from tdcache.selection import Site
 from tdcache.types import CacheKey
 
-__all__ = ["EntryTarget", "StackBy", "Target"]
+__all__ = ["ClosedTarget", "EntryTarget", "Target"]
 
 
 class EntryTarget(Protocol):
@@ -39,6 +37,23 @@ class EntryTarget(Protocol):
 
     def reset(self) -> None:
         """Drop every entry that was written here."""
+
+
+class ClosedTarget:
+    """Where entries go after the context has closed: nowhere."""
+
+    cache = None
+    node = None
+    in_place = True
+
+    def write(self, entries: Mapping[CacheKey, Any], *, complete: bool) -> None:
+        """Drop them."""
+
+    def put(self, key: CacheKey, value: Any) -> None:
+        """Drop it."""
+
+    def reset(self) -> None:
+        """Nothing was written here."""
 
 
 class Target:
@@ -219,71 +234,3 @@ class Target:
             tuple(value.shape[: self.batch_dims]) == batch for value in self.cache.values()
         ):
             self.cache.batch_size = batch
-
-
-class StackBy:
-    """Joins the entries of sites that differ in one named group into one dense tensor, with that group as leading axis.
-
-    The key of a joined entry is the values of the other named groups, joined by dots; where there are none, the path
-    with the group's value replaced by ``*``.
-
-    Args:
-        group: the name of the group, for instance ``"layer"``.
-        sites: the selected sites.
-
-    Raises:
-        CaptureError: a site has no such group.
-    """
-
-    def __init__(self, group: str, sites: Sequence[Site]) -> None:
-        without = [site.path for site in sites if site.groups.get(group) is None]
-        if without:
-            there = sorted({name for site in sites for name in site.groups})
-            raise CaptureError(
-                f"stack_by={group!r} needs a named group (?P<{group}>...) in the pattern; "
-                f"{listed(without)} have {f'only {listed(there)}' if there else 'no named groups'}",
-                paths=without,
-            )
-        self.group = group
-        self.members: dict[str, list[str]] = {}
-        for site in sorted(sites, key=lambda site: _axis_order(site.groups[group])):
-            self.members.setdefault(_rest_of(site, group), []).append(site.path)
-
-    def complete(self, entries: Mapping[CacheKey, Any]) -> bool:
-        """Whether every site has an entry."""
-        return all(path in entries for paths in self.members.values() for path in paths)
-
-    def __call__(self, entries: Mapping[CacheKey, Tensor]) -> dict[CacheKey, Tensor]:
-        """The joined entries."""
-        joined: dict[CacheKey, Tensor] = {}
-        for key, paths in self.members.items():
-            missing = [path for path in paths if path not in entries]
-            if missing:
-                raise CaptureError(
-                    f"stack_by={self.group!r} cannot stack {key!r}: {listed(missing)} saw no value in this forward; "
-                    "select only what runs, or leave stack_by= out",
-                    paths=missing,
-                )
-            shapes = {tuple(entries[path].shape) for path in paths}
-            if len(shapes) > 1:
-                differing = ", ".join(f"{path!r} {tuple(entries[path].shape)}" for path in paths[:5])
-                raise CaptureError(
-                    f"stack_by={self.group!r} cannot stack {key!r}: the sites differ in shape, {differing}; "
-                    "use index= or callback=",
-                    paths=paths,
-                )
-            joined[key] = torch.stack([entries[path] for path in paths])
-        return joined
-
-
-def _axis_order(value: str) -> tuple[int, int, str]:
-    return (0, int(value), "") if value.isdecimal() else (1, 0, value)
-
-
-def _rest_of(site: Site, group: str) -> str:
-    others = [value for name, value in site.groups.items() if name != group and value is not None]
-    if others:
-        return ".".join(others)
-    parts = site.path.split(".")
-    value = site.groups[group]
-    return ".".join("*" if part == value else part for part in parts)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
-from tdcache.contexts.context import HookingContext, HookingContextWithCache
+from tdcache.contexts.cached import HookingContextWithCache
+from tdcache.contexts.context import HookingContext
 from tdcache.contexts.factory import HookingContextFactory
-from tdcache.errors import CacheWriteError, ContextError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from tdcache.errors import CacheWriteError, ContextError, StopForward
+from tdcache.types import CacheKey
 
 __all__ = ["CompositeHookingContext", "CompositeHookingContextFactory"]
 
@@ -69,30 +68,53 @@ class CompositeHookingContext(HookingContextWithCache):
         self._refuse_clashes()
         return working
 
-    def _refuse_clashes(self) -> None:
-        seen: dict[Any, int] = {}
+    def _entries(self) -> Iterator[tuple[int, int, CacheKey]]:
+        """Every entry that is written: by which child, to which cache, under which full key."""
         for number, child in enumerate(self.children):
-            if not isinstance(child, HookingContextWithCache) or child.recorder is None:
-                continue
-            for channel in child.recorder.channels:
-                for path in channel.paths:
-                    key = (id(channel.target.cache), channel.target.node, path)
-                    if key in seen:
-                        raise CacheWriteError(
-                            f"children {seen[key]} and {number} of the composite both cache {path!r}; give one of them "
-                            "a cache of its own with cache=TensorDict(), or other sites",
-                            paths=(path,),
-                        )
-                    seen[key] = number
+            if isinstance(child, CompositeHookingContext):
+                yield from ((number, cache, key) for _, cache, key in child._entries())
+            elif isinstance(child, HookingContextWithCache) and child.recorder is not None:
+                for channel in child.recorder.channels:
+                    node = channel.target.node
+                    for key in channel.entry_keys:
+                        yield number, id(channel.target.cache), key if node is None else (node, key)
+
+    def _refuse_clashes(self) -> None:
+        entries: dict[tuple[int, CacheKey], int] = {}
+        nodes: dict[tuple[int, CacheKey], int] = {}
+        for number, cache, key in self._entries():
+            node, path = key if isinstance(key, tuple) else (None, key)
+            # An entry meets another of the same key, or a node of that name; a node meets an entry of its name.
+            other = entries.get((cache, key), nodes.get((cache, key)) if node is None else entries.get((cache, node)))
+            if other is not None:
+                raise CacheWriteError(
+                    f"children {other} and {number} of the composite both cache {path!r}; give one of them "
+                    "a cache of its own with cache=TensorDict(), or other sites",
+                    paths=(path,),
+                )
+            entries[cache, key] = number
+            if node is not None:
+                nodes.setdefault((cache, node), number)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Take the hooks of all children off inside a block."""
+        """Mute the hooks of all children inside a block; each keeps its place."""
         self._needed()
         with ExitStack() as stack:
             for child in self.children:
                 stack.enter_context(child.paused())
             yield
+
+    @contextmanager
+    def _module_restored(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for child in reversed(self.children):  # what was prepared last is undone first
+                stack.enter_context(child._module_restored())
+            stack.enter_context(super()._module_restored())
+            yield
+
+    def _asked_for(self, stop: StopForward) -> bool:
+        return any(child._asked_for(stop) for child in self.children)
 
 
 class CompositeHookingContextFactory(HookingContextFactory):

@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Protocol
 
-import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
-from tdcache.cache.recorder import Recorder
-from tdcache.errors import CacheWriteError, CaptureError, ContextError
+from tdcache.errors import ContextError, StopForward
 from tdcache.hooks.attach import MultiHookHandle
 from tdcache.hooks.compiled import eager_where_stale
-from tdcache.introspect import is_wrapped_by_compile
 from tdcache.modules.call import ModelCall
 from tdcache.modules.hooked import HookedModule, holds_entries
-from tdcache.selection import Matcher, Selection
-from tdcache.types import CacheKey
+from tdcache.selection import Matcher, Selection, as_matcher, depends_on_names_only, select_matching, walk
+from tdcache.types import CacheKey, Match, Selector
 
-if TYPE_CHECKING:
-    from tdcache.contexts.factory import HookingContextFactory
+__all__ = ["HookingContext", "Recipe"]
 
-__all__ = ["HookingContext", "HookingContextWithCache"]
+Keys = list[CacheKey]
+
+
+class Recipe(Protocol):
+    """What a context asks of its factory."""
+
+    @property
+    def runs_module(self) -> bool:
+        """Whether calls are carried out by :meth:`_run_module`."""
+
+    def _prepare_module(
+        self, module: TensorDictModuleBase, in_keys: Keys, out_keys: Keys, extra_relative_path: str
+    ) -> TensorDictModuleBase: ...
+
+    def _restore_module(
+        self, module: TensorDictModuleBase, in_keys: Keys, out_keys: Keys, extra_relative_path: str
+    ) -> TensorDictModuleBase: ...
+
+    def _spawn_hooked_module(
+        self, prep_module: TensorDictModuleBase, hooking_context: HookingContext, extra_relative_path: str
+    ) -> HookedModule: ...
+
+    def _hook_module(self, module: HookedModule) -> MultiHookHandle: ...
+
+    def _run_module(
+        self, module: HookedModule, data: TensorDictBase, forward: Callable[[TensorDictBase], TensorDictBase]
+    ) -> TensorDictBase: ...
+
+
+class _Remembered(NamedTuple):
+    """What was selected at one entry, and among which modules."""
+
+    tree: list[tuple[str, nn.Module]]
+    selection: Selection
 
 
 class HookingContext:
@@ -38,20 +67,17 @@ class HookingContext:
         factory: the recipe.
         module: the model.
         in_keys: see :meth:`HookingContextFactory.prepare`.
-        out_keys: likewise.
-        pre_factories: recipes whose contexts are entered first and left last.
+        out_keys: see :meth:`HookingContextFactory.prepare`.
     """
 
     def __init__(
         self,
-        factory: HookingContextFactory,
+        factory: Recipe,
         module: nn.Module,
         in_keys: Sequence[CacheKey] | Mapping[CacheKey, str] | None = None,
         out_keys: Sequence[CacheKey] | None = None,
-        pre_factories: Sequence[HookingContextFactory] | None = None,
     ) -> None:
-        self.factory = factory
-        self._pre_factories = tuple(pre_factories or ())
+        self.factory: Any = factory
         if isinstance(module, HookedModule):
             self._module: TensorDictModuleBase = module
             self._extra_relative_path = module.relative_path
@@ -67,6 +93,7 @@ class HookingContext:
         self._paused = False
         self._managed = True
         self._was_traced = False
+        self._remembered: dict[Hashable, _Remembered] = {}
         self._hooked_module: HookedModule | None = None
         self._handle = MultiHookHandle()
         self._undo = ExitStack()
@@ -100,28 +127,22 @@ class HookingContext:
             self._was_traced = eager_where_stale(self.model, undo)
             self._hooked_module = hooked = self.factory._spawn_hooked_module(prepared, self, extra)
             self._in_context = self._managed = True
-            self._install()
+            self._handle = self.factory._hook_module(hooked)
         except BaseException as error:
             self._leave(error)
             raise
         return hooked
 
     def _enter_inner(self, undo: ExitStack) -> TensorDictModuleBase:
-        """Enter the contexts that come first; what is wrapped is the module, or the last one's hooked module."""
-        working = self._module
-        for factory in self._pre_factories:
-            working = undo.enter_context(factory.prepare(working))
-        return working
-
-    def _install(self) -> None:
-        self._handle = self.factory._hook_module(self._needed())
-
-    def _uninstall(self) -> None:
-        self._handle.remove()
+        """The module that is wrapped."""
+        return self._module
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    ) -> bool:
+        own_stop = isinstance(error, StopForward) and self._asked_for(error)
+        if own_stop:
+            error = None
         try:
             try:
                 self._leave(error)  # the model is restored before anything is reported
@@ -131,12 +152,17 @@ class HookingContext:
             if error is None:
                 raise
             error.add_note(f"while leaving the context: {type(failure).__name__}: {failure}")
+        return own_stop
+
+    def _asked_for(self, stop: StopForward) -> bool:
+        """Whether a forward that was stopped was stopped by this context."""
+        return False
 
     def _leave(self, error: BaseException | None) -> None:
         undo, self._undo = self._undo, ExitStack()
         try:
             with undo:
-                self._uninstall()
+                self._handle.remove()
                 if error is not None:
                     undo.__exit__(type(error), error, error.__traceback__)
         finally:
@@ -156,34 +182,72 @@ class HookingContext:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Take the hooks off inside a block and put them back on after it; what was captured stays."""
+        """Mute the hooks inside a block: each keeps its place, and what was captured stays."""
         self._needed()
         if self._paused:
             raise ContextError("this context is paused already")
-        self._uninstall()
         self._paused = True
+        self._set_taking(False)
         try:
-            yield
+            with self._handle.muted():
+                yield
         finally:
             self._paused = False
-            if self._in_context:
-                self._install()
+            self._set_taking(self._in_context)
 
     def disable_hooks(self) -> Any:
         """The same as :meth:`paused`."""
         return self.paused()
 
+    def _set_taking(self, taking: bool) -> None:
+        """Whether values that still arrive, such as gradients, are wanted."""
+
     @contextmanager
     def disable(self) -> Iterator[nn.Module]:
         """Undo everything inside a block, which gets the user's own model."""
-        with self.paused():
-            keys = (self._in_keys, self._out_keys, self._extra_relative_path)
-            hooked = self._needed()
-            self.factory._restore_module(hooked.td_module, *keys)
-            try:
-                yield self.model
-            finally:
-                hooked.td_module = self.factory._prepare_module(self._module, *keys)
+        with self.paused(), self._module_restored():
+            yield self.model
+
+    @contextmanager
+    def _module_restored(self) -> Iterator[None]:
+        """Undo inside a block what the recipe did to the module."""
+        keys = (self._in_keys, self._out_keys, self._extra_relative_path)
+        hooked = self._needed()
+        self.factory._restore_module(hooked.td_module, *keys)
+        try:
+            yield
+        finally:
+            hooked.td_module = self.factory._prepare_module(self._module, *keys)
+
+    def select(
+        self,
+        selector: Selector,
+        *,
+        match: Match = "full",
+        allow_empty: bool = False,
+        root: nn.Module | None = None,
+        matcher: Matcher | None = None,
+    ) -> Selection:
+        """The sites that a selector means; those of the last entry where neither it nor the modules have changed.
+
+        Args:
+            selector: see :class:`tdcache.ActivationCaching`.
+            match: how patterns are held against paths.
+            allow_empty: a selector that matches nothing is no error.
+            root: what paths are relative to; the user's own model by default.
+            matcher: what was made of the selector before.
+        """
+        root = self.model if root is None else root
+        tree = walk(root)
+        key = (selector, match, id(root)) if isinstance(selector, Hashable) else None
+        remembered = self._remembered.get(key)
+        if remembered is not None and remembered.tree == tree:
+            return remembered.selection
+        matcher = as_matcher(selector, match) if matcher is None else matcher
+        selection = select_matching(root, matcher, selector, match=match, allow_empty=allow_empty, tree=tree)
+        if key is not None and depends_on_names_only(matcher):
+            self._remembered[key] = _Remembered(tree, selection)
+        return selection
 
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call of the hooked module."""
@@ -212,119 +276,3 @@ class HookingContext:
         if not self._in_context or self._hooked_module is None:
             raise ContextError("this context is closed; enter it first: with context as hooked: ...")
         return self._hooked_module
-
-
-class HookingContextWithCache(HookingContext):
-    """A context with a cache, which stays readable after the block.
-
-    Args:
-        cache: the TensorDict to write to; a new one by default.
-        clear_cache: empty it when the context is entered (a locked one is left as it is).
-        *args: see :class:`HookingContext`.
-        **kwargs: likewise.
-    """
-
-    def __init__(
-        self, *args: Any, cache: TensorDictBase | None = None, clear_cache: bool = True, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        if cache is not None and not isinstance(cache, TensorDictBase):
-            raise ContextError(f"cache= is a TensorDict, got {type(cache).__name__}; TensorDict() makes an empty one")
-        self.has_own_cache = cache is None
-        self._cache = TensorDict(batch_size=[]) if cache is None else cache
-        self._clear_cache = clear_cache
-        self.recorder: Recorder | None = None
-        """The state of the capture while the context is open, as the recipe has begun it."""
-        self._remembered: tuple[Matcher, list[tuple[str, nn.Module]], Selection] | None = None
-
-    @property
-    def cache(self) -> TensorDictBase:
-        """The cache, up to date: one TensorDict from entering to leaving, updated in place by every forward.
-
-        Raises:
-            InplaceModificationError: a kept alias was overwritten since.
-        """
-        if self.recorder is not None:
-            self.recorder.refresh()
-        return self._cache
-
-    def record(self, recorder: Recorder) -> None:
-        """Keep the cache current by ``recorder`` until the context is left."""
-        self.recorder = recorder
-
-    def remember(self, matcher: Matcher, tree: list[tuple[str, nn.Module]], selection: Selection) -> None:
-        """Keep what ``matcher`` selected among the modules ``tree``, for the next entry."""
-        self._remembered = (matcher, tree, selection)
-
-    def recall(self, matcher: Matcher, tree: list[tuple[str, nn.Module]]) -> Selection | None:
-        """What was remembered for just this matcher and these modules."""
-        if self._remembered is None or self._remembered[0] is not matcher or self._remembered[1] != tree:
-            return None
-        return self._remembered[2]
-
-    def share(self, cache: TensorDictBase) -> None:
-        """Write to ``cache``, which somebody else clears, from the next entry on."""
-        self._cache = cache
-        self._clear_cache = False
-
-    def clear(self) -> None:
-        """Empty the cache, and forget what the reducers hold."""
-        if self.recorder is not None:
-            self.recorder.forget()
-        if not self._cache.is_locked:
-            self._cache.batch_size = torch.Size([])
-            self._cache.clear()
-
-    def _enter(self) -> HookedModule:
-        if self._clear_cache and not self._in_context:
-            if self.has_own_cache:  # what the last block left stays with those who hold it
-                self._cache = TensorDict(batch_size=[])
-            else:
-                self.clear()
-        return super()._enter()
-
-    def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Carry out a call; refuses to write outputs over cache entries."""
-        if args and holds_entries(args[0]):
-            named = {key if isinstance(key, str) else key[0] for key in (*self._in_keys, *self._out_keys)}
-            if clash := self.keys_in(args[0]) & named:
-                raise CacheWriteError(
-                    f"the cache is the TensorDict that the model writes to, and {sorted(clash)!r} name both a site "
-                    "and an input or output; rename those with in_keys= and out_keys=, or hand in another cache",
-                    paths=sorted(clash),
-                )
-        return super().call(module, args, kwargs)
-
-    def keys_in(self, data: TensorDictBase) -> set[str]:
-        """The top-level keys of ``data`` that this context writes as a cache."""
-        if data is not self._cache or self.recorder is None:
-            return set()
-        return {key for channel in self.recorder.channels for key in channel.top_keys}
-
-    def _install(self) -> None:
-        super()._install()
-        if self.recorder is not None:
-            self.recorder.open = True
-
-    def _uninstall(self) -> None:
-        super()._uninstall()
-        if self.recorder is not None:
-            self.recorder.open = False
-
-    def _finish(self, error: BaseException | None) -> None:
-        recorder, self.recorder = self.recorder, None
-        if recorder is None:
-            return
-        try:
-            recorder.refresh()
-            fired = any(channel.fired for channel in recorder.channels)
-            if error is None and self._was_traced and not fired and is_wrapped_by_compile(self.model):
-                raise CaptureError(
-                    f"no site of {type(self.model).__name__} saw a value, and torch.compile had traced the model "
-                    "before: its graph skips hooks that came later; prepare the compiled module itself, or enter "
-                    "before its first run"
-                )
-            if error is None:
-                recorder.report_unfired(self.model)
-        finally:
-            recorder.close()

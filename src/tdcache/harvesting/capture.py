@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.caching import ActivationCaching
@@ -18,7 +17,7 @@ from tdcache.errors import CaptureError, RepeatedCallWarning, SelectionError, li
 from tdcache.harvesting.calling import Inputs, as_evaluated, call_model, model_device, to_device
 from tdcache.harvesting.row_rule import BatchRows
 from tdcache.harvesting.whole import whole_tensor
-from tdcache.hooks.values import pick_tensor
+from tdcache.hooks import port_at
 from tdcache.modules import HookedModule
 from tdcache.types import HookDirection, Match, Pick, Selector
 
@@ -57,11 +56,8 @@ class RowTaker:
         """Take the rows of one value."""
         path = key if isinstance(key, str) else key[-1]
         self.calls[path] = self.calls.get(path, 0) + 1
-        value = seen["output"] if "output" in seen else _inputs(seen["args"], seen["kwargs"], self.pick)
-        out_keys: Any = getattr(module, "out_keys", None)
-        if isinstance(value, TensorDictBase) and out_keys and self.pick is None:
-            value = value.get(out_keys[0])  # a TensorDict module hands on what it was given as well
-        tensor = pick_tensor(value, self.pick, path)
+        port = port_at(path, "fwd" if "output" in seen else "fwd_pre", self.pick)
+        tensor = port.read(module, seen["args"], seen["output"] if "output" in seen else seen["kwargs"])
         if not isinstance(tensor, Tensor):
             raise CaptureError(
                 f"pick={self.pick!r} gives {type(tensor).__name__}, no tensor, at {path!r}", paths=(path,)
@@ -88,11 +84,6 @@ class RowTaker:
         if count is not None:
             self.overflow[path] = self.overflow.get(path, torch.zeros((), device=rows.device)) + count
         return rows.to(self.dtype)
-
-
-def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], pick: Pick) -> Any:
-    """What a module was called with: for a name the keyword arguments, else all, positional ones first."""
-    return {**dict(enumerate(args)), **kwargs} if isinstance(pick, str) else (*args, *kwargs.values())
 
 
 def _fits(tensor: Tensor, rows: BatchRows) -> bool:

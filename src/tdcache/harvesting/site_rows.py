@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tdcache.errors import CaptureError
 from tdcache.harvesting.names import HookSite
-from tdcache.hooks.values import pick_tensor
+from tdcache.hooks import port_at
 from tdcache.reducers import Concatenate
 
 __all__ = ["SiteRows"]
@@ -37,8 +37,8 @@ class SiteRows:
 
     def __call__(self, *, module: nn.Module, key: Any, **hooked: Any) -> Tensor:
         """Keep the output; before the forward the first tensor of the arguments, positional ones first."""
-        value = hooked["output"] if "output" in hooked else (*hooked["args"], *hooked["kwargs"].values())
-        self.take(pick_tensor(value, None, self.site.path))
+        port = port_at(self.site.path, "fwd" if "output" in hooked else "fwd_pre")
+        self.take(port.read(module, hooked["args"], hooked["output"] if "output" in hooked else hooked["kwargs"]))
         return torch.empty(0)
 
     def take(self, value: Tensor) -> None:

@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from tdcache.errors import HookSignatureError
 from tdcache.hooks.directions import Direction, direction_row
-from tdcache.hooks.gradients import GradientHandle, GradInputHook, GradOutputHook
+from tdcache.hooks.gradient_hooks import GradientHandle, GradInputHook, GradOutputHook
 from tdcache.introspect import post_hooks, pre_hooks
 from tdcache.types import HookDirection, Removable
 
 __all__ = [
     "MultiHookHandle",
     "Order",
+    "PortHook",
+    "Registration",
     "UserHook",
     "attach",
+    "attach_gradient",
     "attach_outputs",
+    "attach_ports",
     "bracket",
     "check_signature",
     "register_hook_to_module",
@@ -79,23 +84,33 @@ def attach(
             object it is a bound method of) to keep its place when others are added later.
         path: the name for messages.
     """
-    prepend = order == Order.FIRST
-    if direction == "fwd" or direction == "fwd_kwargs":
-        handle = module.register_forward_hook(hook, prepend=prepend, with_kwargs=direction == "fwd_kwargs")
-        if not prepend:
-            settle(post_hooks(module), order)
-        return handle
-    if direction == "fwd_pre" or direction == "fwd_pre_kwargs":
-        handle = module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=direction == "fwd_pre_kwargs")
-        if not prepend:
-            settle(pre_hooks(module), order)
-        return handle
+    if direction in ("fwd", "fwd_kwargs", "fwd_pre", "fwd_pre_kwargs"):
+        return _register(module, hook, direction, order)
     if direction == "bwd_pre":
-        outer = GradOutputHook(hook, order)
-        return GradientHandle(outer, (attach(module, outer.on_output, "fwd", order=order),))  # type: ignore[arg-type]
-    inner = GradInputHook(hook, order, path)
-    before = attach(module, inner.on_input, "fwd_pre_kwargs", order=order)
-    return GradientHandle(inner, (before, attach(module, inner.on_output, "fwd", order=order)))  # type: ignore[arg-type]
+        return attach_gradient(module, GradOutputHook(hook, order, path))
+    return attach_gradient(module, GradInputHook(hook, order, path))
+
+
+def attach_gradient(module: nn.Module, watcher: GradOutputHook | GradInputHook) -> Removable:
+    """Register the forward hooks of a gradient hook."""
+    order = watcher.order
+    handles = [_register(module, watcher.on_output, "fwd", order)]
+    if isinstance(watcher, GradInputHook):
+        handles.append(_register(module, watcher.on_input, "fwd_pre_kwargs", order))
+    return GradientHandle(watcher, handles)
+
+
+def _register(module: nn.Module, hook: Callable[..., Any], direction: str, order: int) -> Registration:
+    prepend, with_kwargs = order == Order.FIRST, direction.endswith("kwargs")
+    if direction.startswith("fwd_pre"):
+        handle = module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=with_kwargs)
+        hooks = pre_hooks(module)
+    else:
+        handle = module.register_forward_hook(hook, prepend=prepend, with_kwargs=with_kwargs)
+        hooks = post_hooks(module)
+    if not prepend:
+        settle(hooks, order)
+    return Registration(handle)
 
 
 def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle: MultiHookHandle, order: int) -> None:
@@ -121,6 +136,70 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
                 settle(hooks, order)
 
 
+def attach_ports(
+    taps: Iterable[tuple[nn.Module, PortHook]], direction: HookDirection, handle: MultiHookHandle, order: int
+) -> None:
+    """Register the ``on_call`` of each tap at its side of a module; ``handle`` takes the registrations in."""
+    if direction == "fwd":
+        attach_outputs(((module, tap.on_call) for module, tap in taps), handle, order)
+        return
+    for module, tap in taps:
+        handle.add(attach(module, tap.on_call, direction, order=order))
+
+
+class PortHook(Protocol):
+    """A tap at a port: one method for outputs ``(module, args, output)`` and inputs ``(module, args, kwargs)``."""
+
+    def on_call(self, module: nn.Module, args: Any, rest: Any, /) -> Any:
+        """See the value; what is returned, if not None, takes its place."""
+
+
+class _Muted:
+    """Stands where a muted hook stands, so that it keeps its place."""
+
+    __slots__ = ("hook", "order")
+
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
+        self.order = _order_of(hook)
+
+    def __call__(self, *args: Any) -> None:
+        """Do nothing."""
+
+
+def _mute(hooks: Any, number: int) -> None:
+    hook = hooks.get(number)
+    if hook is not None and not isinstance(hook, _Muted):
+        hooks[number] = _Muted(hook)
+
+
+def _unmute(hooks: Any, number: int) -> None:
+    hook = hooks.get(number)
+    if isinstance(hook, _Muted):
+        hooks[number] = hook.hook
+
+
+class Registration:
+    """One hook of torch's: removed, or muted in its place. torch counts the hook as there while it is muted."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: RemovableHandle) -> None:
+        self._handle = handle
+
+    def remove(self) -> None:
+        """Remove it; a second call does nothing."""
+        self._handle.remove()
+
+    def mute(self) -> None:
+        """Silence it without giving up its place."""
+        _mute(self._handle.hooks_dict_ref() or {}, self._handle.id)
+
+    def unmute(self) -> None:
+        """Let it act again."""
+        _unmute(self._handle.hooks_dict_ref() or {}, self._handle.id)
+
+
 class _Numbered:
     """The registrations of one number in many modules."""
 
@@ -137,11 +216,21 @@ class _Numbered:
             hooks.pop(number, None)
         self.dicts.clear()
 
+    def mute(self) -> None:
+        """Silence them without giving up their places."""
+        for hooks in self.dicts:
+            _mute(hooks, self.number)
+
+    def unmute(self) -> None:
+        """Let them act again."""
+        for hooks in self.dicts:
+            _unmute(hooks, self.number)
+
 
 def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None], handle: MultiHookHandle) -> None:
     """Call ``begin`` before and ``end`` after every forward of ``root``, also one that raises."""
-    handle.add(root.register_forward_pre_hook(begin, prepend=True))
-    handle.add(root.register_forward_hook(end, always_call=True))
+    handle.add(Registration(root.register_forward_pre_hook(begin, prepend=True)))
+    handle.add(Registration(root.register_forward_hook(end, always_call=True)))
 
 
 def settle(hooks: Any, order: int) -> None:
@@ -202,12 +291,29 @@ def check_signature(hook: Callable[..., Any], row: Direction) -> None:
 
 
 class MultiHookHandle:
-    """Several registrations that are undone together, last first; adding two handles gives one over both."""
+    """Several registrations that are undone together, last first; adding two handles gives one over both.
+
+    Example:
+        >>> handle = MultiHookHandle()
+        >>> with handle.installing():  # all of what the block adds, or none
+        ...     handle.add(attach(nn.ReLU(), lambda module, args, output: None))
+        >>> len(handle)
+        1
+    """
 
     def __init__(self, handles: Iterable[Removable] | None = None) -> None:
         self._handles = list(handles or ())
         self.add = self._handles.append
         """Take one more registration in."""
+
+    @contextmanager
+    def installing(self) -> Iterator[MultiHookHandle]:
+        """Add registrations in a block; if it raises, every registration is removed."""
+        try:
+            yield self
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Undo every registration, also when one of them fails; the first failure is raised at the end.
@@ -222,6 +328,34 @@ class MultiHookHandle:
                 failure = failure or error
         if failure is not None:
             raise failure
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Silence every registration inside a block; each keeps its place among the hooks of its site.
+
+        Of others than torch's and this library's, those with ``mute()`` and ``unmute()`` of their own.
+        """
+        self.mute()
+        try:
+            yield
+        finally:
+            self.unmute()
+
+    def mute(self) -> None:
+        """Silence every registration until :meth:`unmute`."""
+        for handle in self._mutable():
+            handle.mute()
+
+    def unmute(self) -> None:
+        """Let every registration act again."""
+        for handle in self._mutable():
+            handle.unmute()
+
+    def _mutable(self) -> Iterator[Any]:
+        for handle in self._handles:
+            able = Registration(handle) if isinstance(handle, RemovableHandle) else handle
+            if hasattr(able, "mute"):
+                yield able
 
     def __len__(self) -> int:
         return len(self._handles)

@@ -1,232 +1,31 @@
-"""Gradients at a module's boundary, by tensor hooks.
+"""Gradients at the boundary of a module, by tensor hooks.
 
 torch's full backward hooks fail before an in-place operation, cost ten times as much and go on firing after they were
-removed. Here a forward hook sets a tensor hook on the output, and, where the gradient of the input is wanted, a
-forward pre-hook hands the module an alias of its input, so that the gradient is the module's own and not the sum over
-everything else that uses the same tensor.
+removed. Here a forward hook sets a tensor hook on the tensor that is meant. Where the module did not compute that
+tensor (it is an input, a parameter, or an input that is handed on), the hook is set on an alias that takes the tensor's
+place: the gradient of the tensor itself would be the sum over everything else that uses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from tdcache.errors import InplaceModificationError
-from tdcache.hooks.values import children, leaves, with_parts
+from tdcache.hooks.values import leaves
+from tdcache.introspect import add_tensor_hook
 
-__all__ = ["GradInputHook", "GradOutputHook", "GradientHandle", "handed_on", "watch_tensor"]
+__all__ = ["Grads", "OnGrad", "alias_input", "alias_inputs", "handed_on", "watch_made", "watch_output", "watch_outputs"]
 
 Grads = tuple[Tensor | None, ...]
+OnGrad = Callable[[Tensor], Tensor | None]
+"""What is called with the gradient of one tensor; what it returns, if not None, goes on in its place."""
+OnGrads = Callable[[Grads], Grads | None]
 
-
-class _Gate(torch.autograd.Function):
-    """An identity over several tensors whose backward sees all their gradients at once."""
-
-    @staticmethod
-    def forward(ctx: Any, on_grads: Callable[[Grads], Grads | None], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.on_grads = on_grads
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        changed = ctx.on_grads(grads)
-        return (None, *(grads if changed is None else changed))
-
-
-def _exchange(value: Any, new: Iterator[Tensor | None]) -> Any:
-    """``value`` with the next of ``new`` in place of each tensor, where it is not None; rebuilt only where needed."""
-    if isinstance(value, Tensor):
-        other = next(new)
-        return value if other is None else other
-    parts = {step: (child, _exchange(child, new)) for step, child in children(value)}
-    changed = {step: after for step, (before, after) in parts.items() if after is not before}
-    return with_parts(value, changed) if changed else value
-
-
-class GradOutputHook:
-    """A forward hook that calls ``hook(module, grad_output)`` when the gradient of the output arrives.
-
-    ``grad_output`` is a tuple with an entry per output tensor, None where no gradient came. What the hook returns, if
-    not None, replaces it.
-    """
-
-    def __init__(self, hook: Callable[..., Any], order: int) -> None:
-        self.hook = hook
-        self.order = order
-        self.alive = True
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.hook!r})"
-
-    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Watch the gradient of an output."""
-        return _watch_outputs(args, output, lambda grads: self.on_grads(module, grads), type(module).__name__)
-
-    def on_grads(self, module: nn.Module, grads: Grads) -> Grads | None:
-        """Pass the gradients on to the hook, unless it was removed in the meantime."""
-        if not self.alive:
-            return None
-        return _as_grads(self.hook(module, grads), len(grads))
-
-
-class GradInputHook:
-    """Forward hooks that call ``hook(module, grad_input, grad_output)`` once both gradients are there.
-
-    Both are tuples, as torch's full backward hooks have them: ``grad_input`` with an entry per tensor among the
-    arguments (positional, then keyword), None where it needs no gradient or stands in a TensorDict; ``grad_output``
-    with one per output tensor. What the hook returns, if not None, replaces ``grad_input``. Where no input needs a
-    gradient the hook is called when ``grad_output`` arrives.
-    """
-
-    def __init__(self, hook: Callable[..., Any], order: int, path: str = "") -> None:
-        self.hook = hook
-        self.order = order
-        self.path = path
-        self.alive = True
-        self._calls: list[_Call] = []  # a stack: a module may call itself
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.hook!r})"
-
-    def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Hand the module aliases of the inputs that need a gradient, and watch those."""
-        tensors = [tensor for _, tensor in leaves((args, kwargs))]
-        # A module writes its results into the TensorDict it is given, so that one cannot be exchanged for a copy.
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, TensorDictBase)]
-        fixed = {id(tensor) for _, tensor in leaves(given)}
-        graph = torch.is_grad_enabled()
-        needs = [graph and tensor.requires_grad and id(tensor) not in fixed for tensor in tensors]
-        needing = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed]
-        call = _Call(self, module, needs)
-        self._calls.append(call)
-        if not needing:
-            return None
-        entry: _Entry | None = getattr(needing[0], _ENTRY, None)
-        if entry is not None and entry.is_shared_by(call, needing):
-            entry.calls.append(call)
-            call.entry = entry
-            return None
-        entry = call.entry = _Entry(call, needing)
-        aliases = iter(entry.aliases)
-        return _exchange((args, kwargs), iter([next(aliases) if needed else None for needed in needs]))
-
-    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Watch the gradient of the output that belongs to the latest input."""
-        call = self._calls.pop()
-        where = self.path or type(module).__name__
-        if call.entry is not None and call.entry.was_overwritten():
-            raise InplaceModificationError(
-                f"{where!r} changes its input in place, so the gradient of that input cannot be told from the gradient "
-                "of its output; capture direction 'bwd' of the module that produces it instead",
-                paths=(where,),
-            )
-        return _watch_outputs(args, output, call.on_outputs, where)
-
-
-_ENTRY = "_tdcache_entry"
-
-
-class _Entry:
-    """The aliases through which a tensor enters one call of one module, shared by all gradient hooks of that module.
-
-    Were each hook to make its own, the last one registered would see the gradient first.
-    """
-
-    __slots__ = ("aliases", "calls", "versions")
-
-    def __init__(self, call: _Call, tensors: list[Tensor]) -> None:
-        self.calls = [call]
-        if len(tensors) == 1:
-            self.aliases = [tensors[0].view_as(tensors[0])]
-            base = tensors[0] if tensors[0]._base is None else tensors[0]._base
-            self.aliases[0].register_hook(_OneGrad(self.on_grads, into_leaf=base.is_leaf))
-        else:
-            self.aliases = list(_Gate.apply(self.on_grads, *tensors))  # type: ignore[no-untyped-call]
-        self.versions = [alias._version for alias in self.aliases]
-        for alias in self.aliases:
-            setattr(alias, _ENTRY, self)
-
-    def is_shared_by(self, call: _Call, tensors: list[Tensor]) -> bool:
-        """Whether the aliases were made for this very call, and not for one that it is nested in."""
-        if self.calls[0].module is not call.module or any(other.tap is call.tap for other in self.calls):
-            return False
-        return [id(tensor) for tensor in tensors] == [id(alias) for alias in self.aliases]
-
-    def was_overwritten(self) -> bool:
-        """Whether the module changed an alias in place; the aliases are let go."""
-        aliases, self.aliases = self.aliases, []
-        return any(alias._version != version for alias, version in zip(aliases, self.versions, strict=False))
-
-    def on_grads(self, grads: Grads) -> Grads:
-        """Call the hooks, each with what the one before returned."""
-        for call in self.calls:
-            grads = call.on_inputs(grads)
-        return grads
-
-
-class _Call:
-    """One call of one module, between its forward and its backward."""
-
-    __slots__ = ("entry", "grad_output", "module", "needs", "tap")
-
-    def __init__(self, tap: GradInputHook, module: nn.Module, needs: list[bool]) -> None:
-        self.tap = tap
-        self.module = module
-        self.needs = needs
-        self.entry: _Entry | None = None
-        self.grad_output: Grads = ()
-
-    def on_outputs(self, grads: Grads) -> None:
-        """Keep the gradients of the outputs until those of the inputs are there."""
-        self.grad_output = grads
-        if self.entry is None and self.tap.alive:
-            self.tap.hook(self.module, (None,) * len(self.needs), grads)
-
-    def on_inputs(self, grads: Grads) -> Grads:
-        """Call the hook; gives the gradients that go on."""
-        if not self.tap.alive:
-            return grads
-        full = _spread(grads, self.needs)
-        changed = _as_grads(self.tap.hook(self.module, full, self.grad_output), len(full))
-        return grads if changed is None else _gathered(changed, self.needs)
-
-
-def _spread(grads: Grads, needs: list[bool]) -> Grads:
-    arrived = iter(grads)
-    return tuple(next(arrived) if needed else None for needed in needs)
-
-
-def _gathered(grads: Grads, needs: list[bool]) -> Grads:
-    return tuple(grad for grad, needed in zip(grads, needs, strict=True) if needed)
-
-
-def _watch_outputs(args: Any, output: Any, on_grads: Callable[[Grads], Grads | None], where: str) -> Any:
-    """Call ``on_grads`` with the gradients of the tensors in ``output``; returns a new output where one is needed."""
-    tensors = [tensor for _, tensor in leaves(output)]
-    needs = [tensor.requires_grad for tensor in tensors]
-    needing = [tensor for tensor in tensors if tensor.requires_grad]
-    if not needing:
-        return None
-
-    def on_needed(grads: Grads) -> Grads:
-        changed = on_grads(_spread(grads, needs))
-        return grads if changed is None else _gathered(changed, needs)
-
-    if len(needing) > 1:
-        gated = iter(_Gate.apply(on_needed, *needing))  # type: ignore[no-untyped-call]
-    elif needing[0].is_leaf or handed_on(needing[0], args):
-        gated = iter([_watched_alias(needing[0], on_needed, where)])
-    else:
-        needing[0].register_hook(_OneGrad(on_needed))
-        return None
-    return _exchange(output, iter([next(gated) if needed else None for needed in needs]))
+_PASSAGE = "_tdcache_passage"
 
 
 def handed_on(tensor: Tensor, args: tuple[Any, ...]) -> bool:
@@ -239,98 +38,265 @@ def handed_on(tensor: Tensor, args: tuple[Any, ...]) -> bool:
     return not args or any(tensor is given for _, given in leaves(args))
 
 
-def watch_tensor(args: Any, output: Any, tensor: Tensor, on_grad: Callable[[Tensor], None], where: str) -> Any:
-    """Show ``on_grad`` the gradient of one tensor in ``output``; returns a new output where one is needed, or None.
+def watch_output(module: nn.Module, args: Any, tensor: Tensor, on_grad: OnGrad, where: str) -> Tensor:
+    """Have ``on_grad`` called with the gradient of a tensor that ``module`` returns.
 
-    One is needed where the module did not compute the tensor (it hands on an input, or a parameter): the gradient is
-    then that of an alias, which is the module's own.
+    Args:
+        module: whose output it is.
+        args: what it was called with.
+        tensor: requires grad.
+        on_grad: called once per backward.
+        where: the path, for messages.
+
+    Returns:
+        The tensor to return in its place: itself, or an alias.
+
+    Raises:
+        InplaceModificationError: in the backward, where a later in-place operation hides the gradient.
     """
-    if not tensor.is_leaf and not handed_on(tensor, args):
-        tensor.register_hook(on_grad)
-        return None
-    alias = _watched_alias(tensor, _Shown(on_grad), where)
-    return _exchange(output, iter([alias if each is tensor else None for _, each in leaves(output)]))
+    if tensor.is_leaf or handed_on(tensor, args):
+        return _Passage.through(module, (tensor,), _At(on_grad), where)[0]
+    passage = _passage_of(tensor, module, is_input=False)
+    if passage is None:
+        watch_made(tensor, on_grad, where)
+    else:  # an alias that a hook before this one made in the same call
+        passage.watchers.append(_At(on_grad, passage.ids.index(id(tensor))))
+    return tensor
 
 
-@dataclass(frozen=True, slots=True)
-class _Shown:
-    """Shows the only gradient, and changes nothing."""
-
-    on_grad: Callable[[Tensor], None]
-
-    def __call__(self, grads: Grads) -> Grads:
-        if grads[0] is not None:
-            self.on_grad(grads[0])
-        return grads
-
-
-@dataclass(slots=True)
-class _OneGrad:
-    """A tensor hook over a function of all gradients."""
-
-    on_grads: Callable[[Grads], Grads]
-    into_leaf: bool = False
-    fired: bool = False
-
-    def __call__(self, grad: Tensor) -> Tensor:
-        self.fired = True
-        # From a view of a leaf the gradient's memory becomes the leaf's .grad, to which later backwards add in place.
-        seen = grad.clone() if self.into_leaf else grad
-        (changed,) = self.on_grads((seen,))
-        if changed is seen:
-            return grad
-        return torch.zeros_like(grad) if changed is None else changed
+def watch_made(tensor: Tensor, on_grad: OnGrad, where: str) -> None:
+    """Have ``on_grad`` called with the gradient of a tensor that the module at ``where`` computed."""
+    base = tensor._base
+    if base is None or torch.compiler.is_compiling():
+        add_tensor_hook(tensor, on_grad)
+        return
+    # An in-place operation on a view, or on what it is a view of, takes the view and its hook out of the graph.
+    guard = _Guard(tensor, where)
+    add_tensor_hook(tensor, _Guarded(on_grad, guard))
+    if not base.is_leaf:
+        add_tensor_hook(base, guard)
 
 
-def _watched_alias(passed: Tensor, on_grads: Callable[[Grads], Grads], where: str) -> Tensor:
-    """An alias of an output that the module did not compute: an input that it passes on, or a parameter.
+class _At:
+    """A watcher of one tensor among those of a passage."""
 
-    A hook on that tensor itself would see the gradients of all its other uses too, and outlive the call on a leaf.
-    """
-    alias = passed.view_as(passed)
-    base = passed if passed._base is None else passed._base
-    hook = _OneGrad(on_grads, into_leaf=base.is_leaf)
-    alias.register_hook(hook)
-    if base.is_leaf:
-        return alias
-    content, version = alias.detach(), alias._version
-    is_whole = base is passed  # and not the tensor itself: held by its own hook it would live until a collection
+    __slots__ = ("index", "on_grad", "tap")
 
-    def instead(grad: Tensor) -> Tensor | None:
-        if hook.fired or content._version == version:
-            return None
-        # An in-place operation took all views, and their hooks, out of the graph; what arrives is the whole gradient.
-        if is_whole:
-            return hook(grad)
-        raise InplaceModificationError(
-            f"{where!r} passes its input on, and that was changed in place afterwards, so the gradient of its output "
-            "cannot be told; capture direction 'bwd' of the module that produces it instead",
-            paths=(where,),
-        )
+    def __init__(self, on_grad: OnGrad, index: int = 0) -> None:
+        self.on_grad = on_grad
+        self.index = index
+        self.tap = getattr(on_grad, "tap", None)
 
-    base.register_hook(instead)
+    def __call__(self, grads: Grads) -> Grads | None:
+        at = self.index
+        grad = grads[at]
+        changed = None if grad is None else self.on_grad(grad)
+        return None if changed is None else (*grads[:at], changed, *grads[at + 1 :])
+
+
+class _Guard:
+    """A tensor hook on the base of a watched view: refuses to let a gradient that went past the view go unnoticed."""
+
+    __slots__ = ("content", "fired", "version", "where")
+
+    def __init__(self, view: Tensor, where: str) -> None:
+        self.content = view.detach()  # shares the version counter, and holds no graph
+        self.version = view._version
+        self.where = where
+        self.fired = False
+
+    def __call__(self, grad: Tensor) -> None:
+        if not self.fired:
+            self.check()
+
+    def check(self) -> None:
+        """Refuse a gradient that is not the whole one."""
+        if self.content._version != self.version:
+            raise InplaceModificationError(
+                f"the output of {self.where!r} is a view that was changed in place afterwards, so the gradient there "
+                "cannot be told; capture direction 'bwd' of the module that produces what it is a view of, or of the "
+                "one that changes it",
+                paths=(self.where,),
+            )
+
+
+class _Guarded:
+    """A tensor hook on a view that was computed: passes the gradient on if it is whole."""
+
+    __slots__ = ("guard", "on_grad")
+
+    def __init__(self, on_grad: OnGrad, guard: _Guard) -> None:
+        self.on_grad = on_grad
+        self.guard = guard
+
+    def __call__(self, grad: Tensor) -> Tensor | None:
+        self.guard.fired = True
+        self.guard.check()
+        return self.on_grad(grad)
+
+
+class _Gate(torch.autograd.Function):
+    """An identity over several tensors whose backward sees all their gradients at once."""
+
+    @staticmethod
+    def forward(ctx: Any, on_grads: OnGrads, copies: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.on_grads = on_grads
+        ctx.set_materialize_grads(False)
+        # torch refuses in-place operations on several views from one node; outputs are copied, so that they may follow.
+        return tuple(tensor.clone() if copies else tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        changed = ctx.on_grads(grads)
+        return (None, None, *(grads if changed is None else changed))
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    # The backward of a view makes a new tensor over the same memory, of which two leaves would each take possession as
+    # their .grad, and then accumulate into each other's; that of alias hands the very gradient on.
+    alias: Tensor = torch.ops.aten.alias.default(tensor)
     return alias
 
 
-def _as_grads(returned: Any, count: int) -> Grads | None:
-    """What a gradient hook returned, as a tuple: None, a bare tensor, or a tuple with an entry per tensor."""
-    if returned is None:
+class _Passage:
+    """Tensors on their way in or out of one call of a module that did not compute them: their aliases and watchers.
+
+    All that watch one call share the aliases. Each with its own, the last one registered would see the gradient first,
+    and all but the first would be lost to a later in-place operation.
+    """
+
+    __slots__ = ("content", "fired", "ids", "is_input", "is_whole", "owner", "version", "watchers", "where")
+
+    def __init__(self, owner: nn.Module, first: OnGrads, where: str, *, is_input: bool) -> None:
+        self.owner = owner
+        self.ids: tuple[int, ...] = ()
+        """The identities of the aliases, which must not be held here."""
+        self.watchers = [first]
+        self.where = where
+        self.is_input = is_input
+        self.fired = False
+
+    @classmethod
+    def through(
+        cls, owner: nn.Module, tensors: Sequence[Tensor], on_grads: OnGrads, where: str, *, is_input: bool = False
+    ) -> list[Tensor]:
+        """Aliases of ``tensors`` whose gradients ``on_grads`` sees."""
+        passage = cls(owner, on_grads, where, is_input=is_input)
+        if len(tensors) > 1:
+            aliases = list(_Gate.apply(passage, not is_input, *tensors))  # type: ignore[no-untyped-call]
+        elif torch.compiler.is_compiling():
+            aliases = [tensors[0].view_as(tensors[0])]
+            aliases[0].register_hook(passage.on_only)
+        else:
+            aliases = [passage._only(tensors[0])]
+        if not torch.compiler.is_compiling():  # tensors in a graph have no attributes
+            passage.ids = tuple(map(id, aliases))
+            for alias in aliases:
+                setattr(alias, _PASSAGE, passage)
+        return aliases
+
+    def _only(self, tensor: Tensor) -> Tensor:
+        alias = _alias(tensor)
+        add_tensor_hook(alias, self.on_only)
+        base = tensor if tensor._base is None else tensor._base
+        if not base.is_leaf and not self.is_input:
+            # Nothing here may hold the base: a tensor in its own hook would keep the graph alive until a collection.
+            self.is_whole = base is tensor
+            self.content, self.version = alias.detach(), alias._version
+            add_tensor_hook(base, self.on_base)
+        return alias
+
+    def __call__(self, grads: Grads) -> Grads | None:
+        """Call each watcher with what the one before returned."""
+        self.fired = True
+        changed = None
+        for watcher in self.watchers:
+            returned = watcher(grads)
+            if returned is not None:
+                changed = grads = returned
+        return changed
+
+    def watched_by(self, tap: object) -> bool:
+        """Whether one of the watchers is this tap's."""
+        return any(getattr(watcher, "tap", None) is tap for watcher in self.watchers)
+
+    def on_only(self, grad: Tensor) -> Tensor | None:
+        """The gradient of the only alias."""
+        changed = self((grad,))
+        if changed is None:
+            return None
+        return torch.zeros_like(grad) if changed[0] is None else changed[0]
+
+    def on_base(self, grad: Tensor) -> Tensor | None:
+        """The gradient of what is aliased: of use where an in-place operation took the alias out of the graph."""
+        if self.fired or self.content._version == self.version:
+            return None
+        if self.is_whole:
+            return self.on_only(grad)
+        raise InplaceModificationError(
+            f"{self.where!r} passes its input on, and that was changed in place afterwards, so the gradient of its "
+            "output cannot be told; capture direction 'bwd' of the module that produces it instead",
+            paths=(self.where,),
+        )
+
+
+def _passage_of(tensor: Tensor, owner: nn.Module, *, is_input: bool) -> _Passage | None:
+    """The passage that ``tensor`` is an alias of, if it is one into (or out of) ``owner``."""
+    passage = None if torch.compiler.is_compiling() else getattr(tensor, _PASSAGE, None)
+    if passage is None or passage.owner is not owner or passage.is_input != is_input:
         return None
-    grads = (returned,) if isinstance(returned, Tensor) else tuple(returned)
-    if len(grads) != count:
-        raise ValueError(f"a gradient hook must return {count} gradients (or None for no change), got {len(grads)}")
-    return grads
+    return passage  # type: ignore[no-any-return]
 
 
-class GradientHandle:
-    """Removes the forward hooks of a gradient hook, and silences the tensor hooks that already sit on a graph."""
+def alias_input(module: nn.Module, tensor: Tensor, on_grad: OnGrad, where: str, *, tap: object) -> Tensor:
+    """:func:`alias_inputs` for one input, whose gradient ``on_grad`` sees alone."""
+    passage = _passage_of(tensor, module, is_input=True)
+    if passage is None or passage.watched_by(tap):
+        return _Passage.through(module, (tensor,), _At(on_grad), where, is_input=True)[0]
+    passage.watchers.append(_At(on_grad, passage.ids.index(id(tensor))))
+    return tensor
 
-    def __init__(self, tap: GradOutputHook | GradInputHook, handles: Sequence[RemovableHandle]) -> None:
-        self._tap = tap
-        self._handles = handles
 
-    def remove(self) -> None:
-        """Remove; a second call does nothing."""
-        self._tap.alive = False
-        for handle in self._handles:
-            handle.remove()
+def alias_inputs(
+    module: nn.Module, tensors: Sequence[Tensor], on_grads: OnGrads, where: str, *, tap: object
+) -> list[Tensor]:
+    """Aliases for inputs of one call, which require grad: ``on_grads`` sees gradients that are the module's own.
+
+    Hooks of one call share them: where a hook before this one made them, they are ``tensors`` themselves.
+
+    Args:
+        module: the module that is about to run.
+        tensors: its inputs, as it would get them.
+        on_grads: called with a gradient per tensor; its attribute ``tap`` says who asks.
+        where: the path, for messages.
+        tap: who asks. If it watches these aliases already, they are those of an outer call of the same module.
+    """
+    passage = _passage_of(tensors[0], module, is_input=True)
+    if passage is not None and passage.ids == tuple(map(id, tensors)) and not passage.watched_by(tap):
+        passage.watchers.append(on_grads)
+        return list(tensors)
+    return _Passage.through(module, tensors, on_grads, where, is_input=True)
+
+
+def watch_outputs(
+    module: nn.Module, args: Any, tensors: Sequence[Tensor], on_grads: OnGrads, where: str
+) -> list[Tensor]:
+    """:func:`watch_output` for several tensors, whose gradients are wanted together."""
+    if len(tensors) > 1:
+        return _Passage.through(module, tensors, on_grads, where)
+    return [watch_output(module, args, tensors[0], _Together(on_grads), where)]
+
+
+class _Together:
+    """A watcher of several tensors, called with the gradient of the only one."""
+
+    __slots__ = ("on_grads",)
+
+    def __init__(self, on_grads: OnGrads) -> None:
+        self.on_grads = on_grads
+
+    def __call__(self, grad: Tensor) -> Tensor | None:
+        changed = self.on_grads((grad,))
+        if changed is None:
+            return None
+        return torch.zeros_like(grad) if changed[0] is None else changed[0]

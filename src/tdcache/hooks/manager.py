@@ -95,10 +95,8 @@ class MultiHookManager:
         direction_row(direction)
         root = resolve(module, relative_path) if relative_path else module
         handle = MultiHookHandle()
-        try:
-            for path, submodule, _ in self.select(root):
-                handle.add(register_hook_to_module(submodule, hook_factory(path), direction, prepend, path=path))
-        except BaseException:
-            handle.remove()
-            raise
+        with handle.installing():
+            for site in self.select(root):
+                hook = hook_factory(site.path)
+                handle.add(register_hook_to_module(site.module, hook, direction, prepend, path=site.path))
         return handle

@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDictBase, is_tensor_collection
 from torch import Tensor
 
 from tdcache.errors import CaptureError, EditError
@@ -22,21 +22,31 @@ from tdcache.types import Pick
 __all__ = [
     "check_fits",
     "children",
+    "describe",
+    "exchanged",
     "first_tensor",
+    "is_entries",
     "leaves",
-    "output_pick",
     "pick_tensor",
-    "replace_in_output",
     "replace_tensor",
+    "tensor_only",
     "with_parts",
 ]
 
 Step = int | str
 
 
+def is_entries(value: Any) -> TypeGuard[TensorDictBase]:
+    """Whether ``value`` holds tensors under keys, as a TensorDict or a tensorclass does.
+
+    The test is one of an abstract class and slow, so plain tensors are spared it.
+    """
+    return type(value) is not Tensor and is_tensor_collection(value)
+
+
 def children(value: Any) -> Iterator[tuple[Step, Any]]:
     """The named parts of a structured value; nothing for a leaf."""
-    if isinstance(value, TensorDictBase | Mapping):
+    if isinstance(value, Mapping) or is_entries(value):
         yield from value.items()
     elif isinstance(value, tuple | list):
         yield from enumerate(value)
@@ -71,7 +81,7 @@ def pick_tensor(value: Any, pick: Pick, path: str) -> Any:
         found = first_tensor(value)
         if found is None:
             raise CaptureError(
-                f"the value at {path!r} is {_describe(value)} and holds no tensor; say what to keep with pick= "
+                f"the value at {path!r} is {describe(value)} and holds no tensor; say what to keep with pick= "
                 "(an index, a key or a callable), or select another module",
                 paths=(path,),
             )
@@ -91,12 +101,26 @@ def _step_into(value: Any, step: Step, path: str, pick: Pick) -> Any:
         return list(named.values())[step]
     if step not in named:
         raise CaptureError(
-            f"pick={pick!r} finds nothing at {path!r}: the value is {_describe(value)}; use one of {list(named)!r}"
+            f"pick={pick!r} finds nothing at {path!r}: the value is {describe(value)}; use one of {list(named)!r}"
             if named
-            else f"pick={pick!r} finds nothing at {path!r}: the value is {_describe(value)}, which has no parts",
+            else f"pick={pick!r} finds nothing at {path!r}: the value is {describe(value)}, which has no parts",
             paths=(path,),
         )
     return named[step]
+
+
+def tensor_only(picked: Any, pick: Pick, path: str) -> Any:
+    """``picked`` itself, if it is a tensor or holds tensors under keys.
+
+    Raises:
+        CaptureError: it is something else.
+    """
+    if isinstance(picked, Tensor) or is_entries(picked):
+        return picked
+    raise CaptureError(
+        f"pick={pick!r} gives {type(picked).__name__} at {path!r}; a cache holds tensors (or TensorDicts of them)",
+        paths=(path,),
+    )
 
 
 def replace_tensor(value: Any, new: Any, *, pick: Pick = None, path: str = "") -> Any:
@@ -114,32 +138,12 @@ def replace_tensor(value: Any, new: Any, *, pick: Pick = None, path: str = "") -
     return _rebuild(value, steps, new, path)
 
 
-def output_pick(module: Any, output: Any, pick: Pick) -> Pick:
-    """``pick``, which for a TensorDict module's output is by default the first entry that it made itself."""
-    keys = getattr(module, "out_keys", None)
-    if pick is None and keys and isinstance(output, TensorDictBase):
-        return keys[0]  # type: ignore[no-any-return]
-    return pick
-
-
-def replace_in_output(output: Any, new: Any, *, pick: Pick, path: str) -> Any:
-    """:func:`replace_tensor`, but a TensorDict is written into, as the module does that was given it.
-
-    Raises:
-        EditError: ``new`` does not fit.
-    """
-    if isinstance(output, TensorDictBase) and isinstance(pick, str | tuple):
-        check_fits(new, output.get(pick), path)
-        return output.set(pick, new)  # type: ignore[arg-type]
-    return replace_tensor(output, new, pick=pick, path=path)
-
-
 def _steps_to(value: Any, pick: Pick, path: str) -> tuple[Step, ...]:
     if pick is not None:
         return pick if isinstance(pick, tuple) else (pick,)  # type: ignore[return-value]  # a callable was refused
     for steps, _ in leaves(value):
         return steps
-    raise EditError(f"the value at {path!r} is {_describe(value)} and holds no tensor to replace; say which with pick=")
+    raise EditError(f"the value at {path!r} is {describe(value)} and holds no tensor to replace; say which with pick=")
 
 
 def _rebuild(value: Any, steps: tuple[Step, ...], new: Any, path: str) -> Any:
@@ -160,14 +164,29 @@ def with_parts(value: Any, parts: Mapping[Step, Any]) -> Any:
         for at, part in parts.items():
             items[at] = part  # type: ignore[index]  # the steps of a sequence are integers
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if is_entries(value):
+        entries = value.copy()
+        for name, part in parts.items():
+            entries.set(str(name), part)
+        return entries
     if dataclasses.is_dataclass(value) and not isinstance(value, type):  # HF outputs are mappings as well
         return dataclasses.replace(value, **{str(name): part for name, part in parts.items()})
-    if not isinstance(value, TensorDictBase | MutableMapping):
+    if not isinstance(value, MutableMapping):
         return type(value)({**value, **parts})
-    copied = value.copy() if isinstance(value, TensorDictBase) else copy.copy(value)
+    copied = copy.copy(value)
     for name, part in parts.items():
         copied[name] = part
     return copied
+
+
+def exchanged(value: Any, new: Iterator[Tensor | None]) -> Any:
+    """``value`` with the next of ``new`` in place of each tensor, where it is not None; rebuilt only where needed."""
+    if isinstance(value, Tensor):
+        other = next(new)
+        return value if other is None else other
+    parts = {step: (child, exchanged(child, new)) for step, child in children(value)}
+    changed = {step: after for step, (before, after) in parts.items() if after is not before}
+    return with_parts(value, changed) if changed else value
 
 
 def check_fits(new: Any, old: Any, path: str) -> None:
@@ -179,7 +198,7 @@ def check_fits(new: Any, old: Any, path: str) -> None:
     if not isinstance(old, Tensor):
         return
     if not isinstance(new, Tensor):
-        raise EditError(f"the value at {path!r} is a tensor; it cannot be replaced by {_describe(new)}")
+        raise EditError(f"the value at {path!r} is a tensor; it cannot be replaced by {describe(new)}")
     if new.shape != old.shape or new.dtype != old.dtype or new.device != old.device:
         raise EditError(
             f"the replacement at {path!r} does not fit:\n"
@@ -192,7 +211,8 @@ def _signature(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """What a value is, for messages: its type, with those of its parts."""
     if isinstance(value, tuple | list):
         return f"{type(value).__name__} of ({', '.join(type(item).__name__ for item in value)})"
     return type(value).__name__ if not isinstance(value, torch.Tensor) else f"Tensor{tuple(value.shape)}"

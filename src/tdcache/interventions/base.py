@@ -7,27 +7,19 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 from tensordict import TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import ContextError, DirectionError, EditError
-from tdcache.hooks import MultiHookHandle, Order, attach, attach_outputs, direction_row
+from tdcache.hooks import MultiHookHandle, Order, attach, attach_ports, direction_row, port_at
 from tdcache.interventions.edits import Edit, EditTap, ReadTap
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.regions import Along, Region
 from tdcache.interventions.steps import StepClock, Steps, check_steps
 from tdcache.modules import HookedModule
 from tdcache.paths import near_misses
-from tdcache.selection import (
-    Selection,
-    Site,
-    as_matcher,
-    depends_on_names_only,
-    distinct_sites,
-    select_matching,
-    walk,
-)
-from tdcache.types import CacheKey, Match, Pick, Selector
+from tdcache.selection import Selection, Site, as_matcher, distinct_sites
+from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
 __all__ = ["Intervention", "InterventionContext", "Side", "entry_of", "with_inputs_of"]
 
@@ -39,8 +31,6 @@ class InterventionContext(HookingContext):
     """The context of an intervention; ``state`` is what its recipe keeps of the bound model, also while paused."""
 
     state: Any = None
-    remembered: tuple[list[tuple[str, nn.Module]], Selection] | None = None
-    """The modules and the selection of the last entry."""
 
     def _finish(self, error: BaseException | None) -> None:
         self.state = None
@@ -99,7 +89,7 @@ class Intervention(HookingContextFactory):
         self.match: Match = match
         self.position_dim = position_dim
         self.unit_dim = unit_dim
-        self._matcher = as_matcher(selector, match)
+        as_matcher(selector, match)  # an unusable selector is refused here, not on entering
         self.region = Region(positions=positions, units=units, position_dim=position_dim, unit_dim=unit_dim)
 
     def __repr__(self) -> str:
@@ -113,14 +103,8 @@ class Intervention(HookingContextFactory):
 
     def select(self, module: HookedModule) -> Selection:
         """The sites in the model that a context is bound to; those of the last entry where the modules are the same."""
-        context: InterventionContext = module.hooking_context
-        tree = walk(module.model)
-        if context.remembered is not None and context.remembered[0] == tree:
-            return context.remembered[1]
-        found = select_matching(module.model, self._matcher, self.selector, match=self.match, tree=tree)
-        if depends_on_names_only(self._matcher):
-            context.remembered = (tree, found)
-        return found
+        selection: Selection = module.hooking_context.select(self.selector, match=self.match)
+        return selection
 
     def edit_at(self, site: Site, context: InterventionContext) -> Edit:
         """What is done at one site; subclasses say."""
@@ -133,12 +117,9 @@ class Intervention(HookingContextFactory):
         """Put the edit of each site on it, either all of them or none; once on a module of several names."""
         edits = [(site, self.edit_at(site, module.hooking_context)) for site in distinct_sites(selection)]
         handle = MultiHookHandle()
-        try:
+        with handle.installing():
             clock = self.add_clock(module, handle)
             self.add_edits(handle, edits, clock)
-        except BaseException:
-            handle.remove()
-            raise
         return handle
 
     def add_clock(self, module: HookedModule, handle: MultiHookHandle) -> StepClock | None:
@@ -154,23 +135,21 @@ class Intervention(HookingContextFactory):
     ) -> None:
         """Put an edit on each site."""
         taps = [
-            (site.module, EditTap(site.path, edit, region=self.region, pick=self.pick, clock=clock))
+            (site.module, EditTap(port_at(site.path, self.direction, self.pick), edit, region=self.region, clock=clock))
             for site, edit in edits
         ]
-        if self.direction == "fwd":
-            attach_outputs(((module, tap.on_output) for module, tap in taps), handle, Order.EDIT)
-            return
-        for module, tap in taps:
-            handle.add(attach(module, tap.on_input, "fwd_pre_kwargs", order=Order.EDIT))
+        attach_ports(taps, self._hook_direction, handle, Order.EDIT)
 
     def add_reads(self, handle: MultiHookHandle, selection: Selection, memory: Memory) -> None:
         """Let a memory see the final value at each site."""
-        for site in selection:
-            tap = ReadTap(site.path, memory.record, pick=self.pick)
-            if self.direction == "fwd":
-                handle.add(attach(site.module, tap.on_output, "fwd", order=Order.CAPTURE))
-            else:
-                handle.add(attach(site.module, tap.on_input, "fwd_pre_kwargs", order=Order.CAPTURE))
+        taps = [
+            (site.module, ReadTap(port_at(site.path, self.direction, self.pick), memory.record)) for site in selection
+        ]
+        attach_ports(taps, self._hook_direction, handle, Order.CAPTURE)
+
+    @property
+    def _hook_direction(self) -> HookDirection:
+        return port_at("", self.direction).direction
 
 
 def _brief(value: Any) -> str:

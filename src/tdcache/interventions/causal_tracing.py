@@ -11,7 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdcache.errors import EditError
-from tdcache.hooks import MultiHookHandle, Order, attach
+from tdcache.hooks import MultiHookHandle, OutputPort, attach
 from tdcache.interventions.base import Intervention, Side
 from tdcache.interventions.edits import EditTap, ReadTap
 from tdcache.interventions.memory import Memory
@@ -136,10 +136,9 @@ class CausalTracing(Intervention):
         state = _Trace(Sweep(self, self.select(module), self._over), _AddNoise(site.path))
         state.sweep.window = self.window
         handle = state.sweep.attach(module.model)
-        tap = EditTap(site.path, state.noise, region=Region(), pick=self.pick)
-        handle.add(attach(site.module, tap.on_output, "fwd", order=Order.EDIT))
-        read = ReadTap(site.path, state.embedded.record, pick=self.pick)
-        handle.add(attach(site.module, read.on_output, "fwd", order=Order.CAPTURE))
+        port = OutputPort(site.path, self.pick)
+        for tap in (EditTap(port, state.noise, region=Region()), ReadTap(port, state.embedded.record)):
+            handle.add(attach(site.module, tap.on_call, order=tap.order))
         module.hooking_context.state = state
         return handle
 

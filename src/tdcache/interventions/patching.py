@@ -238,11 +238,8 @@ class ActivationPatching(Intervention):
             return self.hook_sites(module, selection)
         context.state = context.state or Memory("first")
         handle = self.hook_sites(module, selection)
-        try:
+        with handle.installing():
             self.add_reads(handle, selection, context.state)
-        except BaseException:
-            handle.remove()
-            raise
         return handle
 
     def _run_module(

@@ -8,7 +8,7 @@ from typing import Any
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdcache.hooks import MultiHookHandle, Order, attach
+from tdcache.hooks import MultiHookHandle, attach, port_at
 from tdcache.interventions.base import Intervention, InterventionContext, Side, entry_of, with_inputs_of
 from tdcache.interventions.edits import Edit, EditTap, ReadTap
 from tdcache.interventions.memory import Memory
@@ -107,29 +107,21 @@ class PathPatching(Intervention):
         loose = [site for site in held if not any(f"{path}.".startswith(f"{site.path}.") for path in ends)]
         held = Selection(loose, selector=self.freeze, model_name=held.model_name)
         handle = self.hook_sites(module, senders)
-        try:
+        with handle.installing():
             if self.source is None:
                 self.add_reads(handle, senders, state.sent)
             self._hold(handle, held, state.frozen, "fwd")
             self._hold(handle, receivers, state.received, self.receiver_direction)
-        except BaseException:
-            handle.remove()
-            raise
         return handle
 
     def _hold(self, handle: MultiHookHandle, sites: Selection, memory: Memory, side: Side) -> None:
         """Let the values at the sites be recorded in one run and put in place in another."""
         for site in sites:
             paste = Paste(site.path, Recalled(memory, site.path), Region())
-            edit, read = (
-                EditTap(site.path, paste, region=Region(), pick=self.pick),
-                ReadTap(site.path, memory.record, pick=self.pick),
-            )
-            for tap, order in ((edit, Order.EDIT), (read, Order.CAPTURE)):
-                if side == "fwd":
-                    handle.add(attach(site.module, tap.on_output, "fwd", order=order))
-                else:
-                    handle.add(attach(site.module, tap.on_input, "fwd_pre_kwargs", order=order))
+            port = port_at(site.path, side, self.pick)
+            edit, read = EditTap(port, paste, region=Region()), ReadTap(port, memory.record)
+            for tap in (edit, read):
+                handle.add(attach(site.module, tap.on_call, port.direction, order=tap.order))
 
     def _run_module(
         self, module: HookedModule, data: TensorDictBase, forward: Callable[[TensorDictBase], TensorDictBase]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import EditError
-from tdcache.hooks import MultiHookHandle, Order, attach
+from tdcache.hooks import InputPort, MultiHookHandle, Order, attach
 from tdcache.hooks.values import first_tensor
 from tdcache.interventions.base import entry_of
 from tdcache.interventions.edits import EditTap
@@ -169,8 +169,8 @@ class ResumeFrom(HookingContextFactory):
                 )
             after = names[len(done)]
             enter = _Enter(prefix + after, path, value)
-            tap = EditTap(enter.path, enter, region=Region(), order=Order.FIRST)
-            handle.add(attach(children[after], tap.on_input, "fwd_pre_kwargs", order=Order.FIRST))
+            tap = EditTap(InputPort(enter.path), enter, region=Region(), order=Order.FIRST)
+            handle.add(attach(children[after], tap.on_call, InputPort.direction, order=Order.FIRST))
             stubs = {children[each]: _Skip(prefix + each, value) for each in done}
         handle.add(_Entered(stubs))
         return handle

@@ -15,9 +15,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from tdcache.cache.target import StackBy
+from tdcache.cache.stacking import StackBy
 from tdcache.errors import ContextError, EditError
-from tdcache.hooks import MultiHookHandle, Order, attach
+from tdcache.hooks import MultiHookHandle, attach, port_at
 from tdcache.hooks.values import check_fits
 from tdcache.interventions.base import with_inputs_of
 from tdcache.interventions.edits import Edit, EditTap, ReadTap
@@ -126,7 +126,7 @@ class Sweep:
         """Put the taps on; they do nothing until :meth:`run`."""
         self.model = model
         handle = MultiHookHandle()
-        try:
+        with handle.installing():
             paths = () if self.recipe.source is None else self.selection.paths
             given = {path: self.recipe.value_at(path) for path in paths}
             self._given = {path: value for path, value in given.items() if value is not None}
@@ -136,18 +136,12 @@ class Sweep:
             ]
             for site, edit in edits:
                 self._attach_one(handle, site, edit)
-        except BaseException:
-            handle.remove()
-            raise
         return handle
 
     def _attach_one(self, handle: MultiHookHandle, site: Any, edit: Edit) -> None:
-        pick, outputs = self.recipe.pick, self.recipe.direction == "fwd"
-        edit_tap = EditTap(site.path, edit, region=Region(), pick=pick)
-        read_tap = ReadTap(site.path, self._read, pick=pick)
-        direction: Any = "fwd" if outputs else "fwd_pre_kwargs"
-        for tap, order in ((edit_tap, Order.EDIT), (read_tap, Order.CAPTURE)):
-            handle.add(attach(site.module, tap.on_output if outputs else tap.on_input, direction, order=order))
+        port = port_at(site.path, self.recipe.direction, self.recipe.pick)
+        for tap in (EditTap(port, edit, region=Region()), ReadTap(port, self._read)):
+            handle.add(attach(site.module, tap.on_call, port.direction, order=tap.order))
 
     def _read(self, path: str, value: Tensor) -> None:
         self.memory.record(path, value)

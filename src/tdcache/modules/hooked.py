@@ -187,7 +187,6 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
             yield
 
     disable_hooks = paused
-    disable_context_hooks = paused
 
     @contextmanager
     def disable_context(self) -> Iterator[nn.Module]:

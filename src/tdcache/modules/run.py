@@ -45,7 +45,6 @@ class HookedModuleRun(DirectedForms):
         data: Any = None,
         cache: TensorDictBase | None = None,
         run_name: str | None = None,
-        run_sep: str | None = None,
         run_cache: TensorDictBase | None = None,
         grad_enabled: bool = False,
         run_callback: Callable[[HookedModule, Any], Any] | None = None,
@@ -53,7 +52,7 @@ class HookedModuleRun(DirectedForms):
         self._module = module
         self._data = data
         self._outer_cache = cache
-        self._prefix = f"{run_name or 'run'}{run_sep or '.'}"
+        self._prefix = f"{run_name or 'run'}."
         self._cache = run_cache
         self._grad_asked = self._grad_enabled = grad_enabled
         self._run_callback = run_callback or _call

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from tdcache.cache.keep import Keep, Transfers
 from tdcache.cache.target import Target
-from tdcache.errors import CaptureError, EditError, InplaceModificationError, RepeatedCallWarning, warn_user
+from tdcache.errors import CaptureError, EditError, RepeatedCallWarning, warn_user
 from tdcache.hooks.attach import Order
 from tdcache.hooks.directions import Direction
 from tdcache.hooks.factory import CacheProxy
-from tdcache.hooks.values import check_fits, first_tensor, leaves, pick_tensor, replace_tensor
+from tdcache.hooks.port import port_at
+from tdcache.hooks.values import check_fits, first_tensor, leaves, pick_tensor, replace_tensor, tensor_only
+from tdcache.inplace import InplaceWatch
 from tdcache.introspect import in_backward
-from tdcache.modules.inputs import picked_input, steps_to_input
 from tdcache.types import CacheKey, Hold, Pick
 
 __all__ = ["Forwards", "GetTap", "SetTap", "ValueProxy"]
@@ -48,7 +49,7 @@ class ValueProxy(CacheProxy):
         self.path = path
         """Where the value is taken."""
         self._value: Any = None
-        self._version: int | None = None
+        self._watch = InplaceWatch()
 
     @property
     def key(self) -> CacheKey:
@@ -70,12 +71,7 @@ class ValueProxy(CacheProxy):
         Raises:
             InplaceModificationError: it names the path and the remedy.
         """
-        if self._version is not None and self._value._version != self._version:
-            raise InplaceModificationError(
-                f"the value taken at {self.path!r} was overwritten by a later in-place operation, so it no longer is "
-                "the activation; keep a copy with hold='snapshot'",
-                paths=(self.path,),
-            )
+        self._watch.check()
 
     def write(self, value: Any) -> None:
         """Put the value into the cache, and keep what lies there then: others may write to the same key."""
@@ -85,8 +81,9 @@ class ValueProxy(CacheProxy):
         else:
             cache[self._key] = value
         self._value = stored = cache.get(self._key)
-        alias = isinstance(value, Tensor) and stored is value and not value.is_inference()
-        self._version = value._version if alias else None
+        self._watch.clear()
+        if stored is value:
+            self._watch.add(self.path, value)
 
     def same_entry(self, other: ValueProxy) -> bool:
         """Whether both write to one key of one cache."""
@@ -96,7 +93,7 @@ class ValueProxy(CacheProxy):
 class GetTap:
     """Takes the value at one path and hands it to its proxy."""
 
-    __slots__ = ("callback", "fired", "forwards", "keep", "order", "path", "pick", "proxy", "row", "seen", "warned")
+    __slots__ = ("callback", "fired", "forwards", "keep", "order", "path", "port", "proxy", "row", "seen", "warned")
 
     def __init__(
         self,
@@ -113,7 +110,7 @@ class GetTap:
         self.proxy = proxy
         self.row = row
         self.callback = callback
-        self.pick = pick
+        self.port = port_at(proxy.path, row.name, pick)
         self.keep = Keep(hold=hold)
         self.forwards = forwards
         self.order = order
@@ -146,18 +143,11 @@ class GetTap:
         self.proxy.write(kept)
 
     def _picked(self, args: tuple[Any, ...]) -> Any:
-        if self.row.name == "fwd_pre_kwargs":
-            picked = picked_input(self.pick, args[1], args[2], self.path)
-        else:
-            value, keys = args[self.row.value_index], getattr(args[0], "out_keys", None)
-            if self.pick is None and keys and isinstance(value, TensorDictBase):
-                value = value.get(keys[0])  # of what a TensorDict module passes on, its own result
-            picked = pick_tensor(value, self.pick, self.path)
-        if not isinstance(picked, Tensor):
-            raise CaptureError(
-                f"pick={self.pick!r} gives {type(picked).__name__} at {self.path!r}; pick a tensor", paths=(self.path,)
-            )
-        return picked
+        if not self.row.gradient:
+            return self.port.read(*args)
+        return tensor_only(
+            pick_tensor(args[self.row.value_index], self.port.pick, self.path), self.port.pick, self.path
+        )
 
     def _note_call(self) -> None:
         self.fired = True
@@ -175,7 +165,7 @@ class GetTap:
 class SetTap:
     """Replaces the value at one path, by a value, a proxy's, or what a callback returns."""
 
-    __slots__ = ("callback", "fired", "order", "path", "pick", "row", "value")
+    __slots__ = ("callback", "fired", "order", "path", "port", "row", "value")
 
     def __init__(
         self, path: str, row: Direction, value: Any, *, callback: Callable[..., Any] | None, pick: Pick, order: int
@@ -188,7 +178,7 @@ class SetTap:
         self.row = row
         self.value = value
         self.callback = callback
-        self.pick = pick
+        self.port = port_at(path, row.name, pick)
         self.order = order
         self.fired = False
 
@@ -209,14 +199,12 @@ class SetTap:
                 new = new.clone()
         elif isinstance(new, Tensor) and not self.row.gradient:
             new = new.clone()  # a later in-place operation must not reach the caller's tensor
-        if self.row.name == "fwd_pre_kwargs":
-            return self._input(new, args[1], args[2])
-        old = args[self.row.returns_index]
-        if isinstance(new, Tensor) and isinstance(old, TensorDictBase) and getattr(args[0], "out_keys", None):
-            key: Any = args[0].out_keys[0] if self.pick is None else self.pick
-            check_fits(new, old.get(key), self.path)
-            return old.set(key, new)
-        return self._replaced(old, new)
+        if isinstance(new, Tensor) and not self.row.gradient:
+            if self.row.name == "fwd_pre":  # a callback's: without keyword arguments
+                return self.port.write(args[0], args[1], {}, new)[0]
+            return self.port.write(*args, new)
+        changed = self._replaced(args[self.row.returns_index], new)
+        return (changed, args[2]) if self.row.name == "fwd_pre_kwargs" else changed
 
     def _holds(self, args: tuple[Any, ...], new: Tensor) -> bool:
         """Whether a tensor is one of the module's own value."""
@@ -233,17 +221,11 @@ class SetTap:
             )
         return value
 
-    def _input(self, new: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(new, Tensor):
-            pick = steps_to_input(self.pick, args, kwargs, self.path)
-            return replace_tensor((args, kwargs), new, pick=pick, path=self.path)
-        return self._replaced(args, new), kwargs
-
     def _replaced(self, old: Any, new: Any) -> Any:
         if isinstance(new, Tensor):
-            if self.row.gradient and self.pick is None and first_tensor(old) is None:
+            if self.port.pick is None and first_tensor(old) is None:
                 raise EditError(f"no gradient came to {self.path!r}, so there is none to replace")
-            return replace_tensor(old, new, pick=self.pick, path=self.path)
+            return replace_tensor(old, new, pick=self.port.pick, path=self.path)
         if type(new) is not type(old):
             raise EditError(
                 f"the {self.row.noun} of {self.path!r} is of type {type(old).__name__} and cannot be replaced by "

@@ -45,7 +45,6 @@ class ModuleVerbs(DirectedForms):
         data: Any = None,
         cache: TensorDictBase | None = None,
         run_name: str | None = None,
-        run_sep: str | None = None,
         run_cache: TensorDictBase | None = None,
         grad_enabled: bool = False,
         run_callback: Callable[[HookedModule, Any], Any] | None = None,
@@ -56,7 +55,6 @@ class ModuleVerbs(DirectedForms):
             data: what the model is called with: a TensorDict, a mapping of keyword arguments, or one value.
             cache: where ``save`` writes; by default the run's own cache.
             run_name: how keys of saved values begin, ``"run"`` by default.
-            run_sep: what stands behind the name, ``"."`` by default.
             run_cache: where ``get`` writes; a new TensorDict by default.
             grad_enabled: run with gradients. Asking for a gradient in the block does so too.
             run_callback: called as ``run_callback(hooked, data)`` in place of ``hooked(data)``; put a backward here.
@@ -71,7 +69,7 @@ class ModuleVerbs(DirectedForms):
             True
         """
         hooked = cast("HookedModule", self)
-        return HookedModuleRun(hooked, data, cache, run_name, run_sep, run_cache, grad_enabled, run_callback)
+        return HookedModuleRun(hooked, data, cache, run_name, run_cache, grad_enabled, run_callback)
 
     def set(
         self,

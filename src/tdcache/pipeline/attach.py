@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import HookSignatureError, InplaceModificationError
-from tdcache.hooks import MultiHookHandle, Order
+from tdcache.hooks import MultiHookHandle, Order, OutputPort, Port, port_at
 from tdcache.hooks import attach as attach_hook
-from tdcache.hooks.values import leaves, output_pick, pick_tensor, replace_tensor
+from tdcache.hooks.values import leaves
 from tdcache.introspect import in_backward
 from tdcache.modules import HookedModule
-from tdcache.modules.inputs import steps_to_input
 from tdcache.pipeline.collection import HookCollection
 from tdcache.pipeline.hooks import Hook, HookNode, Hooks
 from tdcache.pipeline.versions import share_memory, version_of
-from tdcache.selection import Site, as_matcher, distinct_sites, select_matching
+from tdcache.selection import Site, as_matcher, distinct_sites
 from tdcache.types import Match, Pick, Selector
 
 __all__ = ["AttachedPipeline", "attach"]
@@ -44,10 +43,9 @@ class _Counter:
 class _AttachedHook:
     """The pipeline of one site, as a hook of the module there."""
 
-    path: str
+    port: Port
     pipeline: Hook
     counter: _Counter
-    pick: Pick
     order: int = Order.EDIT
     calls: int = 0
     """How often the module ran in the forward that ``forward`` numbers."""
@@ -62,27 +60,19 @@ class _AttachedHook:
         self.calls += 1
         return self.calls - 1
 
-    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Pass the output through the pipeline."""
-        return self._through(output, output_pick(module, output, self.pick), args)
-
-    def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Pass an argument through the pipeline: the first tensor, a positional one by number or a keyword by name."""
-        return self._through((args, kwargs), steps_to_input(self.pick, args, kwargs, self.path), ())
-
-    def _through(self, value: Any, pick: Pick, args: Any) -> Any:
-        x = value if pick is None and isinstance(value, Tensor) else pick_tensor(value, pick, self.path)
+    def on_call(self, module: nn.Module, args: Any, rest: Any) -> Any:
+        """Pass the value through the pipeline."""
+        x = self.port.read(module, args, rest)
         version = version_of(x)
         new = self.pipeline(x, call=self._next_call(), forward=self.forward)
-        if version_of(x) != version and any(share_memory(x, each) for _, each in leaves(args)):
+        given = args if isinstance(self.port, OutputPort) else ()
+        if version_of(x) != version and any(share_memory(x, each) for _, each in leaves(given)):
             raise InplaceModificationError(
-                f"a hook at {self.path!r} wrote into the output in place, which is also the module's input and may be "
-                "used elsewhere; return a new tensor instead, e.g. from x.clone()",
-                paths=(self.path,),
+                f"a hook at {self.port.path!r} wrote into the output in place, which is also the module's input and "
+                "may be used elsewhere; return a new tensor instead, e.g. from x.clone()",
+                paths=(self.port.path,),
             )
-        if new is x:
-            return None
-        return replace_tensor(value, new, pick=pick, path=self.path)
+        return None if new is x else self.port.write(module, args, rest, new)
 
 
 class AttachedPipeline(HookingContextFactory):
@@ -145,39 +135,33 @@ class AttachedPipeline(HookingContextFactory):
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         counter, handle = _Counter(), MultiHookHandle()
-        found = [
-            (node, select_matching(module.model, matcher, selector, match=self._match))
-            for node, selector, matcher in self._places
-        ]
-        try:
+        select = module.hooking_context.select
+        found = [(node, select(selector, match=self._match)) for node, selector in self._places]
+        with handle.installing():
             handle.add(attach_hook(module.model, counter.begin, "fwd_pre", order=Order.FIRST))
             for node, selection in found:
                 for site in distinct_sites(selection):
                     self._attach(site, node, counter, handle)
-        except BaseException:
-            handle.remove()
-            raise
         return handle
 
     def _attach(self, site: Site, node: Any, counter: _Counter, handle: MultiHookHandle) -> None:
         own = copy.deepcopy(node).bind(**{"path": site.path, **_bindings(site.groups)})
-        hook = _AttachedHook(site.path, own, counter, self._pick)
-        if self._direction == "fwd":
-            handle.add(attach_hook(site.module, hook.on_output, "fwd", order=Order.EDIT, path=site.path))
-        else:
-            handle.add(attach_hook(site.module, hook.on_input, "fwd_pre_kwargs", order=Order.EDIT, path=site.path))
+        hook = _AttachedHook(port_at(site.path, self._direction, self._pick), own, counter)
+        handle.add(attach_hook(site.module, hook.on_call, hook.port.direction, order=hook.order))
 
 
-def _places(selector: Where, pipeline: Any, match: Match) -> Iterator[tuple[HookNode, Selector, Callable[..., Any]]]:
+def _places(selector: Where, pipeline: Any, match: Match) -> Iterator[tuple[HookNode, Selector]]:
     if isinstance(selector, Mapping):
         if not isinstance(pipeline, HookCollection):
             raise HookSignatureError(f"a mapping of names to selectors is for a HookCollection, got {pipeline!r}")
         for name, each in selector.items():
             node = pipeline.at(name)
-            yield _callable_only(node, f"{name!r} is"), each, as_matcher(each, match)
+            as_matcher(each, match)  # an unusable selector is refused here, not on entering
+            yield _callable_only(node, f"{name!r} is"), each
     else:
         _callable_only(pipeline, "the pipeline is")
-        yield pipeline if isinstance(pipeline, HookNode) else Hooks(pipeline), selector, as_matcher(selector, match)
+        as_matcher(selector, match)
+        yield pipeline if isinstance(pipeline, HookNode) else Hooks(pipeline), selector
 
 
 def _callable_only(node: Any, what: str) -> Any:

@@ -35,7 +35,8 @@ class Planted:
         if self.holder._modules.get(self.name) is self.module:
             del self.holder._modules[self.name]
 
-    remove = hide
+    remove = mute = hide
+    unmute = show
 
 
 def plant(model: nn.Module, path: str, module: nn.Module, suffix: str, handle: MultiHookHandle) -> None:

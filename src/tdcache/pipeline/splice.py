@@ -6,18 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import CaptureError, ContextError, InplaceModificationError, SelectionError, listed
-from tdcache.hooks import MultiHookHandle, Order, attach, direction_row
-from tdcache.hooks.values import first_tensor, output_pick, pick_tensor, replace_in_output
+from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach, direction_row
+from tdcache.hooks.values import first_tensor
 from tdcache.modules import HookedModule
 from tdcache.pipeline.autoencoder import Autoencoder, Sites, as_autoencoder
 from tdcache.pipeline.planting import plant
 from tdcache.pipeline.versions import version_of
-from tdcache.selection import Site, as_matcher, distinct_sites, select_matching
+from tdcache.selection import Site, as_matcher, distinct_sites
 from tdcache.types import Match, Pick, Selector
 
 __all__ = ["Splice", "SpliceContext", "SpliceSite", "sparse_latents"]
@@ -66,40 +65,35 @@ class SpliceSite(nn.Module):
 class _SpliceHooks:
     """The hooks on one spliced module."""
 
-    path: str
+    port: OutputPort
     site: SpliceSite
-    pick: Pick
     inputs: list[tuple[Tensor, int | None]]
     """The inputs of the calls under way, where those are encoded, with their versions."""
     order: int = Order.EDIT
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the first tensor of the input; of a TensorDict, the first that the module reads."""
-        given = (*args, *kwargs.values())
-        keys = getattr(module, "in_keys", None)
-        pick = (0, keys[0]) if keys and given and isinstance(given[0], TensorDictBase) else None
-        source = pick_tensor(given, pick, self.path)
+        source = InputPort(self.port.path).read(module, args, kwargs)
         self.inputs.append((source, version_of(source)))
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Replace the picked tensor of the output, which is encoded."""
-        return self._replaced(module, output, None)
+        return self._replaced(module, args, output, None)
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Replace the picked tensor of the output by what the input encodes to."""
         source, version = self.inputs.pop()
         if version_of(source) != version:
             raise InplaceModificationError(
-                f"{self.path!r} writes into its input, which is to be encoded; splice with reads='output', or on "
+                f"{self.port.path!r} writes into its input, which is to be encoded; splice with reads='output', or on "
                 "another module",
-                paths=(self.path,),
+                paths=(self.port.path,),
             )
-        return self._replaced(module, output, source)
+        return self._replaced(module, args, output, source)
 
-    def _replaced(self, module: nn.Module, output: Any, source: Tensor | None) -> Any:
-        pick = output_pick(module, output, self.pick)
-        x = pick_tensor(output, pick, self.path)
-        return replace_in_output(output, self.site(x, x if source is None else source), pick=pick, path=self.path)
+    def _replaced(self, module: nn.Module, args: Any, output: Any, source: Tensor | None) -> Any:
+        x = self.port.read(module, args, output)
+        return self.port.write(module, args, output, self.site(x, x if source is None else source))
 
 
 class SpliceContext(HookingContext):
@@ -186,19 +180,16 @@ class Splice(HookingContextFactory):
         return f"{type(self).__name__}({self._selector!r}, add_error={self._add_error}, name={self._name!r})"
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
-        selection = select_matching(module.model, self._matcher, self._selector, match=self._match)
+        selection = module.hooking_context.select(self._selector, match=self._match)
         shown: dict[str, SpliceSite] = module.hooking_context.sites
         handle = MultiHookHandle()
-        try:
+        with handle.installing():
             for site in distinct_sites(selection):
                 path = site.path
                 if path not in shown:
                     shown[path] = SpliceSite(f"{path}/{self._name}", self._pair_for(path), add_error=self._add_error)
                 plant(module.model, path, shown[path], f"/{self._name}", handle)
                 self._hook(site, shown[path], handle)
-        except BaseException:
-            handle.remove()
-            raise
         return handle
 
     def _pair_for(self, path: str) -> Autoencoder:
@@ -213,7 +204,7 @@ class Splice(HookingContextFactory):
         return self._pairs[path]
 
     def _hook(self, site: Site, shown: SpliceSite, handle: MultiHookHandle) -> None:
-        hooks = _SpliceHooks(site.path, shown, self._pick, [])
+        hooks = _SpliceHooks(OutputPort(site.path, self._pick), shown, [])
         if self._reads == "output":
             handle.add(attach(site.module, hooks.on_output, "fwd", order=Order.EDIT, path=site.path))
         else:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from tdcache.cache import Channel, EntryTarget, GradientTap, Keep, OutputTap, Recorder, Target
 from tdcache.errors import CaptureError
-from tdcache.hooks import MultiHookHandle, Order, attach_outputs, bracket
+from tdcache.hooks import MultiHookHandle, Order, OutputPort, attach_outputs, bracket
 from tdcache.hooks.values import first_tensor
-from tdcache.points.gradient import watch_gradient
 from tdcache.points.hook_point import HookPoint
 from tdcache.points.positions import PositionSlice
 from tdcache.reducers import Reducer
@@ -228,7 +227,7 @@ class PointGradientTap(GradientTap):
         options: CaptureOptions,
         take_value: Callable[..., None],
     ) -> None:
-        super().__init__(path, channel, recorder, Order.CAPTURE, None)
+        super().__init__(OutputPort(path), channel, recorder, Order.CAPTURE)
         self.point = point
         self.options = options
         self.take_value = take_value
@@ -241,25 +240,21 @@ class PointGradientTap(GradientTap):
         if tensor is None or not tensor.requires_grad or not torch.is_grad_enabled():
             self.recorder.graphless.add(self.path)
             return None
-        self.calls += 1
-        take = partial(self.on_grads, self.channel.number, self.calls)
-        return watch_gradient(module, args, output, take)
+        take = partial(self.on_point_grad, self.channel.number, self.recorder.next_serial())
+        return self.port.watch(module, args, output, tensor, take)
 
-    def on_grads(self, number: int, call: int, module: nn.Module, grads: tuple[Tensor | None, ...]) -> None:
+    def on_point_grad(self, number: int, serial: int, grad: Tensor) -> None:
         """Keep the gradient of one call."""
-        grad = next((grad for grad in grads if grad is not None), None)
-        if grad is None:
-            return
         channel, path = self.channel, self.path
         if self.plain and number == channel.accepting and path not in channel.values:  # as the fast taps do
-            self.arrived = call
+            channel.arrived[path] = serial
             channel.versions[path] = grad._version
             channel.values[path] = grad
             return
         scale = self.point.backward_scale
         seen = grad if scale == 1 else grad * scale
         kept = self.options.shaped(converted(self.point, seen), self.path, self.point.pos_dim)
-        self.on_grad(self.path, number, call, kept)
+        self.on_grad(self.path, number, serial, kept)
 
 
 def converted(point: HookPoint, value: Any) -> Any:
@@ -288,6 +283,16 @@ class SavingHook:
         return f"{type(self).__name__}({self.name!r})"
 
     def __call__(self, tensor: Any, hook: Any) -> None:
-        """Keep it."""
-        kept = self.capture.options.shaped(tensor, self.name, hook.pos_dim)
-        self.capture.recorder.take(self.channel, self.name, self.name, kept)
+        """Keep a value."""
+        self.capture.recorder.take(self.channel, self.name, self.name, self._shaped(tensor, hook))
+
+    def for_call(self) -> Callable[..., None]:
+        """What keeps the gradient of the call that is under way."""
+        return partial(self._keep_gradient, self.channel.number, self.capture.recorder.next_serial())
+
+    def _keep_gradient(self, number: int, serial: int, tensor: Any, hook: Any) -> None:
+        kept = self._shaped(tensor, hook)
+        self.capture.recorder.take_gradient(self.channel, self.name, self.name, kept, number, serial)
+
+    def _shaped(self, tensor: Any, hook: Any) -> Tensor:
+        return self.capture.options.shaped(tensor, self.name, hook.pos_dim)

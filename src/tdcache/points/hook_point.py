@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from tdcache.cache.keep import shares_memory
 from tdcache.errors import DirectionError, EditError, HookSignatureError
 from tdcache.hooks import Order, attach
-from tdcache.hooks.gradients import GradientHandle
-from tdcache.points.gradient import PointGradient
+from tdcache.hooks.attach import attach_gradient
+from tdcache.hooks.gradient_hooks import GradOutputHook
+from tdcache.inplace import version_of
 from tdcache.points.reshape import Conversion, as_conversion
 from tdcache.types import Removable
 
@@ -150,12 +152,13 @@ class HookPoint(nn.Module):
         order = Order.FIRST if prepend else getattr(hook, "order", default)
         tap = PointHook(self, hook, dir, order, is_permanent=is_permanent, aliases=tuple(alias_names or ()))
         listed = self.fwd_hooks if dir == "fwd" else self.bwd_hooks
-        inner: Removable
         if dir == "fwd":
             inner = attach(self, tap.on_output, "fwd", order=order)
         else:
-            watch = PointGradient(tap.on_grad, order)
-            inner = GradientHandle(watch, (attach(self, watch.on_output, "fwd", order=order),))  # type: ignore[arg-type]
+            for_call = tap.for_call if hasattr(hook, "for_call") else None
+            inner = attach_gradient(
+                self, GradOutputHook(tap.on_grad, order, self.name or type(self).__name__, for_call)
+            )
         registration = Registration(inner, listed)
         registration.lens = handle = LensHandle(registration, is_permanent, level, hook)
         listed.insert(0 if prepend else len(listed), handle)
@@ -284,17 +287,21 @@ class PointHook:
         """Show the hook the value."""
         return self._ask(output, is_copy=False)
 
-    def on_grad(self, module: nn.Module, grads: tuple[Tensor | None, ...]) -> Any:
+    def for_call(self) -> Callable[..., Any]:
+        """:meth:`on_grad` for the call of the point that is under way."""
+        return partial(self.on_grad, hook=self.hook.for_call())
+
+    def on_grad(self, module: nn.Module, grads: tuple[Tensor | None, ...], hook: Any = None) -> Any:
         """Show the hook the gradient; what it returns is brought back to the scale of the model."""
         if len(grads) > 1:  # the value is a tuple; so is what the hook sees
-            return self._ask(grads, is_copy=False)
+            return self._ask(grads, is_copy=False, hook=hook)
         (grad,) = grads
         if grad is None:
             return None
         scale = self.point.backward_scale
         observes = getattr(self.hook, "observes", False)
         seen = grad * scale if scale != 1 else grad if observes else grad.clone()
-        returned = self._ask(seen, is_copy=not observes)
+        returned = self._ask(seen, is_copy=not observes, hook=hook)
         if returned is None:
             return None
         if isinstance(returned, tuple) and len(returned) == 1:
@@ -309,18 +316,18 @@ class PointHook:
             )
         return grad / scale
 
-    def _ask(self, value: Any, *, is_copy: bool) -> Any:
+    def _ask(self, value: Any, *, is_copy: bool, hook: Any = None) -> Any:
         """What takes the place of ``value``, or None."""
         conversion = self.point.hook_conversion
         current = shown = value if conversion is None else conversion.convert(value)
-        before = _version(shown)
+        before = version_of(shown)
         replaced = False
         for point in self._points():
-            returned = self.hook(current, hook=point)
+            returned = (hook or self.hook)(current, hook=point)
             if returned is not None:
                 current, replaced = returned, True
         if not replaced:
-            if _version(shown) == before:
+            if version_of(shown) == before:
                 return None
             if not is_copy and (conversion is None or shares_memory(shown, value)):
                 return None  # the in-place edit has already reached the model's own tensor
@@ -328,13 +335,6 @@ class PointHook:
 
     def _points(self) -> list[Any]:
         return [AliasedHookPoint(name, self.point) for name in self.aliases] or [self.point]
-
-
-def _version(value: Any) -> int | None:
-    try:
-        return value._version  # type: ignore[no-any-return]
-    except (AttributeError, RuntimeError):  # no tensor, or an inference tensor
-        return None
 
 
 def check_direction(direction: str) -> None:

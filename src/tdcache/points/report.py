@@ -9,9 +9,8 @@ from typing import Any, overload
 from torch import nn
 
 from tdcache.hooks.attach import UserHook
-from tdcache.hooks.gradients import GradInputHook, GradOutputHook
+from tdcache.hooks.gradient_hooks import GradInputHook, GradOutputHook
 from tdcache.introspect import HookEntry, global_hooks, module_hooks
-from tdcache.points.gradient import PointGradient
 from tdcache.points.hook_point import PointHook, hook_name
 from tdcache.selection import walk
 
@@ -132,7 +131,7 @@ def _row(path: str, entry: HookEntry) -> HookRow:
 def _described(hook: Any) -> tuple[str, str, bool]:
     """Owner, name, and permanence."""
     holder = getattr(hook, "__self__", hook)
-    if isinstance(holder, GradOutputHook | GradInputHook | PointGradient):  # ours around a hook on gradients
+    if isinstance(holder, GradOutputHook | GradInputHook):  # ours around a hook on gradients
         _, name, permanent = _described(holder.hook)
         return OURS, f"{name} (on the gradient)", permanent
     if isinstance(holder, PointHook):

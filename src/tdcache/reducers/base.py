@@ -29,7 +29,10 @@ class Reducer(ABC):
 
     @abstractmethod
     def update(self, value: Tensor) -> None:
-        """Take one more value in: detached, on the device it is to stay on."""
+        """Take one more value in, on the device it is to stay on.
+
+        Those that keep values whole keep its graph too, where it has one (``hold="live"``); the others detach it.
+        """
 
     @abstractmethod
     def merge(self, other: Self) -> None:
@@ -47,6 +50,11 @@ class Reducer(ABC):
     @abstractmethod
     def empty(self) -> bool:
         """Whether nothing was seen yet."""
+
+    @property
+    def full(self) -> bool:
+        """Whether further values would change nothing, so that they need not be kept for :meth:`update`."""
+        return False
 
     def fresh(self) -> Self:
         """An empty reducer with the same configuration."""

@@ -72,6 +72,11 @@ class First(Reducer):
         """Whether nothing was seen yet."""
         return self._value is None
 
+    @property
+    def full(self) -> bool:
+        """Whether there is a value, which no further one replaces."""
+        return self._value is not None
+
 
 @dataclass(eq=True)
 class Stack(Reducer):

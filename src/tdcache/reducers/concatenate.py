@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from tdcache.errors import CaptureError
-from tdcache.reducers.base import Reducer
 from tdcache.reducers.growing import GrowingRows
+from tdcache.reducers.rows import RowReducer
 
 __all__ = ["Concatenate"]
 
 
 @dataclass(eq=True)
-class Concatenate(Reducer):
-    """Joins the values of all calls along ``dim``; every value is copied, so nothing pins a batch.
+class Concatenate(RowReducer):
+    """Joins the values of all calls along ``dim``; every value is copied without its graph, so nothing pins a batch.
 
     Peak memory is the result and the value that is copied in (on an accelerator growing copies: give ``max_rows``).
     ``compute()`` gives the rows themselves: contiguous where ``dim`` is 0, and a view otherwise.
@@ -49,12 +49,12 @@ class Concatenate(Reducer):
 
     @property
     def full(self) -> bool:
-        """Whether the row budget is used up."""
+        """Whether the row budget is used up, so that further values would be ignored."""
         return self.max_rows is not None and self.rows >= self.max_rows
 
-    def update(self, value: Tensor) -> None:
-        """Copy the value's rows in, as many as the budget still allows."""
-        self._append(self._as_rows(value))
+    def update(self, value: Tensor, mask: Tensor | None = None) -> None:
+        """Copy the value's rows in, or those that the mask selects, as many as the budget still allows."""
+        self._append(self._counted_rows(value, mask))
 
     def merge(self, other: Concatenate) -> None:
         """Append the other's rows, within the own budget."""
@@ -67,14 +67,6 @@ class Concatenate(Reducer):
         if self._kept is None:
             raise self.nothing_seen()
         return self._kept.tensor().movedim(0, self.dim)
-
-    def _as_rows(self, value: Tensor) -> Tensor:
-        if self.flatten is not None:
-            last = self.flatten - 1 if self.flatten > 0 else value.dim() + self.flatten - 1
-            value = value.flatten(0, last) if last > 0 else value
-        if value.dim() == 0:
-            value = value.unsqueeze(0)
-        return value.movedim(self.dim, 0)
 
     def _append(self, rows: Tensor) -> None:
         if self._kept is None:

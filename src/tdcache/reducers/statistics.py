@@ -11,29 +11,28 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdcache.errors import CaptureError
-from tdcache.reducers.base import Reducer
+from tdcache.reducers.rows import Dims, RowReducer
+from tdcache.reducers.totals import Total, accumulation_dtype
 
 __all__ = ["Mean", "TopK", "Variance"]
 
-Dims = int | tuple[int, ...]
-
-
-def _accumulation_dtype(value: Tensor) -> torch.dtype:
-    """Half precision accumulates in float32, everything else in float64 where the device has it."""
-    if value.dtype in (torch.float16, torch.bfloat16) or value.device.type == "mps":
-        return torch.float32
-    return torch.complex128 if value.is_complex() else torch.float64
+# How much of a value is widened at a time: on the CPU 2 MB of float64, which stay in its cache, elsewhere 128 MB, which
+# bound the memory without many small kernels.
+_ELEMENTS_ON_CPU, _ELEMENTS_ELSEWHERE = 1 << 18, 1 << 24
 
 
 def _result_dtype(value: Tensor) -> torch.dtype:
-    if value.dtype in (torch.float16, torch.bfloat16):
-        return torch.float32
-    return value.dtype if value.is_floating_point() or value.is_complex() else torch.get_default_dtype()
+    """The value's own dtype, but float32 (complex64) for half precision and the default dtype for whole numbers."""
+    if value.is_complex():
+        return torch.complex64 if value.dtype.itemsize < 8 else value.dtype
+    if value.is_floating_point():
+        return torch.float32 if value.dtype.itemsize < 4 else value.dtype
+    return torch.get_default_dtype()
 
 
 @dataclass(eq=True)
-class _Moments(Reducer):
-    """Count, mean and sum of squared deviations, updated batch-wise and merged exactly.
+class _Moments(RowReducer):
+    """Count, sum and sum of squared deviations, updated batch-wise and merged exactly.
 
     Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
     (1979), eq. 2.1: the moments of two sets give those of their union.
@@ -41,81 +40,98 @@ class _Moments(Reducer):
 
     ordered: ClassVar[bool] = False
     dim: Dims = 0
+    flatten: int | None = field(default=None, kw_only=True)
     _count: int = field(default=0, init=False, repr=False, compare=False)
-    _mean: Tensor | None = field(default=None, init=False, repr=False, compare=False)
-    _squares: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    _total: Total | None = field(default=None, init=False, repr=False, compare=False)
+    _squares: Total | None = field(default=None, init=False, repr=False, compare=False)
+    _rest: torch.Size = field(default=torch.Size(), init=False, repr=False, compare=False)
     _dtype: torch.dtype | None = field(default=None, init=False, repr=False, compare=False)
     _wants_squares: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.dim == ():
+            raise ValueError("dim=() names no dimension along which rows lie; give one, or several as (0, 1)")
+
     @property
     def empty(self) -> bool:
-        """Whether nothing was seen yet."""
-        return self._mean is None
+        """Whether nothing was seen yet; a value without rows was seen."""
+        return self._total is None
 
-    def update(self, value: Tensor) -> None:
-        """Take the value's rows in."""
+    def update(self, value: Tensor, mask: Tensor | None = None) -> None:
+        """Take the value's rows in, or those that the mask selects."""
         self._dtype = self._dtype or _result_dtype(value)
-        dims = (self.dim,) if isinstance(self.dim, int) else self.dim
-        wide = value.to(_accumulation_dtype(value))
-        if wide.dim() == 0:
-            wide = wide.unsqueeze(0)
-        count = math.prod(wide.shape[dim] for dim in dims)
-        if count == 0:
-            return
-        mean = wide.mean(dims)
-        squares = (wide - wide.mean(dims, keepdim=True)).abs().square().sum(dims) if self._wants_squares else None
-        self._join(count, mean, squares)
+        rows = self._counted_rows(value, mask)
+        elements = _ELEMENTS_ON_CPU if rows.device.type == "cpu" else _ELEMENTS_ELSEWHERE
+        for part in rows.split(max(1, elements // max(1, rows.shape[1:].numel()))):
+            self._take(part.to(accumulation_dtype(part)))
+
+    def _take(self, rows: Tensor) -> None:
+        count, total, squares = rows.shape[0], rows.sum(0), None
+        if self._wants_squares:
+            deviations = rows - total / max(1, count)
+            squared = deviations.abs().square() if deviations.is_complex() else deviations.mul_(deviations)
+            squares = Total(squared.sum(0))
+        self._join(count, Total(total), squares, total.shape)
 
     def merge(self, other: _Moments) -> None:
         """Join the other's moments."""
         self.check_mergeable(other)
-        if other._mean is not None:
+        if other._total is not None:
             self._dtype = self._dtype or other._dtype
-            self._join(other._count, other._mean, other._squares)
+            self._join(other._count, other._total, other._squares, other._rest)
 
-    def _join(self, count: int, mean: Tensor, squares: Tensor | None) -> None:
-        if self._mean is None:
-            self._count, self._mean, self._squares = count, mean, squares
+    def _join(self, count: int, total: Total, squares: Total | None, rest: torch.Size) -> None:
+        if self._total is None:
+            self._count, self._total, self._squares, self._rest = count, total, squares, rest
             return
-        if mean.shape != self._mean.shape:
+        if rest != self._rest:
             raise CaptureError(
-                f"{self!r} saw values that reduce to {tuple(self._mean.shape)} and now to {tuple(mean.shape)}; "
+                f"{self!r} saw values that reduce to {tuple(self._rest)} and now to {tuple(rest)}; "
                 "let dim= cover every dimension that varies, e.g. dim=(0, 1) for (batch, seq, d)"
             )
-        total = self._count + count
-        delta = mean - self._mean
         if squares is not None and self._squares is not None:
-            self._squares = self._squares + squares + delta.abs().square() * (self._count * count / total)
-        self._mean = self._mean + delta * (count / total)
-        self._count = total
+            self._squares.join(squares)
+            if count and self._count:
+                delta = total.value() / count - self._total.value() / self._count
+                self._squares.add(delta.abs().square() * (self._count * count / (self._count + count)))
+        self._total.join(total)
+        self._count += count
 
 
 @dataclass(eq=True)
 class Mean(_Moments):
     """The mean over rows, all calls together: ``value.mean(dim)`` of the values concatenated along ``dim``.
 
-    Accumulated in float64 (float32 for half-precision values, whose mean is then float32).
+    Accumulated in float64 (on a device without it in float32, with the rounding errors summed beside), so that a row
+    counts after 10^8 others. The result has the dtype of the values, and float32 for half precision; it is NaN where no
+    row was seen.
 
     Args:
         dim: the dimension, or dimensions, averaged over; ``(0, 1)`` gives one vector for ``(batch, seq, d)``.
+        flatten: how many leading dimensions are merged into one first; see :class:`Concatenate`.
     """
 
     _wants_squares: ClassVar[bool] = False
 
     def compute(self) -> Tensor:
         """The mean so far; the shape of a value without ``dim``."""
-        if self._mean is None:
+        if self._total is None:
             raise self.nothing_seen()
-        return self._mean.to(self._dtype)
+        total = self._total.value()
+        mean = total / self._count if self._count else torch.full_like(total, math.nan)
+        return mean.to(self._dtype)
 
 
 @dataclass(eq=True)
 class Variance(_Moments):
     """The variance over rows, all calls together, as ``torch.var(dim, correction=correction)`` of all rows.
 
+    Accumulated as in :class:`Mean`, and of the same dtype (of a complex value's parts).
+
     Args:
         dim: the dimension, or dimensions, that rows lie along.
         correction: subtracted from the number of rows in the divisor (1 is Bessel's).
+        flatten: how many leading dimensions are merged into one first; see :class:`Concatenate`.
     """
 
     correction: int = 1
@@ -124,27 +140,31 @@ class Variance(_Moments):
         """The variance so far; NaN where there are not more rows than ``correction``."""
         if self._squares is None or self._dtype is None:
             raise self.nothing_seen()
+        squares = self._squares.value()
         divisor = self._count - self.correction
-        variance = self._squares / divisor if divisor > 0 else torch.full_like(self._squares, math.nan)
+        variance = squares / divisor if divisor > 0 else torch.full_like(squares, math.nan)
         return variance.to(self._dtype.to_real())
 
 
 @dataclass(eq=True)
-class TopK(Reducer):
+class TopK(RowReducer):
     """The ``k`` largest (or smallest) values over rows, per remaining position, with the numbers of their rows.
 
     For the top activating inputs of every neuron or latent. ``compute()`` gives a TensorDict with ``"values"`` and
-    ``"indices"``, both ``(k, *rest)`` with the axis at ``dim``; row numbers count all rows that passed the site.
+    ``"indices"``, both ``(k, *rest)`` with the axis at ``dim``. Row numbers count all rows that passed the site, those
+    that a mask left out too: number ``n`` is row ``n`` of the flattened values concatenated along ``dim``.
 
     Args:
         k: how many; fewer where fewer rows were seen.
         dim: the dimension that rows lie along.
         largest: the largest values, or else the smallest.
+        flatten: how many leading dimensions are merged into one first; see :class:`Concatenate`.
     """
 
     k: int
     dim: int = 0
     largest: bool = True
+    flatten: int | None = field(default=None, kw_only=True)
     rows: int = field(default=0, init=False, repr=False, compare=False)
     _values: Tensor | None = field(default=None, init=False, repr=False, compare=False)
     _indices: Tensor | None = field(default=None, init=False, repr=False, compare=False)
@@ -158,13 +178,15 @@ class TopK(Reducer):
         """Whether nothing was seen yet."""
         return self._values is None
 
-    def update(self, value: Tensor) -> None:
-        """Take the value's rows in."""
-        value = value.unsqueeze(0) if value.dim() == 0 else value
-        count = value.shape[self.dim]
-        values, indices = value.topk(min(self.k, count), dim=self.dim, largest=self.largest)
-        self._join(values, indices + self.rows)
-        self.rows += count
+    def update(self, value: Tensor, mask: Tensor | None = None) -> None:
+        """Take the value's rows in, or those that the mask selects."""
+        rows, mask = self._rows_of(value, mask)
+        candidates = rows if mask is None else rows[mask]
+        values, numbers = candidates.topk(min(self.k, candidates.shape[0]), dim=0, largest=self.largest)
+        if mask is not None:
+            numbers = mask.nonzero().squeeze(1)[numbers]
+        self._join(values, numbers + self.rows)
+        self.rows += rows.shape[0]
 
     def merge(self, other: TopK) -> None:
         """Take in the other's candidates; its row numbers go on after the own ones."""
@@ -173,29 +195,21 @@ class TopK(Reducer):
             self._join(other._values, other._indices + self.rows)
         self.rows += other.rows
 
-    def _join(self, values: Tensor, indices: Tensor) -> None:
+    def _join(self, values: Tensor, numbers: Tensor) -> None:
         if self._values is not None and self._indices is not None:
-            self._check_rest(self._values, values)
-            values = torch.cat([self._values, values], dim=self.dim)
-            indices = torch.cat([self._indices, indices], dim=self.dim)
-            values, places = values.topk(min(self.k, values.shape[self.dim]), dim=self.dim, largest=self.largest)
-            indices = indices.gather(self.dim, places)
-        self._values, self._indices = values, indices
-
-    def _check_rest(self, before: Tensor, now: Tensor) -> None:
-        rests = []
-        for each in (before, now):
-            rest = list(each.shape)
-            del rest[self.dim]
-            rests.append(tuple(rest))
-        if rests[0] != rests[1]:
-            raise CaptureError(
-                f"{self!r} saw rows of {rests[0]} and now of {rests[1]}; choose another dim, or bring the values to "
-                "one shape with index= or callback="
-            )
+            if values.shape[1:] != self._values.shape[1:]:
+                raise CaptureError(
+                    f"{self!r} saw rows of {tuple(self._values.shape[1:])} and now of {tuple(values.shape[1:])}; "
+                    "choose another dim, or bring the values to one shape with index= or callback="
+                )
+            values, numbers = torch.cat([self._values, values]), torch.cat([self._indices, numbers])
+            values, places = values.topk(min(self.k, values.shape[0]), dim=0, largest=self.largest)
+            numbers = numbers.gather(0, places)
+        self._values, self._indices = values, numbers
 
     def compute(self) -> TensorDict:
         """The values and their row numbers so far, best first."""
         if self._values is None or self._indices is None:
             raise self.nothing_seen()
-        return TensorDict({"values": self._values, "indices": self._indices}, batch_size=[])
+        found = {"values": self._values, "indices": self._indices}
+        return TensorDict({name: each.movedim(0, self.dim) for name, each in found.items()}, batch_size=[])

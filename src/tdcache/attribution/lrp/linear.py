@@ -57,7 +57,7 @@ def transposed(linear: Linear, x: Tensor, weight: Tensor, cotangent: Tensor) -> 
     if linear is F.linear:
         return cotangent @ weight
     module = linear.args[0] if isinstance(linear, partial) and linear.func is _convolution else None
-    if module is None or module.padding_mode != "zeros" or isinstance(module.padding, str):
+    if module is None or x.ndim < weight.ndim or module.padding_mode != "zeros" or isinstance(module.padding, str):
         return None
     backward: Any = (conv1d_input, conv2d_input, conv3d_input)[weight.ndim - 3]
     found: Tensor = backward(x.shape, weight, cotangent, module.stride, module.padding, module.dilation, module.groups)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tdcache.attribution.asks import Place, Rows, wide
 from tdcache.attribution.base import Attribution, Work
 from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import Seen, key_of
+from tdcache.attribution.integrated import gap_key, row_sum
 from tdcache.attribution.lrp.linear import canonised, is_linear, linear_function
 from tdcache.attribution.lrp.maps import RuleMap, Rules
-from tdcache.attribution.lrp.replaced import BehindTaps, ReplacedBackward, install_replaced
+from tdcache.attribution.lrp.replaced import BehindTaps, Call, ReplacedBackward, install_replaced
 from tdcache.attribution.lrp.rules import Epsilon, Pass, Rule, nonzero
 from tdcache.attribution.modifiers import Installed
 from tdcache.errors import AttributionError
@@ -91,19 +93,26 @@ class _Applied:
                 "or Pass()"
             )
 
-    def gradient(self, module: nn.Module, x: Tensor, y: Tensor, grad: Tensor, norm: nn.Module | None) -> Tensor:
+    def gradient(self, call: Call, x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
         """The gradient that carries the relevance of the input."""
-        if isinstance(self.rule, Pass):
-            return self.rule.change(x, y, grad)
         if not isinstance(self.rule, Rule):
-            found: Tensor = self.rule.gradient(module, x, y, grad, norm)
+            found: Tensor = self.rule.gradient(call, x, y, grad)
             return found
-        weight, bias = canonised(module, norm)
-        linear = linear_function(module)
+        dtype = x.dtype
+        if dtype in (torch.float16, torch.bfloat16):  # the tiny numbers in place of zeros are those of the dtype
+            x, y, grad = wide(nonzero(x)), wide(nonzero(y)), wide(grad)
+        found = self.rule.change(x, y, grad) if isinstance(self.rule, Pass) else self._linear(call, x, y, grad)
+        return found.to(dtype)
+
+    def _linear(self, call: Call, x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
+        weight, bias = canonised(call.module, call.norm)
+        weight, bias = wide(weight), None if bias is None else wide(bias)
+        linear = linear_function(call.module)
         # With a norm folded in, the relevance that arrives belongs to the norm's output, z' below.
-        z = y if norm is None else linear(x, weight, bias)
-        relevance_grad = grad if norm is None else grad * nonzero(y) / nonzero(z)
-        return self.rule.input_gradient(linear, x, weight, bias, z, relevance_grad)
+        z = y if call.norm is None else linear(x, weight, bias)
+        relevance_grad = grad if call.norm is None else grad * nonzero(y) / nonzero(z)
+        found: Tensor = self.rule.input_gradient(linear, x, weight, bias, z, relevance_grad)
+        return found
 
 
 class _CanonisedNorm(ReplacedBackward):
@@ -137,7 +146,9 @@ class LRP(Attribution):
 
     The target's value is the relevance at the output, so that in a net without biases the scores of the inputs, and of
     any layer that everything passes through, sum to it (Bach et al. 2015, doi:10.1371/journal.pone.0130140). The target
-    should pick outputs, such as an index.
+    should pick outputs, such as an index. ``("gap", ...)`` holds, per row, by how much the sum misses the target: what
+    biases took, and what was lost or made at modules that have no rule. In half precision relevance is shared out in
+    single precision.
 
     Args:
         selector: which modules; None for the inputs.
@@ -195,11 +206,16 @@ class LRP(Attribution):
         yield [
             frame.ask(frame.base, each, frame.targets[name], values=places, grads=places) for name, each in seen.items()
         ]
-        return {
-            key_of(self.name, name, place): self._relevance(each, place)
-            for name, each in seen.items()
-            for place in places
-        }
+        scores: dict[tuple[Any, ...], Tensor] = {}
+        for name, each in seen.items():
+            parts = {place: self._relevance(each, place) for place in places}
+            if each.target is None:
+                raise AttributionError("the target was not computed")
+            for place, part in parts.items():
+                whole = list(parts.values()) if self.selector is None else [part]
+                scores[key_of(self.name, name, place)] = part
+                scores[gap_key(self.name, name, place)] = row_sum(whole, each.target) - wide(each.target)
+        return scores
 
     @staticmethod
     def _relevance(seen: Seen, place: Place) -> Tensor:

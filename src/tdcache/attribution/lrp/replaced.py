@@ -13,14 +13,14 @@ from tdcache.attribution.asks import Rows
 from tdcache.hooks import MultiHookHandle, Order, attach
 from tdcache.hooks.values import first_tensor, replace_tensor
 
-__all__ = ["BehindTaps", "ReplacedBackward", "ReplacedRule", "install_replaced"]
+__all__ = ["BehindTaps", "Call", "ReplacedBackward", "ReplacedRule", "install_replaced"]
 
 
 class ReplacedRule(Protocol):
     """What takes the place of a module's backward."""
 
-    def gradient(self, module: nn.Module, x: Tensor, y: Tensor, grad: Tensor, norm: nn.Module | None) -> Tensor:
-        """The gradient of the input ``x``; ``norm`` is the batch norm that read ``y``, if one did."""
+    def gradient(self, call: Call, x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
+        """The gradient of the input ``x``, from that of the output ``y``."""
 
 
 class ReplacedBackward:
@@ -58,7 +58,7 @@ class ReplacedBackward:
         x, y = self._inputs.pop(), first_tensor(output)
         if x is None or y is None or not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)):
             return None
-        call = _CallOf(self, module)
+        call = Call(self, module)
         new: Tensor = _Replaced.apply(x, y.detach() if self.rows is None else y, call)  # type: ignore[no-untyped-call]
         if self.followers is not None:
             self.followers[id(new)] = _Follower(new, call)
@@ -78,7 +78,7 @@ class BehindTaps:
         return self.hook(*args)
 
 
-class _CallOf:
+class Call:
     """One call of a module: what its backward needs besides tensors."""
 
     __slots__ = ("hook", "module", "norm")
@@ -87,6 +87,12 @@ class _CallOf:
         self.hook = hook
         self.module = module
         self.norm: nn.Module | None = None
+        """The batch norm that read the output, if one did."""
+
+    @property
+    def path(self) -> str:
+        """The module's path."""
+        return self.hook.path
 
 
 class _Follower:
@@ -94,7 +100,7 @@ class _Follower:
 
     __slots__ = ("call", "output")
 
-    def __init__(self, output: Tensor, call: _CallOf) -> None:
+    def __init__(self, output: Tensor, call: Call) -> None:
         self.output = output
         self.call = call
 
@@ -103,20 +109,20 @@ class _Replaced(torch.autograd.Function):
     """The values of ``y``; the backward is the rule's in its rows, and ``y``'s own elsewhere."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, call: _CallOf) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, call: Call) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(x, y)
         return y.clone()  # what comes next may write in place, and the backward needs y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        call: _CallOf = ctx.call
+        call: Call = ctx.call
         x, y = ctx.saved_tensors
         hook, rows = call.hook, call.hook.rows
         if rows is None:
-            return hook.rule.gradient(call.module, x, y, grad, call.norm), None, None
+            return hook.rule.gradient(call, x, y, grad), None, None
         here, there = rows.of(x, hook.path), rows.of(y, hook.path)
-        own = hook.rule.gradient(call.module, x[here], y[there], grad[there], call.norm)
+        own = hook.rule.gradient(call, x[here], y[there], grad[there])
         ruled = torch.zeros_like(x)
         ruled[here] = own
         plain = grad.clone()

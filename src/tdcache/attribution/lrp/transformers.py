@@ -8,21 +8,18 @@ from torch import nn
 
 from tdcache.attribution.lrp.maps import RuleMap, is_activation
 from tdcache.attribution.lrp.method import RelevanceRules
-from tdcache.attribution.lrp.norms import FrozenNorm, is_norm
+from tdcache.attribution.lrp.norms import FrozenNorm
 from tdcache.attribution.lrp.rules import Epsilon, Pass, Rule
 from tdcache.attribution.modifiers import ScaleGradient, StopGradient
+from tdcache.attribution.norms import is_norm
 from tdcache.types import Selector
 
 __all__ = ["attnlrp", "relp", "transformer_rules"]
 
 
-def _is_norm(path: str, module: nn.Module) -> bool:
-    return is_norm(module)
-
-
 def transformer_rules(linear: Rule | None = None) -> RuleMap:
     """Norm scales are constants, activations pass relevance on, linear modules follow ``linear`` (LRP-0 by default)."""
-    pairs: list[tuple[Any, Any]] = [(_is_norm, FrozenNorm()), (is_activation, Pass())]
+    pairs: list[tuple[Any, Any]] = [(is_norm, FrozenNorm()), (is_activation, Pass())]
     if linear is not None and linear != Epsilon(0.0):
         pairs.append((nn.Linear, linear))
     return tuple(pairs)

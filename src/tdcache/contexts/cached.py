@@ -1,0 +1,135 @@
+"""The context of what captures: a cache that is current while the context is open and stays readable after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensordict import TensorDict, TensorDictBase
+
+from tdcache.cache.recorder import Recorder
+from tdcache.contexts.context import HookingContext
+from tdcache.errors import CacheWriteError, CaptureError, ContextError, StopForward
+from tdcache.introspect import is_wrapped_by_compile
+from tdcache.modules.hooked import HookedModule, holds_entries
+from tdcache.reducers import Reducer
+from tdcache.types import CacheKey
+
+__all__ = ["HookingContextWithCache"]
+
+
+class HookingContextWithCache(HookingContext):
+    """A context with a cache, which stays readable after the block.
+
+    Args:
+        cache: the TensorDict to write to; a new one by default.
+        clear_cache: empty it when the context is entered (a locked one is left as it is).
+        *args: see :class:`HookingContext`.
+        **kwargs: see :class:`HookingContext`.
+    """
+
+    def __init__(
+        self, *args: Any, cache: TensorDictBase | None = None, clear_cache: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if cache is not None and not isinstance(cache, TensorDictBase):
+            raise ContextError(f"cache= is a TensorDict, got {type(cache).__name__}; TensorDict() makes an empty one")
+        self.has_own_cache = cache is None
+        self._cache = TensorDict(batch_size=[]) if cache is None else cache
+        self._batch_size = self._cache.batch_size
+        self._clear_cache = self._forgets = clear_cache
+        self._reducers: list[dict[CacheKey, Reducer]] = []
+        """Where the cache is not cleared: what the reducers hold between two entries."""
+        self.recorder: Recorder | None = None
+        """The state of the capture while the context is open, as the recipe has begun it."""
+
+    @property
+    def cache(self) -> TensorDictBase:
+        """The cache, up to date: one TensorDict from entering to leaving, updated in place by every forward.
+
+        Raises:
+            InplaceModificationError: a kept alias was overwritten since.
+        """
+        if self.recorder is not None:
+            self.recorder.refresh()
+        return self._cache
+
+    def record(self, recorder: Recorder) -> None:
+        """Keep the cache current by ``recorder`` until the context is left."""
+        self.recorder = recorder
+        for channel, reducers in zip(recorder.channels, self._reducers, strict=False):
+            channel.reducers.update(reducers)
+        self._reducers = []
+
+    def share(self, cache: TensorDictBase) -> None:
+        """Write to ``cache``, which somebody else clears, from the next entry on."""
+        self._cache = cache
+        self._clear_cache = False
+
+    def clear(self) -> None:
+        """Empty the cache, and forget what the reducers hold."""
+        if self.recorder is not None:
+            self.recorder.forget()
+        self._reducers = []
+        if not self._cache.is_locked:
+            self._cache.clear()
+            self._cache.batch_size = self._batch_size
+
+    def _enter(self) -> HookedModule:
+        if self._clear_cache and not self._in_context:
+            if self.has_own_cache:  # what the last block left stays with those who hold it
+                self._cache = TensorDict(batch_size=[])
+                self._reducers = []
+            else:
+                self.clear()
+        return super()._enter()
+
+    def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Carry out a call; refuses to write outputs over cache entries."""
+        if args and holds_entries(args[0]):
+            named = {key if isinstance(key, str) else key[0] for key in (*self._in_keys, *self._out_keys)}
+            if clash := self.keys_in(args[0]) & named:
+                raise CacheWriteError(
+                    f"the cache is the TensorDict that the model writes to, and {sorted(clash)!r} name both a site "
+                    "and an input or output; rename those with in_keys= and out_keys=, or hand in another cache",
+                    paths=sorted(clash),
+                )
+        return super().call(module, args, kwargs)
+
+    def keys_in(self, data: TensorDictBase) -> set[str]:
+        """The top-level keys of ``data`` that this context writes as a cache."""
+        if data is not self._cache or self.recorder is None:
+            return set()
+        return {key for channel in self.recorder.channels for key in channel.top_keys}
+
+    def _set_taking(self, taking: bool) -> None:
+        if self.recorder is not None:
+            self.recorder.open = taking
+
+    def _asked_for(self, stop: StopForward) -> bool:
+        return self.recorder is not None and stop.source is self.recorder
+
+    def _leave(self, error: BaseException | None) -> None:
+        super()._leave(error)
+        if self.recorder is not None:
+            self.recorder.open = False
+
+    def _finish(self, error: BaseException | None) -> None:
+        recorder, self.recorder = self.recorder, None
+        if recorder is None:
+            return
+        try:
+            recorder.refresh()
+            fired = any(channel.fired for channel in recorder.channels)
+            if error is None and self._was_traced and not fired and is_wrapped_by_compile(self.model):
+                raise CaptureError(
+                    f"no site of {type(self.model).__name__} saw a value, and torch.compile had traced the model "
+                    "before: its graph skips hooks that came later; prepare the compiled module itself, or enter "
+                    "before its first run"
+                )
+            if error is None:
+                recorder.report_unfired(self.model)
+            recorder.settle(self.model)
+            if not self._forgets:
+                self._reducers = [dict(channel.reducers) for channel in recorder.channels]
+        finally:
+            recorder.close()

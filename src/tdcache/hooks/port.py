@@ -1,0 +1,252 @@
+"""Ports: one side of a place, and the one way to read, write and watch the tensor that is meant there.
+
+What a module returns or receives is a tensor, or tensors somewhere in tuples, mappings, Hugging Face outputs or
+TensorDicts. Which of them is meant, how another is put in its place, and how its gradient is watched is decided here
+and nowhere else; a tap only says what happens to the tensor.
+
+Both ports are asked with what a hook at their side is called with, ``(module, args, output)`` or ``(module, args,
+kwargs)``, so that a tap needs one method for both. A place need not be a module: whatever calls hooks in these two
+forms has ports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from types import CodeType
+from typing import Any, ClassVar
+
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from tdcache.errors import CaptureError, EditError
+from tdcache.hooks.gradients import OnGrad, alias_input, watch_output
+from tdcache.hooks.loans import Loan, lend
+from tdcache.hooks.values import (
+    check_fits,
+    children,
+    exchanged,
+    is_entries,
+    leaves,
+    pick_tensor,
+    replace_tensor,
+    tensor_only,
+)
+from tdcache.types import CacheKey, HookDirection, Pick
+
+__all__ = ["InputPort", "OutputPort", "Port", "Steps", "own_entry", "port_at"]
+
+Steps = tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPort:
+    """What a module returns.
+
+    Without ``pick`` the first tensor is meant; of the TensorDict that a TensorDict module passes on, the first entry
+    that the module made itself.
+    """
+
+    path: str
+    pick: Pick = None
+    direction: ClassVar[HookDirection] = "fwd"
+
+    def read(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The tensor that is meant (or a TensorDict, where the pick names one).
+
+        Raises:
+            CaptureError: there is none; the message names the path, the type and what is there.
+        """
+        if self.pick is None and type(output) is Tensor:
+            return output
+        return tensor_only(pick_tensor(output, self._pick_in(module, output), self.path), self.pick, self.path)
+
+    def parts(self, module: nn.Module, args: Any, output: Any) -> Iterator[tuple[Steps, Tensor]]:
+        """Every tensor with the steps that lead to it: what ``pick="all"`` means."""
+        return leaves(output)
+
+    def write(self, module: nn.Module, args: Any, output: Any, new: Any) -> Any:
+        """What the hook returns, so that ``new`` stands in place of the tensor that is meant.
+
+        A TensorDict is written into, as the module did that was given it; nothing else is changed.
+
+        Raises:
+            EditError: ``new`` differs in shape, dtype or device, or a callable pick cannot say where to put it.
+        """
+        if self.pick is None and isinstance(output, Tensor):
+            check_fits(new, output, self.path)
+            return new
+        pick = self._pick_in(module, output)
+        if isinstance(pick, str | tuple) and is_entries(output):
+            check_fits(new, pick_tensor(output, pick, self.path), self.path)
+            return output.set(pick, new)
+        return replace_tensor(output, new, pick=pick, path=self.path)
+
+    def watch(self, module: nn.Module, args: Any, output: Any, tensor: Tensor, on_grad: OnGrad) -> Any:
+        """Have ``on_grad`` called with the gradient of ``tensor``, which was read here and requires grad.
+
+        Returns:
+            What the hook returns: None, or the output with an alias in the tensor's place.
+        """
+        handed = watch_output(module, args, tensor, on_grad, self.path)
+        if handed is tensor:
+            return None
+        if output is tensor:
+            return handed
+        if is_entries(output):
+            return self._entry_exchanged(output, tensor, handed)
+        return exchanged(output, iter([handed if each is tensor else None for _, each in leaves(output)]))
+
+    def _entry_exchanged(self, output: TensorDictBase, tensor: Tensor, handed: Tensor) -> TensorDictBase:
+        steps = next((steps for steps, each in leaves(output) if each is tensor), None)
+        if steps is None:
+            raise CaptureError(
+                f"the entry at {self.path!r} is made anew each time it is read (a lazily stacked TensorDict?), so its "
+                "gradient cannot be watched; capture a module that returns the tensor itself",
+                paths=(self.path,),
+            )
+        return output.set(steps, handed)  # type: ignore[arg-type]
+
+    def _pick_in(self, module: nn.Module, output: Any) -> Pick:
+        if self.pick is None and is_entries(output):
+            return own_entry(module, "out_keys")
+        return self.pick
+
+
+@dataclass(frozen=True, slots=True)
+class InputPort:
+    """What a module is called with.
+
+    A number picks an argument, positional ones first, then keyword ones; a name picks a keyword argument, a positional
+    one by its name in the module's ``forward``, or an entry of the only argument; a tuple goes on from there; a
+    callable gets all arguments as a tuple. Without ``pick`` the first tensor is meant; of the TensorDict given to a TensorDict
+    module, the first entry that the module reads.
+    """
+
+    path: str
+    pick: Pick = None
+    direction: ClassVar[HookDirection] = "fwd_pre_kwargs"
+
+    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The tensor that is meant (or a TensorDict, where the pick names one).
+
+        Raises:
+            CaptureError: there is none; the message names the path and what is there.
+        """
+        if self.pick is None and args and type(args[0]) is Tensor:
+            return args[0]
+        if callable(self.pick):
+            return tensor_only(self.pick((*args, *kwargs.values())), self.pick, self.path)
+        picked = pick_tensor((args, kwargs), self._steps(module, args, kwargs), self.path)
+        return tensor_only(picked, self.pick, self.path)
+
+    def parts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Steps, Tensor]]:
+        """Every tensor with the steps that lead to it, arguments numbered: what ``pick="all"`` means."""
+        return leaves((*args, *kwargs.values()))
+
+    def write(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], new: Any) -> Any:
+        """What the hook returns, so that ``new`` stands in place of the tensor that is meant, in copies of containers.
+
+        Raises:
+            EditError: ``new`` differs in shape, dtype or device, or a callable pick cannot say where to put it.
+        """
+        if callable(self.pick):
+            raise EditError(
+                f"a callable pick= cannot say where to put the new value at {self.path!r}; use an index or a key"
+            )
+        return replace_tensor((args, kwargs), new, pick=self._steps(module, args, kwargs), path=self.path)
+
+    def differentiable(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The tensor whose gradient is meant: the picked one, or without ``pick`` the first that requires grad."""
+        if self.pick is not None or (args and is_entries(args[0])):
+            picked = self.read(module, args, kwargs)
+            return picked if isinstance(picked, Tensor) and picked.requires_grad else None
+        return next((tensor for _, tensor in leaves((args, kwargs)) if tensor.requires_grad), None)
+
+    def watch(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensor: Tensor,
+        on_grad: OnGrad,
+        *,
+        tap: object,
+    ) -> tuple[Any, Tensor, Loan | None]:
+        """Have ``on_grad`` called with the gradient of ``tensor``, an argument that requires grad; the module's own.
+
+        Returns:
+            What the pre-hook returns; the alias that the module gets; and the loan to end after the call.
+        """
+        alias = self.alias(module, tensor, on_grad, tap=tap)
+        if alias is tensor:
+            return None, alias, None
+        wanted = None if callable(self.pick) or self.pick is None else self._steps(module, args, kwargs)
+        new = [
+            alias if each is tensor and (wanted is None or _leads_to(wanted, steps)) else None
+            for steps, each in leaves((args, kwargs))
+        ]
+        args, kwargs, loan = lend(args, kwargs, iter(new))
+        return (args, kwargs), alias, loan
+
+    def alias(self, module: nn.Module, tensor: Tensor, on_grad: OnGrad, *, tap: object) -> Tensor:
+        """An alias of an argument whose gradient ``on_grad`` sees; the argument itself where a hook made one before."""
+        return alias_input(module, tensor, on_grad, self.path, tap=tap)
+
+    def _steps(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pick:
+        """The steps in ``(args, kwargs)`` to what ``pick`` means; None for the first tensor."""
+        pick = self.pick
+        if pick is None:
+            entry = own_entry(module, "in_keys") if args and is_entries(args[0]) else None
+            return None if entry is None else (0, 0, *_as_steps(entry))
+        first, *rest = _as_steps(pick)
+        names = list(kwargs)
+        if first in kwargs:
+            return (1, first, *rest)
+        if isinstance(first, int) and -len(args) - len(names) <= first < len(args) + len(names):
+            at = first % (len(args) + len(names))
+            return (0, at, *rest) if at < len(args) else (1, names[at - len(args)], *rest)
+        parameters = _parameters(type(module))
+        if first in parameters[: len(args)]:
+            return (0, parameters.index(str(first)), *rest)
+        if len(args) == 1 and first in dict(children(args[0])):
+            return (0, 0, first, *rest)
+        raise CaptureError(
+            f"pick={pick!r} finds nothing at {self.path!r}: it was called with {len(args)} positional arguments and "
+            f"{names!r}",
+            paths=(self.path,),
+        )
+
+
+Port = OutputPort | InputPort
+
+
+def port_at(path: str, direction: str, pick: Pick = None) -> Port:
+    """The port of a direction: what is captured, changed, or watched in ``"fwd"`` and ``"bwd"`` is the output."""
+    return InputPort(path, pick) if direction in ("fwd_pre", "fwd_pre_kwargs", "grad_in") else OutputPort(path, pick)
+
+
+def own_entry(module: nn.Module, keys: str) -> CacheKey | None:
+    """The first key of a TensorDict module's ``in_keys`` or ``out_keys``; None for other modules."""
+    named = getattr(module, keys, None) or ()
+    return next((key for key in named if key != "_"), None)
+
+
+def _as_steps(pick: Any) -> Steps:
+    return pick if isinstance(pick, tuple) else (pick,)
+
+
+def _leads_to(wanted: Pick, steps: Steps) -> bool:
+    """Whether the picked steps, which may count from the end or by position, are these."""
+    return wanted == steps or not isinstance(wanted, tuple) or len(wanted) != len(steps) or wanted[:2] == steps[:2]
+
+
+def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+    code = getattr(kind.forward, "__code__", None)
+    return () if code is None else _names_of(code)
+
+
+@lru_cache(maxsize=1024)
+def _names_of(code: CodeType) -> tuple[str, ...]:
+    return code.co_varnames[1 : code.co_argcount]
