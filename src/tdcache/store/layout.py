@@ -31,6 +31,11 @@ _PER_FOLDER = 1000
 _MOST = 1 << 31  # bytes of index
 
 
+def _names(unit: int) -> tuple[str, str]:
+    """The folder and the file of a unit's shard."""
+    return f"{unit // _PER_FOLDER:03d}", f"u{unit:08d}.safetensors"
+
+
 class Layout:
     """The names in one store's folder.
 
@@ -69,7 +74,7 @@ class Layout:
 
     def shard(self, unit: int) -> Path:
         """The name of a unit's shard."""
-        return self.shards / f"{unit // _PER_FOLDER:03d}" / f"u{unit:08d}.safetensors"
+        return self.shards.joinpath(*_names(unit))
 
     def units(self) -> dict[int, os.stat_result]:
         """The status of each shard that is there, by unit, in order; foreign names and links are ignored."""
@@ -82,7 +87,7 @@ class Layout:
                 with os.scandir(folder.path) as entries:
                     for entry in entries:
                         match = _NAME.fullmatch(entry.name)
-                        if match and self.shard(int(match[1])) == Path(entry.path):
+                        if match and _names(int(match[1])) == (folder.name, entry.name):
                             found[int(match[1])] = entry.stat(follow_symlinks=False)
         return dict(sorted(found.items()))
 

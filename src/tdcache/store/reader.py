@@ -18,9 +18,9 @@ from torch import Tensor
 from tdcache.errors import SpecError, listed
 from tdcache.paths import near_misses
 from tdcache.store.layout import Layout
-from tdcache.store.rows import by_shard, put_rows, row_numbers
+from tdcache.store.rows import ROW_COLUMNS, by_shard, put_rows, row_numbers
 from tdcache.store.shard import Shard, ShardCache
-from tdcache.store.shard_header import ROW_COLUMNS, Contract, site_column
+from tdcache.store.shard_header import Contract, site_column
 from tdcache.store.spans import Span, read_spans
 from tdcache.store.spec import read_spec, spec_id
 

@@ -9,7 +9,10 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-__all__ = ["by_shard", "joined", "pick_rows", "put_rows", "row_numbers"]
+__all__ = ["ROW_COLUMNS", "by_shard", "joined", "pick_rows", "put_rows", "row_numbers"]
+
+ROW_COLUMNS = ("seq", "pos", "tok")
+"""What a row knows of itself: its sample, its position in it and, where there is one, its token."""
 
 
 def row_numbers(index: Any, rows: int) -> Tensor:

@@ -18,7 +18,6 @@ from tdcache.store.header import Header, header_length, pack_header, parse_heade
 from tdcache.store.regular import read_into
 
 __all__ = [
-    "ROW_COLUMNS",
     "Contract",
     "IndexRow",
     "ShardInfo",
@@ -28,8 +27,6 @@ __all__ = [
     "with_sum",
 ]
 
-ROW_COLUMNS = ("seq", "pos", "tok")
-"""What a row knows of itself: its sample, its position in it and, where there is one, its token."""
 
 _ALIGN = 4096
 _NO_SUM = "00000000"

@@ -12,8 +12,9 @@ from torch import Tensor
 from tdcache.errors import StoreError
 from tdcache.store.files import Files, as_store_error
 from tdcache.store.layout import Layout
+from tdcache.store.rows import ROW_COLUMNS
 from tdcache.store.shard import Shard, ShardCache
-from tdcache.store.shard_header import ROW_COLUMNS, Contract, ShardInfo, site_column
+from tdcache.store.shard_header import Contract, ShardInfo, site_column
 from tdcache.store.shard_writer import write_shard
 from tdcache.store.spec import spec_id, write_spec
 
