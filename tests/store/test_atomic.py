@@ -91,6 +91,13 @@ def test_a_saved_folder_is_a_memory_mapped_tensordict_and_loads_as_private_maps(
     assert same(load_activations(target), OLD)
 
 
+def test_names_with_dots_colons_and_percents_are_names_of_files(tmp_path):
+    acts = {name: torch.ones(2) for name in ("layers.0", "block:1", "50%", "x y", "%41")}
+    target = save_activations(acts, tmp_path / "a.memmap")
+    assert same(load_activations(target), acts)
+    assert same(dict(TensorDict.load_memmap(str(target)).items()), acts)
+
+
 def test_the_folder_of_another_version_of_tensordict_is_read(tmp_path):
     TensorDict({"x y%": torch.ones(3), "e": torch.empty(0, 2)}, batch_size=[]).memmap(str(tmp_path / "a.memmap"))
     assert same(load_activations(tmp_path / "a.memmap"), {"x y%": torch.ones(3), "e": torch.empty(0, 2)})

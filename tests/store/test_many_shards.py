@@ -144,3 +144,35 @@ def test_repack_takes_a_store_of_many_shards(folder, tmp_path):
     assert len(mixed.shards) == -(-40_000 // ((1 << 16) // 28))
     assert torch.equal(mixed["seq"][...].sort().values, torch.arange(40_000))
     assert list((tmp_path / "b.acts" / ".tmp").iterdir()) == []
+
+
+def test_a_shuffle_has_every_order_equally_often(tmp_path):
+    write_many(tmp_path / "a.acts", 1)
+    dataset = ActivationDataset.open(tmp_path / "a.acts")
+    firsts = torch.zeros(ROWS)
+    for seed in range(200):
+        (tmp_path / str(seed)).mkdir()
+        rows = list(shuffled_rows(dataset, seed=seed, scratch=tmp_path / str(seed), memory=1))  # by bins of some rows
+        firsts[int(rows[0]["seq"][0])] += 1
+    # 200 draws of 40 rows, five each: chi-squared with 39 degrees of freedom is below 80 but once in ten thousand.
+    assert float(((firsts - 5) ** 2 / 5).sum()) < 80
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17])
+def test_rows_of_every_kind_come_whole_out_of_a_shuffle(tmp_path, rows):
+    dtypes = {"eight": torch.float8_e4m3fn, "half": torch.bfloat16, "whole": torch.int64, "truth": torch.bool}
+    shapes = {"eight": (3,), "half": (5,), "whole": (2, 2), "truth": (), "none": (0,)}
+    dtypes["none"] = torch.float32
+    values = {key: (torch.rand(rows, *shapes[key]) * 9).to(dtypes[key]) for key in dtypes}
+    sites = {key: {"dtype": str(each.dtype)[6:], "shape": list(shapes[key])} for key, each in values.items()}
+    columns = {site_column(key): [each] for key, each in values.items()}
+    columns |= {"seq": [torch.arange(rows)], "pos": [torch.zeros(rows).int()]}
+    with StoreWriter(tmp_path / "a.acts", {"sites": sites}) as writer:
+        writer.write(0, columns, samples=(0, rows), end=True)
+    for size in (1, 10_000):
+        mixed = ActivationDataset.open(tmp_path / "a.acts").repack(
+            tmp_path / f"{size}.acts", shuffle=True, shard_bytes=size
+        )[...]
+        order = mixed["seq"].argsort()
+        for key, each in values.items():
+            assert torch.equal(mixed[key].float()[order], each.float())

@@ -37,7 +37,8 @@ def safe_name(key: str) -> str:
     Raises:
         StoreError: it would lead to another folder.
     """
-    if not key or key in (".", "..") or any(each in key for each in "/\\\0:") or key.startswith("~"):
+    is_drive = key[1:2] == ":"  # of Windows
+    if not key or key in (".", "..") or any(each in key for each in "/\\\0") or key.startswith("~") or is_drive:
         raise StoreError(f"site {key!r} cannot be the name of a file, so it cannot be exported; read it by ds[{key!r}]")
     return key
 

@@ -44,7 +44,7 @@ def repack(
     """Write the rows of a store to a new one; every row keeps its ``seq``, ``pos`` and ``tok``.
 
     What is read is compared with its checksums. A shuffle writes the rows to scratch files first, in the new store's
-    folder; it holds some four shards in memory. Every order is equally likely; ``seed`` pins it down.
+    folder; it holds some eight shards in memory. Every order is equally likely; ``seed`` pins it down.
 
     Args:
         dataset: the store; a complete one.
@@ -79,7 +79,7 @@ def repack(
         if shuffle:
             writer.layout.prepare(writer.files)
             scratch = stack.enter_context(draft_folder(writer.layout.scratch, "bins"))
-            stream = shuffled_rows(source, seed=seed, scratch=scratch, memory=4 * shard_bytes)
+            stream = shuffled_rows(source, seed=seed, scratch=scratch, memory=2 * shard_bytes)
         else:
             stream = _in_order(source, per_shard)
         _write(writer, _cut(stream, per_shard), source, dtype)

@@ -53,7 +53,8 @@ def shuffled_rows(source: StoreReader, *, seed: int, scratch: Path, memory: int)
 def _packed(rows: TensorDict) -> Tensor:
     """Each row as its bytes, ``(rows, row_bytes)``."""
     columns: list[Tensor] = list(rows.to_dict().values())
-    return torch.cat([column.reshape(len(rows), -1).view(torch.uint8) for column in columns], dim=1)
+    flat = [column.reshape(-1).view(torch.uint8) for column in columns]
+    return torch.cat([each.reshape(len(rows), each.numel() // len(rows)) for each in flat], dim=1)
 
 
 def _unpacked(records: Tensor, source: StoreReader) -> TensorDict:
@@ -61,7 +62,8 @@ def _unpacked(records: Tensor, source: StoreReader) -> TensorDict:
     for key in source.columns:
         dtype, shape = source.describe(key)
         end = begin + math.prod(shape) * dtype.itemsize
-        found[key] = records[:, begin:end].contiguous().view(dtype).reshape(len(records), *shape)
+        own = records[:, begin:end].clone(memory_format=torch.contiguous_format)  # aligned, also of a single row
+        found[key] = own.reshape(-1).view(dtype).reshape(len(records), *shape)
         begin = end
     return TensorDict(found, batch_size=[len(records)])
 
