@@ -73,8 +73,8 @@ def harvest(
     The data is cut into units, fixed ranges of samples; each becomes one file that is there whole or not at all. Run
     again after a crash, with any number of processes, it runs the units that are missing, and the files are byte for
     byte those of one uninterrupted run (on the same device). A finished harvest run again does
-    no forward but the one that compares its first rows. The same call under ``torchrun`` deals the units to the ranks. The model is run without gradients in eval mode and left as it
-    was.
+    no forward but the one that compares its first rows. The same call under ``torchrun`` deals the units to the ranks.
+    The model is run without gradients in eval mode and left as it was.
 
     Args:
         model: any module. Batches that are mappings become keyword arguments, of those that it takes; tuples and lists
