@@ -6,7 +6,7 @@ tap of its own that does no more than a hand-written hook; every other goes thro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from tdcache.hooks.gradient_hooks import overwritten_input
 from tdcache.hooks.gradients import handed_on
 from tdcache.hooks.loans import OpenCalls, lend
 from tdcache.hooks.port import InputPort, OutputPort, Port, Steps
+from tdcache.hooks.values import is_entries, leaves
 from tdcache.introspect import add_tensor_hook
 from tdcache.types import CacheKey
 
@@ -193,10 +194,17 @@ class GradientTap(Tap):
         """Set a tensor hook on the output, if a gradient can come; returns an alias of an input that is handed on."""
         if self.recorder.is_foreign:
             return None
-        if self.port.pick != "all":
-            return self._watch(module, args, output, self.port.read(module, args, output), self.path)
+        if self.port.pick == "all":
+            return self._watch_parts(module, args, output, self.port.parts(module, args, output))
+        picked = self.port.read(module, args, output)
+        if isinstance(picked, Tensor):
+            return self._watch(module, args, output, picked, self.path)
+        return self._watch_parts(module, args, output, leaves(picked))
+
+    def _watch_parts(self, module: nn.Module, args: Any, output: Any, parts: Iterable[tuple[Steps, Tensor]]) -> Any:
+        self.channel.has_parts = True
         result = output
-        for steps, tensor in self.port.parts(module, args, output):
+        for steps, tensor in parts:
             changed = self._watch(module, args, result, tensor, part_key(self.path, steps))
             result = result if changed is None else changed
         return None if result is output else result
@@ -307,14 +315,17 @@ class InputGradientTap(Tap):
             self.calls.begin(module)
             self._note_graphless()
             return None
-        if self.port.pick == "all":
-            return self._watch_all(module, args, kwargs)
-        tensor = self.port.differentiable(module, args, kwargs)
+        port = self.port
+        if port.pick == "all":
+            return self._watch_parts(module, args, kwargs, list(port.parts(module, args, kwargs)))
+        tensor = port.differentiable(module, args, kwargs)
+        if is_entries(tensor):
+            return self._watch_parts(module, args, kwargs, list(leaves(tensor)))
         if tensor is None:
             self.calls.begin(module)
             self._note_graphless()
             return None
-        changed, alias, loan = self.port.watch(module, args, kwargs, tensor, self._taker(self.path), tap=self)
+        changed, alias, loan = port.watch(module, args, kwargs, tensor, self._taker(self.path), tap=self)
         self.calls.begin(module, (alias,), loan)
         return changed
 
@@ -322,13 +333,19 @@ class InputGradientTap(Tap):
         if not torch.compiler.is_compiling() and not self.recorder.is_foreign:
             self.recorder.graphless.add(self.path)
 
-    def _watch_all(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        aliases = [
-            self.port.alias(module, tensor, self._taker(part_key(self.path, steps)), tap=self)
-            if tensor.requires_grad
-            else None
-            for steps, tensor in self.port.parts(module, args, kwargs)
-        ]
+    def _watch_parts(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], parts: list[tuple[Steps, Tensor]]
+    ) -> Any:
+        self.channel.has_parts = True
+        wanted = iter([*parts, ((), None)])
+        steps, part = next(wanted)
+        aliases: list[Tensor | None] = []
+        for _, tensor in leaves((args, kwargs)):
+            aliases.append(None)
+            if tensor is part:  # the parts are in the order of the leaves
+                if tensor.requires_grad:
+                    aliases[-1] = self.port.alias(module, tensor, self._taker(part_key(self.path, steps)), tap=self)
+                steps, part = next(wanted)
         args, kwargs, loan = lend(args, kwargs, iter(aliases))
         self.calls.begin(module, [alias for alias in aliases if alias is not None], loan)
         return args, kwargs
