@@ -136,7 +136,8 @@ class Channel:
             return
         values = self.values
         if backward:
-            own(values)
+            for key in own(values):
+                self.versions.pop(key, None)
         if self.keep.hold != "live":
             self._detach(values)
         if self.copies or self.stack_by is not None or self.has_parts or len(values) != len(self.paths):

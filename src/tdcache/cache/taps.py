@@ -210,7 +210,7 @@ class GradientTap(Tap):
         return None if result is output else result
 
     def _watch(self, module: nn.Module, args: Any, output: Any, tensor: Tensor, key: CacheKey) -> Any:
-        if tensor.requires_grad:
+        if tensor.requires_grad and torch.is_grad_enabled():
             return self.port.watch(module, args, output, tensor, self.taker(key))
         if not torch.compiler.is_compiling():
             self.recorder.graphless.add(self.path)

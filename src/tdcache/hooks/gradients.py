@@ -65,6 +65,8 @@ def watch_output(module: nn.Module, args: Any, tensor: Tensor, on_grad: OnGrad, 
     Raises:
         InplaceModificationError: in the backward, where a later in-place operation hides the gradient.
     """
+    if not torch.is_grad_enabled():  # an alias would cut what is handed on from its graph
+        return tensor
     if tensor.is_leaf or handed_on(module, tensor, args):
         return _Passage.through(module, (tensor,), _At(on_grad), where)[0]
     passage = _passage_of(tensor, module, is_input=False)
@@ -210,7 +212,7 @@ class _Passage:
         alias = _alias(tensor)
         add_tensor_hook(alias, self.on_only)
         base = tensor if tensor._base is None else tensor._base
-        if not base.is_leaf and not self.is_input:
+        if not base.is_leaf:
             # Nothing here may hold the base: a tensor in its own hook would keep the graph alive until a collection.
             self.is_whole = base is tensor
             self.content, self.version = alias.detach(), alias._version
@@ -242,6 +244,12 @@ class _Passage:
         """The gradient of what is aliased: of use where an in-place operation took the alias out of the graph."""
         if self.fired or self.content._version == self.version:
             return None
+        if self.is_input:
+            raise InplaceModificationError(
+                f"the input of {self.where!r} was changed in place after the module took a view of it, so the gradient "
+                "there cannot be told; capture direction 'bwd' of the module that produces it instead",
+                paths=(self.where,),
+            )
         if self.is_whole:
             return self.on_only(grad)
         raise InplaceModificationError(
