@@ -8,22 +8,25 @@ would decide the order.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
+
+from torch import Tensor
 
 from tdcache.cache.ownership import own
 from tdcache.inplace import InplaceWatch
-from tdcache.reducers import First, Reducer
+from tdcache.reducers import First, Reducer, RowReducer
 from tdcache.types import CacheKey
 
-__all__ = ["Arrivals"]
+__all__ = ["Arrivals", "update"]
 
 
 class _Arrival:
-    __slots__ = ("serial", "value")
+    __slots__ = ("mask", "serial", "value")
 
-    def __init__(self, serial: int, value: Any) -> None:
+    def __init__(self, serial: int, value: Any, mask: Tensor | None) -> None:
         self.serial = serial
         self.value = value
+        self.mask = mask
 
 
 class Arrivals:
@@ -42,9 +45,9 @@ class Arrivals:
         """Those of the backward that is under way, which it may still accumulate into."""
         self._watch = InplaceWatch()
 
-    def add(self, key: CacheKey, path: str, serial: int, value: Any, *, is_alias: bool) -> None:
-        """Keep one value of the call ``serial``."""
-        arrival = _Arrival(serial, value)
+    def add(self, key: CacheKey, path: str, serial: int, value: Any, mask: Tensor | None, *, is_alias: bool) -> None:
+        """Keep one value of the call ``serial``; ``mask`` says which of its rows count."""
+        arrival = _Arrival(serial, value, mask)
         arrivals = self._by_key.setdefault(key, [])
         if arrivals and isinstance(self._reducer, First):  # which wants one only
             if serial >= arrivals[0].serial:
@@ -82,23 +85,34 @@ class Arrivals:
     def _reduced(self, arrivals: list[_Arrival]) -> Any:
         reducer = self._reducer.fresh()
         for arrival in sorted(arrivals, key=_serial):
-            reducer.update(arrival.value)
+            update(reducer, arrival.value, arrival.mask)
         return reducer.compute()
 
-    def carry(self) -> dict[CacheKey, list[Any]]:
+    def carry(self) -> dict[CacheKey, list[tuple[Any, Tensor | None]]]:
         """The values in order, to be resumed by the next entry of a context that is not cleared."""
-        return {key: [each.value for each in sorted(arrivals, key=_serial)] for key, arrivals in self._by_key.items()}
+        return {
+            key: [(each.value, each.mask) for each in sorted(arrivals, key=_serial)]
+            for key, arrivals in self._by_key.items()
+        }
 
-    def resume(self, carried: Mapping[CacheKey, list[Any]]) -> None:
+    def resume(self, carried: Mapping[CacheKey, list[tuple[Any, Tensor | None]]]) -> None:
         """Go on with values that come before all others."""
         for key, values in carried.items():
-            self._by_key[key] = [_Arrival(0, value) for value in values]
+            self._by_key[key] = [_Arrival(0, value, mask) for value, mask in values]
 
     def clear(self) -> None:
         """Let go of everything."""
         self._by_key.clear()
         self._latest.clear()
         self._watch.clear()
+
+
+def update(reducer: Reducer, value: Any, mask: Tensor | None) -> None:
+    """Have a reducer take a value in, or those of its rows that the mask selects."""
+    if mask is None:
+        reducer.update(value)
+    else:
+        cast(RowReducer, reducer).update(value, mask)
 
 
 def _serial(arrival: _Arrival) -> int:

@@ -17,9 +17,10 @@ from typing import Any, cast
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdcache.cache.arrivals import Arrivals
+from tdcache.cache.arrivals import Arrivals, update
 from tdcache.cache.keep import Keep, Transfers, shares_memory
 from tdcache.cache.ownership import own
+from tdcache.cache.positions import PositionFilter
 from tdcache.cache.stacking import StackBy
 from tdcache.cache.target import EntryTarget
 from tdcache.hooks.directions import direction_row
@@ -29,7 +30,7 @@ from tdcache.types import CacheKey, HookDirection
 
 __all__ = ["Carried", "Channel"]
 
-Carried = tuple[dict[CacheKey, Reducer], dict[CacheKey, list[Any]]]
+Carried = tuple[dict[CacheKey, Reducer], dict[CacheKey, list[tuple[Any, Tensor | None]]]]
 
 _version = attrgetter("_version")
 _requires_grad = attrgetter("requires_grad")
@@ -48,6 +49,8 @@ class Channel:
     stack_by: StackBy | None
     has_parts: bool = False
     """Whether a site may have any number of entries (``pick="all"``)."""
+    positions: PositionFilter | None = None
+    """Which positions of each value are kept; None for all."""
     transfers: Transfers = field(default_factory=Transfers)
     values: dict[CacheKey, Any] = field(default_factory=dict)
     """The latest forward's aliases, by key. Between forwards every key is there, so that a hook that fires outside a
@@ -97,7 +100,7 @@ class Channel:
     @property
     def takes_aliases(self) -> bool:
         """Whether a hook may write the tensor itself into ``values``."""
-        return self.latest_only and self.keep.plain and not self.target.in_place
+        return self.latest_only and self.keep.plain and self.positions is None and not self.target.in_place
 
     def begin(self) -> None:
         """A forward begins: what the one before left is no longer current."""
@@ -203,8 +206,14 @@ class Channel:
             serial: the number of the call, for values that do not arrive in order.
         """
         self.fired.add(path)
+        mask: Tensor | None = None
+        if self.positions is not None:
+            part = self.positions.of(path, tensor, self.reducer)
+            if part is None:
+                return
+            tensor, mask = part
         if not self.latest_only:
-            self._reduce(key, path, tensor, serial)
+            self._reduce(key, path, tensor, serial, mask)
             return
         kept, is_alias = self._keep(tensor, path)
         if is_alias:
@@ -218,6 +227,9 @@ class Channel:
 
     def write_now(self, key: CacheKey, path: str, tensor: Any) -> None:
         """Keep a value that was seen outside a forward of the root, and write it at once."""
+        if self.positions is not None:
+            self.fired.add(path)
+            raise self.positions.outside(path)
         self.take(key, path, tensor)
         self.transfers.wait()
         kept = self.copies.get(key)
@@ -237,11 +249,11 @@ class Channel:
             self._watch.add(path, kept)
         return cast(Tensor, kept)
 
-    def _reduce(self, key: CacheKey, path: str, value: Any, serial: int | None) -> None:
+    def _reduce(self, key: CacheKey, path: str, value: Any, serial: int | None, mask: Tensor | None) -> None:
         if serial is not None and self.reducer.ordered:
             self._dirty = True
             kept, is_alias = self._keep(value, path)
-            self._arrivals.add(key, path, serial, kept, is_alias=is_alias)
+            self._arrivals.add(key, path, serial, kept, mask, is_alias=is_alias)
             return
         reducer = self.reducers.get(key)
         if reducer is None:
@@ -254,7 +266,7 @@ class Channel:
             self.transfers.wait()
         elif is_alias:
             self._watch.add(path, kept)
-        reducer.update(kept)
+        update(reducer, kept, mask)
 
     def compute(self) -> None:
         """Write what the reducers hold to the cache."""
@@ -317,6 +329,8 @@ class Channel:
             held.clear()
         self._watch.clear()
         self._arrivals.clear()
+        if self.positions is not None:
+            self.positions.forget()
         self.number += 1
         self.accepting = -1
         self._dirty = False
