@@ -72,9 +72,7 @@ class Oracle:
     def note(self, path: str, direction: str, steps: tuple[str, ...], serial: int, value: Tensor) -> None:
         self.events.append(Event(path, direction, steps, self.forward, serial, value.detach().clone()))
 
-    def picked(
-        self, module: nn.Module, value: Any, *, of_input: bool, grad: bool
-    ) -> list[tuple[tuple[str, ...], Tensor]]:
+    def picked(self, value: Any, *, of_input: bool, grad: bool) -> list[tuple[tuple[str, ...], Tensor]]:
         """The tensors that are meant, each with the steps of its entry."""
         pick = PICKS[self.case.options["pick"]]
         parts = flat(value)
