@@ -325,3 +325,67 @@ def test_a_tensordict_module_goes_on_writing_to_the_tensordict_of_its_caller():
     assert data["x"] is x
     assert set(data.keys()) == {"x", "h", "y"}
     assert set(hooked.cache.keys()) == {"module.0", "module.1"}
+
+
+class HandsOnWithoutGraph(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.same = nn.Sequential(nn.Identity())
+
+    def forward(self, x):
+        with torch.no_grad():
+            same = self.same(x)
+        return 2 * x + 3 * same
+
+
+@pytest.mark.filterwarnings("ignore::tdcache.UnfiredSiteWarning")  # without a graph nothing is watched
+@pytest.mark.parametrize("direction", GRADIENTS)
+@pytest.mark.parametrize("callback", [None, lambda module, key, direction, **grads: torch.zeros(1)])
+def test_an_input_that_is_handed_on_under_no_grad_stays_in_the_graph(direction, callback):
+    x = torch.ones(2, requires_grad=True)
+    with ActivationCaching("same.*", directions=[direction], callback=callback).prepare(
+        HandsOnWithoutGraph()
+    ) as hooked:
+        hooked(x).sum().backward()
+    assert x.grad.tolist() == [5.0, 5.0]
+    assert hooked.cache.is_empty()
+
+
+class WritesIntoView(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.front = Front()
+
+    def forward(self, x):
+        front = self.front(x * 1)
+        front.mul_(2)
+        return front.sum()
+
+
+@pytest.mark.parametrize("hold", ["detached", "snapshot"])
+@pytest.mark.parametrize("pick", [None, "all"])
+def test_the_gradient_of_an_input_whose_view_is_changed_in_place_is_refused(hold, pick):
+    recipe = ActivationCaching("front", directions=["grad_in"], hold=hold, pick=pick)
+    message = "the input of 'front' was changed in place after"
+    with pytest.raises(InplaceModificationError, match=message), recipe.prepare(WritesIntoView()) as hooked:
+        hooked(torch.ones(2, 4, requires_grad=True)).backward()
+
+
+class Shares(nn.Module):
+    """Two modules whose inputs get one and the same gradient, which autograd goes on adding to."""
+
+    def __init__(self):
+        super().__init__()
+        self.outer = nn.Sequential(nn.Identity(), nn.Tanh())
+
+    def forward(self, x):
+        return x + self.outer(x)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_gradients_that_share_their_memory_are_copies_that_nobody_overwrites(times):
+    x = torch.zeros(2, requires_grad=True) * 1
+    with ActivationCaching("outer.*", directions=["bwd", "grad_in"], pick="all").prepare(Shares()) as hooked:
+        for _ in range(times):
+            hooked(x).sum().backward(retain_graph=True)
+    assert all((each == 1).all() for each in hooked.cache.values(include_nested=True, leaves_only=True))
