@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import gc
+import importlib
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +18,20 @@ from torch import Tensor, nn
 __all__ = [
     "HookEntry",
     "add_tensor_hook",
+    "break_graph",
     "calls_on_stack",
-    "compiled_modules",
     "global_hooks",
     "has_stale_graph",
     "in_backward",
+    "is_compiled",
+    "keep_frames_out_of_graphs",
+    "keep_out_of_graphs",
     "is_optimized_module",
-    "is_wrapped_by_compile",
+    "may_be_compiled",
     "module_hooks",
     "post_hooks",
     "pre_hooks",
+    "scripted_ancestor",
     "storage_users",
     "why_not_called",
 ]
@@ -133,38 +139,114 @@ def is_optimized_module(model: nn.Module) -> bool:
     return type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules
 
 
-def is_wrapped_by_compile(model: nn.Module) -> bool:
-    """Whether ``torch.compile(model)`` was called and its result is alive; slow, and asked only in doubt."""
-    holders = (each for each in gc.get_referrers(model) if isinstance(each, dict))
-    return any(holder.get("_orig_mod") is model for holder in holders)
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile(module)`` or ``module.compile()`` was called for this model or a part of it."""
+    return any(is_optimized_module(module) or _is_compiled_in_place(module) for module in model.modules())
 
 
-def compiled_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of ``model`` on which ``module.compile()`` was called."""
-    return [module for module in model.modules() if getattr(module, "_compiled_call_impl", None) is not None]
+def _is_compiled_in_place(module: nn.Module) -> bool:
+    return module.__dict__.get("_compiled_call_impl") is not None
+
+
+def may_be_compiled(model: nn.Module) -> bool:
+    """Whether :func:`is_compiled` and :func:`has_stale_graph` are worth asking; does not walk the model."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and (dynamo.eval_frame.cached_backends or dynamo.convert_frame.input_codes.seen):
+        return True
+    return is_optimized_module(model) or _is_compiled_in_place(model)
 
 
 def has_stale_graph(model: nn.Module) -> bool:
-    """Whether ``torch.compile`` has traced this model, or another of its classes, so that hooks added now are skipped.
+    """Whether ``torch.compile`` has made a graph with modules like these in it, which skips hooks that are added now.
 
-    Graphs belong to code objects, not to instances: one that was traced for another model of the class serves here too.
+    A graph serves every model of the classes that its guards name, and it may be that of another module or function
+    which calls this model. A class of torch.nn counts only as the class of the model itself.
+
+    A model of torch.nn's classes that was compiled in place never makes a graph (its frames are skipped), but would
+    have every hook compiled by itself; it counts as traced from the beginning.
     """
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None or not dynamo.utils.counters:  # nothing was ever compiled in this process
+    if not may_be_compiled(model):
         return False
-    entries = dynamo.eval_frame._debug_get_cache_entry_list
-    return any(entries(code) for code in _traced_codes(model, dynamo))
+    if any(_is_torchs_own(type(module)) and _is_compiled_in_place(module) for module in model.modules()):
+        return True
+    inner = model.get_submodule("_orig_mod") if is_optimized_module(model) else model
+    own = {type(module) for module in inner.modules() if not _is_torchs_own(type(module))}
+    wanted = {str(id(kind)) for kind in {type(inner), *own}}
+    return any(guarded is None or wanted & guarded for guarded in map(_guarded_types, _graphs()))
 
 
-def _traced_codes(model: nn.Module, dynamo: Any) -> Iterator[CodeType]:
-    if is_optimized_module(model) or type(model).forward.__module__.startswith("torch.nn."):
-        # A model of torch.nn's own classes is traced through a helper.
-        constants = dynamo.external_utils.wrap_inline.__code__.co_consts
-        yield from (constant for constant in constants if isinstance(constant, CodeType))
-    for kind in {type(module) for module in model.modules()}:
-        code = getattr(kind.forward, "__code__", None)
+def _is_torchs_own(kind: type) -> bool:
+    return kind.__module__.startswith("torch.nn.")
+
+
+def _graphs() -> Iterator[Any]:
+    """The guards of every graph that ``torch.compile`` keeps in this process."""
+    dynamo = sys.modules["torch._dynamo"]
+    for reference in list(dynamo.convert_frame.input_codes.seen):
+        code = reference()
         if code is not None:
-            yield code
+            for entry in dynamo.eval_frame._debug_get_cache_entry_list(code):
+                yield entry.guard_manager
+
+
+_TYPE_GUARD = re.compile(r"___check_type_id\(.*?, (\d+)\)")
+_types_by_guards: WeakKeyDictionary[Any, frozenset[str]] = WeakKeyDictionary()
+
+
+def _guarded_types(guards: Any) -> frozenset[str] | None:
+    """The ids of the classes that a graph was made for, as text; None if torch does not say."""
+    known = _types_by_guards.get(guards)
+    if known is None:
+        parts = getattr(guards, "code_parts", None)
+        if parts is None:
+            return None
+        known = _types_by_guards[guards] = frozenset(_TYPE_GUARD.findall("\n".join(parts)))
+    return known
+
+
+def keep_frames_out_of_graphs(*functions: Callable[..., Any]) -> None:
+    """Have these run in Python, with all that they call, where a graph that could have them in it was broken.
+
+    Otherwise torch compiles each of their frames by itself.
+    """
+    frames = importlib.import_module("torch._dynamo.eval_frame")
+    kinds = importlib.import_module("torch._dynamo.types")
+    for function in functions:
+        code = function.__code__
+        if hasattr(frames, "set_code_exec_strategy"):
+            skip = kinds.FrameAction.SKIP
+            frames.set_code_exec_strategy(code, kinds.FrameExecStrategy(skip, skip))
+        else:
+            frames.skip_code(code)
+
+
+def keep_out_of_graphs(*functions: Callable[..., Any]) -> None:
+    """What ``torch.compiler.disable`` does, without a wrapper that every call would pay for."""
+    keep_frames_out_of_graphs(*functions)
+    for function in functions:
+        marked: Any = function
+        marked._torchdynamo_disable = True
+        marked._torchdynamo_disable_msg = "no graph can hold this hook of tdcache; open the context before compiling"
+
+
+def break_graph() -> None:
+    """End the graph that is being made; an error with ``fullgraph=True``."""
+
+
+keep_out_of_graphs(break_graph)
+
+
+def scripted_ancestor(model: nn.Module, path: str) -> str | None:
+    """The path of the TorchScript module above ``path``, if there is one: it calls its parts without their hooks."""
+    owner, names = model, path.split(".") if path else []
+    for depth, name in enumerate(names):
+        if isinstance(owner, torch.jit.ScriptModule):
+            return ".".join(names[:depth])
+        child = owner._modules.get(name)
+        if child is None:
+            return None
+        owner = child
+    return None
 
 
 _REASONS = (

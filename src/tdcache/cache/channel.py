@@ -25,7 +25,7 @@ from tdcache.inplace import InplaceWatch, overwritten
 from tdcache.reducers import First, Last, Reducer
 from tdcache.types import CacheKey, HookDirection
 
-__all__ = ["Channel"]
+__all__ = ["Channel", "CopyInGraph"]
 
 _version = attrgetter("_version")
 _requires_grad = attrgetter("requires_grad")
@@ -51,6 +51,8 @@ class Channel:
     """The versions of ``values`` when they were taken, where they were not 0."""
     copies: dict[CacheKey, Any] = field(default_factory=dict)
     """The latest forward's values that share no memory with the model."""
+    has_copies: bool = False
+    """Whether ``values`` may hold copies of a compiled graph."""
     arrived: dict[CacheKey, int] = field(default_factory=dict)
     """Of a gradient channel: the serial number of the call that the kept gradient belongs to, where it is not 0."""
     number: int = 0
@@ -115,6 +117,8 @@ class Channel:
         if len(self.fired) < len(self.paths):
             self.fired.update(_path_of(key) for key in (*self.values, *self.copies) if self.has(key))
         self.accepting = -1
+        if self.has_copies:
+            self._unwrap_copies()
         self.check()
         if not self.latest_only:
             self._own_pending()
@@ -128,6 +132,13 @@ class Channel:
             self._deliver_slowly()
         else:
             self.target.write(values, complete=True)
+
+    def _unwrap_copies(self) -> None:
+        self.has_copies = False
+        for key, value in list(self.values.items()):
+            if isinstance(value, CopyInGraph):
+                del self.values[key]
+                self.copies[key] = value.tensor
 
     def _detach(self, values: dict[CacheKey, Any]) -> None:
         needing = list(map(_requires_grad, values.values()))
@@ -147,6 +158,7 @@ class Channel:
         entries = {key: value for key, value in {**self.values, **self.copies}.items() if value is not _ABSENT}
         self.target.write(self._stacked(entries), complete=False)
         if not self.is_gradient:
+            self.copies.clear()  # a graph is made for an empty one
             self.idle()
 
     def _stacked(self, entries: dict[CacheKey, Any]) -> Mapping[CacheKey, Any]:
@@ -304,6 +316,16 @@ def _path_of(key: CacheKey) -> str:
 
 def _serial(arrival: tuple[int, Any]) -> int:
     return arrival[0]
+
+
+class CopyInGraph:
+    """A copy that a compiled graph made of a value; answers to what is asked of the tensors beside it."""
+
+    _version = 0
+    requires_grad = False
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 class _Absent:

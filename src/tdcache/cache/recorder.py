@@ -17,7 +17,13 @@ from tdcache.cache.target import ClosedTarget
 from tdcache.errors import CaptureError, RepeatedCallWarning, StopForward, UnfiredSiteWarning, listed, warn_user
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.values import leaves
-from tdcache.introspect import calls_on_stack, in_backward, why_not_called
+from tdcache.introspect import (
+    break_graph,
+    calls_on_stack,
+    in_backward,
+    keep_frames_out_of_graphs,
+    why_not_called,
+)
 from tdcache.types import CacheKey
 
 __all__ = ["Recorder"]
@@ -31,12 +37,14 @@ class Recorder:
 
     Args:
         channels: one per direction.
+        fits_graph: forwards may run in a compiled graph.
     """
 
     order = 1 << 10  # of the hooks on the root: behind every other hook of ours there
 
-    def __init__(self, channels: Iterable[Channel]) -> None:
+    def __init__(self, channels: Iterable[Channel], *, fits_graph: bool = False) -> None:
         self.channels = tuple(channels)
+        self.fits_graph = fits_graph
         self.open = True
         self.collecting = False
         """Whether a backward is under way at whose end gradients are delivered."""
@@ -68,7 +76,7 @@ class Recorder:
         """Pre-hook of the root: a forward begins."""
         if in_backward():
             return
-        if not torch.compiler.is_compiling() and get_ident() != self._thread:
+        if not self._is_traced() and get_ident() != self._thread:
             self._elsewhere += 1
             self._idle()
             return
@@ -86,6 +94,13 @@ class Recorder:
         if self.stop_after:
             self._to_stop = set(self.stop_after)
 
+    def _is_traced(self) -> bool:
+        """Whether a compiled graph is being made that this becomes part of; one that cannot hold it is broken here."""
+        traced: bool = torch.compiler.is_compiling()
+        if traced and not self.fits_graph:
+            break_graph()
+        return traced
+
     def _idle(self) -> None:
         for channel in self.channels:
             channel.idle()
@@ -99,7 +114,7 @@ class Recorder:
         """Hook of the root, also called when the forward raised: the forward is over."""
         if in_backward():
             return
-        if not torch.compiler.is_compiling() and get_ident() != self._thread:
+        if not self._is_traced() and get_ident() != self._thread:
             self._elsewhere = max(0, self._elsewhere - 1)
             return
         if not self._depth:
@@ -277,3 +292,6 @@ class Recorder:
             "keep every call with reducer=Stack(), or the first with reducer=First()",
             RepeatedCallWarning,
         )
+
+
+keep_frames_out_of_graphs(Recorder.begin, Recorder.end)
