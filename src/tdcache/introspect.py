@@ -268,7 +268,7 @@ def why_not_called(model: nn.Module, path: str) -> str | None:
     parts = path.split(".")
     owner, owners = model, [("", model)]
     for end, name in enumerate(parts, 1):
-        child = owner._modules.get(name)
+        child = owner._modules[name] if name in owner._modules else None
         if child is None:
             return None
         owner = child
