@@ -105,6 +105,7 @@ def test_a_compiled_model_that_will_not_be_traced_is_told_of_once():
         pass
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_places_inside_torchscript_are_refused():
     model = nn.Sequential(torch.jit.script(nn.Sequential(nn.ReLU())))
     refuse_scripted(model, ["", "0"])
