@@ -184,7 +184,7 @@ def has_stale_graph(model: nn.Module) -> bool:
     inner = model.get_submodule("_orig_mod") if is_optimized_module(model) else model
     own = {type(module) for module in inner.modules() if not _is_torchs_own(type(module))}
     wanted = {str(id(kind)) for kind in {type(inner), *own}}
-    return any(guarded is None or wanted & guarded for guarded in map(_guarded_types, _graphs()))
+    return any(wanted & _guarded_types(guards) for guards in _graphs())
 
 
 def _is_torchs_own(kind: type) -> bool:
@@ -205,14 +205,11 @@ _TYPE_GUARD = re.compile(r"___check_type_id\(.*?, (\d+)\)")
 _types_by_guards: WeakKeyDictionary[Any, frozenset[str]] = WeakKeyDictionary()
 
 
-def _guarded_types(guards: Any) -> frozenset[str] | None:
-    """The ids of the classes that a graph was made for, as text; None if torch does not say."""
+def _guarded_types(guards: Any) -> frozenset[str]:
+    """The ids of the classes that a graph was made for, as text; read once of what the guards print."""
     known = _types_by_guards.get(guards)
     if known is None:
-        parts = getattr(guards, "code_parts", None)
-        if parts is None:
-            return None
-        known = _types_by_guards[guards] = frozenset(_TYPE_GUARD.findall("\n".join(parts)))
+        known = _types_by_guards[guards] = frozenset(_TYPE_GUARD.findall(str(guards)))
     return known
 
 

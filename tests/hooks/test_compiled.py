@@ -98,9 +98,9 @@ def test_a_model_that_was_not_traced_yet_runs_eagerly_if_its_hooks_fit_no_graph(
 
 def test_a_compiled_model_that_will_not_be_traced_is_told_of_once():
     model = wrapped(Doubled())
-    with pytest.warns(TdcacheWarning, match="Doubled is compiled, and runs eagerly while this context is open"):
-        with running_eagerly(model, tell=True):
-            pass
+    told = pytest.warns(TdcacheWarning, match="Doubled is compiled, and runs eagerly while this context is open")
+    with told, running_eagerly(model, tell=True):
+        pass
     with running_eagerly(model, tell=True):  # strict warnings: none the second time
         pass
 
