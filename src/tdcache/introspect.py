@@ -20,16 +20,16 @@ __all__ = [
     "HookEntry",
     "NO_TASK",
     "add_tensor_hook",
-    "break_graph",
     "backward_task",
+    "break_graph",
     "calls_on_stack",
     "global_hooks",
     "has_stale_graph",
     "in_backward",
     "is_compiled",
+    "is_optimized_module",
     "keep_frames_out_of_graphs",
     "keep_out_of_graphs",
-    "is_optimized_module",
     "may_be_compiled",
     "module_hooks",
     "post_hooks",
@@ -277,7 +277,7 @@ def why_not_called(model: nn.Module, path: str) -> str | None:
     parts = path.split(".")
     owner, owners = model, [("", model)]
     for end, name in enumerate(parts, 1):
-        child = owner._modules[name] if name in owner._modules else None
+        child: nn.Module | None = getattr(owner, name, None)
         if child is None:
             return None
         owner = child

@@ -108,6 +108,6 @@ def test_a_compiled_model_that_will_not_be_traced_is_told_of_once():
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_places_inside_torchscript_are_refused():
     model = nn.Sequential(torch.jit.script(nn.Sequential(nn.ReLU())))
-    refuse_scripted(model, ["", "0"])
+    refuse_scripted(model, [("", model), ("0", model[0])])
     with pytest.raises(ContextError, match=r"'0\.0' is inside the TorchScript module '0', .*; hook '0' itself, or the"):
-        refuse_scripted(model, ["0", "0.0"])
+        refuse_scripted(model, [("0", model[0]), ("0.0", model.get_submodule("0.0"))])

@@ -143,7 +143,8 @@ class HookingContext:
     @property
     def _fits_graph(self) -> bool:
         """Whether the hooks may become part of a compiled graph."""
-        return self.factory.fits_graph
+        fits: bool = self.factory.fits_graph
+        return fits
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -256,7 +257,7 @@ class HookingContext:
             return remembered.selection
         matcher = as_matcher(selector, match) if matcher is None else matcher
         selection = select_matching(root, matcher, selector, match=match, allow_empty=allow_empty, tree=tree)
-        refuse_scripted(root, selection.paths)
+        refuse_scripted(root, ((site.path, site.module) for site in selection))
         if key is not None and depends_on_names_only(matcher):
             self._remembered[key] = _Remembered(tree, selection)
         return selection

@@ -7,8 +7,8 @@ do as well as Python (gradients, reducers, edits that look at values) is not lef
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 from typing import Any
 from weakref import WeakSet
@@ -22,12 +22,13 @@ from tdcache.introspect import has_stale_graph, is_compiled, is_optimized_module
 __all__ = ["refuse_scripted", "running_eagerly"]
 
 
-@contextmanager
-def running_eagerly(model: nn.Module, *, fits_graph: bool = False, tell: bool = False) -> Iterator[None]:
+def running_eagerly(
+    model: nn.Module, *, fits_graph: bool = False, tell: bool = False
+) -> AbstractContextManager[None, None]:
     """Have ``model`` run without its compiled graphs inside the block, where those would not do what its hooks do.
 
     Everything that is compiled runs eagerly meanwhile, in all threads: a graph that calls the model may be that of any
-    function. A model that has nothing to do with ``torch.compile`` changes nothing.
+    function. For a model that no graph has to do with, nothing changes.
 
     Args:
         model: what the hooks are on.
@@ -35,16 +36,17 @@ def running_eagerly(model: nn.Module, *, fits_graph: bool = False, tell: bool = 
         tell: warn, once per model, if it is compiled and no graph was made yet: the user may expect one.
     """
     if not may_be_compiled(model):
-        yield
-        return
-    stale = has_stale_graph(model)
-    if not stale and (fits_graph or not is_compiled(model)):
-        yield
-        return
-    if tell and not stale:
+        return _AS_IT_IS
+    if has_stale_graph(model):
+        return _stance
+    if fits_graph or not is_compiled(model):
+        return _AS_IT_IS
+    if tell:
         _tell(model)
-    with _stance:
-        yield
+    return _stance
+
+
+_AS_IT_IS = nullcontext()
 
 
 class _EagerStance:
@@ -83,20 +85,20 @@ def _tell(model: nn.Module) -> None:
         return
     _told.add(model)
     warn_user(
-        f"{type(model).__name__} is compiled, and runs eagerly while this context is open; what can be part of a graph is "
-        "an ActivationCaching of 'fwd' that keeps outputs as they are (no reducer=, pick=, callback=, stop_early=)",
+        f"{type(model).__name__} is compiled, and runs eagerly while this context is open; what can be part of a graph "
+        "is an ActivationCaching of 'fwd' that keeps outputs as they are (no reducer=, pick=, callback=, stop_early=)",
         TdcacheWarning,
     )
 
 
-def refuse_scripted(model: nn.Module, paths: Iterable[str]) -> None:
-    """Refuse places inside a TorchScript module.
+def refuse_scripted(model: nn.Module, places: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse places, given with their modules, inside a TorchScript module.
 
     Raises:
         ContextError: it names the first one, and the script module, which can be hooked itself.
     """
-    for path in paths:
-        ancestor = scripted_ancestor(model, path)
+    for path, module in places:
+        ancestor = scripted_ancestor(model, path) if isinstance(module, torch.jit.ScriptModule) else None
         if ancestor is not None:
             raise ContextError(
                 f"{path!r} is inside the TorchScript module {ancestor!r}, which calls its parts without their hooks; "

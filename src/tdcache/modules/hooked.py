@@ -180,7 +180,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
                 TdcacheWarning,
                 stacklevel=3,
             )
-        refuse_scripted(self.model if relative else self, [path])
+        refuse_scripted(self.model if relative else self, [(path, module)])
         return path, module
 
     @contextmanager
