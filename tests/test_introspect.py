@@ -101,12 +101,40 @@ def test_a_graph_is_stale_once_it_was_traced_whoever_of_the_class_was_traced():
 def test_a_graph_of_a_function_or_of_another_module_counts_for_the_models_in_it():
     torch._dynamo.reset()
     model, linear = Traced(), nn.Linear(1, 1)
-    compiled(lambda x: model(x) * 2)(torch.ones(1))
+    compiled(nn.Sequential(model))(torch.ones(1))
     assert has_stale_graph(model)
     assert not has_stale_graph(linear)
-    compiled(lambda x: nn.functional.relu(linear(x)))(torch.ones(1))
-    assert has_stale_graph(linear)  # of torch.nn's classes nobody knows which one it was
     assert not has_stale_graph(NeverTraced())
+    compiled(lambda x: nn.functional.relu(linear(x)))(torch.ones(1))
+    assert has_stale_graph(linear)
+    torch._dynamo.reset()
+
+
+class Block(Traced):
+    """Another class of its own."""
+
+
+class OneBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x):
+        return self.block(x)
+
+
+class AlsoOneBlock(OneBlock):
+    def forward(self, x):
+        return self.block(x) + 1
+
+
+def test_a_graph_of_a_part_counts_and_one_of_another_model_with_such_a_part_does_not():
+    torch._dynamo.reset()
+    compiled(OneBlock())(torch.ones(1))
+    assert not has_stale_graph(AlsoOneBlock())
+    block = Block()
+    compiled(lambda x: block(x) + 1)(torch.ones(1))
+    assert has_stale_graph(AlsoOneBlock())
     torch._dynamo.reset()
 
 

@@ -171,20 +171,22 @@ def may_be_compiled(model: nn.Module) -> bool:
 def has_stale_graph(model: nn.Module) -> bool:
     """Whether ``torch.compile`` has made a graph with modules like these in it, which skips hooks that are added now.
 
-    A graph serves every model of the classes that its guards name, and it may be that of another module or function
-    which calls this model. A class of torch.nn counts only as the class of the model itself.
+    It may be that of a part, or of another module or function that calls the model. Guards name classes, not modules:
+    a graph is taken for one of this model if it was made for something of the model's class, or if it begins with a
+    module of the class of a part.
 
     A model of torch.nn's classes that was compiled in place never makes a graph (its frames are skipped), but would
     have every hook compiled by itself; it counts as traced from the beginning.
     """
     if not may_be_compiled(model):
         return False
-    if any(_is_torchs_own(type(module)) and _is_compiled_in_place(module) for module in model.modules()):
-        return True
     inner = model.get_submodule("_orig_mod") if is_optimized_module(model) else model
-    own = {type(module) for module in inner.modules() if not _is_torchs_own(type(module))}
-    wanted = {str(id(kind)) for kind in {type(inner), *own}}
-    return any(wanted & _guarded_types(guards) for guards in _graphs())
+    modules = list(inner.modules())
+    if any(_is_torchs_own(type(module)) and _is_compiled_in_place(module) for module in modules):
+        return True
+    kinds = {str(id(type(module))) for module in modules}
+    graphs = map(_guarded_classes, _graphs())
+    return any(str(id(type(inner))) in graph.inside or not kinds.isdisjoint(graph.first) for graph in graphs)
 
 
 def _is_torchs_own(kind: type) -> bool:
@@ -201,15 +203,25 @@ def _graphs() -> Iterator[Any]:
                 yield entry.guard_manager
 
 
-_TYPE_GUARD = re.compile(r"___check_type_id\(.*?, (\d+)\)")
-_types_by_guards: WeakKeyDictionary[Any, frozenset[str]] = WeakKeyDictionary()
+class _Classes(NamedTuple):
+    """The ids of the classes that the guards of a graph name, as text."""
+
+    first: frozenset[str]
+    """Of what the graph gets at directly."""
+    inside: frozenset[str]
+    """Of everything in it."""
 
 
-def _guarded_types(guards: Any) -> frozenset[str]:
-    """The ids of the classes that a graph was made for, as text; read once of what the guards print."""
-    known = _types_by_guards.get(guards)
+_TYPE_GUARD = re.compile(r"___check_type_id\((.*?), (\d+)\)")
+_classes_by_guards: WeakKeyDictionary[Any, _Classes] = WeakKeyDictionary()
+
+
+def _guarded_classes(guards: Any) -> _Classes:
+    known = _classes_by_guards.get(guards)
     if known is None:
-        known = _types_by_guards[guards] = frozenset(_TYPE_GUARD.findall(str(guards)))
+        found = _TYPE_GUARD.findall(str(guards))
+        first = frozenset(number for source, number in found if "_modules" not in source)
+        known = _classes_by_guards[guards] = _Classes(first, frozenset(number for _, number in found))
     return known
 
 
