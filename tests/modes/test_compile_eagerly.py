@@ -136,7 +136,7 @@ def cached(way, options):
     return {key: value.detach().clone() for key, value in hooked.cache.items(True, True)}
 
 
-@ways
+@pytest.mark.parametrize("way", [Fresh, RunBefore, InTheBlock])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_what_no_graph_can_hold_is_captured_as_it_is_eagerly(way, options):
     model = UserModel()
