@@ -127,7 +127,7 @@ class HookingContext:
             keys = (self._in_keys, self._out_keys, extra)
             prepared = self.factory._prepare_module(working, *keys)
             undo.callback(self.factory._restore_module, prepared, *keys)
-            undo.enter_context(running_eagerly(self.model, fits_graph=self._fits_graph, tell=True))
+            undo.enter_context(running_eagerly(self.model, fits_graph=self._fits_graph, tell=not self.runs_module))
             self._hooked_module = hooked = self.factory._spawn_hooked_module(prepared, self, extra)
             self._in_context = self._managed = True
             self._handle = self.factory._hook_module(hooked)

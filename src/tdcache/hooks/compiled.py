@@ -33,7 +33,7 @@ def running_eagerly(
     Args:
         model: what the hooks are on.
         fits_graph: the hooks may become part of a graph that is not made yet.
-        tell: warn, once per model, if it is compiled and no graph was made yet: the user may expect one.
+        tell: warn, once per model, if it is compiled and no graph was made yet: the user may expect one to be used.
     """
     if not may_be_compiled(model):
         return _AS_IT_IS
