@@ -1,0 +1,205 @@
+"""The forward of a module that has sites inside, or whose parent has: it opens the mode, or closes it meanwhile.
+
+It stands as ``forward`` in the module's ``__dict__`` while sites are attached, and nowhere else. A forward hook would
+not do: torch calls none of them when a ``BaseException`` such as our stop ends the forward, and the mode would stay on.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from torch import nn
+
+from tdcache.calls.mode import Call, run_forward
+from tdcache.calls.names import call_name
+
+__all__ = ["ForwardScope", "Handler", "Handlers", "Rule", "frontier"]
+
+_FORWARD = "forward"
+
+
+class Handler(Protocol):
+    """What is called around a call; it stands among the others there by ``stage``, then by ``order``."""
+
+    @property
+    def stage(self) -> int:
+        """0 for functions; places of an attention call come before, in the order in which they are computed."""
+
+    @property
+    def order(self) -> int:
+        """One of :class:`~tdcache.hooks.attach.Order`."""
+
+    def before(self, call: Call) -> None:
+        """May replace ``call.args`` and ``call.kwargs``."""
+
+    def after(self, call: Call) -> None:
+        """May replace ``call.output``."""
+
+
+class Rule(Protocol):
+    """What says which calls of a module get a handler; asked once per function and ordinal."""
+
+    def wants(self, name: str) -> bool:
+        """Whether any call of this function may get a handler."""
+
+    def handler(self, name: str, ordinal: int) -> Handler | None:
+        """The handler of one call."""
+
+
+class Handlers:
+    """The handlers at the calls of one function in one module."""
+
+    __slots__ = ("by_ordinal", "name", "rules")
+
+    def __init__(self, name: str, rules: list[Rule]) -> None:
+        self.name = name
+        self.rules = rules
+        self.by_ordinal: dict[int, list[Handler]] = {}
+
+    def at(self, ordinal: int) -> list[Handler]:
+        """Those of one call, by their order and, where that is equal, in the order they were attached."""
+        known = self.by_ordinal.get(ordinal)
+        if known is None:
+            made = (rule.handler(self.name, ordinal) for rule in self.rules)
+            known = self.by_ordinal[ordinal] = sorted((each for each in made if each is not None), key=_order)
+        return known
+
+
+def _order(handler: Handler) -> tuple[int, int]:
+    return handler.stage, handler.order
+
+
+class _Found(dict[Any, "Handlers | None"]):
+    """From a torch function to the handlers at its calls; filled as functions are met."""
+
+    def __init__(self, rules: list[Rule]) -> None:
+        self.rules = rules
+        self.by_name: dict[str, Handlers | None] = {}
+
+    def __missing__(self, func: Any) -> Handlers | None:
+        name = call_name(func)
+        if name is None:
+            known = None
+        elif name in self.by_name:
+            known = self.by_name[name]
+        else:
+            rules = [rule for rule in self.rules if rule.wants(name)]
+            known = self.by_name[name] = Handlers(name, rules) if rules else None
+        self[func] = known
+        return known
+
+    def forget(self) -> None:
+        """Ask the rules again."""
+        self.clear()
+        self.by_name = {}
+
+
+class ForwardScope:
+    """Calls a module's own forward with the mode on, if the module has rules, and without it otherwise."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.own: Callable[..., Any] | None = module.__dict__.get(_FORWARD)
+        """The ``forward`` that stood in the module's ``__dict__`` before, or None."""
+        self.rules: list[Rule] = []
+        self.found = _Found(self.rules)
+        self.members: frozenset[int] = frozenset()
+        self.holders = 0
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """For ``inspect.signature``, which ``generate`` asks for the parameters of a forward."""
+        return self.forward
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The module's own forward."""
+        return self.own if self.own is not None else type(self.module).forward.__get__(self.module)  # type: ignore[no-any-return]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward."""
+        return run_forward(self, args, kwargs)
+
+    def called(self) -> list[str]:
+        """The functions that the module was seen to call, in the order they came first."""
+        return list(self.found.by_name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the module made meanwhile has no sites."""
+        if self.own is not None:
+            return copy.deepcopy(self.own, memo)
+        return OwnForward(copy.deepcopy(self.module, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.own is not None:
+            return _same, (self.own,)
+        return OwnForward, (self.module,)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.module).__name__}, {len(self.rules)} rules)"
+
+    @classmethod
+    def of(cls, module: nn.Module) -> ForwardScope:
+        """The scope of a module, installed if there is none; :meth:`release` it as often as it was taken."""
+        scope = module.__dict__.get(_FORWARD)
+        if not isinstance(scope, cls):
+            scope = cls(module)
+            module.__dict__[_FORWARD] = scope
+        scope.holders += 1
+        return scope
+
+    def release(self) -> None:
+        """Give the scope back; the last one to do so restores the module."""
+        self.holders -= 1
+        held = self.module.__dict__
+        if self.holders or held.get(_FORWARD) is not self:  # somebody wrapped us: what they hold passes calls on
+            return
+        if self.own is None:
+            del held[_FORWARD]
+        else:
+            held[_FORWARD] = self.own
+
+    def add(self, rule: Rule) -> None:
+        """Take a rule in."""
+        self.rules.append(rule)
+        self.found.forget()
+
+    def drop(self, rule: Rule) -> None:
+        """Let a rule go."""
+        self.rules.remove(rule)
+        self.found.forget()
+
+
+class OwnForward:
+    """What stands as ``forward`` in a copy of a module that had a scope: it goes away when it is first called."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Leave, and call the class's forward."""
+        self.module.__dict__.pop(_FORWARD, None)
+        return self.module.forward(*args, **kwargs)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def frontier(module: nn.Module) -> Iterator[nn.Module]:
+    """The descendants that a forward of ``module`` calls first: its children, and the members of its containers."""
+    for child in module._modules.values():
+        if child is None:
+            continue
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from frontier(child)
+        elif child._modules or not type(child).forward.__module__.startswith("torch.nn."):
+            # torch's own leaves make one call: closing the mode for that costs as much as letting it through
+            yield child
