@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,12 @@ Use = Literal["read", "edit", "watch"]
 
 _SDPA = "scaled_dot_product_attention"
 _SOFTMAX = "softmax"
-_PRODUCTS = {"matmul": 0, "bmm": 0, "baddbmm": 1}  # by name: the position of the first factor
+# By name: position and keyword of either factor.
+_PRODUCTS = {
+    "matmul": ((0, "input"), (1, "other")),
+    "bmm": ((0, "input"), (1, "mat2")),
+    "baddbmm": ((1, "batch1"), (2, "batch2")),
+}
 _FACTORS = {"q": 0, "k": 1}
 _KEYWORDS = {"q": "query", "k": "key", "v": "value"}
 
@@ -90,18 +95,16 @@ class Spelled:
         if call.name == _SDPA:
             return "sdpa"
         if call.name == _SOFTMAX:
-            given = call.args[0] if call.args else None
+            given = _argument(call, 0, "input")
             fits = self.products and isinstance(given, Tensor) and _rows(given.shape) == _rows(self.shape)
             return "softmax" if fits and given.shape[-1] >= self.shape[-1] else None
-        at = _PRODUCTS[call.name]
-        factors = call.args[at : at + 2]
-        if len(factors) < 2 or any(not isinstance(each, Tensor) or each.dim() < 3 for each in factors):
+        left, right = (_argument(call, *place) for place in _PRODUCTS[call.name])
+        if any(not isinstance(factor, Tensor) or factor.dim() < 3 for factor in (left, right)):
             return None
         if self.softmax is not None:
-            first = factors[0].shape
-            return "av" if _rows(first) == _rows(self.shape) and first[-1] == self.shape[-1] else None
+            return "av" if _rows(left.shape) == _rows(self.shape) and left.shape[-1] == self.shape[-1] else None
         self.products += 1
-        self.shape = (*factors[0].shape[:-1], factors[1].shape[-1])
+        self.shape = (*left.shape[:-1], right.shape[-1])
         return "qk"
 
     def made(self, call: Call, role: str | None) -> None:
@@ -193,13 +196,8 @@ class AttentionHook:
         """Offer an argument of the kernel."""
         keyword = _KEYWORDS[self.site.name]
         new = self.offer(call, sdpa_arguments(call.args, call.kwargs)[keyword])
-        if new is None:
-            return
-        at = list(_KEYWORDS).index(self.site.name)
-        if at < len(call.args):
-            call.args = _with(call.args, at, new)
-        else:
-            call.kwargs = {**call.kwargs, keyword: new}
+        if new is not None:
+            _exchange(call, list(_KEYWORDS).index(self.site.name), keyword, new)
 
     def derive(self, call: Call) -> None:
         """Offer scores or pattern of the kernel's call."""
@@ -229,37 +227,34 @@ class AttentionHook:
                 f"{str(self.site)!r} cannot be told; select '{self.site.path}::{call.name}' by its number instead",
                 paths=(str(self.site),),
             )
-        at = _PRODUCTS[call.name] + _FACTORS[self.site.name]
-        factor = call.args[at]
+        place = _PRODUCTS[call.name][_FACTORS[self.site.name]]
+        factor = _argument(call, *place)
         transposed = self.site.name == "k"
         new = self.offer(call, factor.transpose(-1, -2) if transposed else factor)
         if new is not None:
-            call.args = _with(call.args, at, new.transpose(-1, -2) if transposed else new)
+            _exchange(call, *place, new.transpose(-1, -2) if transposed else new)
 
     def at_softmax(self, call: Call) -> None:
         """Offer what the softmax is taken of, without columns that belong to no key (attention sinks)."""
-        given, keys = call.args[0], _state(call).shape[-1]
+        given, keys = _argument(call, 0, "input"), _state(call).shape[-1]
         new = self.offer(call, given[..., :keys])
         if new is not None:
             whole = new if given.shape[-1] == keys else torch.cat([new, given[..., keys:]], dim=-1)
-            call.args = _with(call.args, 0, whole)
+            _exchange(call, 0, "input", whole)
 
     def at_mixture(self, call: Call) -> None:
         """Offer a factor of the product after the softmax."""
-        at = _PRODUCTS[call.name]
+        weights, values = _PRODUCTS[call.name]
         if self.site.name == "v":
-            new = self.offer(call, call.args[at + 1])
+            new = self.offer(call, _argument(call, *values))
             if new is not None:
-                call.args = _with(call.args, at + 1, new)
+                _exchange(call, *values, new)
             return
-        used, state = call.args[at], _state(call)
-        softmax = state.softmax
-        assert softmax is not None  # noqa: S101  (the role says so)
-        shape = (*softmax.shape[:-1], used.shape[-1])
+        used, softmax = _argument(call, *weights), cast(Tensor, _state(call).softmax)
         self.prove_used(call, used, softmax)
-        new = self.offer(call, used.reshape(shape))
+        new = self.offer(call, used.reshape(*softmax.shape[:-1], used.shape[-1]))
         if new is not None:
-            call.args = _with(call.args, at, new.reshape(used.shape))
+            _exchange(call, *weights, new.reshape(used.shape))
 
     def prove_used(self, call: Call, used: Tensor, softmax: Tensor) -> None:
         """Hold the factor against the softmax: dropout, or anything else in between, is refused.
@@ -283,8 +278,15 @@ class AttentionHook:
             )
 
 
-def _with(args: tuple[Any, ...], at: int, new: Any) -> tuple[Any, ...]:
-    return (*args[:at], new, *args[at + 1 :])
+def _argument(call: Call, at: int, keyword: str) -> Any:
+    return call.args[at] if at < len(call.args) else call.kwargs.get(keyword)
+
+
+def _exchange(call: Call, at: int, keyword: str, new: Tensor) -> None:
+    if at < len(call.args):
+        call.args = (*call.args[:at], new, *call.args[at + 1 :])
+    else:
+        call.kwargs = {**call.kwargs, keyword: new}
 
 
 def attach_attention(root: nn.Module, site: CallSite, hook: Hook, *, use: Use = "edit", order: int = Order.EDIT) -> Removable:
