@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
 from tdcache.calls.mode import Call, run_forward
-from tdcache.calls.scope import ForwardScope, Handler, Rule, frontier
+from tdcache.calls.scope import ForwardScope, Handler, Need, Rule, frontier
 from tdcache.calls.sites import CallSite
 from tdcache.errors import EditError
 from tdcache.hooks.attach import MultiHookHandle, Order
@@ -83,6 +83,10 @@ class OneCall:
     def wants(self, name: str) -> bool:
         """Whether this is the function."""
         return name == self.site.name
+
+    def needs(self, names: Container[str], *, tables: bool) -> Need:
+        """The whole forward, unless the function is a Python function."""
+        return Need.NOTHING if self.site.name in names else Need.EVERYTHING
 
     def handler(self, name: str, ordinal: int) -> Handler | None:
         """The handler, at the one ordinal."""

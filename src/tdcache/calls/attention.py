@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tdcache.errors import CaptureError
 
-__all__ = ["Attention", "derive_attention", "prove", "sdpa_arguments"]
+__all__ = ["Attention", "derive_attention", "derive_registered", "prove", "sdpa_arguments"]
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 # A softmax of twenty orders of magnitude in half precision, and the order of summation in the kernel.
@@ -94,7 +94,7 @@ def derive_attention(args: tuple[Any, ...], kwargs: Mapping[str, Any], *, where:
         value = given.get(name)
         if value is None:
             continue
-        if value.is_nested:
+        if getattr(value, "is_nested", False):
             raise _refused(where, f"{_NAMES[name]} is a nested tensor", "pad it to a dense one")
         if type(value) is not Tensor and type(value) is not nn.Parameter:
             kind = type(value).__name__
@@ -110,6 +110,23 @@ def derive_attention(args: tuple[Any, ...], kwargs: Mapping[str, Any], *, where:
         causal=bool(given.get("is_causal", False)),
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
     )
+
+
+def derive_registered(args: tuple[Any, ...], kwargs: Mapping[str, Any], *, where: str) -> Attention:
+    """The parts of a call of a registered function, ``function(module, query, key, value, attention_mask, ...)``.
+
+    Raises:
+        CaptureError: as :func:`derive_attention`; or the mask is not one that is added to the scores.
+    """
+    given = {**dict(zip(("module", "query", "key", "value", "attention_mask"), args, strict=False)), **kwargs}
+    q, mask, causal = given["query"], given.get("attention_mask"), given.get("is_causal")
+    if isinstance(mask, Tensor) and mask.dim() != q.dim():
+        raise _refused(where, f"its mask has {mask.dim()} dimensions, and scores have {q.dim()}", "use eager attention")
+    if causal is None:
+        causal = getattr(given["module"], "is_causal", True)
+    names = {"query": q, "key": given["key"], "value": given["value"], "attn_mask": mask, "scale": given.get("scaling")}
+    alone = bool(causal) and mask is None and q.shape[-2] > 1
+    return derive_attention((), {**names, "dropout_p": given.get("dropout") or 0.0, "is_causal": alone}, where=where)
 
 
 def _refused(where: str, reason: str, remedy: str) -> CaptureError:

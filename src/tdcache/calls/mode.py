@@ -188,10 +188,11 @@ def run_forward(scope: ForwardScope, args: tuple[Any, ...], kwargs: dict[str, An
             mode.run = above
             if closed:
                 mode.open()
-    refuse_fused(scope.module)
+    if scope.everything:
+        refuse_fused(scope.module)
     tracer = set_eval_frame(None)  # after a graph break dynamo would go on to trace the forward, mode and all
     mode.run = Run(scope)
-    opened = mode.open()
+    opened = scope.everything and mode.open()
     try:
         return forward(*args, **kwargs)
     finally:

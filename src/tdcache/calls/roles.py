@@ -7,18 +7,20 @@ product before the softmax, of the softmax, and of the product after it, and an 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from tdcache.calls.attach import attach_rule, refuse_recomputed
-from tdcache.calls.attention import Attention, derive_attention, prove, sdpa_arguments
+from tdcache.calls.attention import Attention, derive_attention, derive_registered, prove
 from tdcache.calls.mode import Call
 from tdcache.calls.names import DERIVED
+from tdcache.calls.overlay import INTERFACE
+from tdcache.calls.scope import Need
 from tdcache.calls.sites import CallSite
+from tdcache.calls.spelled import PRODUCTS, SDPA, SOFTMAX, argument, exchange, progress, role_of
 from tdcache.errors import CaptureError, SelectionError
 from tdcache.hooks.attach import Order
 from tdcache.hooks.values import check_fits
@@ -30,15 +32,8 @@ __all__ = ["AttentionHook", "Use", "attach_attention"]
 Use = Literal["read", "edit", "watch"]
 """What a hook does with a derived value: read its numbers, replace it, or also follow its gradient."""
 
-_SDPA = "scaled_dot_product_attention"
-_SOFTMAX = "softmax"
-# By name: position and keyword of either factor.
-_PRODUCTS = {
-    "matmul": ((0, "input"), (1, "other")),
-    "bmm": ((0, "input"), (1, "mat2")),
-    "baddbmm": ((1, "batch1"), (2, "batch2")),
-}
-_FACTORS = {"q": 0, "k": 1}
+_COMPUTED = ("scores", "pattern")
+_POSITIONS = {"q": 0, "k": 1, "v": 2}
 _KEYWORDS = {"q": "query", "k": "key", "v": "value"}
 
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]
@@ -78,59 +73,6 @@ class Derived:
         return torch.empty_like(like, requires_grad=False).copy_(z)
 
 
-class Spelled:
-    """How far a forward that spells its attention out has come: product, softmax, product."""
-
-    def __init__(self) -> None:
-        self.attentions = 0
-        """How many attention calls are complete."""
-        self.products = 0
-        """How many products could be ``q k^T`` since then."""
-        self.shape: tuple[int, ...] = ()
-        """The shape of the last of them."""
-        self.softmax: Tensor | None = None
-
-    def role(self, call: Call) -> str | None:
-        """What ``call`` is: ``"sdpa"``, ``"qk"``, ``"softmax"``, ``"av"``, or None; asked before it is made."""
-        if call.name == _SDPA:
-            return "sdpa"
-        if call.name == _SOFTMAX:
-            given = _argument(call, 0, "input")
-            fits = self.products and isinstance(given, Tensor) and _rows(given.shape) == _rows(self.shape)
-            return "softmax" if fits and given.shape[-1] >= self.shape[-1] else None
-        left, right = (_argument(call, *place) for place in _PRODUCTS[call.name])
-        if any(not isinstance(factor, Tensor) or factor.dim() < 3 for factor in (left, right)):
-            return None
-        if self.softmax is not None:
-            return "av" if _rows(left.shape) == _rows(self.shape) and left.shape[-1] == self.shape[-1] else None
-        self.products += 1
-        self.shape = (*left.shape[:-1], right.shape[-1])
-        return "qk"
-
-    def made(self, call: Call, role: str | None) -> None:
-        """Note that ``call`` was made."""
-        if role == "softmax":
-            self.softmax = call.output
-        elif role in ("sdpa", "av"):
-            self.attentions += 1
-            self.products, self.softmax = 0, None
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    return math.prod(shape[:-1])
-
-
-def _state(call: Call) -> Spelled:
-    return call.run.notes.setdefault(Spelled, Spelled())  # type: ignore[no-any-return]
-
-
-def _role(call: Call) -> str | None:
-    if "role" not in call.notes:
-        call.notes["role"] = _state(call).role(call)
-        call.notes["at"] = _state(call).attentions
-    return call.notes["role"]  # type: ignore[no-any-return]
-
-
 class AttentionHook:
     """A hook at one place of the attention calls of one module; rule and handler in one."""
 
@@ -147,7 +89,13 @@ class AttentionHook:
 
     def wants(self, name: str) -> bool:
         """Whether an attention call may consist of calls of this function."""
-        return name == _SDPA or name == _SOFTMAX or name in _PRODUCTS
+        return name in (INTERFACE, SDPA, SOFTMAX) or name in PRODUCTS
+
+    def needs(self, names: Container[str], *, tables: bool) -> Need:
+        """Where the forward takes its attention function from a table, nothing outside of that."""
+        if not tables:
+            return Need.EVERYTHING
+        return Need.ATTENTION if self.site.name in _COMPUTED else Need.NOTHING
 
     def handler(self, name: str, ordinal: int) -> AttentionHook:
         """Itself: which calls make up the attention is seen as they are made."""
@@ -155,13 +103,19 @@ class AttentionHook:
 
     def before(self, call: Call) -> None:
         """Offer what is an argument."""
-        role = _role(call)
-        if role is None or call.notes["at"] != self.site.ordinal:
-            return
         name = self.site.name
+        if call.name == INTERFACE:
+            call.run.notes[INTERFACE] = call
+            call.notes["at"] = progress(call).attentions
+            if call.ordinal == self.site.ordinal and name in _KEYWORDS:
+                self.at_argument(call, 1 + _POSITIONS[name])
+            return
+        role = role_of(call)
+        if role is None or not self.concerns(call):
+            return
         if role == "sdpa" and name in _KEYWORDS:
-            self.at_kernel(call)
-        elif role == "qk" and name in _FACTORS:
+            self.at_argument(call, _POSITIONS[name])
+        elif role == "qk" and name in ("q", "k"):
             self.at_product(call)
         elif role == "softmax" and name == "scores":
             self.at_softmax(call)
@@ -170,18 +124,25 @@ class AttentionHook:
 
     def after(self, call: Call) -> None:
         """Offer what is a result, or is derived from the arguments."""
-        role = _role(call)
+        name = self.site.name
+        if call.name == INTERFACE:
+            call.run.notes.pop(INTERFACE, None)
+            unseen = progress(call).attentions == call.notes["at"]  # neither torch's kernel nor a softmax inside
+            if call.ordinal == self.site.ordinal and (name == "z" or (name in _COMPUTED and unseen)):
+                self.at_result(call)
+            return
+        role = role_of(call)
         if "made" not in call.notes:
             call.notes["made"] = True
-            _state(call).made(call, role)
-        if role is None or call.notes["at"] != self.site.ordinal:
-            return
-        if self.site.name == "z" and role in ("sdpa", "av"):
-            new = self.offer(call, call.output)
-            if new is not None:
-                call.output = new
-        elif role == "sdpa" and self.site.name in ("scores", "pattern"):
-            self.derive(call)
+            progress(call).made(call, role)
+        if self.concerns(call) and (role == "sdpa" or (role == "av" and name == "z")):
+            self.at_result(call)
+
+    def concerns(self, call: Call) -> bool:
+        """Whether the place may be here: what goes in and out of a table's function is offered there, not inside."""
+        if self.site.name not in _COMPUTED and INTERFACE in call.run.notes:
+            return False
+        return call.notes["at"] == self.site.ordinal  # type: ignore[no-any-return]
 
     def offer(self, call: Call, value: Tensor) -> Tensor | None:
         """What the hook makes of a value; None if it keeps it."""
@@ -192,69 +153,80 @@ class AttentionHook:
         check_fits(new, value, str(self.site))
         return new
 
-    def at_kernel(self, call: Call) -> None:
-        """Offer an argument of the kernel."""
+    def at_argument(self, call: Call, at: int) -> None:
+        """Offer an argument of the function that computes the attention."""
         keyword = _KEYWORDS[self.site.name]
-        new = self.offer(call, sdpa_arguments(call.args, call.kwargs)[keyword])
+        new = self.offer(call, argument(call, at, keyword))
         if new is not None:
-            _exchange(call, list(_KEYWORDS).index(self.site.name), keyword, new)
+            exchange(call, at, keyword, new)
+
+    def at_result(self, call: Call) -> None:
+        """Offer ``z``, or scores and pattern as they follow from the arguments."""
+        if self.site.name == "z":
+            new = self.offer(call, _result(call))
+            if new is not None:
+                _set_result(call, new)
+        elif self.site.name in _COMPUTED:
+            self.derive(call)
 
     def derive(self, call: Call) -> None:
-        """Offer scores or pattern of the kernel's call."""
+        """Offer scores or pattern, and let the result follow from what becomes of them."""
         where = self.site.path or type(call.module).__name__
         derived = call.notes.get(Derived)
         if derived is None:
-            derived = call.notes[Derived] = Derived(derive_attention(call.args, call.kwargs, where=where))
+            make = derive_registered if call.name == INTERFACE else derive_attention
+            derived = call.notes[Derived] = Derived(make(call.args, call.kwargs, where=where))
         scores, pattern = derived.compute(graph=self.use != "read")
+        result = _result(call)
         if not self.proved and "edited" not in call.notes:
-            self.proved = prove(derived.attention, pattern, call.output, where=where)
+            self.proved = prove(derived.attention, pattern, result, where=where)
         new = self.offer(call, scores if self.site.name == "scores" else pattern)
         if new is not None:
             derived.replace(self.site.name, new)
             call.notes["edited"] = True
-            call.output = derived.output(call.output)
+            _set_result(call, derived.output(result))
         elif self.use == "watch" and "edited" not in call.notes and "watched" not in call.notes:
-            z = derived.output(call.output)
+            z = derived.output(result)
             if z.requires_grad:
                 call.notes["watched"] = True
-                call.output = call.output.detach() + (z - z.detach())
+                _set_result(call, result.detach() + (z - z.detach()))
 
     def at_product(self, call: Call) -> None:
         """Offer a factor of the product before the softmax; the second one is ``k`` transposed."""
-        if _state(call).products > 1:
+        if progress(call).products > 1:
             raise CaptureError(
                 f"{type(call.module).__name__} at {self.site.path!r} makes several products before its softmax, so "
                 f"{str(self.site)!r} cannot be told; select '{self.site.path}::{call.name}' by its number instead",
                 paths=(str(self.site),),
             )
-        place = _PRODUCTS[call.name][_FACTORS[self.site.name]]
-        factor = _argument(call, *place)
+        place = PRODUCTS[call.name][_POSITIONS[self.site.name]]
+        factor = argument(call, *place)
         transposed = self.site.name == "k"
         new = self.offer(call, factor.transpose(-1, -2) if transposed else factor)
         if new is not None:
-            _exchange(call, *place, new.transpose(-1, -2) if transposed else new)
+            exchange(call, *place, new.transpose(-1, -2) if transposed else new)
 
     def at_softmax(self, call: Call) -> None:
         """Offer what the softmax is taken of, without columns that belong to no key (attention sinks)."""
-        given, keys = _argument(call, 0, "input"), _state(call).shape[-1]
+        given, keys = argument(call, 0, "input"), progress(call).shape[-1]
         new = self.offer(call, given[..., :keys])
         if new is not None:
             whole = new if given.shape[-1] == keys else torch.cat([new, given[..., keys:]], dim=-1)
-            _exchange(call, 0, "input", whole)
+            exchange(call, 0, "input", whole)
 
     def at_mixture(self, call: Call) -> None:
         """Offer a factor of the product after the softmax."""
-        weights, values = _PRODUCTS[call.name]
+        weights, values = PRODUCTS[call.name]
         if self.site.name == "v":
-            new = self.offer(call, _argument(call, *values))
+            new = self.offer(call, argument(call, *values))
             if new is not None:
-                _exchange(call, *values, new)
+                exchange(call, *values, new)
             return
-        used, softmax = _argument(call, *weights), cast(Tensor, _state(call).softmax)
+        used, softmax = argument(call, *weights), cast(Tensor, progress(call).softmax)
         self.prove_used(call, used, softmax)
         new = self.offer(call, used.reshape(*softmax.shape[:-1], used.shape[-1]))
         if new is not None:
-            _exchange(call, *weights, new.reshape(used.shape))
+            exchange(call, *weights, new.reshape(used.shape))
 
     def prove_used(self, call: Call, used: Tensor, softmax: Tensor) -> None:
         """Hold the factor against the softmax: dropout, or anything else in between, is refused.
@@ -278,18 +250,18 @@ class AttentionHook:
             )
 
 
-def _argument(call: Call, at: int, keyword: str) -> Any:
-    return call.args[at] if at < len(call.args) else call.kwargs.get(keyword)
+def _result(call: Call) -> Tensor:
+    """``z``, heads before positions; the functions of a table return ``(batch, positions, heads, width)`` and weights."""
+    return call.output[0].transpose(1, 2) if call.name == INTERFACE else call.output  # type: ignore[no-any-return]
 
 
-def _exchange(call: Call, at: int, keyword: str, new: Tensor) -> None:
-    if at < len(call.args):
-        call.args = (*call.args[:at], new, *call.args[at + 1 :])
-    else:
-        call.kwargs = {**call.kwargs, keyword: new}
+def _set_result(call: Call, new: Tensor) -> None:
+    call.output = (new.transpose(1, 2).contiguous(), *call.output[1:]) if call.name == INTERFACE else new
 
 
-def attach_attention(root: nn.Module, site: CallSite, hook: Hook, *, use: Use = "edit", order: int = Order.EDIT) -> Removable:
+def attach_attention(
+    root: nn.Module, site: CallSite, hook: Hook, *, use: Use = "edit", order: int = Order.EDIT
+) -> Removable:
     """Register ``hook`` at a place of an attention call, such as ``layers.3.attn::pattern``.
 
     Args:

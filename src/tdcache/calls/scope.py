@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
+from enum import IntEnum
+from types import MethodType
 from typing import Any, Protocol
 
 from torch import nn
 
 from tdcache.calls.mode import Call, run_forward
 from tdcache.calls.names import call_name
+from tdcache.calls.overlay import PythonCall, Registry, global_functions, is_registry, overlaid
 
-__all__ = ["ForwardScope", "Handler", "Handlers", "Rule", "frontier"]
+__all__ = ["ForwardScope", "Handler", "Handlers", "Need", "Rule", "frontier"]
 
 _FORWARD = "forward"
 
@@ -45,8 +48,24 @@ class Rule(Protocol):
     def wants(self, name: str) -> bool:
         """Whether any call of this function may get a handler."""
 
+    def needs(self, names: Container[str], *, tables: bool) -> Need:
+        """How much of the forward the mode must see.
+
+        Calls of the Python functions ``names`` are seen anyway, and where there are ``tables`` of attention functions,
+        so are calls of what is taken from those.
+        """
+
     def handler(self, name: str, ordinal: int) -> Handler | None:
         """The handler of one call."""
+
+
+class Need(IntEnum):
+    """How much of a forward the function mode must see."""
+
+    NOTHING = 0
+    ATTENTION = 1
+    """What the function does that is taken from a table of attention functions."""
+    EVERYTHING = 2
 
 
 class Handlers:
@@ -80,7 +99,7 @@ class _Found(dict[Any, "Handlers | None"]):
         self.by_name: dict[str, Handlers | None] = {}
 
     def __missing__(self, func: Any) -> Handlers | None:
-        name = call_name(func)
+        name = func if isinstance(func, str) else call_name(func)
         if name is None:
             known = None
         elif name in self.by_name:
@@ -106,8 +125,14 @@ class ForwardScope:
         """The ``forward`` that stood in the module's ``__dict__`` before, or None."""
         self.rules: list[Rule] = []
         self.found = _Found(self.rules)
+        self.python = _Found(self.rules)
+        """As ``found``, by the names of Python functions."""
         self.members: frozenset[int] = frozenset()
         self.holders = 0
+        self.everything = False
+        """Whether the mode is on from the beginning of the forward to its end."""
+        self.body: Any = None
+        """The forward over an overlay of its globals; None where no name is exchanged."""
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -117,7 +142,9 @@ class ForwardScope:
     @property
     def forward(self) -> Callable[..., Any]:
         """The module's own forward."""
-        return self.own if self.own is not None else type(self.module).forward.__get__(self.module)  # type: ignore[no-any-return]
+        if self.body is not None:
+            return MethodType(self.body, self.module)
+        return self.own if self.own is not None else MethodType(type(self.module).forward, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward."""
@@ -125,7 +152,7 @@ class ForwardScope:
 
     def called(self) -> list[str]:
         """The functions that the module was seen to call, in the order they came first."""
-        return list(self.found.by_name)
+        return [*self.found.by_name, *self.python.by_name]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the module made meanwhile has no sites."""
@@ -165,12 +192,29 @@ class ForwardScope:
     def add(self, rule: Rule) -> None:
         """Take a rule in."""
         self.rules.append(rule)
-        self.found.forget()
+        self.plan()
 
     def drop(self, rule: Rule) -> None:
         """Let a rule go."""
         self.rules.remove(rule)
+        self.plan()
+
+    def plan(self) -> None:
+        """Ask the rules again what they want, and overlay the names that they want."""
         self.found.forget()
+        self.python.forget()
+        names = {} if self.own is not None else global_functions(type(self.module).forward)
+        tables = {name for name, value in names.items() if is_registry(value)}
+        need = max((rule.needs(names.keys() - tables, tables=bool(tables)) for rule in self.rules), default=Need.NOTHING)
+        self.everything = need is Need.EVERYTHING
+        instead: dict[str, Any] = {
+            name: PythonCall(value, name, self)
+            for name, value in names.items()
+            if name not in tables and any(rule.wants(name) for rule in self.rules)
+        }
+        for name in tables if self.rules else ():
+            instead[name] = Registry(names[name], self, window=need is Need.ATTENTION)
+        self.body = overlaid(type(self.module).forward, instead) if instead else None
 
 
 class OwnForward:
@@ -181,7 +225,7 @@ class OwnForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(type(self.module).forward.__get__(self.module))
+        return inspect.signature(MethodType(type(self.module).forward, self.module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Leave, and call the class's forward."""
