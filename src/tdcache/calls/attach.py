@@ -9,15 +9,16 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tdcache.calls.mode import Call, run_forward
+from tdcache.calls.names import is_torch_name
 from tdcache.calls.scope import ForwardScope, Handler, Need, Rule, frontier
-from tdcache.calls.sites import CallSite
+from tdcache.calls.sites import CallPattern, CallSite
 from tdcache.errors import EditError
 from tdcache.hooks.attach import MultiHookHandle, Order
 from tdcache.introspect import skip_frame
 from tdcache.paths import resolve_all
 from tdcache.types import Removable
 
-__all__ = ["After", "AtCall", "Before", "attach_call", "attach_rule", "attach_rules"]
+__all__ = ["After", "AtCall", "Before", "CallsLike", "attach_call", "attach_rule", "attach_rules"]
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 """``before(module, args, kwargs)``: None, or the ``(args, kwargs)`` to call the function with."""
@@ -85,12 +86,36 @@ class OneCall:
         return name == self.site.name
 
     def needs(self, names: Container[str], *, tables: bool) -> Need:
-        """The whole forward, unless the function is a Python function."""
-        return Need.NOTHING if self.site.name in names else Need.EVERYTHING
+        """The whole forward, unless the name can only be a Python function's."""
+        name = self.site.name
+        return Need.NOTHING if name in names and not is_torch_name(name) else Need.EVERYTHING
 
     def handler(self, name: str, ordinal: int) -> Handler | None:
         """The handler, at the one ordinal."""
         return self.at if ordinal == self.site.ordinal else None
+
+
+@dataclass(frozen=True, slots=True)
+class CallsLike:
+    """The rule of a pattern: what it means in a module is known once the module's forward has run."""
+
+    path: str
+    pattern: CallPattern
+    make: Callable[[CallSite], Handler | None]
+    """The handler of a call that the pattern takes; asked once per call, when it is first made."""
+
+    def wants(self, name: str) -> bool:
+        """Whether the pattern may take a call of the function."""
+        return self.pattern.may_take(name)
+
+    def needs(self, names: Container[str], *, tables: bool) -> Need:
+        """The whole forward: any torch function may match."""
+        return Need.EVERYTHING
+
+    def handler(self, name: str, ordinal: int) -> Handler | None:
+        """The handler, if the pattern takes this call."""
+        site = CallSite(self.path, name, ordinal)
+        return self.make(site) if self.pattern.takes(site.label) else None
 
 
 def attach_call(

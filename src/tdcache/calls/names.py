@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-__all__ = ["DERIVED", "call_name"]
+__all__ = ["DERIVED", "call_name", "is_torch_name"]
 
 DERIVED = ("q", "k", "v", "scores", "pattern", "z")
 """The places of an attention call that are derived from its arguments or found by their role."""
@@ -75,3 +75,8 @@ def call_name(func: Callable[..., Any]) -> str | None:
     elif name.startswith("_") and hasattr(F, name[1:]):  # a half of boolean_dispatch
         name = name[1:]
     return _ALIASES.get(name, name)
+
+
+def is_torch_name(name: str) -> bool:
+    """Whether torch has a function, operator or tensor method that is called ``name`` here."""
+    return any(hasattr(holder, each) for holder in (torch, torch.Tensor, F) for each in (name, f"__{name}__"))

@@ -184,6 +184,7 @@ class PythonCall:
         with _Aside(mode):
             for handler in handlers:
                 handler.after(call)
+        call.frame = None
         return call.output
 
     def call_of(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
@@ -191,13 +192,15 @@ class PythonCall:
         found = run.scope.python[self.name]
         if found is None:
             return None
-        owner = owning_frame(run, sys._getframe(2))  # noqa: SLF001
+        frame = sys._getframe(2)  # noqa: SLF001
+        owner = owning_frame(run, frame)
         ordinal = run.counts.get(self.name, 0)
         run.counts[self.name] = ordinal + 1
         if owner is None or not found.at(ordinal):
             return None
         call = Call(run, self.name, ordinal, args, kwargs)
         call.recomputed = owner == "checkpoint"
+        call.frame = frame
         return call
 
     def made(self, mode: CallMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
