@@ -1,6 +1,7 @@
 """Tests of hooks around calls: what they see, what they change, and that nothing is left of them."""
 
 import copy
+import inspect
 import pickle
 import threading
 
@@ -164,7 +165,6 @@ def test_a_module_made_on_the_fly_belongs_to_its_caller():
 def test_what_hooks_call_is_no_call_of_the_module():
     model, x = Block(), torch.randn(2, 8)
     expected = model(x)
-    model.register_forward_pre_hook(lambda module, args: F.gelu(args[0]) and None if False else None)
     model.register_forward_pre_hook(lambda module, args: [F.gelu(args[0]), None][1])
     model.register_forward_hook(lambda module, args, output: [F.gelu(output), None][1])
     model.up.register_forward_hook(lambda module, args, output: [F.gelu(output), None][1])
@@ -374,7 +374,8 @@ def test_a_mode_of_the_user_keeps_working():
         expected = model(x)
     seen, handle = watch(model, "::gelu.1")
     with handle_of(handle), Counting() as mode:
-        assert torch.equal(model(x), expected)
+        result = model(x)
+    assert torch.equal(result, expected)
     assert mode.names == idle.names
     assert model.made == ["gelu"]
     assert len(seen.outputs) == 1
@@ -395,6 +396,7 @@ def test_recursion_counts_each_forward_by_itself():
     assert [each.item() for each in second.outputs] == [13, 23]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, at the first jvp
 def test_transforms_of_torch_func_see_the_edit():
     model, x = Block(), torch.randn(3, 8)
     parameters = dict(model.named_parameters())
@@ -483,8 +485,6 @@ def test_a_copy_made_meanwhile_has_no_sites():
 
 
 def test_the_signature_of_a_forward_stays_what_it_was():
-    import inspect
-
     model = Block()
     expected = inspect.signature(model.forward)
     _, handle = watch(model, "::add")
@@ -512,4 +512,4 @@ def test_a_scope_knows_what_its_module_called():
     _, handle = watch(model, "layers.1::softmax")
     with handle_of(handle):
         model(torch.randn(2, 8))
-        assert model.layers[1].forward.called() == ["linear", "gelu", "add"] or "gelu" in model.layers[1].forward.called()
+        assert {"gelu", "add"} <= set(model.layers[1].forward.called())

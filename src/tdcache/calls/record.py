@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import regex
 import torch
+from tensordict import TensorDictBase
 from torch import nn
 
 from tdcache.calls.attach import CallsLike, attach_rules
@@ -211,7 +212,7 @@ def calls(model: nn.Module, path: str, inputs: Any) -> CallTable:
 
 
 def _run(model: nn.Module, inputs: Any) -> None:
-    if isinstance(inputs, Mapping):
+    if isinstance(inputs, Mapping) and not isinstance(inputs, TensorDictBase):
         model(**inputs)
     elif isinstance(inputs, tuple):
         model(*inputs)

@@ -153,17 +153,22 @@ class AttentionHook:
         check_fits(new, value, str(self.site))
         return new
 
+    def through(self, call: Call, value: Tensor) -> Tensor | None:
+        """As :meth:`offer`, but a value that is watched goes on itself: it may be a view of what was there."""
+        new = self.offer(call, value)
+        return value if new is None and self.use == "watch" else new
+
     def at_argument(self, call: Call, at: int) -> None:
         """Offer an argument of the function that computes the attention."""
         keyword = _KEYWORDS[self.site.name]
-        new = self.offer(call, argument(call, at, keyword))
+        new = self.through(call, argument(call, at, keyword))
         if new is not None:
             exchange(call, at, keyword, new)
 
     def at_result(self, call: Call) -> None:
         """Offer ``z``, or scores and pattern as they follow from the arguments."""
         if self.site.name == "z":
-            new = self.offer(call, _result(call))
+            new = self.through(call, _result(call))
             if new is not None:
                 _set_result(call, new)
         elif self.site.name in _COMPUTED:
@@ -202,14 +207,14 @@ class AttentionHook:
         place = PRODUCTS[call.name][_POSITIONS[self.site.name]]
         factor = argument(call, *place)
         transposed = self.site.name == "k"
-        new = self.offer(call, factor.transpose(-1, -2) if transposed else factor)
+        new = self.through(call, factor.transpose(-1, -2) if transposed else factor)
         if new is not None:
             exchange(call, *place, new.transpose(-1, -2) if transposed else new)
 
     def at_softmax(self, call: Call) -> None:
         """Offer what the softmax is taken of, without columns that belong to no key (attention sinks)."""
         given, keys = argument(call, 0, "input"), progress(call).shape[-1]
-        new = self.offer(call, given[..., :keys])
+        new = self.through(call, given if given.shape[-1] == keys else given[..., :keys])
         if new is not None:
             whole = new if given.shape[-1] == keys else torch.cat([new, given[..., keys:]], dim=-1)
             exchange(call, 0, "input", whole)
@@ -218,13 +223,14 @@ class AttentionHook:
         """Offer a factor of the product after the softmax."""
         weights, values = PRODUCTS[call.name]
         if self.site.name == "v":
-            new = self.offer(call, argument(call, *values))
+            new = self.through(call, argument(call, *values))
             if new is not None:
                 exchange(call, *values, new)
             return
         used, softmax = argument(call, *weights), cast(Tensor, progress(call).softmax)
         self.prove_used(call, used, softmax)
-        new = self.offer(call, used.reshape(*softmax.shape[:-1], used.shape[-1]))
+        shape = (*softmax.shape[:-1], used.shape[-1])
+        new = self.through(call, used if used.shape == shape else used.reshape(shape))
         if new is not None:
             exchange(call, *weights, new.reshape(used.shape))
 
