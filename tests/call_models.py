@@ -48,7 +48,11 @@ class Attention(nn.Module):
         return x.view(*x.shape[:2], heads, self.size).transpose(1, 2)
 
     def forward(self, x, mask=None):
-        q, k, v = self.split(self.q(x), self.heads), self.split(self.k(x), self.groups), self.split(self.v(x), self.groups)
+        q, k, v = (
+            self.split(self.q(x), self.heads),
+            self.split(self.k(x), self.groups),
+            self.split(self.v(x), self.groups),
+        )
         if self.kernel:
             grouped = self.groups != self.heads
             z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)

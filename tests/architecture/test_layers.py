@@ -9,7 +9,7 @@ from architecture.source_tree import PACKAGE, Source, imports_of, package_source
 FLOORS = (
     ("errors", "types"),
     ("paths", "selection"),
-    ("hooks", "introspect"),
+    ("calls", "hooks", "introspect"),
     ("reducers", "cache", "store"),
     ("modules", "contexts", "points"),
     ("caching", "pipeline", "interventions", "attribution"),
@@ -23,6 +23,8 @@ NEIGHBOURS = {
     ("types", "errors"),
     ("selection", "paths"),
     ("hooks", "introspect"),
+    ("calls", "hooks"),
+    ("calls", "introspect"),
     ("cache", "reducers"),
     ("contexts", "modules"),
     ("cli", "inspect"),

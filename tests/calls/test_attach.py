@@ -7,13 +7,13 @@ import threading
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
-from call_models import Block, Chain, Net
-from model_state import state_of
+import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from call_models import Block, Chain, Net
+from model_state import state_of
 from tdcache.calls.attach import AtCall, CallsLike, OneCall, attach_call, attach_rules
 from tdcache.calls.sites import CallPattern, CallSite
 from tdcache.errors import CaptureError, EditError, PathError, StopForward
@@ -275,7 +275,7 @@ def test_half_done_registration_is_undone():
 
     model = Chain()
     good = OneCall(CallSite("", "mul"), AtCall(None, None, 0))
-    with pytest.raises(ValueError, match="^no$"):
+    with pytest.raises(ValueError, match=r"^no$"):
         attach_rules(model, [(model, good), (model.layers[0], Broken())])
     assert is_plain(model)
 
@@ -292,7 +292,9 @@ def raiser(error):
     return raise_it
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), StopForward("x")], ids=["error", "interrupt", "stop"])
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), KeyboardInterrupt(), StopForward("x")], ids=["error", "interrupt", "stop"]
+)
 @pytest.mark.parametrize("where", ["before", "after", "pre-hook", "hook", "child", "call"])
 def test_an_exception_anywhere_leaves_nothing(error, where):
     model, x = Chain(), torch.randn(2, 8)

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
-from call_models import Attention
-from model_state import state_of
+import torch.nn.functional as F
 from torch import nn
 
+from call_models import Attention
+from model_state import state_of
 from tdcache.calls.attach import attach_call
 from tdcache.calls.attention import derive_attention, prove
 from tdcache.calls.roles import attach_attention
@@ -114,7 +114,7 @@ def test_a_head_is_ablated_at_its_pattern():
 
 
 def test_scores_are_edited_before_the_pattern_is_and_reads_see_the_final_values():
-    kernel, spelled, x = twins()
+    kernel, _, x = twins()
     kept, read = reading(kernel, ("scores", "pattern", "z"))
     pattern = edited(kernel, "pattern", lambda value: value * 2, order=Order.EDIT)
     scores = edited(kernel, "scores", lambda value: value.masked_fill(value > -math.inf, 0.0))
@@ -302,7 +302,10 @@ def test_several_products_before_the_softmax_are_refused_where_q_or_k_is_asked_f
 
 def test_a_replacement_of_another_shape_is_refused():
     kernel, _, x = twins()
-    with edited(kernel, "pattern", lambda value: value[:, :1]), pytest.raises(EditError, match="'::pattern' does not fit"):
+    with (
+        edited(kernel, "pattern", lambda value: value[:, :1]),
+        pytest.raises(EditError, match="'::pattern' does not fit"),
+    ):
         kernel(x)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from tdcache.calls.names import call_name, is_torch_name
@@ -79,7 +79,12 @@ def test_what_names_no_call_is_refused(text):
 def test_a_selector_is_a_pattern_of_modules_and_one_of_names():
     pattern = CallPattern.parse(r".*\.attn::(softmax|matmul\.1)")
     assert pattern.path == r".*\.attn"
-    assert [pattern.takes(label) for label in ("softmax", "softmax.1", "matmul", "matmul.1")] == [True, False, False, True]
+    assert [pattern.takes(label) for label in ("softmax", "softmax.1", "matmul", "matmul.1")] == [
+        True,
+        False,
+        False,
+        True,
+    ]
     assert [pattern.may_take(name) for name in ("softmax", "matmul", "mul")] == [True, True, False]
 
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import nn
 
 from tdcache.calls.attach import attach_call
@@ -45,7 +45,7 @@ class Decorated(nn.Module):
     @decorated
     def forward(self, x, *, twice=False):
         y = inner(x)
-        return [inner(each) for each in (y, y)][0] if twice else y
+        return [inner(each) for each in (y, y)][-1] if twice else y
 
 
 class Softmaxing(nn.Module):
@@ -59,7 +59,9 @@ def softmax(x):
 
 def watch(model, site):
     seen = []
-    return seen, attach_call(model, CallSite.parse(site), None, lambda module, args, kwargs, output: seen.append(output))
+    return seen, attach_call(
+        model, CallSite.parse(site), None, lambda module, args, kwargs, output: seen.append(output)
+    )
 
 
 def test_a_python_function_is_seen_under_its_name_also_in_a_helper():
@@ -144,7 +146,7 @@ def test_an_exception_in_a_python_function_leaves_nothing():
 
     handle = attach_call(model, CallSite("", "inner"), fail)
     _, mode = watch(model, "::add")
-    with MultiHookHandle([handle, mode]), pytest.raises(ValueError, match="^x$"):
+    with MultiHookHandle([handle, mode]), pytest.raises(ValueError, match=r"^x$"):
         model(x)
     assert function_mode_count() == 0
     assert "forward" not in model.__dict__
@@ -215,7 +217,10 @@ def test_the_pattern_of_a_registered_function_is_edited():
 def test_a_registered_function_that_does_something_else_is_refused():
     model, x = Registered(), torch.randn(2, 3, 4, 8)
     handle = attach_attention(model, CallSite("", "pattern"), lambda *_: None)
-    with MultiHookHandle([handle]), pytest.raises(CaptureError, match="pattern @ v differs from what the kernel returned"):
+    with (
+        MultiHookHandle([handle]),
+        pytest.raises(CaptureError, match="pattern @ v differs from what the kernel returned"),
+    ):
         model(x, secret=2)
 
 

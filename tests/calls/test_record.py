@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from call_models import Attention, Block, Chain
-from model_state import state_of
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 
+from call_models import Attention, Block, Chain
+from model_state import state_of
 from tdcache.calls.record import calls, record_calls
 from tdcache.calls.sites import CallPattern
 from tdcache.errors import SelectionError

@@ -1,11 +1,11 @@
-"""Tests over families of transformers: outputs to the bit, patterns beside those that eager attention returns, edits."""
+"""Tests over families of transformers: outputs to the bit, patterns beside those of eager attention, edits."""
 
 import copy
 
 import pytest
 import torch
-from model_state import state_of
 
+from model_state import state_of
 from tdcache.calls.attach import attach_call
 from tdcache.calls.record import calls
 from tdcache.calls.roles import attach_attention
@@ -59,7 +59,10 @@ FAMILIES = {
     "distilbert": ({"vocab_size": 60, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}, r".*\.attention"),
     "gpt2": (SHORT, r"h\.\d+\.attn"),
     "gptj": ({**SHORT, "rotary_dim": 4}, r"h\.\d+\.attn"),
-    "gpt_neo": ({**SMALL, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}, r".*\.attention"),
+    "gpt_neo": (
+        {**SMALL, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+        r".*\.attention",
+    ),
     "gpt_neox": (SMALL, r"layers\.\d+\.attention"),
     "bloom": ({**SHORT, "hidden_size": 32}, r"h\.\d+\.self_attention"),
     "opt": ({**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}, r".*\.self_attn"),
@@ -141,7 +144,9 @@ def test_places_of_attention_in_a_family(name, kind):
             return lambda module, args, kwargs, value: kept.__setitem__((path, place), value.clone())
 
         handles = [
-            attach_attention(model, CallSite(path, place), keep(path, place), use="read") for path in paths for place in PLACES
+            attach_attention(model, CallSite(path, place), keep(path, place), use="read")
+            for path in paths
+            for place in PLACES
         ]
         with MultiHookHandle(handles):
             found = tensors_of(model(**inputs))
@@ -234,10 +239,15 @@ def test_values_after_the_rotary_embedding_are_those_that_attention_sees():
     model, kept = build("llama", "sdpa"), {}
     path = "layers.1.self_attn"
     rotary = attach_call(
-        model, CallSite(path, "apply_rotary_pos_emb"), None, lambda m, a, k, output: kept.update(q=output[0], k=output[1])
+        model,
+        CallSite(path, "apply_rotary_pos_emb"),
+        None,
+        lambda m, a, k, output: kept.update(q=output[0], k=output[1]),
     )
     seen = [
-        attach_attention(model, CallSite(path, place), lambda m, a, k, value, place=place: kept.update({f"{place}?": value}))
+        attach_attention(
+            model, CallSite(path, place), lambda m, a, k, value, place=place: kept.update({f"{place}?": value})
+        )
         for place in "qk"
     ]
     with MultiHookHandle([rotary, *seen]), torch.no_grad():

@@ -18,7 +18,17 @@ from tdcache.introspect import skip_frame
 from tdcache.paths import resolve_all
 from tdcache.types import Removable
 
-__all__ = ["After", "AtCall", "Before", "CallsLike", "attach_call", "attach_rule", "attach_rules"]
+__all__ = [
+    "After",
+    "AtCall",
+    "Before",
+    "CallsLike",
+    "OneCall",
+    "attach_call",
+    "attach_rule",
+    "attach_rules",
+    "refuse_recomputed",
+]
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 """``before(module, args, kwargs)``: None, or the ``(args, kwargs)`` to call the function with."""

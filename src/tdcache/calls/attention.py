@@ -42,7 +42,7 @@ class Attention:
     scale: float
 
     def scores(self) -> Tensor:
-        """``q k^T scale``, masked: what the softmax is taken of, ``(..., heads, queries, keys)``, in at least float32."""
+        """``q k^T scale``, masked: what the softmax is taken of, ``(..., heads, queries, keys)``, at least float32."""
         with _plain(self.q):
             q, k = _wide(self.q), _per_head(_wide(self.k), self.q)
             scores = (q * self.scale) @ k.transpose(-1, -2)
@@ -56,7 +56,7 @@ class Attention:
             return scores + self.mask
 
     def pattern(self, scores: Tensor) -> Tensor:
-        """The softmax of ``scores``, in the dtype of ``q``; zero in a row that is masked throughout, as in the kernels."""
+        """The softmax of ``scores``, in the dtype of ``q``; zero in a row that is masked throughout, as kernels do."""
         with _plain(self.q):
             pattern = scores.softmax(-1)
             if self.mask is not None:
@@ -98,7 +98,9 @@ def derive_attention(args: tuple[Any, ...], kwargs: Mapping[str, Any], *, where:
             raise _refused(where, f"{_NAMES[name]} is a nested tensor", "pad it to a dense one")
         if type(value) is not Tensor and type(value) is not nn.Parameter:
             kind = type(value).__name__
-            raise _refused(where, f"{_NAMES[name]} is a {kind}, which may mean more than its values", "use a torch.Tensor")
+            raise _refused(
+                where, f"{_NAMES[name]} is a {kind}, which may mean more than its values", "use a torch.Tensor"
+            )
     if given.get("dropout_p", 0.0) > 0.0:
         raise _refused(where, "the call drops entries at random (dropout_p > 0)", "call model.eval() first")
     q, scale = given["query"], given.get("scale")
@@ -157,6 +159,3 @@ def prove(attention: Attention, pattern: Tensor, z: Tensor, *, where: str) -> bo
     if not gap <= limit:
         raise _refused(where, f"pattern @ v differs from what the kernel returned by {gap:.1e}", "use eager attention")
     return True
-
-
-

@@ -29,7 +29,7 @@ from tdcache.introspect import (
 if TYPE_CHECKING:
     from tdcache.calls.scope import ForwardScope, Handlers
 
-__all__ = ["Call", "CallMode", "Run", "thread"]
+__all__ = ["Call", "CallMode", "Run", "intercept", "owning_frame", "refuse_fused", "run_forward", "thread"]
 
 _CHECKPOINT_FILE = torch_checkpoint.__file__
 
@@ -86,7 +86,7 @@ class CallMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         run = self.run
         found = None if run is None else run.scope.found[func]
-        if found is None:
+        if run is None or found is None:
             return func(*args, **kwargs) if kwargs else func(*args)
         return intercept(run, found, func, args, kwargs or {}, sys._getframe(1))  # noqa: SLF001
 
@@ -154,10 +154,10 @@ def intercept(run: Run, found: Handlers, func: Any, args: Any, kwargs: Any, fram
 
 
 def owning_frame(run: Run, frame: FrameType | None) -> str | None:
-    """``"own"`` where the code of ``run``'s module makes the call, ``"checkpoint"`` where through a checkpoint of its
-    own, None where a hook or a registered module does.
+    """How the forward of ``run`` makes a call: ``"own"``, or ``"checkpoint"`` within code that it checkpoints itself.
 
-    A module that was made on the fly has no path; its calls belong to its caller.
+    None where a hook or a registered module makes it. A module that was made on the fly has no path; its calls belong
+    to its caller.
     """
     members, how = run.scope.members, "own"
     while frame is not None:
@@ -203,7 +203,7 @@ def run_forward(scope: ForwardScope, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 # Traced as it stands, the mode would be recompiled without end: dynamo breaks the graph here instead.
-run_forward._torchdynamo_disable = True  # type: ignore[attr-defined]
+run_forward._torchdynamo_disable = True  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def refuse_fused(module: nn.Module) -> None:
@@ -216,8 +216,8 @@ def refuse_fused(module: nn.Module) -> None:
         return
     if torch.backends.mha.get_fastpath_enabled():
         raise CaptureError(
-            f"{type(module).__name__} would run its fused path here, which makes no calls that could be seen; switch it "
-            "off with torch.backends.mha.set_fastpath_enabled(False), or select the modules around it"
+            f"{type(module).__name__} would run its fused path here, which makes no calls that could be seen; switch "
+            "it off with torch.backends.mha.set_fastpath_enabled(False), or select the modules around it"
         )
 
 

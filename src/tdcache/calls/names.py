@@ -11,14 +11,14 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 __all__ = ["DERIVED", "call_name", "is_torch_name"]
 
 DERIVED = ("q", "k", "v", "scores", "pattern", "z")
 """The places of an attention call that are derived from its arguments or found by their role."""
 
-# Spelling in torch -> the name here. Reflected operators keep their own order of arguments: in ``2 - x`` the first is x.
+# Spelling in torch -> the name here. Reflected operators keep their own order of arguments: in 2 - x the first is x.
 _ALIASES = {
     "absolute": "abs",
     "arccos": "acos",

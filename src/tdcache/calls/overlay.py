@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tdcache.calls.mode import Call, CallMode, Run, owning_frame, thread
 
 if TYPE_CHECKING:
-    from tdcache.calls.scope import ForwardScope
+    from tdcache.calls.scope import ForwardScope, Handlers
 
 __all__ = ["INTERFACE", "PythonCall", "Registry", "global_functions", "is_registry", "overlaid"]
 
@@ -80,7 +80,9 @@ class _Globals(dict[str, Any]):
         return self.below[name]
 
 
-def _with_globals(function: FunctionType, names: dict[str, Any], cells: Mapping[int, Any] | None = None) -> FunctionType:
+def _with_globals(
+    function: FunctionType, names: dict[str, Any], cells: Mapping[int, Any] | None = None
+) -> FunctionType:
     closure = function.__closure__
     if cells and closure:
         closure = tuple(_cell(cell, cells) for cell in closure)
@@ -124,10 +126,14 @@ def _helpers(function: FunctionType) -> list[FunctionType]:
     for each in found:  # grows as it goes
         for name in _names(each.__code__):
             value = each.__globals__.get(name)
-            plain = isinstance(value, FunctionType) and value.__globals__ is function.__globals__
-            if plain and value.__name__ == name and not hasattr(value, "__wrapped__") and value not in found:
+            if isinstance(value, FunctionType) and _is_plain(value, name, function) and value not in found:
                 found.append(value)
     return found
+
+
+def _is_plain(helper: FunctionType, name: str, function: FunctionType) -> bool:
+    same_file = helper.__globals__ is function.__globals__
+    return same_file and helper.__name__ == name and not hasattr(helper, "__wrapped__")
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -173,10 +179,11 @@ class PythonCall:
         run = mode.run
         if run is None or run.scope is not self.scope:
             return self.function(*args, **kwargs)
-        call = self.call_of(run, args, kwargs)
-        if call is None:
+        found = run.scope.python[self.name]
+        call = None if found is None else self.call_of(run, found, args, kwargs)
+        if found is None or call is None:
             return self.made(mode, args, kwargs)
-        handlers = run.scope.python[self.name].at(call.ordinal)
+        handlers = found.at(call.ordinal)
         with _Aside(mode):
             for handler in handlers:
                 handler.before(call)
@@ -187,11 +194,8 @@ class PythonCall:
         call.frame = None
         return call.output
 
-    def call_of(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    def call_of(self, run: Run, found: Handlers, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """The call with its number, or None where nobody wants to see it."""
-        found = run.scope.python[self.name]
-        if found is None:
-            return None
         frame = sys._getframe(2)  # noqa: SLF001
         owner = owning_frame(run, frame)
         ordinal = run.counts.get(self.name, 0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import html
 import inspect
 import linecache
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -28,8 +28,7 @@ from tdcache.selection import Site, select
 
 __all__ = ["CallRow", "CallTable", "calls", "record_calls"]
 
-_TORCH = os.path.dirname(torch.__file__)
-_HERE = os.path.dirname(__file__)
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
 @dataclass(slots=True)
@@ -82,7 +81,9 @@ class CallTable(Sequence[CallRow]):
             for row in self.rows
         ]
         widths = [max(len(row[at]) for row in cells) for at in range(4)]
-        lines = ["  ".join((*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4])) for row in cells]
+        lines = [
+            "  ".join((*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4])) for row in cells
+        ]
         derived = [
             f"{path or '(root)'} makes {'one attention call' if n == 1 else f'{n} attention calls'}: "
             f"{' '.join('::' + name for name in DERIVED)}"
@@ -153,7 +154,7 @@ def _shapes(value: Any) -> tuple[tuple[int, ...], ...]:
 
 def _caller(frame: FrameType | None) -> FrameType | None:
     """The nearest frame that is neither torch's nor ours."""
-    while frame is not None and frame.f_code.co_filename.startswith((_TORCH, _HERE)):
+    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
         frame = frame.f_back
     return frame
 
@@ -218,5 +219,3 @@ def _run(model: nn.Module, inputs: Any) -> None:
         model(*inputs)
     else:
         model(inputs)
-
-

@@ -27,7 +27,7 @@ from tdcache.hooks.values import check_fits
 from tdcache.paths import resolve_all
 from tdcache.types import Removable
 
-__all__ = ["AttentionHook", "Use", "attach_attention"]
+__all__ = ["AttentionHook", "Derived", "Use", "attach_attention"]
 
 Use = Literal["read", "edit", "watch"]
 """What a hook does with a derived value: read its numbers, replace it, or also follow its gradient."""
@@ -257,7 +257,7 @@ class AttentionHook:
 
 
 def _result(call: Call) -> Tensor:
-    """``z``, heads before positions; the functions of a table return ``(batch, positions, heads, width)`` and weights."""
+    """``z``, heads before positions; functions of a table return ``(batch, positions, heads, width)`` and weights."""
     return call.output[0].transpose(1, 2) if call.name == INTERFACE else call.output  # type: ignore[no-any-return]
 
 

@@ -19,7 +19,7 @@ from tdcache.calls.mode import Call, run_forward
 from tdcache.calls.names import call_name
 from tdcache.calls.overlay import PythonCall, Registry, global_functions, is_registry, overlaid
 
-__all__ = ["ForwardScope", "Handler", "Handlers", "Need", "Rule", "frontier"]
+__all__ = ["ForwardScope", "Handler", "Handlers", "Need", "OwnForward", "Rule", "frontier"]
 
 _FORWARD = "forward"
 
@@ -205,7 +205,9 @@ class ForwardScope:
         self.python.forget()
         names = {} if self.own is not None else global_functions(type(self.module).forward)
         tables = {name for name, value in names.items() if is_registry(value)}
-        need = max((rule.needs(names.keys() - tables, tables=bool(tables)) for rule in self.rules), default=Need.NOTHING)
+        need = max(
+            (rule.needs(names.keys() - tables, tables=bool(tables)) for rule in self.rules), default=Need.NOTHING
+        )
         self.everything = need is Need.EVERYTHING
         instead: dict[str, Any] = {
             name: PythonCall(value, name, self)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import regex
 
-from tdcache.errors import SelectionError
 from tdcache.calls.names import DERIVED
+from tdcache.errors import SelectionError
 
 __all__ = ["CallPattern", "CallSite", "is_call"]
 
@@ -26,7 +26,7 @@ def is_call(text: object) -> bool:
 class CallSite:
     """One call in the forward of one module: the ``ordinal``-th (from 0) call of ``name`` there.
 
-    ``str(site)`` is ``"path::name"`` for the first call and ``"path::name.1"`` for the second; :meth:`parse` reads both.
+    ``str(site)`` is ``"path::name"`` for the first call, ``"path::name.1"`` for the second; :meth:`parse` reads both.
     """
 
     path: str

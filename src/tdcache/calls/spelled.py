@@ -1,4 +1,4 @@
-"""Which calls of a forward make up its attention: the kernel, or product, softmax and product where it is spelled out."""
+"""Which calls of a forward make up its attention: the kernel, or product, softmax and product in plain sight."""
 
 from __future__ import annotations
 
