@@ -170,7 +170,8 @@ def attach_rules(root: nn.Module, pairs: Iterable[tuple[nn.Module, Rule]]) -> Mu
 def attach_rule(root: nn.Module, module: nn.Module, rule: Rule) -> Removable:
     """Let ``rule`` say which calls in the forward of ``module``, a descendant of ``root``, get a handler."""
     attached = _Attached(rule)
-    skip_frame(run_forward.__code__)
+    for function in (ForwardScope.__call__, run_forward):
+        skip_frame(function.__code__)
     try:
         scope = attached.hold(module)
         scope.members |= frozenset(map(id, root.modules()))
