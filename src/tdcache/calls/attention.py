@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from tdcache.errors import CaptureError
 
 __all__ = ["Attention", "derive_attention", "derive_registered", "prove", "sdpa_arguments"]
 
+_NOTHING = nullcontext()
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 # A softmax of twenty orders of magnitude in half precision, and the order of summation in the kernel.
 _RELATIVE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -47,8 +49,7 @@ class Attention:
             q, k = _wide(self.q), _per_head(_wide(self.k), self.q)
             scores = (q * self.scale) @ k.transpose(-1, -2)
             if self.causal:
-                ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-                scores = scores.masked_fill(~ones.tril(), -math.inf)
+                scores = scores + scores.new_full(scores.shape[-2:], -math.inf).triu_(1)
             if self.mask is None:
                 return scores
             if self.mask.dtype == torch.bool:
@@ -69,8 +70,10 @@ class Attention:
             return _wide(pattern) @ _per_head(_wide(self.v), self.q)
 
 
-def _plain(like: Tensor) -> torch.autocast:
-    return torch.autocast(like.device.type, enabled=False)
+def _plain(like: Tensor) -> AbstractContextManager[object]:
+    """Without autocast: it casts below the mode, so that the kernel's own arguments are still wide here."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -37,12 +37,14 @@ _CHECKPOINT_FILE = torch_checkpoint.__file__
 class Run:
     """One forward of a selected module: how often it called each function so far, and what handlers note meanwhile."""
 
-    __slots__ = ("counts", "notes", "scope")
+    __slots__ = ("counts", "inside", "notes", "scope")
 
     def __init__(self, scope: ForwardScope) -> None:
         self.scope = scope
         self.counts: dict[str, int] = {}
         self.notes: dict[Any, Any] = {}
+        self.inside = False
+        """Whether a function that was taken from a table of attention functions is running."""
 
 
 class Call:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from types import CellType, CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["INTERFACE", "PythonCall", "Registry", "global_functions", "is_registry", "overlaid"]
 
 
+_NOTHING = nullcontext()
 INTERFACE = "attention interface"
 """The name of the calls of whatever function is taken from a table of attention functions."""
 
@@ -182,13 +184,14 @@ class PythonCall:
         found = run.scope.python[self.name]
         call = None if found is None else self.call_of(run, found, args, kwargs)
         if found is None or call is None:
-            return self.made(mode, args, kwargs)
+            return self.made(mode, run, args, kwargs)
         handlers = found.at(call.ordinal)
-        with _Aside(mode):
+        aside = _Aside(mode) if self.scope.everything else _NOTHING
+        with aside:
             for handler in handlers:
                 handler.before(call)
-        call.output = self.made(mode, call.args, call.kwargs)
-        with _Aside(mode):
+        call.output = self.made(mode, run, call.args, call.kwargs)
+        with aside:
             for handler in handlers:
                 handler.after(call)
         call.frame = None
@@ -207,14 +210,18 @@ class PythonCall:
         call.frame = frame
         return call
 
-    def made(self, mode: CallMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def made(self, mode: CallMode, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the function, with the mode on if the sites inside need it."""
-        if not (self.window and mode.open()):
+        if self.name is not INTERFACE:
             return self.function(*args, **kwargs)
+        run.inside = True
+        opened = self.window and mode.open()
         try:
             return self.function(*args, **kwargs)
         finally:
-            mode.close()
+            run.inside = False
+            if opened:
+                mode.close()
 
 
 class _Aside:
@@ -240,6 +247,7 @@ class Registry:
         self.table = table
         self.scope = scope
         self.window = window
+        self.known: dict[Any, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["table"], name)
@@ -253,6 +261,13 @@ class Registry:
 
     def call(self, function: Any) -> Any:
         """``function`` as a call under its own name, within one under the name of all of them."""
+        known = self.known.get(function)
+        if known is None:
+            known = self.known[function] = self.wrapped(function)
+        return known
+
+    def wrapped(self, function: Any) -> Any:
+        """What stands for ``function``, made once."""
         name = getattr(function, "__name__", "")
         if not isinstance(function, PythonCall) and self.scope.python[name] is not None:
             function = PythonCall(function, name, self.scope)

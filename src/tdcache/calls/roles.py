@@ -18,7 +18,7 @@ from tdcache.calls.attention import Attention, derive_attention, derive_register
 from tdcache.calls.mode import Call
 from tdcache.calls.names import DERIVED
 from tdcache.calls.overlay import INTERFACE
-from tdcache.calls.scope import Need
+from tdcache.calls.scope import Handler, Need
 from tdcache.calls.sites import CallSite
 from tdcache.calls.spelled import PRODUCTS, SDPA, SOFTMAX, argument, exchange, progress, role_of
 from tdcache.errors import CaptureError, SelectionError
@@ -97,18 +97,19 @@ class AttentionHook:
             return Need.EVERYTHING
         return Need.ATTENTION if self.site.name in _COMPUTED else Need.NOTHING
 
-    def handler(self, name: str, ordinal: int) -> AttentionHook:
+    def handler(self, name: str, ordinal: int) -> Handler | None:
         """Itself: which calls make up the attention is seen as they are made."""
-        return self
+        if name != INTERFACE:
+            return self
+        if ordinal != self.site.ordinal:
+            return None
+        return AtInterface(self) if self.site.name in _KEYWORDS else self
 
     def before(self, call: Call) -> None:
         """Offer what is an argument."""
         name = self.site.name
         if call.name == INTERFACE:
-            call.run.notes[INTERFACE] = call
             call.notes["at"] = progress(call).attentions
-            if call.ordinal == self.site.ordinal and name in _KEYWORDS:
-                self.at_argument(call, 1 + _POSITIONS[name])
             return
         role = role_of(call)
         if role is None or not self.concerns(call):
@@ -126,9 +127,8 @@ class AttentionHook:
         """Offer what is a result, or is derived from the arguments."""
         name = self.site.name
         if call.name == INTERFACE:
-            call.run.notes.pop(INTERFACE, None)
-            unseen = progress(call).attentions == call.notes["at"]  # neither torch's kernel nor a softmax inside
-            if call.ordinal == self.site.ordinal and (name == "z" or (name in _COMPUTED and unseen)):
+            # Where neither torch's kernel nor a softmax was seen inside, the arguments must do.
+            if name == "z" or progress(call).attentions == call.notes["at"]:
                 self.at_result(call)
             return
         role = role_of(call)
@@ -140,7 +140,7 @@ class AttentionHook:
 
     def concerns(self, call: Call) -> bool:
         """Whether the place may be here: what goes in and out of a table's function is offered there, not inside."""
-        if self.site.name not in _COMPUTED and INTERFACE in call.run.notes:
+        if self.site.name not in _COMPUTED and call.run.inside:
             return False
         return call.notes["at"] == self.site.ordinal  # type: ignore[no-any-return]
 
@@ -254,6 +254,23 @@ class AttentionHook:
                 f"'{self.site.path}::softmax'",
                 paths=(str(self.site),),
             )
+
+
+class AtInterface:
+    """The handler of ``q``, ``k`` or ``v`` at a function that was taken from a table: one of its first arguments."""
+
+    def __init__(self, hook: AttentionHook) -> None:
+        self.hook = hook
+        self.at = 1 + _POSITIONS[hook.site.name]
+        self.stage = hook.stage
+        self.order = hook.order
+
+    def before(self, call: Call) -> None:
+        """Offer the argument."""
+        self.hook.at_argument(call, self.at)
+
+    def after(self, call: Call) -> None:
+        """Leave the result."""
 
 
 def _result(call: Call) -> Tensor:

@@ -65,7 +65,11 @@ def _rows(shape: tuple[int, ...]) -> int:
 
 def progress(call: Call) -> Spelled:
     """How far the forward that makes ``call`` has come."""
-    return call.run.notes.setdefault(Spelled, Spelled())  # type: ignore[no-any-return]
+    notes = call.run.notes
+    state = notes.get(Spelled)
+    if state is None:
+        state = notes[Spelled] = Spelled()
+    return state
 
 
 def role_of(call: Call) -> str | None:
