@@ -1,7 +1,12 @@
 """Tests of compiled models: a call inside a graph is seen because the graph breaks there, or the compiler refuses."""
 
+import gc
+import sys
+import weakref
+
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 from call_models import Attention, Chain
@@ -101,3 +106,71 @@ def test_many_blocks_are_read_without_recompiling_them_each():
         for _ in range(3):
             assert torch.equal(compiled(x), expected)
     assert len(seen) == 36
+
+
+class Keep:
+    def __init__(self, kept, key):
+        self.kept, self.key = kept, key
+
+    def __call__(self, module, args, kwargs, output):
+        self.kept[self.key] = output
+
+
+class Scale:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, module, args, kwargs, output):
+        return output * self.factor
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Helped() for _ in range(12))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_python_functions_are_read_and_edited_in_one_full_graph_in_every_block(backend):
+    model, x, kept = Stack(), torch.randn(2, 3), {}
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for block in range(4):
+            sites = [CallSite(f"layers.{at}", "helper") for at in range(12)]
+            reads = [attach_call(model, site, None, Keep(kept, site.path), order=2) for site in sites]
+            edit = attach_call(model, sites[5], None, Scale(torch.tensor(float(block))))
+            with MultiHookHandle([*reads, edit]):
+                for given in (x, x + 1):
+                    kept.clear()
+                    result = compiled(given)
+                    values, value = [], given
+                    for at in range(12):
+                        value = value * 3 * (block if at == 5 else 1)
+                        values.append(value)
+                        value = value + 1
+                    assert torch.allclose(result, value)
+                    assert list(kept) == [site.path for site in sites]
+                    assert all(torch.allclose(one, other) for one, other in zip(kept.values(), values, strict=True))
+            assert torch.allclose(compiled(x), model(x))
+    assert counter.frame_count == 2
+
+
+def test_nothing_of_an_overlay_stays_in_the_process():
+    before = set(sys.modules)
+    model, kept = Outer(Helped()), {}
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with MultiHookHandle([attach_call(model, CallSite("inner", "helper"), None, Keep(kept, 0))]):
+        compiled(torch.randn(2, 3))
+    assert not {name for name in set(sys.modules) - before if name.startswith("tdcache")}
+    alive = weakref.ref(model.inner)
+    del model, compiled
+    gc.collect()
+    torch._dynamo.reset()
+    gc.collect()
+    assert alive() is None

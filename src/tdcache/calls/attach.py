@@ -104,6 +104,10 @@ class OneCall:
         """The handler, at the one ordinal."""
         return self.at if ordinal == self.site.ordinal else None
 
+    def traceable(self, names: Container[str]) -> tuple[str, Handler] | None:
+        """The site and its handler, unless the function is torch's."""
+        return (self.site.label, self.at) if self.needs(names, tables=False) is Need.NOTHING else None
+
 
 @dataclass(frozen=True, slots=True)
 class CallsLike:
@@ -126,6 +130,9 @@ class CallsLike:
         """The handler, if the pattern takes this call."""
         site = CallSite(self.path, name, ordinal)
         return self.make(site) if self.pattern.takes(site.label) else None
+
+    def traceable(self, names: Container[str]) -> None:
+        """Nothing: what the pattern means is known only when the forward runs."""
 
 
 def attach_call(

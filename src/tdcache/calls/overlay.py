@@ -19,7 +19,7 @@ from tdcache.calls.mode import Call, CallMode, Run, owning_frame, thread
 if TYPE_CHECKING:
     from tdcache.calls.scope import ForwardScope, Handlers
 
-__all__ = ["INTERFACE", "PythonCall", "Registry", "global_functions", "is_registry", "overlaid"]
+__all__ = ["INTERFACE", "PythonCall", "Registry", "global_functions", "innermost", "is_registry", "overlaid"]
 
 
 _NOTHING = nullcontext()
@@ -39,7 +39,7 @@ def global_functions(function: Any) -> dict[str, Any]:
     no Python function, or one that assigns to its globals.
     """
     found: dict[str, Any] = {}
-    inner = _innermost(function)
+    inner = innermost(function)
     if inner is not None and not any(_assigns(each.__code__) for each in _helpers(inner)):
         for each in _helpers(inner):
             for name in _names(each.__code__):
@@ -103,7 +103,7 @@ def _cell(cell: CellType, others: Mapping[int, Any]) -> CellType:
     return cell if other is None else CellType(other)
 
 
-def _innermost(function: Any) -> FunctionType | None:
+def innermost(function: Any) -> FunctionType | None:
     """What decorators wrap in the end, if each of them holds the next in its closure."""
     while isinstance(function, FunctionType):
         wrapped = getattr(function, "__wrapped__", None)

@@ -105,6 +105,9 @@ class AttentionHook:
             return None
         return AtInterface(self) if self.site.name in _KEYWORDS else self
 
+    def traceable(self, names: Container[str]) -> None:
+        """Nothing: a graph breaks at the attention."""
+
     def before(self, call: Call) -> None:
         """Offer what is an argument."""
         name = self.site.name

@@ -14,7 +14,9 @@ from types import MethodType
 from typing import Any, Protocol
 
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
+from tdcache.calls.graph import TracedForward
 from tdcache.calls.mode import Call, run_forward
 from tdcache.calls.names import call_name
 from tdcache.calls.overlay import PythonCall, Registry, global_functions, is_registry, overlaid
@@ -57,6 +59,9 @@ class Rule(Protocol):
 
     def handler(self, name: str, ordinal: int) -> Handler | None:
         """The handler of one call."""
+
+    def traceable(self, names: Container[str]) -> tuple[str, Handler] | None:
+        """Label and handler, if the rule is about one call of one of the Python functions ``names``."""
 
 
 class Need(IntEnum):
@@ -131,6 +136,8 @@ class ForwardScope:
         self.holders = 0
         self.everything = False
         """Whether the mode is on from the beginning of the forward to its end."""
+        self.traced: Any = None
+        """What dynamo may trace in place of all this, called with the module first; None where it must break here."""
         self.body: Any = None
         """The forward over an overlay of its globals; None where no name is exchanged."""
 
@@ -148,6 +155,8 @@ class ForwardScope:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward."""
+        if is_dynamo_compiling() and self.traced is not None:
+            return self.traced(self.module, *args, **kwargs)
         return run_forward(self, args, kwargs)
 
     def called(self) -> list[str]:
@@ -181,6 +190,8 @@ class ForwardScope:
     def release(self) -> None:
         """Give the scope back; the last one to do so restores the module."""
         self.holders -= 1
+        if not self.holders and isinstance(self.traced, TracedForward):
+            self.traced.close()
         held = self.module.__dict__
         if self.holders or held.get(_FORWARD) is not self:  # somebody wrapped us: what they hold passes calls on
             return
@@ -217,6 +228,25 @@ class ForwardScope:
         for name in tables if self.rules else ():
             instead[name] = Registry(names[name], self, window=need is Need.ATTENTION)
         self.body = overlaid(type(self.module).forward, instead) if instead else None
+        self.plan_traced(names.keys() - tables)
+
+    def plan_traced(self, names: Container[str]) -> None:
+        """Let dynamo trace what needs no mode: a forward without rules, or the sites of Python functions."""
+        if isinstance(self.traced, TracedForward):
+            self.traced.close()
+        self.traced = None
+        if self.own is not None:
+            return
+        if not self.rules:
+            self.traced = type(self.module).forward
+            return
+        sites = [rule.traceable(names) for rule in self.rules]
+        traced = None if None in sites else TracedForward.of(self.module)
+        if traced is not None:
+            found = [site for site in sites if site is not None]
+            by_label = {label: sorted((at for name, at in found if name == label), key=_order) for label, _ in found}
+            traced.open({label: tuple(handlers) for label, handlers in by_label.items()})
+            self.traced = traced
 
 
 class OwnForward:
