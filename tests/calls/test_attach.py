@@ -263,6 +263,11 @@ def test_a_forward_that_was_wrapped_meanwhile_is_left_alone():
     assert model.__dict__["forward"] is wrapper
     model(x)
     assert seen.outputs == []
+    again, handle = watch(model, "::gelu")
+    with handle_of(handle):
+        model(x)
+    assert model.__dict__["forward"] is wrapper
+    assert len(again.outputs) == 1
 
 
 def test_half_done_registration_is_undone():

@@ -81,7 +81,7 @@ def test_a_compiled_model_is_read_and_edited_and_compiled_again_after(
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize(("kind", "make", "site", "shape"), KINDS, ids=[kind[0] for kind in KINDS])
+@pytest.mark.parametrize(("kind", "make", "site", "shape"), (KINDS[0], KINDS[2]), ids=(KINDS[0][0], KINDS[2][0]))
 def test_a_full_graph_is_refused_rather_than_left_empty(kind, make, site, shape):
     model, seen, x = Outer(make()), [], torch.randn(shape)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

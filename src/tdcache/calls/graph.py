@@ -89,7 +89,9 @@ class TracedForward:
         held = self.overlay.__dict__
         held.update({**function.__globals__, "__name__": self.name})
         held.update({name: _Tap(value, name, self.state) for name, value in names.items() if not is_registry(value)})
-        self.function = FunctionType(function.__code__, held, function.__name__, function.__defaults__, function.__closure__)
+        self.function = FunctionType(
+            function.__code__, held, function.__name__, function.__defaults__, function.__closure__
+        )
         self.function.__kwdefaults__ = function.__kwdefaults__
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

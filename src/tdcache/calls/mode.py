@@ -180,7 +180,7 @@ def run_forward(scope: ForwardScope, args: tuple[Any, ...], kwargs: dict[str, An
     mode, forward = thread.mode, scope.forward
     above = mode.run
     if not scope.rules:
-        if above is None:
+        if above is None or above.scope.module is scope.module:  # or a scope that somebody wrapped, and that was left
             return forward(*args, **kwargs)
         mode.run = None
         closed = mode.close_on_top()

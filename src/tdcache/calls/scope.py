@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Iterator
 from enum import IntEnum
 from types import MethodType
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.compiler import is_dynamo_compiling
@@ -121,12 +122,17 @@ class _Found(dict[Any, "Handlers | None"]):
         self.by_name = {}
 
 
+# Dynamo drops the graph of a forward that was deallocated, so a module's scope is the same in every block.
+_scopes: WeakKeyDictionary[nn.Module, ForwardScope] = WeakKeyDictionary()
+
+
 class ForwardScope:
     """Calls a module's own forward with the mode on, if the module has rules, and without it otherwise."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.own: Callable[..., Any] | None = module.__dict__.get(_FORWARD)
+    def __init__(self) -> None:
+        self.module: Any = None
+        """None while the scope is not installed: it is kept for the next time, but must not keep the module alive."""
+        self.own: Callable[..., Any] | None = None
         """The ``forward`` that stood in the module's ``__dict__`` before, or None."""
         self.rules: list[Rule] = []
         self.found = _Found(self.rules)
@@ -180,10 +186,14 @@ class ForwardScope:
     @classmethod
     def of(cls, module: nn.Module) -> ForwardScope:
         """The scope of a module, installed if there is none; :meth:`release` it as often as it was taken."""
-        scope = module.__dict__.get(_FORWARD)
-        if not isinstance(scope, cls):
-            scope = cls(module)
+        there = module.__dict__.get(_FORWARD)
+        scope = there if isinstance(there, cls) else _scopes.get(module)
+        if scope is None or (scope is not there and scope.module is not None):  # somebody wrapped that one
+            scope = _scopes[module] = cls()
+        if scope is not there:
+            scope.module, scope.own = module, there
             module.__dict__[_FORWARD] = scope
+            scope.plan()
         scope.holders += 1
         return scope
 
@@ -199,6 +209,8 @@ class ForwardScope:
             del held[_FORWARD]
         else:
             held[_FORWARD] = self.own
+        self.module = self.own = self.body = self.traced = None
+        self.members = frozenset()
 
     def add(self, rule: Rule) -> None:
         """Take a rule in."""
