@@ -81,7 +81,7 @@ def test_a_compiled_model_is_read_and_edited_and_compiled_again_after(
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize(("kind", "make", "site", "shape"), (KINDS[0], KINDS[2]), ids=(KINDS[0][0], KINDS[2][0]))
+@pytest.mark.parametrize(("kind", "make", "site", "shape"), [KINDS[0], KINDS[2]], ids=["call", "attention"])
 def test_a_full_graph_is_refused_rather_than_left_empty(kind, make, site, shape):
     model, seen, x = Outer(make()), [], torch.randn(shape)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -158,6 +158,49 @@ def test_python_functions_are_read_and_edited_in_one_full_graph_in_every_block(b
                     assert list(kept) == [site.path for site in sites]
                     assert all(torch.allclose(one, other) for one, other in zip(kept.values(), values, strict=True))
             assert torch.allclose(compiled(x), model(x))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_llama_is_read_and_edited_in_one_full_graph():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        intermediate_size=48,
+        use_cache=False,
+    )
+    model, ids, kept = transformers.LlamaModel(config).eval(), torch.randint(0, 60, (1, 7)), {}
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    paths = [f"layers.{at}.self_attn" for at in range(12)]
+    with torch.no_grad():
+        for factor in (2.0, 3.0):
+
+            def handles():
+                rotary = CallSite(paths[3], "apply_rotary_pos_emb")
+                yield attach_call(model, rotary, None, Keep(kept, "rotary"), order=2)
+                yield attach_attention(model, CallSite(paths[2], "q"), Scale(torch.tensor(factor)))
+                for path in paths:
+                    for place in "qkvz":
+                        yield attach_attention(model, CallSite(path, place), Keep(kept, (path, place)), order=2)
+
+            with MultiHookHandle(handles()):
+                found = []
+                for run in (compiled, model):
+                    kept.clear()
+                    found.append((run(ids).last_hidden_state, dict(kept)))
+            (first, values), (second, others) = found
+            assert torch.equal(first, second)
+            assert list(values) == list(others)
+            assert len(values) == 49
+            for key in others.keys() - {"rotary"}:
+                assert torch.equal(values[key], others[key])
+            assert torch.equal(values["rotary"][0], others["rotary"][0])
+            assert not torch.equal(first, model(ids).last_hidden_state)
+            assert torch.equal(compiled(ids).last_hidden_state, model(ids).last_hidden_state)
     assert counter.frame_count == 2
 
 

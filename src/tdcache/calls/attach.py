@@ -104,7 +104,7 @@ class OneCall:
         """The handler, at the one ordinal."""
         return self.at if ordinal == self.site.ordinal else None
 
-    def traceable(self, names: Container[str]) -> tuple[str, Handler] | None:
+    def traceable(self, names: Container[str], *, tables: bool) -> tuple[str, Handler] | None:
         """The site and its handler, unless the function is torch's."""
         return (self.site.label, self.at) if self.needs(names, tables=False) is Need.NOTHING else None
 
@@ -131,7 +131,7 @@ class CallsLike:
         site = CallSite(self.path, name, ordinal)
         return self.make(site) if self.pattern.takes(site.label) else None
 
-    def traceable(self, names: Container[str]) -> None:
+    def traceable(self, names: Container[str], *, tables: bool) -> None:
         """Nothing: what the pattern means is known only when the forward runs."""
 
 

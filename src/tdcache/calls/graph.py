@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from tdcache.calls.overlay import global_functions, innermost, is_registry
+from tdcache.calls.overlay import INTERFACE, global_functions, innermost, is_registry
 
 if TYPE_CHECKING:
     from tdcache.calls.scope import Handler
@@ -34,6 +34,7 @@ class TracedCall:
     def __init__(self, module: nn.Module, label: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.module = module
         self.label = label
+        self.name = label.partition(".")[0]
         self.args = args
         self.kwargs = kwargs
         self.output: Any = None
@@ -79,6 +80,25 @@ class _Tap:
         return call.output
 
 
+class _Table:
+    """Stands for a table of attention functions in the overlay."""
+
+    def __init__(self, table: Any, state: _State) -> None:
+        self.table = table
+        self.state = state
+
+    def get_interface(self, *args: Any, **kwargs: Any) -> Any:
+        """The function that the table holds, as one whose calls are seen."""
+        return _Tap(self.table.get_interface(*args, **kwargs), INTERFACE, self.state)
+
+    def __getitem__(self, name: str) -> Any:
+        return _Tap(self.table[name], INTERFACE, self.state)
+
+
+def _stand_in(value: Any, name: str, state: _State) -> Any:
+    return _Table(value, state) if is_registry(value) else _Tap(value, name, state)
+
+
 class TracedForward:
     """The forward of one module over the overlay that dynamo traces."""
 
@@ -88,7 +108,7 @@ class TracedForward:
         self.overlay = ModuleType(self.name)
         held = self.overlay.__dict__
         held.update({**function.__globals__, "__name__": self.name})
-        held.update({name: _Tap(value, name, self.state) for name, value in names.items() if not is_registry(value)})
+        held.update({name: _stand_in(value, name, self.state) for name, value in names.items()})
         self.function = FunctionType(
             function.__code__, held, function.__name__, function.__defaults__, function.__closure__
         )

@@ -69,7 +69,7 @@ class Call:
     @property
     def module(self) -> nn.Module:
         """The module in whose forward the call stands."""
-        return self.run.scope.module
+        return self.run.scope.module  # type: ignore[no-any-return]
 
     @property
     def label(self) -> str:

@@ -27,7 +27,7 @@ from tdcache.hooks.values import check_fits
 from tdcache.paths import resolve_all
 from tdcache.types import Removable
 
-__all__ = ["AttentionHook", "Derived", "Use", "attach_attention"]
+__all__ = ["AtInterface", "AttentionHook", "Derived", "Use", "attach_attention"]
 
 Use = Literal["read", "edit", "watch"]
 """What a hook does with a derived value: read its numbers, replace it, or also follow its gradient."""
@@ -103,10 +103,14 @@ class AttentionHook:
             return self
         if ordinal != self.site.ordinal:
             return None
-        return AtInterface(self) if self.site.name in _KEYWORDS else self
+        return self if self.site.name in _COMPUTED else AtInterface(self)
 
-    def traceable(self, names: Container[str]) -> None:
-        """Nothing: a graph breaks at the attention."""
+    def traceable(self, names: Container[str], *, tables: bool) -> tuple[str, Handler] | None:
+        """What goes in and out of a function that is taken from a table; a graph breaks where scores are derived."""
+        if not tables or self.site.name in _COMPUTED:
+            return None
+        label = f"{INTERFACE}.{self.site.ordinal}" if self.site.ordinal else INTERFACE
+        return label, AtInterface(self)
 
     def before(self, call: Call) -> None:
         """Offer what is an argument."""
@@ -130,8 +134,7 @@ class AttentionHook:
         """Offer what is a result, or is derived from the arguments."""
         name = self.site.name
         if call.name == INTERFACE:
-            # Where neither torch's kernel nor a softmax was seen inside, the arguments must do.
-            if name == "z" or progress(call).attentions == call.notes["at"]:
+            if progress(call).attentions == call.notes["at"]:  # neither torch's kernel nor a softmax was seen inside
                 self.at_result(call)
             return
         role = role_of(call)
@@ -260,20 +263,24 @@ class AttentionHook:
 
 
 class AtInterface:
-    """The handler of ``q``, ``k`` or ``v`` at a function that was taken from a table: one of its first arguments."""
+    """The handler of ``q``, ``k``, ``v`` or ``z`` at a function that was taken from a table."""
 
     def __init__(self, hook: AttentionHook) -> None:
         self.hook = hook
-        self.at = 1 + _POSITIONS[hook.site.name]
+        self.at = 1 + _POSITIONS.get(hook.site.name, -1)
+        """The position of the argument; 0, that of the module, for the result."""
         self.stage = hook.stage
         self.order = hook.order
 
     def before(self, call: Call) -> None:
         """Offer the argument."""
-        self.hook.at_argument(call, self.at)
+        if self.at:
+            self.hook.at_argument(call, self.at)
 
     def after(self, call: Call) -> None:
-        """Leave the result."""
+        """Offer the result."""
+        if not self.at:
+            self.hook.at_result(call)
 
 
 def _result(call: Call) -> Tensor:

@@ -61,8 +61,8 @@ class Rule(Protocol):
     def handler(self, name: str, ordinal: int) -> Handler | None:
         """The handler of one call."""
 
-    def traceable(self, names: Container[str]) -> tuple[str, Handler] | None:
-        """Label and handler, if the rule is about one call of one of the Python functions ``names``."""
+    def traceable(self, names: Container[str], *, tables: bool) -> tuple[str, Handler] | None:
+        """Label and handler, if the rule is about one call that needs no mode to be seen."""
 
 
 class Need(IntEnum):
@@ -187,14 +187,16 @@ class ForwardScope:
     def of(cls, module: nn.Module) -> ForwardScope:
         """The scope of a module, installed if there is none; :meth:`release` it as often as it was taken."""
         there = module.__dict__.get(_FORWARD)
-        scope = there if isinstance(there, cls) else _scopes.get(module)
-        if scope is None or (scope is not there and scope.module is not None):  # somebody wrapped that one
+        if isinstance(there, cls):
+            there.holders += 1
+            return there
+        scope = _scopes.get(module)
+        if scope is None or scope.module is not None:  # none yet, or one that somebody wrapped
             scope = _scopes[module] = cls()
-        if scope is not there:
-            scope.module, scope.own = module, there
-            module.__dict__[_FORWARD] = scope
-            scope.plan()
-        scope.holders += 1
+        scope.module, scope.own = module, there
+        scope.holders = 1
+        module.__dict__[_FORWARD] = scope
+        scope.plan()
         return scope
 
     def release(self) -> None:
@@ -240,9 +242,9 @@ class ForwardScope:
         for name in tables if self.rules else ():
             instead[name] = Registry(names[name], self, window=need is Need.ATTENTION)
         self.body = overlaid(type(self.module).forward, instead) if instead else None
-        self.plan_traced(names.keys() - tables)
+        self.plan_traced(names.keys() - tables, tables=bool(tables))
 
-    def plan_traced(self, names: Container[str]) -> None:
+    def plan_traced(self, names: Container[str], *, tables: bool) -> None:
         """Let dynamo trace what needs no mode: a forward without rules, or the sites of Python functions."""
         if isinstance(self.traced, TracedForward):
             self.traced.close()
@@ -252,7 +254,7 @@ class ForwardScope:
         if not self.rules:
             self.traced = type(self.module).forward
             return
-        sites = [rule.traceable(names) for rule in self.rules]
+        sites = [rule.traceable(names, tables=tables) for rule in self.rules]
         traced = None if None in sites else TracedForward.of(self.module)
         if traced is not None:
             found = [site for site in sites if site is not None]
