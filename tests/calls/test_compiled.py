@@ -161,6 +161,16 @@ def test_python_functions_are_read_and_edited_in_one_full_graph_in_every_block(b
     assert counter.frame_count == 2
 
 
+def llama_sites(model, paths, factor, kept):
+    """Reads of every place, of the rotary embedding, and two edits, one after the other."""
+    yield attach_call(model, CallSite(paths[0], "apply_rotary_pos_emb"), None, Keep(kept, "rotary"), order=2)
+    yield attach_attention(model, CallSite(paths[0], "q"), Scale(torch.tensor(factor)))
+    for path in paths:
+        for place in ("q", "k", "v", "scores", "pattern", "z"):
+            yield attach_attention(model, CallSite(path, place), Keep(kept, (path, place)), order=2)
+    yield attach_attention(model, CallSite(paths[1], "pattern"), Scale(torch.tensor(factor)))
+
+
 @pytest.mark.filterwarnings("default")
 def test_a_llama_is_read_and_edited_in_one_full_graph():
     transformers = pytest.importorskip("transformers")
@@ -175,19 +185,10 @@ def test_a_llama_is_read_and_edited_in_one_full_graph():
     model, ids, kept = transformers.LlamaModel(config).eval(), torch.randint(0, 60, (1, 7)), {}
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    paths = [f"layers.{at}.self_attn" for at in range(12)]
+    paths = [f"layers.{at}.self_attn" for at in range(2)]
     with torch.no_grad():
         for factor in (2.0, 3.0):
-
-            def handles():
-                rotary = CallSite(paths[3], "apply_rotary_pos_emb")
-                yield attach_call(model, rotary, None, Keep(kept, "rotary"), order=2)
-                yield attach_attention(model, CallSite(paths[2], "q"), Scale(torch.tensor(factor)))
-                for path in paths:
-                    for place in "qkvz":
-                        yield attach_attention(model, CallSite(path, place), Keep(kept, (path, place)), order=2)
-
-            with MultiHookHandle(handles()):
+            with MultiHookHandle(llama_sites(model, paths, factor, kept)):
                 found = []
                 for run in (compiled, model):
                     kept.clear()
@@ -195,13 +196,38 @@ def test_a_llama_is_read_and_edited_in_one_full_graph():
             (first, values), (second, others) = found
             assert torch.equal(first, second)
             assert list(values) == list(others)
-            assert len(values) == 49
+            assert len(values) == 13
             for key in others.keys() - {"rotary"}:
                 assert torch.equal(values[key], others[key])
+            assert torch.allclose(values[paths[1], "pattern"].sum(-1), torch.tensor(factor))
             assert torch.equal(values["rotary"][0], others["rotary"][0])
             assert not torch.equal(first, model(ids).last_hidden_state)
             assert torch.equal(compiled(ids).last_hidden_state, model(ids).last_hidden_state)
     assert counter.frame_count == 2
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("use", ["read", "watch"])
+def test_a_pattern_that_no_graph_can_give_breaks_it(use):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, use_cache=False
+    )
+    config._attn_implementation = "eager" if use == "read" else "sdpa"
+    model, ids, kept = transformers.LlamaModel(config).eval(), torch.randint(0, 60, (1, 7)), {}
+    with torch.set_grad_enabled(use == "watch"):
+        expected = model(ids).last_hidden_state
+        site = CallSite("layers.1.self_attn", "pattern")
+        with MultiHookHandle([attach_attention(model, site, Keep(kept, 0), use=use)]):
+            found = torch.compile(model, backend="eager")(ids).last_hidden_state
+            assert torch.equal(found, expected)
+            assert kept[0].shape == (1, 4, 7, 7)
+            if use == "watch":
+                (gradient,) = torch.autograd.grad(found.square().sum(), kept[0])
+                assert gradient.abs().sum() > 0
+            torch._dynamo.reset()
+            with pytest.raises(torch._dynamo.exc.Unsupported):
+                torch.compile(model, backend="eager", fullgraph=True)(ids)
 
 
 def test_nothing_of_an_overlay_stays_in_the_process():

@@ -31,8 +31,10 @@ _made: WeakKeyDictionary[nn.Module, TracedForward] = WeakKeyDictionary()
 class TracedCall:
     """One call in a graph, as handlers see it."""
 
-    def __init__(self, module: nn.Module, label: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, module: nn.Module, function: Any, label: str, args: tuple[Any, ...], kwargs: Any) -> None:
         self.module = module
+        self.function = function
+        self.notes: dict[Any, Any] = {}
         self.label = label
         self.name = label.partition(".")[0]
         self.args = args
@@ -71,7 +73,7 @@ class _Tap:
         handlers = state.handlers.get(label, ())
         if not handlers:
             return self.function(*args, **kwargs)
-        call = TracedCall(state.module, label, args, kwargs)
+        call = TracedCall(state.module, self.function, label, args, kwargs)
         for handler in handlers:
             handler.before(call)
         call.output = self.function(*call.args, **call.kwargs)

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from tdcache.calls.attach import attach_rule, refuse_recomputed
 from tdcache.calls.attention import Attention, derive_attention, derive_registered, prove
@@ -27,7 +28,7 @@ from tdcache.hooks.values import check_fits
 from tdcache.paths import resolve_all
 from tdcache.types import Removable
 
-__all__ = ["AtInterface", "AttentionHook", "Derived", "Use", "attach_attention"]
+__all__ = ["AtInterface", "AttentionHook", "Derived", "InGraph", "Use", "attach_attention"]
 
 Use = Literal["read", "edit", "watch"]
 """What a hook does with a derived value: read its numbers, replace it, or also follow its gradient."""
@@ -106,11 +107,11 @@ class AttentionHook:
         return self if self.site.name in _COMPUTED else AtInterface(self)
 
     def traceable(self, names: Container[str], *, tables: bool) -> tuple[str, Handler] | None:
-        """What goes in and out of a function that is taken from a table; a graph breaks where scores are derived."""
-        if not tables or self.site.name in _COMPUTED:
+        """Where the function is taken from a table; a gradient does not come out of a graph."""
+        if not tables or self.use == "watch":
             return None
         label = f"{INTERFACE}.{self.site.ordinal}" if self.site.ordinal else INTERFACE
-        return label, AtInterface(self)
+        return label, InGraph(self) if self.site.name in _COMPUTED else AtInterface(self)
 
     def before(self, call: Call) -> None:
         """Offer what is an argument."""
@@ -189,7 +190,7 @@ class AttentionHook:
             derived = call.notes[Derived] = Derived(make(call.args, call.kwargs, where=where))
         scores, pattern = derived.compute(graph=self.use != "read")
         result = _result(call)
-        if not self.proved and "edited" not in call.notes:
+        if not self.proved and "edited" not in call.notes and not is_dynamo_compiling():
             self.proved = prove(derived.attention, pattern, result, where=where)
         new = self.offer(call, scores if self.site.name == "scores" else pattern)
         if new is not None:
@@ -281,6 +282,24 @@ class AtInterface:
         """Offer the result."""
         if not self.at:
             self.hook.at_result(call)
+
+
+class InGraph:
+    """The handler of ``scores`` or ``pattern`` where dynamo traces: a graph cannot be compared with its own result."""
+
+    def __init__(self, hook: AttentionHook) -> None:
+        self.hook = hook
+        self.stage = hook.stage
+        self.order = hook.order
+
+    def before(self, call: Any) -> None:
+        """Leave the arguments."""
+
+    def after(self, call: Any) -> None:
+        """Derive the value from the arguments, as it was proved for this one function; break the graph for others."""
+        if call.function.__name__ != "sdpa_attention_forward":
+            torch._dynamo.graph_break()  # noqa: SLF001
+        self.hook.derive(call)
 
 
 def _result(call: Call) -> Tensor:
