@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import silu
 
 from tdcache.calls.attach import attach_call
 from tdcache.calls.overlay import global_functions
@@ -150,6 +151,16 @@ def test_an_exception_in_a_python_function_leaves_nothing():
         model(x)
     assert function_mode_count() == 0
     assert "forward" not in model.__dict__
+
+
+def test_a_function_of_torch_that_was_imported_by_name_counts_once():
+    model, x = Importing(), torch.ones(2)
+    assert calls(model, "", x).sites == ("::silu", "::silu.1")
+
+
+class Importing(nn.Module):
+    def forward(self, x):
+        return silu(silu(x))
 
 
 class Assigning(nn.Module):

@@ -1,16 +1,18 @@
 """Tests over families of transformers: outputs to the bit, patterns beside those of eager attention, edits."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 
 from model_state import state_of
-from tdcache.calls.attach import attach_call
+from tdcache.calls.attach import CallsLike, attach_call, attach_rules
 from tdcache.calls.record import calls
 from tdcache.calls.roles import attach_attention
-from tdcache.calls.sites import CallSite
+from tdcache.calls.sites import CallPattern, CallSite
 from tdcache.hooks.attach import MultiHookHandle
+from tdcache.introspect import function_mode_count
 from tdcache.selection import select
 
 transformers = pytest.importorskip("transformers")
@@ -232,6 +234,52 @@ def _mamba():
         "mamba", vocab_size=60, hidden_size=16, num_hidden_layers=2, state_size=4, intermediate_size=32
     )
     return transformers.AutoModel.from_config(config).eval()
+
+
+class Failing:
+    """Raises at one of the calls that it sees."""
+
+    order, stage = 2, 0
+
+    def __init__(self):
+        self.at = self.seen = 0
+
+    def __call__(self, site):
+        return self
+
+    def before(self, call):
+        self.after(call)
+
+    def after(self, call):
+        self.seen += 1
+        if self.seen == self.at:
+            raise ZeroDivisionError
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_an_exception_at_any_call_leaves_nothing(kind):
+    model, failing = build("llama", kind), Failing()
+    before, ids = state_of(model), torch.tensor([[3, 4]])
+    pattern = CallPattern.parse("x::.*")
+    rules = [(module, CallsLike(path, pattern, failing)) for path, module in model.named_modules()]
+    places = [
+        attach_attention(model, CallSite(path, "pattern"), lambda *_: None) for path in attentions(model, "llama")
+    ]
+    with torch.no_grad(), attach_rules(model, rules), MultiHookHandle(places):
+        expected = model(ids).last_hidden_state
+        count, raised = failing.seen, 0
+        for at in range(1, count + 1):
+            failing.at, failing.seen = at, 0
+            with contextlib.suppress(ZeroDivisionError):
+                model(ids)
+                raised -= 1
+            raised += 1
+            assert function_mode_count() == 0
+        assert raised == count > 300
+        failing.at = 0
+        assert torch.equal(model(ids).last_hidden_state, expected)
+    assert state_of(model) == before
 
 
 @pytest.mark.filterwarnings("default")

@@ -11,6 +11,7 @@ import dis
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import lru_cache
 from types import CellType, CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,15 @@ __all__ = ["INTERFACE", "PythonCall", "Registry", "global_functions", "innermost
 
 
 _NOTHING = nullcontext()
+# Imported by name, such a function still is one of torch's, and must not count twice.
+_SEEN_ANYWAY = frozenset({"torch", "torch._tensor", "torch.functional", "torch.nn.functional"})
 INTERFACE = "attention interface"
 """The name of the calls of whatever function is taken from a table of attention functions."""
 
 
 def is_registry(value: Any) -> bool:
     """Whether a global is a table of attention functions, as ``transformers``' ``ALL_ATTENTION_FUNCTIONS`` is."""
-    return hasattr(value, "get_interface") and not isinstance(value, type)
+    return hasattr(type(value), "get_interface")  # asked of the class: a lazy module would import what it is asked for
 
 
 def global_functions(function: Any) -> dict[str, Any]:
@@ -44,7 +47,7 @@ def global_functions(function: Any) -> dict[str, Any]:
         for each in _helpers(inner):
             for name in _names(each.__code__):
                 value = each.__globals__.get(name)
-                if isinstance(value, FunctionType) or is_registry(value):
+                if is_registry(value) or (isinstance(value, FunctionType) and value.__module__ not in _SEEN_ANYWAY):
                     found[name] = value
     return found
 
@@ -138,12 +141,14 @@ def _is_plain(helper: FunctionType, name: str, function: FunctionType) -> bool:
     return same_file and helper.__name__ == name and not hasattr(helper, "__wrapped__")
 
 
-def _names(code: CodeType) -> Iterator[str]:
+@lru_cache(maxsize=1024)
+def _names(code: CodeType) -> tuple[str, ...]:
     """The global names that a code object reads, nested functions included."""
-    for each in _codes(code):
-        yield from (at.argval for at in dis.get_instructions(each) if at.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    read = (at for each in _codes(code) for at in dis.get_instructions(each))
+    return tuple(dict.fromkeys(at.argval for at in read if at.opname in ("LOAD_GLOBAL", "LOAD_NAME")))
 
 
+@lru_cache(maxsize=1024)
 def _assigns(code: CodeType) -> bool:
     return any(at.opname == "STORE_GLOBAL" for each in _codes(code) for at in dis.get_instructions(each))
 
