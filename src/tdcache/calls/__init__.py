@@ -9,9 +9,9 @@ spelled, roles   the places ``::q`` to ``::z``, under a kernel or spelled out
 record           the table of what a forward calls
 """
 
-from tdcache.calls.attach import attach_call, attach_rule, attach_rules
+from tdcache.calls.attach import attach_call, attach_rules, call_rule
 from tdcache.calls.record import CallTable, calls, record_calls
-from tdcache.calls.roles import attach_attention
+from tdcache.calls.roles import attach_attention, attention_rule
 from tdcache.calls.sites import CallPattern, CallSite, is_call
 
 __all__ = [
@@ -20,8 +20,9 @@ __all__ = [
     "CallTable",
     "attach_attention",
     "attach_call",
-    "attach_rule",
     "attach_rules",
+    "attention_rule",
+    "call_rule",
     "calls",
     "is_call",
     "record_calls",

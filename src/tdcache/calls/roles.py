@@ -14,21 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from tdcache.calls.attach import attach_rule, refuse_recomputed
+from tdcache.calls.attach import attach_rules, module_of, refuse_recomputed
 from tdcache.calls.attention import Attention, derive_attention, derive_registered, prove
 from tdcache.calls.mode import Call
 from tdcache.calls.names import DERIVED
 from tdcache.calls.overlay import INTERFACE
-from tdcache.calls.scope import Handler, Need
+from tdcache.calls.scope import Handler, Need, Rule
 from tdcache.calls.sites import CallSite
 from tdcache.calls.spelled import PRODUCTS, SDPA, SOFTMAX, argument, exchange, progress, role_of
 from tdcache.errors import CaptureError, SelectionError
 from tdcache.hooks.attach import Order
 from tdcache.hooks.values import check_fits
-from tdcache.paths import resolve_all
 from tdcache.types import Removable
 
-__all__ = ["AtInterface", "AttentionHook", "Derived", "InGraph", "Use", "attach_attention"]
+__all__ = ["AtInterface", "AttentionHook", "Derived", "InGraph", "Use", "attach_attention", "attention_rule"]
 
 Use = Literal["read", "edit", "watch"]
 """What a hook does with a derived value: read its numbers, replace it, or also follow its gradient."""
@@ -329,10 +328,16 @@ def attach_attention(
     Raises:
         SelectionError: ``site`` is no place of an attention call.
     """
+    return attach_rules(root, [attention_rule(root, site, hook, use=use, order=order)])
+
+
+def attention_rule(
+    root: nn.Module, site: CallSite, hook: Hook, *, use: Use = "edit", order: int = Order.EDIT
+) -> tuple[nn.Module, Rule]:
+    """What :func:`attach_attention` attaches, for :func:`tdcache.calls.attach.attach_rules`."""
     if not site.derived:
         raise SelectionError(
             f"{str(site)!r} is no place of an attention call; those are {', '.join('::' + name for name in DERIVED)}",
             selector=str(site),
         )
-    _, module = resolve_all(root, site.path) if site.path else ("", root)
-    return attach_rule(root, module, AttentionHook(site, hook, use, order))
+    return module_of(root, site), AttentionHook(site, hook, use, order)

@@ -213,22 +213,15 @@ class ForwardScope:
             held[_FORWARD] = self.own
         self.module = self.own = self.body = self.traced = None
         self.members = frozenset()
-
-    def add(self, rule: Rule) -> None:
-        """Take a rule in."""
-        self.rules.append(rule)
-        self.plan()
-
-    def drop(self, rule: Rule) -> None:
-        """Let a rule go."""
-        self.rules.remove(rule)
-        self.plan()
+        self.found.forget()
+        self.python.forget()
 
     def plan(self) -> None:
         """Ask the rules again what they want, and overlay the names that they want."""
         self.found.forget()
         self.python.forget()
-        names = {} if self.own is not None else global_functions(type(self.module).forward)
+        idle = self.own is not None or not self.rules
+        names = {} if idle else global_functions(type(self.module).forward)
         tables = {name for name, value in names.items() if is_registry(value)}
         need = max(
             (rule.needs(names.keys() - tables, tables=bool(tables)) for rule in self.rules), default=Need.NOTHING
@@ -239,7 +232,7 @@ class ForwardScope:
             for name, value in names.items()
             if name not in tables and any(rule.wants(name) for rule in self.rules)
         }
-        for name in tables if self.rules else ():
+        for name in tables:
             instead[name] = Registry(names[name], self, window=need is Need.ATTENTION)
         self.body = overlaid(type(self.module).forward, instead) if instead else None
         self.plan_traced(names.keys() - tables, tables=bool(tables))
