@@ -16,6 +16,7 @@ from tdcache.cache.ownership import storages_of
 from tdcache.cache.target import ClosedTarget
 from tdcache.errors import CaptureError, RepeatedCallWarning, StopForward, UnfiredSiteWarning, listed, warn_user
 from tdcache.hooks.directions import direction_row
+from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import leaves
 from tdcache.introspect import calls_on_stack, in_backward, why_not_called
 from tdcache.types import CacheKey
@@ -23,7 +24,7 @@ from tdcache.types import CacheKey
 __all__ = ["Recorder"]
 
 
-class Recorder:
+class Recorder(Transient):
     """Takes values from the taps of one context and keeps the cache current.
 
     Its ``begin`` and ``end`` are hooks on the root of the model, so that ``hooked(td)``, ``hooked(x)`` and ``model(x)``

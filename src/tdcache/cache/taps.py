@@ -20,6 +20,7 @@ from tdcache.hooks.gradient_hooks import overwritten_input
 from tdcache.hooks.gradients import handed_on
 from tdcache.hooks.loans import OpenCalls, lend
 from tdcache.hooks.port import InputPort, OutputPort, Port, Steps
+from tdcache.hooks.transient import Transient
 from tdcache.introspect import add_tensor_hook
 from tdcache.types import CacheKey
 
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 
-class Tap:
+class Tap(Transient):
     """What all taps have: a site, the channel its values go to, and the recorder of the context."""
 
     __slots__ = ("channel", "order", "path", "recorder")
@@ -359,7 +360,7 @@ class _InputTaker:
         tap.recorder.take_gradient(tap.channel, self.key, tap.path, grad, self.number, self.serial)
 
 
-class StopTap:
+class StopTap(Transient):
     """Ends the forward once every site that was waited for has fired."""
 
     __slots__ = ("order", "path", "recorder")

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from tdcache.errors import HookSignatureError
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.gradient_hooks import GradientHandle, GradInputHook, GradOutputHook
+from tdcache.hooks.transient import Transient
 from tdcache.introspect import post_hooks, pre_hooks
 from tdcache.types import HookDirection, Removable
 
@@ -53,7 +54,7 @@ class Order(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class UserHook:
+class UserHook(Transient):
     """A hook that a user wrote, with the path it was registered at; calls it and nothing else."""
 
     hook: Callable[..., Any]
@@ -154,7 +155,7 @@ class PortHook(Protocol):
         """See the value; what is returned, if not None, takes its place."""
 
 
-class _Muted:
+class _Muted(Transient):
     """Stands where a muted hook stands, so that it keeps its place."""
 
     __slots__ = ("hook", "order")

@@ -15,6 +15,7 @@ from tdcache.hooks.attach import Order
 from tdcache.hooks.directions import Direction
 from tdcache.hooks.factory import CacheProxy, read_at, write_at
 from tdcache.hooks.port import port_at
+from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import leaves, pick_tensor, tensor_only
 from tdcache.inplace import InplaceWatch
 from tdcache.introspect import in_backward
@@ -23,7 +24,7 @@ from tdcache.types import CacheKey, Hold, Pick
 __all__ = ["Forwards", "GetTap", "SetTap", "ValueProxy"]
 
 
-class Forwards:
+class Forwards(Transient):
     """Counts the forwards of a model: a pre-hook on its root."""
 
     order = Order.FIRST
@@ -90,7 +91,7 @@ class ValueProxy(CacheProxy):
         return self._held is other._held and self._key == other._key
 
 
-class GetTap:
+class GetTap(Transient):
     """Takes the value at one path and hands it to its proxy."""
 
     __slots__ = ("callback", "fired", "forwards", "keep", "order", "path", "port", "proxy", "row", "seen", "warned")
@@ -162,7 +163,7 @@ class GetTap:
         self.seen = count
 
 
-class SetTap:
+class SetTap(Transient):
     """Replaces the value at one path, by a value, a proxy's, or what a callback returns."""
 
     __slots__ = ("callback", "fired", "order", "path", "port", "row", "value")
