@@ -247,6 +247,11 @@ class Channel:
             reducer = self.reducers[key] = self.reducer.fresh()
         return reducer
 
+    def resume(self, reducers: Mapping[CacheKey, Reducer]) -> None:
+        """Go on with what reducers held when the context was left before."""
+        self.reducers.update(reducers)
+        self._dirty = bool(reducers)
+
     def _own_pending(self) -> None:
         """A backward is over: what it accumulates into later must not reach the gradients that wait."""
         for arrivals in self._pending.values():

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from tdcache.hooks.values import leaves
 from tdcache.introspect import storage_users
+from tdcache.reducers import Reducer
 from tdcache.types import CacheKey
 
-__all__ = ["is_of_leaf", "owned", "shared_keys", "storage_of", "storages_of"]
+__all__ = ["is_of_leaf", "own_state", "owned", "shared_keys", "storage_of", "storages_of"]
 
 
 def is_of_leaf(tensor: Tensor) -> bool:
@@ -30,6 +31,13 @@ def owned(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.clone() if storage_users(value) > 1 else value
+
+
+def own_state(reducer: Reducer) -> None:
+    """Have a reducer that keeps values whole own them, so that it can go on after others wrote to theirs."""
+    state = vars(reducer)
+    for name, kept in state.items() if reducer.aliases else ():
+        state[name] = [owned(value) for value in kept] if isinstance(kept, list) else owned(kept)
 
 
 def shared_keys(values: Mapping[CacheKey, Any], outside: Collection[int] | None = None) -> list[CacheKey]:

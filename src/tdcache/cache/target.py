@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -11,7 +11,34 @@ from tensordict import TensorDict, TensorDictBase
 from tdcache.errors import CacheWriteError, CaptureError, listed
 from tdcache.types import CacheKey
 
-__all__ = ["ClosedTarget", "EntryTarget", "Target"]
+__all__ = ["ClosedTarget", "EntryTarget", "Target", "Written", "first_clash"]
+
+
+class Written(NamedTuple):
+    """One entry of a cache that somebody writes."""
+
+    writer: Any
+    cache: Any
+    node: str | None
+    key: str
+
+
+def first_clash(entries: Iterable[Written]) -> tuple[Written, Written] | None:
+    """The first two entries that meet, or None: one key in one cache, or an entry of the name of another's node."""
+    leaves: dict[tuple[Any, ...], Written] = {}
+    nodes: dict[tuple[Any, ...], Written] = {}
+    for entry in entries:
+        at = id(entry.cache)
+        if entry.node is None:
+            other = leaves.get((at, entry.key), nodes.get((at, entry.key)))
+            leaves.setdefault((at, entry.key), entry)
+        else:
+            other = leaves.get((at, entry.node, entry.key), leaves.get((at, entry.node)))
+            leaves.setdefault((at, entry.node, entry.key), entry)
+            nodes.setdefault((at, entry.node), entry)
+        if other is not None:
+            return other, entry
+    return None
 
 
 class EntryTarget(Protocol):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 from tensordict import TensorDict, TensorDictBase
 
+from tdcache.cache.ownership import own_state
 from tdcache.cache.recorder import Recorder
+from tdcache.cache.target import Written, first_clash
 from tdcache.contexts.context import HookingContext
 from tdcache.errors import CacheWriteError, CaptureError, ContextError, StopForward
+from tdcache.hooks.attach import MultiHookHandle
 from tdcache.introspect import is_wrapped_by_compile
 from tdcache.modules.hooked import HookedModule, holds_entries
 from tdcache.reducers import Reducer
@@ -16,13 +21,17 @@ from tdcache.types import CacheKey
 
 __all__ = ["HookingContextWithCache"]
 
+_writing: WeakSet[HookingContextWithCache] = WeakSet()
+"""The open contexts, of which no two may write one entry of one cache; those inside a composite are the composite's."""
+
 
 class HookingContextWithCache(HookingContext):
     """A context with a cache, which stays readable after the block.
 
     Args:
         cache: the TensorDict to write to; a new one by default.
-        clear_cache: empty it when the context is entered (a locked one is left as it is).
+        clear_cache: empty it when the context is entered. A locked one is left as it is; and of one that holds the
+            model's inputs, which is the data itself, only entries that this context writes are dropped.
         *args: see :class:`HookingContext`.
         **kwargs: see :class:`HookingContext`.
     """
@@ -37,6 +46,7 @@ class HookingContextWithCache(HookingContext):
         self._cache = TensorDict(batch_size=[]) if cache is None else cache
         self._batch_size = self._cache.batch_size
         self._clear_cache = self._forgets = clear_cache
+        self._is_child = False
         self._reducers: list[dict[CacheKey, Reducer]] = []
         """Where the cache is not cleared: what the reducers hold between two entries."""
         self.recorder: Recorder | None = None
@@ -56,14 +66,33 @@ class HookingContextWithCache(HookingContext):
     def record(self, recorder: Recorder) -> None:
         """Keep the cache current by ``recorder`` until the context is left."""
         self.recorder = recorder
+        if self._clear_cache and self._holds_data() and not self._cache.is_locked:
+            self._drop_written(recorder)
         for channel, reducers in zip(recorder.channels, self._reducers, strict=False):
-            channel.reducers.update(reducers)
+            channel.resume(reducers)
         self._reducers = []
 
     def share(self, cache: TensorDictBase) -> None:
         """Write to ``cache``, which somebody else clears, from the next entry on."""
         self._cache = cache
         self._clear_cache = False
+
+    def belong(self, before: HookingContext | None) -> None:
+        """Be the child of a composite, which looks for clashes; goes on where its context ``before`` it left off."""
+        self._is_child = True
+        if isinstance(before, HookingContextWithCache) and before.factory is self.factory and not self._forgets:
+            self._reducers = before.hand_over()
+
+    def hand_over(self) -> list[dict[CacheKey, Reducer]]:
+        """What the reducers held when the context was left, for another context of the same recipe."""
+        reducers, self._reducers = self._reducers, []
+        return reducers
+
+    def written(self) -> Iterator[Written]:
+        """Every entry that is written while the context is open."""
+        for channel in self.recorder.channels if self.recorder is not None else ():
+            for key in channel.entry_keys:
+                yield Written(self, channel.target.cache, channel.target.node, key)
 
     def clear(self) -> None:
         """Empty the cache, and forget what the reducers hold."""
@@ -79,9 +108,39 @@ class HookingContextWithCache(HookingContext):
             if self.has_own_cache:  # what the last block left stays with those who hold it
                 self._cache = TensorDict(batch_size=[])
                 self._reducers = []
-            else:
+            elif not self._holds_data():
                 self.clear()
         return super()._enter()
+
+    def _hook(self, hooked: HookedModule) -> MultiHookHandle:
+        handle = super()._hook(hooked)
+        if not self._is_child:
+            with handle.installing():
+                self._refuse_shared_entries()
+            _writing.add(self)
+        return handle
+
+    def _refuse_shared_entries(self) -> None:
+        others = [other for other in _writing if other is not self]
+        clash = first_clash([*(each for other in others for each in other.written()), *self.written()])
+        if clash is not None:
+            key = clash[1].key
+            raise CacheWriteError(
+                f"two open contexts would both write {key!r} of one cache; give one of them a cache of its own with "
+                "cache=TensorDict(), or other sites",
+                paths=(key,),
+            )
+
+    def _holds_data(self) -> bool:
+        """Whether the cache is what the model is called with: it has all of the model's inputs."""
+        return not self.has_own_cache and all(self._cache.get(key, None) is not None for key in self._in_keys)
+
+    def _drop_written(self, recorder: Recorder) -> None:
+        for channel in recorder.channels:
+            keys = set(channel.top_keys) - {key if isinstance(key, str) else key[0] for key in self._in_keys}
+            for key in keys & set(self._cache.keys()):
+                self._cache.del_(key)
+            channel.target.ensure()
 
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call; refuses to write outputs over cache entries."""
@@ -110,6 +169,7 @@ class HookingContextWithCache(HookingContext):
 
     def _leave(self, error: BaseException | None) -> None:
         super()._leave(error)
+        _writing.discard(self)
         if self.recorder is not None:
             self.recorder.open = False
 
@@ -131,5 +191,7 @@ class HookingContextWithCache(HookingContext):
             recorder.settle(self.model)
             if not self._forgets:
                 self._reducers = [dict(channel.reducers) for channel in recorder.channels]
+                for reducer in (each for reducers in self._reducers for each in reducers.values()):
+                    own_state(reducer)
         finally:
             recorder.close()

@@ -88,6 +88,8 @@ class HookingContext:
             self._module, self._extra_relative_path, self.model = module, "", module
         else:
             self._module, self._extra_relative_path, self.model = ModelCall(module, in_keys, out_keys), "module", module
+        self._wrapped = self._module
+        """What the recipe prepares: the module, or in a composite the hooked module of a child."""
         self._in_keys, self._out_keys = list(self._module.in_keys), list(self._module.out_keys)
         self._in_context = False
         self._paused = False
@@ -119,7 +121,7 @@ class HookingContext:
             )
         self._undo = undo = ExitStack()
         try:
-            working = self._enter_inner(undo)
+            self._wrapped = working = self._enter_inner(undo)
             extra = working.relative_path if isinstance(working, HookedModule) else self._extra_relative_path
             keys = (self._in_keys, self._out_keys, extra)
             prepared = self.factory._prepare_module(working, *keys)
@@ -127,7 +129,7 @@ class HookingContext:
             self._was_traced = eager_where_stale(self.model, undo)
             self._hooked_module = hooked = self.factory._spawn_hooked_module(prepared, self, extra)
             self._in_context = self._managed = True
-            self._handle = self.factory._hook_module(hooked)
+            self._handle = self._hook(hooked)
         except BaseException as error:
             self._leave(error)
             raise
@@ -136,6 +138,11 @@ class HookingContext:
     def _enter_inner(self, undo: ExitStack) -> TensorDictModuleBase:
         """The module that is wrapped."""
         return self._module
+
+    def _hook(self, hooked: HookedModule) -> MultiHookHandle:
+        """Install the recipe's hooks, all or none."""
+        handle: MultiHookHandle = self.factory._hook_module(hooked)
+        return handle
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -217,7 +224,7 @@ class HookingContext:
         try:
             yield
         finally:
-            hooked.td_module = self.factory._prepare_module(self._module, *keys)
+            hooked.td_module = self.factory._prepare_module(self._wrapped, *keys)
 
     def select(
         self, selector: Selector, *, match: Match = "full", allow_empty: bool = False, root: nn.Module | None = None

@@ -56,9 +56,7 @@ class _Sweep:
         if not left:
             return
         hook_dicts = [each for each in gc.get_referrers(*left, *methods) if type(each) is OrderedDict]
-        gone = {
-            id(hooks): [number for number, hook in hooks.items() if _is_stand_in(hook)] for hooks in hook_dicts
-        }
+        gone = {id(hooks): [number for number, hook in hooks.items() if _is_stand_in(hook)] for hooks in hook_dicts}
         for state in [each for each in gc.get_referrers(*hook_dicts) if type(each) is dict] if hook_dicts else ():
             for name in ("_forward_hooks", "_forward_pre_hooks"):
                 for number in gone.get(id(state.get(name)), ()):
