@@ -17,9 +17,11 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.cache.keep import Keep, Transfers, shares_memory
-from tdcache.cache.ownership import is_of_leaf, owned, shared_keys
+from tdcache.cache.ownership import is_of_leaf, owned, shared_keys, storage_of
 from tdcache.cache.stacking import StackBy
 from tdcache.cache.target import EntryTarget
+from tdcache.cache.transforms import in_transform, is_wrapped, unwrapped
+from tdcache.errors import CaptureError, listed
 from tdcache.hooks.directions import direction_row
 from tdcache.inplace import InplaceWatch, overwritten
 from tdcache.reducers import First, Last, Reducer
@@ -92,9 +94,16 @@ class Channel:
         """Whether a hook may write the tensor itself into ``values``."""
         return self.latest_only and self.keep.plain and not self.target.in_place
 
-    def begin(self) -> None:
-        """A forward begins: what the one before left is no longer current."""
-        self.values.clear()
+    def begin(self, *, alone: bool = True) -> None:
+        """A forward begins: what the one before left is no longer current.
+
+        Args:
+            alone: whether no forward of another thread is under way, whose hooks must go on to take the slow path.
+        """
+        if alone:
+            self.values.clear()
+        else:
+            self.values.update(dict.fromkeys((*self.values, *self.paths), _ABSENT))
         self.versions.clear()
         self.copies.clear()
         if self.latest_only:
@@ -120,6 +129,8 @@ class Channel:
             self._own_pending()
             return
         values = self.values
+        if in_transform():
+            self._unwrap()
         if backward:
             values.update({key: values[key].clone() for key in shared_keys(values)})
         if self.keep.hold != "live":
@@ -128,6 +139,20 @@ class Channel:
             self._deliver_slowly()
         else:
             self.target.write(values, complete=True)
+
+    def _unwrap(self) -> None:
+        for key, value in list(self.values.items()):
+            if value is not _ABSENT:
+                self.copies[key] = unwrapped(value)
+                self._vacate(key)
+
+    def _vacate(self, key: CacheKey) -> None:
+        """Keep no alias at ``key``. A value of the forward leaves a mark: a hook that runs in another thread sees it."""
+        self.versions.pop(key, None)
+        if self.is_gradient:
+            self.values.pop(key, None)
+        elif key in self.values:
+            self.values[key] = _ABSENT
 
     def _detach(self, values: dict[CacheKey, Any]) -> None:
         needing = list(map(_requires_grad, values.values()))
@@ -140,7 +165,8 @@ class Channel:
         else:
             values.update({key: value.detach() for key, value in values.items() if value.requires_grad})
         for key in of_leaf:
-            self.copies[key] = values.pop(key).clone()
+            self.copies[key] = values[key].clone()
+            self._vacate(key)
 
     def _deliver_slowly(self) -> None:
         self.transfers.wait()
@@ -193,8 +219,7 @@ class Channel:
             self.values[key] = kept
             self.versions[key] = kept._version
         else:
-            self.values.pop(key, None)
-            self.versions.pop(key, None)
+            self._vacate(key)
             self.copies[key] = kept
 
     def write_now(self, key: CacheKey, path: str, tensor: Any) -> None:
@@ -207,6 +232,8 @@ class Channel:
         self.target.put(key, kept)
 
     def _keep(self, value: Any, path: str) -> tuple[Any, bool]:
+        if in_transform() and isinstance(value, Tensor):
+            return self.keep(unwrapped(value), self.transfers), False
         if isinstance(value, TensorDictBase):
             return value.apply(lambda leaf: self._keep_leaf(leaf, path)), False
         kept = self.keep(value, self.transfers)
@@ -273,16 +300,28 @@ class Channel:
         self.target.write(self._stacked(entries), complete=False)
         self._dirty = False
 
-    def settle(self, outside: Collection[int]) -> None:
+    def settle(self, outside: Collection[int] | None) -> None:
         """The context is left: copy what others could still write to, so that what is kept stays what was seen.
 
         Args:
-            outside: the storages that the user has in hand.
+            outside: the storages that can be written to. Where a graph is alive it has the memory of all that it saved,
+                which nobody can write to; then only these count. None: whoever has the memory counts.
+
+        Raises:
+            CaptureError: a value only had a meaning inside a ``torch.func`` transform, which has ended.
         """
+        values = {key: value for key, value in self.values.items() if value is not _ABSENT}
+        shared = shared_keys(values)
+        escaped = [_path_of(key) for key in shared if is_wrapped(values[key])]
+        if escaped and not in_transform():
+            raise CaptureError(
+                f"{listed(escaped)} ran inside a torch.func transform (vmap, grad, jvp) within the model's forward, and "
+                "what is kept has no meaning after it; keep a copy with hold='snapshot'",
+                paths=escaped,
+            )
         if self.keep.hold == "live" or self.target.in_place or not self.latest_only or self.stack_by is not None:
             return
-        values = {key: value for key, value in self.values.items() if value is not _ABSENT}
-        for key in shared_keys(values, outside):
+        for key in shared if outside is None else [key for key in shared if storage_of(values[key]) in outside]:
             self.target.put(key, values[key].clone())
 
     def forget(self) -> None:

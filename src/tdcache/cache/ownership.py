@@ -40,18 +40,9 @@ def own_state(reducer: Reducer) -> None:
         state[name] = [owned(value) for value in kept] if isinstance(kept, list) else owned(kept)
 
 
-def shared_keys(values: Mapping[CacheKey, Any], outside: Collection[int] | None = None) -> list[CacheKey]:
-    """The keys of the tensors whose memory others have.
-
-    Args:
-        values: tensors by key.
-        outside: storages that can be written to. Where a graph is alive it has the memory of all that it saved, which
-            nobody can write to; then only these count. None: whoever has the memory counts.
-    """
-    shared = [key for key, value in values.items() if storage_users(value) > 1]
-    if not shared or outside is None:
-        return shared
-    return [key for key in shared if storage_of(values[key]) in outside]
+def shared_keys(values: Mapping[CacheKey, Any]) -> list[CacheKey]:
+    """The keys of the tensors whose memory others have."""
+    return [key for key, value in values.items() if storage_users(value) > 1]
 
 
 def storage_of(tensor: Tensor) -> int:

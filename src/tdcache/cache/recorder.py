@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Collection, Iterable
-from threading import get_ident
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -50,8 +50,10 @@ class Recorder(Transient):
         self._delivered = True
         self._serial = 0
         self._thread = get_ident()
-        self._elsewhere = 0
-        """How many forwards of other threads are under way; every hook takes the slow path meanwhile."""
+        self._elsewhere: dict[int, int] = {}
+        """How many forwards of each other thread are under way; every hook takes the slow path meanwhile."""
+        self._lock = RLock()
+        """Held while a forward begins or ends: another thread's may do so at the same time."""
         self._graph = False
         """Whether the latest forward made a graph."""
         self._result: Any = None
@@ -69,10 +71,22 @@ class Recorder(Transient):
         """Pre-hook of the root: a forward begins."""
         if in_backward():
             return
-        if not torch.compiler.is_compiling() and get_ident() != self._thread:
-            self._elsewhere += 1
-            self._idle()
+        if torch.compiler.is_compiling():
+            self._begin_own(module)
+        else:
+            with self._lock:
+                self._begin(module)
+
+    def _begin(self, module: nn.Module) -> None:
+        thread = get_ident()
+        if thread != self._thread:
+            self._elsewhere[thread] = self._elsewhere.get(thread, 0) + 1
+            for channel in self.channels:
+                channel.idle()
             return
+        self._begin_own(module)
+
+    def _begin_own(self, module: nn.Module) -> None:
         if self._depth and calls_on_stack(module) < 2:
             self._depth = 0  # the forward before was left by an exception that torch shows to no hook
         self._depth += 1
@@ -81,27 +95,21 @@ class Recorder(Transient):
         self._root = module
         self._delivered = False
         for channel in self.channels:
-            channel.begin()
-        if self._elsewhere:
-            self._idle()
+            channel.begin(alone=not self._elsewhere)
         if self.stop_after:
             self._to_stop = set(self.stop_after)
-
-    def _idle(self) -> None:
-        for channel in self.channels:
-            channel.idle()
 
     @property
     def is_foreign(self) -> bool:
         """Whether what a hook sees now belongs to a forward of another thread."""
-        return self._elsewhere > 0 and get_ident() != self._thread
+        return bool(self._elsewhere) and get_ident() in self._elsewhere
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook of the root, also called when the forward raised: the forward is over."""
         if in_backward():
             return
         if not torch.compiler.is_compiling() and get_ident() != self._thread:
-            self._elsewhere = max(0, self._elsewhere - 1)
+            self._end_elsewhere()
             return
         if not self._depth:
             return
@@ -117,6 +125,12 @@ class Recorder(Transient):
             if not raised:
                 raise
 
+    def _end_elsewhere(self) -> None:
+        with self._lock:
+            left = self._elsewhere.pop(get_ident(), 0) - 1
+            if left > 0:
+                self._elsewhere[get_ident()] = left
+
     def _note_result(self, args: Any, output: Any) -> None:
         """Remember, where a graph was made, what the user has in hand of the latest forward."""
         self._graph = torch.is_grad_enabled()
@@ -126,6 +140,10 @@ class Recorder(Transient):
 
     def deliver(self) -> None:
         """Write what the forward gave to the cache."""
+        with self._lock:
+            self._deliver()
+
+    def _deliver(self) -> None:
         self._depth = 0
         self._delivered = True
         while self.repeated:
