@@ -21,12 +21,15 @@ __all__ = [
     "global_hooks",
     "has_stale_graph",
     "in_backward",
+    "in_transform",
+    "is_wrapped",
     "is_optimized_module",
     "is_wrapped_by_compile",
     "module_hooks",
     "post_hooks",
     "pre_hooks",
     "storage_users",
+    "unwrapped",
     "why_not_called",
 ]
 
@@ -116,6 +119,46 @@ def _entries(holder: Mapping[str, Any], prefix: str) -> list[HookEntry]:
 def in_backward() -> bool:
     """Whether autograd is running a backward on this thread: a forward in there is a checkpoint's recomputation."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+"""Whether a tensor is what a module sees inside a transform of ``torch.func``."""
+
+
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is under way on this thread."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def unwrapped(value: Tensor) -> Tensor:
+    """A copy of the tensor that ``value`` stands for inside ``vmap``, ``grad`` or ``jvp``, without their graphs.
+
+    Call it while the transforms are under way. Of a ``vmap`` it is what a Python loop over the samples and a
+    ``torch.stack`` would give: ``(*mapped, *shape)``, the outermost first; what does not depend on the sample is
+    repeated.
+    """
+    functorch, layers = torch._C._functorch, torch._functorch.pyfunctorch
+    mapped = {
+        layer.level(): layer.batch_size()
+        for layer in layers.retrieve_all_functorch_interpreters()
+        if isinstance(layer, layers.VmapInterpreter)
+    }
+    axes: list[tuple[int, int]] = []
+    inside = value
+    while is_wrapped(inside):
+        axes.append((functorch.maybe_get_level(inside), functorch.maybe_get_bdim(inside)))
+        inside = functorch.get_unwrapped(inside)
+    left, axis_of = list(range(inside.ndim)), {}
+    for level, axis in reversed(axes):  # the innermost wrapper counts the axes of the tensor itself
+        if axis >= 0:
+            axis_of[level] = left.pop(axis)
+    with layers.temporarily_clear_interpreter_stack():
+        moved = inside.detach().permute(*(axis_of[level] for level in sorted(mapped) if level in axis_of), *left)
+        for place, level in enumerate(sorted(mapped)):
+            if level not in axis_of:
+                moved = moved.unsqueeze(place)
+        sizes = [mapped[level] for level in sorted(mapped)]
+        return moved.expand(*sizes, *moved.shape[len(sizes) :]).clone()
 
 
 def calls_on_stack(module: nn.Module | None) -> int:

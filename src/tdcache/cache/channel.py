@@ -20,10 +20,10 @@ from tdcache.cache.keep import Keep, Transfers, shares_memory
 from tdcache.cache.ownership import is_of_leaf, owned, shared_keys, storage_of
 from tdcache.cache.stacking import StackBy
 from tdcache.cache.target import EntryTarget
-from tdcache.cache.transforms import in_transform, is_wrapped, unwrapped
 from tdcache.errors import CaptureError, listed
 from tdcache.hooks.directions import direction_row
 from tdcache.inplace import InplaceWatch, overwritten
+from tdcache.introspect import in_transform, is_wrapped, unwrapped
 from tdcache.reducers import First, Last, Reducer
 from tdcache.types import CacheKey, HookDirection
 
@@ -147,7 +147,7 @@ class Channel:
                 self._vacate(key)
 
     def _vacate(self, key: CacheKey) -> None:
-        """Keep no alias at ``key``. A value of the forward leaves a mark: a hook that runs in another thread sees it."""
+        """Keep no alias at ``key``; in a forward a mark stays, for hooks that run in other threads."""
         self.versions.pop(key, None)
         if self.is_gradient:
             self.values.pop(key, None)
@@ -315,8 +315,8 @@ class Channel:
         escaped = [_path_of(key) for key in shared if is_wrapped(values[key])]
         if escaped and not in_transform():
             raise CaptureError(
-                f"{listed(escaped)} ran inside a torch.func transform (vmap, grad, jvp) within the model's forward, and "
-                "what is kept has no meaning after it; keep a copy with hold='snapshot'",
+                f"{listed(escaped)} ran inside a torch.func transform (vmap, grad, jvp) within the model's forward, "
+                "and what is kept has no meaning after it; keep a copy with hold='snapshot'",
                 paths=escaped,
             )
         if self.keep.hold == "live" or self.target.in_place or not self.latest_only or self.stack_by is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakSet
 
 from tensordict import TensorDict, TensorDictBase
 
@@ -12,6 +11,7 @@ from tdcache.cache.ownership import own_state
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.target import Written, first_clash
 from tdcache.contexts.context import HookingContext
+from tdcache.contexts.opened import open_contexts
 from tdcache.errors import CacheWriteError, CaptureError, ContextError, StopForward
 from tdcache.hooks.attach import MultiHookHandle
 from tdcache.introspect import is_wrapped_by_compile
@@ -20,9 +20,6 @@ from tdcache.reducers import Reducer
 from tdcache.types import CacheKey
 
 __all__ = ["HookingContextWithCache"]
-
-_writing: WeakSet[HookingContextWithCache] = WeakSet()
-"""The open contexts, of which no two may write one entry of one cache; those inside a composite are the composite's."""
 
 
 class HookingContextWithCache(HookingContext):
@@ -46,7 +43,6 @@ class HookingContextWithCache(HookingContext):
         self._cache = TensorDict(batch_size=[]) if cache is None else cache
         self._batch_size = self._cache.batch_size
         self._clear_cache = self._forgets = clear_cache
-        self._is_child = False
         self._reducers: list[dict[CacheKey, Reducer]] = []
         """Where the cache is not cleared: what the reducers hold between two entries."""
         self.recorder: Recorder | None = None
@@ -79,7 +75,7 @@ class HookingContextWithCache(HookingContext):
 
     def belong(self, before: HookingContext | None) -> None:
         """Be the child of a composite, which looks for clashes; goes on where its context ``before`` it left off."""
-        self._is_child = True
+        self.is_child = True
         if isinstance(before, HookingContextWithCache) and before.factory is self.factory and not self._forgets:
             self._reducers = before.hand_over()
 
@@ -114,14 +110,14 @@ class HookingContextWithCache(HookingContext):
 
     def _hook(self, hooked: HookedModule) -> MultiHookHandle:
         handle = super()._hook(hooked)
-        if not self._is_child:
+        if not self.is_child:
             with handle.installing():
                 self._refuse_shared_entries()
-            _writing.add(self)
         return handle
 
     def _refuse_shared_entries(self) -> None:
-        others = [other for other in _writing if other is not self]
+        others = [other for other in list(open_contexts) if isinstance(other, HookingContextWithCache)]
+        others = [other for other in others if other is not self and not other.is_child]
         clash = first_clash([*(each for other in others for each in other.written()), *self.written()])
         if clash is not None:
             key = clash[1].key
@@ -169,7 +165,6 @@ class HookingContextWithCache(HookingContext):
 
     def _leave(self, error: BaseException | None) -> None:
         super()._leave(error)
-        _writing.discard(self)
         if self.recorder is not None:
             self.recorder.open = False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -11,9 +12,11 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
+from tdcache.contexts.opened import begin_opening, closed
 from tdcache.errors import ContextError, StopForward
 from tdcache.hooks.attach import MultiHookHandle
 from tdcache.hooks.compiled import eager_where_stale
+from tdcache.hooks.threads import Fence, fencing
 from tdcache.modules.call import ModelCall
 from tdcache.modules.hooked import HookedModule, holds_entries
 from tdcache.selection import Selection, as_matcher, depends_on_names_only, select_matching, walk
@@ -99,6 +102,11 @@ class HookingContext:
         self._hooked_module: HookedModule | None = None
         self._handle = MultiHookHandle()
         self._undo = ExitStack()
+        self.thread = get_ident()
+        """The thread that opened the context, whose forwards its hooks act in."""
+        self.fence = Fence(set())
+        self.is_child = False
+        """Whether it belongs to a composite."""
 
     def __repr__(self) -> str:
         state = "open" if self._in_context else "closed"
@@ -141,8 +149,18 @@ class HookingContext:
 
     def _hook(self, hooked: HookedModule) -> MultiHookHandle:
         """Install the recipe's hooks, all or none."""
-        handle: MultiHookHandle = self.factory._hook_module(hooked)
+        handle: MultiHookHandle
+        fence = begin_opening(self)
+        with fencing(fence):
+            handle = self.factory._hook_module(hooked)
+        if fence is None and self.fence.others:  # another thread opened a context meanwhile
+            handle.put_behind(self.fence)
         return handle
+
+    @property
+    def handle(self) -> MultiHookHandle:
+        """The registrations of the hooks."""
+        return self._handle
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -167,6 +185,7 @@ class HookingContext:
 
     def _leave(self, error: BaseException | None) -> None:
         undo, self._undo = self._undo, ExitStack()
+        closed(self)
         try:
             with undo:
                 self._handle.remove()

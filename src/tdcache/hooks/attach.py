@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from threading import RLock
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from tdcache.errors import HookSignatureError
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.gradient_hooks import GradientHandle, GradInputHook, GradOutputHook
+from tdcache.hooks.threads import Fence, Fenced, current_fence
 from tdcache.hooks.transient import Transient
 from tdcache.introspect import post_hooks, pre_hooks
 from tdcache.types import HookDirection, Removable
@@ -51,6 +53,16 @@ class Order(IntEnum):
     EDIT_GRADIENT = 1
     CAPTURE = 2
     STOP = 3
+
+
+_registering = RLock()
+"""Held while the hooks of a module are changed: two threads may open contexts on one model."""
+
+
+def _behind(fence: Fence | None, hook: Any) -> Any:
+    if fence is None or isinstance(hook, Fenced):
+        return hook
+    return Fenced(hook, _order_of(hook), fence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +115,16 @@ def attach_gradient(module: nn.Module, watcher: GradOutputHook | GradInputHook) 
 
 def _register(module: nn.Module, hook: Callable[..., Any], direction: str, order: int) -> Registration:
     prepend, with_kwargs = order == Order.FIRST, direction.endswith("kwargs")
-    if direction.startswith("fwd_pre"):
-        handle = module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=with_kwargs)
-        hooks = pre_hooks(module)
-    else:
-        handle = module.register_forward_hook(hook, prepend=prepend, with_kwargs=with_kwargs)
-        hooks = post_hooks(module)
-    if not prepend:
-        settle(hooks, order)
+    hook = _behind(current_fence(), hook)
+    with _registering:
+        if direction.startswith("fwd_pre"):
+            handle = module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=with_kwargs)
+            hooks = pre_hooks(module)
+        else:
+            handle = module.register_forward_hook(hook, prepend=prepend, with_kwargs=with_kwargs)
+            hooks = post_hooks(module)
+        if not prepend:
+            settle(hooks, order)
     return Registration(handle)
 
 
@@ -123,18 +137,20 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
     number = RemovableHandle(OrderedDict()).id
     placed = _Numbered(number)
     handle.add(placed)
-    for module, hook in pairs:
-        hooks = post_hooks(module)
-        if number in hooks:  # the module has several names, and a hook for each
-            handle.add(attach(module, hook, "fwd", order=order))
-            continue
-        hooks[number] = hook
-        placed.dicts.append(hooks)
-        if len(hooks) > 1:
-            if order == Order.FIRST:
-                hooks.move_to_end(number, last=False)
-            else:
-                settle(hooks, order)
+    fence = current_fence()
+    with _registering:
+        for module, hook in pairs:
+            hooks = post_hooks(module)
+            if number in hooks:  # the module has several names, and a hook for each
+                handle.add(attach(module, hook, "fwd", order=order))
+                continue
+            hooks[number] = hook if fence is None else _behind(fence, hook)
+            placed.dicts.append(hooks)
+            if len(hooks) > 1:
+                if order == Order.FIRST:
+                    hooks.move_to_end(number, last=False)
+                else:
+                    settle(hooks, order)
 
 
 def attach_ports(
@@ -180,6 +196,14 @@ def _unmute(hooks: Any, number: int) -> None:
         hooks[number] = hook.hook
 
 
+def _fence_off(hooks: Any, number: int, fence: Fence) -> None:
+    hook = hooks.get(number)
+    if isinstance(hook, _Muted):
+        hook.hook = _behind(fence, hook.hook)
+    elif hook is not None:
+        hooks[number] = _behind(fence, hook)
+
+
 class Registration:
     """One hook of torch's: removed, or muted in its place. torch counts the hook as there while it is muted."""
 
@@ -190,7 +214,8 @@ class Registration:
 
     def remove(self) -> None:
         """Remove it; a second call does nothing."""
-        self._handle.remove()
+        with _registering:
+            self._handle.remove()
 
     def mute(self) -> None:
         """Silence it without giving up its place."""
@@ -199,6 +224,10 @@ class Registration:
     def unmute(self) -> None:
         """Let it act again."""
         _unmute(self._handle.hooks_dict_ref() or {}, self._handle.id)
+
+    def put_behind(self, fence: Fence) -> None:
+        """Have it act in no thread that is fenced off."""
+        _fence_off(self._handle.hooks_dict_ref() or {}, self._handle.id, fence)
 
 
 class _Numbered:
@@ -213,9 +242,10 @@ class _Numbered:
     def remove(self) -> None:
         """Remove them; a second call does nothing."""
         number = self.number
-        for hooks in self.dicts:
-            hooks.pop(number, None)
-        self.dicts.clear()
+        with _registering:
+            for hooks in self.dicts:
+                hooks.pop(number, None)
+            self.dicts.clear()
 
     def mute(self) -> None:
         """Silence them without giving up their places."""
@@ -227,11 +257,18 @@ class _Numbered:
         for hooks in self.dicts:
             _unmute(hooks, self.number)
 
+    def put_behind(self, fence: Fence) -> None:
+        """Have them act in no thread that is fenced off."""
+        for hooks in self.dicts:
+            _fence_off(hooks, self.number, fence)
+
 
 def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None], handle: MultiHookHandle) -> None:
     """Call ``begin`` before and ``end`` after every forward of ``root``, also one that raises."""
-    handle.add(Registration(root.register_forward_pre_hook(begin, prepend=True)))
-    handle.add(Registration(root.register_forward_hook(end, always_call=True)))
+    fence = current_fence()
+    with _registering:
+        handle.add(Registration(root.register_forward_pre_hook(_behind(fence, begin), prepend=True)))
+        handle.add(Registration(root.register_forward_hook(_behind(fence, end), always_call=True)))
 
 
 def settle(hooks: Any, order: int) -> None:
@@ -344,18 +381,24 @@ class MultiHookHandle:
 
     def mute(self) -> None:
         """Silence every registration until :meth:`unmute`."""
-        for handle in self._mutable():
+        for handle in self._able("mute"):
             handle.mute()
 
     def unmute(self) -> None:
         """Let every registration act again."""
-        for handle in self._mutable():
+        for handle in self._able("unmute"):
             handle.unmute()
 
-    def _mutable(self) -> Iterator[Any]:
+    def put_behind(self, fence: Fence) -> None:
+        """Have no registration act in a thread that is fenced off, from now on."""
+        with _registering:
+            for handle in self._able("put_behind"):
+                handle.put_behind(fence)
+
+    def _able(self, what: str) -> Iterator[Any]:
         for handle in self._handles:
             able = Registration(handle) if isinstance(handle, RemovableHandle) else handle
-            if hasattr(able, "mute"):
+            if hasattr(able, what):
                 yield able
 
     def __len__(self) -> int:
