@@ -25,10 +25,18 @@ from tdcache.cache.taps import (
 )
 from tdcache.cache.target import Target
 from tdcache.errors import DirectionError
-from tdcache.hooks.attach import MultiHookHandle, Order, attach, attach_gradient, attach_outputs, attach_ports
+from tdcache.hooks.attach import (
+    MultiHookHandle,
+    Order,
+    TransientGradInputHook,
+    TransientGradOutputHook,
+    attach,
+    attach_gradient,
+    attach_outputs,
+    attach_ports,
+)
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.factory import check_callback
-from tdcache.hooks.gradient_hooks import GradInputHook, GradOutputHook
 from tdcache.hooks.port import InputPort, OutputPort
 from tdcache.reducers import Reducer
 from tdcache.selection import Selection, Site
@@ -148,7 +156,7 @@ class Capture:
         tap = CallbackTap(path, channel, recorder, self.order, key=key, row=row, callback=callback)
         if not row.gradient:
             return attach(site.module, tap.on_call, channel.direction, order=self.order, path=path)
-        kind = GradOutputHook if row.name == "bwd_pre" else GradInputHook
+        kind = TransientGradOutputHook if row.name == "bwd_pre" else TransientGradInputHook
         return attach_gradient(site.module, kind(tap, self.order, path, tap.for_call))
 
     def _place_stops(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:

@@ -86,7 +86,8 @@ class HookingContextWithCache(HookingContext):
 
     def written(self) -> Iterator[Written]:
         """Every entry that is written while the context is open."""
-        for channel in self.recorder.channels if self.recorder is not None else ():
+        recorder = self.recorder
+        for channel in () if recorder is None else recorder.channels:
             for key in channel.entry_keys:
                 yield Written(self, channel.target.cache, channel.target.node, key)
 
@@ -110,7 +111,7 @@ class HookingContextWithCache(HookingContext):
 
     def _hook(self, hooked: HookedModule) -> MultiHookHandle:
         handle = super()._hook(hooked)
-        if not self.is_child:
+        if not self.is_child and self._writes_given_cache():
             with handle.installing():
                 self._refuse_shared_entries()
         return handle
@@ -126,6 +127,9 @@ class HookingContextWithCache(HookingContext):
                 "cache=TensorDict(), or other sites",
                 paths=(key,),
             )
+
+    def _writes_given_cache(self) -> bool:
+        return not self.has_own_cache
 
     def _holds_data(self) -> bool:
         """Whether the cache is what the model is called with: it has all of the model's inputs."""

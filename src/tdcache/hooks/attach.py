@@ -32,6 +32,8 @@ __all__ = [
     "Order",
     "PortHook",
     "Registration",
+    "TransientGradInputHook",
+    "TransientGradOutputHook",
     "UserHook",
     "attach",
     "attach_gradient",
@@ -100,8 +102,16 @@ def attach(
     if direction in ("fwd", "fwd_kwargs", "fwd_pre", "fwd_pre_kwargs"):
         return _register(module, hook, direction, order)
     if direction == "bwd_pre":
-        return attach_gradient(module, GradOutputHook(hook, order, path))
-    return attach_gradient(module, GradInputHook(hook, order, path))
+        return attach_gradient(module, TransientGradOutputHook(hook, order, path))
+    return attach_gradient(module, TransientGradInputHook(hook, order, path))
+
+
+class TransientGradOutputHook(Transient, GradOutputHook):
+    """A gradient hook that is left out of copies of its module; those of a hook point go with it."""
+
+
+class TransientGradInputHook(Transient, GradInputHook):
+    """The same for hooks that see both gradients."""
 
 
 def attach_gradient(module: nn.Module, watcher: GradOutputHook | GradInputHook) -> Removable:

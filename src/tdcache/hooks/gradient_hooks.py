@@ -16,7 +16,6 @@ from tdcache.errors import InplaceModificationError
 from tdcache.hooks.gradients import Grads, alias_inputs, watch_outputs
 from tdcache.hooks.loans import OpenCalls, lend
 from tdcache.hooks.threads import Fence
-from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import exchanged, leaves
 
 __all__ = ["GradInputHook", "GradOutputHook", "GradientHandle", "overwritten_input"]
@@ -34,7 +33,7 @@ def overwritten_input(where: str) -> InplaceModificationError:
     )
 
 
-class GradOutputHook(Transient):
+class GradOutputHook:
     """A forward hook that calls ``hook(module, grad_output)`` when the gradient of the output arrives.
 
     ``grad_output`` is a tuple with an entry per output tensor, None where no gradient came. What the hook returns, if
@@ -78,7 +77,7 @@ class _OutputCall:
         return _as_grads(self.hook(self.module, grads), len(grads)) if self.tap.alive else None
 
 
-class GradInputHook(Transient):
+class GradInputHook:
     """Forward hooks that call ``hook(module, grad_input, grad_output)`` once both gradients are there.
 
     Both are tuples, as torch's full backward hooks have them: ``grad_input`` with an entry per tensor among the
