@@ -52,7 +52,7 @@ class ActivationCaching(HookingContextFactory):
             tensor under nested keys, or None for the first.
         index: kept part of the tensor, as in ``tensor[index]``; copied, so that it does not pin the rest.
         hold: ``"detached"`` (an alias without graph), ``"live"`` (with its graph) or ``"snapshot"`` (a copy).
-        dtype: cast to it.
+        dtype: cast to it; a ``torch.dtype`` or its name. Complex values need a complex one.
         device: move there; from an accelerator to the CPU asynchronously, by pinned memory.
         reducer: what is kept over calls: ``Last()`` (default), ``First()``, ``Stack()``, ``Concatenate()``, statistics.
         batch_dims: the number of leading dimensions that all entries share, as batch size of the cache.
@@ -93,7 +93,7 @@ class ActivationCaching(HookingContextFactory):
         pick: Pick = None,
         index: Index = None,
         hold: Hold = "detached",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         reducer: Reducer | type[Reducer] | None = None,
         batch_dims: int = 0,
@@ -122,7 +122,7 @@ class ActivationCaching(HookingContextFactory):
             nested=use_nested_keys or len(chosen) > 1,
             callback=callback,
             pick=pick,
-            keep=Keep(hold=hold, index=index, dtype=dtype, device=None if device is None else torch.device(device)),
+            keep=Keep(hold=hold, index=index, dtype=dtype, device=device),
             reducer=Last() if reducer is None else reducer() if isinstance(reducer, type) else reducer,
             batch_dims=batch_dims,
             stack_by=stack_by,

@@ -24,7 +24,7 @@ from tdcache.cache.taps import (
     ValueTap,
 )
 from tdcache.cache.target import Target
-from tdcache.errors import DirectionError
+from tdcache.errors import CaptureError, DirectionError
 from tdcache.hooks.attach import (
     MultiHookHandle,
     Order,
@@ -50,6 +50,7 @@ class Capture:
     """The options of :class:`tdcache.ActivationCaching` that say what is kept of a site.
 
     Raises:
+        CaptureError: ``stack_by`` with several values per site.
         DirectionError: unknown direction, or a gradient with ``stop_early``.
         HookSignatureError: the callback lacks a parameter.
     """
@@ -66,6 +67,10 @@ class Capture:
     prepend: bool
 
     def __post_init__(self) -> None:
+        if self.stack_by is not None and self.pick == "all":
+            raise CaptureError(
+                f"stack_by={self.stack_by!r} stacks one value per site, and pick='all' keeps several; leave one out"
+            )
         for direction in self.directions:
             row = direction_row(direction)
             check_callback(self.callback, (*row.params, "key", "direction"))

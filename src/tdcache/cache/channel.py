@@ -53,6 +53,8 @@ class Channel:
     """The versions of ``values`` when they were taken, where they were not 0."""
     copies: dict[CacheKey, Any] = field(default_factory=dict)
     """The latest forward's values that share no memory with the model."""
+    waiting: dict[CacheKey, Any] = field(default_factory=dict)
+    """With ``stack_by``: values of modules that were called outside a forward of the root, until all have come."""
     arrived: dict[CacheKey, int] = field(default_factory=dict)
     """Of a gradient channel: the serial number of the call that the kept gradient belongs to, where it is not 0."""
     number: int = 0
@@ -223,10 +225,19 @@ class Channel:
             self.copies[key] = kept
 
     def write_now(self, key: CacheKey, path: str, tensor: Any) -> None:
-        """Keep a value that was seen outside a forward of the root, and write it at once."""
+        """Keep a value that was seen outside a forward of the root, and write it at once.
+
+        With ``stack_by`` it waits for those that it is stacked with.
+        """
         self.fired.add(path)
         kept, is_alias = self._keep(tensor, path)
         self.transfers.wait()
+        if self.stack_by is not None:
+            self.waiting[key] = kept.clone() if is_alias else kept
+            if self.stack_by.complete(self.waiting):
+                self.target.write(self.stack_by(self.waiting), complete=False)
+                self.waiting.clear()
+            return
         if is_alias:
             self._watch.add(path, kept)
         self.target.put(key, kept)
@@ -333,7 +344,9 @@ class Channel:
 
     def release(self) -> None:
         """Let go of everything but what is in the cache; gradients still on their way are no longer wanted."""
-        for held in (self.values, self.versions, self.copies, self.arrived, self.reducers, self._pending):
+        for held in (
+            self.values, self.versions, self.copies, self.waiting, self.arrived, self.reducers, self._pending
+        ):  # fmt: skip
             held.clear()
         self._watch.clear()
         self._pending_watch.clear()

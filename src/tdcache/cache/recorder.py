@@ -268,6 +268,14 @@ class Recorder(Transient):
 
     def report_unfired(self, model: nn.Module) -> None:
         """Warn of the selected sites that saw nothing, by name, if a forward was completed."""
+        for channel in self.channels:
+            if channel.waiting:
+                warn_user(
+                    f"{listed(list(map(str, channel.waiting)), 20)} ran outside a forward of the model, without the "
+                    "others that stack_by= would stack them with, so nothing was kept of them; run the model, or leave "
+                    "stack_by= out",
+                    UnfiredSiteWarning,
+                )
         for channel in self.channels if self.forwards else ():
             silent = [path for path in channel.paths if path not in channel.fired]
             if silent:

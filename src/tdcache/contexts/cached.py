@@ -111,7 +111,7 @@ class HookingContextWithCache(HookingContext):
 
     def _hook(self, hooked: HookedModule) -> MultiHookHandle:
         handle = super()._hook(hooked)
-        if not self.is_child and self._writes_given_cache():
+        if not self.is_child and self.writes_given_cache():
             with handle.installing():
                 self._refuse_shared_entries()
         return handle
@@ -128,7 +128,8 @@ class HookingContextWithCache(HookingContext):
                 paths=(key,),
             )
 
-    def _writes_given_cache(self) -> bool:
+    def writes_given_cache(self) -> bool:
+        """Whether an entry goes to a cache that somebody handed in."""
         return not self.has_own_cache
 
     def _holds_data(self) -> bool:

@@ -84,8 +84,9 @@ class CompositeHookingContext(HookingContextWithCache):
         for child in self._caching_children():
             yield from child.written()
 
-    def _writes_given_cache(self) -> bool:
-        return any(child._writes_given_cache() for child in self._caching_children())
+    def writes_given_cache(self) -> bool:
+        """Whether an entry goes to a cache that somebody handed in."""
+        return any(child.writes_given_cache() for child in self._caching_children())
 
     def _refuse_clashes(self) -> None:
         clash = first_clash(
