@@ -15,7 +15,8 @@ from tdcache.contexts.opened import open_contexts
 from tdcache.errors import CacheWriteError, CaptureError, ContextError, StopForward
 from tdcache.hooks.attach import MultiHookHandle
 from tdcache.introspect import is_wrapped_by_compile
-from tdcache.modules.hooked import HookedModule, holds_entries
+from tdcache.modules.call import holds_entries
+from tdcache.modules.hooked import HookedModule
 from tdcache.reducers import Reducer
 from tdcache.types import CacheKey
 
