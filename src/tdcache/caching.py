@@ -21,7 +21,7 @@ from tdcache.hooks import MultiHookHandle, bracket
 from tdcache.modules import HookedModule
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import as_matcher
-from tdcache.types import Hold, HookDirection, Index, Match, Pick, Selector
+from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector
 
 __all__ = ["ActivationCaching", "cache_activations"]
 
@@ -62,6 +62,8 @@ class ActivationCaching(HookingContextFactory):
             returns no output.
         allow_empty: a selector that matches nothing is no error.
         prepend: see values before edits at the same site; by default captures see the final value.
+        check: how an alias that was overwritten in place is found: ``"versions"`` asks torch's counter, for nothing;
+            ``"values"`` compares checksums as well, for a hunt for writes that no counter sees.
 
     Raises:
         DirectionError: unknown direction, or a gradient with ``stop_early``.
@@ -101,6 +103,7 @@ class ActivationCaching(HookingContextFactory):
         stop_early: bool = False,
         allow_empty: bool = False,
         prepend: bool = False,
+        check: Check = "versions",
     ) -> None:
         super().__init__()
         if isinstance(directions, str):
@@ -109,6 +112,8 @@ class ActivationCaching(HookingContextFactory):
             raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {hold!r}")
         if reducer is not None and not isinstance(reducer, Reducer) and not _is_reducer_class(reducer):
             raise ValueError(f"reducer= is a Reducer such as Stack(), got {reducer!r}")
+        if check not in get_args(Check):
+            raise ValueError(f"check is one of {', '.join(map(repr, get_args(Check)))}, got {check!r}")
         if batch_dims < 0:
             raise ValueError(f"batch_dims is a number of leading dimensions, got {batch_dims}")
         chosen = tuple(dict.fromkeys(directions or ("fwd",)))
@@ -128,6 +133,7 @@ class ActivationCaching(HookingContextFactory):
             stack_by=stack_by,
             stop_early=stop_early,
             prepend=prepend,
+            check=check,
         )
 
     @property

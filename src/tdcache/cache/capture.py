@@ -40,7 +40,7 @@ from tdcache.hooks.factory import check_callback
 from tdcache.hooks.port import InputPort, OutputPort
 from tdcache.reducers import Reducer
 from tdcache.selection import Selection, Site
-from tdcache.types import HookDirection, Pick, Removable
+from tdcache.types import Check, HookDirection, Pick, Removable
 
 __all__ = ["Capture"]
 
@@ -65,6 +65,7 @@ class Capture:
     stack_by: str | Sequence[str] | None
     stop_early: bool
     prepend: bool
+    check: Check
 
     def __post_init__(self) -> None:
         if self.stack_by is not None and self.pick == "all":
@@ -93,14 +94,16 @@ class Capture:
         """
         keep = self.keep if cache.device is None or self.keep.device else replace(self.keep, device=cache.device)
         stack_by = None if self.stack_by is None else StackBy(self.stack_by, selection)
-        has_parts = self.pick == "all"
+        has_parts, by_value = self.pick == "all", self.check == "values"
         channels = []
         for direction in self.directions:
             target = Target(cache, direction if self.nested else None, self.batch_dims)
             target.ensure()
             if not has_parts:
                 target.check(selection.paths if stack_by is None else tuple(stack_by.members))
-            channels.append(Channel(direction, selection.paths, keep, target, self.reducer, stack_by, has_parts))
+            channels.append(
+                Channel(direction, selection.paths, keep, target, self.reducer, stack_by, has_parts, by_value)
+            )
         return Recorder(channels)
 
     def place(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:

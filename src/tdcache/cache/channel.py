@@ -45,6 +45,8 @@ class Channel:
     stack_by: StackBy | None
     has_parts: bool = False
     """Whether a site may have any number of entries (``pick="all"``)."""
+    by_value: bool = False
+    """Whether what is kept of the forward is compared by checksums as well (``check="values"``)."""
     transfers: Transfers = field(default_factory=Transfers)
     values: dict[CacheKey, Any] = field(default_factory=dict)
     """The latest forward's aliases, by key. Between forwards every key is there, so that a hook that fires outside a
@@ -68,7 +70,7 @@ class Channel:
     """Whether values arrive in the backward."""
     latest_only: bool = field(init=False)
     """Whether each forward replaces the entries of the one before."""
-    _watch: InplaceWatch = field(default_factory=InplaceWatch)
+    _watch: InplaceWatch = field(init=False)
     """The aliases that reducers and parts of the cache keep."""
     _pending: dict[CacheKey, list[tuple[int, Any]]] = field(default_factory=dict)
     """Gradients that wait to be put in the order of their calls."""
@@ -78,6 +80,7 @@ class Channel:
     def __post_init__(self) -> None:
         self.is_gradient = direction_row(self.direction).gradient
         self.latest_only = isinstance(self.reducer, Last)
+        self._watch = InplaceWatch(by_value=self.by_value)
 
     @property
     def top_keys(self) -> tuple[str, ...]:
@@ -94,7 +97,11 @@ class Channel:
     @property
     def takes_aliases(self) -> bool:
         """Whether a hook may write the tensor itself into ``values``."""
-        return self.latest_only and self.keep.plain and not self.target.in_place
+        return self.latest_only and self.keep.plain and not self.target.in_place and not self._checks_values
+
+    @property
+    def _checks_values(self) -> bool:
+        return self.by_value and not self.is_gradient  # gradients that others can write to are copied
 
     def begin(self, *, alone: bool = True) -> None:
         """A forward begins: what the one before left is no longer current.
@@ -220,6 +227,8 @@ class Channel:
             self.copies.pop(key, None)
             self.values[key] = kept
             self.versions[key] = kept._version
+            if self._checks_values:
+                self._watch.add(path, kept)
         else:
             self._vacate(key)
             self.copies[key] = kept

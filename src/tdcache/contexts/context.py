@@ -17,8 +17,7 @@ from tdcache.errors import ContextError, StopForward
 from tdcache.hooks.attach import MultiHookHandle
 from tdcache.hooks.compiled import eager_where_stale
 from tdcache.hooks.threads import Fence, fencing
-from tdcache.modules.call import ModelCall
-from tdcache.modules.call import holds_entries
+from tdcache.modules.call import ModelCall, holds_entries
 from tdcache.modules.hooked import HookedModule
 from tdcache.selection import Selection, as_matcher, depends_on_names_only, select_matching, walk
 from tdcache.types import CacheKey, Match, Selector

@@ -52,7 +52,8 @@ def write_at(port: Port, row: Direction, args: tuple[Any, ...], new: Any) -> Any
         EditError: ``new`` does not fit, or there is nothing to replace.
     """
     if isinstance(new, Tensor) and not row.gradient:
-        written = port.write(*_at_port(row, args), new)
+        asked: Any = port
+        written = asked.write(*_at_port(row, args), new)
         return written[0] if row.name == "fwd_pre" else written
     old = args[row.returns_index]
     where = f" of {port.path!r}" if port.path else ""
