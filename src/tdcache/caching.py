@@ -17,10 +17,11 @@ from torch import nn
 from tdcache.cache import Capture, Keep
 from tdcache.contexts import HookingContext, HookingContextFactory, HookingContextWithCache
 from tdcache.errors import DirectionError
-from tdcache.hooks import MultiHookHandle, bracket
+from tdcache.hooks import MultiHookHandle, attach, bracket
 from tdcache.modules import HookedModule
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import as_matcher
+from tdcache.tokens import Positions
 from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector
 
 __all__ = ["ActivationCaching", "cache_activations"]
@@ -64,6 +65,12 @@ class ActivationCaching(HookingContextFactory):
         prepend: see values before edits at the same site; by default captures see the final value.
         check: how an alias that was overwritten in place is found: ``"versions"`` asks torch's counter, for nothing;
             ``"values"`` compares checksums as well, for a hunt for writes that no counter sees.
+        positions: which of each row's real tokens are kept, by the attention mask of the call: a number (0 the first,
+            -1 the last; its axis is taken off), several, a slice, an integer tensor ``(batch, k)`` or a bool mask
+            ``(batch, seq)``; ``slice(None)`` for every real token, so that ``reducer=Mean(flatten=2)`` is the mean
+            over them. None keeps all columns, padding included. See ``docs/positions.md``.
+        mask_key: the name of the mask among the model's arguments, found by itself by default; None counts columns.
+        position_dim: the axis of positions in the values.
 
     Raises:
         DirectionError: unknown direction, or a gradient with ``stop_early``.
@@ -104,6 +111,9 @@ class ActivationCaching(HookingContextFactory):
         allow_empty: bool = False,
         prepend: bool = False,
         check: Check = "versions",
+        positions: Positions = None,
+        mask_key: Any = "auto",
+        position_dim: int = 1,
     ) -> None:
         super().__init__()
         if isinstance(directions, str):
@@ -134,6 +144,9 @@ class ActivationCaching(HookingContextFactory):
             stop_early=stop_early,
             prepend=prepend,
             check=check,
+            positions=positions,
+            mask_key=mask_key,
+            position_dim=position_dim,
         )
 
     @property
@@ -143,7 +156,7 @@ class ActivationCaching(HookingContextFactory):
 
     @key_pattern.setter
     def key_pattern(self, selector: Selector) -> None:
-        as_matcher(selector, self._match)  # an unusable selector is refused here, not on entering
+        self._matcher = as_matcher(selector, self._match)  # an unusable selector is refused here, not on entering
         self._key_pattern = selector
 
     def __repr__(self) -> str:
@@ -156,11 +169,15 @@ class ActivationCaching(HookingContextFactory):
             match=self._match,
             allow_empty=self._allow_empty,
             root=module.model if self._relative else module,
+            matcher=self._matcher,
         )
         recorder = self._capture.recorder(context.cache, selection)
         handle = MultiHookHandle()
         with handle.installing():
             self._capture.place(selection, recorder, handle)
+            positions = recorder.channels[0].positions
+            if positions is not None:
+                handle.add(attach(module.model, positions.on_call, "fwd_pre_kwargs", order=positions.order))
             bracket(module.model, recorder.begin, recorder.end, handle)
         context.record(recorder)
         return handle

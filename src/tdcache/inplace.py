@@ -61,24 +61,21 @@ class InplaceWatch:
         by_value: compare checksums as well, for writes that no counter sees.
     """
 
-    __slots__ = ("_by_value", "_seen")
+    __slots__ = ("_by_value", "seen")
 
     def __init__(self, *, by_value: bool = False) -> None:
         self._by_value = by_value
-        self._seen: list[_Seen] = []
-
-    def __len__(self) -> int:
-        return len(self._seen)
+        self.seen: list[_Seen] = []
 
     def add(self, path: str, tensor: Any) -> None:
         """Watch a tensor from now on; what has no version counter is left out."""
         version = version_of(tensor)
         if version != NO_COUNTER:
-            self._seen.append(_Seen(path, tensor, version, checksum(tensor) if self._by_value else 0))
+            self.seen.append(_Seen(path, tensor, version, checksum(tensor) if self._by_value else 0))
 
     def changed(self) -> list[str]:
         """The paths whose tensor was overwritten since, each once."""
-        return list(dict.fromkeys(seen.path for seen in self._seen if self._is_changed(seen)))
+        return list(dict.fromkeys(seen.path for seen in self.seen if self._is_changed(seen)))
 
     def _is_changed(self, seen: _Seen) -> bool:
         if seen.tensor._version != seen.version:
@@ -97,4 +94,4 @@ class InplaceWatch:
 
     def clear(self) -> None:
         """Let go of every tensor."""
-        self._seen.clear()
+        self.seen.clear()

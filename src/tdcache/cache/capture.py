@@ -11,6 +11,7 @@ from torch import nn
 
 from tdcache.cache.channel import Channel
 from tdcache.cache.keep import Keep
+from tdcache.cache.positions import PositionFilter
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.stacking import StackBy
 from tdcache.cache.taps import (
@@ -40,6 +41,7 @@ from tdcache.hooks.factory import check_callback
 from tdcache.hooks.port import InputPort, OutputPort
 from tdcache.reducers import Reducer
 from tdcache.selection import Selection, Site
+from tdcache.tokens import Positions, check_positions
 from tdcache.types import Check, HookDirection, Pick, Removable
 
 __all__ = ["Capture"]
@@ -66,8 +68,12 @@ class Capture:
     stop_early: bool
     prepend: bool
     check: Check
+    positions: Positions = None
+    mask_key: Any = "auto"
+    position_dim: int = 1
 
     def __post_init__(self) -> None:
+        check_positions(self.positions)
         if self.stack_by is not None and self.pick == "all":
             raise CaptureError(
                 f"stack_by={self.stack_by!r} stacks one value per site, and pick='all' keeps several; leave one out"
@@ -94,16 +100,19 @@ class Capture:
         """
         keep = self.keep if cache.device is None or self.keep.device else replace(self.keep, device=cache.device)
         stack_by = None if self.stack_by is None else StackBy(self.stack_by, selection)
-        has_parts, by_value = self.pick == "all", self.check == "values"
+        has_parts = self.pick == "all"
+        by_value = self.check == "values"
+        chosen = None
+        if self.positions is not None:
+            chosen = PositionFilter(self.positions, self.mask_key, self.position_dim)
         channels = []
         for direction in self.directions:
             target = Target(cache, direction if self.nested else None, self.batch_dims)
             target.ensure()
             if not has_parts:
                 target.check(selection.paths if stack_by is None else tuple(stack_by.members))
-            channels.append(
-                Channel(direction, selection.paths, keep, target, self.reducer, stack_by, has_parts, by_value)
-            )
+            options = (stack_by, has_parts, chosen, by_value)
+            channels.append(Channel(direction, selection.paths, keep, target, self.reducer, *options))
         return Recorder(channels)
 
     def place(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:
@@ -165,7 +174,8 @@ class Capture:
         if not row.gradient:
             return attach(site.module, tap.on_call, channel.direction, order=self.order, path=path)
         kind = TransientGradOutputHook if row.name == "bwd_pre" else TransientGradInputHook
-        return attach_gradient(site.module, kind(tap, self.order, path, tap.for_call))
+        hook: Any = tap  # which shows itself there; called is what it gives for a call
+        return attach_gradient(site.module, kind(hook, self.order, path, tap.for_call))
 
     def _place_stops(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:
         recorder.stop_after = frozenset(selection.paths)

@@ -8,7 +8,7 @@ plain tensor of a site (a second call, a tuple, a slice) takes the slow path.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, cast
@@ -17,20 +17,23 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.cache.keep import Keep, Transfers, shares_memory
-from tdcache.cache.ownership import is_of_leaf, owned, shared_keys, storage_of
+from tdcache.cache.ownership import owned, shared_keys, storage_of
+from tdcache.cache.positions import PositionFilter
 from tdcache.cache.stacking import StackBy
 from tdcache.cache.target import EntryTarget
 from tdcache.errors import CaptureError, listed
 from tdcache.hooks.directions import direction_row
 from tdcache.inplace import InplaceWatch, overwritten
 from tdcache.introspect import in_transform, is_wrapped, unwrapped
-from tdcache.reducers import First, Last, Reducer
+from tdcache.reducers import First, Last, Reducer, RowReducer
 from tdcache.types import CacheKey, HookDirection
 
 __all__ = ["Channel"]
 
+_Arrival = tuple[int, Any, Tensor | None]
 _version = attrgetter("_version")
 _requires_grad = attrgetter("requires_grad")
+_is_leaf = attrgetter("is_leaf")
 
 
 @dataclass(slots=True)
@@ -45,6 +48,8 @@ class Channel:
     stack_by: StackBy | None
     has_parts: bool = False
     """Whether a site may have any number of entries (``pick="all"``)."""
+    positions: PositionFilter | None = None
+    """Which positions of each value are kept; None for all."""
     by_value: bool = False
     """Whether what is kept of the forward is compared by checksums as well (``check="values"``)."""
     transfers: Transfers = field(default_factory=Transfers)
@@ -72,10 +77,12 @@ class Channel:
     """Whether each forward replaces the entries of the one before."""
     _watch: InplaceWatch = field(init=False)
     """The aliases that reducers and parts of the cache keep."""
-    _pending: dict[CacheKey, list[tuple[int, Any]]] = field(default_factory=dict)
+    _pending: dict[CacheKey, list[_Arrival]] = field(default_factory=dict)
     """Gradients that wait to be put in the order of their calls."""
     _pending_watch: InplaceWatch = field(default_factory=InplaceWatch)
     _dirty: bool = False
+    _idle: bool = False
+    """Whether some of ``values`` only stand for sites without a value."""
 
     def __post_init__(self) -> None:
         self.is_gradient = direction_row(self.direction).gradient
@@ -97,7 +104,8 @@ class Channel:
     @property
     def takes_aliases(self) -> bool:
         """Whether a hook may write the tensor itself into ``values``."""
-        return self.latest_only and self.keep.plain and not self.target.in_place and not self._checks_values
+        plain = self.keep.plain and self.positions is None and not self.target.in_place
+        return self.latest_only and plain and not self._checks_values
 
     @property
     def _checks_values(self) -> bool:
@@ -109,15 +117,20 @@ class Channel:
         Args:
             alone: whether no forward of another thread is under way, whose hooks must go on to take the slow path.
         """
-        if alone:
+        if alone or self.is_gradient:
             self.values.clear()
+            self._idle = False
         else:
-            self.values.update(dict.fromkeys((*self.values, *self.paths), _ABSENT))
-        self.versions.clear()
-        self.copies.clear()
-        if self.latest_only:
+            self.mark_absent()
+        if self.versions:
+            self.versions.clear()
+        if self.copies:
+            self.copies.clear()
+        if not self.latest_only:
+            return
+        if self._watch.seen:
             self._watch.clear()
-        if self.is_gradient and self.latest_only:
+        if self.is_gradient:
             self.arrived.clear()
             self.number += 1
             self.target.reset()
@@ -131,7 +144,10 @@ class Channel:
         if self.is_gradient != backward:
             return
         if len(self.fired) < len(self.paths):
-            self.fired.update(_path_of(key) for key in (*self.values, *self.copies) if self.has(key))
+            if len(self.values) == len(self.paths) and not (self._idle or self.has_parts):
+                self.fired.update(self.paths)
+            else:
+                self.fired.update(_path_of(key) for key in (*self.values, *self.copies) if self.has(key))
         self.accepting = -1
         self.check()
         if not self.latest_only:
@@ -162,13 +178,15 @@ class Channel:
             self.values.pop(key, None)
         elif key in self.values:
             self.values[key] = _ABSENT
+            self._idle = True
 
     def _detach(self, values: dict[CacheKey, Any]) -> None:
         needing = list(map(_requires_grad, values.values()))
         if not any(needing):
             return
-        # A parameter, or an input that is a leaf: the optimiser will write to it.
-        of_leaf = [key for key, value in values.items() if value.requires_grad and is_of_leaf(value)]
+        of_leaf: Sequence[CacheKey] = ()
+        if any(map(_is_leaf, values.values())):  # a parameter or an input, which the optimiser or the user writes to
+            of_leaf = [key for key, value in values.items() if value.requires_grad and value.is_leaf]
         if all(needing):
             values.update(zip(values, map(Tensor.detach, values.values()), strict=True))
         else:
@@ -194,6 +212,13 @@ class Channel:
         for path in self.paths:
             if path not in self.values:
                 self.values[path] = _ABSENT
+                self._idle = True
+
+    def mark_absent(self) -> None:
+        """Have every hook of the forward take the slow path, also those of other threads."""
+        if not self.is_gradient:
+            self.values.update(dict.fromkeys((*self.values, *self.paths), _ABSENT))
+            self._idle = True
 
     def check(self) -> None:
         """Raise if an alias that is kept was overwritten since.
@@ -206,8 +231,10 @@ class Channel:
             changed = [str(key) for key, value in self.values.items() if value._version != taken.get(key, 0)]
             if changed:
                 raise overwritten(changed)
-        self._watch.check()
-        self._pending_watch.check()
+        if self._watch.seen:
+            self._watch.check()
+        if self._pending_watch.seen:
+            self._pending_watch.check()
 
     def take(self, key: CacheKey, path: str, tensor: Any, *, serial: int | None = None) -> None:
         """Keep a value on the slow path.
@@ -219,8 +246,14 @@ class Channel:
             serial: the number of the call, for values that do not arrive in order.
         """
         self.fired.add(path)
+        mask: Tensor | None = None
+        if self.positions is not None:
+            part = self.positions.of(path, tensor, self.reducer)
+            if part is None:
+                return
+            tensor, mask = part
         if not self.latest_only:
-            self._reduce(key, path, tensor, serial)
+            self._reduce(key, path, tensor, serial, mask)
             return
         kept, is_alias = self._keep(tensor, path)
         if is_alias:
@@ -239,6 +272,8 @@ class Channel:
         With ``stack_by`` it waits for those that it is stacked with.
         """
         self.fired.add(path)
+        if self.positions is not None:
+            raise self.positions.outside(path)
         kept, is_alias = self._keep(tensor, path)
         self.transfers.wait()
         if self.stack_by is not None:
@@ -265,7 +300,7 @@ class Channel:
             self._watch.add(path, kept)
         return cast(Tensor, kept)
 
-    def _reduce(self, key: CacheKey, path: str, value: Any, serial: int | None) -> None:
+    def _reduce(self, key: CacheKey, path: str, value: Any, serial: int | None, mask: Tensor | None) -> None:
         reducer = self._reducer_at(key)
         if reducer.full:
             return
@@ -274,15 +309,15 @@ class Channel:
         if serial is not None and reducer.ordered:
             if is_alias:
                 self._pending_watch.add(path, kept)
-            self._wait(key, (serial, kept))
+            self._wait(key, (serial, kept, mask))
             return
         if not reducer.aliases:
             self.transfers.wait()
         elif is_alias:
             self._watch.add(path, kept)
-        reducer.update(kept)
+        _update(reducer, kept, mask)
 
-    def _wait(self, key: CacheKey, arrival: tuple[int, Any]) -> None:
+    def _wait(self, key: CacheKey, arrival: _Arrival) -> None:
         arrivals = self._pending.setdefault(key, [])
         arrivals.append(arrival)
         if isinstance(self.reducer, First):  # which wants one only
@@ -302,7 +337,7 @@ class Channel:
     def _own_pending(self) -> None:
         """A backward is over: what it accumulates into later must not reach the gradients that wait."""
         for arrivals in self._pending.values():
-            arrivals[:] = [(serial, owned(value)) for serial, value in arrivals]
+            arrivals[:] = [(serial, owned(value), mask) for serial, value, mask in arrivals]
         self._pending_watch.clear()
 
     def compute(self) -> None:
@@ -312,8 +347,8 @@ class Channel:
         self.transfers.wait()
         self.check()
         for key, arrivals in self._pending.items():
-            for _, value in sorted(arrivals, key=_serial):
-                self._reducer_at(key).update(value)
+            for _, value, mask in sorted(arrivals, key=_serial):
+                _update(self._reducer_at(key), value, mask)
         self._pending.clear()
         self._pending_watch.clear()
         entries: dict[CacheKey, Any] = {key: reducer.compute() for key, reducer in self.reducers.items()}
@@ -359,6 +394,8 @@ class Channel:
             held.clear()
         self._watch.clear()
         self._pending_watch.clear()
+        if self.positions is not None:
+            self.positions.forget()
         self.number += 1
         self.accepting = -1
         self._dirty = False
@@ -368,7 +405,14 @@ def _path_of(key: CacheKey) -> str:
     return key if isinstance(key, str) else key[0]
 
 
-def _serial(arrival: tuple[int, Any]) -> int:
+def _update(reducer: Reducer, value: Any, mask: Tensor | None) -> None:
+    if mask is None:
+        reducer.update(value)
+    else:
+        cast(RowReducer, reducer).update(value, mask)
+
+
+def _serial(arrival: _Arrival) -> int:
     return arrival[0]
 
 
@@ -377,6 +421,7 @@ class _Absent:
 
     _version = 0
     requires_grad = False
+    is_leaf = False
 
 
 _ABSENT = _Absent()

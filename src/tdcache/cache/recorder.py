@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Collection, Iterable
 from threading import RLock, get_ident
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tdcache.cache.channel import Channel
-from tdcache.cache.ownership import storages_of
+from tdcache.cache.ownership import storage_of, storages_of
 from tdcache.cache.target import ClosedTarget
 from tdcache.errors import CaptureError, RepeatedCallWarning, StopForward, UnfiredSiteWarning, listed, warn_user
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import leaves
-from tdcache.introspect import calls_on_stack, in_backward, why_not_called
+from tdcache.introspect import NO_TASK, backward_task, calls_on_stack, in_backward, why_not_called
 from tdcache.types import CacheKey
 
 __all__ = ["Recorder"]
+
+# Looked up once: these run in every forward.
+is_compiling = torch.compiler.is_compiling
+is_grad_enabled = torch.is_grad_enabled
 
 
 class Recorder(Transient):
@@ -53,10 +56,11 @@ class Recorder(Transient):
         self._elsewhere: dict[int, int] = {}
         """How many forwards of each other thread are under way; every hook takes the slow path meanwhile."""
         self._lock = RLock()
-        """Held while a forward begins or ends: another thread's may do so at the same time."""
+        """Held while values are delivered: another thread's forward may begin or end at the same time."""
         self._graph = False
         """Whether the latest forward made a graph."""
-        self._result: Any = None
+        self._outside: list[int] = []
+        """Where a graph was made: the storages of what went in and came out."""
         self._root: nn.Module | None = None
         self._warned: set[str] = set()
         self._to_stop: set[str] = set()
@@ -69,24 +73,12 @@ class Recorder(Transient):
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """Pre-hook of the root: a forward begins."""
-        if in_backward():
-            return
-        if torch.compiler.is_compiling():
-            self._begin_own(module)
-        else:
-            with self._lock:
-                self._begin(module)
-
-    def _begin(self, module: nn.Module) -> None:
-        thread = get_ident()
-        if thread != self._thread:
-            self._elsewhere[thread] = self._elsewhere.get(thread, 0) + 1
-            for channel in self.channels:
-                channel.idle()
-            return
-        self._begin_own(module)
-
-    def _begin_own(self, module: nn.Module) -> None:
+        if not is_compiling():
+            if backward_task() != NO_TASK:
+                return
+            if get_ident() != self._thread:
+                self._begin_elsewhere()
+                return
         if self._depth and calls_on_stack(module) < 2:
             self._depth = 0  # the forward before was left by an exception that torch shows to no hook
         self._depth += 1
@@ -94,8 +86,12 @@ class Recorder(Transient):
             return
         self._root = module
         self._delivered = False
+        alone = not self._elsewhere
         for channel in self.channels:
-            channel.begin(alone=not self._elsewhere)
+            channel.begin(alone=alone)
+        if alone and self._elsewhere:  # another thread's forward began at this very moment
+            for channel in self.channels:
+                channel.mark_absent()
         if self.stop_after:
             self._to_stop = set(self.stop_after)
 
@@ -106,18 +102,22 @@ class Recorder(Transient):
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook of the root, also called when the forward raised: the forward is over."""
-        if in_backward():
+        if is_compiling():
+            self._depth = max(0, self._depth - 1)
             return
-        if not torch.compiler.is_compiling() and get_ident() != self._thread:
+        if backward_task() != NO_TASK:
+            return
+        if get_ident() != self._thread:
             self._end_elsewhere()
             return
-        if not self._depth:
-            return
-        self._depth -= 1
-        if self._depth or torch.compiler.is_compiling():
+        if self._depth != 1:
+            self._depth = max(0, self._depth - 1)
             return
         raised = output is None and sys.exc_info()[1] is not None  # torch calls this in its own except block then
-        self._note_result(args, output)
+        self._graph = is_grad_enabled()
+        if self._graph:  # what the user has in hand of this forward, by its memory, so that nothing is held
+            handed = (*args, output) if type(output) is Tensor else [each for _, each in leaves((args, output))]
+            self._outside = [storage_of(each) for each in handed if isinstance(each, Tensor)]
         try:
             self.forwards += not raised
             self.deliver()
@@ -125,18 +125,18 @@ class Recorder(Transient):
             if not raised:
                 raise
 
+    def _begin_elsewhere(self) -> None:
+        thread = get_ident()
+        with self._lock:
+            self._elsewhere[thread] = self._elsewhere.get(thread, 0) + 1
+            for channel in self.channels:
+                channel.idle()
+
     def _end_elsewhere(self) -> None:
         with self._lock:
             left = self._elsewhere.pop(get_ident(), 0) - 1
             if left > 0:
                 self._elsewhere[get_ident()] = left
-
-    def _note_result(self, args: Any, output: Any) -> None:
-        """Remember, where a graph was made, what the user has in hand of the latest forward."""
-        self._graph = torch.is_grad_enabled()
-        self._result = None
-        if self._graph:
-            self._result = tuple(map(weakref.ref, [tensor for _, tensor in leaves((args, output))]))
 
     def deliver(self) -> None:
         """Write what the forward gave to the cache."""
@@ -249,8 +249,7 @@ class Recorder(Transient):
         """The context is left: copy what could still be written to."""
         outside: Collection[int] | None = None
         if self._graph:
-            held = [tensor for each in self._result or () if (tensor := each()) is not None]
-            outside = storages_of(model, held)
+            outside = storages_of(model).union(self._outside)
         for channel in self.channels:
             channel.settle(outside)
 
@@ -264,7 +263,7 @@ class Recorder(Transient):
         for channel in self.channels:
             channel.release()
             channel.target = ClosedTarget()
-        self._root = self._result = None
+        self._root = None
 
     def report_unfired(self, model: nn.Module) -> None:
         """Warn of the selected sites that saw nothing, by name, if a forward was completed."""

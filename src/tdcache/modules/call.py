@@ -24,7 +24,7 @@ def holds_entries(value: Any) -> TypeGuard[TensorDictBase]:
 
 def entries_of(data: Any) -> TensorDictBase:
     """The TensorDict inside a tensorclass: what is written to it is in the tensorclass, fields and other keys alike."""
-    entries: TensorDictBase = data._tensordict
+    entries: TensorDictBase = data._tensordict  # noqa: SLF001  (to_tensordict() would copy)
     return entries
 
 

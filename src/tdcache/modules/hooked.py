@@ -36,8 +36,8 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
     """A model inside an open context, or one made by :meth:`from_module` without a context.
 
     Called with a TensorDict (or a tensorclass) it reads ``in_keys``, runs the model, writes ``out_keys`` and returns
-    the same TensorDict; called with anything else it passes everything to the model and returns the model's own result. A forward that was
-    stopped early returns the TensorDict without outputs, or None.
+    the same TensorDict; called with anything else it passes everything to the model and returns the model's own result.
+    A forward that was stopped early returns the TensorDict without outputs, or None.
 
     Args:
         td_module: what is called.

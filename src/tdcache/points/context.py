@@ -13,7 +13,7 @@ from tdcache.errors import ContextError
 from tdcache.hooks.compiled import eager_where_stale
 from tdcache.points.hook_point import LensHandle, hook_name, remove_all
 
-__all__ = ["PointHooks"]
+__all__ = ["HookSurface", "PointHooks"]
 
 Pairs = tuple[tuple[Any, Callable[..., Any]], ...]
 
