@@ -65,6 +65,9 @@ class EntryTarget(Protocol):
     def reset(self) -> None:
         """Drop every entry that was written here."""
 
+    def ensure(self) -> None:
+        """Make the direction's node exist."""
+
 
 class ClosedTarget:
     """Where entries go after the context has closed: nowhere."""
@@ -81,6 +84,9 @@ class ClosedTarget:
 
     def reset(self) -> None:
         """Nothing was written here."""
+
+    def ensure(self) -> None:
+        """Nothing is to be written here."""
 
 
 class Target:

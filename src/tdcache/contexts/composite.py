@@ -147,8 +147,8 @@ class CompositeHookingContextFactory(HookingContextFactory):
         self.factories: Sequence[HookingContextFactory] = factories
         self._hooked_module_class = _joined([factory.hooked_module_class for factory in factories])
         for factory in factories:
-            self._hooked_module_kwargs.update(factory.hooked_module_kwargs)
-        self._hooked_module_kwargs.pop("relative_path", None)  # which holds for the hooked module of the child
+            own = {name: value for name, value in factory.hooked_module_kwargs.items() if name != "relative_path"}
+            self._hooked_module_kwargs = {**self._hooked_module_kwargs, **own}
 
     @property
     def spawns(self) -> bool:
@@ -165,4 +165,4 @@ def _joined(kinds: Sequence[type[HookedModule]]) -> type[HookedModule]:
     own = [kind for kind in distinct if not any(kind is not other and issubclass(other, kind) for other in distinct)]
     if len(own) < 2:
         return own[0] if own else HookedModule
-    return type("And".join(kind.__name__ for kind in own), tuple(own), {})
+    return type("And".join(str(kind.__name__) for kind in own), tuple(own), {})

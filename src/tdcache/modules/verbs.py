@@ -68,7 +68,8 @@ class ModuleVerbs(DirectedForms):
             >>> torch.equal(run.result, run.cache["0_output"])
             True
         """
-        return HookedModuleRun(self, data, cache, run_name, run_cache, grad_enabled, run_callback)
+        hooked: Any = self
+        return HookedModuleRun(hooked, data, cache, run_name, run_cache, grad_enabled, run_callback)
 
     def set(
         self,
