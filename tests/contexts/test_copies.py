@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tdcache import ActivationCaching, HookedModule, HookingContextFactory, MultiHookManager
+from tdcache import ActivationCaching, HookedModule, HookingContextFactory, Mean, MultiHookManager
 
 
 def hooks_of(model):
@@ -57,8 +57,6 @@ def model():
 @copied
 @pytest.mark.parametrize("options", [{}, {"reducer": "mean"}, {"callback": "callback"}, {"stop_early": True}])
 def test_a_copy_of_a_model_that_is_captured_is_clean(model, twin_of, options):
-    from tdcache import Mean
-
     directions = ["fwd", "fwd_pre"] if "stop_early" in options else ["fwd", "bwd", "grad_in", "fwd_pre"]
     if "reducer" in options:
         options = {"reducer": Mean()}

@@ -12,6 +12,7 @@ from small_models import MLP
 from tdcache import (
     ActivationCaching,
     CompositeHookingContextFactory,
+    Concatenate,
     HookFactory,
     HookingContextFactory,
     MultiHookManager,
@@ -60,7 +61,7 @@ def in_two_threads(work):
     def guarded(number):
         try:
             work(number)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  (raised again in the main thread)
             failures.append(error)
 
     threads = [threading.Thread(target=guarded, args=(number,)) for number in range(2)]
@@ -149,8 +150,6 @@ class Replicated(nn.Module):
 def test_replicas_inside_the_openers_forward_are_seen():
     model = Replicated(nn.Linear(4, 3))
     x = torch.randn(6, 4)
-    from tdcache import Concatenate
-
     with ActivationCaching("inner", reducer=Concatenate()).prepare(model) as hooked, torch.no_grad():
         y = hooked(x)
     assert torch.equal(hooked.cache["inner"], y)

@@ -27,10 +27,14 @@ def owned(value: Any) -> Any:
 
 
 def own_state(reducer: Reducer) -> None:
-    """Have a reducer that keeps values whole own them, so that it can go on after others wrote to theirs."""
+    """Have a reducer that keeps values whole own copies, so that it can go on after others wrote to theirs."""
     state = vars(reducer)
     for name, kept in state.items() if reducer.aliases else ():
-        state[name] = [owned(value) for value in kept] if isinstance(kept, list) else owned(kept)
+        state[name] = [_copied(value) for value in kept] if isinstance(kept, list) else _copied(kept)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def shared_keys(values: Mapping[CacheKey, Any]) -> list[CacheKey]:
