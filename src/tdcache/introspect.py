@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import count
 from operator import attrgetter
 from types import CodeType, FrameType
@@ -36,6 +36,7 @@ __all__ = [
     "post_hooks",
     "pre_hooks",
     "push_function_mode",
+    "remove_hooks",
     "set_eval_frame",
     "skip_frame",
     "storage_users",
@@ -152,6 +153,17 @@ def _entries(holder: Mapping[str, Any], prefix: str) -> list[HookEntry]:
 NO_TASK = -1
 backward_task = torch._C._current_graph_task_id
 """The backward that autograd is running on this thread; ``NO_TASK`` outside of one. Not to be asked in a graph."""
+
+
+def remove_hooks(hook_dicts: Sequence[Any], is_meant: Callable[[Any], bool]) -> None:
+    """Remove the forward hooks that are meant from the modules whose hook dicts these are, without a trace."""
+    found = {id(hooks): [number for number, hook in hooks.items() if is_meant(hook)] for hooks in hook_dicts}
+    states = [each for each in gc.get_referrers(*hook_dicts) if type(each) is dict] if hook_dicts else []
+    for state in states:
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            for number in found.get(id(state.get(name)), ()):
+                for extra in ("", "_with_kwargs", "_always_called"):
+                    state.get(name + extra, {}).pop(number, None)
 
 
 def in_backward() -> bool:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+from tdcache.introspect import remove_hooks
+
 __all__ = ["Transient"]
 
 
@@ -56,12 +58,7 @@ class _Sweep:
         if not left:
             return
         hook_dicts = [each for each in gc.get_referrers(*left, *methods) if type(each) is OrderedDict]
-        gone = {id(hooks): [number for number, hook in hooks.items() if _is_stand_in(hook)] for hooks in hook_dicts}
-        for state in [each for each in gc.get_referrers(*hook_dicts) if type(each) is dict] if hook_dicts else ():
-            for name in ("_forward_hooks", "_forward_pre_hooks"):
-                for number in gone.get(id(state.get(name)), ()):
-                    for extra in ("", "_with_kwargs", "_always_called"):
-                        state.get(name + extra, {}).pop(number, None)
+        remove_hooks(hook_dicts, _is_stand_in)
 
 
 def _is_stand_in(hook: Any) -> bool:
