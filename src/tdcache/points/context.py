@@ -5,18 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
+
+from torch import nn
 
 from tdcache.errors import ContextError
 from tdcache.hooks.compiled import running_eagerly
 from tdcache.points.hook_point import LensHandle, hook_name, remove_all
 
-if TYPE_CHECKING:
-    from tdcache.points.surface import PointSurface
-
-__all__ = ["PointHooks"]
+__all__ = ["HookSurface", "PointHooks"]
 
 Pairs = tuple[tuple[Any, Callable[..., Any]], ...]
+
+
+class HookSurface(Protocol):
+    """What a context of hooks asks of the model that holds the points."""
+
+    context_level: int
+
+    @property
+    def called_model(self) -> nn.Module:
+        """The module that runs call."""
+
+    def refuse_stale_graph(self) -> None:
+        """Refuse a compiled model whose graph would skip hooks."""
+
+    def install(
+        self, name: Any, hook: Callable[..., Any], direction: Literal["fwd", "bwd"], /, *, level: int
+    ) -> list[LensHandle]:
+        """Add a hook to the points that ``name`` means."""
+
+    def clear_contexts(self) -> None:
+        """Empty the points' ``ctx``."""
 
 
 class PointHooks:
@@ -27,7 +47,7 @@ class PointHooks:
     """
 
     def __init__(
-        self, root: PointSurface, fwd_hooks: Pairs, bwd_hooks: Pairs, reset_hooks_end: bool, clear_contexts: bool
+        self, root: HookSurface, fwd_hooks: Pairs, bwd_hooks: Pairs, reset_hooks_end: bool, clear_contexts: bool
     ) -> None:
         self.root = root
         self.fwd_hooks = fwd_hooks
