@@ -137,7 +137,7 @@ class ActivationCaching(HookingContextFactory):
 
     @key_pattern.setter
     def key_pattern(self, selector: Selector) -> None:
-        as_matcher(selector, self._match)  # an unusable selector is refused here, not on entering
+        self._matcher = as_matcher(selector, self._match)  # an unusable selector is refused here, not on entering
         self._key_pattern = selector
 
     def __repr__(self) -> str:
@@ -150,6 +150,7 @@ class ActivationCaching(HookingContextFactory):
             match=self._match,
             allow_empty=self._allow_empty,
             root=module.model if self._relative else module,
+            matcher=self._matcher,
         )
         recorder = self._capture.recorder(context.cache, selection)
         handle = MultiHookHandle()

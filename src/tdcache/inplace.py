@@ -44,23 +44,20 @@ class _Seen(NamedTuple):
 class InplaceWatch:
     """Tensors that are kept, each with the path and the version it was seen with."""
 
-    __slots__ = ("_seen",)
+    __slots__ = ("seen",)
 
     def __init__(self) -> None:
-        self._seen: list[_Seen] = []
-
-    def __len__(self) -> int:
-        return len(self._seen)
+        self.seen: list[_Seen] = []
 
     def add(self, path: str, tensor: Any) -> None:
         """Watch a tensor from now on; what has no version counter is left out."""
         version = version_of(tensor)
         if version != NO_COUNTER:
-            self._seen.append(_Seen(path, tensor, version))
+            self.seen.append(_Seen(path, tensor, version))
 
     def changed(self) -> list[str]:
         """The paths whose tensor was overwritten since, each once."""
-        return list(dict.fromkeys(path for path, tensor, version in self._seen if tensor._version != version))
+        return list(dict.fromkeys(path for path, tensor, version in self.seen if tensor._version != version))
 
     def check(self, remedy: str = "keep a copy with hold='snapshot'") -> None:
         """Refuse to go on with overwritten values.
@@ -74,4 +71,4 @@ class InplaceWatch:
 
     def clear(self) -> None:
         """Let go of every tensor."""
-        self._seen.clear()
+        self.seen.clear()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import count
+from operator import attrgetter
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 __all__ = [
     "HookEntry",
+    "NO_TASK",
     "add_tensor_hook",
+    "backward_task",
     "calls_on_stack",
     "compiled_modules",
     "global_hooks",
@@ -64,17 +67,21 @@ def add_tensor_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
-def storage_users(tensor: Tensor) -> int:
-    """How many tensors (saved ones of a graph included) have the memory of this one, itself among them.
+_address = attrgetter("_cdata")
+
+
+def storage_users(tensors: Collection[Tensor]) -> list[int]:
+    """How many tensors (saved ones of a graph included) have the memory of each of these, itself among them.
 
     Where torch does not say, or the memory is not the tensor's own, 2: somebody else may have it.
     """
     if _use_count is None:
-        return 2
+        return [2] * len(tensors)
     try:
-        return int(_use_count(tensor.untyped_storage()._cdata)) - 1  # the storage object that is asked counts as well
-    except (NotImplementedError, RuntimeError):
-        return 2
+        counts = list(map(_use_count, map(_address, map(Tensor.untyped_storage, tensors))))
+    except (NotImplementedError, RuntimeError):  # sparse, nested or wrapper tensors among them
+        return [2] * len(tensors) if len(tensors) == 1 else [storage_users((each,))[0] for each in tensors]
+    return [count - 1 for count in counts]  # the storage object that is asked counts as well
 
 
 class HookEntry(NamedTuple):
@@ -113,9 +120,14 @@ def _entries(holder: Mapping[str, Any], prefix: str) -> list[HookEntry]:
     ]
 
 
+NO_TASK = -1
+backward_task = torch._C._current_graph_task_id
+"""The backward that autograd is running on this thread; ``NO_TASK`` outside of one. Not to be asked in a graph."""
+
+
 def in_backward() -> bool:
     """Whether autograd is running a backward on this thread: a forward in there is a checkpoint's recomputation."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and backward_task() != NO_TASK
 
 
 def calls_on_stack(module: nn.Module | None) -> int:

@@ -8,8 +8,8 @@ from architecture.source_tree import PACKAGE, Source, imports_of, package_source
 
 FLOORS = (
     ("errors", "types"),
-    ("inplace", "paths", "selection"),
-    ("hooks", "introspect"),
+    ("arguments", "inplace", "masks", "paths", "selection", "tokens"),
+    ("hooks", "introspect", "sequences", "steps"),
     ("reducers", "cache", "store"),
     ("modules", "contexts", "points"),
     ("caching", "pipeline", "interventions", "attribution"),
@@ -23,6 +23,7 @@ NEIGHBOURS = {
     ("types", "errors"),
     ("selection", "paths"),
     ("hooks", "introspect"),
+    ("steps", "introspect"),
     ("cache", "reducers"),
     ("contexts", "modules"),
     ("cli", "inspect"),

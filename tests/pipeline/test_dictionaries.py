@@ -123,7 +123,7 @@ def test_the_layout_with_a_linear_encoder_is_read(tmp_path):
     other |= {name: tensors[name] for name in ("W_dec", "b_dec")}
     settings = {"activation": "topk", "k": 3, "expansion_factor": 2, "transcode": True, "signed": False, "d_in": D}
     found = load_dictionary(written(tmp_path, settings, other, "config.json", "sae.safetensors"))
-    assert found.config == DictionaryConfig(architecture="topk", k=3, center=False)
+    assert found.config == DictionaryConfig(architecture="topk", k=3, center=False, transcodes=True)
     assert torch.equal(found.W_enc, tensors["W_enc"])
 
 
@@ -148,11 +148,15 @@ def test_a_file_of_statistics_beside_the_weights_is_no_trouble(tmp_path):
             "'tanh-relu', which is not implemented for 'jumprelu'",
         ),
         (
-            {"normalize_activations": "layer_norm"},
-            "made with normalize_activations='layer_norm', which is not implemented",
+            {"normalize_activations": "covariance_whitening"},
+            "made with normalize_activations='covariance_whitening', which is not implemented",
         ),
-        ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm=True"),
-        ({"skip_connection": True}, "skip_connection=True"),
+        ({"normalize_activations": True}, "made with normalize_activations=True, which is not implemented"),
+        ({"normalize_activations": "expected_average_only_in"}, "tells the factor; give norm_scaling_factor="),
+        ({"rescale_acts_by_decoder_norm": True}, "rescale_by_decoder_norm is for 'topk'"),
+        ({"skip_connection": True}, "made with skip_connection=True and lacks 'W_skip'"),
+        ({"finetuning_scaling_factor": True}, "made with finetuning_scaling_factor=True, which is not implemented"),
+        ({"architecture": "transcoder", "apply_b_dec_to_input": True}, "a transcoder subtracts no decoder's bias"),
         ({"architecture": "topk"}, "k is a number from 1 for 'topk'"),
         ({"architecture": "topk", "k": 0}, "k is a number from 1"),
         ({"architecture": "topk", "k": "3"}, "k is a number from 1"),
@@ -246,9 +250,7 @@ def test_gradients_pass_the_chosen_latents_only():
 
 def test_the_repr_has_sizes_and_settings():
     dictionary = Dictionary(tensors_of("topk"), KINDS["topk"])
-    assert repr(dictionary) == (
-        "Dictionary(d_in=4, latents=7, DictionaryConfig(architecture='topk', k=3, center=True))"
-    )
+    assert repr(dictionary) == "Dictionary(d_in=4, latents=7, DictionaryConfig(architecture='topk', k=3))"
 
 
 def test_what_is_written_is_what_the_reference_implementation_reads(tmp_path):

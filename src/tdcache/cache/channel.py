@@ -8,7 +8,7 @@ plain tensor of a site (a second call, a tuple, a slice) takes the slow path.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, cast
@@ -17,7 +17,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.cache.keep import Keep, Transfers, shares_memory
-from tdcache.cache.ownership import is_of_leaf, owned, shared_keys
+from tdcache.cache.ownership import owned, shared_keys
 from tdcache.cache.stacking import StackBy
 from tdcache.cache.target import EntryTarget
 from tdcache.hooks.directions import direction_row
@@ -29,6 +29,7 @@ __all__ = ["Channel"]
 
 _version = attrgetter("_version")
 _requires_grad = attrgetter("requires_grad")
+_is_leaf = attrgetter("is_leaf")
 
 
 @dataclass(slots=True)
@@ -70,6 +71,8 @@ class Channel:
     """Gradients that wait to be put in the order of their calls."""
     _pending_watch: InplaceWatch = field(default_factory=InplaceWatch)
     _dirty: bool = False
+    _idle: bool = False
+    """Whether some of ``values`` only stand for sites without a value."""
 
     def __post_init__(self) -> None:
         self.is_gradient = direction_row(self.direction).gradient
@@ -95,11 +98,16 @@ class Channel:
     def begin(self) -> None:
         """A forward begins: what the one before left is no longer current."""
         self.values.clear()
-        self.versions.clear()
-        self.copies.clear()
-        if self.latest_only:
+        self._idle = False
+        if self.versions:
+            self.versions.clear()
+        if self.copies:
+            self.copies.clear()
+        if not self.latest_only:
+            return
+        if self._watch.seen:
             self._watch.clear()
-        if self.is_gradient and self.latest_only:
+        if self.is_gradient:
             self.arrived.clear()
             self.number += 1
             self.target.reset()
@@ -113,7 +121,10 @@ class Channel:
         if self.is_gradient != backward:
             return
         if len(self.fired) < len(self.paths):
-            self.fired.update(_path_of(key) for key in (*self.values, *self.copies) if self.has(key))
+            if len(self.values) == len(self.paths) and not (self._idle or self.has_parts):
+                self.fired.update(self.paths)
+            else:
+                self.fired.update(_path_of(key) for key in (*self.values, *self.copies) if self.has(key))
         self.accepting = -1
         self.check()
         if not self.latest_only:
@@ -133,8 +144,9 @@ class Channel:
         needing = list(map(_requires_grad, values.values()))
         if not any(needing):
             return
-        # A parameter, or an input that is a leaf: the optimiser will write to it.
-        of_leaf = [key for key, value in values.items() if value.requires_grad and is_of_leaf(value)]
+        of_leaf: Sequence[CacheKey] = ()
+        if any(map(_is_leaf, values.values())):  # a parameter or an input, which the optimiser or the user writes to
+            of_leaf = [key for key, value in values.items() if value.requires_grad and value.is_leaf]
         if all(needing):
             values.update(zip(values, map(Tensor.detach, values.values()), strict=True))
         else:
@@ -159,6 +171,7 @@ class Channel:
         for path in self.paths:
             if path not in self.values:
                 self.values[path] = _ABSENT
+                self._idle = True
 
     def check(self) -> None:
         """Raise if an alias that is kept was overwritten since.
@@ -171,8 +184,10 @@ class Channel:
             changed = [str(key) for key, value in self.values.items() if value._version != taken.get(key, 0)]
             if changed:
                 raise overwritten(changed)
-        self._watch.check()
-        self._pending_watch.check()
+        if self._watch.seen:
+            self._watch.check()
+        if self._pending_watch.seen:
+            self._pending_watch.check()
 
     def take(self, key: CacheKey, path: str, tensor: Any, *, serial: int | None = None) -> None:
         """Keep a value on the slow path.
@@ -311,6 +326,7 @@ class _Absent:
 
     _version = 0
     requires_grad = False
+    is_leaf = False
 
 
 _ABSENT = _Absent()

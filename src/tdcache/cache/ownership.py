@@ -7,29 +7,22 @@ over.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from tdcache.hooks.values import leaves
 from tdcache.introspect import storage_users
 from tdcache.types import CacheKey
 
-__all__ = ["is_of_leaf", "owned", "shared_keys", "storage_of", "storages_of"]
-
-
-def is_of_leaf(tensor: Tensor) -> bool:
-    """Whether the tensor is a leaf of the graph (a parameter, an input), or a view of one."""
-    base = tensor._base
-    return tensor.is_leaf if base is None else base.is_leaf
+__all__ = ["owned", "shared_keys", "storage_of", "storages_of"]
 
 
 def owned(value: Any) -> Any:
     """The value itself if nothing else can write to its memory, else a copy."""
     if not isinstance(value, Tensor):
         return value
-    return value.clone() if storage_users(value) > 1 else value
+    return value.clone() if storage_users((value,))[0] > 1 else value
 
 
 def shared_keys(values: Mapping[CacheKey, Any], outside: Collection[int] | None = None) -> list[CacheKey]:
@@ -40,7 +33,10 @@ def shared_keys(values: Mapping[CacheKey, Any], outside: Collection[int] | None 
         outside: storages that can be written to. Where a graph is alive it has the memory of all that it saved, which
             nobody can write to; then only these count. None: whoever has the memory counts.
     """
-    shared = [key for key, value in values.items() if storage_users(value) > 1]
+    users = storage_users(values.values())
+    if not any(map((1).__lt__, users)):
+        return []
+    shared = [key for key, count in zip(values, users, strict=True) if count > 1]
     if not shared or outside is None:
         return shared
     return [key for key in shared if storage_of(values[key]) in outside]
@@ -54,8 +50,7 @@ def storage_of(tensor: Tensor) -> int:
         return 0
 
 
-def storages_of(model: nn.Module, *values: Any) -> frozenset[int]:
-    """The storages of a model's parameters and buffers, and of the tensors in some values."""
-    tensors: Iterable[Tensor] = (tensor for value in values for _, tensor in leaves(value))
-    found = {storage_of(tensor) for held in (model.parameters(), model.buffers(), tensors) for tensor in held}
+def storages_of(model: nn.Module) -> frozenset[int]:
+    """The storages of a model's parameters and buffers."""
+    found = {storage_of(tensor) for held in (model.parameters(), model.buffers()) for tensor in held}
     return frozenset(found - {0})

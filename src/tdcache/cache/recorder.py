@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Collection, Iterable
 from threading import get_ident
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tdcache.cache.channel import Channel
-from tdcache.cache.ownership import storages_of
+from tdcache.cache.ownership import storage_of, storages_of
 from tdcache.cache.target import ClosedTarget
 from tdcache.errors import CaptureError, RepeatedCallWarning, StopForward, UnfiredSiteWarning, listed, warn_user
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.values import leaves
-from tdcache.introspect import calls_on_stack, in_backward, why_not_called
+from tdcache.introspect import NO_TASK, backward_task, calls_on_stack, in_backward, why_not_called
 from tdcache.types import CacheKey
 
 __all__ = ["Recorder"]
+
+# Looked up once: these run in every forward.
+is_compiling = torch.compiler.is_compiling
+is_grad_enabled = torch.is_grad_enabled
 
 
 class Recorder:
@@ -53,7 +56,8 @@ class Recorder:
         """How many forwards of other threads are under way; every hook takes the slow path meanwhile."""
         self._graph = False
         """Whether the latest forward made a graph."""
-        self._result: Any = None
+        self._outside: list[int] = []
+        """Where a graph was made: the storages of what went in and came out."""
         self._root: nn.Module | None = None
         self._warned: set[str] = set()
         self._to_stop: set[str] = set()
@@ -66,12 +70,13 @@ class Recorder:
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """Pre-hook of the root: a forward begins."""
-        if in_backward():
-            return
-        if not torch.compiler.is_compiling() and get_ident() != self._thread:
-            self._elsewhere += 1
-            self._idle()
-            return
+        if not is_compiling():
+            if backward_task() != NO_TASK:
+                return
+            if get_ident() != self._thread:
+                self._elsewhere += 1
+                self._idle()
+                return
         if self._depth and calls_on_stack(module) < 2:
             self._depth = 0  # the forward before was left by an exception that torch shows to no hook
         self._depth += 1
@@ -97,31 +102,28 @@ class Recorder:
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook of the root, also called when the forward raised: the forward is over."""
-        if in_backward():
+        if is_compiling():
+            self._depth = max(0, self._depth - 1)
             return
-        if not torch.compiler.is_compiling() and get_ident() != self._thread:
+        if backward_task() != NO_TASK:
+            return
+        if get_ident() != self._thread:
             self._elsewhere = max(0, self._elsewhere - 1)
             return
-        if not self._depth:
-            return
-        self._depth -= 1
-        if self._depth or torch.compiler.is_compiling():
+        if self._depth != 1:
+            self._depth = max(0, self._depth - 1)
             return
         raised = output is None and sys.exc_info()[1] is not None  # torch calls this in its own except block then
-        self._note_result(args, output)
+        self._graph = is_grad_enabled()
+        if self._graph:  # what the user has in hand of this forward, by its memory, so that nothing is held
+            handed = (*args, output) if type(output) is Tensor else [each for _, each in leaves((args, output))]
+            self._outside = [storage_of(each) for each in handed if isinstance(each, Tensor)]
         try:
             self.forwards += not raised
             self.deliver()
         except CaptureError:
             if not raised:
                 raise
-
-    def _note_result(self, args: Any, output: Any) -> None:
-        """Remember, where a graph was made, what the user has in hand of the latest forward."""
-        self._graph = torch.is_grad_enabled()
-        self._result = None
-        if self._graph:
-            self._result = tuple(map(weakref.ref, [tensor for _, tensor in leaves((args, output))]))
 
     def deliver(self) -> None:
         """Write what the forward gave to the cache."""
@@ -230,8 +232,7 @@ class Recorder:
         """The context is left: copy what could still be written to."""
         outside: Collection[int] | None = None
         if self._graph:
-            held = [tensor for each in self._result or () if (tensor := each()) is not None]
-            outside = storages_of(model, held)
+            outside = storages_of(model).union(self._outside)
         for channel in self.channels:
             channel.settle(outside)
 
@@ -245,7 +246,7 @@ class Recorder:
         for channel in self.channels:
             channel.release()
             channel.target = ClosedTarget()
-        self._root = self._result = None
+        self._root = None
 
     def report_unfired(self, model: nn.Module) -> None:
         """Warn of the selected sites that saw nothing, by name, if a forward was completed."""

@@ -41,6 +41,9 @@ __all__ = [
 ]
 
 
+_version = Tensor._version.__get__  # type: ignore[attr-defined]  # faster than to ask the tensor, and for what it is
+
+
 class Tap:
     """What all taps have: a site, the channel its values go to, and the recorder of the context."""
 
@@ -73,13 +76,10 @@ class OutputTap(Tap):
         values = self.values
         path = self.path
         try:
-            if output._version or path in values:  # written in place before; a second call, or one outside a forward
+            if _version(output) or path in values:  # written in place before; a second call, or one outside a forward
                 self._take_part(module, args, output)
                 return
-        except (AttributeError, RuntimeError):  # no tensor; an inference tensor, which has no version counter
-            self._take_part(module, args, output)
-            return
-        if not isinstance(output, Tensor):  # an object of another library, with versions of its own
+        except (TypeError, RuntimeError):  # no tensor; an inference tensor, which has no version counter
             self._take_part(module, args, output)
             return
         values[path] = output

@@ -16,7 +16,7 @@ from tdcache.hooks.attach import MultiHookHandle
 from tdcache.hooks.compiled import eager_where_stale
 from tdcache.modules.call import ModelCall
 from tdcache.modules.hooked import HookedModule, holds_entries
-from tdcache.selection import Selection, as_matcher, depends_on_names_only, select_matching, walk
+from tdcache.selection import Matcher, Selection, as_matcher, depends_on_names_only, select_matching, walk
 from tdcache.types import CacheKey, Match, Selector
 
 __all__ = ["HookingContext", "Recipe"]
@@ -220,7 +220,13 @@ class HookingContext:
             hooked.td_module = self.factory._prepare_module(self._module, *keys)
 
     def select(
-        self, selector: Selector, *, match: Match = "full", allow_empty: bool = False, root: nn.Module | None = None
+        self,
+        selector: Selector,
+        *,
+        match: Match = "full",
+        allow_empty: bool = False,
+        root: nn.Module | None = None,
+        matcher: Matcher | None = None,
     ) -> Selection:
         """The sites that a selector means; those of the last entry where neither it nor the modules have changed.
 
@@ -229,6 +235,7 @@ class HookingContext:
             match: how patterns are held against paths.
             allow_empty: a selector that matches nothing is no error.
             root: what paths are relative to; the user's own model by default.
+            matcher: what was made of the selector before.
         """
         root = self.model if root is None else root
         tree = walk(root)
@@ -236,7 +243,7 @@ class HookingContext:
         remembered = self._remembered.get(key)
         if remembered is not None and remembered.tree == tree:
             return remembered.selection
-        matcher = as_matcher(selector, match)
+        matcher = as_matcher(selector, match) if matcher is None else matcher
         selection = select_matching(root, matcher, selector, match=match, allow_empty=allow_empty, tree=tree)
         if key is not None and depends_on_names_only(matcher):
             self._remembered[key] = _Remembered(tree, selection)

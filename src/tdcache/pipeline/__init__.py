@@ -5,7 +5,8 @@ from tdcache.pipeline.autoencoder import Autoencoder, AutoencoderHooks
 from tdcache.pipeline.collection import FwdBwdHooks, HookCollection
 from tdcache.pipeline.conditional import AtCalls, AtLayers, AtPositions, AtRows, ConditionalHooks
 from tdcache.pipeline.conditions import Calls, Condition, Keyword, Layers, Part, Positions, Rows, When
-from tdcache.pipeline.dictionaries import Dictionary, DictionaryConfig, load_dictionary, save_dictionary
+from tdcache.pipeline.dictionaries import Dictionary, DictionaryConfig
+from tdcache.pipeline.dictionary_files import load_dictionary, save_dictionary
 from tdcache.pipeline.gradients import GradientHook, grad_hook_wrapper, stop_gradient
 from tdcache.pipeline.hooks import Hooks, WrapperHooks
 from tdcache.pipeline.splice import Splice, sparse_latents

@@ -26,8 +26,10 @@ class Autoencoder:
 
     encode: Callable[[Tensor], Tensor]
     """From the value ``(..., d)`` to latents of any shape."""
-    decode: Callable[[Tensor], Tensor]
+    decode: Callable[..., Tensor]
     """From latents to a value of the shape that is replaced."""
+    needs_source: bool = False
+    """Whether ``decode`` takes what was encoded as a second argument, as with a skip connection."""
 
     def latents_of(self, source: Tensor) -> Tensor:
         """Encode.
@@ -43,13 +45,15 @@ class Autoencoder:
             )
         return latents
 
-    def decoded(self, latents: Tensor, like: Tensor) -> Tensor:
-        """Decode, in the dtype of ``like``.
+    def decoded(self, latents: Tensor, like: Tensor, source: Tensor | None = None) -> Tensor:
+        """Decode, in the dtype of ``like``; ``source`` is what was encoded, ``like`` itself by default.
 
         Raises:
             EditError: the decoder gives another shape.
         """
-        found: Any = self.decode(latents)
+        found: Any = (
+            self.decode(latents, like if source is None else source) if self.needs_source else self.decode(latents)
+        )
         if not isinstance(found, Tensor) or found.shape != like.shape:
             got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise EditError(
@@ -74,7 +78,7 @@ def as_autoencoder(given: Any) -> Autoencoder:
             "an autoencoder is an object with encode() and decode(), or a pair of functions, "
             f"got {type(given).__name__}"
         )
-    return Autoencoder(encode, decode)
+    return Autoencoder(encode, decode, pair is None and getattr(given, "needs_source", False) is True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +111,8 @@ class Sites:
         """
         latents = autoencoder.latents_of(x if source is None else source)
         if not add_error:
-            return self._reconstruct(x, latents, autoencoder)
-        plain = autoencoder.decoded(latents, x)
+            return self._reconstruct(x, latents, autoencoder, source)
+        plain = autoencoder.decoded(latents, x, source)
         # Whoever edits in place at a site must hit neither the graph of the unedited branch nor the model's own value.
         graph = torch.is_grad_enabled() and latents.requires_grad
         if graph or any(share_memory(latents, each) for each in (x, source)):
@@ -116,15 +120,15 @@ class Sites:
         version = version_of(latents)
         hooked = self.latents(latents)
         same = not graph and untouched(latents, hooked, version)
-        reconstruction = self.reconstruction(plain.clone() if same else autoencoder.decoded(hooked, x))
+        reconstruction = self.reconstruction(plain.clone() if same else autoencoder.decoded(hooked, x, source))
         missed = x - plain
         error = self.error(missed.clone())
         return x - ((plain - reconstruction) + (missed - error))
 
-    def _reconstruct(self, x: Tensor, latents: Tensor, autoencoder: Autoencoder) -> Tensor:
+    def _reconstruct(self, x: Tensor, latents: Tensor, autoencoder: Autoencoder, source: Tensor | None) -> Tensor:
         if share_memory(latents, x):
             latents = latents.clone()
-        reconstruction = self.reconstruction(autoencoder.decoded(self.latents(latents), x))
+        reconstruction = self.reconstruction(autoencoder.decoded(self.latents(latents), x, source))
         missed = x - reconstruction
         version = version_of(missed)
         if version is not None and not untouched(missed, self.error(missed), version):

@@ -1,23 +1,23 @@
-"""Sparse dictionaries saved as safetensors with a JSON config: loading, running, saving; none is trained here."""
+"""Sparse dictionaries as modules: autoencoders, transcoders, crosscoders; none is trained here."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from tdcache.errors import StoreError, listed
-from tdcache.store.safetensors import read_tensors, write_tensors
+from tdcache.errors import listed
 
-__all__ = ["Architecture", "Dictionary", "DictionaryConfig", "load_dictionary", "save_dictionary"]
+__all__ = ["Architecture", "Dictionary", "DictionaryConfig", "Normalization"]
 
 Architecture = Literal["relu", "topk", "jumprelu", "gated"]
 """How latents are made of pre-activations."""
+
+Normalization = Literal["none", "layer_norm", "constant_norm_rescale"]
+"""How activations are normalised before they are encoded."""
 
 _ENCODER = {
     "relu": ("W_enc", "b_enc"),
@@ -26,20 +26,7 @@ _ENCODER = {
     "gated": ("W_enc", "b_gate", "r_mag", "b_mag"),
 }
 _DECODER = ("W_dec", "b_dec")
-# What other libraries call the same things; a matrix under such a name is transposed.
-_TENSOR_NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
-_CONFIG_FILES = ("cfg.json", "config.json")
-_NOT_WEIGHTS = ("sparsity.safetensors",)
-_MOST = 1 << 24  # bytes of config
-# Settings of other libraries that change what a dictionary computes, with the values that mean "off".
-_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "normalize_activations": ("none", None),
-    "reshape_activations": ("none", None),
-    "rescale_acts_by_decoder_norm": (False, None),
-    "finetuning_scaling_factor": (False, None),
-    "skip_connection": (False, None),
-    "signed": (False, None),
-}
+_LAYER_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +38,32 @@ class DictionaryConfig:
     """How many latents are kept of each vector (``topk``)."""
     center: bool = True
     """Whether the decoder's bias is subtracted from what is encoded."""
+    normalize: Normalization = "none"
+    """What is done to activations before; undone after decoding, unless it is a transcoder."""
+    rescale_by_decoder_norm: bool = False
+    """Whether pre-activations count times the norm of their decoder row (``topk``); decoding divides by it again."""
+    transcodes: bool = False
+    """Whether the output is another activation than the input, which may have another size."""
+
+    def __repr__(self) -> str:
+        shown = [
+            each for each in fields(self) if each.name == "architecture" or getattr(self, each.name) != each.default
+        ]
+        return f"{type(self).__name__}({', '.join(f'{each.name}={getattr(self, each.name)!r}' for each in shown)})"
 
     def __post_init__(self) -> None:
-        if self.architecture not in get_args(Architecture):
-            known = ", ".join(map(repr, get_args(Architecture)))
-            raise ValueError(f"a dictionary's architecture is one of {known}, got {self.architecture!r}")
+        kinds = {"architecture": Architecture, "normalize": Normalization}
+        for what, kind in kinds.items():
+            got = getattr(self, what)
+            if got not in get_args(kind):
+                raise ValueError(f"a dictionary's {what} is one of {listed(get_args(kind))}, got {got!r}")
         counted = type(self.k) is int and self.k >= 1
         if counted if self.architecture != "topk" else not counted:
             raise ValueError(f"k is a number from 1 for 'topk', and None for all others; got {self!r}")
+        if self.rescale_by_decoder_norm and self.architecture != "topk":
+            raise ValueError(f"rescale_by_decoder_norm is for 'topk', got {self!r}")
+        if self.transcodes and self.center:
+            raise ValueError(f"a transcoder subtracts no decoder's bias from its input: center=False, got {self!r}")
 
 
 class Dictionary(nn.Module):
@@ -72,12 +77,23 @@ class Dictionary(nn.Module):
     - ``gated``: max((x - b_dec) (W_enc exp(r_mag)) + b_mag, 0) where (x - b_dec) W_enc + b_gate > 0, else 0
       (Rajamanoharan et al., arXiv:2404.16014);
 
-    and the reconstruction is z W_dec + b_dec. Gradients are those of these formulas as they stand: none reaches a
-    threshold or a gate. Values are cast to the dictionary's dtype.
+    and the reconstruction is z W_dec + b_dec. Around this,
+
+    - ``normalize``: x is replaced by (x - m) / (s + 1e-5), with its mean m and standard deviation s (``layer_norm``),
+      or by x sqrt(d_in) / |x| (``constant_norm_rescale``), and the reconstruction r by r s + m or r |x| / sqrt(d_in);
+    - ``rescale_by_decoder_norm``: p is multiplied by the norms of W_dec's rows, z divided by them before decoding;
+    - a transcoder's reconstruction is another activation, such as an MLP's output of its input, and stays as it is;
+    - with ``W_skip``, x W_skip^T is added, for x as it came (Paulo et al., arXiv:2501.18823);
+    - a crosscoder has ``W_enc`` ``(layers, d, n)``, ``W_dec`` ``(n, layers, d)``, ``b_dec`` ``(layers, d)``, and its
+      latents are shared by all layers of x ``(..., layers, d)`` (Lindsey et al., "Sparse Crosscoders", 2024).
+
+    Gradients are those of these formulas as they stand: none reaches a threshold or a gate. Values are cast to the
+    dictionary's dtype.
 
     Args:
         tensors: ``W_enc`` ``(d_in, n)``, ``W_dec`` ``(n, d_out)``, ``b_dec`` ``(d_out,)``, and ``b_enc`` ``(n,)`` or
-            ``b_gate``, ``r_mag``, ``b_mag`` ``(n,)``; ``threshold`` ``(n,)``. They become parameters.
+            ``b_gate``, ``r_mag``, ``b_mag`` ``(n,)``; ``threshold`` ``(n,)``; ``W_skip`` ``(d_out, d_in)`` if there
+            is a skip connection. They become parameters.
         config: the rest.
 
     Raises:
@@ -98,44 +114,105 @@ class Dictionary(nn.Module):
     b_gate: Tensor
     r_mag: Tensor
     b_mag: Tensor
+    W_skip: Tensor
 
     def __init__(self, tensors: Mapping[str, Tensor], config: DictionaryConfig | None = None) -> None:
         super().__init__()
         self.config = config or DictionaryConfig()
         _check(tensors, self.config)
-        for name in (*_ENCODER[self.config.architecture], *_DECODER):
+        self.skips = "W_skip" in tensors
+        for name in _names(tensors, self.config):
             self.register_parameter(name, nn.Parameter(tensors[name]))
 
+    @property
+    def needs_source(self) -> bool:
+        """Whether decoding needs the activations that were encoded: their scale, or a skip connection."""
+        return self.skips or (self.config.normalize != "none" and not self.config.transcodes)
+
     def encode(self, x: Tensor) -> Tensor:
-        """Latents ``(..., n)`` of activations ``(..., d_in)``."""
-        x = x.to(self.W_enc.dtype)
-        if self.config.center:
-            x = x - self.b_dec
-        if self.config.architecture == "gated":
-            return (x @ (self.W_enc * self.r_mag.exp()) + self.b_mag).relu() * (x @ self.W_enc + self.b_gate > 0)
-        before = x @ self.W_enc + self.b_enc
-        if self.config.architecture == "jumprelu":
+        """Latents ``(..., n)`` of activations ``(..., d_in)``, or ``(..., layers, d)``."""
+        return self._activate(self._prepared(x))
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        x = self._flat(x.to(self.W_enc.dtype), self.W_enc.dim() - 1)
+        if self.config.normalize != "none":
+            shift, scale, eps = self._scales(x)
+            x = (x - shift) / (scale + eps)
+        return x - self.b_dec.flatten() if self.config.center else x
+
+    def _activate(self, x: Tensor) -> Tensor:
+        config, encoder = self.config, self.W_enc.flatten(0, -2)
+        if config.architecture == "gated":
+            return (x @ (encoder * self.r_mag.exp()) + self.b_mag).relu() * (x @ encoder + self.b_gate > 0)
+        before = x @ encoder + self.b_enc
+        if config.architecture == "jumprelu":
             return before.relu() * (before > self.threshold)
-        if self.config.k is not None:
-            values, indices = before.topk(min(self.config.k, before.shape[-1]), dim=-1)
+        if config.rescale_by_decoder_norm:
+            before = before * self._norms()
+        if config.k is not None:
+            values, indices = before.topk(min(config.k, before.shape[-1]), dim=-1)
             return torch.zeros_like(before).scatter(-1, indices, values.relu())
         return before.relu()
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Activations ``(..., d_out)`` of latents ``(..., n)``."""
-        return latents.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+    def decode(self, latents: Tensor, source: Tensor | None = None) -> Tensor:
+        """Activations ``(..., d_out)`` of latents ``(..., n)``.
+
+        Args:
+            latents: what :meth:`encode` gives.
+            source: the activations that were encoded, if ``needs_source``.
+
+        Raises:
+            ValueError: they are needed and were not given.
+        """
+        if source is None and self.needs_source:
+            raise ValueError(
+                "this dictionary's output depends on its input (a skip connection or a normalisation to undo): decode "
+                "with decode(latents, source), or give the dictionary itself instead of the pair (encode, decode)"
+            )
+        latents = latents.to(self.W_dec.dtype)
+        if self.config.rescale_by_decoder_norm:
+            latents = latents / self._norms()
+        found = latents @ self.W_dec.flatten(1) + self.b_dec.flatten()
+        if source is not None and self.needs_source:
+            source = self._flat(source.to(self.W_enc.dtype), self.W_enc.dim() - 1)
+            if self.config.normalize != "none" and not self.config.transcodes:
+                shift, scale, _ = self._scales(source)
+                found = found * scale + shift
+            if self.skips:
+                found = found + source @ self.W_skip.mT
+        return found.unflatten(-1, self.b_dec.shape) if self.b_dec.dim() > 1 else found
+
+    def _scales(self, x: Tensor) -> tuple[Tensor | float, Tensor, float]:
+        """What is subtracted from activations, what they are divided by, and what is added to that."""
+        if self.config.normalize == "layer_norm":
+            return x.mean(-1, keepdim=True), x.std(-1, keepdim=True), _LAYER_NORM_EPS
+        return 0.0, x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5, 0.0
+
+    def _norms(self) -> Tensor:
+        norms: Tensor = torch.linalg.vector_norm(self.W_dec.flatten(1), dim=-1)
+        return norms
+
+    @staticmethod
+    def _flat(x: Tensor, axes: int) -> Tensor:
+        return x.flatten(-axes) if axes > 1 else x
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction of ``x``."""
-        return self.decode(self.encode(x))
+        return self.decode(self.encode(x), x)
 
     def extra_repr(self) -> str:
         """Sizes and settings, for the repr."""
-        return f"d_in={self.W_enc.shape[0]}, latents={self.W_enc.shape[1]}, {self.config!r}"
+        layers = f"layers={self.W_enc.shape[0]}, " if self.W_enc.dim() > 2 else ""
+        return f"{layers}d_in={self.W_enc.shape[-2]}, latents={self.W_enc.shape[-1]}, {self.config!r}"
+
+
+def _names(tensors: Mapping[str, Tensor], config: DictionaryConfig) -> tuple[str, ...]:
+    skip = ("W_skip",) if "W_skip" in tensors else ()
+    return (*_ENCODER[config.architecture], *_DECODER, *skip)
 
 
 def _check(tensors: Mapping[str, Tensor], config: DictionaryConfig) -> None:
-    wanted = (*_ENCODER[config.architecture], *_DECODER)
+    wanted = _names(tensors, config)
     missing = [name for name in wanted if name not in tensors]
     extra = [name for name in tensors if name not in wanted]
     if missing or extra:
@@ -146,13 +223,9 @@ def _check(tensors: Mapping[str, Tensor], config: DictionaryConfig) -> None:
         raise ValueError(
             f"a {config.architecture!r} dictionary consists of {list(wanted)!r}; this one {' and '.join(parts)}"
         )
-    matrix = tuple(tensors["W_enc"].shape)
-    d_in, count = matrix if len(matrix) == 2 else (None, None)
-    shapes = dict.fromkeys(wanted, (count,)) | {"W_enc": (d_in, count), "W_dec": (count, None), "b_dec": (None,)}
-    if config.center:
-        shapes |= {"W_dec": (count, d_in), "b_dec": (d_in,)}
-    for name, shape in shapes.items():
-        found = tuple(tensors[name].shape)
+    shapes = _shapes(tensors, config)
+    for name in wanted:
+        found, shape = tuple(tensors[name].shape), shapes.get(name, shapes[""])
         if len(found) != len(shape) or any(want not in (None, got) for want, got in zip(shape, found, strict=True)):
             spelled = ", ".join("any" if want is None else str(want) for want in shape)
             raise ValueError(f"tensor {name!r} of a dictionary has shape {found}, expected ({spelled})")
@@ -160,93 +233,18 @@ def _check(tensors: Mapping[str, Tensor], config: DictionaryConfig) -> None:
             raise ValueError(f"tensor {name!r} of a dictionary is {tensors[name].dtype}, expected floating point")
 
 
-def load_dictionary(folder: str | Path) -> Dictionary:
-    """Read a dictionary from a folder with a JSON config and a safetensors file.
-
-    Understands what :func:`save_dictionary` writes, and the layouts of SAELens (``standard``, ``topk``, ``jumprelu``,
-    ``gated``) and of sparsify (``topk``). A setting that would change what is computed, and is not implemented here, is
-    refused. The parameters are on the CPU and do not require grad.
-
-    Raises:
-        StoreError: a file is missing or damaged, or the dictionary is of a kind that is not implemented; ``path`` is
-            the file or folder.
-    """
-    folder = Path(folder)
-    file = _only(folder, _CONFIG_FILES)
-    weights = _only(
-        folder, [each.name for each in sorted(folder.glob("*.safetensors")) if each.name not in _NOT_WEIGHTS]
-    )
-    settings = _read_json(file)
-    tensors = {}
-    for name, tensor in read_tensors(weights).items():
-        known = _TENSOR_NAMES.get(name, name)
-        tensors[known] = tensor.mT.contiguous() if known != name and tensor.dim() == 2 else tensor
-    try:
-        return Dictionary(tensors, _config_of(settings)).requires_grad_(False)
-    except ValueError as error:
-        raise StoreError(f"the dictionary in {folder} cannot be used: {error}", path=folder) from error
-
-
-def _only(folder: Path, names: Sequence[str]) -> Path:
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if len(found) != 1:
-        wanted = " or ".join(names) or "*.safetensors"
-        there = listed([path.name for path in found]) or "none"
-        raise StoreError(f"a dictionary's folder holds one {wanted}; in {folder} there is {there}", path=folder)
-    return found[0]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        if file.stat().st_size > _MOST:
-            raise ValueError(f"longer than {_MOST} bytes")
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError(f"a {type(settings).__name__} instead of an object")
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{file} is no JSON config: {error}", path=file) from error
-    return settings
-
-
-def _config_of(settings: Mapping[str, Any]) -> DictionaryConfig:
-    for name, off in _UNSUPPORTED.items():
-        if settings.get(name) not in off:
-            raise ValueError(f"it was made with {name}={settings[name]!r}, which is not implemented")
-    architecture = settings.get("architecture", settings.get("activation", "standard"))
-    function = settings.get("activation_fn", settings.get("activation_fn_str", "relu"))
-    if architecture == "standard":
-        architecture = function
-    elif function not in ("relu", architecture):
-        raise ValueError(f"its activation function is {function!r}, which is not implemented for {architecture!r}")
-    options = settings.get("activation_fn_kwargs")
-    k = settings.get("k", options.get("k") if isinstance(options, dict) else None)
-    center = settings.get("apply_b_dec_to_input", not settings.get("transcode", False))
-    return DictionaryConfig(architecture=architecture, k=k if architecture == "topk" else None, center=bool(center))
-
-
-def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
-    """Write a dictionary as ``cfg.json`` and ``sae_weights.safetensors``, in the layout of SAELens; makes the folder.
-
-    Example:
-        >>> import tempfile
-        >>> made = Dictionary(dict(W_enc=torch.eye(2), b_enc=torch.zeros(2), W_dec=torch.eye(2), b_dec=torch.ones(2)))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_dictionary(made, folder)
-        ...     load_dictionary(folder)
-        Dictionary(d_in=2, latents=2, DictionaryConfig(architecture='relu', k=None, center=True))
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = dictionary.config
-    settings = {
-        "architecture": "standard" if config.architecture == "relu" else config.architecture,
-        "d_in": dictionary.W_enc.shape[0],
-        "d_sae": dictionary.W_enc.shape[1],
-        "dtype": str(dictionary.W_enc.dtype).removeprefix("torch."),
-        "apply_b_dec_to_input": config.center,
-        **({} if config.k is None else {"k": config.k}),
+def _shapes(tensors: Mapping[str, Tensor], config: DictionaryConfig) -> dict[str, tuple[int | None, ...]]:
+    """The shapes by name, with None for any size; under ``""`` that of a tensor with one number per latent."""
+    matrix = tuple(tensors["W_enc"].shape)
+    *inner, count = matrix if len(matrix) in (2, 3) else (None, None)
+    bias = tuple(tensors["b_dec"].shape)
+    # What is not centred, nor scaled back, may be of another size than the input.
+    free = not config.center and (config.transcodes or config.normalize == "none")
+    outer = tuple(bias) if free and len(bias) == len(inner) else tuple(inner)
+    return {
+        "": (count,),
+        "W_enc": (*inner, count),
+        "W_dec": (count, *outer),
+        "b_dec": outer,
+        "W_skip": (*outer, *inner) if len(inner) == 1 else (),
     }
-    write_tensors(
-        {name: each.detach() for name, each in dictionary.named_parameters()}, folder / "sae_weights.safetensors"
-    )
-    (folder / "cfg.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

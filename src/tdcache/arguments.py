@@ -1,0 +1,130 @@
+"""The arguments of a forward by name, and how much a key-value cache among them holds.
+
+Masks, caches and token ids may come by position, by keyword, or as entries of a mapping or TensorDict. What reads them
+reads them here, so that all of the library finds the same ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+__all__ = ["CACHE_NAMES", "Cached", "cached_in", "forward_names", "length_of_first", "named_arguments", "tokens_fed"]
+
+CACHE_NAMES = (
+    "past_key_values",
+    "cache_params",
+    "state",
+    "mems",
+    "past_buckets_states",
+    "past_key_value",
+    "past",
+    "cache",
+    "kv_cache",
+    "hx",
+)
+"""What a forward calls the argument with the state of the tokens before, in the order they are looked for."""
+
+# Legacy caches under these names hold keys of shape (batch, heads, tokens, d_head); other states do not tell a length.
+_KEYS_AND_VALUES = ("past_key_values", "past_key_value", "past", "cache", "kv_cache")
+_FED = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "tgt")
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def forward_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of the parameters of a module's forward that can be given by position; empty if there is no signature.
+
+    >>> forward_names(nn.LSTM(1, 1))
+    ('input', 'hx')
+    """
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    return tuple(each.name for each in parameters if each.kind in _POSITIONAL)
+
+
+def named_arguments(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Any, Any]:
+    """The arguments of one call by name; entries of a mapping or TensorDict given by position are added by their keys.
+
+    A name that was not given is there with None, so that ``name in arguments`` says whether the forward takes it.
+
+    Args:
+        names: what :func:`forward_names` gives; further positional arguments have no name and are left out.
+        args: the positional arguments.
+        kwargs: the keyword arguments.
+    """
+    found: dict[Any, Any] = {}
+    for each in args:
+        if isinstance(each, Mapping) or (hasattr(each, "batch_size") and hasattr(each, "keys")):
+            found |= dict(each.items())
+    return dict.fromkeys(names) | found | dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+class Cached(NamedTuple):
+    """The cache that a call was given."""
+
+    cache: Any
+    """The object itself, None if there is none."""
+    length: int | None
+    """How many tokens it holds; None if it holds some and does not say how many."""
+
+    @property
+    def filled(self) -> bool:
+        """Whether it holds anything."""
+        return self.length != 0
+
+
+def cached_in(arguments: Mapping[Any, Any]) -> Cached:
+    """The first cache among the arguments of a call, with its length."""
+    for name in CACHE_NAMES:
+        cache = arguments.get(name)
+        if cache is not None:
+            return Cached(cache, _length(cache, name, arguments))
+    return Cached(None, 0)
+
+
+def _length(cache: Any, name: str, arguments: Mapping[Any, Any]) -> int | None:
+    if hasattr(cache, "get_seq_length"):
+        try:
+            return int(cache.get_seq_length())
+        except (ValueError, NotImplementedError):  # transformers' caches of linear attention (Mamba) count no tokens
+            has_state = getattr(cache, "has_previous_state", None)
+            return None if not callable(has_state) or has_state() else 0
+    position = arguments.get("cache_position")
+    if isinstance(position, Tensor) and position.numel():
+        return int(position.reshape(-1)[0])
+    first = cache
+    while isinstance(first, Mapping | tuple | list) and first:
+        first = next(iter(first.values() if isinstance(first, Mapping) else first))
+    if isinstance(first, Mapping | tuple | list):
+        return 0
+    if name in _KEYS_AND_VALUES and isinstance(first, Tensor) and first.dim() >= 3:
+        return int(first.shape[-2])
+    return None
+
+
+def tokens_fed(arguments: Mapping[Any, Any]) -> Tensor | None:
+    """The token ids ``(batch, seq)`` or embeddings ``(batch, seq, d)`` that a call feeds; the decoder's, if it has one.
+
+    A forward without such names feeds its first tensor of two or more axes.
+    """
+    for name in _FED:
+        fed = arguments.get(name)
+        if isinstance(fed, Tensor):
+            return fed
+        if name == "decoder_inputs_embeds" and "decoder_input_ids" in arguments:
+            labels = arguments.get("labels")  # from which transformers makes the decoder's ids
+            if isinstance(labels, Tensor):
+                return labels
+    return next((each for each in arguments.values() if isinstance(each, Tensor) and each.dim() >= 2), None)
+
+
+def length_of_first(value: Any) -> int | None:
+    """The size of the second axis of the first tensor in a value, such as the tokens of ``encoder_outputs``."""
+    while isinstance(value, Mapping | tuple | list) and value:
+        value = next(iter(value.values() if isinstance(value, Mapping) else value))
+    return value.shape[1] if isinstance(value, Tensor) and value.dim() >= 2 else None
