@@ -14,11 +14,20 @@ from torch import Tensor
 from tdcache.errors import DirectionError, EditError
 from tdcache.hooks import direction_row
 from tdcache.interventions.regions import Along, Heads, Region
-from tdcache.interventions.steps import Steps, check_steps
 from tdcache.paths import near_misses
-from tdcache.types import Match, Pick
+from tdcache.steps import Steps, check_steps
+from tdcache.types import CacheKey, Match, Pick
 
-__all__ = ["EditKeywords", "EditOptions", "OPTION_NAMES", "Side", "WhereKeywords", "signature_with_options"]
+__all__ = [
+    "Calls",
+    "EditKeywords",
+    "EditOptions",
+    "OPTION_NAMES",
+    "Side",
+    "WhereKeywords",
+    "brief",
+    "signature_with_options",
+]
 
 Side = Literal["fwd", "fwd_pre"]
 """Whether an intervention acts on outputs or on inputs."""
@@ -36,6 +45,7 @@ class WhereKeywords(TypedDict, total=False):
     direction: Side
     pick: Pick
     steps: Steps
+    mask_key: CacheKey | None
     match: Match
     position_dim: int
     unit_dim: int
@@ -53,9 +63,10 @@ class EditOptions:
     """Where and when an intervention acts; every intervention takes these as keyword arguments.
 
     Args:
-        positions: which positions of a sequence, along ``position_dim``: an int, a slice, a sequence of ints; or, with
-            a choice of its own for each row, an integer tensor ``(batch, k)`` or a bool mask ``(batch, seq)``. All by
-            default.
+        positions: which tokens of each row, along ``position_dim``: an int, a slice, a sequence of ints; or, with a
+            choice of its own for each row, an integer tensor ``(batch, k)`` or a bool mask ``(batch, seq)`` of columns.
+            Padding does not count, so that 0 is the first and -1 the last token of each row, and tokens that are
+            cached do; see the page on positions, steps and rows. None is all of the value, padding included.
         units: which features, along ``unit_dim``: an int, a slice, or a sequence of ints. All by default.
         heads: ``(n_heads, which)``: which heads where ``unit_dim`` holds ``n_heads`` heads side by side, as the input
             of an attention's output projection does. An int alone says only how many there are, which is what a sweep
@@ -68,7 +79,10 @@ class EditOptions:
         direction: ``"fwd"`` to change outputs, ``"fwd_pre"`` to change inputs.
         pick: which tensor of a structured value: an index, a key or a path of these; the first by default. The rest of
             the value is kept. The first run in which nothing reads the tensor that was picked warns.
-        steps: in which forwards of ``generate()``: ``"prefill"``, ``"decode"``, or a predicate of a :class:`Step`.
+        steps: in which forwards of ``generate()``: ``"prefill"``, ``"decode"``, or a predicate of a
+            :class:`tdcache.Step`.
+        mask_key: which argument of the call says what is padding; found by its name by default. ``"~name"`` for one
+            in which 1 is padding, and None for no mask: then positions are columns.
         match: how the selector's patterns are held against paths: ``"full"``, ``"prefix"`` or ``"search"``.
         position_dim: the axis of positions; 0 in a model of the layout ``(seq, batch, features)``.
         unit_dim: the axis of units, counted from the end; -3 for the channels of images.
@@ -86,6 +100,7 @@ class EditOptions:
     direction: Side = "fwd"
     pick: Pick = None
     steps: Steps = None
+    mask_key: CacheKey | None = "auto"
     match: Match = "full"
     position_dim: int = 1
     unit_dim: int = -1
@@ -115,6 +130,11 @@ class EditOptions:
                 hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(OPTION_NAMES)}"
                 raise TypeError(f"{owner}() has no argument {name!r}; {hint}")
         return cls(**given)
+
+    @property
+    def asks_for_call(self) -> bool:
+        """Whether an edit has to know the forward that it takes part in."""
+        return self.positions is not None or self.steps is not None or self.calls is not None
 
     @property
     def region(self) -> Region:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.errors import EditError
-from tdcache.interventions.base import Intervention, InterventionContext, Side, entry_of
-from tdcache.interventions.edits import Edit
-from tdcache.interventions.regions import Along
-from tdcache.interventions.steps import Steps
+from tdcache.interventions.base import Intervention, InterventionContext, entry_of
+from tdcache.interventions.edit_tap import Edit
+from tdcache.interventions.options import EditKeywords
 from tdcache.selection import Site
-from tdcache.types import Match, Pick, Selector
+from tdcache.types import Selector
 
 __all__ = ["AddVector", "CallSteer", "SteeringVectors"]
 
@@ -90,14 +89,7 @@ class SteeringVectors(Intervention):
         steer_fn: ``steer_fn(module_key=, output=)`` gets the path and a copy of the value there, and returns the new
             value; None for no change. May stand in the place of ``vectors``.
         coefficient: what the vectors are multiplied by.
-        positions: see :class:`Intervention`, as ``units`` and the arguments behind it.
-        units: likewise.
-        direction: likewise.
-        pick: likewise.
-        steps: likewise.
-        match: likewise.
-        position_dim: likewise.
-        unit_dim: likewise.
+        **options: where and when it acts: ``positions``, ``units`` and the others of :class:`tdcache.EditOptions`.
 
     Raises:
         EditError: not exactly one of ``vectors`` and ``steer_fn``; no vector for a site; a vector that does not fit.
@@ -117,19 +109,9 @@ class SteeringVectors(Intervention):
         steer_fn: Callable[..., Tensor | None] | None = None,
         *,
         coefficient: float = 1.0,
-        positions: Along = None,
-        units: Along = None,
-        direction: Side = "fwd",
-        pick: Pick = None,
-        steps: Steps = None,
-        match: Match = "full",
-        position_dim: int = 1,
-        unit_dim: int = -1,
+        **options: Unpack[EditKeywords],
     ) -> None:
-        super().__init__(
-            selector, positions=positions, units=units, direction=direction, pick=pick, steps=steps, match=match,
-            position_dim=position_dim, unit_dim=unit_dim,
-        )  # fmt: skip
+        super().__init__(selector, **options)
         if callable(vectors) and steer_fn is None:
             vectors, steer_fn = None, vectors
         if (vectors is None) == (steer_fn is None):

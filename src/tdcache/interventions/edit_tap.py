@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from tdcache.hooks.attach import Order
 from tdcache.hooks.port import Port
 from tdcache.hooks.values import check_fits
+from tdcache.interventions.current_call import CurrentCall
 from tdcache.interventions.regions import Region
-from tdcache.interventions.steps import StepClock
 
-__all__ = ["Edit", "EditTap", "ReadTap"]
+__all__ = ["Edit", "EditTap", "ReadTap", "RegionEdit"]
 
 
 class Edit(Protocol):
@@ -23,19 +23,41 @@ class Edit(Protocol):
         """The new part, or None for no change; ``part`` is the region of ``full``. Neither may be written to."""
 
 
-class EditTap:
-    """Changes the output or the input of one module."""
+class RegionEdit(Protocol):
+    """An edit that takes the same part of other tensors, and so has to know which one it is in this call."""
 
-    __slots__ = ("clock", "edit", "order", "path", "port", "region")
+    def edit_region(self, part: Tensor, full: Tensor, region: Region) -> Tensor | None:
+        """The new part, or None for no change; ``region.take(full)`` is ``part``."""
+
+
+class EditTap:
+    """Changes the output or the input of one module.
+
+    Args:
+        port: what is changed.
+        edit: what is done.
+        region: to which part.
+        call: of the forward under way: whether the edit is due, and which columns the region's positions are.
+        order: where it stands among the hooks of its module.
+    """
+
+    __slots__ = ("by_region", "call", "edit", "order", "path", "port", "region")
 
     def __init__(
-        self, port: Port, edit: Edit, *, region: Region, clock: StepClock | None = None, order: int = Order.EDIT
+        self,
+        port: Port,
+        edit: Edit | RegionEdit,
+        *,
+        region: Region,
+        call: CurrentCall | None = None,
+        order: int = Order.EDIT,
     ) -> None:
         self.port = port
         self.path = port.path
-        self.edit = edit
-        self.region = None if region.whole else region
-        self.clock = clock
+        self.edit: Any = edit
+        self.by_region = hasattr(edit, "edit_region")
+        self.region = region
+        self.call = call
         self.order = order
 
     def __repr__(self) -> str:
@@ -43,21 +65,22 @@ class EditTap:
 
     def on_call(self, module: nn.Module, args: Any, rest: Any) -> Any:
         """Change the value."""
-        if self.clock is not None and not self.clock.acts:
+        if self.call is not None and not self.call.is_due(self.path):
             return None
         old = self.port.read(module, args, rest)
         new = self._edited(old)
         return None if new is None else self.port.write(module, args, rest, new)
 
     def _edited(self, old: Tensor) -> Tensor | None:
-        if self.region is None:
-            return self.edit(old, old)
-        part = self.region.take(old, self.path)
-        new = self.edit(part, old)
-        if new is None:
+        region = self.region if self.call is None else self.call.region_at(self.path, old, self.region)
+        if region is None:  # none of its positions is fed in this forward
             return None
+        part = old if region.whole else region.take(old, self.path)
+        new: Tensor | None = self.edit.edit_region(part, old, region) if self.by_region else self.edit(part, old)
+        if new is None or region.whole:
+            return new
         check_fits(new, part, self.path)
-        return self.region.put(old, new, self.path)
+        return region.put(old, new, self.path)
 
 
 class ReadTap:
