@@ -1,7 +1,7 @@
 """Keeping a module from running: something else is called in place of its ``forward``, and its hooks run as ever.
 
-A hook cannot do that, for the forward runs whatever a hook returns. So ``forward`` is set on the instance, and taken off
-again. Several replacements of one module stack, in whatever order they are removed: the latest that is there acts.
+A hook cannot do that, for the forward runs whatever a hook returns. So ``forward`` is set on the instance, and taken
+off again. Of several replacements of one module the latest acts; they may be removed in any order.
 """
 
 from __future__ import annotations

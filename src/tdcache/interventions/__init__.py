@@ -4,8 +4,8 @@ from tdcache.interventions.ablation import Ablation
 from tdcache.interventions.addition import ActivationAddition
 from tdcache.interventions.base import Intervention
 from tdcache.interventions.causal_tracing import CausalTracing
-from tdcache.interventions.patching import ActivationPatching
 from tdcache.interventions.options import EditOptions
+from tdcache.interventions.patching import ActivationPatching
 from tdcache.interventions.path_patching import PathPatching
 from tdcache.interventions.regions import Region
 from tdcache.interventions.resume import ResumeFrom, resume_from

@@ -102,7 +102,8 @@ class ActivationAddition(Intervention):
             (``"tokens"``), the mean over the batch at the last position (``"last"``), or over the batch alone
             (``"batch"``). Padding is left out of the first two: ``mask_key`` is an argument of the model or an
             entry of the positive and negative inputs, found by its name by default.
-        **options: where and when the vector is added: ``positions``, ``units`` and the others of :class:`tdcache.EditOptions`.
+        **options: where and when the vector is added: ``positions``, ``units`` and the others of
+            :class:`tdcache.EditOptions`.
 
     Raises:
         ContextError: a call without positive or negative inputs, before there are vectors.
@@ -174,6 +175,10 @@ class ActivationAddition(Intervention):
             return value.mean(self.region.row_axis(value))
         if -self.unit_dim > value.ndim:
             raise EditError(f"unit_dim={self.unit_dim} is no axis of a value of shape {tuple(value.shape)}")
+        others = [dim for dim in range(value.ndim) if dim != self.unit_dim % value.ndim]
+        mask = call.further.get(self.mask_key) if self.pool == "tokens" else None
+        if isinstance(mask, Tensor) and mask.ndim > 2 and mask.shape == tuple(value.shape[dim] for dim in others):
+            return self._mean(value, mask.to(value).unsqueeze(self.unit_dim), others)
         at, unit, row = self.position_dim % value.ndim, self.unit_dim % value.ndim, self.region.row_axis(value)
         tokens = None if at == unit else call.tokens_at(path, value.shape[row], value.shape[at], value.device)
         if self.pool == "last":
@@ -182,10 +187,12 @@ class ActivationAddition(Intervention):
                 value = chosen.take(value, path).movedim(1, at)
             last = value.select(at, -1).mean(0)
             return last.unsqueeze(at - 1) if at > unit else last
-        others = [dim for dim in range(value.ndim) if dim != unit]
-        shape = value.shape[unit], *(1,) * (value.ndim - 1 - unit)  # broadcasts to the value
         if tokens is None:
-            return value.mean(others).reshape(shape)
+            return self._mean(value, None, others)
         weight = tokens.real.to(value).reshape(*tokens.real.shape, *(1,) * (value.ndim - 2)).movedim(1, at)
-        weight = weight.expand(*(1 if dim == unit else size for dim, size in enumerate(value.shape)))
-        return ((value * weight).sum(others) / weight.sum()).reshape(shape)
+        return self._mean(value, weight.expand(*(1 if dim == unit else n for dim, n in enumerate(value.shape))), others)
+
+    def _mean(self, value: Tensor, weight: Tensor | None, others: list[int]) -> Tensor:
+        """The mean over ``others``, with an axis of size 1 for each that comes after the units."""
+        mean = value.mean(others) if weight is None else (value * weight).sum(others) / weight.sum()
+        return mean.reshape(-1, *(1,) * (-1 - self.unit_dim))

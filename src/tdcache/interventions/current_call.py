@@ -1,4 +1,4 @@
-"""What an edit has to know of the forward it takes part in: the step, the real tokens, and which call of a module it is.
+"""What an edit has to know of the forward it takes part in: the step, the real tokens, which call of a module it is.
 
 An edit sits on one module, and none of these can be seen there. They are told by the arguments of the model's own
 forward, which hooks on the model see.

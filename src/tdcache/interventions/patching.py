@@ -203,8 +203,9 @@ class ActivationPatching(Intervention):
         self.replay = replay
         self.stack_by = stack_by
         if sweep and (self.steps is not None or source_positions is not None):
-            name = "steps" if self.steps is not None else "source_positions"
-            raise EditError(f"{name}= is not for a sweep, which calls the model itself and patches like with like")
+            if self.steps is not None:
+                raise EditError("steps= is for generate(); a sweep calls the model itself")
+            raise EditError("a sweep patches the same positions in source and run; leave source_positions= out")
         self._over = check_over(sweep, metric, self.heads, chunk, region=self.region)
 
     @property

@@ -13,8 +13,8 @@ from tdcache.hooks import MultiHookHandle, attach, port_at
 from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of
 from tdcache.interventions.edit_tap import EditTap, ReadTap, RegionEdit
 from tdcache.interventions.memory import Memory
-from tdcache.interventions.patching import Paste, Recalled
 from tdcache.interventions.options import EditKeywords, Side
+from tdcache.interventions.patching import Paste, Recalled
 from tdcache.interventions.random_state import SharedRandomState
 from tdcache.interventions.regions import Region
 from tdcache.modules import HookedModule

@@ -23,7 +23,7 @@ from tdcache.introspect import compiled_modules
 from tdcache.selection import walk
 from tdcache.types import CacheKey
 
-__all__ = ["Recording", "SideChannels", "chain_members", "expanded", "passed_on"]
+__all__ = ["ModuleOutput", "Recording", "SideChannels", "chain_members", "expanded"]
 
 
 def chain_members(model: nn.Module) -> dict[str, nn.Module]:
@@ -50,28 +50,48 @@ class SideChannels(TorchDispatchMode):
         self.running: list[str] = []
         self.leaking: set[str] = set()
         """The modules of which something beside the output is read."""
-        self._writers: dict[int, str] = {}
-        self._held: list[StorageWeakRef] = []  # so that no address is used twice
+        self._quiet = False
+        self._writers: dict[StorageWeakRef, str] = {}  # a weak reference keeps the address from being used twice
+
+    def leave(self, path: str, output: ModuleOutput, args: Any) -> Any:
+        """A module is through; gives what is passed on: a copy, so that its user does not use what the module keeps."""
+        self._quiet = True
+        try:
+            return output.again(1, -1, args)
+        finally:
+            self._quiet = False
+            self.running.remove(path)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note who reads and who writes."""
-        for storage in _storages((args, kwargs or {})):
-            writer = self._writers.get(storage._cdata)
+        if self._quiet:
+            return func(*args, **(kwargs or {}))
+        taken = set(_storages((args, kwargs or {})))
+        for storage in taken:
+            writer = self._writers.get(storage)
             if writer is not None and writer not in self.running:
                 self.leaking.add(writer)
         result = func(*args, **(kwargs or {}))
         if self.running:
-            for storage in _storages(result):
-                if storage._cdata not in self._writers:
-                    self._held.append(StorageWeakRef(storage))
-                self._writers[storage._cdata] = self.running[-1]
+            for storage in {*_storages(result)} - taken | {*_storages(_written_into(func, args, kwargs or {}))}:
+                self._writers[storage] = self.running[-1]
         return result
 
 
-def _storages(value: Any) -> Iterator[Any]:
+def _written_into(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments that an operation changes in place."""
+    schema = func._schema  # noqa: SLF001  the only place where an operation says so
+    if not schema.is_mutable:
+        return []
+    named = {each.name: each.alias_info is not None and each.alias_info.is_write for each in schema.arguments}
+    by_place = [given for given, written in zip(args, named.values(), strict=False) if written]
+    return [*by_place, *(given for name, given in kwargs.items() if named.get(name))]
+
+
+def _storages(value: Any) -> Iterator[StorageWeakRef]:
     for _, tensor in leaves(value):
         try:
-            yield tensor.untyped_storage()
+            yield StorageWeakRef(tensor.untyped_storage())
         except (NotImplementedError, RuntimeError):  # sparse tensors and wrappers have none
             continue
 
@@ -89,7 +109,7 @@ class Recording:
         members = chain_members(model)
         modules = list(members.values())
         self.members = {path: module for path, module in members.items() if modules.count(module) == 1}
-        self.outputs: dict[str, _Output] = {}
+        self.outputs: dict[str, ModuleOutput] = {}
         self.before: dict[str, tuple[str, ...]] = {}
         """For each site: the members that were through when it first fired."""
         self._repeated: set[str] = set()
@@ -114,12 +134,10 @@ class Recording:
 
     def take(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
         """A member is through; gives what is passed on: a copy, for what comes next may write into it."""
-        if self._channels is not None:
-            self._channels.running.remove(path)
         if path in self.outputs:
             self._repeated.add(path)
-        self.outputs[path] = kept = _Output(module, args, output)
-        return kept.again(1, -1, args)
+        self.outputs[path] = kept = ModuleOutput(module, args, output)
+        return kept.again(1, -1, args) if self._channels is None else self._channels.leave(path, kept, args)
 
     def reached(self, path: str) -> None:
         """A site fires."""
@@ -155,7 +173,7 @@ class _MemberTap:
         return self.recording.take(self.path, module, args, output)
 
 
-class _Output:
+class ModuleOutput:
     """What a member returned; of a TensorDict module, which writes into what it is given, the entries it wrote."""
 
     def __init__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -175,15 +193,10 @@ class _Output:
         return _rebuilt(self.value, parts)
 
 
-def passed_on(module: nn.Module, args: Any, output: Any) -> Any:
-    """A copy of what a module returned, so that whoever uses it does not use what the module has kept."""
-    return _Output(module, args, output).again(1, -1, args)
-
-
 class _Replay:
     """Stands in for a member's forward."""
 
-    def __init__(self, output: _Output, blocks: int, rows: int) -> None:
+    def __init__(self, output: ModuleOutput, blocks: int, rows: int) -> None:
         self.output = output
         self.blocks = blocks
         self.rows = rows

@@ -112,9 +112,9 @@ class ResumeFrom(HookingContextFactory):
 
     The layer is a member of a ``ModuleList`` or ``Sequential``. What runs before the list (embeddings, masks)
     runs, its members up to the layer do not, and the next one gets the value. That a model passes each member's output
-    on to the next member and uses it nowhere else is watched while it runs: otherwise it is an error. So is a layer that
-    hands anything beside its output to later ones, which the first use in a model finds out by one whole forward. Layers
-    that were left out do not fill a key-value cache, so call the model itself, not ``generate()``.
+    on to the next member and uses it nowhere else is watched while it runs: otherwise it is an error. So is a layer
+    that hands anything beside its output to later ones, which the first use in a model finds out by one whole forward.
+    Layers that were left out do not fill a key-value cache, so call the model itself, not ``generate()``.
 
     Args:
         path: the layer whose output is given.
@@ -150,7 +150,7 @@ class ResumeFrom(HookingContextFactory):
         return self.source if isinstance(self.source, Tensor) else entry_of(self.source, path, "fwd", "source=")
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
-        path, layer = resolve_all(module.model, self.path)
+        path, _ = resolve_all(module.model, self.path)
         value = self._value_at(path)
         parent_path, _, name = path.rpartition(".")
         parent = resolve(module.model, parent_path)
@@ -166,7 +166,9 @@ class ResumeFrom(HookingContextFactory):
         handle = MultiHookHandle()
         with handle.installing():
             if all(isinstance(each, TensorDictModuleBase) for each in skipped.values()):
-                stubs = {each: _SkipEntries(each, skipped[each], value if each == path else None) for each in skipped}
+                stubs: dict[str, Callable[..., Any]] = {
+                    each: _SkipEntries(each, skipped[each], value if each == path else None) for each in skipped
+                }
             else:
                 stubs = self._stand_ins(handle, parent, path, value, skipped)
             replaced = [replace_forward(skipped[each], stub) for each, stub in stubs.items()]

@@ -16,7 +16,7 @@ from tdcache.hooks import MultiHookHandle, Order, attach
 from tdcache.hooks.replaced_forward import ReplacedForward
 from tdcache.hooks.values import is_entries
 from tdcache.interventions.random_state import SharedRandomState
-from tdcache.interventions.replay import SideChannels
+from tdcache.interventions.replay import ModuleOutput, SideChannels
 from tdcache.introspect import compiled_modules, post_hooks, pre_hooks
 
 __all__ = ["check_once"]
@@ -96,8 +96,7 @@ class _Passed:
         self.channels.running.append(self.path)
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        self.channels.running.remove(self.path)
-        return passed_on(module, args, output)
+        return self.channels.leave(self.path, ModuleOutput(module, args, output), args)
 
 
 def _of_ones_own(argument: Any) -> Any:

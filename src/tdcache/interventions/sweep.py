@@ -199,8 +199,8 @@ class Sweep:
             except _NotAlikeError as difference:
                 self._alone = True
                 warn_user(
-                    f"the sweep goes on one trial at a time and in full, for {difference}: rows of this model depend on "
-                    "each other, or layers share more than their outputs. chunk=1, replay=False says so beforehand",
+                    f"the sweep goes on one trial at a time and in full, for {difference}: rows of this model depend "
+                    "on each other, or layers share more than their outputs. chunk=1, replay=False says so beforehand",
                     TdcacheWarning,
                 )
         found: _Found = {}

@@ -72,7 +72,8 @@ def check_over(
         raise EditError(f"chunk is the number of interventions in one forward, 1 or more, got {chunk}")
     if chunk > 1 and region.position_dim == 0:
         raise EditError(
-            f"position_dim=0 says that axis 0 is no batch, and chunk={chunk} stacks interventions along it; give chunk=1"
+            f"position_dim=0 says that axis 0 is no batch, and chunk={chunk} stacks interventions along it; give "
+            "chunk=1"
         )
     return tuple(each for each in ("position", "head") if each in over)
 
@@ -163,5 +164,7 @@ def _each_head(heads: int | Heads) -> list[Heads]:
         return [(heads, head) for head in range(heads)]
     count, which = heads
     chosen = range(count)[which] if isinstance(which, slice) else which
-    listed = chosen.tolist() if isinstance(chosen, Tensor) else [chosen] if isinstance(chosen, int) else list(chosen)
+    if isinstance(chosen, int | Tensor):
+        chosen = torch.as_tensor(chosen).reshape(-1).tolist()
+    listed: Any = chosen
     return [(count, int(head)) for head in listed]
