@@ -9,7 +9,6 @@ from tdcache import (
     ActivationAddition,
     ActivationCaching,
     ActivationPatching,
-    EditError,
     HookedModule,
     Stack,
     SteeringVectors,

@@ -280,7 +280,9 @@ def test_a_model_that_mixes_its_rows_needs_one_at_a_time():
         expected = hooked(data)["inner"]
     with (
         ActivationPatching("inner", **options).prepare(model) as hooked,
-        pytest.warns(TdcacheWarning, match=r"one trial at a time and in full, for 2 of them in one forward fail \('out"),
+        pytest.warns(
+            TdcacheWarning, match=r"one trial at a time and in full, for 2 of them in one forward fail \('out"
+        ),
     ):
         found = hooked(data)["inner"]
     assert torch.equal(found, expected)

@@ -46,7 +46,7 @@ class SideChannels(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.running: list[str] = []
         self.leaking: set[str] = set()
         """The modules of which something beside the output is read."""

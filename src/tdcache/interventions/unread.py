@@ -51,13 +51,13 @@ class UnreadWatch:
     def _begin(self, module: nn.Module, args: Any) -> None:
         if self._mode is None and not torch.compiler.is_compiling():
             self._mode = _Arguments(self)
-            self._mode.__enter__()
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         mode, self._mode = self._mode, None
         if mode is None:
             return
-        mode.__exit__(None, None, None)
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._own.remove()
         self.seen(output)
         edited, self._edited = self._edited, {}
