@@ -158,6 +158,9 @@ class Intervention(HookingContextFactory):
         return port_at("", self.direction).direction
 
 
+Intervention.__signature__ = signature_with_options(Intervention)
+
+
 def entry_of(source: Any, path: str, direction: Side, what: str) -> Any:
     """The entry for a site of a TensorDict or mapping: under its path, or under the direction or as a run names it.
 

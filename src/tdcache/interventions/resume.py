@@ -186,7 +186,7 @@ class ResumeFrom(HookingContextFactory):
             raise EditError(f"the value for {path!r} is a tensor, got {type(value).__name__}")
         stubs: dict[str, Callable[..., Any]] = {each: _Skip(each, value) for each in skipped}
         if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
-            stubs[path] = _Give(_Skip(path, value))
+            stubs[path] = _GiveValue(_Skip(path, value))
             return stubs
         parent_path, _, name = path.rpartition(".")
         children = dict(parent.named_children())
@@ -204,7 +204,7 @@ class ResumeFrom(HookingContextFactory):
         return stubs
 
 
-class _Give:
+class _GiveValue:
     """In place of the last layer that is left out of a Sequential: gives the value itself."""
 
     def __init__(self, skip: _Skip) -> None:

@@ -90,7 +90,7 @@ class UnitAxis:
         if twins:
             warn_user(
                 f"a vector of {size} numbers is added along the last axis at {self.path!r}, and axis {twins[-1]} of "
-                f"{shape} has as many: give unit_dim={twins[-1]} if that is meant, or the vector as vector[None] if not",
+                f"{shape} has as many: give unit_dim={twins[-1]} if that is meant, else the vector as vector[None]",
                 TdcacheWarning,
             )
 
@@ -127,7 +127,8 @@ class SteeringVectors(Intervention):
     Args:
         selector: which modules.
         vectors: one tensor for all sites, or a TensorDict or mapping by path; each ``(features,)``, which runs
-            along ``unit_dim``, or anything that broadcasts to the value. Cast and moved to the value's dtype and device.
+            along ``unit_dim``, or anything that broadcasts to the value. Cast and moved to the value's dtype and
+            device.
         steer_fn: ``steer_fn(module_key=, output=)`` gets the path and a copy of the value there, and returns the new
             value; None for no change. May stand in the place of ``vectors``.
         coefficient: what the vectors are multiplied by.
