@@ -156,12 +156,12 @@ class ActivationAddition(Intervention):
             means, random = [], SharedRandomState(module.model)
             for key in (self.positive_key, self.negative_key):
                 inputs = with_inputs_of(data, key, in_keys, self)
-                call.further = dict(inputs.items())
+                call.further, call.wants_tokens = dict(inputs.items()), True
                 try:
                     with random.run():
                         means.append(fit.means_of(partial(forward, inputs)))
                 finally:
-                    call.further = {}
+                    call.further, call.wants_tokens = {}, self.positions is not None
             fit.vectors = {path: means[0][path] - means[1][path] for path in means[0]}
         if all(data.get(key, None) is not None for key in in_keys):
             forward(data)

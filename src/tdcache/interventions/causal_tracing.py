@@ -145,6 +145,7 @@ class CausalTracing(Intervention):
         handle = state.sweep.attach(module.model)
         port = OutputPort(site.path, self.pick)
         with handle.installing():
+            call.wants_tokens = True
             call.attach(handle)
             for tap in (EditTap(port, state.noise, region=Region()), ReadTap(port, _Embedded(state, self._subject))):
                 handle.add(attach(site.module, tap.on_call, order=tap.order))

@@ -36,11 +36,13 @@ class CurrentCall:
 
     Attributes:
         further: arguments beside those of the call among which the mask may be.
+        wants_tokens: whether :meth:`tokens_at` will be asked.
     """
 
     def __init__(self, model: nn.Module, options: EditOptions) -> None:
         self.options = options
         self.further: Mapping[Any, Any] = {}
+        self.wants_tokens = options.positions is not None
         self.clock = Clock(model)
         self._model = model
         self._running: list[tuple[str, dict[Any, Any]]] = []
@@ -62,24 +64,32 @@ class CurrentCall:
 
     def begin(self, path: str, names: tuple[str, ...], args: Any, kwargs: Mapping[str, Any]) -> None:
         """A forward of the model, or of a module that receives its cache, begins."""
-        outermost = self.clock.receivers.keys() - {each for each, _ in self._running}
         if not self._running:
             self._calls.clear()
-        if path in outermost and self.options.steps is not None:
+            self._forget()
+        receives = path in self.clock.receivers
+        if receives and self.options.steps is not None:
             self.clock.begin(path, args, kwargs)
+        outermost = receives and not any(each in self.clock.receivers for each, _ in self._running)
         self._running.append((path, named_arguments(names, args, kwargs)))
-        self._forget()
+        if outermost and self.wants_tokens:  # now, for soon the cache holds what is being fed
+            self._forget()
+            self._sequences = self._sequences_of(self._running[-1][1])
 
     def end(self, path: str) -> None:
         """It has ended, or was left by an exception."""
         while self._running and self._running.pop()[0] != path:
             pass
         self.clock.end(path)
-        self._forget()
+        if not self._running:
+            self._forget()
 
     def _forget(self) -> None:
         self._latest, self._sequences = self._sequences or self._latest, None
         self._regions.clear()
+
+    def _sequences_of(self, arguments: Mapping[Any, Any]) -> Sequences:
+        return Sequences({**self.further, **arguments}, mask_key=self.options.mask_key)
 
     def is_due(self, path: str) -> bool:
         """Whether something at the site acts in this step and in this call of the module; asked once a call."""
@@ -111,13 +121,11 @@ class CurrentCall:
 
     def tokens_at(self, path: str, batch: int, length: int, device: torch.device | None) -> Tokens | None:
         """The real tokens of a value; None where each of its columns is one, numbered from 0."""
-        if in_backward() and not self._running:  # a checkpoint runs the module again
-            self._sequences = self._latest
         if self._sequences is None:
-            # A wrapper may take anything, so the call that counts is that of the model which receives the cache.
-            given = next((each for where, each in self._running if where in self.clock.receivers), None)
-            given = given or (self._running[0][1] if self._running else {})
-            self._sequences = Sequences({**self.further, **given}, mask_key=self.options.mask_key)
+            if in_backward() and not self._running and self._latest is not None:  # a checkpoint runs the module again
+                self._sequences = self._latest
+            else:
+                self._sequences = self._sequences_of(self._running[0][1] if self._running else {})
         if all(each.mask is None and each.past == 0 for each in self._sequences.fed):
             return None
         tokens = self._sequences.at(path, batch=batch, length=length, device=device)
