@@ -94,14 +94,14 @@ def test_options_that_cannot_be_used_are_refused_at_once(options, error, message
 def test_how_many_heads_is_for_a_sweep_over_heads():
     with pytest.raises(EditError, match=r"heads=4 is for sweep='head'; to patch some heads, give heads=\(n_heads"):
         ActivationPatching("0", heads=4)
-    with pytest.raises(EditError, match="heads=4 is for sweep='head'"):
+    with pytest.raises(EditError, match=r"heads=4 is for sweep='head'"):
         ActivationPatching("0", heads=4, sweep=True, metric=len)
 
 
 def test_methods_that_call_the_model_themselves_take_no_steps():
-    with pytest.raises(EditError, match="path patching calls the model itself.*leave steps= and calls= out"):
+    with pytest.raises(EditError, match=r"path patching calls the model itself.*leave steps= and calls= out"):
         PathPatching("0", "1", freeze="2", calls=0)
-    with pytest.raises(EditError, match="steps= is not for causal tracing"):
+    with pytest.raises(EditError, match=r"steps= is not for causal tracing"):
         CausalTracing("0", "1", subject=0, metric=len, steps="prefill")
-    with pytest.raises(EditError, match="a sweep patches the same positions.*leave source_positions= out"):
+    with pytest.raises(EditError, match=r"a sweep patches the same positions.*leave source_positions= out"):
         ActivationPatching("0", sweep=True, metric=len, source_positions=1)

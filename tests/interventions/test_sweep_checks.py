@@ -108,7 +108,7 @@ def test_a_sequence_first_model_is_swept_one_at_a_time_and_says_so_once():
 
 
 def test_position_dim_0_is_not_stacked():
-    with pytest.raises(EditError, match="position_dim=0 says that axis 0 is no batch, and chunk=32 stacks.*chunk=1"):
+    with pytest.raises(EditError, match=r"position_dim=0 says that axis 0 is no batch, and chunk=32 stacks.*chunk=1"):
         ActivationPatching("0", sweep=True, metric=metric, position_dim=0)
     model, (x, y) = SequenceFirst().eval().double(), torch.randn(2, 5, 3, 8).double()
     found = swept(model, r"encoder\.layers\.\d", x, y, position_dim=0, chunk=1)
@@ -155,7 +155,7 @@ def test_resuming_after_a_layer_that_leaves_a_value_on_the_side_is_an_error():
     for _ in range(2):  # what was found out at the first use holds at the second
         with (
             pytest.raises(
-                EditError, match="resuming after 'layers.1' leaves 'layers.0' out, but later layers read more"
+                EditError, match=r"resuming after 'layers.1' leaves 'layers.0' out, but later layers read more"
             ),
             resume_from(model, "layers.1", torch.randn(3, 4)),
         ):

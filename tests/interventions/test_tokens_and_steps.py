@@ -134,6 +134,24 @@ def test_the_last_real_token_is_patched_from_the_columns_it_is_in(built):
         assert torch.equal(found, model(second, attention_mask=MASK)[0])
 
 
+def test_two_runs_with_masks_of_their_own_exchange_the_same_tokens(built):
+    model, path = built
+    (first, second), other = torch.randint(2, 20, (2, 3, 5)), MASK.flip(1)
+    data = TensorDict({"ids": first, "mask": MASK, "patched": {"ids": second, "mask": other}})
+    recipe = ActivationPatching(path, positions=[-1])
+    with recipe.prepare(model, {"ids": "input_ids", "mask": "attention_mask"}, ["out"]) as hooked, torch.no_grad():
+        found = hooked(data)["patched", "out"]
+    source = values(model, [path], lambda: model(first, attention_mask=MASK))[path]
+
+    def paste(value):
+        new = value.clone()
+        new[range(3), [2, 4, 4]] = source[range(3), [4, 3, 4]]
+        return new
+
+    with torch.no_grad(), edited(model, path, paste):
+        assert torch.equal(found, model(second, attention_mask=other)[0])
+
+
 def test_a_sweep_goes_over_real_tokens_where_positions_are_given(built):
     model, path = built
     first, second = torch.randint(2, 20, (2, 3, 5))
@@ -155,6 +173,18 @@ def test_a_sweep_goes_over_real_tokens_where_positions_are_given(built):
         with torch.no_grad(), edited(model, path, paste):
             expected = model(second, attention_mask=MASK)[0].square().sum()
         torch.testing.assert_close(found[at_result], expected, rtol=1e-6, atol=0)  # Llama's norm is in float32
+
+
+def test_a_sweep_between_runs_that_are_padded_unlike_is_refused():
+    model, path = gpt2()
+    data = TensorDict({"ids": torch.randint(2, 20, (3, 5)), "mask": MASK})
+    data["patched"] = TensorDict({"ids": torch.randint(2, 20, (3, 5)), "mask": MASK.flip(1)})
+    recipe = ActivationPatching(path, positions=[-1], sweep=True, metric=lambda data: data["out"].sum())
+    with (
+        recipe.prepare(model, {"ids": "input_ids", "mask": "attention_mask"}, ["out"]) as hooked,
+        pytest.raises(EditError, match=r"positions=\[-1\] are other columns in the source run than in the patched one"),
+    ):
+        hooked(data)
 
 
 @pytest.mark.parametrize("pool", ["tokens", "last"])

@@ -12,6 +12,7 @@ from torch import Tensor
 from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle
 from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of
+from tdcache.interventions.current_call import CurrentCall
 from tdcache.interventions.edit_tap import Edit, RegionEdit
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords, WhereKeywords
@@ -39,13 +40,18 @@ class Paste:
     value: Callable[[], Tensor | None]
     patch_fn: PatchFn | None = None
     source_positions: Along = None
+    is_part: bool = False
+    """Whether the value is the part that goes into the region, and not all that the source has at the site."""
 
     def edit_region(self, part: Tensor, full: Tensor, region: Region) -> Tensor | None:
         """The new part; None while there is nothing to paste."""
         given = self.value()
         if given is None:
             return None
-        given = self._part_of(_with_rows_of(full, given, region), full, region)
+        if self.is_part:
+            given = _with_rows_of(part, given, region.part_row_axis(full))
+        else:
+            given = self._part_of(_with_rows_of(full, given, region.row_axis(full)), full, region)
         # Copies: neither the source nor the model's own value may change with what is done to the new one.
         if self.patch_fn is None:
             return given.clone()
@@ -62,9 +68,8 @@ class Paste:
         return region.take(given, self.path) if given.shape == full.shape and not region.whole else given
 
 
-def _with_rows_of(full: Tensor, given: Tensor, region: Region) -> Tensor:
+def _with_rows_of(full: Tensor, given: Tensor, axis: int) -> Tensor:
     """A source of one row for every row of the value."""
-    axis = region.row_axis(full)
     if given.ndim != full.ndim or given.ndim < 2 or given.shape[axis] != 1:
         return given
     return given.expand(*given.shape[:axis], full.shape[axis], *given.shape[axis + 1 :])
@@ -80,7 +85,7 @@ class PasteWhole:
     def edit_region(self, part: Tensor, full: Tensor, region: Region) -> Tensor:
         """The new value."""
         given = self.tensor
-        return given.clone() if given.shape == full.shape else _with_rows_of(full, given, region).clone()
+        return given.clone() if given.shape == full.shape else _with_rows_of(full, given, region.row_axis(full)).clone()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,25 @@ class Recalled:
     def __call__(self) -> Tensor | None:
         """The value, or None outside of a patched run."""
         return self.memory.recall(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class _KeepPart:
+    """Keeps what is patched of the first run's values; positions are those of that run's own tokens."""
+
+    memory: Memory
+    call: CurrentCall | None
+    region: Region
+
+    def __call__(self, path: str, value: Tensor) -> None:
+        if self.memory.mode != "record":
+            return
+        single = value.ndim > 0 and value.shape[self.region.row_axis(value)] == 1
+        region = replace(self.region, rows=None) if single else self.region
+        found = region if self.call is None else self.call.region_at(path, value, region)
+        if found is None:
+            raise EditError(f"positions={region.positions!r} are none of the columns at {path!r} in the first run")
+        self.memory.record(path, found.take(value, path))
 
 
 class ActivationPatching(Intervention):
@@ -218,7 +242,7 @@ class ActivationPatching(Intervention):
         value: Any = Recalled(context.state, site.path) if self.source is None else self.value_at(site.path)
         if isinstance(value, Given) and self.region.whole and self.patch_fn is None and self.source_positions is None:
             return PasteWhole(site.path, value.tensor)
-        return Paste(site.path, value, self.patch_fn, self.source_positions)
+        return Paste(site.path, value, self.patch_fn, self.source_positions, is_part=self.source is None)
 
     def value_at(self, path: str) -> Given | Resolved:
         """Where the value for one site comes from."""
@@ -248,7 +272,10 @@ class ActivationPatching(Intervention):
         context.state = context.state or Memory("first")
         handle = self.hook_sites(module, selection)
         with handle.installing():
-            self.add_reads(handle, selection, context.state.record)
+            whole = (
+                self.region if self.source_positions is None else replace(self.region, positions=self.source_positions)
+            )
+            self.add_reads(handle, selection, _KeepPart(context.state, context.current_call, whole))
         return handle
 
     def _run_module(

@@ -93,10 +93,17 @@ class Sweep:
 
     def _read(self, path: str, value: Tensor) -> None:
         self.memory.record(path, value)
-        if self.recording is not None and not self.state.assigned:
+        if self.state.assigned:
+            return
+        if self.recording is not None:
             self.recording.reached(path)
-            if self._call is not None and path not in self._regions:
-                self._regions[path] = self._call.region_at(path, value, self.recipe.options.region)
+        if self._call is not None:
+            region = self._call.region_at(path, value, self.recipe.options.region)
+            if not _same_columns(region, self._regions.setdefault(path, region)):
+                raise EditError(
+                    f"positions={self.recipe.positions!r} are other columns in the source run than in the patched one "
+                    f"at {path!r}: a sweep patches columns, so pad both alike, or patch without sweep="
+                )
 
     def value_of(self, path: str, call: int) -> Tensor:
         """The source's value for one call of one site."""
@@ -267,6 +274,16 @@ class Sweep:
         return TensorDict(dict(joined), batch_size=[])
 
 
+def _same_columns(one: Region | None, other: Region | None) -> bool:
+    """Whether two regions of one recipe are the same part of a value."""
+    if one is None or other is None:
+        return one is other
+    first, second = one.positions, other.positions
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    return not isinstance(first, Tensor) and not isinstance(second, Tensor)
+
+
 class _NotAlikeError(Exception):
     """A trial gives something else alone than among others."""
 
@@ -294,7 +311,7 @@ class _Runs:
         return [{key: block_of(inputs.get(key), at, state, str(key)) for key in keys} for at in range(len(chunk))]
 
     def check(self, chunk: Sequence[Trial], outputs: list[dict[CacheKey, Tensor]]) -> None:
-        """Run one of the trials again, alone and in full: the first that changes much, for most layers come after it."""
+        """Run one of the trials again, alone and in full: the first that changes much, with most layers after it."""
         changes = [max((_distance(ran[key], self.plain.get(key))[0] for key in ran), default=0.0) for ran in outputs]
         at = next(at for at, change in enumerate(changes) if change >= max(changes) / 10)
         (alone,) = self.outputs([chunk[at]], ())
