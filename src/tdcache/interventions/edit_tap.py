@@ -41,7 +41,7 @@ class EditTap:
         order: where it stands among the hooks of its module.
     """
 
-    __slots__ = ("by_region", "call", "edit", "order", "path", "port", "region")
+    __slots__ = ("by_region", "call", "edit", "order", "path", "plain", "port", "region")
 
     def __init__(
         self,
@@ -58,6 +58,7 @@ class EditTap:
         self.by_region = hasattr(edit, "edit_region")
         self.region = region
         self.call = call
+        self.plain = call is None and region.whole and not self.by_region
         self.order = order
 
     def __repr__(self) -> str:
@@ -65,6 +66,10 @@ class EditTap:
 
     def on_call(self, module: nn.Module, args: Any, rest: Any) -> Any:
         """Change the value."""
+        if self.plain:
+            old = self.port.read(module, args, rest)
+            new = self.edit(old, old)
+            return None if new is None else self.port.write(module, args, rest, new)
         if self.call is not None and not self.call.is_due(self.path):
             return None
         old = self.port.read(module, args, rest)

@@ -81,11 +81,13 @@ class PasteWhole:
 
     path: str
     tensor: Tensor
+    region: Region
 
-    def edit_region(self, part: Tensor, full: Tensor, region: Region) -> Tensor:
+    def __call__(self, part: Tensor, full: Tensor) -> Tensor:
         """The new value."""
-        given = self.tensor
-        return given.clone() if given.shape == full.shape else _with_rows_of(full, given, region.row_axis(full)).clone()
+        if self.tensor.shape == full.shape:
+            return self.tensor.clone()
+        return _with_rows_of(full, self.tensor, self.region.row_axis(full)).clone()
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +243,7 @@ class ActivationPatching(Intervention):
         """Paste the source's value."""
         value: Any = Recalled(context.state, site.path) if self.source is None else self.value_at(site.path)
         if isinstance(value, Given) and self.region.whole and self.patch_fn is None and self.source_positions is None:
-            return PasteWhole(site.path, value.tensor)
+            return PasteWhole(site.path, value.tensor, self.region)
         return Paste(site.path, value, self.patch_fn, self.source_positions, is_part=self.source is None)
 
     def value_at(self, path: str) -> Given | Resolved:
