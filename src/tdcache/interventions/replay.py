@@ -7,7 +7,7 @@ are recorded: see :class:`SideChannels`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -19,7 +19,6 @@ from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle, Order, attach
 from tdcache.hooks.replaced_forward import replace_forward
 from tdcache.hooks.values import children, is_entries, leaves, with_parts
-from tdcache.introspect import compiled_modules
 from tdcache.selection import walk
 from tdcache.types import CacheKey
 
@@ -113,31 +112,29 @@ class Recording:
         self.before: dict[str, tuple[str, ...]] = {}
         """For each site: the members that were through when it first fired."""
         self._repeated: set[str] = set()
-        self._channels = None if compiled_modules(model) else SideChannels()
+        self._channels = SideChannels()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record what runs inside the block."""
-        with MultiHookHandle() as handle, ExitStack() as modes:
+        with MultiHookHandle() as handle:
             for path, module in self.members.items():
                 tap = _MemberTap(self, path)
                 handle.add(attach(module, tap.on_input, "fwd_pre_kwargs", order=Order.FIRST))
                 handle.add(attach(module, tap.on_output, "fwd", order=Order.FIRST))
-            if self._channels is not None:
-                modes.enter_context(self._channels)
-            yield
+            with self._channels:
+                yield
 
     def enter(self, path: str) -> None:
         """A member begins."""
-        if self._channels is not None:
-            self._channels.running.append(path)
+        self._channels.running.append(path)
 
     def take(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
         """A member is through; gives what is passed on: a copy, for what comes next may write into it."""
         if path in self.outputs:
             self._repeated.add(path)
         self.outputs[path] = kept = ModuleOutput(module, args, output)
-        return kept.again(1, -1, args) if self._channels is None else self._channels.leave(path, kept, args)
+        return self._channels.leave(path, kept, args)
 
     def reached(self, path: str) -> None:
         """A site fires."""
@@ -145,7 +142,7 @@ class Recording:
 
     def done_before(self, paths: tuple[str, ...]) -> tuple[str, ...]:
         """The members that need not run again when something changes first at one of ``paths``."""
-        if self._channels is None or not all(path in self.before for path in paths):
+        if not all(path in self.before for path in paths):
             return ()
         common = min((self.before[path] for path in paths), key=len)
         return tuple(path for path in common if path not in self._repeated | self._channels.leaking)

@@ -17,7 +17,7 @@ from tdcache.hooks.replaced_forward import ReplacedForward
 from tdcache.hooks.values import is_entries
 from tdcache.interventions.random_state import SharedRandomState
 from tdcache.interventions.replay import ModuleOutput, SideChannels
-from tdcache.introspect import compiled_modules, post_hooks, pre_hooks
+from tdcache.introspect import post_hooks, pre_hooks
 
 __all__ = ["check_once"]
 
@@ -33,8 +33,6 @@ def check_once(
     handle: MultiHookHandle,
 ) -> None:
     """Have the first call of a model watched for what the skipped layers hand on beside their outputs."""
-    if compiled_modules(model):
-        return
     check = _Check(model, path, skipped, replaced)
     handle.add(attach(model, check.on_call, "fwd_pre_kwargs", order=Order.FIRST))
 
