@@ -14,6 +14,7 @@ from tdcache import (
     CausalTracing,
     ContextError,
     EditError,
+    PathPatching,
     SelectionError,
     SteeringVectors,
 )
@@ -173,6 +174,24 @@ def test_a_sweep_goes_over_real_tokens_where_positions_are_given(built):
         with torch.no_grad(), edited(model, path, paste):
             expected = model(second, attention_mask=MASK)[0].square().sum()
         torch.testing.assert_close(found[at_result], expected, rtol=1e-6, atol=0)  # Llama's norm is in float32
+
+
+def test_a_path_sends_the_same_token_between_runs_that_are_padded_unlike():
+    model, path = gpt2()
+    (first, second), other = torch.randint(2, 20, (2, 3, 5)), MASK.flip(1)
+    data = TensorDict({"ids": first, "mask": MASK, "patched": {"ids": second, "mask": other}})
+    recipe = PathPatching(path, r"transformer\.h\.1", freeze=r"transformer\.wpe", positions=-1)
+    with recipe.prepare(model, {"ids": "input_ids", "mask": "attention_mask"}, ["out"]) as hooked, torch.no_grad():
+        found = hooked(data)["patched", "out"]
+    source = values(model, [path], lambda: model(first, attention_mask=MASK))[path]
+
+    def paste(value):
+        new = value.clone()
+        new[range(3), [2, 4, 4]] = source[range(3), [4, 3, 4]]
+        return new
+
+    with torch.no_grad(), edited(model, path, paste):  # there is no other way from one layer to the next
+        torch.testing.assert_close(found, model(second, attention_mask=other)[0])
 
 
 def test_a_sweep_between_runs_that_are_padded_unlike_is_refused():

@@ -1,4 +1,4 @@
-"""The hook behind every intervention: at one site it hands part of a value to an edit, and puts back what comes."""
+"""The hook of every intervention: at one site it hands part of a value to an edit, and puts back what comes."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from tdcache.modules import HookedModule
 from tdcache.selection import Site
 from tdcache.types import CacheKey, Selector
 
-__all__ = ["ActivationPatching", "Given", "Paste", "PasteWhole", "Recalled", "Resolved", "Source"]
+__all__ = ["ActivationPatching", "Given", "KeepPart", "Paste", "PasteWhole", "Recalled", "Resolved", "Source"]
 
 Source = TensorDictBase | Mapping[str, Any] | Tensor | Any
 """A cache by path; a mapping from path to tensor or proxy; or, for one site, a tensor or the proxy of a run."""
@@ -132,7 +132,7 @@ class Recalled:
 
 
 @dataclass(frozen=True, slots=True)
-class _KeepPart:
+class KeepPart:
     """Keeps what is patched of the first run's values; positions are those of that run's own tokens."""
 
     memory: Memory
@@ -140,6 +140,7 @@ class _KeepPart:
     region: Region
 
     def __call__(self, path: str, value: Tensor) -> None:
+        """Keep the part of one value, in the run that gives values."""
         if self.memory.mode != "record":
             return
         single = value.ndim > 0 and value.shape[self.region.row_axis(value)] == 1
@@ -277,7 +278,7 @@ class ActivationPatching(Intervention):
             whole = (
                 self.region if self.source_positions is None else replace(self.region, positions=self.source_positions)
             )
-            self.add_reads(handle, selection, _KeepPart(context.state, context.current_call, whole))
+            self.add_reads(handle, selection, KeepPart(context.state, context.current_call, whole))
         return handle
 
     def _run_module(

@@ -14,7 +14,7 @@ from tdcache.interventions.base import Intervention, InterventionContext, entry_
 from tdcache.interventions.edit_tap import EditTap, ReadTap, RegionEdit
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords, Side
-from tdcache.interventions.patching import Paste, Recalled
+from tdcache.interventions.patching import KeepPart, Paste, Recalled
 from tdcache.interventions.random_state import SharedRandomState
 from tdcache.interventions.regions import Region
 from tdcache.modules import HookedModule
@@ -83,7 +83,7 @@ class PathPatching(Intervention):
 
     def edit_at(self, site: Site, context: InterventionContext) -> RegionEdit:
         """Send the value, while the edge is measured."""
-        return Paste(site.path, Recalled(context.state.sent, site.path))
+        return Paste(site.path, Recalled(context.state.sent, site.path), is_part=self.source is None)
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context, senders = module.hooking_context, self.select(module)
@@ -100,7 +100,7 @@ class PathPatching(Intervention):
         handle = self.hook_sites(module, senders)
         with handle.installing():
             if self.source is None:
-                self.add_reads(handle, senders, state.sent.record)
+                self.add_reads(handle, senders, KeepPart(state.sent, context.current_call, self.region))
             self._hold(handle, held, state.frozen, "fwd")
             self._hold(handle, receivers, state.received, self.receiver_direction)
         return handle
