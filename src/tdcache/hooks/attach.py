@@ -26,6 +26,7 @@ from tdcache.types import HookDirection, Removable
 
 __all__ = [
     "MultiHookHandle",
+    "MutedHook",
     "Order",
     "PortHook",
     "Registration",
@@ -154,7 +155,7 @@ class PortHook(Protocol):
         """See the value; what is returned, if not None, takes its place."""
 
 
-class _Muted:
+class MutedHook:
     """Stands where a muted hook stands, so that it keeps its place."""
 
     __slots__ = ("hook", "order")
@@ -169,13 +170,13 @@ class _Muted:
 
 def _mute(hooks: Any, number: int) -> None:
     hook = hooks.get(number)
-    if hook is not None and not isinstance(hook, _Muted):
-        hooks[number] = _Muted(hook)
+    if hook is not None and not isinstance(hook, MutedHook):
+        hooks[number] = MutedHook(hook)
 
 
 def _unmute(hooks: Any, number: int) -> None:
     hook = hooks.get(number)
-    if isinstance(hook, _Muted):
+    if isinstance(hook, MutedHook):
         hooks[number] = hook.hook
 
 

@@ -14,10 +14,10 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.errors import ContextError
+from tdcache.hooks import MultiHookHandle
 from tdcache.hooks.compiled import eager_where_stale
 from tdcache.hooks.values import first_tensor
 from tdcache.points.capture import CaptureOptions, PointCapture
-from tdcache.points.hook_point import LensHandle, remove_all
 from tdcache.points.names import NamesFilter
 from tdcache.points.positions import PositionSlice
 from tdcache.points.surface import PointSurface, bracket_with
@@ -144,15 +144,12 @@ class CachingSurface(PointSurface):
     def _leave_hooks(self, capture: PointCapture) -> None:
         """Add a capture's hooks to its points, where they stay."""
         self.refuse_stale_graph()
-        added: list[LensHandle] = []
-        try:
+        with MultiHookHandle().installing() as handle:
             for gradient in (False, True)[: 1 + capture.options.incl_bwd]:
                 for name, hook in capture.hooks(gradient=gradient):
-                    added.append(capture.points[name].add_hook(hook, "bwd" if gradient else "fwd"))
-                    bracket_with(added[-1], hook, self.points_root)
-        except BaseException:
-            remove_all(added)
-            raise
+                    added = capture.points[name].add_hook(hook, "bwd" if gradient else "fwd")
+                    handle.add(added.hook)
+                    bracket_with(added, hook, self.points_root)
         self.is_caching = True
 
 
