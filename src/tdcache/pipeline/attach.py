@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from tdcache.cache.keep import shares_memory
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import HookSignatureError, InplaceModificationError
 from tdcache.hooks import MultiHookHandle, Order, OutputPort, Port, port_at
 from tdcache.hooks import attach as attach_hook
+from tdcache.hooks.gradients import handed_on
 from tdcache.hooks.values import leaves
 from tdcache.introspect import in_backward
 from tdcache.modules import HookedModule
 from tdcache.pipeline.collection import HookCollection
 from tdcache.pipeline.hooks import Hook, HookNode, Hooks
-from tdcache.pipeline.versions import share_memory, version_of
+from tdcache.pipeline.prepared import VARYING, HookStep, laid_out
+from tdcache.pipeline.versions import version_of
 from tdcache.selection import Site, as_matcher, distinct_sites
 from tdcache.types import Match, Pick, Selector
 
@@ -27,7 +31,10 @@ __all__ = ["AttachedPipeline", "attach"]
 Where: TypeAlias = "Selector | Mapping[str, Selector]"
 
 
-class _Counter:
+_NONE: dict[str, Any] = dict.fromkeys(VARYING)
+
+
+class _ForwardCounter:
     """Which forward it is."""
 
     def __init__(self) -> None:
@@ -44,12 +51,19 @@ class _AttachedHook:
     """The pipeline of one site, as a hook of the module there."""
 
     port: Port
-    pipeline: Hook
-    counter: _Counter
+    steps: tuple[HookStep, ...]
+    counter: _ForwardCounter
     order: int = Order.EDIT
     calls: int = 0
     """How often the module ran in the forward that ``forward`` numbers."""
     forward: int = -1
+    counts: bool = field(init=False)
+    """Whether any hook asks which call it is."""
+    is_output: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = any(step.varying for step in self.steps)
+        self.is_output = isinstance(self.port, OutputPort)
 
     def _next_call(self) -> int | None:
         """The number of this call; None where a checkpoint recomputes one of several."""
@@ -62,17 +76,37 @@ class _AttachedHook:
 
     def on_call(self, module: nn.Module, args: Any, rest: Any) -> Any:
         """Pass the value through the pipeline."""
-        x = self.port.read(module, args, rest)
+        new = x = self.port.read(module, args, rest)
         version = version_of(x)
-        new = self.pipeline(x, call=self._next_call(), forward=self.forward)
-        given = args if isinstance(self.port, OutputPort) else ()
-        if version_of(x) != version and any(share_memory(x, each) for _, each in leaves(given)):
+        values = {"call": self._next_call(), "forward": self.forward} if self.counts else _NONE
+        for step in self.steps:
+            hook, fixed, varying, gradient = step
+            scope = step.scope(values) if varying else fixed
+            if gradient is not None and new is x and self._is_made_here(args, x):
+                gradient.watch(x, (), scope)
+                continue
+            changed = hook(new, **scope)
+            if changed is not None:
+                new = changed
+        if version_of(x) != version and self.is_output:
+            self._check_input(args, x)
+        return None if new is x else self.port.write(module, args, rest, new)
+
+    def _is_made_here(self, args: Any, x: Any) -> bool:
+        """Whether the module computed the tensor and no hook sits on it, so that its gradient can be watched there."""
+        if not self.is_output or type(x) is not Tensor or torch.compiler.is_compiling():
+            return False
+        if x.grad_fn is None or x._base is not None or x._backward_hooks or not torch.is_grad_enabled():
+            return False
+        return not handed_on(x, args)
+
+    def _check_input(self, args: Any, x: Tensor) -> None:
+        if any(shares_memory(x, each) for _, each in leaves(args)):
             raise InplaceModificationError(
                 f"a hook at {self.port.path!r} wrote into the output in place, which is also the module's input and "
                 "may be used elsewhere; return a new tensor instead, e.g. from x.clone()",
                 paths=(self.port.path,),
             )
-        return None if new is x else self.port.write(module, args, rest, new)
 
 
 class AttachedPipeline(HookingContextFactory):
@@ -134,7 +168,7 @@ class AttachedPipeline(HookingContextFactory):
         return f"{type(self).__name__}({self._selector!r}, {self._pipeline!r})"
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
-        counter, handle = _Counter(), MultiHookHandle()
+        counter, handle = _ForwardCounter(), MultiHookHandle()
         select = module.hooking_context.select
         found = [(node, select(selector, match=self._match)) for node, selector in self._places]
         with handle.installing():
@@ -144,9 +178,9 @@ class AttachedPipeline(HookingContextFactory):
                     self._attach(site, node, counter, handle)
         return handle
 
-    def _attach(self, site: Site, node: Any, counter: _Counter, handle: MultiHookHandle) -> None:
+    def _attach(self, site: Site, node: Any, counter: _ForwardCounter, handle: MultiHookHandle) -> None:
         own = copy.deepcopy(node).bind(**{"path": site.path, **_bindings(site.groups)})
-        hook = _AttachedHook(port_at(site.path, self._direction, self._pick), own, counter)
+        hook = _AttachedHook(port_at(site.path, self._direction, self._pick), tuple(laid_out(own, {})), counter)
         handle.add(attach_hook(site.module, hook.on_call, hook.port.direction, order=hook.order))
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdcache.cache.keep import shares_memory
 from tdcache.errors import EditError, HookSignatureError
+from tdcache.inplace import NO_COUNTER
 from tdcache.pipeline.calling import spell
 from tdcache.pipeline.collection import FwdBwdHooks, HookCollection
-from tdcache.pipeline.versions import share_memory, untouched, version_of
+from tdcache.pipeline.versions import untouched, version_of
 
 __all__ = ["Autoencoder", "AutoencoderHooks", "Sites", "as_autoencoder"]
 
@@ -115,7 +117,7 @@ class Sites:
         plain = autoencoder.decoded(latents, x, source)
         # Whoever edits in place at a site must hit neither the graph of the unedited branch nor the model's own value.
         graph = torch.is_grad_enabled() and latents.requires_grad
-        if graph or any(share_memory(latents, each) for each in (x, source)):
+        if graph or shares_memory(latents, x) or (source is not None and shares_memory(latents, source)):
             latents = latents.clone()
         version = version_of(latents)
         hooked = self.latents(latents)
@@ -126,12 +128,12 @@ class Sites:
         return x - ((plain - reconstruction) + (missed - error))
 
     def _reconstruct(self, x: Tensor, latents: Tensor, autoencoder: Autoencoder, source: Tensor | None) -> Tensor:
-        if share_memory(latents, x):
+        if shares_memory(latents, x):
             latents = latents.clone()
         reconstruction = self.reconstruction(autoencoder.decoded(self.latents(latents), x, source))
         missed = x - reconstruction
         version = version_of(missed)
-        if version is not None and not untouched(missed, self.error(missed), version):
+        if version != NO_COUNTER and not untouched(missed, self.error(missed), version):
             raise EditError(
                 "the error was edited, or given a gradient hook, but it is no part of the output; use add_error=True"
             )

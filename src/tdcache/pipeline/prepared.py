@@ -1,0 +1,92 @@
+"""Pipelines laid out flat for one site: what is called, in order, and with which keyword arguments.
+
+A pipeline looks up what is bound, and what each hook takes, in every call, because both may change between two calls.
+An attached pipeline is a copy that nobody else has, so there all of it is looked up once, on entering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from tdcache.pipeline.calling import Call, spell
+from tdcache.pipeline.collection import FwdBwdHooks
+from tdcache.pipeline.gradients import GradientHook, grad_hook_wrapper
+from tdcache.pipeline.hooks import Hook, HookNode, Hooks, WrapperHooks
+
+__all__ = ["VARYING", "HookStep", "laid_out", "run_steps"]
+
+VARYING = ("call", "forward")
+"""The keyword arguments in scope that differ from call to call."""
+
+
+class HookStep(NamedTuple):
+    """One hook of a pipeline at one site."""
+
+    hook: Hook
+    fixed: dict[str, Any]
+    """The keyword arguments that are the same in every call."""
+    varying: tuple[str, ...]
+    """The names of those that are not."""
+    gradient: GradientHook | None = None
+    """The hook itself, where it only has to watch the gradient of its value."""
+
+    def scope(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """All keyword arguments for one call."""
+        return {**self.fixed, **{name: values[name] for name in self.varying}} if self.varying else self.fixed
+
+
+def run_steps(steps: Sequence[HookStep], x: Any, values: Mapping[str, Any]) -> Any:
+    """Pass ``x`` through the steps; ``values`` are the varying keyword arguments."""
+    for step in steps:
+        hook, fixed, varying, _ = step
+        new = hook(x, **(step.scope(values) if varying else fixed))
+        if new is not None:
+            x = new
+    return x
+
+
+def laid_out(pipeline: Hook, scope: Mapping[str, Any]) -> Iterator[HookStep]:
+    """The steps of a pipeline with these keyword arguments in scope; those bound nearest to a hook count.
+
+    Raises:
+        HookSignatureError: a hook needs a keyword argument that is not in scope.
+    """
+    if isinstance(pipeline, HookNode):
+        scope = {**scope, **pipeline.bound}
+    kind = type(pipeline)
+    if isinstance(pipeline, Hooks) and kind is Hooks:
+        for call in pipeline.calls:
+            nested = isinstance(call.hook, HookNode)
+            yield from laid_out(call.hook, scope) if nested else (_step(call, scope),)
+    elif isinstance(pipeline, FwdBwdHooks) and kind is FwdBwdHooks:
+        for sequence in (pipeline.fwd, pipeline.bwd, pipeline.fwd2):
+            yield from laid_out(sequence, scope)
+    elif isinstance(pipeline, WrapperHooks) and kind is WrapperHooks and pipeline.wrapper is grad_hook_wrapper:
+        steps = tuple(step for call in pipeline.calls for step in laid_out(call.hook, scope))
+        if steps:
+            hook = GradientHook(_Steps(steps))
+            yield _step(Call(hook), scope)._replace(gradient=hook)
+    else:
+        yield _step(Call(pipeline), scope)
+
+
+def _step(call: Call, scope: Mapping[str, Any]) -> HookStep:
+    taken = call.taken({**dict.fromkeys(VARYING), **scope})
+    varying = tuple(name for name in VARYING if name in taken and name not in scope)
+    return HookStep(call.hook, {name: value for name, value in taken.items() if name not in varying}, varying)
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """Steps as one hook; takes the varying keyword arguments."""
+
+    steps: tuple[HookStep, ...]
+    takes_any_keyword: ClassVar[bool] = True
+
+    def __call__(self, x: Any, /, **kwargs: Any) -> Any:
+        return run_steps(self.steps, x, kwargs)
+
+    def __repr__(self) -> str:
+        return " -> ".join(spell(step.hook) for step in self.steps)
