@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -16,12 +17,13 @@ from tdcache.errors import HookSignatureError, InplaceModificationError
 from tdcache.hooks import MultiHookHandle, Order, OutputPort, Port, port_at
 from tdcache.hooks import attach as attach_hook
 from tdcache.hooks.gradients import handed_on
-from tdcache.hooks.values import leaves
-from tdcache.introspect import in_backward
+from tdcache.hooks.values import check_fits, leaves
+from tdcache.inplace import NO_COUNTER
+from tdcache.introspect import add_tensor_hook, in_backward
 from tdcache.modules import HookedModule
 from tdcache.pipeline.collection import HookCollection
 from tdcache.pipeline.hooks import Hook, HookNode, Hooks
-from tdcache.pipeline.prepared import VARYING, HookStep, laid_out
+from tdcache.pipeline.prepared import VARYING, HookStep, laid_out, run_steps
 from tdcache.pipeline.versions import version_of
 from tdcache.selection import Site, as_matcher, distinct_sites
 from tdcache.types import Match, Pick, Selector
@@ -59,11 +61,17 @@ class _AttachedHook:
     forward: int = -1
     counts: bool = field(init=False)
     """Whether any hook asks which call it is."""
-    is_output: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.counts = any(step.varying for step in self.steps)
-        self.is_output = isinstance(self.port, OutputPort)
+
+    @property
+    def hook(self) -> Callable[..., Any]:
+        """What is registered."""
+        return self.on_plain if isinstance(self.port, OutputPort) and self.port.pick is None else self.on_call
+
+    def _values(self) -> dict[str, Any]:
+        return {"call": self._next_call(), "forward": self.forward} if self.counts else _NONE
 
     def _next_call(self) -> int | None:
         """The number of this call; None where a checkpoint recomputes one of several."""
@@ -74,31 +82,38 @@ class _AttachedHook:
         self.calls += 1
         return self.calls - 1
 
-    def on_call(self, module: nn.Module, args: Any, rest: Any) -> Any:
-        """Pass the value through the pipeline."""
-        new = x = self.port.read(module, args, rest)
-        version = version_of(x)
-        values = {"call": self._next_call(), "forward": self.forward} if self.counts else _NONE
-        for step in self.steps:
-            hook, fixed, varying, gradient = step
-            scope = step.scope(values) if varying else fixed
-            if gradient is not None and new is x and self._is_made_here(args, x):
-                gradient.watch(x, (), scope)
+    def on_plain(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """:meth:`on_call` for an output that is a tensor, at the cost of a hook written by hand."""
+        try:
+            version = output._version
+        except (AttributeError, RuntimeError):  # an inference tensor, or no tensor
+            version = NO_COUNTER
+        if version == NO_COUNTER or type(output) is not Tensor:
+            return self.on_call(module, args, output)
+        values = self._values() if self.counts else _NONE
+        new = output
+        for hook, varying, gradient in self.steps:
+            if gradient is not None and new is output and _is_made_here(args, output):
+                add_tensor_hook(output, partial(gradient.on_grad, values=values) if varying else gradient.on_grad)
                 continue
-            changed = hook(new, **scope)
+            changed = hook(new, **{name: values[name] for name in varying}) if varying else hook(new)
             if changed is not None:
                 new = changed
-        if version_of(x) != version and self.is_output:
+        if output._version != version:
+            self._check_input(args, output)
+        if new is output:
+            return None
+        check_fits(new, output, self.port.path)
+        return new
+
+    def on_call(self, module: nn.Module, args: Any, rest: Any) -> Any:
+        """Pass the value through the pipeline."""
+        x = self.port.read(module, args, rest)
+        version = version_of(x)
+        new = run_steps(self.steps, x, self._values())
+        if version_of(x) != version and isinstance(self.port, OutputPort):
             self._check_input(args, x)
         return None if new is x else self.port.write(module, args, rest, new)
-
-    def _is_made_here(self, args: Any, x: Any) -> bool:
-        """Whether the module computed the tensor and no hook sits on it, so that its gradient can be watched there."""
-        if not self.is_output or type(x) is not Tensor or torch.compiler.is_compiling():
-            return False
-        if x.grad_fn is None or x._base is not None or x._backward_hooks or not torch.is_grad_enabled():
-            return False
-        return not handed_on(x, args)
 
     def _check_input(self, args: Any, x: Tensor) -> None:
         if any(shares_memory(x, each) for _, each in leaves(args)):
@@ -107,6 +122,19 @@ class _AttachedHook:
                 "may be used elsewhere; return a new tensor instead, e.g. from x.clone()",
                 paths=(self.port.path,),
             )
+
+
+@torch.compiler.substitute_in_graph(_AttachedHook.on_plain, skip_signature_check=True)
+def _on_plain_in_graph(self: _AttachedHook, module: nn.Module, args: Any, output: Any) -> Any:
+    """:meth:`_AttachedHook.on_plain` in a compiled graph, where a version is not known when the graph is made."""
+    return self.on_call(module, args, output)
+
+
+def _is_made_here(args: Any, x: Tensor) -> bool:
+    """Whether a module computed ``x`` and no hook sits on it yet, so that the gradient can be watched on it itself."""
+    if x.grad_fn is None or x._base is not None or x._backward_hooks or not torch.is_grad_enabled():  # noqa: SLF001
+        return False
+    return args[0] is not x if len(args) == 1 and type(args[0]) is Tensor else not handed_on(x, args)
 
 
 class AttachedPipeline(HookingContextFactory):
@@ -181,7 +209,7 @@ class AttachedPipeline(HookingContextFactory):
     def _attach(self, site: Site, node: Any, counter: _ForwardCounter, handle: MultiHookHandle) -> None:
         own = copy.deepcopy(node).bind(**{"path": site.path, **_bindings(site.groups)})
         hook = _AttachedHook(port_at(site.path, self._direction, self._pick), tuple(laid_out(own, {})), counter)
-        handle.add(attach_hook(site.module, hook.on_call, hook.port.direction, order=hook.order))
+        handle.add(attach_hook(site.module, hook.hook, hook.port.direction, order=hook.order))
 
 
 def _places(selector: Where, pipeline: Any, match: Match) -> Iterator[tuple[HookNode, Selector]]:

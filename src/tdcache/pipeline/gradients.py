@@ -43,12 +43,8 @@ class GradientHook:
             raise self._no_gradient(x, kwargs.get("path"))
         # A copy, no view: a later in-place operation on a view would take the view, and its hook, out of the graph.
         tapped = x.clone()
-        self.watch(tapped, args, kwargs)
+        add_tensor_hook(tapped, partial(self._on_grad, args, kwargs))
         return tapped
-
-    def watch(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Have the hook called with the gradient of ``x`` itself, from all of its uses."""
-        add_tensor_hook(x, partial(self._on_grad, args, kwargs))
 
     def _on_grad(self, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor) -> Tensor | None:
         new = self.call(grad.clone(), args, kwargs)

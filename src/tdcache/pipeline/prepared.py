@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
+from torch import Tensor
+
+from tdcache.hooks.values import check_fits
 from tdcache.pipeline.calling import Call, spell
 from tdcache.pipeline.collection import FwdBwdHooks
 from tdcache.pipeline.gradients import GradientHook, grad_hook_wrapper
 from tdcache.pipeline.hooks import Hook, HookNode, Hooks, WrapperHooks
 
-__all__ = ["VARYING", "HookStep", "laid_out", "run_steps"]
+__all__ = ["VARYING", "GradientSteps", "HookStep", "laid_out", "run_steps"]
 
 VARYING = ("call", "forward")
 """The keyword arguments in scope that differ from call to call."""
@@ -25,23 +29,17 @@ class HookStep(NamedTuple):
     """One hook of a pipeline at one site."""
 
     hook: Hook
-    fixed: dict[str, Any]
-    """The keyword arguments that are the same in every call."""
+    """With the keyword arguments bound to it that are the same in every call."""
     varying: tuple[str, ...]
     """The names of those that are not."""
-    gradient: GradientHook | None = None
-    """The hook itself, where it only has to watch the gradient of its value."""
-
-    def scope(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """All keyword arguments for one call."""
-        return {**self.fixed, **{name: values[name] for name in self.varying}} if self.varying else self.fixed
+    gradient: GradientSteps | None = None
+    """Where all that the hook does is to watch the gradient of its value: what watches it."""
 
 
 def run_steps(steps: Sequence[HookStep], x: Any, values: Mapping[str, Any]) -> Any:
     """Pass ``x`` through the steps; ``values`` are the varying keyword arguments."""
-    for step in steps:
-        hook, fixed, varying, _ = step
-        new = hook(x, **(step.scope(values) if varying else fixed))
+    for hook, varying, _ in steps:
+        new = hook(x, **{name: values[name] for name in varying}) if varying else hook(x)
         if new is not None:
             x = new
     return x
@@ -66,8 +64,12 @@ def laid_out(pipeline: Hook, scope: Mapping[str, Any]) -> Iterator[HookStep]:
     elif isinstance(pipeline, WrapperHooks) and kind is WrapperHooks and pipeline.wrapper is grad_hook_wrapper:
         steps = tuple(step for call in pipeline.calls for step in laid_out(call.hook, scope))
         if steps:
-            hook = GradientHook(_Steps(steps))
-            yield _step(Call(hook), scope)._replace(gradient=hook)
+            text = " -> ".join(spell(call.hook) for call in pipeline.calls)
+            watcher = GradientSteps(steps, str(scope.get("path", "")), text)
+            hook = partial(GradientHook(watcher), **scope)
+            yield HookStep(
+                hook, tuple(name for name in VARYING if any(name in each.varying for each in steps)), watcher
+            )
     else:
         yield _step(Call(pipeline), scope)
 
@@ -75,18 +77,28 @@ def laid_out(pipeline: Hook, scope: Mapping[str, Any]) -> Iterator[HookStep]:
 def _step(call: Call, scope: Mapping[str, Any]) -> HookStep:
     taken = call.taken({**dict.fromkeys(VARYING), **scope})
     varying = tuple(name for name in VARYING if name in taken and name not in scope)
-    return HookStep(call.hook, {name: value for name, value in taken.items() if name not in varying}, varying)
+    fixed = {name: value for name, value in taken.items() if name not in varying}
+    return HookStep(partial(call.hook, **fixed) if fixed else call.hook, varying)
 
 
 @dataclass(frozen=True, slots=True)
-class _Steps:
-    """Steps as one hook; takes the varying keyword arguments."""
+class GradientSteps:
+    """Steps on a gradient, as one hook; it takes the varying keyword arguments."""
 
     steps: tuple[HookStep, ...]
+    path: str
+    text: str
     takes_any_keyword: ClassVar[bool] = True
 
     def __call__(self, x: Any, /, **kwargs: Any) -> Any:
+        """Pass a gradient through."""
         return run_steps(self.steps, x, kwargs)
 
+    def on_grad(self, grad: Tensor, values: Mapping[str, Any] | None = None) -> Any:
+        """Pass a copy of the gradient through the steps; what comes out goes on."""
+        new = run_steps(self.steps, grad.clone(), values or {})
+        check_fits(new, grad, self.path)
+        return new
+
     def __repr__(self) -> str:
-        return " -> ".join(spell(step.hook) for step in self.steps)
+        return self.text
