@@ -149,7 +149,9 @@ class HookPoint(nn.Module):
         _check_callable(hook)
         default = Order.EDIT if dir == "fwd" else Order.EDIT_GRADIENT
         order = Order.FIRST if prepend else getattr(hook, "order", default)
-        tap = PointHook(self, hook, dir, order, is_permanent=is_permanent, aliases=tuple(alias_names or ()))
+        tap = getattr(hook, "tap_class", PointHook)(
+            self, hook, dir, order, is_permanent=is_permanent, aliases=tuple(alias_names or ())
+        )
         listed = self.fwd_hooks if dir == "fwd" else self.bwd_hooks
         if dir == "fwd":
             inner = attach(self, tap.on_output, "fwd", order=order)
@@ -276,7 +278,7 @@ class PointHook:
         import copy
 
         point = copy.deepcopy(self.point, memo)
-        made = PointHook(
+        made = type(self)(
             point, self.hook, self.direction, self.order, is_permanent=self.permanent, aliases=self.aliases
         )
         memo[id(self)] = made
