@@ -22,6 +22,7 @@ __all__ = [
     "calls_on_stack",
     "compiled_modules",
     "global_hooks",
+    "has_tensor_hooks",
     "has_stale_graph",
     "in_backward",
     "is_optimized_module",
@@ -63,6 +64,9 @@ def add_tensor_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> 
             node._register_hook_dict(tensor)  # type: ignore[attr-defined]
     hooks[-next(_tensor_hooks)] = hook  # torch numbers its own upward from zero
 
+
+has_tensor_hooks = attrgetter("_backward_hooks")
+"""What says whether anyone has set a tensor hook on this very tensor."""
 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 

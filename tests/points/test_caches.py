@@ -566,7 +566,7 @@ def test_the_companion_of_a_tensordict_free_model_gives_the_same(model, tokens):
 
 
 class ShorthandCache:
-    """The access pattern of TransformerLens' ``ActivationCache``, written out: shorthands are asked for before names."""
+    """How TransformerLens' ``ActivationCache`` uses its dict: it asks for shorthands before it spells them out."""
 
     def __init__(self, activations):
         self.activations = activations

@@ -19,7 +19,7 @@ from tdcache.hooks import attach as attach_hook
 from tdcache.hooks.gradients import handed_on
 from tdcache.hooks.values import check_fits, leaves
 from tdcache.inplace import NO_COUNTER
-from tdcache.introspect import add_tensor_hook, in_backward
+from tdcache.introspect import add_tensor_hook, has_tensor_hooks, in_backward
 from tdcache.modules import HookedModule
 from tdcache.pipeline.collection import HookCollection
 from tdcache.pipeline.hooks import Hook, HookNode, Hooks
@@ -132,7 +132,7 @@ def _on_plain_in_graph(self: _AttachedHook, module: nn.Module, args: Any, output
 
 def _is_made_here(args: Any, x: Tensor) -> bool:
     """Whether a module computed ``x`` and no hook sits on it yet, so that the gradient can be watched on it itself."""
-    if x.grad_fn is None or x._base is not None or x._backward_hooks or not torch.is_grad_enabled():  # noqa: SLF001
+    if x.grad_fn is None or x._base is not None or has_tensor_hooks(x) or not torch.is_grad_enabled():  # noqa: SLF001
         return False
     return args[0] is not x if len(args) == 1 and type(args[0]) is Tensor else not handed_on(x, args)
 

@@ -19,7 +19,7 @@ from tdcache.pipeline.collection import FwdBwdHooks
 from tdcache.pipeline.gradients import GradientHook, grad_hook_wrapper
 from tdcache.pipeline.hooks import Hook, HookNode, Hooks, WrapperHooks
 
-__all__ = ["VARYING", "GradientSteps", "HookStep", "laid_out", "run_steps"]
+__all__ = ["GradientSteps", "HookStep", "VARYING", "laid_out", "run_steps"]
 
 VARYING = ("call", "forward")
 """The keyword arguments in scope that differ from call to call."""

@@ -14,7 +14,7 @@ from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach_
 from tdcache.hooks.values import first_tensor
 from tdcache.modules import HookedModule
 from tdcache.pipeline.autoencoder import Autoencoder, Sites, as_autoencoder
-from tdcache.pipeline.planting import plant
+from tdcache.pipeline.shown_modules import plant
 from tdcache.pipeline.versions import version_of
 from tdcache.selection import Site, as_matcher, distinct_sites
 from tdcache.types import Match, Pick, Selector

@@ -22,7 +22,15 @@ from tdcache.points.positions import PositionSlice
 from tdcache.reducers import Reducer
 from tdcache.types import CacheKey, Hold, HookDirection, Removable
 
-__all__ = ["CaptureOptions", "PointCapture", "PointGradientTap", "PointTap", "SavingHook", "converted"]
+__all__ = [
+    "CaptureOptions",
+    "PointCapture",
+    "PointGradientTap",
+    "PointTap",
+    "SavingHook",
+    "SavingPointHook",
+    "converted",
+]
 
 GRADIENT = "_grad"
 """What TransformerLens appends to a name for the gradient there."""
