@@ -132,7 +132,7 @@ def _on_plain_in_graph(self: _AttachedHook, module: nn.Module, args: Any, output
 
 def _is_made_here(args: Any, x: Tensor) -> bool:
     """Whether a module computed ``x`` and no hook sits on it yet, so that the gradient can be watched on it itself."""
-    if x.grad_fn is None or x._base is not None or has_tensor_hooks(x) or not torch.is_grad_enabled():  # noqa: SLF001
+    if x.grad_fn is None or x._base is not None or has_tensor_hooks(x) or not torch.is_grad_enabled():
         return False
     return args[0] is not x if len(args) == 1 and type(args[0]) is Tensor else not handed_on(x, args)
 

@@ -83,6 +83,16 @@ def as_autoencoder(given: Any) -> Autoencoder:
     return Autoencoder(encode, decode, pair is None and getattr(given, "needs_source", False) is True)
 
 
+def _summed(x: Tensor, plain: Tensor, reconstruction: Tensor, error: Tensor) -> Tensor:
+    """The sum of reconstruction and error, without what rounding would take from ``x``."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return x - ((plain - reconstruction) + ((x - plain) - error))
+    total = reconstruction + error  # its graph is all that is wanted: of both, the gradient is that of the sum
+    with torch.no_grad():
+        total.copy_(x - ((plain - reconstruction) + ((x - plain) - error)))
+    return total
+
+
 @dataclass(frozen=True, slots=True)
 class Sites:
     """The functions that latents, reconstruction and error pass through; they may read, edit, or watch gradients."""
@@ -98,8 +108,9 @@ class Sites:
 
             r'(z') + e' = x - ((r - r') + (e - e')),
 
-        computed as on the right: unedited, both brackets are exactly zero, and so is what comes back through them to
-        ``x``; the output and the gradient are identities to the last bit. The gradient of z' is the decoder transpose
+        computed as on the right, where unedited both brackets are exactly zero, and differentiated as on the left,
+        where what comes back through r' and e' to ``x`` is exactly the gradient of the output: identities to the last
+        bit. The gradient of z' is the decoder transpose
         applied to the gradient of the output, that of e' (and of r') the gradient of the output.
 
         Args:
@@ -123,9 +134,8 @@ class Sites:
         hooked = self.latents(latents)
         same = not graph and untouched(latents, hooked, version)
         reconstruction = self.reconstruction(plain.clone() if same else autoencoder.decoded(hooked, x, source))
-        missed = x - plain
-        error = self.error(missed.clone())
-        return x - ((plain - reconstruction) + (missed - error))
+        error = self.error(x - plain)
+        return _summed(x, plain, reconstruction, error)
 
     def _reconstruct(self, x: Tensor, latents: Tensor, autoencoder: Autoencoder, source: Tensor | None) -> Tensor:
         if shares_memory(latents, x):
