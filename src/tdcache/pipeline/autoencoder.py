@@ -62,7 +62,7 @@ class Autoencoder:
                 f"decode() must return what it replaces, a tensor of shape {tuple(like.shape)}, got {got} from latents "
                 f"of shape {tuple(latents.shape)}"
             )
-        return found.to(like.dtype)
+        return found if found.dtype is like.dtype else found.to(like.dtype)
 
 
 def as_autoencoder(given: Any) -> Autoencoder:

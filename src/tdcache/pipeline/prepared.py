@@ -45,7 +45,7 @@ def run_steps(steps: Sequence[HookStep], x: Any, values: Mapping[str, Any]) -> A
     return x
 
 
-def laid_out(pipeline: Hook, scope: Mapping[str, Any]) -> Iterator[HookStep]:
+def laid_out(pipeline: Any, scope: Mapping[str, Any]) -> Iterator[HookStep]:
     """The steps of a pipeline with these keyword arguments in scope; those bound nearest to a hook count.
 
     Raises:

@@ -29,6 +29,7 @@ class SpliceSite(nn.Module):
     """
 
     autoencoder: Autoencoder
+    sites: Sites
     latents: nn.Module
     reconstruction: nn.Module
     error: nn.Module
@@ -38,8 +39,10 @@ class SpliceSite(nn.Module):
         self.path = path
         self.add_error = add_error
         self.__dict__["autoencoder"] = autoencoder  # past nn.Module, which would register a module
-        for name in ("latents", "reconstruction", "error"):
-            self.add_module(name, nn.Identity())
+        shown = {name: nn.Identity() for name in ("latents", "reconstruction", "error")}
+        for name, module in shown.items():
+            self.add_module(name, module)
+        self.__dict__["sites"] = Sites(**shown)
 
     def forward(self, *values: Any) -> Tensor:
         """Replace the first value, by encoding the second; called by the splice's own hook, with these two.
@@ -53,8 +56,7 @@ class SpliceSite(nn.Module):
                 "list that was iterated over while the splice is open; splice the module around it"
             )
         x, source = values
-        sites = Sites(self.latents, self.reconstruction, self.error)
-        return sites.run(x, self.autoencoder, add_error=self.add_error, source=source)
+        return self.sites.run(x, self.autoencoder, add_error=self.add_error, source=source)
 
     def extra_repr(self) -> str:
         """Path and error term, for the repr."""

@@ -265,7 +265,7 @@ class PointHook:
         aliases: tuple[str, ...],
     ) -> None:
         self.point = point
-        self.hook = hook
+        self.hook: Any = hook
         self.direction = direction
         self.order = order
         self.permanent = is_permanent
