@@ -26,7 +26,7 @@ from tdcache.inplace import InplaceWatch, overwritten
 from tdcache.reducers import First, Last, Reducer, RowReducer
 from tdcache.types import CacheKey, HookDirection
 
-__all__ = ["Channel"]
+__all__ = ["Channel", "CopyInGraph"]
 
 _Arrival = tuple[int, Any, Tensor | None]
 _version = attrgetter("_version")
@@ -56,6 +56,8 @@ class Channel:
     """The versions of ``values`` when they were taken, where they were not 0."""
     copies: dict[CacheKey, Any] = field(default_factory=dict)
     """The latest forward's values that share no memory with the model."""
+    has_copies: bool = False
+    """Whether ``values`` may hold copies of a compiled graph."""
     arrived: dict[CacheKey, int] = field(default_factory=dict)
     """Of a gradient channel: the serial number of the call that the kept gradient belongs to, where it is not 0."""
     number: int = 0
@@ -130,6 +132,8 @@ class Channel:
             else:
                 self.fired.update(_path_of(key) for key in (*self.values, *self.copies) if self.has(key))
         self.accepting = -1
+        if self.has_copies:
+            self._unwrap_copies()
         self.check()
         if not self.latest_only:
             self._own_pending()
@@ -143,6 +147,13 @@ class Channel:
             self._deliver_slowly()
         else:
             self.target.write(values, complete=True)
+
+    def _unwrap_copies(self) -> None:
+        self.has_copies = False
+        for key, value in list(self.values.items()):
+            if isinstance(value, CopyInGraph):
+                del self.values[key]
+                self.copies[key] = value.tensor
 
     def _detach(self, values: dict[CacheKey, Any]) -> None:
         needing = list(map(_requires_grad, values.values()))
@@ -163,6 +174,7 @@ class Channel:
         entries = {key: value for key, value in {**self.values, **self.copies}.items() if value is not _ABSENT}
         self.target.write(self._stacked(entries), complete=False)
         if not self.is_gradient:
+            self.copies.clear()  # a graph is made for an empty one
             self.idle()
 
     def _stacked(self, entries: dict[CacheKey, Any]) -> Mapping[CacheKey, Any]:
@@ -340,6 +352,16 @@ def _update(reducer: Reducer, value: Any, mask: Tensor | None) -> None:
 
 def _serial(arrival: _Arrival) -> int:
     return arrival[0]
+
+
+class CopyInGraph:
+    """A copy that a compiled graph made of a value; answers to what is asked of the tensors beside it."""
+
+    _version = 0
+    requires_grad = False
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 class _Absent:

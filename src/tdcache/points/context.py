@@ -11,7 +11,7 @@ from torch import nn
 
 from tdcache.errors import ContextError
 from tdcache.hooks import MultiHookHandle
-from tdcache.hooks.compiled import eager_where_stale
+from tdcache.hooks.compiled import running_eagerly
 from tdcache.points.hook_point import LensHandle, hook_name
 
 __all__ = ["HookedByName", "PointHooks"]
@@ -82,7 +82,7 @@ class PointHooks:
                 for name, hook in pairs:
                     for added in root.install(name, hook, direction, level=root.context_level):
                         handle.add(added.hook)
-            eager_where_stale(root.called_model, undo)
+            undo.enter_context(running_eagerly(root.called_model))
             if self.reset_hooks_end:
                 undo.callback(handle.remove)
             self._undo = undo.pop_all()
