@@ -29,6 +29,7 @@ __all__ = [
     "function_mode_count",
     "global_hooks",
     "has_stale_graph",
+    "has_tensor_hooks",
     "in_backward",
     "in_transform",
     "is_compiled",
@@ -101,6 +102,9 @@ def add_tensor_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> 
             node._register_hook_dict(tensor)  # type: ignore[attr-defined]
     hooks[-next(_tensor_hooks)] = hook  # torch numbers its own upward from zero
 
+
+has_tensor_hooks = attrgetter("_backward_hooks")
+"""What says whether anyone has set a tensor hook on this very tensor."""
 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 

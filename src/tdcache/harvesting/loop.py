@@ -19,13 +19,13 @@ from tdcache.harvesting.capture import Capture
 from tdcache.harvesting.identity import identity_of
 from tdcache.harvesting.plan import Budget, Preflight, Probe, probe, row_bytes
 from tdcache.harvesting.progress import Progress
-from tdcache.harvesting.pump import WriterThread
 from tdcache.harvesting.recheck import check_like, run_again
 from tdcache.harvesting.request import Request
 from tdcache.harvesting.row_rule import BatchRows, RowKind, RowRule, as_drops, as_kind, as_positions, batch_length
+from tdcache.harvesting.sizes import as_bytes, as_count, dtype_name
 from tdcache.harvesting.source import Source, Step, Visit
-from tdcache.harvesting.spelled import as_bytes, as_count, dtype_name
 from tdcache.harvesting.workers import Share
+from tdcache.harvesting.writer_thread import WriterThread
 from tdcache.modules import HookedModule
 from tdcache.selection import select as select_sites
 from tdcache.store.dataset import ActivationDataset

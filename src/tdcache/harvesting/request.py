@@ -11,9 +11,9 @@ from tdcache.harvesting.capture import Capture
 from tdcache.harvesting.identity import spelled_positions
 from tdcache.harvesting.plan import Budget, Preflight, Probe, batches_per_unit, model_fingerprint, probe
 from tdcache.harvesting.row_rule import RowKind
+from tdcache.harvesting.sharding import refuse_shards
+from tdcache.harvesting.sizes import dtype_name
 from tdcache.harvesting.source import Source
-from tdcache.harvesting.spelled import dtype_name
-from tdcache.harvesting.whole import refuse_shards
 from tdcache.harvesting.workers import Share
 from tdcache.store.spec import read_spec
 

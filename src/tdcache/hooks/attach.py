@@ -30,6 +30,7 @@ from tdcache.types import HookDirection, Removable
 
 __all__ = [
     "MultiHookHandle",
+    "MutedHook",
     "Order",
     "PortHook",
     "Registration",
@@ -188,7 +189,7 @@ class PortHook(Protocol):
         """See the value; what is returned, if not None, takes its place."""
 
 
-class _Muted(Transient):
+class MutedHook(Transient):
     """Stands where a muted hook stands, so that it keeps its place."""
 
     __slots__ = ("hook", "order")
@@ -203,19 +204,19 @@ class _Muted(Transient):
 
 def _mute(hooks: Any, number: int) -> None:
     hook = hooks.get(number)
-    if hook is not None and not isinstance(hook, _Muted):
-        hooks[number] = _Muted(hook)
+    if hook is not None and not isinstance(hook, MutedHook):
+        hooks[number] = MutedHook(hook)
 
 
 def _unmute(hooks: Any, number: int) -> None:
     hook = hooks.get(number)
-    if isinstance(hook, _Muted):
+    if isinstance(hook, MutedHook):
         hooks[number] = hook.hook
 
 
 def _fence_off(hooks: Any, number: int, fence: Fence) -> None:
     hook = hooks.get(number)
-    if isinstance(hook, _Muted):
+    if isinstance(hook, MutedHook):
         hook.hook = _behind(fence, hook.hook)
     elif hook is not None:
         hooks[number] = _behind(fence, hook)
