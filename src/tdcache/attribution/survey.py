@@ -1,0 +1,77 @@
+"""What a pass must know of a model before it runs: whether rows can be stacked, and what a forward would change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tdcache.introspect import is_optimized_module, post_hooks, pre_hooks
+from tdcache.selection import walk
+
+__all__ = ["Survey"]
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one walk over the modules of a model finds.
+
+    Args:
+        watched: hooks are on it that are not row-wise modifiers of ours.
+        statistics: modules that update statistics of their batch, and so mix rows.
+        inplace: some module says that it works in place.
+        compiled: it, or a part of it, is compiled.
+    """
+
+    watched: bool = False
+    statistics: tuple[nn.Module, ...] = ()
+    inplace: bool = False
+    compiled: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Survey:
+        """Look at every module once."""
+        found = [model, *(module for _, module in walk(model))]
+        return cls(
+            watched=any(
+                _is_foreign(hook) for m in found for hooks in (post_hooks(m), pre_hooks(m)) for hook in hooks.values()
+            ),
+            statistics=tuple(
+                dict.fromkeys(m for m in found if m.training and getattr(m, "running_mean", None) is not None)
+            ),
+            inplace=any(module.__dict__.get("inplace") is True for module in found),
+            compiled=is_optimized_module(model)
+            or any(getattr(module, "_compiled_call_impl", None) is not None for module in found),
+        )
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Run a compiled model without its graph, which would not call hooks that come and go."""
+        if self.compiled:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        else:
+            yield
+
+    @contextmanager
+    def unchanged(self, *, kept: bool = False) -> Iterator[None]:
+        """Give back the running statistics of batch norms in training mode; ``kept`` leaves the new ones."""
+        if kept or not self.statistics:
+            yield
+            return
+        before = [(m, name, buffer) for m in self.statistics for name, buffer in m.named_buffers(recurse=False)]
+        for module, name, buffer in before:  # copies are updated: a graph may still hold the originals
+            setattr(module, name, buffer.clone())
+        try:
+            yield
+        finally:
+            for module, name, buffer in before:
+                setattr(module, name, buffer)
+
+
+def _is_foreign(hook: Any) -> bool:
+    return not getattr(getattr(hook, "__self__", hook), "rowwise", False)
