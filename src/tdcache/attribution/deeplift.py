@@ -220,8 +220,8 @@ class DeepLift(Attribution):
     """Differences from a reference, passed back by the rescale rule (Shrikumar et al. 2017, arXiv:1704.02685).
 
     The reference runs first, and then the input with its rules. The scores sum to ``f(input) - f(reference)`` where the
-    model is made of linear modules and those of :data:`RESCALED`, called as modules; ``("gap", ...)`` holds, per row, by how much
-    they miss it.
+    model is made of linear modules and those of :data:`RESCALED`, called as modules; ``("gap", ...)`` holds, per row,
+    by how much they miss it.
 
     Args:
         baseline: the reference; see :class:`IntegratedGradients`.
@@ -250,7 +250,7 @@ class DeepLift(Attribution):
         references = _References(self.rule)
         point = frame.point(("reference", id(self)), inputs=start, modifiers=(references,))
         low = {name: Seen((), with_grads=False) for name in frame.targets}
-        yield [frame.ask(point, low[name], target) for name, target in frame.targets.items()]
+        yield [frame.ask(point, low[name], target, base_follows=True) for name, target in frame.targets.items()]
         references.watch.check("DeepLift compares with it; write the operation out of place")
         point = frame.point(("rescaled", id(self)), modifiers=(_Rescaled(references),))
         seen = {name: Seen(places, with_values=False) for name in frame.targets}

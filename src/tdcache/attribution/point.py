@@ -53,6 +53,7 @@ class Ask:
         values: places whose values are wanted.
         grads: places whose gradients of the target are wanted.
         unused: a place that gets no gradient counts as zero instead of being an error.
+        base_follows: the method will ask for the user's rows when it has seen this point.
     """
 
     point: Point
@@ -61,6 +62,7 @@ class Ask:
     values: Sequence[Place] = ()
     grads: Sequence[Place] = ()
     unused: bool = False
+    base_follows: bool = False
 
 
 class View:

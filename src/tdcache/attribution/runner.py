@@ -22,7 +22,7 @@ from tdcache.attribution.survey import Survey
 from tdcache.attribution.taps import Replacement, SiteTap, check_unchanged
 from tdcache.attribution.targets import Target, Unit
 from tdcache.errors import ContextError
-from tdcache.hooks import MultiHookHandle, Order, attach_ports
+from tdcache.hooks import MultiHookHandle, Order, attach, attach_ports
 from tdcache.paths import resolve
 from tdcache.types import CacheKey
 
@@ -89,7 +89,8 @@ class Runner:
             by_label.setdefault(ask.point.label, []).append(ask)
         groups = list(by_label.values())
         self._base = base
-        if self._stacks and self.final is None and not any(self._gives_outputs(group[0].point) for group in groups):
+        given = any(self._gives_outputs(group[0].point) or group[0].base_follows for group in groups)
+        if self._stacks and self.final is None and not given:
             groups.append([_only_run(base)])  # so that the outputs need no forward of their own
         if self.watched:
             groups.sort(key=lambda group: group[0].point.label == base.label)
@@ -219,7 +220,10 @@ class Runner:
             swaps = {place: Replacement(place, self._call(place), parts) for place, parts in replaced.items()}
             self._attach(swaps, handle, Order.EDIT)
             taps = self._taps(asks, rows[0])
-            self._attach(taps, handle, SiteTap.order)
+            self._attach({place: tap for place, tap in taps.items() if not tap.sees_arguments}, handle, SiteTap.order)
+            for place, tap in taps.items():
+                if tap.sees_arguments:
+                    handle.add(attach(self._module(place), tap.on_output, "fwd_kwargs", order=SiteTap.order))
         return taps, handle
 
     def _call(self, place: Place) -> int | None:

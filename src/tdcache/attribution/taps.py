@@ -18,7 +18,8 @@ from tdcache.attribution.place import Place
 from tdcache.attribution.rows import PointRows, UnstackableError
 from tdcache.errors import AttributionError
 from tdcache.hooks import Order
-from tdcache.hooks.gradients import handed_on, watch_made
+from tdcache.hooks.gradients import watch_made
+from tdcache.hooks.values import leaves
 from tdcache.inplace import overwritten, version_of
 
 __all__ = ["Replacement", "SiteTap", "check_unchanged"]
@@ -61,16 +62,25 @@ class SiteTap:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.place.name!r})"
 
-    def on_call(self, module: nn.Module, args: Any, rest: Any) -> Any:
+    @property
+    def sees_arguments(self) -> bool:
+        """Whether :meth:`on_output` is the hook: an output may be an argument that is handed on."""
+        return self.wants_grad and self.place.kind == "out"
+
+    def on_call(self, module: nn.Module, args: Any, rest: Any, given: Any = ()) -> Any:
         """Note the value; hands on another tensor of the same value where the gradient could not be told otherwise."""
         tensor = self.port.read(module, args, rest)
         if self.rows is not None and self.rows.axis_at(self.place, tensor) is None and self.wants_grad:
             raise UnstackableError(f"all rows share the value at {self.port.path!r}", paths=(self.port.path,))
-        passed = self._with_graph(tensor, args) if self.wants_grad else tensor
+        passed = self._with_graph(tensor, given) if self.wants_grad else tensor
         self._note(passed)
         return None if passed is tensor else self.port.write(module, args, rest, passed)
 
-    def _with_graph(self, tensor: Any, args: Any) -> Tensor:
+    def on_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """:meth:`on_call` for an output whose gradient is wanted: it may be one of the arguments, handed on."""
+        return self.on_call(module, args, output, given=(args, kwargs))
+
+    def _with_graph(self, tensor: Any, given: Any) -> Tensor:
         """``tensor``, or one of the same value whose gradient is that of this module's side alone."""
         if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -82,8 +92,9 @@ class SiteTap:
         if self.place.kind == "in":  # the gradient of this reader alone
             return tensor.clone() if self.snapshot or tensor.is_leaf else tensor.view_as(tensor)
         # An in-place operation on a view takes it out of the graph, and snapshots say that there may be one.
-        own = not (tensor.is_leaf or handed_on(tensor, args) or (self.snapshot and tensor._base is not None))
-        return tensor if own else tensor.clone()
+        if tensor.is_leaf or (self.snapshot and tensor._base is not None):
+            return tensor.clone()
+        return tensor.clone() if any(each is tensor for _, each in leaves(given)) else tensor
 
     def _note(self, tensor: Tensor) -> None:
         self.when = self.when or next(_CLOCK)
