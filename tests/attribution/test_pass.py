@@ -60,7 +60,10 @@ def test_ten_methods_share_one_forward_and_one_backward_and_deeplift_adds_its_ow
     apart = [run(method, model, x, [4]) for method in STACK]
     counter = Counter(model, monkeypatch)
     td = run(Together(*STACK), model, x, [4])
-    assert counter.counts == (3, 2)  # a few rows show where rows are, and DeepLift's rules need what the first forward saw of the reference
+    assert counter.counts == (
+        3,
+        2,
+    )  # a few rows show where rows are, and DeepLift's rules need what the first forward saw of the reference
     for method, alone in zip(STACK, apart, strict=True):
         for key in alone["attr", method.name].keys(include_nested=True, leaves_only=True):
             torch.testing.assert_close(td["attr", method.name][key], alone["attr", method.name][key])
