@@ -12,21 +12,20 @@ from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.integrated import gap_key
 from tdcache.attribution.lrp.linear import canonised, is_linear, linear_function
-from tdcache.attribution.lrp.maps import RuleMap, Rules
+from tdcache.attribution.lrp.maps import BATCH_NORMS, RuleMap, Rules
 from tdcache.attribution.lrp.replaced import AfterTaps, ModuleCall, ReplacedBackward, install_replaced
 from tdcache.attribution.lrp.rules import Epsilon, Pass, Rule, nonzero
 from tdcache.attribution.modifiers import Installed
 from tdcache.attribution.place import Place
 from tdcache.attribution.point import wide
 from tdcache.attribution.rows import PointRows
-from tdcache.errors import AttributionError
+from tdcache.errors import AttributionError, TdcacheWarning, listed, warn_user
 from tdcache.hooks import MultiHookHandle, Order, attach
+from tdcache.modules import HookedModule
 from tdcache.selection import walk
 from tdcache.types import Selector
 
 __all__ = ["LRP", "RelevanceRules"]
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class RelevanceRules(Installed):
@@ -55,7 +54,7 @@ class RelevanceRules(Installed):
                 applied = _Applied(rule, path)
                 applied.check(module)
                 install_replaced(module, ReplacedBackward(path, applied, rows, followers), handle)
-            elif self.canonise and isinstance(module, _BATCH_NORMS):
+            elif self.canonise and isinstance(module, BATCH_NORMS):
                 norm = _CanonisedNorm(path, rows, followers)
                 handle.add(attach(module, AfterTaps(norm.on_norm_input), "fwd_pre_kwargs", order=Order.CAPTURE))
                 handle.add(attach(module, norm.on_output, order=norm.order))
@@ -148,8 +147,8 @@ class LRP(SiteAttribution):
     The target's value is the relevance at the output, so that in a net without biases the scores of the inputs, and of
     any layer that everything passes through, sum to it (Bach et al. 2015, doi:10.1371/journal.pone.0130140). The target
     should pick outputs, such as an index. ``("gap", ...)`` holds, per row, by how much the sum misses the target: what
-    biases took, and what was lost or made at modules that have no rule. In half precision relevance is shared out in
-    single precision.
+    biases took, and what was lost or made at modules that have no rule, which a warning names. In half precision
+    relevance is shared out in single precision.
 
     Args:
         selector: which modules; None for the inputs.
@@ -177,8 +176,19 @@ class LRP(SiteAttribution):
         canonise: bool = True,
         **options: Any,
     ) -> None:
-        modifiers = (*options.pop("modifiers", ()), RelevanceRules(rules, canonise=canonise))
-        super().__init__(selector, modifiers=modifiers, **options)
+        self.rules = RelevanceRules(rules, canonise=canonise)
+        super().__init__(selector, modifiers=(*options.pop("modifiers", ()), self.rules), **options)
+
+    def _hook_module(self, module: HookedModule) -> MultiHookHandle:
+        forgotten = self.rules.rules.forgotten(module.model, canonise=self.rules.canonise)
+        if forgotten:
+            named = listed([f"{path} ({type(each).__name__})" for path, each in forgotten.items()])
+            warn_user(
+                f"LRP has no rule for {named}: relevance goes through the ordinary gradient there, which may lose or "
+                "make some; td['gap', ...] says how much. Give a rule, or a pair (selector, None) if this is meant",
+                TdcacheWarning,
+            )
+        return super()._hook_module(module)
 
     def work(self, frame: Frame) -> Work:
         """Ask for what the scores need, and compute them."""
