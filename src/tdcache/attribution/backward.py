@@ -89,7 +89,8 @@ def gradients(
         if place.kind == "key" or place in taps or place not in lenient
     ]
     seeds = [] if target is None else targets.seeds.get(target, [])
-    total = torch.stack([seed.sum(dtype=_accumulator(seed)) for seed in seeds]).sum()
+    sums = [seed.sum(dtype=_accumulator(seed)) for seed in seeds]
+    total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
     if not total.requires_grad:
         if all(place in lenient for place in wanted):
             return {}

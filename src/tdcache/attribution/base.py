@@ -220,10 +220,10 @@ def _any_batch(module: HookedModule, data: TensorDictBase, forward: Forward, cro
             result = _shared_pass(module, flat, forward, crowd)
         except (RuntimeError, ValueError):
             raise refusal from None
-    shape, rows = data.batch_size, len(flat)
+    shape = data.batch_size
     for key, value in result.items(include_nested=True, leaves_only=True):
         if data.get(key, None) is None:
-            data.set(key, value.unflatten(0, shape) if value.shape[:1] == (rows,) else value)
+            data.set(key, value.reshape(*shape, *value.shape[1:]))
     return data
 
 

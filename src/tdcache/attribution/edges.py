@@ -12,7 +12,7 @@ from tdcache.attribution.frame import Frame, nothing
 from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.integrated import WeightedSum
 from tdcache.attribution.place import Place
-from tdcache.attribution.point import Ask, Point, wide
+from tdcache.attribution.point import Ask, Between, Point, wide
 from tdcache.attribution.quadrature import quadrature
 from tdcache.errors import AttributionError
 from tdcache.selection import as_matcher
@@ -122,7 +122,7 @@ class EdgeAttributionPatching(Attribution):
     ) -> Point:
         """The point ``A' + node * (A - A')``, of the inputs or of the embeddings."""
         if stream:
-            mixed = {p: other.values[p] + node * (clean.values[p] - other.values[p]) for p in stream}
+            mixed = Between({place: other.values[place] for place in stream}, clean.values, node)
             return frame.point(("edges", id(self), node), replace=mixed)
         if not frame.inputs():
             raise AttributionError(

@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.attribution.place import Place
-from tdcache.attribution.point import Ask, Modifies, Point, View, wide
+from tdcache.attribution.point import Ask, Between, Modifies, Point, View, wide
 from tdcache.attribution.runner import Runner
 from tdcache.attribution.targets import Target, as_targets
 from tdcache.errors import AttributionError, listed
@@ -158,16 +158,14 @@ class Frame:
 
     def along(self, start: Mapping[CacheKey, Tensor], node: float, tag: Any) -> Point:
         """The point ``start + node * (input - start)`` of the straight path to the inputs."""
-        moved = {}
-        for key, low in start.items():
-            high = self.data.get(key)
-            if not high.is_floating_point():
-                raise AttributionError(
-                    f"the input {key!r} is of integers, between which there is no path; give a site instead, such as "
-                    "the embeddings"
-                )
-            moved[key] = low + node * (high - low)
-        return self.point(("path", node, tag, tuple(start)), inputs=moved)
+        high = {key: self.data.get(key) for key in start}
+        integers = next((key for key, value in high.items() if not value.is_floating_point()), None)
+        if integers is not None:
+            raise AttributionError(
+                f"the input {integers!r} is of integers, between which there is no path; give a site instead, such as "
+                "the embeddings"
+            )
+        return self.point(("path", node, tag, tuple(start)), inputs=Between(start, high, node))
 
     def path(self, baseline: Baseline) -> InputPath:
         """The straight path from the baseline to the inputs; methods of equal baselines share its points."""

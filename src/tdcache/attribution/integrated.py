@@ -13,7 +13,7 @@ from tdcache.attribution.base import Scores, SiteAttribution, Work
 from tdcache.attribution.frame import Baseline, Frame, nothing
 from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.place import Place
-from tdcache.attribution.point import Ask, Point, View, wide
+from tdcache.attribution.point import Ask, Between, Point, View, wide
 from tdcache.attribution.quadrature import quadrature
 from tdcache.errors import AttributionError
 from tdcache.types import Selector
@@ -215,5 +215,5 @@ class _SitePath:
     tag: int
 
     def __call__(self, node: float) -> Point:
-        values = {place: low + node * (high - low) for place, (low, high) in self.ends.items()}
-        return self.frame.point(("site path", tuple(values), node, self.tag), replace=values)
+        low, high = ({place: ends[at] for place, ends in self.ends.items()} for at in (0, 1))
+        return self.frame.point(("site path", tuple(low), node, self.tag), replace=Between(low, high, node))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ from tdcache.attribution.targets import Target
 from tdcache.hooks import MultiHookHandle
 from tdcache.types import CacheKey
 
-__all__ = ["Ask", "Modifies", "Point", "View", "wide"]
+__all__ = ["Ask", "Between", "Modifies", "Point", "View", "wide"]
+
+
+_Key = TypeVar("_Key")
 
 
 class Modifies(Protocol):
@@ -23,6 +26,30 @@ class Modifies(Protocol):
 
     def install(self, model: nn.Module, rows: PointRows | None, handle: MultiHookHandle) -> None:
         """Add hooks to ``model`` and their handles to ``handle``; ``rows`` None means all."""
+
+
+class Between(Mapping[_Key, Tensor]):
+    """Tensors on the straight line from ``low`` to ``high``, computed when they are asked for.
+
+    A path has many points, of which only those of one chunk are to be in memory.
+    """
+
+    __slots__ = ("high", "low", "node")
+
+    def __init__(self, low: Mapping[_Key, Tensor], high: Mapping[_Key, Tensor], node: float) -> None:
+        self.low = low
+        self.high = high
+        self.node = node
+
+    def __getitem__(self, key: _Key) -> Tensor:
+        low = self.low[key]
+        return low + self.node * (self.high[key] - low)
+
+    def __iter__(self) -> Iterator[_Key]:
+        return iter(self.low)
+
+    def __len__(self) -> int:
+        return len(self.low)
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)

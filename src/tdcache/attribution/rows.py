@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.attribution.place import Place
@@ -21,7 +21,7 @@ from tdcache.errors import CaptureError, listed
 from tdcache.hooks import MultiHookHandle, Order, Port, attach, port_at
 from tdcache.selection import walk
 
-__all__ = ["UnstackableError", "PointRows", "RowAxes"]
+__all__ = ["PointRows", "RowAxes", "UnstackableError"]
 
 _Key = Place | tuple[Any, ...]
 
@@ -84,7 +84,7 @@ class RowAxes:
         found = known[signature] = cls(rows)
         with _probing(found, modules, wanted), torch.no_grad(), _same_random_state(data):
             try:
-                forward(torch.cat([data[:1]] * rows))
+                forward(TensorDict.cat([data[:1]] * rows))
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 known.clear()
                 raise UnstackableError(
@@ -136,7 +136,7 @@ class _Noting:
 
 def _same_random_state(data: TensorDictBase) -> Any:
     devices = {value.device for value in data.values(include_nested=True, leaves_only=True)}
-    return torch.random.fork_rng(devices=[each.index or 0 for each in devices if each.type == "cuda"])
+    return torch.random.fork_rng(devices=[each.index or 0 for each in devices if each and each.type == "cuda"])
 
 
 class PointRows(NamedTuple):

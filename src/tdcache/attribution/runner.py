@@ -147,12 +147,7 @@ class Runner:
         taps, handle = self._hook(points, rows, asks)
         graph = self._create_graph or any(ask.grads for ask in asks)
         kept = self.final is None and self._is_final(points[0])
-        with (
-            torch.inference_mode(False),
-            torch.set_grad_enabled(graph),
-            self._survey.eager(),
-            self._survey.unchanged(kept=kept),
-        ):
+        with torch.set_grad_enabled(graph), self._survey.eager(), self._survey.unchanged(kept=kept):
             with handle:
                 after = self._forward(data)
             self._check_outputs(after, asks)
@@ -192,11 +187,12 @@ class Runner:
         else:
             batch = self.data.batch_size
             stacked = TensorDict(batch_size=[len(points) * batch[0], *batch[1:]], device=self.data.device)
-            for key, value in self.data.items(include_nested=True, leaves_only=True):
-                stacked.set(key, torch.cat([point.inputs.get(key, value) for point in points]))
-        inputs = {}
+            for name, value in self.data.items(include_nested=True, leaves_only=True):
+                parts: list[Any] = [point.inputs.get(name, value) for point in points]
+                stacked.set(name, torch.cat(parts))
+        inputs: dict[CacheKey, Tensor] = {}
         for key in needed | differentiated:
-            tensor = stacked.get(key)
+            tensor: Tensor = stacked.get(key)
             if key in differentiated and not (self._create_graph and tensor.requires_grad):
                 tensor = tensor.detach().requires_grad_()
                 stacked.set(key, tensor)

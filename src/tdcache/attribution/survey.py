@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,21 +48,16 @@ class Survey:
             or any(getattr(module, "_compiled_call_impl", None) is not None for module in found),
         )
 
-    @contextmanager
-    def eager(self) -> Iterator[None]:
+    def eager(self) -> AbstractContextManager[None]:
         """Run a compiled model without its graph, which would not call hooks that come and go."""
-        if self.compiled:
-            with torch.compiler.set_stance("force_eager"):
-                yield
-        else:
-            yield
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+
+    def unchanged(self, *, kept: bool = False) -> AbstractContextManager[None]:
+        """Give back the running statistics of batch norms in training mode; ``kept`` leaves the new ones."""
+        return nullcontext() if kept or not self.statistics else self._given_back()
 
     @contextmanager
-    def unchanged(self, *, kept: bool = False) -> Iterator[None]:
-        """Give back the running statistics of batch norms in training mode; ``kept`` leaves the new ones."""
-        if kept or not self.statistics:
-            yield
-            return
+    def _given_back(self) -> Iterator[None]:
         before = [(m, name, buffer) for m in self.statistics for name, buffer in m.named_buffers(recurse=False)]
         for module, name, buffer in before:  # copies are updated: a graph may still hold the originals
             setattr(module, name, buffer.clone())

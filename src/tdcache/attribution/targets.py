@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -35,9 +35,11 @@ class At:
     index: Any = None
     key: CacheKey | None = None
     default: CacheKey = "output"
+    _identity: tuple[Any, ...] = field(init=False, repr=False)
 
-    def _identity(self) -> tuple[Any, ...]:
-        return (id(self.index) if isinstance(self.index, Tensor) else repr(self.index), self.key, self.default)
+    def __post_init__(self) -> None:
+        index = id(self.index) if isinstance(self.index, Tensor) else repr(self.index)
+        object.__setattr__(self, "_identity", (index, self.key, self.default))
 
     @property
     def is_one_for_all(self) -> bool:
@@ -45,10 +47,10 @@ class At:
         return not isinstance(self.index, Tensor) or self.index.ndim == 0
 
     def __eq__(self, other: object) -> bool:  # equal targets share one backward
-        return isinstance(other, At) and self._identity() == other._identity()
+        return isinstance(other, At) and self._identity == other._identity
 
     def __hash__(self) -> int:
-        return hash(self._identity())
+        return hash(self._identity)
 
     def __call__(self, data: TensorDictBase) -> Tensor:
         """Pick the values, of shape ``(batch,)``."""
