@@ -98,6 +98,25 @@ def gradients(
             f"the target does not depend on {listed([str(place.name) for place in wanted])}: no gradient can reach "
             "it; is the output detached, or the site not used?"
         )
+    arrived = _arrived(total, wanted, taps, inputs, keep=keep, graph=graph)
+    missing = [str(place.name) for place in wanted if arrived[place] is None and place not in lenient]
+    if missing:
+        raise AttributionError(
+            f"no gradient reaches {listed(missing)}: the target does not depend on it, or it is detached "
+            "or overwritten in place on the way; select other sites, or allow_unused=True for scores of zero"
+        )
+    return {place: grad for place, grad in arrived.items() if grad is not None}
+
+
+def _arrived(
+    total: Tensor,
+    wanted: Sequence[Place],
+    taps: dict[Place, SiteTap],
+    inputs: dict[CacheKey, Tensor],
+    *,
+    keep: bool,
+    graph: bool,
+) -> dict[Place, Tensor | None]:
     keys = {Place("key", key): tensor for key, tensor in inputs.items()}
     edges: list[Any] = [keys[place] if place in keys else taps[place].chosen().edge for place in wanted]
     others = [tensor for place, tensor in keys.items() if place not in wanted and tensor.requires_grad]
@@ -107,14 +126,7 @@ def gradients(
         total, [*edges, *others], allow_unused=True, retain_graph=keep, create_graph=graph
     )
     arrived = dict(zip(wanted, found, strict=False))
-    arrived |= {place: taps[place].grad() for place in wanted if place in taps}
-    missing = [str(place.name) for place in wanted if arrived[place] is None and place not in lenient]
-    if missing:
-        raise AttributionError(
-            f"no gradient reaches {listed(missing)}: the target does not depend on it, or it is detached "
-            "or overwritten in place on the way; select other sites, or allow_unused=True for scores of zero"
-        )
-    return {place: grad for place, grad in arrived.items() if grad is not None}
+    return arrived | {place: taps[place].grad() for place in wanted if place in taps}
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
