@@ -94,8 +94,13 @@ class Runner:
             groups.append([_only_run(base)])  # so that the outputs need no forward of their own
         if self.watched:
             groups.sort(key=lambda group: group[0].point.label == base.label)
+        elif len(groups) > self._chunk:  # those without a backward need no graph if they have a forward of their own
+            groups.sort(key=lambda group: not any(ask.grads for ask in group))
         while groups:
-            chunk, groups = groups[: self._chunk], groups[self._chunk :]
+            size = self._chunk
+            if size < len(groups) and any(ask.grads for ask in groups[0]):
+                size = min(size, sum(any(ask.grads for ask in group) for group in groups))
+            chunk, groups = groups[:size], groups[size:]
             try:
                 self._run_chunk(chunk)
             except UnstackableError:

@@ -35,18 +35,18 @@ class Survey:
     @classmethod
     def of(cls, model: nn.Module) -> Survey:
         """Look at every module once."""
-        found = [model, *(module for _, module in walk(model))]
-        return cls(
-            watched=any(
-                _is_foreign(hook) for m in found for hooks in (post_hooks(m), pre_hooks(m)) for hook in hooks.values()
-            ),
-            statistics=tuple(
-                dict.fromkeys(m for m in found if m.training and getattr(m, "running_mean", None) is not None)
-            ),
-            inplace=any(module.__dict__.get("inplace") is True for module in found),
-            compiled=is_optimized_module(model)
-            or any(getattr(module, "_compiled_call_impl", None) is not None for module in found),
-        )
+        watched = inplace = False
+        compiled = is_optimized_module(model)
+        statistics = []
+        for module in (model, *(module for _, module in walk(model))):
+            hooks = (*post_hooks(module).values(), *pre_hooks(module).values())
+            watched = watched or any(map(_is_foreign, hooks))
+            known = module.__dict__
+            inplace = inplace or known.get("inplace") is True
+            compiled = compiled or known.get("_compiled_call_impl") is not None
+            if module.training and module not in statistics and getattr(module, "running_mean", None) is not None:
+                statistics.append(module)
+        return cls(watched, tuple(statistics), inplace, compiled)
 
     def eager(self) -> AbstractContextManager[None]:
         """Run a compiled model without its graph, which would not call hooks that come and go."""

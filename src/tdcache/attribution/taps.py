@@ -94,7 +94,7 @@ class SiteTap:
         # An in-place operation on a view takes it out of the graph, and snapshots say that there may be one.
         if tensor.is_leaf or (self.snapshot and tensor._base is not None):
             return tensor.clone()
-        return tensor.clone() if any(each is tensor for _, each in leaves(given)) else tensor
+        return tensor.clone() if _is_among(tensor, *given) else tensor
 
     def _note(self, tensor: Tensor) -> None:
         self.when = self.when or next(_CLOCK)
@@ -140,6 +140,12 @@ class SiteTap:
             return self._seen[-1 if call is None else call]
         except IndexError:
             raise AttributionError(f"call={call}: {name!r} ran {len(self._seen)} times in the forward") from None
+
+
+def _is_among(tensor: Tensor, args: Any = (), kwargs: Any = None) -> bool:
+    if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):  # the common case, and a hot path
+        return args[0] is tensor
+    return any(each is tensor for _, each in leaves((args, kwargs)))
 
 
 @dataclass(frozen=True, slots=True)
