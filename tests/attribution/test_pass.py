@@ -55,7 +55,7 @@ STACK = (
 )
 
 
-def test_ten_methods_share_one_forward_and_one_backward_and_deeplift_adds_its_own(monkeypatch):
+def test_eleven_methods_share_their_points_and_two_backwards(monkeypatch):
     model, x = ConvNet().eval(), images()
     apart = [run(method, model, x, [4]) for method in STACK]
     counter = Counter(model, monkeypatch)

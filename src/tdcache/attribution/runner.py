@@ -28,6 +28,9 @@ from tdcache.types import CacheKey
 
 __all__ = ["Runner"]
 
+_MANY = 16
+"""Above this many points those without a backward get a forward of their own."""
+
 Forward = Callable[[TensorDictBase], TensorDictBase]
 
 
@@ -94,19 +97,21 @@ class Runner:
             groups.append([_only_run(base)])  # so that the outputs need no forward of their own
         if self.watched:
             groups.sort(key=lambda group: group[0].point.label == base.label)
-        elif len(groups) > self._chunk:  # those without a backward need no graph if they have a forward of their own
+        else:  # a stable order, so that those without a backward come last
             groups.sort(key=lambda group: not any(ask.grads for ask in group))
+        left = sum(any(ask.grads for ask in group) for group in groups)
         while groups:
             size = self._chunk
-            if size < len(groups) and any(ask.grads for ask in groups[0]):
-                size = min(size, sum(any(ask.grads for ask in group) for group in groups))
+            if min(size, len(groups)) > _MANY and left:  # a graph for those that need none would cost more than a call
+                size = min(size, left)
             chunk, groups = groups[:size], groups[size:]
+            left = max(0, left - size)
             try:
                 self._run_chunk(chunk)
             except UnstackableError:
                 if len(chunk) == 1:
                     raise
-                self._stacks, self._chunk = False, 1
+                self._stacks, self._chunk, left = False, 1, 0
                 groups = [*chunk, *groups]
 
     def finish(self, base: Point) -> TensorDictBase:
