@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from zoo import small_gpt2
 
 from tdcache import ActivationDataset, harvest
 from tdcache.harvesting import collect_activations_from_dataloader, extract_representations
-from tdcache.store import StoreWriter, site_column
+from tdcache.store import Files, StoreWriter, site_column
+from tdcache.store.checksums import crc32
+from tdcache.store.layout import Layout
 
 ROW = 384  # features of a row, in bfloat16
 
@@ -38,12 +41,12 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _rounds(calls: Mapping[str, Callable[[], Any]], count: int) -> dict[str, list[float]]:
+def _rounds(calls: Mapping[Any, Callable[[], Any]], count: int) -> dict[Any, list[float]]:
     """Seconds of each call, in rounds of random order."""
     names, shuffle = list(calls), random.Random(0).shuffle
     for name in names:
         calls[name]()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Any, list[float]] = {name: [] for name in names}
     for _ in range(count):
         shuffle(names)
         for name in names:
@@ -51,7 +54,7 @@ def _rounds(calls: Mapping[str, Callable[[], Any]], count: int) -> dict[str, lis
     return seconds
 
 
-def _ratio(seconds: Mapping[str, list[float]], base: str, name: str) -> float:
+def _ratio(seconds: Mapping[Any, list[float]], base: Any, name: Any) -> float:
     """How fast ``name`` is, with ``base`` as 1: the median over rounds."""
     return statistics.median(one / other for one, other in zip(seconds[base], seconds[name], strict=True))
 
@@ -448,9 +451,121 @@ def _rate(epoch: Callable[[Path, int], Iterator[int]], folder: Path, rows: int, 
     return rows / seconds / 1e6
 
 
+# Many shards, and checks on reading.
+
+
+class _Volatile(Files):
+    """Files that are not waited for: ten thousand waits for a disk are no part of what is measured."""
+
+    def sync(self, descriptor: int) -> None:
+        """Nothing."""
+
+    def sync_folder(self, path: Path) -> None:
+        """Nothing."""
+
+
+def _write_many(folder: Path, shards: int) -> None:
+    rows = 8
+    with StoreWriter(folder, {"sites": {"a": {"dtype": "bfloat16", "shape": [ROW]}}}, files=_Volatile()) as writer:
+        values = torch.randn(rows, ROW).bfloat16()
+        for unit in range(shards):
+            columns = {site_column("a"): [values], "seq": [torch.arange(rows) + unit * rows]}
+            columns["pos"] = [torch.zeros(rows, dtype=torch.int32)]
+            samples = (unit * rows, (unit + 1) * rows)
+            writer.write(unit, columns, samples=samples, end=unit == shards - 1)
+
+
+def _opening_simulated(shards: int) -> float:
+    """Milliseconds to open a store of so many shards, of which there are the names, the sizes and the index."""
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+        _write_many(Path(name, "a.acts"), 1)
+        (only,) = ActivationDataset.open(Path(name, "a.acts")).shards
+        layout, made = Layout(Path(name, "a.acts")), []
+        for unit in range(shards):
+            path = layout.shard(unit)
+            path.parent.mkdir(exist_ok=True)
+            with path.open("ab") as file:
+                file.truncate(only.size)
+            made.append(replace(only, path=path, row=only.row._replace(unit=unit)))
+        layout.write_index(only.contract.spec, made, _Volatile())
+        return _microseconds(lambda: ActivationDataset.open(Path(name, "a.acts")), 3) / 1e3
+
+
+def _microseconds(call: Callable[[], Any], times: int) -> float:
+    return statistics.median(_seconds(call) for _ in range(times)) * 1e6
+
+
+def many_shards(plan: Plan) -> list[Table]:
+    """What a row costs as the shards grow in number; the rows per shard stay the same."""
+    counts = (10, 1000) if plan.quick else (10, 1000, 10_000)
+    table = Table(
+        f"Rows of a store of many shards (8 rows of {ROW} bfloat16 each), page cache warm",
+        ["shards", "open, ms", "ds[i], first time, us", "ds[i], us", "128 random rows, us", "open maps"],
+    )
+    found = {}
+    for count in counts:
+        with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+            _write_many(Path(name, "a.acts"), count)
+            opened = _microseconds(lambda folder=name: ActivationDataset.open(Path(folder, "a.acts")), 3) / 1e3
+            dataset = ActivationDataset.open(Path(name, "a.acts"))
+            generator = torch.Generator().manual_seed(0)
+            numbers = iter(torch.randint(len(dataset), (100_000,), generator=generator).split(1))
+            first = _microseconds(lambda rows=numbers, data=dataset: data[int(next(rows))], 5 if count == 10 else 200)
+            warm = _microseconds(lambda data=dataset: data[len(data) // 2], 500)
+            batches = iter(torch.randint(len(dataset), (50, 128), generator=generator))
+            many = _microseconds(lambda rows=batches, data=dataset: data[next(rows)], 50)
+            maps = Path("/proc/self/maps")
+            shown = str(maps.read_text().count(name)) if maps.exists() else ""
+        found[count] = warm
+        table.rows.append([f"{count:,}", f"{opened:.1f}", *(f"{each:.0f}" for each in (first, warm, many)), shown])
+    if not plan.quick:
+        opened = _opening_simulated(100_000)
+        table.rows.append(["100,000 (names and an index alone)", f"{opened:.0f}", "", "", "", ""])
+    ratio = found[max(counts)] / found[10]
+    table.goals.append(Goal(f"a row at {max(counts):,} shards, cost of: at 10", ratio, 2.0))
+    return [table]
+
+
+def _epoch_of(folder: Path, *, check: bool) -> None:
+    for _ in ActivationDataset.open(folder, check=check).batches(1024, shuffle="block", seed=0):
+        pass
+
+
+def checking(plan: Plan) -> list[Table]:
+    """A first epoch with and without checksums, and one row of a store that nobody has read; page cache warm."""
+    rows = (1 << 16) if plan.quick else (1 << 18)
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+        _fill(Path(name), rows)
+        folder = Path(name, "a.acts")
+        epochs = {each: partial(_epoch_of, folder, check=each) for each in (False, True)}
+        seconds = _rounds(epochs, 5 if plan.quick else 9)
+        picks = {
+            each: partial(lambda check: ActivationDataset.open(folder, check=check)[rows // 2], each)
+            for each in (False, True)
+        }
+        single = _rounds(picks, 20)
+    table = Table(
+        f"Checksums on first reading ({crc32.__module__}): {rows:,} rows of {ROW} bfloat16",
+        ["variant", "first epoch, Mrow/s", "x", "open and read one row, us"],
+    )
+    for each in (False, True):
+        rate = rows / statistics.median(seconds[each]) / 1e6
+        row = [f"check={each}", f"{rate:.2f}", f"{_ratio(seconds, False, each):.2f}"]
+        table.rows.append([*row, f"{statistics.median(single[each]) * 1e6:.0f}"])
+    return [table]
+
+
 def rows(plan: Plan) -> list[Table]:
     """All of it."""
-    return [*compute(plan), *in_memory(plan), *disk(plan), *peaks(plan), *reading(plan)]
+    return [
+        *compute(plan),
+        *in_memory(plan),
+        *disk(plan),
+        *peaks(plan),
+        *reading(plan),
+        *many_shards(plan),
+        *checking(plan),
+    ]
 
 
 def main() -> None:

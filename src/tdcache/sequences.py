@@ -150,9 +150,14 @@ class Sequences:
         Raises:
             SelectionError: no sequence has this length, two have it, or the mask cannot be read.
         """
-        return self._own(path, length).tokens(path, batch, length, device)
+        return self.own(path, length).tokens(path, batch, length, device)
 
-    def _own(self, path: str, length: int) -> Fed:
+    def own(self, path: str, length: int) -> Fed:
+        """The sequence that the value at ``path``, of ``length`` positions, consists of.
+
+        Raises:
+            SelectionError: no sequence has this length, or two have it.
+        """
         fits = [each for each in self.fed if each.length in (None, length)]
         if len(self.fed) == 1:
             fits = list(self.fed)

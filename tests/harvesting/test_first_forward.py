@@ -199,10 +199,9 @@ def test_a_budget_within_the_first_batch_needs_no_second_forward(tmp_path):
 
 
 def test_units_stay_small_where_the_first_batch_is_all_padding(tmp_path):
-    batches = [
-        {"input_ids": torch.ones(4, 8, dtype=torch.long), "attention_mask": torch.ones(4, 8)} for _ in range(200)
-    ]
-    batches[0]["attention_mask"] = torch.zeros(4, 8)
+    ones = torch.ones(4, 8, dtype=torch.long)
+    batches = [{"input_ids": ones, "attention_mask": ones} for _ in range(200)]
+    batches[0]["attention_mask"] = torch.zeros(4, 8, dtype=torch.long)
     store = harvest(Embeds(), iter(batches), tmp_path / "a.acts", select="emb", shard_bytes=1 << 14)
     assert len(store) == 199 * 32
     assert max(shard.size for shard in store.shards) < 3 * (1 << 14)

@@ -195,13 +195,15 @@ def test_the_budget_of_bytes_is_exact(folder):
         harvest_tokens(folder, max_bytes="3 apples")
 
 
-def test_a_finished_harvest_does_no_forward(folder):
+def test_a_finished_harvest_does_no_forward_without_a_recheck(folder):
     model = Counting()
     data = [torch.randn(3, 4) for _ in range(5)]
     harvest(model, data, folder, select="first")
     before, calls = contents(folder), model.calls
-    dataset = harvest(model, data, folder, select="first")
-    assert model.calls == calls
+    harvest(model, data, folder, select="first")
+    assert model.calls == calls + 1  # the first batch, for comparison
+    dataset = harvest(model, data, folder, select="first", recheck=False)
+    assert model.calls == calls + 1
     assert len(dataset) == 15
     assert contents(folder) == before
 

@@ -9,11 +9,13 @@ import zlib
 import pytest
 import torch
 
-from store.faulty_files import contents, write_units
+from store.faulty_files import SPEC, contents, unit_columns, write_units
 from tdcache.cli import main
 from tdcache.errors import DamagedError, SpecError, StoreError
-from tdcache.store import ActivationDataset
+from tdcache.harvesting import save_activations
+from tdcache.store import ActivationDataset, StoreWriter, site_column
 from tdcache.store.safetensors import read_tensors, write_tensors
+from tdcache.store.shard_header import with_sum
 from tdcache.store.verify import find_damage
 
 SHARD = "shards/000/u00000001.safetensors"
@@ -91,12 +93,12 @@ def test_a_shard_under_another_number_is_refused(folder):
 
 
 def test_a_shard_of_another_store_is_refused(folder, tmp_path):
-    from store.faulty_files import SPEC, unit_columns
-    from tdcache.store import StoreWriter
-
     other = StoreWriter(tmp_path / "b.acts", {**SPEC, "drop": ["bos"]})
     other.write(1, unit_columns(1), samples=(4, 8))
     (folder / SHARD).write_bytes((tmp_path / "b.acts" / SHARD).read_bytes())
+    with pytest.raises(StoreError, match=r"belongs to spec \w+, this store has spec"):
+        ActivationDataset.open(folder)[...]
+    (folder / "index.json").unlink()
     with pytest.raises(StoreError, match=r"belongs to spec \w+, this store has spec"):
         ActivationDataset.open(folder)
 
@@ -106,7 +108,7 @@ def test_links_and_foreign_names_are_not_followed(folder, tmp_path):
     secret.write_bytes((folder / SHARD).read_bytes())
     (folder / SHARD).unlink()
     (folder / SHARD).symlink_to(secret)
-    with pytest.raises(DamagedError, match="cannot be opened as a shard"):
+    with pytest.raises(DamagedError, match="cannot be opened as a regular file"):
         ActivationDataset.open(folder)
     (folder / SHARD).unlink()
     os.mkfifo(folder / SHARD)  # opened as a file is, it would keep the reader waiting for ever
@@ -137,9 +139,15 @@ def test_an_index_that_lies_is_found_and_not_believed(folder):
     spelled = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
     document["crc32"] = f"{zlib.crc32(spelled):08x}"
     (folder / "index.json").write_bytes(json.dumps(document, sort_keys=True, separators=(",", ":")).encode() + b"\n")
-    assert len(ActivationDataset.open(folder)) == 72
+    dataset = ActivationDataset.open(folder)
+    assert torch.equal(dataset[:24]["layers.0"], torch.cat(unit_columns(0)["act/layers.0"]))
+    for read in (lambda: dataset[24], lambda: dataset[20:30], lambda: dataset[[3, 1_000_000]]):
+        with pytest.raises(DamagedError, match=r"u00000001.safetensors is not the shard that was known: .* index says"):
+            read()
     (error,) = find_damage(folder)
     assert "the index says" in str(error)
+    (folder / "index.json").unlink()
+    assert len(ActivationDataset.open(folder)) == 72
 
 
 def forged(header, data=b"\0" * 16):
@@ -198,8 +206,6 @@ def test_a_sound_safetensors_file_that_is_no_shard_is_refused(folder):
 
 def forge_header(path, change):
     """Change what a shard says of itself, with a checksum that fits: what a liar would write."""
-    from tdcache.store.shard import _with_sum
-
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     described = json.loads(raw[8 : 8 + length])
@@ -208,8 +214,8 @@ def forge_header(path, change):
     described["__metadata__"]["tdcache"] = json.dumps(info, separators=(",", ":"), sort_keys=True)
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (length - len(text))
-    zeroed = _with_sum(raw[:8] + text, "00000000")
-    path.write_bytes(_with_sum(zeroed, f"{zlib.crc32(zeroed):08x}") + raw[8 + length :])
+    zeroed = with_sum(raw[:8] + text, "00000000")
+    path.write_bytes(with_sum(zeroed, f"{zlib.crc32(zeroed):08x}") + raw[8 + length :])
 
 
 @pytest.mark.parametrize(
@@ -229,8 +235,11 @@ def forge_header(path, change):
 def test_a_shard_that_lies_about_itself_is_refused(folder, change):
     forge_header(folder / SHARD, change)
     with pytest.raises(DamagedError, match=r"u00000001.safetensors"):
-        ActivationDataset.open(folder)
+        ActivationDataset.open(folder)[...]
     assert find_damage(folder)
+    (folder / "index.json").unlink()
+    with pytest.raises(DamagedError, match=r"u00000001.safetensors"):
+        ActivationDataset.open(folder)
 
 
 NAMES = ["../../../etc/passwd", "/etc/passwd", "..", "a/b", "a\\b", "nul\0byte", "~root"]
@@ -238,10 +247,6 @@ NAMES = ["../../../etc/passwd", "/etc/passwd", "..", "a/b", "a\\b", "nul\0byte",
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_site_named_like_a_path_is_a_name_inside_files_and_cannot_lead_out_of_a_folder(tmp_path, name):
-    from store.faulty_files import SPEC, unit_columns
-    from tdcache.harvesting import save_activations
-    from tdcache.store import StoreWriter, site_column
-
     spec = {"sites": {name: SPEC["sites"]["layers.0"]}}
     columns = unit_columns(0)
     del columns[site_column("layers.1")]

@@ -26,6 +26,7 @@ from tdcache import (
     save_intervention,
 )
 from tdcache.errors import DamagedError, StoreError
+from tdcache.store.files import Files
 
 
 @pytest.fixture
@@ -186,3 +187,35 @@ def test_damaged_files_are_refused(tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises(DamagedError, match=message):
         load_intervention(tmp_path)
+
+
+@pytest.mark.parametrize("failing", ["create", "write", "sync", "replace"])
+@pytest.mark.parametrize("which", ["tensors", "intervention.json"])
+def test_an_intervention_that_could_not_be_saved_leaves_the_one_that_was_there(tmp_path, monkeypatch, failing, which):
+    (tmp_path / "notes.txt").write_text("mine")
+    save_intervention(SteeringVectors("old", torch.ones(3)), tmp_path)
+    method, passed = getattr(Files, failing), iter([] if which == "tensors" else [True, *[True] * (failing == "write")])
+
+    def refuse(files, *args):
+        if next(passed, False):  # the tensors are written first: a header and one tensor
+            return method(files, *args)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Files, failing, refuse)
+        with pytest.raises(StoreError, match="could not be written: No space left on device; what was there before"):
+            save_intervention(SteeringVectors("new", torch.zeros(4)), tmp_path)
+    found = load_intervention(tmp_path)
+    assert found.selector == "old"
+    assert torch.equal(found.vectors, torch.ones(3))
+    save_intervention(SteeringVectors("new", torch.zeros(4)), tmp_path)
+    assert load_intervention(tmp_path).selector == "new"
+    assert sum(path.suffix == ".safetensors" for path in tmp_path.iterdir()) == 1
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_an_intervention_is_saved_over_itself_again_and_again(tmp_path):
+    for number in range(4):
+        save_intervention(SteeringVectors("h", torch.full((2,), float(number))), tmp_path)
+        assert torch.equal(load_intervention(tmp_path).vectors, torch.full((2,), float(number)))
+        assert len(list(tmp_path.iterdir())) == 2

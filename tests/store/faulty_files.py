@@ -3,6 +3,9 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
@@ -94,3 +97,41 @@ def contents(folder):
         for path in sorted(folder.rglob("*"))
         if path.is_file() and ".tmp" not in path.parts
     }
+
+
+class ForkServer:
+    """Runs a function in forks of one process, because an interpreter takes a second to start.
+
+    Args:
+        script: Python that defines ``work(*words)``.
+    """
+
+    def __init__(self, script):
+        loop = (
+            "import os, sys\n"
+            "for line in sys.stdin:\n"
+            "    child = os.fork()\n"
+            "    if child == 0:\n"
+            "        work(*line.rstrip().split('|')); os._exit(0)\n"
+            "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
+        )
+        tests = Path(__file__).resolve().parents[1]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "src")])}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"from store.faulty_files import *\n{script}\n{loop}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def run(self, *words):
+        """The exit status of the fork; negative for a signal."""
+        self._process.stdin.write("|".join(map(str, words)) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()

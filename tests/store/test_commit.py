@@ -1,21 +1,19 @@
 """Whatever fails at whichever operation, a store holds complete shards only, and can be continued to the same bytes."""
 
 import errno
+import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from store.faulty_files import SPEC, Counted, contents, disk_full, unit_columns, write_units
+from store.faulty_files import SPEC, Counted, ForkServer, contents, disk_full, unit_columns, write_units
 from tdcache.errors import SpecError, StoreError
 from tdcache.store import ActivationDataset, StoreWriter
-from tdcache.store.spec import write_spec
-
-TESTS = Path(__file__).resolve().parents[1]
+from tdcache.store.checksums import crc32
+from tdcache.store.spec import canonical, write_spec
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +32,15 @@ def operations(tmp_path):
 def test_a_store_is_written_in_the_order_that_makes_it_durable(tmp_path):
     names = operations(tmp_path)
     first = names.index("reserve")
-    assert names[first - 1 : first + 13] == [
+    assert names[first - 1 : first + 14] == [
         "create",
         "reserve",
         *["write"] * 8,  # seq, pos, tok, and two columns in two pieces less one: data first, the header last
         "sync",
-        "close",
         "link",
         "sync_folder",
+        "remove",
+        "close",  # which frees the lock that kept the file from being swept
     ]
 
 
@@ -67,11 +66,11 @@ def test_a_failed_write_names_the_unit_and_the_path(tmp_path):
     assert Path(failure.value.path).name == "u00000000.safetensors"
 
 
-def test_a_process_killed_at_any_operation_leaves_complete_shards_and_can_be_continued(tmp_path, golden):
+def test_a_process_killed_at_any_operation_leaves_complete_shards_and_can_be_continued(tmp_path, golden, forks):
     total = len(operations(tmp_path))
-    for at in range(0, total, 3):  # forked, because an interpreter takes a second to start
+    for at in range(0, total, 3):
         folder = tmp_path / f"{at}.acts"
-        assert in_a_fork(folder, at) == -signal.SIGKILL
+        assert forks.run(folder, at) == -signal.SIGKILL
         there = contents(folder) if folder.exists() else {}
         assert all(golden[name] == data for name, data in there.items() if name != "index.json")
         if (folder / "spec.json").exists():
@@ -83,35 +82,11 @@ def test_a_process_killed_at_any_operation_leaves_complete_shards_and_can_be_con
         assert list((folder / ".tmp").iterdir()) == []  # what the dead left behind is swept
 
 
-def in_a_fork(folder, at):
-    script = (
-        "import os, sys; from store.faulty_files import *\n"
-        "for line in sys.stdin:\n"
-        "    folder, at = line.rstrip().split('|')\n"
-        "    child = os.fork()\n"
-        "    if child == 0:\n"
-        "        from pathlib import Path; write_units(Path(folder), files=Counted(int(at), killed)); os._exit(0)\n"
-        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
-    )
-    if not hasattr(in_a_fork, "server"):
-        paths = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
-        environment = {**os.environ, "PYTHONPATH": paths}
-        in_a_fork.server = subprocess.Popen(
-            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-    in_a_fork.server.stdin.write(f"{folder}|{at}\n")
-    in_a_fork.server.stdin.flush()
-    return int(in_a_fork.server.stdout.readline())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _end_of_the_server():
-    yield
-    server = in_a_fork.__dict__.pop("server", None)
-    if server is not None:
-        server.stdin.close()
-        server.wait()
-        server.stdout.close()
+@pytest.fixture(scope="module")
+def forks():
+    server = ForkServer("def work(folder, at): write_units(Path(folder), files=Counted(int(at), killed))")
+    yield server
+    server.close()
 
 
 def test_a_unit_that_is_there_is_never_written_over(tmp_path, golden):
@@ -218,3 +193,17 @@ def test_advice_that_the_system_does_not_take_is_no_reason_to_fail(tmp_path, gol
     monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
     write_units(tmp_path / "a.acts")
     assert contents(tmp_path / "a.acts") == golden
+
+
+def test_the_index_of_an_earlier_version_is_left_aside_and_made_anew(tmp_path, golden):
+    folder = tmp_path / "a.acts"
+    write_units(folder)
+    document = json.loads((folder / "index.json").read_bytes())
+    old = {"shards": [[*row[:4], row[6]] for row in document["shards"]], "spec": document["spec"]}
+    old["crc32"] = f"{crc32(canonical(old)):08x}"
+    (folder / "index.json").write_bytes(canonical(old) + b"\n")
+    dataset = ActivationDataset.open(folder)
+    dataset.verify()
+    assert len(dataset[...]) == 72
+    write_units(folder)
+    assert contents(folder) == golden

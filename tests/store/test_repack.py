@@ -63,15 +63,6 @@ def test_a_store_without_rows_is_exported_with_its_columns(tmp_path):
     assert len(loaded) == 0
 
 
-def test_what_a_killed_shuffle_has_left_is_removed(tmp_path):
-    dataset = opened(tmp_path / "a.acts")
-    stale = tmp_path / ".b.acts.bins"
-    stale.mkdir()
-    (stale / "0-0.safetensors").write_bytes(b"half")
-    assert len(dataset.repack(tmp_path / "b.acts", shuffle=True)) == 48
-    assert not stale.exists()
-
-
 def test_a_repacked_store_says_its_new_dtype(tmp_path):
     dataset = opened(tmp_path / "a.acts", spec={**SPEC, "dtype": "bfloat16"})
     assert dataset.repack(tmp_path / "b.acts", dtype=torch.float16).spec["dtype"] == "float16"

@@ -157,7 +157,7 @@ class Runner:
         taps, handle = self._hook(points, rows, asks)
         graph = self._create_graph or any(ask.grads for ask in asks)
         kept = self.final is None and self._is_final(points[0])
-        with torch.set_grad_enabled(graph), self._survey.eager(), self._survey.unchanged(kept=kept):
+        with torch.set_grad_enabled(graph), self._survey.unchanged(kept=kept):
             with handle:
                 after = self._forward(data)
             self._check_outputs(after, asks)
@@ -183,7 +183,7 @@ class Runner:
         return [PointRows(at * batch, (at + 1) * batch, total, axes) for at in range(len(points))]
 
     def _axes(self, places: Iterable[Place], total: int) -> RowAxes:
-        with self._survey.eager(), self._survey.unchanged():
+        with self._survey.unchanged():
             return RowAxes.of(self.model, self._forward, self.data, places, total)
 
     def _stack(self, points: list[Point], asks: list[Ask]) -> tuple[TensorDictBase, dict[CacheKey, Tensor]]:

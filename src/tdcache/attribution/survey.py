@@ -7,10 +7,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from tdcache.introspect import is_optimized_module, post_hooks, pre_hooks
+from tdcache.introspect import post_hooks, pre_hooks
 from tdcache.selection import walk
 
 __all__ = ["Survey"]
@@ -24,33 +23,24 @@ class Survey:
         watched: hooks are on it that are not row-wise modifiers of ours.
         statistics: modules that update statistics of their batch, and so mix rows.
         inplace: some module says that it works in place.
-        compiled: it, or a part of it, is compiled.
     """
 
     watched: bool = False
     statistics: tuple[nn.Module, ...] = ()
     inplace: bool = False
-    compiled: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Survey:
         """Look at every module once."""
         watched = inplace = False
-        compiled = is_optimized_module(model)
         statistics = []
         for module in (model, *(module for _, module in walk(model))):
             hooks = (*post_hooks(module).values(), *pre_hooks(module).values())
             watched = watched or any(map(_is_foreign, hooks))
-            known = module.__dict__
-            inplace = inplace or known.get("inplace") is True
-            compiled = compiled or known.get("_compiled_call_impl") is not None
+            inplace = inplace or module.__dict__.get("inplace") is True
             if module.training and module not in statistics and getattr(module, "running_mean", None) is not None:
                 statistics.append(module)
-        return cls(watched, tuple(statistics), inplace, compiled)
-
-    def eager(self) -> AbstractContextManager[None]:
-        """Run a compiled model without its graph, which would not call hooks that come and go."""
-        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        return cls(watched, tuple(statistics), inplace)
 
     def unchanged(self, *, kept: bool = False) -> AbstractContextManager[None]:
         """Give back the running statistics of batch norms in training mode; ``kept`` leaves the new ones."""

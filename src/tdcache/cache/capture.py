@@ -11,6 +11,7 @@ from torch import nn
 
 from tdcache.cache.channel import Channel
 from tdcache.cache.keep import Keep
+from tdcache.cache.positions import PositionFilter
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.stacking import StackBy
 from tdcache.cache.taps import (
@@ -30,8 +31,9 @@ from tdcache.hooks.directions import direction_row
 from tdcache.hooks.factory import check_callback
 from tdcache.hooks.gradient_hooks import GradInputHook, GradOutputHook
 from tdcache.hooks.port import InputPort, OutputPort
-from tdcache.reducers import Reducer
+from tdcache.reducers import Last, Reducer
 from tdcache.selection import Selection, Site
+from tdcache.tokens import Positions, check_positions
 from tdcache.types import HookDirection, Pick, Removable
 
 __all__ = ["Capture"]
@@ -56,8 +58,12 @@ class Capture:
     stack_by: str | Sequence[str] | None
     stop_early: bool
     prepend: bool
+    positions: Positions = None
+    mask_key: Any = "auto"
+    position_dim: int = 1
 
     def __post_init__(self) -> None:
+        check_positions(self.positions)
         for direction in self.directions:
             row = direction_row(direction)
             check_callback(self.callback, (*row.params, "key", "direction"))
@@ -71,6 +77,12 @@ class Capture:
         """Where the taps stand among the hooks of a site."""
         return Order.FIRST if self.prepend else Order.CAPTURE
 
+    @property
+    def fits_graph(self) -> bool:
+        """Whether a compiled graph can do it: the latest outputs, as they are."""
+        asks_more = self.callback is not None or self.pick is not None or self.positions is not None or self.stop_early
+        return self.directions == ("fwd",) and self.keep == Keep() and isinstance(self.reducer, Last) and not asks_more
+
     def recorder(self, cache: TensorDictBase, selection: Selection) -> Recorder:
         """The state of one open context: a channel per direction, each with its place in the cache.
 
@@ -81,14 +93,19 @@ class Capture:
         keep = self.keep if cache.device is None or self.keep.device else replace(self.keep, device=cache.device)
         stack_by = None if self.stack_by is None else StackBy(self.stack_by, selection)
         has_parts = self.pick == "all"
+        chosen = None
+        if self.positions is not None:
+            chosen = PositionFilter(self.positions, self.mask_key, self.position_dim)
         channels = []
         for direction in self.directions:
             target = Target(cache, direction if self.nested else None, self.batch_dims)
             target.ensure()
             if not has_parts:
                 target.check(selection.paths if stack_by is None else tuple(stack_by.members))
-            channels.append(Channel(direction, selection.paths, keep, target, self.reducer, stack_by, has_parts))
-        return Recorder(channels)
+            channels.append(
+                Channel(direction, selection.paths, keep, target, self.reducer, stack_by, has_parts, chosen)
+            )
+        return Recorder(channels, fits_graph=self.fits_graph and channels[0].takes_aliases)
 
     def place(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:
         """Put the taps on the sites; ``handle`` takes the registrations in."""

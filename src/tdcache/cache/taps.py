@@ -14,17 +14,17 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from tdcache.cache.channel import Channel, CopyInGraph
 from tdcache.errors import CaptureError
 from tdcache.hooks.directions import Direction
 from tdcache.hooks.gradient_hooks import overwritten_input
 from tdcache.hooks.gradients import handed_on
 from tdcache.hooks.loans import OpenCalls, lend
 from tdcache.hooks.port import InputPort, OutputPort, Port, Steps
-from tdcache.introspect import add_tensor_hook
+from tdcache.introspect import add_tensor_hook, keep_frames_out_of_graphs, keep_out_of_graphs
 from tdcache.types import CacheKey
 
 if TYPE_CHECKING:
-    from tdcache.cache.channel import Channel
     from tdcache.cache.recorder import Recorder
 
 __all__ = [
@@ -98,11 +98,15 @@ class OutputTap(Tap):
 
 @torch.compiler.substitute_in_graph(OutputTap.on_output, skip_signature_check=True)
 def _on_output_in_graph(self: OutputTap, module: nn.Module, args: Any, output: Any) -> None:
-    """:meth:`OutputTap.on_output` in a compiled graph, where a version is not known when the graph is made."""
+    """:meth:`OutputTap.on_output` in a compiled graph: a copy, for the graph may use the memory of the output again."""
     tensor = output if isinstance(output, Tensor) else OutputPort(self.path).read(module, args, output)
     if self.path in self.values:
         self.recorder.repeated.add(self.path)
-    self.values[self.path] = tensor
+    self.channel.has_copies = True
+    self.values[self.path] = CopyInGraph(tensor.detach().clone())
+
+
+keep_frames_out_of_graphs(OutputTap.on_output)
 
 
 class ValueTap(Tap):
@@ -204,8 +208,7 @@ class GradientTap(Tap):
     def _watch(self, module: nn.Module, args: Any, output: Any, tensor: Tensor, key: CacheKey) -> Any:
         if tensor.requires_grad:
             return self.port.watch(module, args, output, tensor, self.taker(key))
-        if not torch.compiler.is_compiling():
-            self.recorder.graphless.add(self.path)
+        self.recorder.graphless.add(self.path)
         return None
 
     def taker(self, key: CacheKey) -> Callable[[Tensor], None]:
@@ -254,12 +257,6 @@ class PlainGradientTap(GradientTap):
         channel.values[path] = grad
 
 
-@torch.compiler.substitute_in_graph(PlainGradientTap.on_plain, skip_signature_check=True)
-def _on_plain_in_graph(self: PlainGradientTap, module: nn.Module, args: Any, output: Any) -> Any:
-    """:meth:`PlainGradientTap.on_plain` in a compiled graph."""
-    return self.on_call(module, args, output)
-
-
 class OutputAndGradientTap(OutputTap):
     """Takes the output and its gradient, both as they are, in one hook: the fast path for the usual pair."""
 
@@ -279,13 +276,6 @@ class OutputAndGradientTap(OutputTap):
             return None
         self.on_output(module, args, output)
         return self.gradient.on_call(module, args, output)
-
-
-@torch.compiler.substitute_in_graph(OutputAndGradientTap.on_both, skip_signature_check=True)
-def _on_both_in_graph(self: OutputAndGradientTap, module: nn.Module, args: Any, output: Any) -> Any:
-    """:meth:`OutputAndGradientTap.on_both` in a compiled graph."""
-    _on_output_in_graph(self, module, args, output)
-    return self.gradient.on_call(module, args, output)
 
 
 class InputGradientTap(Tap):
@@ -316,7 +306,7 @@ class InputGradientTap(Tap):
         return changed
 
     def _note_graphless(self) -> None:
-        if not torch.compiler.is_compiling() and not self.recorder.is_foreign:
+        if not self.recorder.is_foreign:
             self.recorder.graphless.add(self.path)
 
     def _watch_all(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -375,3 +365,15 @@ class StopTap:
     def on_call(self, *args: Any) -> None:
         """Tick this site off."""
         self.recorder.stop_when_done(self.path)
+
+
+keep_out_of_graphs(
+    ValueTap.on_call,
+    CallbackTap.on_call,
+    GradientTap.on_call,
+    PlainGradientTap.on_plain,
+    OutputAndGradientTap.on_both,
+    InputGradientTap.on_input,
+    InputGradientTap.on_output,
+    StopTap.on_call,
+)

@@ -8,8 +8,7 @@ from tensordict import TensorDict, TensorDictBase
 
 from tdcache.cache.recorder import Recorder
 from tdcache.contexts.context import HookingContext
-from tdcache.errors import CacheWriteError, CaptureError, ContextError, StopForward
-from tdcache.introspect import is_wrapped_by_compile
+from tdcache.errors import CacheWriteError, ContextError, StopForward
 from tdcache.modules.hooked import HookedModule, holds_entries
 from tdcache.reducers import Reducer
 from tdcache.types import CacheKey
@@ -52,6 +51,14 @@ class HookingContextWithCache(HookingContext):
         if self.recorder is not None:
             self.recorder.refresh()
         return self._cache
+
+    @property
+    def _fits_graph(self) -> bool:
+        return (
+            super()._fits_graph
+            and self._cache.device is None
+            and not (self._cache.is_locked or self._cache.is_memmap())
+        )
 
     def record(self, recorder: Recorder) -> None:
         """Keep the cache current by ``recorder`` until the context is left."""
@@ -119,13 +126,6 @@ class HookingContextWithCache(HookingContext):
             return
         try:
             recorder.refresh()
-            fired = any(channel.fired for channel in recorder.channels)
-            if error is None and self._was_traced and not fired and is_wrapped_by_compile(self.model):
-                raise CaptureError(
-                    f"no site of {type(self.model).__name__} saw a value, and torch.compile had traced the model "
-                    "before: its graph skips hooks that came later; prepare the compiled module itself, or enter "
-                    "before its first run"
-                )
             if error is None:
                 recorder.report_unfired(self.model)
             recorder.settle(self.model)

@@ -16,19 +16,20 @@ from torch import Tensor, nn
 
 from tdcache.errors import CaptureError, SelectionError, SpecError, StoreError, listed
 from tdcache.harvesting.capture import Capture
-from tdcache.harvesting.plan import Budget, Preflight, Probe, batches_per_unit, model_fingerprint, probe, row_bytes
+from tdcache.harvesting.identity import identity_of
+from tdcache.harvesting.plan import Budget, Preflight, Probe, probe, row_bytes
 from tdcache.harvesting.progress import Progress
 from tdcache.harvesting.pump import WriterThread
+from tdcache.harvesting.recheck import check_like, run_again
+from tdcache.harvesting.request import Request
 from tdcache.harvesting.row_rule import BatchRows, RowKind, RowRule, as_drops, as_kind, as_positions, batch_length
 from tdcache.harvesting.source import Source, Step, Visit
-from tdcache.harvesting.spelled import as_bytes, as_count, dtype_name, spelled
-from tdcache.harvesting.whole import refuse_shards
+from tdcache.harvesting.spelled import as_bytes, as_count, dtype_name
 from tdcache.harvesting.workers import Share
 from tdcache.modules import HookedModule
 from tdcache.selection import select as select_sites
 from tdcache.store.dataset import ActivationDataset
 from tdcache.store.files import Files
-from tdcache.store.spec import read_spec
 from tdcache.store.writer import StoreWriter, site_column
 from tdcache.types import Match, Pick, Selector
 
@@ -64,14 +65,16 @@ def harvest(
     rank: int | None = None,
     world: int | None = None,
     files: Files | None = None,
+    tag: str | None = None,
+    recheck: bool = True,
 ) -> ActivationDataset:
     """Store what flows through the selected modules while ``data`` runs through ``model``; resumable at any instant.
 
     The data is cut into units, fixed ranges of samples; each becomes one file that is there whole or not at all. Run
     again after a crash, with any number of processes, it runs the units that are missing, and the files are byte for
-    byte those of one uninterrupted run (on the same device). A finished harvest run again does no forward. The same
-    call under ``torchrun`` deals the units to the ranks. The model is run without gradients in eval mode and left as it
-    was.
+    byte those of one uninterrupted run (on the same device). A finished harvest run again does
+    no forward but the one that compares its first rows. The same call under ``torchrun`` deals the units to the ranks.
+    The model is run without gradients in eval mode and left as it was.
 
     Args:
         model: any module. Batches that are mappings become keyword arguments, of those that it takes; tuples and lists
@@ -102,13 +105,18 @@ def harvest(
         rank: which share of the units is run here; by default torchrun's.
         world: how many shares there are.
         files: how files are written.
+        tag: a name for the computation, where ``forward``, ``collate`` or a callable ``pick`` depends on something
+            that cannot be told apart from another in a later process.
+        recheck: of a store that is there, run its first batch again and compare the rows; what the spec does not tell
+            apart shows itself here. False spares that forward.
 
     Returns:
         The store, open for reading.
 
     Raises:
         SelectionError: nothing selected, nothing in the data, a budget below one row, or an unusable option.
-        SpecError: the store there holds something else; the fields that differ are named.
+        SpecError: the store there holds something else; the fields that differ are named. Or an option depends on
+            something without a spelling, and there is no ``tag``.
         CaptureError: values without rows in common, values that ``dtype`` cannot hold, or a bare shard of one.
         StoreError: a unit could not be written; the message names it and its path.
     """
@@ -125,7 +133,7 @@ def harvest(
         forward=forward,
         device=device,
     )
-    request = _Request(
+    request = Request(
         folder=Path(path),
         source=Source(data, batch_size=batch_size, collate=collate),
         paths=select_sites(model, select, match=match).paths,
@@ -136,9 +144,10 @@ def harvest(
         fixed={
             "direction": direction,
             "dtype": dtype_name(capture.taker.dtype),
-            "pick": spelled(pick),
-            "collate": spelled(collate),
-            "forward": spelled(forward),
+            "pick": identity_of(pick, "pick", tag),
+            "collate": identity_of(collate, "collate", tag),
+            "forward": identity_of(forward, "forward", tag),
+            "tag": tag,
         },
     )
     share = Share.of(model, rank, world)
@@ -153,7 +162,8 @@ def harvest(
         raise SpecError(f"{request.folder} holds a store already, and resume=False", path=request.folder)
     made_by = {"torch": torch.__version__, "tensordict": str(tensordict.__version__)}
     writer = StoreWriter(request.folder, spec, made_by=made_by, files=files)
-    _Run(capture, request, writer, share, overflow == "raise", shown=progress, found=found, expected=expected).go()
+    run = _Run(capture, request, writer, share, overflow == "raise", shown=progress, found=found, expected=expected)
+    run.go(recheck=recheck)
     return ActivationDataset.open(request.folder)
 
 
@@ -174,7 +184,7 @@ def preflight(
     if unknown:
         raise TypeError(f"preflight has no option {unknown[0]!r}; there are {listed((*_OF_CAPTURE, *_OF_ROWS), 20)}")
     kept = {name: options[name] for name in _OF_CAPTURE if name in options}
-    request = _Request(
+    request = Request(
         folder=Path(path),
         source=Source(data, batch_size=options.get("batch_size", 32), collate=options.get("collate")),
         paths=select_sites(model, select, match=options.get("match", "full")).paths,
@@ -185,58 +195,11 @@ def preflight(
         fixed={},
     )
     capture = Capture(model, select, stop_early="forward" not in kept, **kept)
-    return request.preflight(probe(capture, request.source, request.rule, request.kind))
+    return request.preflight(probe(capture, request.source, request.rule, request.kind, request.paths))
 
 
 _OF_CAPTURE = ("match", "direction", "pick", "dtype", "forward", "device")
 _OF_ROWS = ("drop", "positions", "rows", "max_rows", "max_bytes", "batch_size", "collate", "shard_bytes")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Request:
-    """What was asked for, before the model is looked at."""
-
-    folder: Path
-    source: Source
-    paths: tuple[str, ...]
-    rule: Mapping[str, Any]
-    kind: RowKind | None
-    budget: Budget
-    shard_bytes: int
-    fixed: Mapping[str, Any]
-
-    def preflight(self, found: Probe) -> Preflight:
-        per_unit = batches_per_unit(found, shard_bytes=self.shard_bytes, batches=self.source.batches)
-        limit = self.budget.limit(found.row_bytes)
-        return Preflight.of(self.folder, found, batches=self.source.batches, per_unit=per_unit, limit=limit)
-
-    def settled(self, capture: Capture, share: Share) -> tuple[dict[str, Any], Probe | None]:
-        """The spec, and what the first forward showed.
-
-        Of a store that is there, what a forward would show is taken from it, so that none is needed.
-        """
-        asked = {
-            **self.fixed,
-            "model": {"class": type(capture.model).__qualname__, "fingerprint": model_fingerprint(capture.model)},
-            "data": {"batches": self.source.batches, "first_batch": self.source.fingerprint()},
-            "drop": list(self.rule["drop"]),
-            "positions": spelled(self.rule["positions"]),
-            "budget": {"rows": self.budget.rows, "bytes": self.budget.bytes},
-            "shard_bytes": self.shard_bytes,
-        }
-        is_there = frozenset({0}) if (self.folder / "spec.json").exists() else frozenset()
-        if share.agree(is_there):
-            there = read_spec(self.folder)
-            seen = {name: there.get(name) for name in ("rows", "tokens", "batches_per_unit")}
-            sites = {path: there["sites"].get(path) for path in self.paths}
-            return {**asked, **seen, "rows": self.kind or seen["rows"], "sites": sites}, None
-        found = probe(capture, self.source, self.rule, self.kind)
-        if share.sharded:
-            refuse_shards(found.values, tuple(found.sites))
-        per_unit = batches_per_unit(found, shard_bytes=self.shard_bytes, batches=self.source.batches)
-        sites = {path: {"dtype": dtype_name(kind), "shape": list(shape)} for path, (kind, shape) in found.sites.items()}
-        seen = {"rows": found.kind, "tokens": found.with_tokens, "batches_per_unit": per_unit}
-        return {**asked, **seen, "sites": sites}, found
 
 
 @dataclass(slots=True)
@@ -259,7 +222,7 @@ class _Run:
     """One process's share of a harvest."""
 
     capture: Capture
-    request: _Request
+    request: Request
     writer: StoreWriter
     share: Share
     refuse_overflow: bool
@@ -275,12 +238,15 @@ class _Run:
     rows_before: int = 0
     counted: int = 0
 
-    def go(self) -> None:
+    def go(self, *, recheck: bool) -> None:
         """Run the units that are missing, and write the index: at once, and again when the others have written."""
         committed = self.writer.committed()
         agreed = self.share.agree(frozenset(committed))
+        one_asks = self.share.rank == 0 or self.share.sharded
+        if recheck and one_asks and self.found is None and 0 in agreed and 0 in committed:
+            run_again(self.capture, self.request.source, self._rule(), committed[0], self.writer)
         self.there = {unit: committed[unit].rows for unit in agreed}
-        ended = any(shard.info.end for shard in committed.values())
+        ended = any(shard.row.end for shard in committed.values())
         if not (ended and len(committed) == max(committed) + 1):
             self._prepare()
             if self.shown and committed and self.share.writes:
@@ -292,6 +258,10 @@ class _Run:
         self.share.wait()
         if self.share.writes and self.share.rank == 0 and self.share.world > 1:
             self.writer.finish()
+
+    def _rule(self) -> RowRule:
+        spec = self.writer.spec
+        return RowRule(kind=spec["rows"], side=spec["side"], **self.request.rule)
 
     def _prepare(self) -> None:
         spec = self.writer.spec
@@ -318,7 +288,7 @@ class _Run:
 
     def _walk(self) -> None:
         spec = self.writer.spec
-        rule = RowRule(kind=spec["rows"], **self.request.rule)
+        rule = self._rule()
         with (
             Progress(shown=self.shown and self.share.writes, total=self._rows_to_run()) as progress,
             WriterThread() as thread,
@@ -359,6 +329,7 @@ class _Run:
             lost = found.overflow
         else:
             values, lost = dict(self.capture.run(hooked, step.batch, rows)), self.capture.overflow()
+            check_like(values, self.writer.spec["sites"], step.number)
         for path, count in lost.items():
             if self.refuse_overflow:
                 dtype = self.capture.taker.dtype

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tdcache.errors import CaptureError, SelectionError, listed
 from tdcache.harvesting.capture import Capture
-from tdcache.harvesting.row_rule import BatchRows, RowKind, RowRule, tokens_of
+from tdcache.harvesting.row_rule import BatchRows, RowKind, RowRule, has_tokens, side_of
 from tdcache.harvesting.source import Source
 from tdcache.store.header import pack_header
 from tdcache.store.writer import ROW_COLUMNS
@@ -67,6 +67,8 @@ class Probe:
     """Dtype and feature shape as they will be stored, by path."""
     kind: RowKind
     with_tokens: bool
+    side: str
+    """Which sequence the rows belong to, where batches feed two."""
     rows: int
     """Rows of the first batch that are kept."""
     most_rows: int
@@ -91,7 +93,9 @@ def row_bytes(sites: Mapping[str, tuple[int, tuple[int, ...]]], with_tokens: boo
     return wide + _ROW_BYTES + (_TOKEN_BYTES if with_tokens else 0)
 
 
-def probe(capture: Capture, source: Source, rule: Mapping[str, Any], kind: RowKind | None) -> Probe:
+def probe(
+    capture: Capture, source: Source, rule: Mapping[str, Any], kind: RowKind | None, paths: Sequence[str]
+) -> Probe:
     """Run the first batch, to see shapes and dtypes; the first unit need not run it again.
 
     Args:
@@ -99,6 +103,7 @@ def probe(capture: Capture, source: Source, rule: Mapping[str, Any], kind: RowKi
         source: the data.
         rule: the fields of the row rule but its kind.
         kind: one row per token or per sample; None to find out.
+        paths: the sites.
 
     Raises:
         SelectionError: there is no batch, or a site has the name of a row's own column.
@@ -108,14 +113,20 @@ def probe(capture: Capture, source: Source, rule: Mapping[str, Any], kind: RowKi
     if batch is None:
         raise SelectionError("the data holds no batch, so there is nothing to harvest")
     likely = kind or _likely_kind(batch)
-    rows = RowRule(kind=likely, **rule)(batch, first=0)
+    two = likely == "tokens" and isinstance(batch, Mapping) and "decoder_input_ids" in batch
+    in_decoder = any("decoder" in path.split(".") for path in paths)
+    guess = ("decoder" if in_decoder else "encoder") if two else ""
+    rows = RowRule(kind=likely, side=guess, **rule)(batch, first=0)
     look = capture.look(batch, rows)
     taken = [path for path in look.described if path in ROW_COLUMNS]
     if taken:
         raise SelectionError(f"no site can be called {taken[0]!r}: a row's own column has that name", selector=taken[0])
     shapes = {path: shape for path, (_, shape) in look.described.items()}
     kind = kind or _kind_of(shapes, rows)
-    made = RowRule(kind=kind, **rule)
+    side = _side_of(batch, shapes) if kind == "tokens" else ""
+    made = RowRule(kind=kind, side=side, **rule)
+    if side and side != guess:  # rows were taken by the other sequence's mask
+        look = capture.look(batch, made(batch, first=0))
     if kind == "samples" and (made.positions is not None or "bos" in made.drop):
         raise SelectionError("positions= and drop='bos' choose among tokens, and these rows are samples, one each")
     rows = made(batch, first=0)  # where no value has tokens, values were taken whole: those are the rows of samples
@@ -127,7 +138,7 @@ def probe(capture: Capture, source: Source, rule: Mapping[str, Any], kind: RowKi
     }
     pack_header(sites, {})  # a dtype that cannot be stored is refused before anything is written
     most = made.most_rows(rows.grid)
-    return Probe(sites, kind, rows.tok is not None, len(rows), most, look.seconds, look.values, look.overflow)
+    return Probe(sites, kind, rows.tok is not None, side, len(rows), most, look.seconds, look.values, look.overflow)
 
 
 def _check_grid(shapes: Mapping[str, tuple[int, ...]], rows: BatchRows) -> None:
@@ -141,8 +152,26 @@ def _check_grid(shapes: Mapping[str, tuple[int, ...]], rows: BatchRows) -> None:
         )
 
 
+def _side_of(batch: Any, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Which of two sequences that a batch feeds the values consist of.
+
+    Raises:
+        CaptureError: some of the one, some of the other.
+    """
+    sides = {path: side_of(batch, path, shape[1]) for path, shape in shapes.items() if len(shape) > 1}
+    found = sorted(set(sides.values()))
+    if len(found) > 1:
+        one, other = (next(path for path, side in sides.items() if side == each) for each in found[:2])
+        raise CaptureError(
+            f"{one!r} has the tokens of the {found[0]}, {other!r} those of the {found[1]}, and rows of one store lie "
+            "along one sequence; harvest each into a store of its own",
+            paths=(one, other),
+        )
+    return found[0] if found else ""
+
+
 def _likely_kind(batch: Any) -> RowKind:
-    return "samples" if tokens_of(batch) == (None, None) else "tokens"
+    return "tokens" if has_tokens(batch) else "samples"
 
 
 def _kind_of(shapes: Mapping[str, tuple[int, ...]], rows: BatchRows) -> RowKind:

@@ -15,8 +15,22 @@ from torch import Tensor
 
 from tdcache.errors import SelectionError
 from tdcache.hooks.values import first_tensor
+from tdcache.sequences import Sequences
+from tdcache.tokens import Tokens
 
-__all__ = ["BatchRows", "RowKind", "RowRule", "as_drops", "as_kind", "as_positions", "batch_length", "tokens_of"]
+__all__ = [
+    "BatchRows",
+    "FedTokens",
+    "RowKind",
+    "RowRule",
+    "as_drops",
+    "as_kind",
+    "as_positions",
+    "batch_length",
+    "has_tokens",
+    "ids_of",
+    "side_of",
+]
 
 RowKind = Literal["tokens", "samples"]
 _DROPS = ("bos", "pad")
@@ -54,11 +68,14 @@ class RowRule:
         kind: one row per token or per sample.
         drop: ``"pad"`` (tokens that the attention mask leaves out) and ``"bos"`` (the first token that it keeps).
         positions: the kept places among a sample's own tokens, counted from 0, or from -1 at its end; None for all.
+            Padding has no place.
+        side: which sequence rows belong to, where a batch feeds two: ``"encoder"`` or ``"decoder"``.
     """
 
     kind: RowKind
     drop: tuple[str, ...] = ("pad",)
     positions: slice | tuple[int, ...] | None = None
+    side: str = ""
 
     def __call__(self, batch: Any, *, first: int) -> BatchRows:
         """The kept rows of a batch whose first sample has number ``first``."""
@@ -66,19 +83,21 @@ class RowRule:
             count = batch_length(batch)
             seq = torch.arange(first, first + count)
             return BatchRows((count,), None, seq, torch.zeros(count, dtype=torch.int32), None)
-        ids, mask = tokens_of(batch)
-        grid = ids if ids is not None else mask
-        size = tuple((first_tensor(batch) if grid is None else grid).shape[:2])  # type: ignore[union-attr]
-        real = torch.ones(size, dtype=torch.bool) if mask is None or "pad" not in self.drop else mask.cpu() != 0
-        place = real.cumsum(1) - 1
-        kept = real & self._asked_for(place, real.sum(1, keepdim=True))
+        fed = FedTokens.of(batch, self.side)
+        size, place = fed.size, fed.place.cpu()
+        real = place >= 0
+        kept = real if "pad" in self.drop else torch.ones_like(real)
+        if "bos" in self.drop:
+            kept = kept & (place != 0)
+        if self.positions is not None:
+            kept = kept & real & self._asked_for(place, real.sum(1, keepdim=True))
         chosen = kept.reshape(-1).nonzero().squeeze(1)
         return BatchRows(
             size,
             None if chosen.numel() == kept.numel() else chosen,
             (torch.arange(first, first + size[0]).unsqueeze(1).expand(size)).reshape(-1)[chosen],
             place.reshape(-1)[chosen].int(),
-            None if ids is None else ids.cpu().reshape(-1)[chosen].int(),
+            None if fed.ids is None else fed.ids.cpu().reshape(-1)[chosen].int(),
         )
 
     def most_rows(self, grid: tuple[int, ...]) -> int:
@@ -89,16 +108,13 @@ class RowRule:
         return grid[0] * per_sample
 
     def _asked_for(self, place: Tensor, length: Tensor) -> Tensor:
-        asked = torch.ones_like(place, dtype=torch.bool) if "bos" not in self.drop else place > 0
         if isinstance(self.positions, slice):
             begin = _from_start(self.positions.start, length, 0)
             stop = _from_start(self.positions.stop, length, None)
             on_step = (place - begin) % (self.positions.step or 1) == 0
-            return asked & (place >= begin) & (place < stop) & on_step
-        if self.positions is not None:
-            wanted = [place == (each if each >= 0 else length + each) for each in self.positions]
-            return asked & torch.stack(wanted).any(0)
-        return asked
+            return (place >= begin) & (place < stop) & on_step
+        wanted = [place == (each if each >= 0 else length + each) for each in self.positions or ()]
+        return torch.stack(wanted).any(0)
 
 
 def _from_start(bound: int | None, length: Tensor, default: int | None) -> Tensor:
@@ -152,15 +168,68 @@ def as_drops(drop: str | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(sorted(set(names)))
 
 
-def tokens_of(batch: Any) -> tuple[Tensor | None, Tensor | None]:
-    """The token ids and the attention mask of a batch, ``(batch, tokens)`` each, where it has them."""
+@dataclass(frozen=True, slots=True)
+class FedTokens:
+    """The tokens of one sequence that a batch feeds."""
+
+    size: tuple[int, int]
+    """``(batch, tokens)``."""
+    ids: Tensor | None
+    place: Tensor
+    """Which of its row's tokens each one is, ``(batch, tokens)``; -1 for padding."""
+
+    @classmethod
+    def of(cls, batch: Any, side: str) -> FedTokens:
+        """Read them from a batch.
+
+        Raises:
+            SelectionError: the batch lacks the decoder's tokens, or its mask cannot be read.
+        """
+        ids = ids_of(batch, side)
+        if not isinstance(batch, Mapping):
+            tensor = first_tensor(batch) if ids is None else ids
+            size = tuple(tensor.shape[:2])  # type: ignore[union-attr]
+            return cls(size, ids, Tokens.columns_of(*size).place)  # type: ignore[arg-type]
+        sequences = Sequences(batch)
+        if ids is None and side == "decoder":
+            raise SelectionError(
+                "these rows are the decoder's tokens, and the batch holds none; give decoder_input_ids (and "
+                f"decoder_attention_mask where they are padded) beside {sorted(map(str, batch))!r}"
+            )
+        if ids is None:
+            mask = batch.get("attention_mask")
+            tensor = mask if isinstance(mask, Tensor) and mask.dim() == 2 else first_tensor(batch)
+            size = tuple(tensor.shape[:2])  # type: ignore[union-attr]
+        else:
+            size = tuple(ids.shape)
+        tokens = sequences.at(side or "the batch", batch=size[0], length=size[1])
+        return cls(size, ids, tokens.place)  # type: ignore[arg-type]
+
+
+def side_of(batch: Any, path: str, length: int) -> str:
+    """Which sequence of a batch a value of ``length`` positions at ``path`` consists of; ``""`` where there is one."""
+    if not isinstance(batch, Mapping):
+        return ""
+    sequences = Sequences(batch)
+    return sequences.own(path, length).role if len(sequences.fed) > 1 else ""
+
+
+def ids_of(batch: Any, side: str = "") -> Tensor | None:
+    """The token ids of a batch, ``(batch, tokens)``, where it has them."""
     if isinstance(batch, Mapping):
-        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+        ids = batch.get("decoder_input_ids" if side == "decoder" and "decoder_input_ids" in batch else "input_ids")
+        if side == "decoder" and "decoder_input_ids" not in batch and "encoder_hidden_states" not in batch:
+            ids = None
     else:
-        ids, mask = first_tensor(batch), None
+        ids = first_tensor(batch)
     is_ids = isinstance(ids, Tensor) and ids.dim() == 2 and not (ids.is_floating_point() or ids.is_complex())
-    ids = ids if is_ids else None
-    return ids, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    return ids if is_ids else None
+
+
+def has_tokens(batch: Any) -> bool:
+    """Whether a batch says that it consists of tokens, by ids or a mask of them."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return ids_of(batch) is not None or (isinstance(mask, Tensor) and mask.dim() == 2)
 
 
 def batch_length(batch: Any) -> int:
@@ -169,8 +238,8 @@ def batch_length(batch: Any) -> int:
     Raises:
         SelectionError: there is no tensor in it.
     """
-    ids, mask = tokens_of(batch)
-    tensor = ids if ids is not None else mask if mask is not None else first_tensor(batch)
+    ids = ids_of(batch)
+    tensor = first_tensor(batch) if ids is None else ids
     if tensor is None or tensor.dim() == 0:
         raise SelectionError(
             f"a batch is a tensor, or tensors in a tuple, list or mapping, with the samples along the first dimension; "

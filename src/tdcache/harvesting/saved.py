@@ -8,14 +8,17 @@ import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from tdcache.errors import DamagedError, StoreError
-from tdcache.store.export import check_memmap, safe_name
+from tdcache.store.atomic import new_folder, replacing_file
+from tdcache.store.dtypes import DTYPES, dtype_name
+from tdcache.store.files import as_store_error
+from tdcache.store.memmap import check_memmap, load_memmap_folder, write_memmap_column, write_memmap_meta
+from tdcache.store.regular import open_regular
 from tdcache.store.safetensors import read_tensors, write_tensors
 
 __all__ = ["SUFFIXES", "load_activations", "save_activations"]
@@ -26,11 +29,11 @@ _DTYPES = "__dtypes__"
 
 
 def save_activations(acts: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
-    """Write named tensors; the suffix says how.
+    """Write named tensors; the suffix says how. What was there before stays whole until everything is written.
 
     ``.safetensors``; ``.npz`` (NumPy has no bfloat16 and no float8: such tensors are stored as float32, which is exact,
     and come back as they were); ``.pt`` (loaded without running anything); ``.memmap``, a folder that
-    ``TensorDict.load_memmap`` reads. Without one of these suffixes ``.npz`` is added behind the name, never in place of
+    ``TensorDict.load_memmap`` reads. Without one of these suffixes ``.npz`` is added after the name, never in place of
     a part of it.
 
     Args:
@@ -39,6 +42,9 @@ def save_activations(acts: Mapping[str, Tensor], path: str | os.PathLike[str]) -
 
     Returns:
         The path that was written.
+
+    Raises:
+        StoreError: the disk does not take it, or the format cannot hold a name or a dtype.
 
     Example:
         >>> import tempfile
@@ -49,19 +55,31 @@ def save_activations(acts: Mapping[str, Tensor], path: str | os.PathLike[str]) -
     target = Path(path)
     if target.suffix not in SUFFIXES:
         target = target.with_name(target.name + ".npz")
-    target.parent.mkdir(parents=True, exist_ok=True)
     kept = {name: tensor.detach().cpu() for name, tensor in acts.items()}
-    if target.suffix == ".safetensors":
-        write_tensors(kept, target)
-    elif target.suffix == ".pt":
-        torch.save(_of_their_own(kept), target)
-    elif target.suffix == ".memmap":
-        for name, tensor in kept.items():
-            check_memmap(name, tensor.dtype)
-        TensorDict(kept, batch_size=[]).memmap(str(target))
-    else:
-        _save_npz(kept, target)
+    with as_store_error(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == ".safetensors":
+            write_tensors(kept, target)
+        elif target.suffix == ".memmap":
+            _save_folder(kept, target)
+        else:
+            save = _save_pt if target.suffix == ".pt" else _save_npz
+            with replacing_file(target) as descriptor, os.fdopen(descriptor, "wb", closefd=False) as file:
+                save(kept, file)
     return target
+
+
+def _save_folder(acts: Mapping[str, Tensor], target: Path) -> None:
+    for name, tensor in acts.items():
+        check_memmap(name, tensor.dtype)
+    with new_folder(target, replace=True) as folder:
+        for name, tensor in acts.items():
+            write_memmap_column(folder, name, tensor.nbytes, [tensor])
+        write_memmap_meta(folder, {name: (each.dtype, tuple(each.shape)) for name, each in acts.items()}, batch_size=())
+
+
+def _save_pt(acts: Mapping[str, Tensor], file: IO[bytes]) -> None:
+    torch.save(_of_their_own(acts), file)
 
 
 def _of_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -76,11 +94,11 @@ def _of_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _save_npz(acts: Mapping[str, Tensor], target: Path) -> None:
+def _save_npz(acts: Mapping[str, Tensor], file: IO[bytes]) -> None:
     import numpy as np
 
-    lost = {name: str(each.dtype)[6:] for name, each in acts.items() if _is_strange(each.dtype)}
-    with zipfile.ZipFile(target, "w", allowZip64=True) as archive:  # np.savez has parameters, which names may be
+    lost = {name: dtype_name(each.dtype) for name, each in acts.items() if _is_strange(each.dtype)}
+    with zipfile.ZipFile(file, "w", allowZip64=True) as archive:  # np.savez has parameters, which names may be
         for name, tensor in acts.items():
             _add(archive, name, _for_numpy(tensor))  # one at a time: a copy is gone before the next is made
         if lost:
@@ -105,9 +123,12 @@ def _is_strange(dtype: torch.dtype) -> bool:
 def load_activations(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """What :func:`save_activations` wrote: names, shapes and dtypes as they were; nothing is executed.
 
+    The tensors of a ``.memmap`` folder are read when they are used. Their maps are private: what is written to a tensor
+    does not reach the file.
+
     Raises:
         StoreError: no such file, or a suffix that says nothing.
-        DamagedError: a file that is not what was written.
+        DamagedError: a file that is not what was written: cut, forged, no regular file, or a link in a folder.
     """
     source = Path(path)
     if not source.exists() and source.with_name(source.name + ".npz").exists():
@@ -117,49 +138,56 @@ def load_activations(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if source.suffix == ".safetensors":
         return read_tensors(source)
     if source.suffix == ".memmap":
-        _check_folder(source)
-        loaded: Any = TensorDict.load_memmap(str(source))
-        return {str(name): tensor for name, tensor in loaded.items()}
-    try:
-        if source.suffix == ".pt":
-            return dict(torch.load(source, weights_only=True, map_location="cpu"))
-        return _load_npz(source)
-    except Exception as error:
-        raise DamagedError(f"{source} cannot be read: {type(error).__name__}: {error}", path=source) from error
+        return load_memmap_folder(source)
+    with open_regular(source, follow_links=True) as (descriptor, _), os.fdopen(descriptor, "rb", closefd=False) as file:
+        try:
+            return _load_pt(file) if source.suffix == ".pt" else _load_npz(file)
+        except Exception as error:
+            raise DamagedError(f"{source} cannot be read: {type(error).__name__}: {error}", path=source) from error
 
 
-def _check_folder(source: Path) -> None:
-    """Hold the sizes of a folder's files against what it says of them: a map would lengthen a short one with zeros."""
-    try:
-        said = json.loads((source / "meta.json").read_bytes())
-        described = {name: each for name, each in said.items() if isinstance(each, dict)}
-        sizes = {
-            name: getattr(torch, each["dtype"].removeprefix("torch.")).itemsize * math.prod(each["shape"])
-            for name, each in described.items()
-        }
-        if said["_type"] != str(TensorDict):
-            raise ValueError(f"it is a {said['_type']}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(
-            f"{source} is no folder of activations: {type(error).__name__}: {error}", path=source
-        ) from error
-    for name, size in sizes.items():
-        file = source / f"{safe_name(name)}.memmap"
-        found = file.stat().st_size if file.exists() else 0
-        if found < size:
-            raise DamagedError(
-                f"{file} has {found} bytes where meta.json says {size}; it is truncated, save it again", path=file
-            )
+def _load_pt(file: IO[bytes]) -> dict[str, Tensor]:
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            _refuse_compressed(archive)
+    file.seek(0)
+    found = torch.load(file, weights_only=True, map_location="cpu")
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(each, Tensor) for name, each in found.items()
+    ):
+        raise ValueError("it holds something else than a dict of tensors")
+    return dict(found)
 
 
-def _load_npz(source: Path) -> dict[str, Tensor]:
+def _refuse_compressed(archive: zipfile.ZipFile) -> None:
+    """A file of some kilobytes can say that it holds terabytes; what is stored as it is takes its own size."""
+    for entry in archive.infolist():
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise ValueError(f"{entry.filename!r} is compressed, which save_activations never does")
+
+
+def _load_npz(file: IO[bytes]) -> dict[str, Tensor]:
+    with zipfile.ZipFile(file) as archive:
+        _refuse_compressed(archive)
+        arrays = {entry.filename.removesuffix(".npy"): _read_array(archive, entry) for entry in archive.infolist()}
+    lost = json.loads(str(arrays.pop(_DTYPES))) if _DTYPES in arrays else {}
+    return {name: _as_saved(array, lost.get(name)) for name, array in arrays.items()}
+
+
+def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Any:
+    """One array, whose header has to fit the size of its entry: otherwise NumPy would allocate whatever it says."""
     import numpy as np
 
-    with np.load(source, allow_pickle=False) as archive:
-        lost = json.loads(str(archive[_DTYPES])) if _DTYPES in archive.files else {}
-        return {name: _as_saved(archive[name], lost.get(name)) for name in archive.files if name != _DTYPES}
+    with archive.open(entry) as file:
+        header = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(file) == (1, 0) else None
+        header = header or np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(file)
+        if dtype.hasobject or file.tell() + math.prod(shape) * dtype.itemsize != entry.file_size:
+            raise ValueError(f"{entry.filename!r} of shape {shape}, {dtype}, is not of {entry.file_size} bytes")
+    with archive.open(entry) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _as_saved(array: Any, dtype: str | None) -> Tensor:
     tensor = torch.from_numpy(array)
-    return tensor if dtype is None else tensor.to(getattr(torch, dtype))
+    return tensor if dtype is None else tensor.to(DTYPES[dtype])

@@ -1,16 +1,13 @@
-"""Options of a harvest as JSON values and as numbers, the same in every process."""
+"""Sizes and counts as users write them: ``"20GB"``, whole numbers of any library, names of dtypes."""
 
 from __future__ import annotations
 
-import hashlib
 import operator
-from functools import partial
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 
-__all__ = ["as_bytes", "as_count", "dtype_name", "spelled"]
+__all__ = ["as_bytes", "as_count", "dtype_name"]
 
 _SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -18,24 +15,6 @@ _SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 def dtype_name(dtype: torch.dtype | None) -> str | None:
     """``"bfloat16"``; None where there is none."""
     return None if dtype is None else str(dtype).removeprefix("torch.")
-
-
-def spelled(value: Any) -> Any:
-    """An option as JSON; of a function its name and a hash of its code, because its address changes from run to run."""
-    if isinstance(value, slice):
-        return ":".join("" if each is None else str(each) for each in (value.start, value.stop, value.step))
-    if isinstance(value, tuple | list):
-        return [spelled(each) for each in value]
-    if isinstance(value, partial):
-        return [spelled(value.func), [repr(each) for each in value.args], repr(sorted(value.keywords.items()))]
-    if isinstance(value, FunctionType):
-        return f"{value.__qualname__} {_code_hash(value.__code__)}"
-    return getattr(value, "__qualname__", value if isinstance(value, str | int | None) else type(value).__qualname__)
-
-
-def _code_hash(code: CodeType) -> str:
-    constants = [_code_hash(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
-    return hashlib.sha256(repr((code.co_code, code.co_names, constants)).encode()).hexdigest()[:12]
 
 
 def as_count(rows: Any) -> Any:

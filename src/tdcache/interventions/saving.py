@@ -14,7 +14,7 @@ import regex
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdcache.errors import DamagedError, StoreError, listed
+from tdcache.errors import DamagedError, HookSignatureError, StoreError, listed
 from tdcache.interventions.ablation import Ablation
 from tdcache.interventions.addition import ActivationAddition
 from tdcache.interventions.base import Intervention
@@ -23,6 +23,9 @@ from tdcache.interventions.patching import ActivationPatching
 from tdcache.interventions.path_patching import PathPatching
 from tdcache.interventions.resume import ResumeFrom
 from tdcache.interventions.steering import SteeringVectors
+from tdcache.store.atomic import write_bytes
+from tdcache.store.files import as_store_error
+from tdcache.store.regular import parse_json, read_bounded
 from tdcache.store.safetensors import read_tensors, write_tensors
 
 __all__ = ["load_intervention", "save_intervention"]
@@ -33,11 +36,15 @@ _KINDS: Mapping[str, type[Intervention | ResumeFrom]] = {
         Ablation, ActivationAddition, ActivationPatching, CausalTracing, PathPatching, ResumeFrom, SteeringVectors,
     )
 }  # fmt: skip
-_CONFIG, _TENSORS, _FORMAT, _MOST = "intervention.json", "tensors.safetensors", 1, 10_000_000
+_CONFIG, _FORMAT, _MOST = "intervention.json", 1, 10_000_000
+# The config names the one that counts, so that its own renaming is what replaces both files at once.
+_TENSORS = ("tensors.safetensors", "tensors.1.safetensors")
 
 
 def save_intervention(intervention: Intervention | ResumeFrom, directory: str | os.PathLike[str]) -> None:
     """Write an intervention with its tensors to a directory, which is made where it is not there.
+
+    One that is there is replaced at once: whatever fails, the directory holds the old one or the new one.
 
     What cannot be data stays out: a function (``patch_fn``, ``steer_fn``, ``metric``, a predicate) has to be given
     again to :func:`load_intervention`, and a selector has to be a regex, or a sequence of these.
@@ -65,10 +72,22 @@ def save_intervention(intervention: Intervention | ResumeFrom, directory: str | 
         elif value is not parameter.default:
             arguments[name] = _as_data(value, name, tensors)
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(tensors, folder / _TENSORS)
-    config = {"format": _FORMAT, "kind": kind, "arguments": arguments, "give_again": again}
-    (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    old, new = _tensor_names(folder)
+    config = {"format": _FORMAT, "kind": kind, "arguments": arguments, "give_again": again, "tensors": new}
+    with as_store_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(tensors, folder / new)
+        write_bytes(folder / _CONFIG, json.dumps(config, indent=1).encode() + b"\n")
+        (folder / old).unlink(missing_ok=True)
+
+
+def _tensor_names(folder: Path) -> tuple[str, str]:
+    """The file that the config of a directory names, and the one to write."""
+    try:
+        there = _read_config(folder / _CONFIG)["tensors"]
+    except DamagedError:  # or none at all
+        there = _TENSORS[1]
+    return there, _TENSORS[there == _TENSORS[0]]
 
 
 def load_intervention(directory: str | os.PathLike[str], **functions: Any) -> Any:
@@ -92,31 +111,34 @@ def load_intervention(directory: str | os.PathLike[str], **functions: Any) -> An
             f"got {listed(sorted(functions)) or 'none'}"
         )
     try:
-        tensors = read_tensors(folder / _TENSORS)
+        tensors = read_tensors(folder / config["tensors"], follow_links=False)
     except FileNotFoundError:
-        raise DamagedError(f"{folder / _TENSORS} is missing", path=folder / _TENSORS) from None
+        raise DamagedError(f"{folder / config['tensors']} is missing", path=folder / config["tensors"]) from None
     arguments = {name: _from_data(value, tensors, folder) for name, value in config["arguments"].items()}
     if clash := set(arguments) - set(inspect.signature(kind).parameters):
         raise DamagedError(f"{folder / _CONFIG}: {kind.__name__} has no argument {listed(sorted(clash))}", path=folder)
-    return kind(**arguments, **functions)
+    try:
+        return kind(**arguments, **functions)
+    except HookSignatureError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise DamagedError(f"{folder / _CONFIG} describes no {kind.__name__}: {error}", path=folder) from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MOST:
-            raise DamagedError(f"{path} has more than {_MOST} bytes, too many for an intervention", path=path)
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(read_bounded(path, most=_MOST), path)
     except FileNotFoundError:
         raise DamagedError(
             f"{path} is missing; is {path.parent} the directory of an intervention?",
             path=path,
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} is no valid JSON: {error}", path=path) from None
     good = isinstance(config, dict) and isinstance(config.get("arguments"), dict)
     again = config.get("give_again") if good and str(config.get("kind")) in _KINDS else None
     if not isinstance(again, list) or not all(isinstance(name, str) for name in again):
         raise DamagedError(f"{path} does not describe an intervention", path=path)
+    if config.setdefault("tensors", _TENSORS[0]) not in _TENSORS:
+        raise DamagedError(f"{path} names {config['tensors']!r} as its tensors, not {listed(_TENSORS)}", path=path)
     if config.get("format") != _FORMAT:
         raise DamagedError(f"{path} is of format {config.get('format')!r}; this version reads {_FORMAT}", path=path)
     return config  # type: ignore[no-any-return]  # checked above

@@ -10,18 +10,16 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from tdcache.errors import ContextError, SpecError
+from tdcache.store.reader import StoreReader
 from tdcache.store.rows import joined, pick_rows
 from tdcache.store.spans import Span
-
-if TYPE_CHECKING:
-    from tdcache.store.dataset import ActivationDataset
 
 __all__ = ["Batches", "Shuffle"]
 
@@ -47,7 +45,7 @@ class _Stream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _SingleRows:
-    dataset: ActivationDataset
+    dataset: StoreReader
     numbers: Tensor
 
     @property
@@ -81,11 +79,12 @@ class _Pool:
 class _Pools:
     """Blocks in an order, a pool of some at a time: while one is handed out, row by row, the next is read.
 
-    The memory of a pool is used for the one behind the next: fresh memory costs more than the reading.
+    The memory of a pool is used for the one after the next: fresh memory costs more than the reading.
     """
 
-    dataset: ActivationDataset
-    blocks: Sequence[Span]
+    dataset: StoreReader
+    blocks: Tensor
+    """First row, and the one after the last, of each: ``(blocks, 2)``; a billion rows are too many for a list."""
     per_pool: int
     seed: tuple[int, ...] | None
     """Of the mixing; None leaves rows as they lie."""
@@ -94,8 +93,8 @@ class _Pools:
     _next: _Pool | None = None
 
     def __post_init__(self) -> None:
-        sizes = (_rows_in(self._members(number)) for number in range(-(-len(self.blocks) // self.per_pool)))
-        self.starts = list(itertools.accumulate(sizes, initial=0))
+        sizes = (self.blocks[:, 1] - self.blocks[:, 0]).split(self.per_pool)
+        self.starts = list(itertools.accumulate((int(each.sum()) for each in sizes), initial=0))
 
     @property
     def rows(self) -> int:
@@ -127,7 +126,7 @@ class _Pools:
         return _Pool(number, memory, self.dataset.read(members, memory, readers=readers), order)
 
     def _members(self, number: int) -> Sequence[Span]:
-        return self.blocks[number * self.per_pool : (number + 1) * self.per_pool]
+        return [(begin, end) for begin, end in self.blocks[number * self.per_pool :][: self.per_pool].tolist()]
 
     def _memory(self) -> dict[str, Tensor]:
         return self.dataset.empty(max(map(int.__sub__, self.starts[1:], self.starts)))
@@ -157,7 +156,7 @@ class Batches:
 
     def __init__(
         self,
-        dataset: ActivationDataset,
+        dataset: StoreReader,
         size: int,
         *,
         shuffle: Shuffle = False,
@@ -190,7 +189,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[TensorDict]:
         stream = self._stream()
-        if 0 < stream.rows <= self.position:  # a state from behind the last batch: that epoch is over
+        if 0 < stream.rows <= self.position:  # a state from after the last batch: that epoch is over
             self.epoch, self.position = self.epoch + 1, 0
             stream = self._stream()
         with ThreadPoolExecutor(_READERS, thread_name_prefix="tdcache-reader") as readers:
@@ -210,7 +209,7 @@ class Batches:
                 "loaded; run one `for` at a time, and make a second `dataset.batches(...)` for another"
             )
 
-    def _rows_of_epoch(self) -> ActivationDataset:
+    def _rows_of_epoch(self) -> StoreReader:
         if self.position == 0:
             self._began = copy.copy(self.dataset)
         return self._began
@@ -220,24 +219,14 @@ class Batches:
         rows, per_pool = len(dataset), max(1, self.pool // self.block)
         if self.shuffle is False:
             first, last = (rows * share // self.world for share in (self.rank, self.rank + 1))
-            in_order = [(begin, min(begin + self.block, last)) for begin in range(first, last, self.block)]
-            return _Pools(dataset, in_order, per_pool, None)
+            begins = torch.arange(first, last, self.block)
+            return _Pools(dataset, torch.stack([begins, (begins + self.block).clamp(max=last)], 1), per_pool, None)
         generator = _generator(self.seed, self.epoch)
         if self.shuffle == "rows":
             return _SingleRows(dataset, torch.randperm(rows, generator=generator)[self.rank :: self.world])
-        blocks = self._blocks(dataset)
-        order = torch.randperm(len(blocks), generator=generator)[self.rank :: self.world].tolist()
-        chosen = [blocks[each] for each in order]
-        return _Pools(dataset, chosen, per_pool, (self.seed, self.epoch, self.rank))
-
-    def _blocks(self, dataset: ActivationDataset) -> list[tuple[int, int]]:
-        """First row and the one behind the last of each block; none spans two shards."""
-        found, start = [], 0
-        for shard in dataset.shards:
-            stop = start + shard.rows
-            found += [(begin, min(begin + self.block, stop)) for begin in range(start, stop, self.block)]
-            start = stop
-        return found
+        blocks = _blocks(dataset, self.block)
+        order = torch.randperm(len(blocks), generator=generator)[self.rank :: self.world]
+        return _Pools(dataset, blocks[order], per_pool, (self.seed, self.epoch, self.rank))
 
     def _identity(self) -> dict[str, Any]:
         names = ("size", "shuffle", "seed", "rank", "world", "block", "pool")
@@ -262,7 +251,17 @@ class Batches:
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
 
 
-def _default_block(dataset: ActivationDataset) -> int:
+def _blocks(dataset: StoreReader, size: int) -> Tensor:
+    """First row, and the one after the last, of each block; none spans two shards."""
+    rows = torch.tensor([shard.rows for shard in dataset.shards], dtype=torch.int64)
+    ends, counts = rows.cumsum(0), (rows + size - 1) // size
+    shard = torch.repeat_interleave(torch.arange(len(rows)), counts)
+    within = torch.arange(len(shard)) - (counts.cumsum(0) - counts)[shard]
+    begins = (ends - rows)[shard] + within * size
+    return torch.stack([begins, torch.minimum(begins + size, ends[shard])], 1)
+
+
+def _default_block(dataset: StoreReader) -> int:
     widths = [dataset.describe(key) for key in dataset.keys]
     widest = max((torch.Size(shape).numel() * dtype.itemsize for dtype, shape in widths), default=1)
     return -(-_BLOCK_BYTES // max(1, widest))

@@ -5,20 +5,31 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
-import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["Files", "unnamed"]
+from tdcache.errors import StoreError
+
+__all__ = ["Files", "as_store_error"]
 
 _PART = 1 << 22  # bytes
 _UNSUPPORTED = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
-def unnamed(scratch: Path, stem: str) -> Path:
-    """A path for a file that gets its name when it is whole; it tells who writes, so that it can be swept."""
-    return scratch / f"{stem}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+@contextlib.contextmanager
+def as_store_error(path: Path) -> Iterator[None]:
+    """Name what could not be written where the disk does not take it.
+
+    Raises:
+        StoreError: for an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{path} could not be written: {error.strerror or error}; what was there before is whole", path=path
+        ) from error
 
 
 def _start_writing(descriptor: int, offset: int, size: int) -> None:

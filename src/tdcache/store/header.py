@@ -16,30 +16,14 @@ from typing import Any
 import torch
 
 from tdcache.errors import DamagedError, StoreError
+from tdcache.store.dtypes import SAFETENSORS_DTYPES
 
 __all__ = ["Header", "TensorEntry", "header_length", "pack_header", "parse_header"]
 
 _LENGTH = 8
 _MOST = 100_000_000  # bytes of header, as in the reference implementation
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MOST_ITEMS, _MOST_DIMENSIONS = 1 << 60, 64  # what torch can describe
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +69,9 @@ def pack_header(
     offset = 0
     for name, (dtype, shape) in tensors.items():
         if dtype not in _NAMES or name == "__metadata__":
-            raise StoreError(f"tensor {name!r} of {dtype} cannot be stored; the dtypes are {', '.join(_DTYPES)}")
+            raise StoreError(
+                f"tensor {name!r} of {dtype} cannot be stored; the dtypes are {', '.join(SAFETENSORS_DTYPES)}"
+            )
         size = math.prod(shape) * dtype.itemsize
         described[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
@@ -153,12 +139,14 @@ def _entry(key: str, fields: Any, name: object) -> TensorEntry:
         and isinstance(offsets, list)
         and len(offsets) == 2
         and all(map(_is_size, [*shape, *offsets]))
+        and math.prod(max(each, 1) for each in shape) <= _MOST_ITEMS  # also of a tensor without items
+        and len(shape) <= _MOST_DIMENSIONS
         and isinstance(fields.get("dtype"), str)
-        and fields["dtype"] in _DTYPES
+        and fields["dtype"] in SAFETENSORS_DTYPES
     )
     if not sound or shape is None or offsets is None:
         raise DamagedError(f"{name}: tensor {key!r} is described by {str(fields)[:200]}, which is no tensor", path=name)
-    dtype = _DTYPES[fields["dtype"]]
+    dtype = SAFETENSORS_DTYPES[fields["dtype"]]
     begin, end = offsets
     wanted = math.prod(shape) * dtype.itemsize
     if end - begin != wanted:

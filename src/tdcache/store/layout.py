@@ -11,33 +11,40 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
-import time
-import zlib
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from tdcache.errors import DamagedError
-from tdcache.store.files import Files, unnamed
-from tdcache.store.shard import Shard, read_shard
+from tdcache.errors import DamagedError, StoreError
+from tdcache.store.atomic import draft_file, sweep
+from tdcache.store.checksums import crc32
+from tdcache.store.files import Files
+from tdcache.store.regular import is_folder, read_bounded
+from tdcache.store.shard import Shard, ShardCache
+from tdcache.store.shard_header import Contract, IndexRow
 from tdcache.store.spec import canonical
 
 __all__ = ["Layout"]
 
-_NAME = re.compile(r"u(\d{8})\.safetensors")
+_NAME = re.compile(r"u(\d{8,})\.safetensors")
 _PER_FOLDER = 1000
-_STALE_SECONDS = 24 * 3600
+_MOST = 1 << 31  # bytes of index
+
+
+def _names(unit: int) -> tuple[str, str]:
+    """The folder and the file of a unit's shard."""
+    return f"{unit // _PER_FOLDER:03d}", f"u{unit:08d}.safetensors"
 
 
 class Layout:
     """The names in one store's folder.
 
     Args:
-        folder: of the store.
+        folder: of the store; a relative one is that of now, whatever the working directory is later.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()
         self.shards = self.folder / "shards"
         self.scratch = self.folder / ".tmp"
         self.index = self.folder / "index.json"
@@ -46,72 +53,115 @@ class Layout:
         return f"Layout({str(self.folder)!r})"
 
     def prepare(self, files: Files) -> None:
-        """Make the folders."""
+        """Make the folders.
+
+        Raises:
+            StoreError: a link leads out of the store.
+        """
         for folder in (self.folder, self.shards, self.scratch):
             files.make_folder(folder)
+        self.check_folders()
+
+    def check_folders(self) -> None:
+        """Refuse links in the places of the store's own folders.
+
+        Raises:
+            StoreError: what would be read, written or removed there is not in the store.
+        """
+        for folder in (self.shards, self.scratch):
+            if os.path.lexists(folder) and not is_folder(folder):
+                raise StoreError(f"{folder} is no folder of the store's own; put a folder in its place", path=folder)
 
     def shard(self, unit: int) -> Path:
         """The name of a unit's shard."""
-        return self.shards / f"{unit // _PER_FOLDER:03d}" / f"u{unit:08d}.safetensors"
+        return self.shards.joinpath(*_names(unit))
 
-    def units(self) -> list[int]:
-        """The numbers of the shards that are there, in order; foreign names are ignored."""
+    def units(self) -> dict[int, os.stat_result]:
+        """The status of each shard that is there, by unit, in order; foreign names and links are ignored."""
+        self.check_folders()
         if not self.shards.is_dir():
-            return []
-        found = [
-            int(match[1])
-            for folder in os.scandir(self.shards)
-            if folder.is_dir(follow_symlinks=False)
-            for entry in os.scandir(folder.path)
-            if (match := _NAME.fullmatch(entry.name)) and self.shard(int(match[1])).parent.name == folder.name
-        ]
-        return sorted(found)
+            return {}
+        found = {}
+        with os.scandir(self.shards) as folders:
+            for folder in [each for each in folders if each.is_dir(follow_symlinks=False)]:
+                with os.scandir(folder.path) as entries:
+                    for entry in entries:
+                        match = _NAME.fullmatch(entry.name)
+                        if match and _names(int(match[1])) == (folder.name, entry.name):
+                            found[int(match[1])] = entry.stat(follow_symlinks=False)
+        return dict(sorted(found.items()))
 
-    def open_shards(self, spec: str, known: Mapping[int, Shard] | None = None) -> dict[int, Shard]:
-        """Every shard that is there, opened, by unit; those in ``known`` are not opened again.
+    def open_shards(
+        self, contract: Contract, cache: ShardCache, known: Mapping[int, Shard] | None = None
+    ) -> dict[int, Shard]:
+        """Every shard that is there, by unit.
+
+        What the index knows, or ``known`` holds, is not opened if its size is still the same; it is looked at when it
+        is read.
 
         Raises:
             DamagedError: a shard is not what was written, or not the unit that its name says.
+            StoreError: a shard belongs to another store.
         """
+        rows = {unit: shard.row for unit, shard in (known or {}).items()}
+        units = self.units()
+        if set(units) - set(rows):
+            rows = self._indexed(contract.spec) | rows
         found: dict[int, Shard] = {}
-        for unit in self.units():
-            shard = known[unit] if known and unit in known else read_shard(self.shard(unit), spec=spec)
-            if shard.info.unit != unit:
-                raise DamagedError(f"{shard.path} holds unit {shard.info.unit}, not {unit}", path=shard.path)
-            found[unit] = shard
+        for unit, status in units.items():
+            row, path = rows.get(unit), self.shard(unit)
+            if row is not None and stat.S_ISREG(status.st_mode) and status.st_size == row.size:
+                found[unit] = Shard(path, row, contract, cache)
+                continue
+            found[unit] = Shard.opened(path, contract, cache)
+            if found[unit].row.unit != unit:
+                raise DamagedError(f"{path} holds unit {found[unit].row.unit}, not {unit}", path=path)
         return found
 
-    def write_index(self, spec: str, shards: Iterable[Shard], files: Files) -> None:
-        """Write what the shards say of themselves into one file, over the one that is there."""
-        rows = [[each.info.unit, each.rows, each.info.first, each.info.last, each.size] for each in shards]
-        document = {"shards": rows, "spec": spec}
-        data = canonical({**document, "crc32": f"{zlib.crc32(canonical(document)):08x}"}) + b"\n"
-        temporary = unnamed(self.scratch, "index")
-        descriptor = files.create(temporary)
+    def _indexed(self, spec: str) -> dict[int, IndexRow]:
         try:
+            return self.read_index(spec) or {}
+        except DamagedError:
+            return {}  # it says what the shards say as well
+
+    def write_index(self, spec: str, shards: Iterable[Shard], files: Files) -> None:
+        """Write what the shards say of themselves into one file, over one that says something else."""
+        rows = [list(each.row) for each in shards]
+        document = {"columns": list(IndexRow.__annotations__), "shards": rows, "spec": spec}
+        data = canonical({**document, "crc32": f"{crc32(canonical(document)):08x}"}) + b"\n"
+        try:
+            if read_bounded(self.index, most=len(data)) == data:
+                return
+        except (DamagedError, FileNotFoundError):
+            pass
+        files.make_folder(self.scratch)
+        with draft_file(self.scratch, "index", files) as (descriptor, temporary):
             files.write(descriptor, memoryview(data), 0)
             files.sync(descriptor)
-        finally:
-            files.close(descriptor)
-        files.replace(temporary, self.index)
-        files.sync_folder(self.folder)
+            files.replace(temporary, self.index)
+            files.sync_folder(self.folder)
 
-    def read_index(self) -> dict[int, list[int]] | None:
-        """Unit, rows, first and last sample and bytes of each shard, by unit; None where there is no index.
+    def read_index(self, spec: str | None = None) -> dict[int, IndexRow] | None:
+        """What the index says of each shard, by unit; None where there is none, or one of an earlier version.
+
+        Args:
+            spec: the id of the spec that it has to be of; None for any.
 
         Raises:
             DamagedError: it is not what was written.
         """
         try:
-            raw = self.index.read_bytes()
+            raw = read_bounded(self.index, most=_MOST)
         except FileNotFoundError:
             return None
         try:
             document = json.loads(raw)
-            found = {row[0]: row for row in document["shards"]}
             crc = document.pop("crc32")
-            sound = crc == f"{zlib.crc32(canonical(document)):08x}"
+            sound = crc == f"{crc32(canonical(document)):08x}" and spec in (None, document["spec"])
             sound = sound and raw == canonical({**document, "crc32": crc}) + b"\n"
+            if sound and "columns" not in document:
+                return None
+            rows = [IndexRow.parsed(each) for each in document["shards"]]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             sound = False
         if not sound:
@@ -120,26 +170,9 @@ class Layout:
                 "harvest makes it anew from the shards",
                 path=self.index,
             )
-        return found
+        return {row.unit: row for row in rows}
 
     def sweep(self, files: Files) -> None:
         """Remove files without a name whose writer is dead."""
-        for entry in os.scandir(self.scratch):
-            if _is_stale(entry):
-                files.remove(Path(entry.path))  # which another writer that starts may do as well
-
-
-def _is_stale(entry: os.DirEntry[str]) -> bool:
-    parts = entry.name.split(".")
-    if len(parts) > 3 and ".".join(parts[1:-2]) == socket.gethostname() and parts[-2].isdigit():
-        try:
-            os.kill(int(parts[-2]), 0)
-        except ProcessLookupError:
-            return True
-        except OSError:
-            return False
-        return False
-    try:
-        return time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_SECONDS
-    except FileNotFoundError:
-        return False
+        self.check_folders()
+        sweep(self.scratch, files)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-__all__ = ["gather_rows", "joined", "pick_rows", "row_numbers"]
+__all__ = ["ROW_COLUMNS", "by_shard", "joined", "pick_rows", "put_rows", "row_numbers"]
+
+ROW_COLUMNS = ("seq", "pos", "tok")
+"""What a row knows of itself: its sample, its position in it and, where there is one, its token."""
 
 
 def row_numbers(index: Any, rows: int) -> Tensor:
@@ -50,31 +52,31 @@ def _as_tensor(index: Any) -> Tensor:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise IndexError(
             f"an index is an integer, a slice, ..., or integers or booleans in a list, an array or a tensor; got "
-            f"{index!r}; ask one column by its name, and its rows behind it: ds['layers.0'][:10]"
+            f"{index!r}; ask one column by its name, and its rows after it: ds['layers.0'][:10]"
         ) from None
 
 
-def gather_rows(columns: Sequence[Tensor], starts: Tensor, numbers: Tensor) -> Tensor:
-    """The numbered rows in the order of ``numbers``, read in the order in which they lie on the disk.
+def by_shard(numbers: Tensor, starts: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Row numbers, shard by shard, in the order in which the rows lie on the disk.
 
     Args:
-        columns: the column in each shard.
-        starts: the number of the first row of each shard, and behind the last the number of rows: ``(shards + 1,)``.
-        numbers: row numbers, ``(n,)``.
+        numbers: ``(n,)``.
+        starts: the number of the first row of each shard, and after the last the number of rows: ``(shards + 1,)``.
+
+    Yields:
+        A shard's number, the rows' numbers within it, ascending, and their places in ``numbers``.
     """
     ordered, places = numbers.sort()
-    bounds = torch.searchsorted(ordered, starts).tolist()
-    parts = [
-        pick_rows(columns[shard], ordered[low:high] - starts[shard])
-        for shard, (low, high) in enumerate(pairwise(bounds))
-        if low < high
-    ]
-    if not parts:
-        return columns[0][:0].clone()
-    found = torch.cat(parts) if len(parts) > 1 else parts[0]
-    back = torch.empty_like(places)
-    back[places] = torch.arange(places.numel())
-    return pick_rows(found, back)
+    shards, counts = (torch.searchsorted(starts, ordered, right=True) - 1).unique_consecutive(return_counts=True)
+    end = 0
+    for shard, count in zip(shards.tolist(), counts.tolist(), strict=True):
+        begin, end = end, end + count
+        yield shard, ordered[begin:end] - starts[shard], places[begin:end]
+
+
+def put_rows(target: Tensor, places: Tensor, rows: Tensor) -> None:
+    """``target[places] = rows``, for dtypes with few kernels as well."""
+    _bytes(target).index_copy_(0, places, _bytes(rows))
 
 
 def pick_rows(rows: Tensor, numbers: Tensor) -> Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tdcache.store.atomic import replacing_file
 from tdcache.store.files import Files
 from tdcache.store.header import Header, header_length, pack_header, parse_header
-from tdcache.store.shard import bytes_of, read_into
+from tdcache.store.regular import open_regular, read_into
+from tdcache.store.shard_file import bytes_of
 
 __all__ = ["read_tensors", "write_tensors"]
 
@@ -47,40 +48,35 @@ def write_tensors(
     # Wide dtypes first, so that every tensor begins at a multiple of its item size.
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
     header = pack_header({name: (each.dtype, tuple(each.shape)) for name, each in ordered.items()}, metadata or {})
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    descriptor = files.create(temporary)
-    try:
-        try:
-            files.reserve(descriptor, len(header) + sum(each.nbytes for each in ordered.values()))
-            offset = len(header)
-            for each in ordered.values():
-                data = bytes_of(each.cpu())
-                files.write(descriptor, data, offset)
-                offset += data.nbytes
-            files.write(descriptor, memoryview(header), 0)
-            files.sync(descriptor)
-        finally:
-            files.close(descriptor)
-        files.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    files.sync_folder(target.parent)
+    with replacing_file(target, files) as descriptor:
+        files.reserve(descriptor, len(header) + sum(each.nbytes for each in ordered.values()))
+        offset = len(header)
+        for each in ordered.values():
+            data = bytes_of(each.cpu())
+            files.write(descriptor, data, offset)
+            offset += data.nbytes
+        files.write(descriptor, memoryview(header), 0)
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_tensors(path: str | os.PathLike[str], *, follow_links: bool = True) -> dict[str, Tensor]:
     """The tensors of a file, on the CPU, in memory of their own.
 
+    Args:
+        path: of the file.
+        follow_links: whether it may be a symbolic link, as in the cache of the Hugging Face hub.
+
     Raises:
-        DamagedError: the file is truncated, forged, or no safetensors file.
+        DamagedError: the file is truncated, forged, or no safetensors file; or a folder, a pipe, a link.
+        FileNotFoundError: there is no file.
     """
     source = Path(path)
-    with source.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        raw = file.read(8)
-        raw += file.read(header_length(raw, size, source))
-        header = parse_header(raw, size, source)
-        return {name: _read(file.fileno(), header, name, source) for name in header.tensors}
+    with open_regular(source, follow_links=follow_links) as (descriptor, status):
+        raw = bytearray(min(8, status.st_size))
+        read_into(descriptor, memoryview(raw), 0, source)
+        raw = bytearray(8 + header_length(bytes(raw), status.st_size, source))
+        read_into(descriptor, memoryview(raw), 0, source)
+        header = parse_header(bytes(raw), status.st_size, source)
+        return {name: _read(descriptor, header, name, source) for name in header.tensors}
 
 
 def _read(descriptor: int, header: Header, name: str, source: Path) -> Tensor:

@@ -1,266 +1,175 @@
-"""One shard: a safetensors file with the same rows of every site, written all or not at all, checked block by block."""
+"""One shard of a store: opened when something is read from it, checked block by block, never written to."""
 
 from __future__ import annotations
 
-import json
-import os
-import stat
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from tdcache.errors import DamagedError, StoreError
-from tdcache.store.files import Files, unnamed
-from tdcache.store.header import Header, TensorEntry, header_length, pack_header, parse_header
+from tdcache.errors import DamagedError
+from tdcache.store.checksums import BLOCK
+from tdcache.store.header import Header
+from tdcache.store.regular import open_regular
+from tdcache.store.rows import pick_rows
+from tdcache.store.shard_file import ShardFile, bytes_of
+from tdcache.store.shard_header import Contract, IndexRow, ShardInfo, read_shard_header
 
-__all__ = ["BLOCK", "Shard", "ShardInfo", "bytes_of", "read_into", "read_shard", "write_shard"]
+__all__ = ["Shard", "ShardCache"]
 
-BLOCK = 1 << 20
-"""Bytes per checksum."""
+_HEADERS, _MAPS = 4096, 64  # kept by a dataset
+_FEW = 16  # rows of a shard that are sooner read one by one than through a map
 
-_ALIGN = 4096
-# No symbolic link is followed, and a pipe in the place of a file does not make us wait.
-_READ_ONLY = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-_NO_SUM = "00000000"
-_INFO, _SUM = "tdcache", "tdcache.header_crc32"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardInfo:
-    """What a shard says of itself: nothing that depends on who wrote it, or when."""
-
-    spec: str
-    """The id of the spec it belongs to."""
-    unit: int
-    first: int
-    """The number of its first sample."""
-    last: int
-    """The number behind its last sample."""
-    rows: int
-    end: bool
-    """Whether the data ended with this unit."""
-    overflow: dict[str, int] = field(default_factory=dict)
-    """Values per column that the stored dtype cannot hold."""
-    sums: dict[str, str] = field(default_factory=dict)
-    """The crc32 of every :data:`BLOCK` of each column, eight hexadecimal digits each."""
+_Kept = TypeVar("_Kept")
+_Identity = tuple[int, int, int, int]
 
 
-class _BlockSums:
-    """Running crc32 of each block of a stream of bytes."""
+class ShardCache:
+    """The headers and maps that a dataset keeps, so many at most, and the blocks that it has checked.
 
-    def __init__(self) -> None:
-        self.done: list[int] = []
-        self._sum = 0
-        self._room = BLOCK
-
-    def update(self, data: memoryview) -> None:
-        while data.nbytes:
-            part, data = data[: self._room], data[self._room :]
-            self._sum = zlib.crc32(part, self._sum)
-            self._room -= part.nbytes
-            if self._room == 0:
-                self._close()
-
-    def _close(self) -> None:
-        self.done.append(self._sum)
-        self._sum, self._room = 0, BLOCK
-
-    def digits(self) -> str:
-        if self._room < BLOCK:
-            self._close()
-        return "".join(f"{each:08x}" for each in self.done)
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor; of one that is not contiguous, those of a copy that is."""
-    flat: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
-
-
-def read_into(descriptor: int, data: memoryview, offset: int, name: Path) -> None:
-    """Fill ``data`` from ``offset`` of a file.
-
-    Raises:
-        DamagedError: the file ends early.
-    """
-    while data.nbytes:
-        count = os.preadv(descriptor, [data], offset)
-        if count == 0:
-            raise DamagedError(f"{name}: the file ends at byte {offset}; it is truncated", path=name)
-        data, offset = data[count:], offset + count
-
-
-def write_shard(
-    target: Path, columns: Mapping[str, Sequence[Tensor]], *, info: ShardInfo, scratch: Path, files: Files
-) -> bool:
-    """Write a shard and give it its name; whatever happens, nothing or all of it is there under that name.
-
-    Data first, header last, fsync, link, fsync of the folder: the name appears only when every byte is durable, and a
-    name that is taken is left alone.
+    Threads share it: single operations on an ``OrderedDict`` are atomic, and what two threads open twice is the same.
 
     Args:
-        target: the name.
-        columns: the rows of each column, in pieces along the first dimension, on the CPU.
-        info: what the shard says of itself; the sums are computed here.
-        scratch: the folder for the file that has no name yet.
-        files: how files are written.
-
-    Returns:
-        False where another writer had been faster.
-
-    Raises:
-        OSError: a file operation failed, for instance because the disk is full; nothing is there then.
-        StoreError: the pieces do not fit together.
+        check: whether each block is compared with its checksum when it is read for the first time.
     """
-    pieces = dict(sorted(columns.items(), key=lambda item: (-item[1][0].element_size(), item[0])))
-    shapes = {name: _joined_shape(name, parts, info.rows) for name, parts in pieces.items()}
-    sizes = {name: sum(part.nbytes for part in parts) for name, parts in pieces.items()}
-    sums = {name: _NO_SUM * -(-size // BLOCK) for name, size in sizes.items()}
-    start = len(_pack(shapes, info, sums))
-    temporary = unnamed(scratch, target.stem)
-    descriptor = files.create(temporary)
-    try:
-        try:
-            files.reserve(descriptor, start + sum(sizes.values()))
-            with ThreadPoolExecutor(max_workers=1) as beside:  # sums are taken while the disk is busy
-                taken = beside.submit(_sums, pieces)
-                offset = start
-                for data in (bytes_of(part) for parts in pieces.values() for part in parts):
-                    files.write(descriptor, data, offset)
-                    offset += data.nbytes
-                sums = taken.result()
-            files.write(descriptor, memoryview(_pack(shapes, info, sums)), 0)
-            files.sync(descriptor)
-        finally:
-            files.close(descriptor)
-        return _commit(temporary, target, files)
-    finally:
-        files.remove(temporary)
+
+    def __init__(self, *, check: bool = False) -> None:
+        self.check = check
+        self.headers: OrderedDict[Path, tuple[_Identity, Header, ShardInfo]] = OrderedDict()
+        self.maps: OrderedDict[Path, Tensor] = OrderedDict()
+        self.checked: dict[Path, dict[str, bytearray]] = {}
+
+    def __repr__(self) -> str:
+        return f"ShardCache(check={self.check}, {len(self.headers)} headers, {len(self.maps)} maps)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty_cache, (self.check,)  # another process opens and checks for itself
+
+    def forget(self, path: Path) -> None:
+        """Let go of what is known of a file."""
+        self.headers.pop(path, None)
+        self.maps.pop(path, None)
+        self.checked.pop(path, None)
 
 
-def _sums(columns: Mapping[str, Sequence[Tensor]]) -> dict[str, str]:
-    """The checksums of each column, whose pieces follow one another."""
-    found = {}
-    for name, parts in columns.items():
-        running = _BlockSums()
-        for part in parts:
-            running.update(bytes_of(part))
-        found[name] = running.digits()
-    return found
+def _empty_cache(check: bool) -> ShardCache:
+    return ShardCache(check=check)
 
 
-def _commit(temporary: Path, target: Path, files: Files) -> bool:
-    try:
-        files.link(temporary, target)
-    except FileExistsError:
-        return False
-    files.sync_folder(target.parent)
-    return True
+def _keep(kept: OrderedDict[Path, _Kept], path: Path, value: _Kept, most: int) -> _Kept:
+    kept[path] = value
+    while len(kept) > most:
+        with suppress(KeyError):  # another thread was faster
+            kept.popitem(last=False)
+    return value
 
 
-def _joined_shape(name: str, parts: Sequence[Tensor], rows: int) -> tuple[torch.dtype, tuple[int, ...]]:
-    first = parts[0]
-    for part in parts:
-        if part.shape[1:] != first.shape[1:] or part.dtype != first.dtype:
-            raise StoreError(
-                f"column {name!r} changes from rows of {tuple(first.shape[1:])}, {first.dtype} to "
-                f"{tuple(part.shape[1:])}, {part.dtype} within a shard"
-            )
-    found = sum(part.shape[0] for part in parts)
-    if found != rows:
-        raise StoreError(f"column {name!r} has {found} rows where the shard has {rows}")
-    return first.dtype, (rows, *first.shape[1:])
-
-
-def _pack(shapes: Mapping[str, Any], info: ShardInfo, sums: Mapping[str, str]) -> bytes:
-    described = {**asdict(info), "sums": dict(sorted(sums.items()))}
-    metadata = {_INFO: json.dumps(described, separators=(",", ":"), sort_keys=True), _SUM: _NO_SUM}
-    raw = pack_header(shapes, metadata, align=_ALIGN)
-    return _with_sum(raw, f"{zlib.crc32(raw):08x}")
-
-
-def _with_sum(raw: bytes, digits: str) -> bytes:
-    """The header with its own checksum in place of the one that is there."""
-    mark = f'"{_SUM}":"'.encode()
-    at = raw.find(mark) + len(mark)
-    return raw[:at] + digits.encode() + raw[at + len(_NO_SUM) :]
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
-    """An open shard. Nothing is read before it is asked for, and nothing is ever written.
+    """One shard of a store.
 
-    Columns are views of a private map of the file: whoever writes to them changes this process's copy of a page only.
+    Its file is opened when something is read, each time: where another file has the name by then, it has to have the
+    same header, and so the same checksums.
     """
 
     path: Path
-    info: ShardInfo
-    header: Header
-    size: int
-    _map: Tensor | None = field(default=None, repr=False)
+    row: IndexRow
+    """What the index says of it."""
+    contract: Contract = field(repr=False)
+    cache: ShardCache = field(repr=False, compare=False)
 
-    def __getstate__(self) -> tuple[Any, ...]:
-        return (self.path, self.info, self.header, self.size)
+    @classmethod
+    def opened(cls, path: Path, contract: Contract, cache: ShardCache) -> Shard:
+        """A shard that no index knows.
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.path, self.info, self.header, self.size = state
-        self._map = None
+        Raises:
+            DamagedError: the file is truncated, forged or damaged in its header, or no shard.
+            StoreError: it belongs to another spec.
+        """
+        with _open_shard(path) as (descriptor, status):
+            header, info, crc = read_shard_header(descriptor, status.st_size, path)
+        contract.check(path, info, header)
+        return cls(path, IndexRow.of(header, info, status.st_size, crc), contract, cache)
 
     @property
     def rows(self) -> int:
         """How many rows there are."""
-        return self.info.rows
+        return self.row.rows
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.row.size
+
+    @property
+    def info(self) -> ShardInfo:
+        """What it says of itself."""
+        with self._file() as file:
+            return file.info
+
+    @property
+    def header(self) -> Header:
+        """Where its columns are."""
+        with self._file() as file:
+            return file.header
 
     def column(self, name: str) -> Tensor:
-        """All rows of one column, ``(rows, *features)``; pages are read when they are used.
+        """All rows of one column, ``(rows, *features)``: a view of a private map, whose pages are read when used.
+
+        Writing to it changes this process's copy of a page only. When the file is cut while a view is in use, the
+        system kills the process at the first page that is gone (SIGBUS); :meth:`read` is safe from that.
 
         Raises:
-            DamagedError: the file is gone or shorter than it was.
+            DamagedError: the file is gone or shorter than it was, or, with ``check``, a block is damaged.
         """
-        entry = self.header.tensors[name]
-        if self._map is None:
-            self._map = self._mapped()
-        begin = self.header.data_start + entry.begin
-        return self._map[begin : begin + entry.nbytes].view(entry.dtype).view(entry.shape)
-
-    def _mapped(self) -> Tensor:
-        try:
-            os.close(_open(self.path))
-            return torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
-        except RuntimeError as error:
-            if isinstance(error, StoreError):
-                raise
-            raise DamagedError(f"{self.path} cannot be mapped, it may be truncated: {error}", path=self.path) from None
+        with self._file() as file:
+            self._check(file, name, range(file.blocks(name)))
+            return file.column(name, self._map(file))
 
     def read(self, targets: Mapping[str, Tensor], rows: tuple[int, int]) -> None:
         """Read rows from the first number to before the second of some columns, without mapping the file.
 
         Args:
-            targets: where they go, by column.
+            targets: where they go, by column; contiguous.
             rows: which.
 
         Raises:
-            DamagedError: the file is gone, or ends before the rows do.
+            DamagedError: the file is gone or ends before the rows do, or, with ``check``, a block is damaged.
         """
-        descriptor = _open(self.path)
-        try:
+        with self._file() as file:
             for name, target in targets.items():
-                entry = self.header.tensors[name]
-                width = entry.nbytes // max(1, self.rows)
-                offset = self.header.data_start + entry.begin + rows[0] * width
-                read_into(descriptor, bytes_of(target), offset, self.path)
-        finally:
-            os.close(descriptor)
+                data, width = bytes_of(target), file.width(name)
+                file.read(name, rows[0], data)
+                self._check(file, name, _blocks(rows[0] * width, rows[1] * width), data, rows[0] * width)
 
-    def close(self) -> None:
-        """Let go of the map; columns that were handed out stay valid."""
-        self._map = None
+    def gather(self, columns: Sequence[str], numbers: Tensor) -> list[Tensor]:
+        """Copies of some rows of some columns.
+
+        Args:
+            columns: their names.
+            numbers: of the rows, ascending, ``(n,)``.
+
+        Returns:
+            ``(n, *features)`` of each column.
+
+        Raises:
+            DamagedError: the file is gone or shorter than it was, or, with ``check``, a block is damaged.
+        """
+        found = []
+        with self._file() as file:
+            for name in columns:
+                if self.cache.check:
+                    self._check(file, name, _blocks_of(numbers, file.width(name)))
+                few = numbers.numel() <= _FEW
+                found.append(
+                    file.pick(name, numbers) if few else pick_rows(file.column(name, self._map(file)), numbers)
+                )
+        return found
 
     def verify(self) -> None:
         """Read every byte and compare the checksums.
@@ -268,95 +177,83 @@ class Shard:
         Raises:
             DamagedError: it names the shard, the column and the block.
         """
-        with self.path.open("rb", buffering=0) as file:
-            fresh = _read_header(file.fileno(), os.fstat(file.fileno()).st_size, self.path)
-            if fresh != self.header:
-                raise DamagedError(f"{self.path}: the header is not the one that was opened", path=self.path)
-            for name, entry in self.header.tensors.items():
-                _verify_column(file.fileno(), self, name, entry)
+        with self._file() as file:
+            for name in file.header.tensors:
+                for block in range(file.blocks(name)):
+                    file.check(name, block)
 
+    @contextmanager
+    def _file(self) -> Iterator[ShardFile]:
+        with _open_shard(self.path) as (descriptor, status):
+            identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            known = self.cache.headers.get(self.path)
+            if known is None or known[0] != identity:
+                self.cache.forget(self.path)
+                header, info = self._read_header(descriptor, status.st_size)
+                known = _keep(self.cache.headers, self.path, (identity, header, info), _HEADERS)
+            yield ShardFile(self.path, descriptor, status.st_size, known[1], known[2])
 
-def _verify_column(descriptor: int, shard: Shard, name: str, entry: TensorEntry) -> None:
-    for block, expected in enumerate(_blocks(shard.info.sums[name])):
-        begin = entry.begin + block * BLOCK
-        length = min(BLOCK, entry.end - begin)
-        data = os.pread(descriptor, length, shard.header.data_start + begin)
-        found = f"{zlib.crc32(data):08x}"
-        if len(data) != length or found != expected:
+    def _read_header(self, descriptor: int, size: int) -> tuple[Header, ShardInfo]:
+        if size < self.size:
+            raise DamagedError(f"{self.path}: the file ends at byte {size}; it is truncated", path=self.path)
+        header, info, crc = read_shard_header(descriptor, size, self.path)
+        self.contract.check(self.path, info, header)
+        found = IndexRow.of(header, info, size, crc)
+        if found != self.row:
             raise DamagedError(
-                f"{shard.path}: block {block} of column {name!r} has crc32 {found}, not {expected}: "
-                f"bytes {begin} to {begin + length} of the data were changed after they were written; "
-                "delete the shard and run the harvest again to have it made anew",
-                path=shard.path,
+                f"{self.path} is not the shard that was known: it says {tuple(found)} of itself, the index says "
+                f"{tuple(self.row)}. Where the folder was replaced or harvested anew, open it again; where it was not, "
+                "delete its index.json",
+                path=self.path,
             )
+        return header, info
+
+    def _map(self, file: ShardFile) -> Tensor:
+        found = self.cache.maps.get(self.path)
+        return _keep(self.cache.maps, self.path, file.map(), _MAPS) if found is None else found
+
+    def _check(
+        self, file: ShardFile, name: str, blocks: Iterable[int], data: memoryview | None = None, begin: int = 0
+    ) -> None:
+        """Compare blocks with their checksums, each when it is read for the first time.
+
+        Args:
+            file: of the shard.
+            name: of the column.
+            blocks: their numbers.
+            data: what was read of the column; a block that is wholly in it is not read again.
+            begin: where in the column ``data`` begins.
+        """
+        if not self.cache.check:
+            return
+        done = self.cache.checked.setdefault(self.path, {}).setdefault(name, bytearray(file.blocks(name)))
+        for block in blocks:
+            if not done[block]:
+                low = block * BLOCK - begin
+                high = min(low + BLOCK, file.header.tensors[name].nbytes - begin)
+                is_here = data is not None and low >= 0 and high <= data.nbytes
+                file.check(name, block, data[low:high] if data is not None and is_here else None)
+                done[block] = 1
 
 
-def _blocks(digits: str) -> Iterator[str]:
-    return (digits[at : at + 8] for at in range(0, len(digits), 8))
-
-
-def read_shard(path: Path, *, spec: str | None = None) -> Shard:
-    """Open a shard: header and size are checked, the data is not read.
-
-    Args:
-        path: the file; a symbolic link is refused.
-        spec: the id of the spec it must belong to.
-
-    Raises:
-        DamagedError: the file is truncated, forged or damaged in its header, or no shard.
-        StoreError: it belongs to another spec.
-    """
-    descriptor = _open(path)
+@contextmanager
+def _open_shard(path: Path) -> Iterator[tuple[int, Any]]:
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise DamagedError(f"{path} is no regular file", path=path)
-        header = _read_header(descriptor, status.st_size, path)
-    finally:
-        os.close(descriptor)
-    info = _read_info(header, path)
-    if spec is not None and info.spec != spec:
-        raise StoreError(f"{path} belongs to spec {info.spec[:12]}, this store has spec {spec[:12]}", path=path)
-    return Shard(path, info, header, status.st_size)
-
-
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, _READ_ONLY)
+        with open_regular(path) as opened:
+            yield opened
     except FileNotFoundError:
         raise DamagedError(f"{path}: the shard is missing", path=path) from None
-    except OSError as error:
-        raise DamagedError(f"{path} cannot be opened as a shard: {error.strerror}", path=path) from None
 
 
-def _read_header(descriptor: int, size: int, path: Path) -> Header:
-    raw = os.pread(descriptor, _ALIGN, 0)
-    length = header_length(raw, size, path) + 8
-    raw = raw[:length] if length <= len(raw) else os.pread(descriptor, length, 0)
-    header = parse_header(raw, size, path)
-    expected = header.metadata.get(_SUM)
-    if expected is None or _INFO not in header.metadata:
-        raise DamagedError(f"{path} is a safetensors file, but no shard of a store", path=path)
-    found = f"{zlib.crc32(_with_sum(raw, _NO_SUM)):08x}"
-    if found != expected:
-        raise DamagedError(f"{path}: the header has crc32 {found}, not {expected}: it was changed", path=path)
-    return header
+def _blocks(begin: int, end: int) -> range:
+    """The numbers of the blocks that hold these bytes of a column."""
+    return range(begin // BLOCK, -(-end // BLOCK) if end > begin else begin // BLOCK)
 
 
-def _read_info(header: Header, path: Path) -> ShardInfo:
-    try:
-        info = ShardInfo(**json.loads(header.metadata[_INFO]))
-        sound = (
-            all(type(each) is int and each >= 0 for each in (info.unit, info.first, info.rows))
-            and type(info.last) is int
-            and info.last >= info.first
-            and all(
-                entry.shape[:1] == (info.rows,) and len(info.sums[name]) == 8 * -(-entry.nbytes // BLOCK)
-                for name, entry in header.tensors.items()
-            )
-        )
-    except (TypeError, ValueError, KeyError, RecursionError):
-        sound = False
-    if not sound:
-        raise DamagedError(f"{path}: what the shard says of itself does not fit what is in it", path=path)
-    return info
+def _blocks_of(numbers: Tensor, width: int) -> Iterator[int]:
+    """The numbers of the blocks that hold these rows."""
+    firsts = numbers * width // BLOCK
+    lasts = (numbers * width + max(width - 1, 0)) // BLOCK
+    return (
+        block for low, high in torch.stack([firsts, lasts]).unique(dim=1).T.tolist() for block in range(low, high + 1)
+    )

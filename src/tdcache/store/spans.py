@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from tdcache.store.shard import Shard
 __all__ = ["Span", "read_spans"]
 
 Span = tuple[int, int]
-"""The numbers of a first row and of the one behind the last."""
+"""The numbers of a first row and of the one after the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,12 @@ def read_spans(
     *,
     readers: Executor | None = None,
 ) -> list[Future[None]]:
-    """Read several spans of rows, one behind the other.
+    """Read several spans of rows, one after the other.
 
     Args:
         columns: where they go, by the name of the column in a shard: ``(at least the rows of all spans, *features)``.
         shards: in the order of their rows.
-        starts: the number of the first row of each shard.
+        starts: the number of the first row of each shard, and after the last the number of rows.
         spans: which rows.
         readers: reads run there side by side; without, here and at once.
 
@@ -64,10 +65,11 @@ def _parts(
 ) -> Iterator[_Part]:
     place = 0
     for begin, end in spans:
-        for shard, start in zip(shards, starts, strict=False):
+        for number in range(bisect_right(starts, begin) - 1, bisect_left(starts, end)):
+            shard, start = shards[number], starts[number]
             low, high = max(begin - start, 0), min(end - start, shard.rows)
-            if low >= high:
-                continue
-            at = place + start + low - begin
-            yield _Part(shard, (low, high), {name: column[at : at + high - low] for name, column in columns.items()})
+            if low < high:
+                at = place + start + low - begin
+                into = {name: column[at : at + high - low] for name, column in columns.items()}
+                yield _Part(shard, (low, high), into)
         place += end - begin

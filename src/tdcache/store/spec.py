@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import zlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tdcache.errors import DamagedError, SpecError
-from tdcache.store.files import Files, unnamed
+from tdcache.store.atomic import draft_file
+from tdcache.store.checksums import crc32
+from tdcache.store.dtypes import DTYPES
+from tdcache.store.files import Files
+from tdcache.store.regular import parse_json, read_bounded
 
 __all__ = ["FORMAT", "canonical", "differing", "read_spec", "spec_id", "write_spec"]
 
 FORMAT = "tdcache.acts/1"
-_MOST = 1 << 24
+_MOST = 1 << 24  # bytes
+_MOST_DIMENSIONS, _MOST_ITEMS = 62, 1 << 40  # of one row at one site
 
 
 def canonical(document: Any) -> bytes:
@@ -57,23 +62,15 @@ def write_spec(folder: Path, spec: Mapping[str, Any], *, made_by: Mapping[str, s
         SpecError: there is another one; the differing fields are named.
     """
     document = {"format": FORMAT, "id": spec_id(spec), "made_by": dict(made_by), "spec": spec}
-    document["crc32"] = f"{zlib.crc32(canonical(document)):08x}"
+    document["crc32"] = f"{crc32(canonical(document)):08x}"
     target = folder / "spec.json"
     if not target.exists():
-        data = memoryview(_rendered(document))
-        temporary = unnamed(folder / ".tmp", "spec")
-        descriptor = files.create(temporary)
-        try:
-            try:
-                files.write(descriptor, data, 0)
-                files.sync(descriptor)
-            finally:
-                files.close(descriptor)
+        with draft_file(folder / ".tmp", "spec", files) as (descriptor, temporary):
+            files.write(descriptor, memoryview(_rendered(document)), 0)
+            files.sync(descriptor)
             with contextlib.suppress(FileExistsError):  # another writer was faster: its spec is compared below
                 files.link(temporary, target)
             files.sync_folder(folder)
-        finally:
-            files.remove(temporary)
     there = read_spec(folder)
     wanted = json.loads(canonical(spec))
     if there != wanted:
@@ -111,27 +108,41 @@ def read_spec(folder: Path) -> dict[str, Any]:
     """
     target = folder / "spec.json"
     try:
-        raw = target.read_bytes()[:_MOST]
-    except (FileNotFoundError, NotADirectoryError):
+        raw = read_bounded(target, most=_MOST)
+        document = parse_json(raw, target)
+    except FileNotFoundError:
         raise SpecError(
             f"{folder} is no activation store: it has no spec.json; write one with tdcache.harvest(...)", path=folder
         ) from None
+    except DamagedError as error:
+        raise DamagedError(f"{target} is not what was written: {error}", path=target) from None
     try:
-        document = json.loads(raw)
         spelled = _rendered(document)
         crc = document.pop("crc32")
         spec = document["spec"]
-        sound = (
-            spelled == raw
-            and crc == f"{zlib.crc32(canonical(document)):08x}"
-            and document["id"] == spec_id(spec)
-            and isinstance(spec, dict)
-            and isinstance(spec["sites"], dict)
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = raw == spelled and crc == f"{crc32(canonical(document)):08x}" and document["id"] == spec_id(spec)
+        sound = sound and all(map(_is_site, spec["sites"].items()))
+    except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
-        raise DamagedError(f"{target} is not what was written: its checksum or its id does not fit", path=target)
+        raise DamagedError(
+            f"{target} is not what was written: its checksum, its id or a site does not fit", path=target
+        )
     if document["format"] != FORMAT:
         raise SpecError(f"{target} is of format {document['format']!r}; this version reads {FORMAT!r}", path=target)
     return dict(spec)
+
+
+def _is_site(described: tuple[Any, Any]) -> bool:
+    """Whether a site has a dtype that files may hold, and a shape that torch can describe."""
+    path, site = described
+    shape = site["shape"]
+    return (
+        isinstance(path, str)
+        and isinstance(site["dtype"], str)
+        and site["dtype"] in DTYPES
+        and isinstance(shape, list)
+        and len(shape) <= _MOST_DIMENSIONS
+        and all(type(size) is int and size >= 0 for size in shape)
+        and math.prod(max(size, 1) for size in shape) <= _MOST_ITEMS
+    )

@@ -10,20 +10,15 @@ from typing import Any, Self
 from torch import Tensor
 
 from tdcache.errors import StoreError
-from tdcache.store.files import Files
+from tdcache.store.files import Files, as_store_error
 from tdcache.store.layout import Layout
-from tdcache.store.shard import Shard, ShardInfo, read_shard, write_shard
+from tdcache.store.rows import ROW_COLUMNS
+from tdcache.store.shard import Shard, ShardCache
+from tdcache.store.shard_header import Contract, ShardInfo, site_column
+from tdcache.store.shard_writer import write_shard
 from tdcache.store.spec import spec_id, write_spec
 
 __all__ = ["ROW_COLUMNS", "StoreWriter", "site_column"]
-
-ROW_COLUMNS = ("seq", "pos", "tok")
-"""What a row knows of itself: its sample, its position in it and, where there is one, its token."""
-
-
-def site_column(path: str) -> str:
-    """The name of a site's column in a shard."""
-    return f"act/{path}"
 
 
 class StoreWriter:
@@ -37,6 +32,7 @@ class StoreWriter:
 
     Raises:
         SpecError: the store there was made otherwise.
+        StoreError: the disk does not take it.
     """
 
     def __init__(
@@ -49,10 +45,13 @@ class StoreWriter:
     ) -> None:
         self.files = files or Files()
         self.layout = Layout(folder)
-        self.layout.prepare(self.files)
-        self.spec = write_spec(self.layout.folder, spec, made_by=made_by or {}, files=self.files)
+        with as_store_error(self.layout.folder):
+            if not (self.layout.folder / "spec.json").exists():  # a finished store may be on a disk that is read-only
+                self.layout.prepare(self.files)
+            self.spec = write_spec(self.layout.folder, spec, made_by=made_by or {}, files=self.files)
+            self.layout.sweep(self.files)
         self.id = spec_id(self.spec)
-        self.layout.sweep(self.files)
+        self._contract = Contract.of(self.id, self.spec)
 
     def __repr__(self) -> str:
         return f"StoreWriter({str(self.layout.folder)!r})"
@@ -66,12 +65,7 @@ class StoreWriter:
 
     def committed(self) -> dict[int, Shard]:
         """The shards that are there, by unit."""
-        return self.layout.open_shards(self.id)
-
-    def find(self, unit: int) -> Shard | None:
-        """The shard of a unit, if it is there."""
-        path = self.layout.shard(unit)
-        return read_shard(path, spec=self.id) if path.exists() else None
+        return self.layout.open_shards(self._contract, ShardCache())
 
     def write(
         self,
@@ -112,6 +106,7 @@ class StoreWriter:
             overflow={name: count for name, count in sorted((overflow or {}).items()) if count},
         )
         try:
+            self.layout.prepare(self.files)
             self.files.make_folder(target.parent)
             return write_shard(target, columns, info=info, scratch=self.layout.scratch, files=self.files)
         except OSError as error:
@@ -122,8 +117,13 @@ class StoreWriter:
             ) from error
 
     def finish(self) -> None:
-        """Write the index from the shards that are there."""
-        self.layout.write_index(self.id, self.committed().values(), self.files)
+        """Write the index from the shards that are there.
+
+        Raises:
+            StoreError: the disk does not take it.
+        """
+        with as_store_error(self.layout.index):
+            self.layout.write_index(self.id, self.committed().values(), self.files)
 
     @property
     def folder(self) -> Path:

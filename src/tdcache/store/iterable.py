@@ -1,0 +1,104 @@
+"""Batches for a stock ``DataLoader``: the epochs of a store, dealt to the loader's workers as they are to ranks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from tdcache.store.batches import Batches, Shuffle
+from tdcache.store.reader import StoreReader
+
+__all__ = ["RowIterable"]
+
+_ALIGN = 64  # bytes
+
+
+@dataclass(eq=False)
+class RowIterable(IterableDataset[dict[str, Tensor]]):
+    """Whole batches, for ``DataLoader(ds.iterable(1024), batch_size=None)``, with workers or without.
+
+    A batch is a dict of tensors by column: the loader's own conversion takes a TensorDict apart along its rows.
+
+    Made by :meth:`ActivationDataset.iterable`, which has the arguments. Every row comes exactly once per epoch, over
+    all ranks and workers. The order is pinned by ``seed``, the epoch, and the number of ranks and workers. Each ``for``
+    in one process is the next epoch. A loader whose workers do not persist starts them from this object as it is, so
+    say which epoch is next: ``iterable.set_epoch(number)``, as for a ``DistributedSampler``.
+    """
+
+    dataset: StoreReader
+    size: int
+    shuffle: Shuffle = False
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    block: int | None = None
+    pool: int | None = None
+    epoch: int = 0
+    _batches: Batches | None = field(default=None, init=False, repr=False)
+    _state: Mapping[str, Any] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._share(1, 0)  # what cannot be is refused here, not in a worker
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_batches": None}  # another process has another share
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        batches = self._current()
+        pack = dict if get_worker_info() is None else _in_one_storage
+        for rows in batches:
+            yield pack(rows.to_dict())
+        self.epoch = batches.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the next ``for`` at the beginning of an epoch, whose number pins its order."""
+        self.epoch, self._state = epoch, None
+        if self._batches is not None:
+            self._batches.epoch, self._batches.position = epoch, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this process, rank or worker, is; ``torchdata``'s ``StatefulDataLoader`` asks after each batch."""
+        return self._current().state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another one was, in a process that has the same share.
+
+        Raises:
+            SpecError: from the next ``for``, where the state is of another store, order or share.
+        """
+        self.epoch, self._state = int(state["epoch"]), dict(state)
+        if self._batches is not None:
+            self._batches = None
+
+    def _current(self) -> Batches:
+        info = get_worker_info()
+        count, number = (1, 0) if info is None else (info.num_workers, info.id)
+        if self._batches is None:
+            self._batches = self._share(count, number)
+            self._batches.epoch = self.epoch
+        if self._state is not None:
+            self._batches.load_state_dict(self._state)
+            self._state = None
+        return self._batches
+
+    def _share(self, count: int, number: int) -> Batches:
+        share = {"rank": self.rank * count + number, "world": self.world * count}
+        return Batches(
+            self.dataset, self.size, shuffle=self.shuffle, seed=self.seed, block=self.block, pool=self.pool, **share
+        )
+
+
+def _in_one_storage(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors in one piece of memory: sending it to another process costs the same for one and for many."""
+    places = list(itertools.accumulate((-(-each.nbytes // _ALIGN) * _ALIGN for each in batch.values()), initial=0))
+    memory, found = torch.empty(places[-1], dtype=torch.uint8), {}
+    for place, (key, each) in zip(places, batch.items(), strict=False):
+        found[key] = memory[place : place + each.nbytes].view(each.dtype).view(each.shape)
+        found[key].copy_(each)
+    return found

@@ -1,0 +1,194 @@
+"""What a shard says of itself, in the metadata of its safetensors header, under a checksum of the whole header."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tdcache.errors import DamagedError, StoreError
+from tdcache.store.checksums import DIGITS, block_count, crc32
+from tdcache.store.dtypes import DTYPES
+from tdcache.store.header import Header, header_length, pack_header, parse_header
+from tdcache.store.regular import read_into
+
+__all__ = [
+    "Contract",
+    "IndexRow",
+    "ShardInfo",
+    "pack_shard_header",
+    "read_shard_header",
+    "site_column",
+    "with_sum",
+]
+
+
+_ALIGN = 4096
+_NO_SUM = "00000000"
+_INFO, _SUM = "tdcache", "tdcache.header_crc32"
+
+
+def site_column(path: str) -> str:
+    """The name of a site's column in a shard."""
+    return f"act/{path}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardInfo:
+    """What a shard says of itself: nothing that depends on who wrote it, or when."""
+
+    spec: str
+    """The id of the spec it belongs to."""
+    unit: int
+    first: int
+    """The number of its first sample."""
+    last: int
+    """The number after its last sample."""
+    rows: int
+    end: bool
+    """Whether the data ended with this unit."""
+    overflow: dict[str, int] = field(default_factory=dict)
+    """Values per column that the stored dtype cannot hold."""
+    sums: dict[str, str] = field(default_factory=dict)
+    """The crc32 of every block of each column, eight hexadecimal digits each."""
+
+
+class IndexRow(NamedTuple):
+    """What the index repeats of a shard, so that a store can be opened without opening its shards."""
+
+    unit: int
+    rows: int
+    first: int
+    last: int
+    end: bool
+    tokens: bool
+    """Whether it has the column ``"tok"``."""
+    size: int
+    """Bytes of the file."""
+    crc: str
+    """Of its header, and so of every checksum in it."""
+
+    @classmethod
+    def of(cls, header: Header, info: ShardInfo, size: int, crc: str) -> IndexRow:
+        """From what :func:`read_shard_header` gave."""
+        return cls(info.unit, info.rows, info.first, info.last, info.end, "tok" in header.tensors, size, crc)
+
+    @classmethod
+    def parsed(cls, values: object) -> IndexRow:
+        """From a row of an index.
+
+        Raises:
+            ValueError: it is none.
+        """
+        kinds = (int, int, int, int, bool, bool, int, str)
+        if not isinstance(values, list) or tuple(map(type, values)) != kinds:
+            raise ValueError(f"{values} is no row of an index")
+        if any(each < 0 for each in values if type(each) is int):
+            raise ValueError(f"{values} holds a negative number")
+        return cls(*values)
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """What every shard of a store has to be: of this spec, with these columns."""
+
+    spec: str
+    columns: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    """Dtype and feature shape by name, ``"tok"`` included, which a shard may lack."""
+
+    @classmethod
+    def of(cls, spec_id: str, spec: Mapping[str, Any]) -> Contract:
+        """From a spec that was read by :func:`tdcache.store.spec.read_spec`."""
+        sites = spec["sites"].items()
+        columns = {site_column(path): (DTYPES[site["dtype"]], tuple(site["shape"])) for path, site in sites}
+        own = {"seq": (torch.int64, ()), "pos": (torch.int32, ()), "tok": (torch.int32, ())}
+        return cls(spec_id, {**columns, **own})
+
+    def check(self, path: Path, info: ShardInfo, header: Header) -> None:
+        """Refuse a shard that is another store's, or whose columns are not those of the spec.
+
+        Raises:
+            StoreError: it belongs to another spec.
+            DamagedError: a site is missing or has another shape or dtype.
+        """
+        if info.spec != self.spec:
+            raise StoreError(
+                f"{path} belongs to spec {info.spec[:12]}, this store has spec {self.spec[:12]}", path=path
+            )
+        found = {name: (each.dtype, each.shape[1:]) for name, each in header.tensors.items()}
+        wanted = {name: each for name, each in self.columns.items() if name != "tok" or name in found}
+        if found != wanted:
+            wrong = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+            raise DamagedError(
+                f"{path}: column {wrong[0]!r} is {found.get(wrong[0])}, the spec has {wanted.get(wrong[0])}",
+                path=path,
+            )
+
+
+def pack_shard_header(shapes: Mapping[str, Any], info: ShardInfo, sums: Mapping[str, str]) -> bytes:
+    """The bytes of a shard's header; their number does not depend on the sums.
+
+    Args:
+        shapes: dtype and shape of each column, in the order of their bytes.
+        info: without sums.
+        sums: of each column.
+    """
+    described = {**asdict(info), "sums": dict(sorted(sums.items()))}
+    metadata = {_INFO: json.dumps(described, separators=(",", ":"), sort_keys=True), _SUM: _NO_SUM}
+    raw = pack_header(shapes, metadata, align=_ALIGN)
+    return with_sum(raw, f"{crc32(raw):08x}")
+
+
+def with_sum(raw: bytes, digits: str) -> bytes:
+    """The header with this checksum in place of the one that is there."""
+    mark = f'"{_SUM}":"'.encode()
+    at = raw.find(mark) + len(mark)
+    return raw[:at] + digits.encode() + raw[at + len(_NO_SUM) :]
+
+
+def read_shard_header(descriptor: int, size: int, path: Path) -> tuple[Header, ShardInfo, str]:
+    """Header, info and the header's own checksum of an open file.
+
+    Raises:
+        DamagedError: the file is truncated, forged or damaged in its header, or no shard.
+    """
+    raw = os.pread(descriptor, _ALIGN, 0)
+    length = header_length(raw, size, path) + 8
+    if length > len(raw):
+        rest = bytearray(length)
+        read_into(descriptor, memoryview(rest), 0, path)
+        raw = bytes(rest)
+    raw = raw[:length]
+    header = parse_header(raw, size, path)
+    expected = header.metadata.get(_SUM)
+    if expected is None or _INFO not in header.metadata:
+        raise DamagedError(f"{path} is a safetensors file, but no shard of a store", path=path)
+    found = f"{crc32(with_sum(raw, _NO_SUM)):08x}"
+    if found != expected:
+        raise DamagedError(f"{path}: the header has crc32 {found}, not {expected}: it was changed", path=path)
+    return header, _read_info(header, path), found
+
+
+def _read_info(header: Header, path: Path) -> ShardInfo:
+    try:
+        info = ShardInfo(**json.loads(header.metadata[_INFO]))
+        sound = (
+            all(type(each) is int and each >= 0 for each in (info.unit, info.first, info.rows))
+            and type(info.last) is int
+            and info.last >= info.first
+            and info.end in (False, True)
+            and all(
+                entry.shape[:1] == (info.rows,) and len(info.sums[name]) == DIGITS * block_count(entry.nbytes)
+                for name, entry in header.tensors.items()
+            )
+        )
+    except (TypeError, ValueError, KeyError, RecursionError):
+        sound = False
+    if not sound:
+        raise DamagedError(f"{path}: what the shard says of itself does not fit what is in it", path=path)
+    return info

@@ -1,0 +1,172 @@
+"""What makes two harvests the same computation, and what is asked of a store that is there."""
+
+import subprocess
+import sys
+import threading
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from tdcache import harvest
+from tdcache.errors import CaptureError, SpecError
+from tdcache.harvesting.identity import identity_of
+from tdcache.harvesting.loop import ActivationDataset
+
+SCALE = 2.0
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+
+
+DATA = [torch.arange(6.0).reshape(2, 3) + batch for batch in range(3)]
+
+
+def scaled_by(factor):
+    return lambda model, batch: model(batch * factor)
+
+
+def with_default(factor):
+    def forward(model, batch, factor=factor):
+        return model(batch * factor)
+
+    return forward
+
+
+def with_keyword(factor):
+    def forward(model, batch, *, factor=factor):
+        return model(batch * factor)
+
+    return forward
+
+
+class Scaled:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, model, batch):
+        return model(batch * self.factor)
+
+    def method(self, model, batch):
+        return model(batch * self.factor)
+
+
+def by_global(model, batch):
+    return model(batch * SCALE)
+
+
+def fixed(factor, model, batch):
+    return model(batch * factor)
+
+
+def by_tensor(factor):
+    weights = torch.tensor([1.0, factor, 1.0])
+    return lambda model, batch: model(batch * weights)
+
+
+KINDS = {
+    "a closure": scaled_by,
+    "a default": with_default,
+    "a keyword default": with_keyword,
+    "an attribute": Scaled,
+    "a bound method": lambda factor: Scaled(factor).method,
+    "a partial": lambda factor: partial(fixed, factor),
+    "a tensor in a closure": by_tensor,
+}
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_forwards_that_differ_in_a_value_are_different_computations(tmp_path, make):
+    harvest(model(), DATA, tmp_path / "a", select="0", forward=make(2.0))
+    with pytest.raises(SpecError, match="forward"):
+        harvest(model(), DATA, tmp_path / "a", select="0", forward=make(3.0), recheck=False)
+    assert len(harvest(model(), DATA, tmp_path / "a", select="0", forward=make(2.0))) == 6
+
+
+def test_a_global_that_changed_is_another_computation(tmp_path, monkeypatch):
+    harvest(model(), DATA, tmp_path / "a", select="0", forward=by_global)
+    monkeypatch.setitem(by_global.__globals__, "SCALE", 3.0)
+    with pytest.raises(SpecError, match="forward"):
+        harvest(model(), DATA, tmp_path / "a", select="0", forward=by_global, recheck=False)
+
+
+def test_pick_and_collate_count_as_forward_does():
+    def pick_at(at):
+        return lambda value: value[at]
+
+    assert identity_of(pick_at(0), "pick") != identity_of(pick_at(1), "pick")
+    assert identity_of(pick_at(0), "pick") == identity_of(pick_at(0), "pick")
+    assert identity_of((0, "x"), "pick") == [0, "x"]
+
+
+def test_sets_are_spelled_alike_in_every_process():
+    code = (
+        "from tdcache.harvesting.identity import identity_of\n"
+        "def forward(model, batch):\n    return model(batch) if batch in {'a', 'b', 'c', 'd'} else None\n"
+        "print(identity_of(forward, 'forward'))\n"
+    )
+    run = [
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, **PATHS}, capture_output=True, text=True
+        )
+        for seed in ("1", "2", "3")
+    ]
+    assert len({each.stdout for each in run}) == 1, [each.stderr for each in run]
+    assert run[0].stdout.startswith("forward ")
+
+
+PATHS = {"PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}
+
+
+def test_what_has_no_spelling_is_refused_by_name_or_named(tmp_path):
+    lock = threading.Lock()
+
+    def forward(model, batch):
+        with lock:
+            return model(batch)
+
+    with pytest.raises(SpecError) as refused:
+        harvest(model(), DATA, tmp_path / "a", select="0", forward=forward)
+    qualified = forward.__qualname__
+    assert str(refused.value) == (
+        f"forward= depends on 'lock', which {qualified} closes over (_thread.lock), which cannot be told apart from "
+        "another in a later process; name the computation with tag='...', and change the name when it changes"
+    )
+    assert not (tmp_path / "a").exists()
+    harvest(model(), DATA, tmp_path / "a", select="0", forward=forward, tag="locked")
+    with pytest.raises(SpecError, match="tag"):
+        harvest(model(), DATA, tmp_path / "a", select="0", forward=forward, tag="other")
+
+
+def test_a_hook_on_the_model_is_noticed_by_computing_rows_again(tmp_path):
+    harvest(model(), DATA, tmp_path / "a", select="1")
+    hooked = model()
+    hooked[0].register_forward_hook(lambda module, args, output: output * 1.5)
+    with pytest.raises(SpecError) as refused:
+        harvest(hooked, DATA, tmp_path / "a", select="1")
+    assert str(refused.value).startswith(f"{tmp_path / 'a'} holds other values than this computation gives: at '1' ")
+    assert "recheck=False" in str(refused.value)
+    assert refused.value.fields == ("values",)
+    assert len(harvest(hooked, DATA, tmp_path / "a", select="1", recheck=False)) == 6
+
+
+def test_rows_of_another_shape_are_refused_at_the_first_batch_that_has_them(tmp_path):
+    growing = [torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 5)]
+    with pytest.raises(CaptureError) as refused:
+        harvest(nn.Sequential(nn.Identity()), growing, tmp_path / "a", select="0", rows="samples", shard_bytes=1)
+    assert str(refused.value) == (
+        "'0' gives rows of another kind in batch 2 than in the first:\n"
+        "  first: shape (3, 4), float32\n"
+        "  now:   shape (3, 5), float32\n"
+        "rows of one store are alike: pad or resize the inputs to one size, or pick= another value; what was "
+        "stored before stays readable"
+    )
+    assert len(ActivationDataset.open(tmp_path / "a")) == 4
+    alike = [*growing[:2], torch.randn(2, 3, 4)]
+    assert (
+        len(harvest(nn.Sequential(nn.Identity()), alike, tmp_path / "a", select="0", rows="samples", shard_bytes=1))
+        == 6
+    )
