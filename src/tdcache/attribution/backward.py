@@ -31,7 +31,8 @@ class Targets:
     def __init__(self, after: TensorDictBase, taps: dict[Place, SiteTap]) -> None:
         self.after = after
         self.taps = taps
-        self._found: dict[tuple[Target, PointRows | None], Tensor] = {}
+        self.found: dict[tuple[Target | None, PointRows | None], Tensor] = {}
+        """The values of each target at each point, one per row."""
         self.seeds: dict[Target, list[Tensor]] = {}
 
     def outputs(self, part: PointRows | None) -> TensorDictBase:
@@ -46,9 +47,9 @@ class Targets:
         if isinstance(target, At) and target.is_one_for_all:  # all points at once: no slice of the TensorDict each
             whole = row_values(target, target(self.after), self.after.batch_size)
         for ask, part in entries:
-            if (target, part) not in self._found:
+            if (target, part) not in self.found:
                 value = self._at(target, part) if whole is None else whole if part is None else part.part(whole, 0)
-                self._found[target, part] = value
+                self.found[target, part] = value
                 if any(ask.grads for ask, other in entries if other == part):
                     self.seeds.setdefault(target, []).append(value)
 
@@ -61,10 +62,6 @@ class Targets:
             raise AttributionError(f"target {target!r}: nothing was seen there")
         own = value if part is None else part.part(value, part.axis_at(target.place, value))
         return row_values(target, target.of(own), outputs.batch_size)
-
-    def value(self, target: Target | None, part: PointRows | None) -> Tensor | None:
-        """The values at one point, one per row."""
-        return None if target is None else self._found[target, part]
 
 
 def gradients(

@@ -292,7 +292,7 @@ class Runner:
             keep = left > 0 or self._create_graph
             grads = gradients(targets, target, asks, inputs, keep=keep, graph=self._create_graph) if asks else {}
             for ask, part in entries:
-                seen = targets.value(target, part)
+                seen = targets.found.get((target, part))
                 ask.sink(View(part, values, grads, seen if seen is None or self._create_graph else seen.detach()))
 
 
