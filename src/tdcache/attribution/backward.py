@@ -31,9 +31,9 @@ class Targets:
     def __init__(self, after: TensorDictBase, taps: dict[Place, SiteTap]) -> None:
         self.after = after
         self.taps = taps
-        self.found: dict[tuple[Target | None, PointRows | None], Tensor] = {}
-        """The values of each target at each point, one per row."""
-        self.seeds: dict[Target, list[Tensor]] = {}
+        self.found: dict[tuple[int, PointRows | None], Tensor] = {}
+        """The values of each target (by its identity) at each point, one per row."""
+        self.seeds: dict[int, list[Tensor]] = {}
 
     def outputs(self, part: PointRows | None) -> TensorDictBase:
         """The rows of one point."""
@@ -47,11 +47,11 @@ class Targets:
         if isinstance(target, At) and target.is_one_for_all:  # all points at once: no slice of the TensorDict each
             whole = row_values(target, target(self.after), self.after.batch_size)
         for ask, part in entries:
-            if (target, part) not in self.found:
+            if (id(target), part) not in self.found:
                 value = self._at(target, part) if whole is None else whole if part is None else part.part(whole, 0)
-                self.found[target, part] = value
+                self.found[id(target), part] = value
                 if any(ask.grads for ask, other in entries if other == part):
-                    self.seeds.setdefault(target, []).append(value)
+                    self.seeds.setdefault(id(target), []).append(value)
 
     def _at(self, target: Target, part: PointRows | None) -> Tensor:
         outputs = self.outputs(part)
@@ -85,7 +85,7 @@ def gradients(
         for place in dict.fromkeys(place for ask in asks for place in ask.grads)
         if place.kind == "key" or place in taps or place not in lenient
     ]
-    seeds = [] if target is None else targets.seeds.get(target, [])
+    seeds = [] if target is None else targets.seeds.get(id(target), [])
     sums = [seed.sum(dtype=_accumulator(seed)) for seed in seeds]
     total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
     if not total.requires_grad:

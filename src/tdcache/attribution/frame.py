@@ -56,7 +56,8 @@ class Frame:
         self.model = runner.model
         self.method = method
         self.modifiers: tuple[Modifies, ...] = method.modifiers
-        self.targets: dict[str | None, Target] = as_targets(method.target, runner.out_keys)
+        targets = as_targets(method.target, runner.out_keys)
+        self.targets: dict[str | None, Target] = {n: runner.targets.setdefault(t, t) for n, t in targets.items()}
         """The targets by name."""
         self._selections = selections
         self.base = base if not self.modifiers else self.point("base")

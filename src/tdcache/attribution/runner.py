@@ -72,6 +72,8 @@ class Runner:
         self.watched = watched
         self.fired: dict[Place, int] = {}
         """When each tapped place was seen first, as a number that rises through one forward."""
+        self.targets: dict[Target, Target] = {}
+        """One object for all methods with equal targets: within a pass targets are told apart by identity."""
         self.final: TensorDictBase | None = None
         """The TensorDict after the forward of the user's own rows."""
         self._forward = forward
@@ -277,22 +279,23 @@ class Runner:
         inputs: dict[CacheKey, Tensor],
     ) -> None:
         """Compute the targets, go backward once per target, and hand the sinks their views."""
-        by_target: dict[Target | None, list[tuple[Ask, PointRows | None]]] = {}
+        by_target: dict[int, list[tuple[Ask, PointRows | None]]] = {}
         for group, part in zip(groups, rows, strict=True):
             if self._is_final(group[0].point):
                 self.final = targets.outputs(part)
             for ask in group:
-                by_target.setdefault(ask.target, []).append((ask, part))
-        for target, entries in by_target.items():  # all of them first: an error comes before any sink has seen a view
-            targets.compute(target, entries)
+                by_target.setdefault(id(ask.target), []).append((ask, part))
+        for entries in by_target.values():  # all of them first: an error comes before any sink has seen a view
+            targets.compute(entries[0][0].target, entries)
         left = sum(any(ask.grads for ask, _ in entries) for entries in by_target.values())
-        for target, entries in by_target.items():
+        for number, entries in by_target.items():
+            target = entries[0][0].target
             asks = [ask for ask, _ in entries if ask.grads]
             left -= bool(asks)
             keep = left > 0 or self._create_graph
             grads = gradients(targets, target, asks, inputs, keep=keep, graph=self._create_graph) if asks else {}
             for ask, part in entries:
-                seen = targets.found.get((target, part))
+                seen = targets.found.get((number, part))
                 ask.sink(View(part, values, grads, seen if seen is None or self._create_graph else seen.detach()))
 
 
