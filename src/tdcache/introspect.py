@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import count
 from operator import attrgetter
 from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,6 +33,7 @@ __all__ = [
     "is_optimized_module",
     "keep_frames_out_of_graphs",
     "keep_out_of_graphs",
+    "keyword_arguments",
     "may_be_compiled",
     "module_hooks",
     "pop_function_mode",
@@ -170,6 +171,16 @@ def calls_on_stack(module: nn.Module | None) -> int:
         calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
         frame = frame.f_back
     return calls
+
+
+def keyword_arguments(module: nn.Module) -> Mapping[str, Any]:
+    """What the innermost call of ``module`` was given by name: plain forward hooks are not told; slow."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
+            return cast(Mapping[str, Any], frame.f_locals["kwargs"])
+        frame = frame.f_back
+    return {}
 
 
 def is_optimized_module(model: nn.Module) -> bool:

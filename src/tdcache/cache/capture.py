@@ -166,7 +166,7 @@ class Capture:
         if not row.gradient:
             return attach(site.module, tap.on_call, channel.direction, order=self.order, path=path)
         kind = GradOutputHook if row.name == "bwd_pre" else GradInputHook
-        return attach_gradient(site.module, kind(tap, self.order, path, tap.for_call))
+        return attach_gradient(site.module, kind(tap.on_gradient, self.order, path, tap.for_call))
 
     def _place_stops(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:
         recorder.stop_after = frozenset(selection.paths)

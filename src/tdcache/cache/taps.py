@@ -6,7 +6,7 @@ tap of its own that does no more than a hand-written hook; every other goes thro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from tdcache.hooks.gradient_hooks import overwritten_input
 from tdcache.hooks.gradients import handed_on
 from tdcache.hooks.loans import OpenCalls, lend
 from tdcache.hooks.port import InputPort, OutputPort, Port, Steps
+from tdcache.hooks.values import is_entries, leaves
 from tdcache.introspect import add_tensor_hook, keep_frames_out_of_graphs, keep_out_of_graphs
 from tdcache.types import CacheKey
 
@@ -197,16 +198,23 @@ class GradientTap(Tap):
         """Set a tensor hook on the output, if a gradient can come; returns an alias of an input that is handed on."""
         if self.recorder.is_foreign:
             return None
-        if self.port.pick != "all":
-            return self._watch(module, args, output, self.port.read(module, args, output), self.path)
+        if self.port.pick == "all":
+            return self._watch_parts(module, args, output, self.port.parts(module, args, output))
+        picked = self.port.read(module, args, output)
+        if isinstance(picked, Tensor):
+            return self._watch(module, args, output, picked, self.path)
+        return self._watch_parts(module, args, output, leaves(picked))
+
+    def _watch_parts(self, module: nn.Module, args: Any, output: Any, parts: Iterable[tuple[Steps, Tensor]]) -> Any:
+        self.channel.has_parts = True
         result = output
-        for steps, tensor in self.port.parts(module, args, output):
+        for steps, tensor in parts:
             changed = self._watch(module, args, result, tensor, part_key(self.path, steps))
             result = result if changed is None else changed
         return None if result is output else result
 
     def _watch(self, module: nn.Module, args: Any, output: Any, tensor: Tensor, key: CacheKey) -> Any:
-        if tensor.requires_grad:
+        if tensor.requires_grad and torch.is_grad_enabled():
             return self.port.watch(module, args, output, tensor, self.taker(key))
         self.recorder.graphless.add(self.path)
         return None
@@ -234,15 +242,18 @@ class PlainGradientTap(GradientTap):
         """Set a tensor hook on the output, in the first call of a forward."""
         number = self.channel.number
         is_first, self.number = self.number != number, number
-        if is_first and type(output) is Tensor and not self.recorder.is_foreign and self.watch_plain(args, output):
+        if (
+            is_first
+            and type(output) is Tensor
+            and not self.recorder.is_foreign
+            and self.watch_plain(module, args, output)
+        ):
             return None
         return self.on_call(module, args, output)
 
-    def watch_plain(self, args: Any, output: Tensor) -> bool:
+    def watch_plain(self, module: nn.Module, args: Any, output: Tensor) -> bool:
         """Set a tensor hook on ``output`` if this module computed it and it is no view; says whether it did."""
-        lone = len(args) == 1 and type(args[0]) is Tensor  # spares the call in the common case
-        given = args[0] is output if lone else handed_on(output, args)
-        if given or output.grad_fn is None or output._base is not None:
+        if handed_on(module, output, args) or output.grad_fn is None or output._base is not None:
             return False
         add_tensor_hook(output, partial(self.on_first, self.channel.number))
         return True
@@ -270,8 +281,8 @@ class OutputAndGradientTap(OutputTap):
         """Keep the output, and watch its gradient."""
         values = self.values
         path = self.path
-        plain = type(output) is Tensor and path not in values and not output._version
-        if plain and self.gradient.watch_plain(args, output):
+        plain = type(output) is Tensor and output.requires_grad and path not in values and not output._version
+        if plain and self.gradient.watch_plain(module, args, output):
             values[path] = output
             return None
         self.on_output(module, args, output)
@@ -294,14 +305,17 @@ class InputGradientTap(Tap):
             self.calls.begin(module)
             self._note_graphless()
             return None
-        if self.port.pick == "all":
-            return self._watch_all(module, args, kwargs)
-        tensor = self.port.differentiable(module, args, kwargs)
+        port = self.port
+        if port.pick == "all":
+            return self._watch_parts(module, args, kwargs, list(port.parts(module, args, kwargs)))
+        tensor = port.differentiable(module, args, kwargs)
+        if is_entries(tensor):
+            return self._watch_parts(module, args, kwargs, list(leaves(tensor)))
         if tensor is None:
             self.calls.begin(module)
             self._note_graphless()
             return None
-        changed, alias, loan = self.port.watch(module, args, kwargs, tensor, self._taker(self.path), tap=self)
+        changed, alias, loan = port.watch(module, args, kwargs, tensor, self._taker(self.path), tap=self)
         self.calls.begin(module, (alias,), loan)
         return changed
 
@@ -309,13 +323,19 @@ class InputGradientTap(Tap):
         if not self.recorder.is_foreign:
             self.recorder.graphless.add(self.path)
 
-    def _watch_all(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        aliases = [
-            self.port.alias(module, tensor, self._taker(part_key(self.path, steps)), tap=self)
-            if tensor.requires_grad
-            else None
-            for steps, tensor in self.port.parts(module, args, kwargs)
-        ]
+    def _watch_parts(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], parts: list[tuple[Steps, Tensor]]
+    ) -> Any:
+        self.channel.has_parts = True
+        wanted = iter([*parts, ((), None)])
+        steps, part = next(wanted)
+        aliases: list[Tensor | None] = []
+        for _, tensor in leaves((args, kwargs)):
+            aliases.append(None)
+            if tensor is part:  # the parts are in the order of the leaves
+                if tensor.requires_grad:
+                    aliases[-1] = self.port.alias(module, tensor, self._taker(part_key(self.path, steps)), tap=self)
+                steps, part = next(wanted)
         args, kwargs, loan = lend(args, kwargs, iter(aliases))
         self.calls.begin(module, [alias for alias in aliases if alias is not None], loan)
         return args, kwargs

@@ -6,12 +6,11 @@ from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
 
+from tdcache.cache.channel import Carried
 from tdcache.cache.recorder import Recorder
 from tdcache.contexts.context import HookingContext
 from tdcache.errors import CacheWriteError, ContextError, StopForward
 from tdcache.modules.hooked import HookedModule, holds_entries
-from tdcache.reducers import Reducer
-from tdcache.types import CacheKey
 
 __all__ = ["HookingContextWithCache"]
 
@@ -36,7 +35,7 @@ class HookingContextWithCache(HookingContext):
         self._cache = TensorDict(batch_size=[]) if cache is None else cache
         self._batch_size = self._cache.batch_size
         self._clear_cache = self._forgets = clear_cache
-        self._reducers: list[dict[CacheKey, Reducer]] = []
+        self._carried: list[Carried] = []
         """Where the cache is not cleared: what the reducers hold between two entries."""
         self.recorder: Recorder | None = None
         """The state of the capture while the context is open, as the recipe has begun it."""
@@ -63,9 +62,9 @@ class HookingContextWithCache(HookingContext):
     def record(self, recorder: Recorder) -> None:
         """Keep the cache current by ``recorder`` until the context is left."""
         self.recorder = recorder
-        for channel, reducers in zip(recorder.channels, self._reducers, strict=False):
-            channel.reducers.update(reducers)
-        self._reducers = []
+        for channel, carried in zip(recorder.channels, self._carried, strict=False):
+            channel.resume(carried)
+        self._carried = []
 
     def share(self, cache: TensorDictBase) -> None:
         """Write to ``cache``, which somebody else clears, from the next entry on."""
@@ -76,7 +75,7 @@ class HookingContextWithCache(HookingContext):
         """Empty the cache, and forget what the reducers hold."""
         if self.recorder is not None:
             self.recorder.forget()
-        self._reducers = []
+        self._carried = []
         if not self._cache.is_locked:
             self._cache.clear()
             self._cache.batch_size = self._batch_size
@@ -85,7 +84,7 @@ class HookingContextWithCache(HookingContext):
         if self._clear_cache and not self._in_context:
             if self.has_own_cache:  # what the last block left stays with those who hold it
                 self._cache = TensorDict(batch_size=[])
-                self._reducers = []
+                self._carried = []
             else:
                 self.clear()
         return super()._enter()
@@ -130,6 +129,6 @@ class HookingContextWithCache(HookingContext):
                 recorder.report_unfired(self.model)
             recorder.settle(self.model)
             if not self._forgets:
-                self._reducers = [dict(channel.reducers) for channel in recorder.channels]
+                self._carried = [channel.carry() for channel in recorder.channels]
         finally:
             recorder.close()
