@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tdcache import ActivationCaching
+from tdcache import ActivationCaching, InplaceModificationError
 
 PAIRS = [["bwd"], ["fwd", "bwd"]]
 
@@ -136,3 +136,60 @@ def test_gradients_alone_are_those_that_come_with_the_outputs(backwards):
     for other in found[1:]:
         assert set(other) == set(found[0])
         assert all(torch.equal(other[path], grad) for path, grad in found[0].items())
+
+
+class UsedThenChanged(nn.Module):
+    """Uses what its part made of the input, changes that in place, and perhaps uses it again."""
+
+    def __init__(self, part, change, again):
+        super().__init__()
+        self.part, self.change, self.again = part, change, again
+
+    def forward(self, x):
+        x = x * 1
+        y = self.part(x)
+        before = (2 * y).sum()
+        self.change(x, y)
+        return before + (5 * y).sum() if self.again else before
+
+
+class Viewed(nn.Module):
+    def __init__(self, view):
+        super().__init__()
+        self.view = view
+
+    def forward(self, x):
+        return self.view(x)
+
+
+VIEWS = {"same": lambda x: x, "flat": lambda x: x.view(-1), "rows": lambda x: x[:1], "turned": torch.t}
+CHANGES = {
+    "the output": lambda x, y: y.mul_(3),
+    "a view of it": lambda x, y: y[..., :1].mul_(3),
+    "what it is a view of": lambda x, y: x.mul_(3),
+}
+
+
+@pytest.mark.parametrize("hold", ["detached", "snapshot"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("direction", ["bwd", "grad_in"])
+def test_a_handed_out_view_that_is_used_and_then_changed_in_place_is_refused(direction, view, change, hold):
+    model = UsedThenChanged(Viewed(view), change, again=True)
+    x = torch.ones(2, 3, requires_grad=True)
+    with (
+        pytest.raises(InplaceModificationError, match=r"'part'.* in place after") as caught,
+        ActivationCaching("part", directions=[direction], hold=hold).prepare(model),
+    ):
+        model(x).backward()
+    assert caught.value.paths == ("part",)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_module_that_computes_its_output_has_the_gradient_of_its_input_whatever_is_changed_later(change):
+    model = UsedThenChanged(Viewed(lambda x: x + 1), change, again=True)
+    with ActivationCaching("part", directions=["grad_in"]).prepare(model) as hooked:
+        model(torch.ones(2, 3, requires_grad=True)).backward()
+    third = 17.0 if change is CHANGES["the output"] else 7.0
+    first = 7.0 if change is CHANGES["what it is a view of"] else 17.0
+    assert torch.equal(hooked.cache["part"], torch.tensor([[first, third, third]] * 2))

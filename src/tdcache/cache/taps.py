@@ -346,7 +346,7 @@ class InputGradientTap(Tap):
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
         """The module has run."""
-        if self.calls.end():
+        if self.calls.end(output):
             raise overwritten_input(self.path)
 
     def forget(self) -> None:

@@ -117,7 +117,7 @@ class GradInputHook:
         """Watch the gradient of the output that belongs to the latest input."""
         call = self._calls.pop()
         where = self.path or type(module).__name__
-        if self._open.end():
+        if self._open.end(output):
             raise overwritten_input(where)
         return _watch_whole(module, args, output, call.on_outputs, where)
 

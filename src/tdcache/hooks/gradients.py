@@ -19,7 +19,17 @@ from tdcache.errors import InplaceModificationError
 from tdcache.hooks.values import leaves
 from tdcache.introspect import add_tensor_hook, keyword_arguments
 
-__all__ = ["Grads", "OnGrad", "alias_input", "alias_inputs", "handed_on", "watch_made", "watch_output", "watch_outputs"]
+__all__ = [
+    "Grads",
+    "OnGrad",
+    "alias_input",
+    "alias_inputs",
+    "handed_on",
+    "note_views_out",
+    "watch_made",
+    "watch_output",
+    "watch_outputs",
+]
 
 Grads = tuple[Tensor | None, ...]
 OnGrad = Callable[[Tensor], Tensor | None]
@@ -178,7 +188,7 @@ class _Passage:
     and all but the first would be lost to a later in-place operation.
     """
 
-    __slots__ = ("content", "fired", "ids", "is_input", "is_whole", "owner", "version", "watchers", "where")
+    __slots__ = ("content", "fired", "ids", "is_input", "is_out", "is_whole", "owner", "version", "watchers", "where")
 
     def __init__(self, owner: nn.Module, first: OnGrads, where: str, *, is_input: bool) -> None:
         self.owner = owner
@@ -187,7 +197,10 @@ class _Passage:
         self.watchers = [first]
         self.where = where
         self.is_input = is_input
+        self.is_out = not is_input
+        """Whether code outside the module has the alias, or a view of it."""
         self.fired = False
+        self.content: Tensor | None = None
 
     @classmethod
     def through(
@@ -199,7 +212,7 @@ class _Passage:
             aliases = list(_Gate.apply(passage, not is_input, *tensors))  # type: ignore[no-untyped-call]
         elif torch.compiler.is_compiling():
             aliases = [tensors[0].view_as(tensors[0])]
-            aliases[0].register_hook(passage.on_only)
+            aliases[0].register_hook(passage.pass_on)
         else:
             aliases = [passage._only(tensors[0])]
         if not torch.compiler.is_compiling():  # tensors in a graph have no attributes
@@ -234,7 +247,13 @@ class _Passage:
         return any(getattr(watcher, "tap", None) is tap for watcher in self.watchers)
 
     def on_only(self, grad: Tensor) -> Tensor | None:
-        """The gradient of the only alias."""
+        """The gradient of the only alias: not all of it where what is outside was changed in place and used again."""
+        if self.is_out and self._is_overwritten():
+            raise self._untellable()
+        return self.pass_on(grad)
+
+    def pass_on(self, grad: Tensor) -> Tensor | None:
+        """Call the watchers with the gradient of the only alias."""
         changed = self((grad,))
         if changed is None:
             return None
@@ -242,21 +261,36 @@ class _Passage:
 
     def on_base(self, grad: Tensor) -> Tensor | None:
         """The gradient of what is aliased: of use where an in-place operation took the alias out of the graph."""
-        if self.fired or self.content._version == self.version:
+        if self.fired or not self._is_overwritten():
             return None
+        if self.is_input or not self.is_whole:
+            raise self._untellable()
+        return self.pass_on(grad)
+
+    def _is_overwritten(self) -> bool:
+        return self.content is not None and self.content._version != self.version
+
+    def _untellable(self) -> InplaceModificationError:
         if self.is_input:
-            raise InplaceModificationError(
-                f"the input of {self.where!r} was changed in place after the module took a view of it, so the gradient "
-                "there cannot be told; capture direction 'bwd' of the module that produces it instead",
-                paths=(self.where,),
-            )
-        if self.is_whole:
-            return self.on_only(grad)
-        raise InplaceModificationError(
-            f"{self.where!r} passes its input on, and that was changed in place afterwards, so the gradient of its "
-            "output cannot be told; capture direction 'bwd' of the module that produces it instead",
+            what = f"the input of {self.where!r} was changed in place after the module took a view of it"
+            noun = "there"
+        else:
+            what = f"{self.where!r} passes its input on, and that was changed in place afterwards"
+            noun = "of its output"
+        return InplaceModificationError(
+            f"{what}, so the gradient {noun} cannot be told; capture direction 'bwd' of the module that produces it "
+            "instead",
             paths=(self.where,),
         )
+
+
+def note_views_out(aliases: Sequence[Tensor], output: Any) -> None:
+    """A module that was given ``aliases`` has returned: note which of them its output is a view of."""
+    returned = (output,) if type(output) is Tensor else [tensor for _, tensor in leaves(output)]
+    bases = [tensor._base for tensor in returned if tensor._base is not None]
+    for alias in aliases if bases else ():
+        if any(alias._base is base for base in bases):
+            getattr(alias, _PASSAGE).is_out = True
 
 
 def _passage_of(tensor: Tensor, owner: nn.Module, *, is_input: bool) -> _Passage | None:

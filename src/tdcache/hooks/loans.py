@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tdcache.hooks.gradients import note_views_out
 from tdcache.hooks.values import children, is_entries, with_parts
 from tdcache.introspect import calls_on_stack
 
@@ -125,9 +126,19 @@ class OpenCalls:
                 self._stack.pop().end()
         self._stack.append(_OpenCall(aliases, [alias._version for alias in aliases], loan))
 
-    def end(self) -> bool:
-        """The innermost call is over: gives back what was lent; says whether the module changed an alias in place."""
-        return self._stack.pop().end()
+    def end(self, output: Any) -> bool:
+        """The innermost call is over: gives back what was lent.
+
+        Args:
+            output: what the module returned.
+
+        Returns:
+            Whether the module changed an alias in place.
+        """
+        call = self._stack.pop()
+        if call.aliases and not torch.compiler.is_compiling():
+            note_views_out(call.aliases, output)
+        return call.end()
 
     def forget(self) -> None:
         """Let go of calls that an exception ended."""
