@@ -31,10 +31,8 @@ __all__ = [
     "has_stale_graph",
     "has_tensor_hooks",
     "in_backward",
-    "in_transform",
     "is_compiled",
     "is_optimized_module",
-    "is_wrapped",
     "keep_frames_out_of_graphs",
     "keep_out_of_graphs",
     "keyword_arguments",
@@ -49,7 +47,6 @@ __all__ = [
     "set_eval_frame",
     "skip_frame",
     "storage_users",
-    "unwrapped",
     "why_not_called",
 ]
 
@@ -181,46 +178,6 @@ def remove_hooks(hook_dicts: Sequence[Any], is_meant: Callable[[Any], bool]) -> 
 def in_backward() -> bool:
     """Whether autograd is running a backward on this thread: a forward in there is a checkpoint's recomputation."""
     return not torch.compiler.is_compiling() and backward_task() != NO_TASK
-
-
-is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-"""Whether a tensor is what a module sees inside a transform of ``torch.func``."""
-
-
-def in_transform() -> bool:
-    """Whether a transform of ``torch.func`` is under way on this thread."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def unwrapped(value: Tensor) -> Tensor:
-    """A copy of the tensor that ``value`` stands for inside ``vmap``, ``grad`` or ``jvp``, without their graphs.
-
-    Call it while the transforms are under way. Of a ``vmap`` it is what a Python loop over the samples and a
-    ``torch.stack`` would give: ``(*mapped, *shape)``, the outermost first; what does not depend on the sample is
-    repeated.
-    """
-    functorch, layers = torch._C._functorch, torch._functorch.pyfunctorch
-    mapped = {
-        layer.level(): layer.batch_size()
-        for layer in layers.retrieve_all_functorch_interpreters()
-        if isinstance(layer, layers.VmapInterpreter)
-    }
-    axes: list[tuple[int, int]] = []
-    inside = value
-    while is_wrapped(inside):
-        axes.append((functorch.maybe_get_level(inside), functorch.maybe_get_bdim(inside)))
-        inside = functorch.get_unwrapped(inside)
-    left, axis_of = list(range(inside.ndim)), {}
-    for level, axis in reversed(axes):  # the innermost wrapper counts the axes of the tensor itself
-        if axis >= 0:
-            axis_of[level] = left.pop(axis)
-    with layers.temporarily_clear_interpreter_stack():
-        moved = inside.detach().permute(*(axis_of[level] for level in sorted(mapped) if level in axis_of), *left)
-        for place, level in enumerate(sorted(mapped)):
-            if level not in axis_of:
-                moved = moved.unsqueeze(place)
-        sizes = [mapped[level] for level in sorted(mapped)]
-        return moved.expand(*sizes, *moved.shape[len(sizes) :]).clone()
 
 
 def calls_on_stack(module: nn.Module | None) -> int:

@@ -10,7 +10,7 @@ from architecture.source_tree import PACKAGE, Source, imports_of, package_source
 FLOORS = (
     ("errors", "types"),
     ("arguments", "inplace", "masks", "paths", "selection", "tokens"),
-    ("calls", "hooks", "introspect", "sequences", "steps"),
+    ("calls", "hooks", "introspect", "sequences", "steps", "transforms"),
     ("reducers", "cache", "store"),
     ("modules", "contexts", "points"),
     ("caching", "pipeline", "interventions", "attribution"),

@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from small_models import MLP
-from tdcache import ActivationCaching, CaptureError, Stack
+from tdcache import ActivationCaching, CaptureError, Last, Mean, Stack
 
 
 @pytest.fixture
@@ -125,3 +125,30 @@ def test_a_copy_is_taken_inside_the_transform(xs):
     with ActivationCaching("linear", hold="snapshot").prepare(Inside()) as hooked:
         y = hooked(xs)
     assert torch.equal(hooked.cache["linear"], y.detach())
+
+
+@pytest.mark.parametrize("reducer", [Last(), Stack(), Mean()], ids=repr)
+@pytest.mark.parametrize("direction", ["bwd", "grad_in"])
+def test_gradients_that_are_asked_for_as_a_batch_are_those_of_a_loop(direction, reducer):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4).requires_grad_()
+    batch = torch.stack([number * torch.ones(2, 2, dtype=torch.float64) for number in (1, 2, 3)])
+    singles = []
+    for each in batch:
+        with ActivationCaching("1", directions=[direction]).prepare(model) as hooked:
+            torch.autograd.grad(hooked(x), x, each)
+        singles.append(hooked.cache["1"])
+    expected = {"Last": torch.stack(singles), "Stack": torch.stack(singles)[None], "Mean": torch.stack(singles).mean(0)}
+    with ActivationCaching("1", directions=[direction], reducer=reducer).prepare(model) as hooked:
+        torch.autograd.grad(hooked(x), x, batch, is_grads_batched=True)
+    # A batched product may add in another order than those of the loop.
+    torch.testing.assert_close(hooked.cache["1"], expected[type(reducer).__name__], rtol=1e-12, atol=1e-12)
+
+
+def test_a_vectorised_jacobian_leaves_the_batch_of_gradients():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.ones(1, 4, dtype=torch.float64)
+    with ActivationCaching("2", directions=["fwd", "bwd"]).prepare(model) as hooked:
+        torch.autograd.functional.jacobian(hooked, x, vectorize=True)
+    assert torch.equal(hooked.cache["bwd", "2"], torch.eye(2, dtype=torch.float64).reshape(2, 1, 2))

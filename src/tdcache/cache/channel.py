@@ -26,8 +26,8 @@ from tdcache.cache.target import EntryTarget
 from tdcache.errors import CaptureError, listed
 from tdcache.hooks.directions import direction_row
 from tdcache.inplace import InplaceWatch, overwritten
-from tdcache.introspect import in_transform, is_wrapped, unwrapped
 from tdcache.reducers import Last, Reducer
+from tdcache.transforms import in_transform, is_wrapped, unwrapped
 from tdcache.types import CacheKey, HookDirection
 
 __all__ = ["Carried", "Channel", "CopyInGraph"]
