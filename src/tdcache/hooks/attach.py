@@ -129,6 +129,7 @@ def _register(module: nn.Module, hook: Callable[..., Any], direction: str, order
     prepend, with_kwargs = order == Order.FIRST, direction.endswith("kwargs")
     hook = _behind(current_fence(), hook)
     with _one_at_a_time:
+        register: Callable[..., RemovableHandle]
         if direction.startswith("fwd_pre"):
             register = _registering(module).register_forward_pre_hook
             hooks = pre_hooks(module)

@@ -114,6 +114,9 @@ class _MappingTarget:
             self.cache.pop(key, None)
         self._written.clear()
 
+    def ensure(self) -> None:
+        """Do nothing: a plain dict has no node of a direction."""
+
 
 class PointCapture:
     """One cache over some hook points; entries are the points' names, and for gradients these with ``"_grad"``.
