@@ -12,15 +12,13 @@ import itertools
 import sys
 from collections.abc import Mapping
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from tdcache.calls.handlers import Handler
 from tdcache.calls.overlay import INTERFACE, global_functions, innermost, is_registry
-
-if TYPE_CHECKING:
-    from tdcache.calls.scope import Handler
 
 __all__ = ["TracedCall", "TracedForward"]
 

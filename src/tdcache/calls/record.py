@@ -17,7 +17,7 @@ from tensordict import TensorDictBase
 from torch import nn
 
 from tdcache.calls.attach import CallsLike, attach_rules
-from tdcache.calls.mode import Call
+from tdcache.calls.handlers import Call
 from tdcache.calls.names import DERIVED
 from tdcache.calls.overlay import INTERFACE
 from tdcache.calls.sites import CallPattern, CallSite

@@ -16,10 +16,9 @@ from torch.compiler import is_dynamo_compiling
 
 from tdcache.calls.attach import attach_rules, module_of, refuse_recomputed
 from tdcache.calls.attention import Attention, derive_attention, derive_registered, prove
-from tdcache.calls.mode import Call
+from tdcache.calls.handlers import Call, CallRule, Handler, Need
 from tdcache.calls.names import DERIVED
 from tdcache.calls.overlay import INTERFACE
-from tdcache.calls.scope import Handler, Need, Rule
 from tdcache.calls.sites import CallSite
 from tdcache.calls.spelled import PRODUCTS, SDPA, SOFTMAX, argument, exchange, progress, role_of
 from tdcache.errors import CaptureError, SelectionError
@@ -333,7 +332,7 @@ def attach_attention(
 
 def attention_rule(
     root: nn.Module, site: CallSite, hook: Hook, *, use: Use = "edit", order: int = Order.EDIT
-) -> tuple[nn.Module, Rule]:
+) -> tuple[nn.Module, CallRule]:
     """What :func:`attach_attention` attaches, for :func:`tdcache.calls.attach.attach_rules`."""
     if not site.derived:
         raise SelectionError(
