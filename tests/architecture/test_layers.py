@@ -34,8 +34,13 @@ NEIGHBOURS = {
     ("__main__", "cli"),
 }
 
-# Packages whose front door also gives names of what stands on them: looked up when asked for, never on import.
-FRONT_DOORS = {("tdcache.harvesting", "compat")}
+# Packages whose front door also gives names of what stands on them: looked up when asked for, never on import. And
+# modules that are nothing but an earlier import path of what stands on their package.
+FRONT_DOORS = {
+    ("tdcache.harvesting", "compat"),
+    ("tdcache.harvesting.memory", "compat"),
+    ("tdcache.harvesting.saved", "compat"),
+}
 
 
 def upward_imports(source: Source) -> list[str]:
