@@ -48,7 +48,7 @@ class AtCall:
     stage: ClassVar[int] = 0
 
     def before(self, call: Call) -> None:
-        """Offer the arguments."""
+        """Give the arguments to the first hook, which may replace them."""
         if self.before_hook is None:
             return
         new = self.before_hook(call.module, call.args, call.kwargs)
@@ -63,7 +63,7 @@ class AtCall:
         call.args, call.kwargs = new
 
     def after(self, call: Call) -> None:
-        """Offer the output."""
+        """Give the output to the second hook, which may replace it."""
         if self.after_hook is None:
             return
         new = self.after_hook(call.module, call.args, call.kwargs, call.output)

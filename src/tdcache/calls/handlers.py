@@ -88,13 +88,13 @@ class Handler(Protocol):
 
     @property
     def order(self) -> int:
-        """One of :class:`~tdcache.hooks.attach.Order`."""
+        """The rank among handlers of one stage, one of :class:`~tdcache.hooks.attach.Order`."""
 
     def before(self, call: Call) -> None:
-        """May replace ``call.args`` and ``call.kwargs``."""
+        """See the arguments, and replace ``call.args`` or ``call.kwargs`` if they are to change."""
 
     def after(self, call: Call) -> None:
-        """May replace ``call.output``."""
+        """See the output, and replace ``call.output`` if it is to change."""
 
 
 class CallRule(Protocol):

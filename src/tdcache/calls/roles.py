@@ -272,12 +272,12 @@ class AtInterface:
         self.order = hook.order
 
     def before(self, call: Call) -> None:
-        """Offer the argument."""
+        """Give the argument to the hook if it is the value meant."""
         if self.at:
             self.hook.at_argument(call, self.at)
 
     def after(self, call: Call) -> None:
-        """Offer the result."""
+        """Give the result to the hook if it is the value meant."""
         if not self.at:
             self.hook.at_result(call)
 
@@ -291,7 +291,7 @@ class InGraph:
         self.order = hook.order
 
     def before(self, call: Any) -> None:
-        """Leave the arguments."""
+        """Do nothing: the value is derived after the call."""
 
     def after(self, call: Any) -> None:
         """Derive the value from the arguments, as it was proved for this one function; break the graph for others."""

@@ -64,7 +64,7 @@ class ForwardScope:
         return self.own if self.own is not None else MethodType(type(self.module).forward, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward."""
+        """Run the module's own forward, with its calls shown to the handlers."""
         if is_dynamo_compiling() and self.traced is not None:
             return self.traced(self.module, *args, **kwargs)
         return run_forward(self, args, kwargs)

@@ -22,7 +22,7 @@ from tdcache.modules import HookedModule
 from tdcache.types import HookDirection, Match, Pick, Selector
 
 __all__ = [
-    "Capture",
+    "BatchCapture",
     "Look",
     "RowTaker",
     "as_dtype",
@@ -129,7 +129,7 @@ class Look:
     """How long it took."""
 
 
-class Capture:
+class BatchCapture:
     """A model with takers at its sites, called batch by batch. A context manager.
 
     Args:
@@ -225,7 +225,7 @@ class Capture:
         return found
 
     def paths(self, hooked: HookedModule) -> tuple[str, ...]:
-        """The sites."""
+        """Return the paths of the selected sites, in the order of the model."""
         recorder = hooked.hooking_context.recorder
         return tuple(recorder.channels[0].paths)
 

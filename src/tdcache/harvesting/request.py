@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tdcache.harvesting.capture import Capture
+from tdcache.harvesting.capture import BatchCapture
 from tdcache.harvesting.identity import spelled_positions
 from tdcache.harvesting.plan import Budget, Preflight, Probe, batches_per_unit, model_fingerprint, probe
 from tdcache.harvesting.row_rule import RowKind
@@ -39,7 +39,7 @@ class Request:
         limit = self.budget.limit(found.row_bytes)
         return Preflight.of(self.folder, found, batches=self.source.batches, per_unit=per_unit, limit=limit)
 
-    def settled(self, capture: Capture, share: Share) -> tuple[dict[str, Any], Probe | None]:
+    def settled(self, capture: BatchCapture, share: Share) -> tuple[dict[str, Any], Probe | None]:
         """The spec, and what the first forward showed.
 
         Of a store that is there, what a forward would show is taken from it, so that none is needed.

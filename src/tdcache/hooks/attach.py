@@ -79,7 +79,7 @@ class UserHook(Transient):
     order: int
 
     def __call__(self, *args: Any) -> Any:
-        """Call the hook."""
+        """Pass the call on to the hook."""
         return self.hook(*args)
 
 
@@ -200,7 +200,7 @@ class MutedHook(Transient):
         self.order = _order_of(hook)
 
     def __call__(self, *args: Any) -> None:
-        """Do nothing."""
+        """Do nothing while the hook is muted."""
 
 
 def _mute(hooks: Any, number: int) -> None:

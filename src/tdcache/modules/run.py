@@ -31,7 +31,7 @@ class Runnable(Protocol):
         """The user's own model."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
+        """Run the hooked model; arguments are those of its ``forward``."""
 
     def find_site(self, key: str, relative: bool = True) -> tuple[str, nn.Module]:
         """Canonical path and module of ``key``."""

@@ -27,7 +27,7 @@ class ModuleVerbs(DirectedForms):
     if TYPE_CHECKING:  # the hooked module's
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            """Run the model."""
+            """Run the model with the arguments of its ``forward``."""
 
         @property
         def model(self) -> nn.Module:

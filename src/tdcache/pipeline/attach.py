@@ -67,7 +67,7 @@ class _AttachedHook:
 
     @property
     def hook(self) -> Callable[..., Any]:
-        """What is registered."""
+        """Return the method to register: the fast one for outputs that are plain tensors, where none is picked."""
         return self.on_plain if isinstance(self.port, OutputPort) and self.port.pick is None else self.on_call
 
     def _values(self) -> dict[str, Any]:
