@@ -86,7 +86,7 @@ def _harvest(options: argparse.Namespace) -> int:
         "select": options.select,
         "match": options.match,
         "direction": options.direction,
-        "dtype": getattr(torch, options.dtype) if options.dtype else None,
+        "dtype": options.dtype,
         "drop": None if options.drop == "none" else options.drop,
         "positions": options.positions,
         "rows": options.rows,

@@ -231,7 +231,8 @@ class Batches:
     def _identity(self) -> dict[str, Any]:
         names = ("size", "shuffle", "seed", "rank", "world", "block", "pool")
         dataset = self._rows_of_epoch()
-        return {"store": dataset.id, "rows": len(dataset), **{name: getattr(self, name) for name in names}}
+        found = {"store": dataset.id, "rows": len(dataset), **{name: getattr(self, name) for name in names}}
+        return found | ({"view": dataset.view} if dataset.view else {})
 
     def state_dict(self) -> dict[str, Any]:
         """Where the iteration is: what was handed out is not handed out again after :meth:`load_state_dict`."""
@@ -253,7 +254,7 @@ class Batches:
 
 def _blocks(dataset: StoreReader, size: int) -> Tensor:
     """First row, and the one after the last, of each block; none spans two shards."""
-    rows = torch.tensor([shard.rows for shard in dataset.shards], dtype=torch.int64)
+    rows = dataset.rows_by_shard()
     ends, counts = rows.cumsum(0), (rows + size - 1) // size
     shard = torch.repeat_interleave(torch.arange(len(rows)), counts)
     within = torch.arange(len(shard)) - (counts.cumsum(0) - counts)[shard]
