@@ -52,7 +52,7 @@ from tdcache.reducers import Concatenate, First, Last, Mean, Reducer, Stack, Top
 from tdcache.selection import Selection, Site, select
 
 if TYPE_CHECKING:
-    from tdcache.harvesting import ActivationDataset, harvest
+    from tdcache.harvesting import ActivationBuffer, ActivationDataset, harvest
 
 try:
     __version__ = version("tdcache")
@@ -62,6 +62,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 __all__ = [
     "Ablation",
     "ActivationAddition",
+    "ActivationBuffer",
     "ActivationCaching",
     "ActivationDataset",
     "ActivationPatching",
@@ -122,7 +123,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in ("ActivationDataset", "harvest"):  # loaded when asked for: they bring data loading and files with them
+    if name in ("ActivationBuffer", "ActivationDataset", "harvest"):  # loaded when asked for: they bring data loading and files with them
         import tdcache.harvesting
 
         return getattr(tdcache.harvesting, name)

@@ -35,7 +35,8 @@ def test_a_store_is_written_in_the_order_that_makes_it_durable(tmp_path):
     assert names[first - 1 : first + 16] == [
         "create",
         "reserve",
-        *["write"] * 10,  # seq, pos, tok, two columns in two pieces, the statistics of each: data first, the header last
+        *["write"]
+        * 10,  # seq, pos, tok, two columns in two pieces, the statistics of each: data first, the header last
         "sync",
         "link",
         "sync_folder",

@@ -1,5 +1,6 @@
 """Dataset loops: activations of many batches, in memory or on disk. The only place for ``torch.distributed``."""
 
+from tdcache.harvesting.buffer import ActivationBuffer
 from tdcache.harvesting.loop import harvest, preflight
 from tdcache.harvesting.memory import (
     ActivationCollector,
@@ -14,6 +15,7 @@ from tdcache.harvesting.saved import load_activations, save_activations
 from tdcache.store import ActivationDataset
 
 __all__ = [
+    "ActivationBuffer",
     "ActivationCollector",
     "ActivationDataset",
     "ActivationStore",

@@ -54,10 +54,15 @@ class Request:
         """Which rows are kept, once the spec says what was found out."""
         return RowRule(kind=spec["rows"], side=spec["side"], length=spec["length"], **self.rule)
 
-    def settled(self, capture: Capture, share: Share) -> tuple[dict[str, Any], Probe | None]:
+    def settled(self, capture: Capture, share: Share, *, new: bool = False) -> tuple[dict[str, Any], Probe | None]:
         """The spec, and what the first forward showed.
 
         Of a store that is there, what a forward would show is taken from it, so that none is needed.
+
+        Args:
+            capture: the model.
+            share: of this process.
+            new: there is no store, whatever is in the folder.
         """
         asked = {
             **self.fixed,
@@ -68,7 +73,8 @@ class Request:
             "budget": {"rows": self.budget.rows, "bytes": self.budget.bytes},
             "shard_bytes": self.shard_bytes,
         }
-        is_there = frozenset({0}) if (self.folder / "spec.json").exists() else frozenset()
+        exists = not new and (self.folder / "spec.json").exists()
+        is_there = frozenset({0}) if exists else frozenset()
         if share.agree(is_there):
             there = read_spec(self.folder)
             names = (*_SEEN, "columns") if self.columns.sources else _SEEN
