@@ -34,6 +34,7 @@ ROWS = {
     "sweep": "rows_interventions:sweep",
     "runstop": "rows_interventions:stopped_run",
     "points": "rows_points:points",
+    "calls": "rows_calls:calls",
     "attribution": "rows_attribution:attribution",
     "harvest": "rows_harvest:rows",
 }

@@ -1,5 +1,7 @@
 """tdcache: read, keep and change what flows through any PyTorch model."""
 
+from difflib import get_close_matches
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -122,9 +124,25 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name in ("ActivationBuffer", "ActivationDataset", "harvest"):  # loaded when asked for: they bring data loading and files with them
-        import tdcache.harvesting
+# Loaded when asked for: they bring data loading, files or pictures with them, or are many.
+_LATER = {"ActivationBuffer": "harvesting", "ActivationDataset": "harvesting", "harvest": "harvesting"}
+_PACKAGES = ("attribution", "harvesting", "interventions", "pipeline", "plot", "points", "reducers", "store")
 
-        return getattr(tdcache.harvesting, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> object:
+    if name in _LATER:
+        return getattr(import_module(f"tdcache.{_LATER[name]}"), name)
+    if name in _PACKAGES:
+        return import_module(f"tdcache.{name}")
+    hint = ""
+    if not name.startswith("_"):
+        homes = [
+            package for package in _PACKAGES if name in getattr(import_module(f"tdcache.{package}"), "__all__", ())
+        ]
+        near = get_close_matches(name, __all__, n=1)
+        hint = f"; it is in tdcache.{homes[0]}" if homes else f"; did you mean {near[0]!r}?" if near else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER, *_PACKAGES})

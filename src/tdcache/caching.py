@@ -17,10 +17,11 @@ from torch import nn
 from tdcache.cache import Capture, Keep
 from tdcache.contexts import HookingContext, HookingContextFactory, HookingContextWithCache
 from tdcache.errors import DirectionError
-from tdcache.hooks import MultiHookHandle, bracket
+from tdcache.hooks import MultiHookHandle, attach, bracket
 from tdcache.modules import HookedModule
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import as_matcher
+from tdcache.tokens import Positions
 from tdcache.types import Hold, HookDirection, Index, Match, Pick, Selector
 
 __all__ = ["ActivationCaching", "cache_activations"]
@@ -62,6 +63,12 @@ class ActivationCaching(HookingContextFactory):
             returns no output.
         allow_empty: a selector that matches nothing is no error.
         prepend: see values before edits at the same site; by default captures see the final value.
+        positions: which of each row's real tokens are kept, by the attention mask of the call: a number (0 the first,
+            -1 the last; its axis is taken off), several, a slice, an integer tensor ``(batch, k)`` or a bool mask
+            ``(batch, seq)``; ``slice(None)`` for every real token, so that ``reducer=Mean(flatten=2)`` is the mean
+            over them. None keeps all columns, padding included. See ``docs/positions.md``.
+        mask_key: the name of the mask among the model's arguments, found by itself by default; None counts columns.
+        position_dim: the axis of positions in the values.
 
     Raises:
         DirectionError: unknown direction, or a gradient with ``stop_early``.
@@ -101,6 +108,9 @@ class ActivationCaching(HookingContextFactory):
         stop_early: bool = False,
         allow_empty: bool = False,
         prepend: bool = False,
+        positions: Positions = None,
+        mask_key: Any = "auto",
+        position_dim: int = 1,
     ) -> None:
         super().__init__()
         if isinstance(directions, str):
@@ -128,6 +138,9 @@ class ActivationCaching(HookingContextFactory):
             stack_by=stack_by,
             stop_early=stop_early,
             prepend=prepend,
+            positions=positions,
+            mask_key=mask_key,
+            position_dim=position_dim,
         )
 
     @property
@@ -156,6 +169,9 @@ class ActivationCaching(HookingContextFactory):
         handle = MultiHookHandle()
         with handle.installing():
             self._capture.place(selection, recorder, handle)
+            positions = recorder.channels[0].positions
+            if positions is not None:
+                handle.add(attach(module.model, positions.on_call, "fwd_pre_kwargs", order=positions.order))
             bracket(module.model, recorder.begin, recorder.end, handle)
         context.record(recorder)
         return handle

@@ -15,23 +15,49 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "CALL_IMPL",
     "HookEntry",
     "NO_TASK",
     "add_tensor_hook",
     "backward_task",
     "calls_on_stack",
     "compiled_modules",
+    "function_mode_at",
+    "function_mode_count",
     "global_hooks",
     "has_stale_graph",
     "in_backward",
     "is_optimized_module",
     "is_wrapped_by_compile",
     "module_hooks",
+    "pop_function_mode",
     "post_hooks",
     "pre_hooks",
+    "push_function_mode",
+    "set_eval_frame",
+    "skip_frame",
     "storage_users",
     "why_not_called",
 ]
+
+CALL_IMPL: CodeType = nn.Module._call_impl.__code__
+"""The code that calls a module's hooks and its forward; a frame of it on the stack is a call of a module."""
+
+# The stack of function modes of this thread, without the Python wrappers around it.
+function_mode_count: Callable[[], int] = torch._C._len_torch_function_stack
+function_mode_at: Callable[[int], Any] = torch._C._get_function_stack_at
+push_function_mode: Callable[[Any], None] = torch._C._push_on_torch_function_stack
+pop_function_mode: Callable[[], Any] = torch._C._pop_torch_function_stack
+
+set_eval_frame: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame
+"""Exchange dynamo's callback of this thread for another one, None for plain Python; returns the one before."""
+
+
+def skip_frame(code: CodeType) -> None:
+    """Let dynamo, if it is loaded, run frames of this code as they stand."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is not None:
+        dynamo.skip_code(code)
 
 
 def post_hooks(module: nn.Module) -> Any:

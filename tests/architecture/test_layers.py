@@ -9,7 +9,7 @@ from architecture.source_tree import PACKAGE, Source, imports_of, package_source
 FLOORS = (
     ("errors", "types"),
     ("arguments", "inplace", "masks", "paths", "selection", "tokens"),
-    ("hooks", "introspect", "sequences", "steps"),
+    ("calls", "hooks", "introspect", "sequences", "steps"),
     ("reducers", "cache", "store"),
     ("modules", "contexts", "points"),
     ("caching", "pipeline", "interventions", "attribution"),
@@ -24,6 +24,8 @@ NEIGHBOURS = {
     ("selection", "paths"),
     ("hooks", "introspect"),
     ("steps", "introspect"),
+    ("calls", "hooks"),
+    ("calls", "introspect"),
     ("cache", "reducers"),
     ("contexts", "modules"),
     ("cli", "inspect"),

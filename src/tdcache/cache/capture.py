@@ -11,6 +11,7 @@ from torch import nn
 
 from tdcache.cache.channel import Channel
 from tdcache.cache.keep import Keep
+from tdcache.cache.positions import PositionFilter
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.stacking import StackBy
 from tdcache.cache.taps import (
@@ -32,6 +33,7 @@ from tdcache.hooks.gradient_hooks import GradInputHook, GradOutputHook
 from tdcache.hooks.port import InputPort, OutputPort
 from tdcache.reducers import Reducer
 from tdcache.selection import Selection, Site
+from tdcache.tokens import Positions, check_positions
 from tdcache.types import HookDirection, Pick, Removable
 
 __all__ = ["Capture"]
@@ -56,8 +58,12 @@ class Capture:
     stack_by: str | Sequence[str] | None
     stop_early: bool
     prepend: bool
+    positions: Positions = None
+    mask_key: Any = "auto"
+    position_dim: int = 1
 
     def __post_init__(self) -> None:
+        check_positions(self.positions)
         for direction in self.directions:
             row = direction_row(direction)
             check_callback(self.callback, (*row.params, "key", "direction"))
@@ -81,13 +87,18 @@ class Capture:
         keep = self.keep if cache.device is None or self.keep.device else replace(self.keep, device=cache.device)
         stack_by = None if self.stack_by is None else StackBy(self.stack_by, selection)
         has_parts = self.pick == "all"
+        chosen = None
+        if self.positions is not None:
+            chosen = PositionFilter(self.positions, self.mask_key, self.position_dim)
         channels = []
         for direction in self.directions:
             target = Target(cache, direction if self.nested else None, self.batch_dims)
             target.ensure()
             if not has_parts:
                 target.check(selection.paths if stack_by is None else tuple(stack_by.members))
-            channels.append(Channel(direction, selection.paths, keep, target, self.reducer, stack_by, has_parts))
+            channels.append(
+                Channel(direction, selection.paths, keep, target, self.reducer, stack_by, has_parts, chosen)
+            )
         return Recorder(channels)
 
     def place(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:

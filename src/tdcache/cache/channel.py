@@ -18,15 +18,17 @@ from torch import Tensor
 
 from tdcache.cache.keep import Keep, Transfers, shares_memory
 from tdcache.cache.ownership import owned, shared_keys
+from tdcache.cache.positions import PositionFilter
 from tdcache.cache.stacking import StackBy
 from tdcache.cache.target import EntryTarget
 from tdcache.hooks.directions import direction_row
 from tdcache.inplace import InplaceWatch, overwritten
-from tdcache.reducers import First, Last, Reducer
+from tdcache.reducers import First, Last, Reducer, RowReducer
 from tdcache.types import CacheKey, HookDirection
 
 __all__ = ["Channel"]
 
+_Arrival = tuple[int, Any, Tensor | None]
 _version = attrgetter("_version")
 _requires_grad = attrgetter("requires_grad")
 _is_leaf = attrgetter("is_leaf")
@@ -44,6 +46,8 @@ class Channel:
     stack_by: StackBy | None
     has_parts: bool = False
     """Whether a site may have any number of entries (``pick="all"``)."""
+    positions: PositionFilter | None = None
+    """Which positions of each value are kept; None for all."""
     transfers: Transfers = field(default_factory=Transfers)
     values: dict[CacheKey, Any] = field(default_factory=dict)
     """The latest forward's aliases, by key. Between forwards every key is there, so that a hook that fires outside a
@@ -67,7 +71,7 @@ class Channel:
     """Whether each forward replaces the entries of the one before."""
     _watch: InplaceWatch = field(default_factory=InplaceWatch)
     """The aliases that reducers and parts of the cache keep."""
-    _pending: dict[CacheKey, list[tuple[int, Any]]] = field(default_factory=dict)
+    _pending: dict[CacheKey, list[_Arrival]] = field(default_factory=dict)
     """Gradients that wait to be put in the order of their calls."""
     _pending_watch: InplaceWatch = field(default_factory=InplaceWatch)
     _dirty: bool = False
@@ -93,7 +97,7 @@ class Channel:
     @property
     def takes_aliases(self) -> bool:
         """Whether a hook may write the tensor itself into ``values``."""
-        return self.latest_only and self.keep.plain and not self.target.in_place
+        return self.latest_only and self.keep.plain and self.positions is None and not self.target.in_place
 
     def begin(self) -> None:
         """A forward begins: what the one before left is no longer current."""
@@ -199,8 +203,14 @@ class Channel:
             serial: the number of the call, for values that do not arrive in order.
         """
         self.fired.add(path)
+        mask: Tensor | None = None
+        if self.positions is not None:
+            part = self.positions.of(path, tensor, self.reducer)
+            if part is None:
+                return
+            tensor, mask = part
         if not self.latest_only:
-            self._reduce(key, path, tensor, serial)
+            self._reduce(key, path, tensor, serial, mask)
             return
         kept, is_alias = self._keep(tensor, path)
         if is_alias:
@@ -215,6 +225,8 @@ class Channel:
     def write_now(self, key: CacheKey, path: str, tensor: Any) -> None:
         """Keep a value that was seen outside a forward of the root, and write it at once."""
         self.fired.add(path)
+        if self.positions is not None:
+            raise self.positions.outside(path)
         kept, is_alias = self._keep(tensor, path)
         self.transfers.wait()
         if is_alias:
@@ -233,7 +245,7 @@ class Channel:
             self._watch.add(path, kept)
         return cast(Tensor, kept)
 
-    def _reduce(self, key: CacheKey, path: str, value: Any, serial: int | None) -> None:
+    def _reduce(self, key: CacheKey, path: str, value: Any, serial: int | None, mask: Tensor | None) -> None:
         reducer = self._reducer_at(key)
         if reducer.full:
             return
@@ -242,15 +254,15 @@ class Channel:
         if serial is not None and reducer.ordered:
             if is_alias:
                 self._pending_watch.add(path, kept)
-            self._wait(key, (serial, kept))
+            self._wait(key, (serial, kept, mask))
             return
         if not reducer.aliases:
             self.transfers.wait()
         elif is_alias:
             self._watch.add(path, kept)
-        reducer.update(kept)
+        _update(reducer, kept, mask)
 
-    def _wait(self, key: CacheKey, arrival: tuple[int, Any]) -> None:
+    def _wait(self, key: CacheKey, arrival: _Arrival) -> None:
         arrivals = self._pending.setdefault(key, [])
         arrivals.append(arrival)
         if isinstance(self.reducer, First):  # which wants one only
@@ -265,7 +277,7 @@ class Channel:
     def _own_pending(self) -> None:
         """A backward is over: what it accumulates into later must not reach the gradients that wait."""
         for arrivals in self._pending.values():
-            arrivals[:] = [(serial, owned(value)) for serial, value in arrivals]
+            arrivals[:] = [(serial, owned(value), mask) for serial, value, mask in arrivals]
         self._pending_watch.clear()
 
     def compute(self) -> None:
@@ -275,8 +287,8 @@ class Channel:
         self.transfers.wait()
         self.check()
         for key, arrivals in self._pending.items():
-            for _, value in sorted(arrivals, key=_serial):
-                self._reducer_at(key).update(value)
+            for _, value, mask in sorted(arrivals, key=_serial):
+                _update(self._reducer_at(key), value, mask)
         self._pending.clear()
         self._pending_watch.clear()
         entries: dict[CacheKey, Any] = {key: reducer.compute() for key, reducer in self.reducers.items()}
@@ -308,6 +320,8 @@ class Channel:
             held.clear()
         self._watch.clear()
         self._pending_watch.clear()
+        if self.positions is not None:
+            self.positions.forget()
         self.number += 1
         self.accepting = -1
         self._dirty = False
@@ -317,7 +331,14 @@ def _path_of(key: CacheKey) -> str:
     return key if isinstance(key, str) else key[0]
 
 
-def _serial(arrival: tuple[int, Any]) -> int:
+def _update(reducer: Reducer, value: Any, mask: Tensor | None) -> None:
+    if mask is None:
+        reducer.update(value)
+    else:
+        cast(RowReducer, reducer).update(value, mask)
+
+
+def _serial(arrival: _Arrival) -> int:
     return arrival[0]
 
 

@@ -119,9 +119,11 @@ class InputPort:
     """What a module is called with.
 
     A number picks an argument, positional ones first, then keyword ones. A name picks a keyword argument, a positional
-    one by its name in the module's ``forward``, or an entry of the only argument. A tuple goes on from there. A callable
-    gets all arguments as a tuple. Without ``pick`` the first tensor is meant; of the TensorDict given to a TensorDict
-    module, the first entry that the module reads.
+    one by its name in the module's ``forward``, or an entry of the only argument. A tuple goes on from there. A
+    callable gets all arguments as a tuple.
+
+    Without ``pick`` the first tensor is meant; of the TensorDict given to a TensorDict module, the first entry that the
+    module reads.
     """
 
     path: str

@@ -26,7 +26,7 @@ from tdcache.store.shard import Shard, ShardCache
 from tdcache.store.shard_header import Contract, own_column, site_column
 from tdcache.store.spans import Span, read_spans
 from tdcache.store.spec import read_spec, spec_id
-from tdcache.store.statistics import SiteStatistics, merged_statistics
+from tdcache.store.statistics import SiteStatistics
 from tdcache.store.summary import summarised
 
 __all__ = ["StoreReader"]
@@ -166,12 +166,11 @@ class StoreReader:
         plain, keys = copy.copy(self), [key for key in self.keys if self._is_floating(key)]
         vars(plain).update(_scalings={})
         at_a_time = max(1, _STATISTICS_BYTES // max(1, self.row_bytes))
-        parts: dict[str, list[SiteStatistics]] = {key: [] for key in keys}
+        found = {key: SiteStatistics.none(plain.describe(key)[1]) for key in keys}
         for begin in range(0, len(plain), at_a_time):
             rows = plain.span(begin, min(begin + at_a_time, len(plain)), keys)
-            for key in keys:
-                parts[key].append(SiteStatistics.of([rows[key]]))
-        return {key: merged_statistics(parts[key], plain.describe(key)[1]) for key in keys}
+            found = {key: each.merged(SiteStatistics.of([rows[key]])) for key, each in found.items()}
+        return found
 
     def _is_floating(self, key: str) -> bool:
         return self._contract.columns[site_column(key)][0].is_floating_point

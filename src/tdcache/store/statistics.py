@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["SiteStatistics", "merged_statistics"]
+__all__ = ["SiteStatistics"]
 
 # Values: torch sums fewer than 32,768 on one thread, in an order that the shape pins down.
 _CHUNK = (1 << 15) - 1
@@ -49,6 +49,12 @@ class SiteStatistics:
         return math.sqrt(self.mean.numel() / squared) if squared > 0 else math.nan
 
     @classmethod
+    def none(cls, shape: Sequence[int]) -> SiteStatistics:
+        """Of no rows."""
+        zeros = torch.zeros(tuple(shape), dtype=torch.float64)
+        return cls(0, zeros, zeros)
+
+    @classmethod
     def of(cls, parts: Sequence[Tensor]) -> SiteStatistics:
         """Of floating rows, in pieces along the first dimension.
 
@@ -82,15 +88,6 @@ class SiteStatistics:
     def unpacked(cls, rows: int, packed: Tensor) -> SiteStatistics:
         """From :meth:`packed`."""
         return cls(rows, packed[0], packed[1])
-
-
-def merged_statistics(parts: Iterable[SiteStatistics], shape: Sequence[int]) -> SiteStatistics:
-    """Of the rows of all parts, merged in their order."""
-    none = torch.zeros(tuple(shape), dtype=torch.float64)
-    found = SiteStatistics(0, none, none)
-    for part in parts:
-        found = found.merged(part)
-    return found
 
 
 def _measured(parts: Sequence[Tensor], dtype: torch.dtype) -> SiteStatistics:

@@ -10,28 +10,20 @@ from typing import Any
 import torch
 
 from tdcache.store.shard import Shard
-from tdcache.store.shard_header import Contract, site_column, statistics_column
-from tdcache.store.statistics import SiteStatistics, merged_statistics
+from tdcache.store.shard_header import Contract, site_column
+from tdcache.store.statistics import SiteStatistics
 
 __all__ = ["packed_summary", "parsed_summary", "summarised"]
 
 
 def summarised(contract: Contract, shards: Iterable[Shard]) -> dict[str, SiteStatistics]:
-    """The statistics of each site over all shards, in their order; reads a few numbers of each shard.
-
-    A site without floating values has none; a shard of an earlier version makes its sites' statistics NaN.
-    """
-    parts: dict[str, list[SiteStatistics]] = {path: [] for path in contract.sites}
+    """The statistics of each site over all shards, in their order; reads a few numbers of each shard."""
+    shapes = {path: contract.columns[site_column(path)][1] for path in contract.sites}
+    found = {path: SiteStatistics.none(shape) for path, shape in shapes.items()}
     for shard in shards:
-        info, header = shard.info, shard.header
-        for path, found in parts.items():
-            name, shape = statistics_column(path), contract.columns[site_column(path)][1]
-            if name in header.tensors:
-                part = SiteStatistics.unpacked(shard.rows, shard.column(name).clone())
-            else:
-                part = SiteStatistics.unpacked(shard.rows, torch.full((2, *shape), math.nan, dtype=torch.float64))
-            found.append(part.with_losses(info.overflow.get(path, 0), info.underflow.get(path, 0)))
-    return {path: merged_statistics(found, contract.columns[site_column(path)][1]) for path, found in parts.items()}
+        for path, own in shard.statistics().items():
+            found[path] = found[path].merged(own)
+    return found
 
 
 def packed_summary(found: Mapping[str, SiteStatistics]) -> dict[str, Any]:

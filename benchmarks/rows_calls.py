@@ -1,0 +1,153 @@
+"""Places inside a forward: attention patterns, q/k/v, Python functions and residual sums, as ratios to the forward."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from harness import Call, Goal, Maker, Plan, Samples, Table, measure_makers, rounds_note, settle_process
+from torch import nn
+
+from tdcache.calls import CallSite, attach_attention, attach_call
+
+LAYERS = 12
+SHAPES = {64: (4, 1, 32), 768: (12, 1, 64)}  # by width: heads, rows, positions
+IDLE, CLOSED = "no site", "opened and closed before"
+EAGER = "eager twin, output_attentions=True"
+ONE, ALL, QKV = "one pattern", "all patterns", "q, k, v of all"
+NAMED, SUMS = "a Python function in all", "both sums of all blocks"
+BARE = "bare hooks on all attentions"
+
+
+@functools.cache
+def _llama(width: int, kind: str) -> nn.Module:
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    heads = SHAPES[width][0]
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=heads,
+        use_cache=False,
+        attn_implementation=kind,
+    )
+    return LlamaModel(config).eval()
+
+
+def _called(model: nn.Module, width: int, **options: Any) -> Call:
+    _, rows, positions = SHAPES[width]
+    return partial(model, torch.arange(rows * positions).reshape(rows, positions), **options)
+
+
+def _checked(call: Call, kept: dict[Any, Any], count: int) -> Call:
+    def again() -> Any:
+        kept.clear()
+        result = call()
+        if len(kept) != count:
+            raise RuntimeError(f"{len(kept)} values were seen, {count} expected")
+        return result
+
+    return again
+
+
+def _keeper(kept: dict[Any, Any], key: Any) -> Callable[..., None]:
+    def keep(module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
+        kept[key] = value
+
+    return keep
+
+
+def _plain(stack: ExitStack, width: int) -> Call:
+    return _called(copy.deepcopy(_llama(width, "sdpa")), width)
+
+
+def _closed(stack: ExitStack, width: int) -> Call:
+    model = copy.deepcopy(_llama(width, "sdpa"))
+    handle = attach_attention(model, CallSite("layers.0.self_attn", "pattern"), _keeper({}, 0), use="read")
+    _called(model, width)()
+    handle.remove()
+    return _called(model, width)
+
+
+def _eager(stack: ExitStack, width: int) -> Call:
+    return _called(copy.deepcopy(_llama(width, "eager")), width, output_attentions=True)
+
+
+def _bare(stack: ExitStack, width: int) -> Call:
+    model, kept = copy.deepcopy(_llama(width, "sdpa")), {}
+    for at in range(LAYERS):
+        model.get_submodule(f"layers.{at}.self_attn").register_forward_hook(_keeper(kept, at), with_kwargs=True)
+    return _checked(_called(model, width), kept, LAYERS)
+
+
+def _places(stack: ExitStack, width: int, layers: Sequence[int], places: str | tuple[str, ...]) -> Call:
+    model, kept = copy.deepcopy(_llama(width, "sdpa")), {}
+    for at in layers:
+        for place in places:
+            site = CallSite(f"layers.{at}.self_attn", place)
+            stack.callback(attach_attention(model, site, _keeper(kept, str(site)), use="read").remove)
+    return _checked(_called(model, width), kept, len(layers) * len(places))
+
+
+def _calls(stack: ExitStack, width: int, labels: Sequence[str]) -> Call:
+    model, kept = copy.deepcopy(_llama(width, "sdpa")), {}
+    for at in range(LAYERS):
+        for label in labels:
+            site = CallSite.parse(f"layers.{at}{label}")
+            stack.callback(attach_call(model, site, None, _keeper(kept, str(site))).remove)
+    return _checked(_called(model, width), kept, LAYERS * len(labels))
+
+
+def _makers(width: int) -> dict[str, Maker]:
+    everywhere = tuple(range(LAYERS))
+    return {
+        IDLE: partial(_plain, width=width),
+        CLOSED: partial(_closed, width=width),
+        BARE: partial(_bare, width=width),
+        ONE: partial(_places, width=width, layers=(6,), places=("pattern",)),
+        ALL: partial(_places, width=width, layers=everywhere, places=("pattern",)),
+        QKV: partial(_places, width=width, layers=everywhere, places="qkv"),
+        NAMED: partial(_calls, width=width, labels=(".self_attn::apply_rotary_pos_emb",)),
+        SUMS: partial(_calls, width=width, labels=("::add", "::add.1")),
+        EAGER: partial(_eager, width=width),
+    }
+
+
+LIMITS = {
+    64: {CLOSED: 1.02, ONE: 1.15, ALL: 1.5, QKV: 1.1, NAMED: 1.1, SUMS: 1.2},
+    768: {CLOSED: 1.02, ONE: 1.05, ALL: 1.2},
+}
+
+
+def calls(plan: Plan) -> list[Table]:
+    """What sites inside a forward cost, at a width where overhead shows and at one where work does."""
+    settle_process()
+    skipped: dict[str, str] = {}
+    by_width: dict[int, Samples] = {}
+    with torch.no_grad():
+        for width in SHAPES:
+            by_width[width] = measure_makers(_makers(width), plan, skipped, copies=2)
+    head = ["variant", *(f"d={width}: x forward" for width in SHAPES)]
+    table = Table(f"Places inside a forward: {LAYERS}-layer Llama under SDPA, no_grad", head)
+    for name in _makers(64):
+        ratios = {width: _ratio(samples, name) for width, samples in by_width.items() if name in samples}
+        table.rows.append([name, *(f"{ratio:.3f}" for ratio in ratios.values())])
+        for width, ratio in ratios.items():
+            if name in LIMITS[width]:
+                table.goals.append(Goal(f"{name}, d={width}", ratio, LIMITS[width][name]))
+    table.notes += [rounds_note(by_width.values()), *(f"{name}: {why}" for name, why in skipped.items())]
+    return [table]
+
+
+def _ratio(samples: Samples, name: str) -> float:
+    pairs = zip(samples.seconds[name], samples.seconds[IDLE], strict=True)
+    return statistics.median(mine / idle for mine, idle in pairs)

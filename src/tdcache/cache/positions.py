@@ -1,0 +1,120 @@
+"""Which positions of a value are kept: real tokens, counted by the mask of the call that is under way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdcache.arguments import forward_names, named_arguments
+from tdcache.errors import CaptureError
+from tdcache.hooks.attach import Order
+from tdcache.reducers.base import Reducer
+from tdcache.reducers.rows import RowReducer
+from tdcache.sequences import Sequences
+from tdcache.tokens import Positions, Tokens, check_positions
+
+__all__ = ["PositionFilter"]
+
+
+class PositionFilter:
+    """Picks positions of the values that one forward shows; a pre-hook of the model tells it the call.
+
+    Args:
+        positions: see :class:`tdcache.ActivationCaching`.
+        mask_key: the name of the mask among the arguments; see :class:`tdcache.sequences.Sequences`.
+        position_dim: the axis of positions in values; the batch is axis 0.
+    """
+
+    order = Order.FIRST
+
+    def __init__(self, positions: Positions, mask_key: Any, position_dim: int) -> None:
+        self.positions = check_positions(positions)
+        self.single = not isinstance(positions, Tensor) and hasattr(positions, "__index__")
+        """Whether one number was given, which takes its axis off, as indexing does."""
+        self.mask_key = mask_key
+        self.position_dim = position_dim
+        self._sequences: Sequences | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.positions!r})"
+
+    def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward begins: its masks are those that count."""
+        arguments = named_arguments(forward_names(module), args, kwargs)
+        self._sequences = Sequences(arguments, mask_key=self.mask_key)
+
+    def forget(self) -> None:
+        """Let go of the call."""
+        self._sequences = None
+
+    @staticmethod
+    def outside(path: str) -> CaptureError:
+        """The error for a site that ran outside of a call of the model."""
+        return CaptureError(
+            f"positions= counts the tokens of a call of the model, and {path!r} ran outside of one; call the model "
+            "itself, or use index=, which is plain indexing",
+            paths=(path,),
+        )
+
+    def of(self, path: str, value: Tensor, reducer: Reducer) -> tuple[Tensor, Tensor | None] | None:
+        """The part of a value that is kept, and the mask of its rows for a reducer that takes one.
+
+        Returns:
+            None where no position is fed in this forward, as in most decode steps.
+
+        Raises:
+            CaptureError: there is no call to take a mask from, or rows keep different numbers of positions.
+            SelectionError: the mask does not fit, or a row lacks a position.
+        """
+        tokens, moved = self._tokens_of(path, value)
+        mask = tokens.select(self.positions)
+        if not bool(mask.any()):
+            return None
+        if isinstance(reducer, RowReducer) and _rows_cover_positions(reducer):
+            return value, mask if self.position_dim == 1 else self._mask_in_place(mask, value)
+        if self._is_numbers() and bool((mask.sum(1) > 0).all()):
+            columns = tokens.columns(self.positions)  # type: ignore[arg-type]
+            kept = moved[torch.arange(len(moved), device=value.device)[:, None], columns.to(value.device)]
+            return (kept[:, 0] if self.single else kept.movedim(1, self.position_dim)), None
+        counts = mask.sum(1)
+        if int(counts.min()) != int(counts.max()):
+            raise CaptureError(
+                f"positions={self.positions!r} keep {int(counts.min())} to {int(counts.max())} tokens of a row at "
+                f"{path!r}, which make no tensor; gather rows with a reducer such as Concatenate(flatten=2) or "
+                "Mean(flatten=2), or ask for positions that every row has",
+                paths=(path,),
+            )
+        kept = moved[mask.to(value.device)].unflatten(0, (len(moved), -1))
+        return kept.movedim(1, self.position_dim), None
+
+    def _tokens_of(self, path: str, value: Tensor) -> tuple[Tokens, Tensor]:
+        if self._sequences is None:
+            raise self.outside(path)
+        if value.dim() <= self.position_dim:
+            raise CaptureError(
+                f"the value at {path!r} has shape {tuple(value.shape)} and no axis {self.position_dim} of positions; "
+                "choose position_dim=, or other sites",
+                paths=(path,),
+            )
+        moved = value.movedim(self.position_dim, 1)
+        batch, length = moved.shape[:2]
+        return self._sequences.at(path, batch=batch, length=length, device=value.device), moved
+
+    def _mask_in_place(self, mask: Tensor, value: Tensor) -> Tensor:
+        """The mask with axes up to the one of positions, as the value has them."""
+        shape = [1] * (self.position_dim + 1)
+        shape[0], shape[self.position_dim] = mask.shape
+        return mask.reshape(shape).expand(value.shape[: self.position_dim + 1])
+
+    def _is_numbers(self) -> bool:
+        return isinstance(self.positions, tuple) or (
+            isinstance(self.positions, Tensor) and self.positions.dtype != torch.bool
+        )
+
+
+def _rows_cover_positions(reducer: RowReducer) -> bool:
+    """Whether every position of a value is a row of its own, so that a mask can leave some out."""
+    dims = (reducer.dim,) if isinstance(reducer.dim, int) else tuple(reducer.dim)
+    return (reducer.flatten is not None and reducer.flatten != 1) or {0, 1} <= set(dims)

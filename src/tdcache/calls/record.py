@@ -1,0 +1,221 @@
+"""What a forward calls: the names that can be selected, before anything is hooked."""
+
+from __future__ import annotations
+
+import html
+import inspect
+import linecache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, ClassVar
+
+import regex
+import torch
+from tensordict import TensorDictBase
+from torch import nn
+
+from tdcache.calls.attach import CallsLike, attach_rules
+from tdcache.calls.mode import Call
+from tdcache.calls.names import DERIVED
+from tdcache.calls.overlay import INTERFACE
+from tdcache.calls.sites import CallPattern, CallSite
+from tdcache.calls.spelled import PRODUCTS, SDPA, SOFTMAX, progress, role_of
+from tdcache.hooks.attach import Order
+from tdcache.hooks.values import leaves
+from tdcache.selection import Site, select
+
+__all__ = ["CallRow", "CallTable", "calls", "record_calls"]
+
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+@dataclass(slots=True)
+class CallRow:
+    """One call as one forward made it."""
+
+    site: CallSite
+    count: int = 0
+    """How often: more than once where the module itself ran more than once."""
+    given: tuple[tuple[int, ...], ...] = ()
+    """The shapes of the tensors among the arguments, of the latest call."""
+    returned: tuple[tuple[int, ...], ...] = ()
+    """The shapes of the tensors in the result, of the latest call."""
+    file: str = ""
+    line: int = 0
+
+    @property
+    def source(self) -> str:
+        """The text of the line that makes the call."""
+        return linecache.getline(self.file, self.line).strip()
+
+
+@dataclass(frozen=True, slots=True)
+class CallTable(Sequence[CallRow]):
+    """The calls of one forward, in the order in which they were first made; printed as a table."""
+
+    rows: tuple[CallRow, ...]
+    attention: Mapping[str, int]
+    """By path: how many attention calls the module makes in a forward, so that ``::q`` to ``::z`` can be selected."""
+    modules: Mapping[str, nn.Module] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names to select by, derived places of attention after the functions."""
+        derived = (
+            str(CallSite(path, name, at)) for path, n in self.attention.items() for at in range(n) for name in DERIVED
+        )
+        return (*(str(row.site) for row in self.rows), *derived)
+
+    def __str__(self) -> str:
+        cells = [("place", "count", "arguments", "result", "source")]
+        cells += [
+            (str(row.site), str(row.count), _spell(row.given), _spell(row.returned), f"{row.line}: {row.source}")
+            for row in self.rows
+        ]
+        widths = [max(len(row[at]) for row in cells) for at in range(4)]
+        lines = [
+            "  ".join((*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4])) for row in cells
+        ]
+        derived = [
+            f"{path or '(root)'} makes {'one attention call' if n == 1 else f'{n} attention calls'}: "
+            f"{' '.join('::' + name for name in DERIVED)}"
+            for path, n in self.attention.items()
+        ]
+        return "\n".join(line.rstrip() for line in (*lines, *derived))
+
+    def annotated(self) -> str:
+        """The source of each module's forward with the names of the calls beside the lines."""
+        return "\n\n".join("\n".join(self._beside(path, module)) for path, module in self.modules.items())
+
+    def _beside(self, path: str, module: nn.Module) -> Iterator[str]:
+        function = inspect.unwrap(type(module).forward)
+        file = inspect.getsourcefile(function) or ""
+        lines, start = inspect.getsourcelines(function)
+        names: dict[int, list[str]] = {}
+        for row in self.rows:
+            if row.site.path == path and row.file == file:
+                names.setdefault(row.line, []).append(f"::{row.site.label}")
+        width = min(max(len(line.rstrip()) for line in lines), 100)
+        for number, line in enumerate(lines, start):
+            beside = "  # " + " ".join(names.pop(number)) if number in names else ""
+            yield f"{line.rstrip().ljust(width) if beside else line.rstrip()}{beside}"
+        elsewhere = [name for at in sorted(names) for name in names[at]]
+        elsewhere += [f"::{row.site.label}" for row in self.rows if row.site.path == path and row.file != file]
+        if elsewhere:
+            yield "# in helpers: " + " ".join(elsewhere)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.annotated())}</pre>"
+
+
+def _spell(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return ", ".join("x".join(map(str, shape)) or "()" for shape in shapes)
+
+
+@dataclass(slots=True)
+class _Note:
+    """Takes down one call."""
+
+    row: CallRow
+    attention: dict[str, int]
+    order: int = Order.CAPTURE
+    stage: ClassVar[int] = 0
+
+    def before(self, call: Call) -> None:
+        """Take down what goes in."""
+        if self.row.site.name in (SDPA, SOFTMAX) or self.row.site.name in PRODUCTS:
+            role_of(call)
+        self.row.given = _shapes((call.args, call.kwargs))
+
+    def after(self, call: Call) -> None:
+        """Take down what comes out, and from where it was called."""
+        self.row.count += 1
+        self.row.returned = _shapes(call.output)
+        frame = _caller(call.frame)
+        if frame is not None:
+            self.row.file, self.row.line = frame.f_code.co_filename, frame.f_lineno
+        if "role" in call.notes:
+            progress(call).made(call, role_of(call))
+            if progress(call).attentions:
+                self.attention[self.row.site.path] = progress(call).attentions
+
+
+def _shapes(value: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tensor.shape) for _, tensor in leaves(value))
+
+
+def _caller(frame: FrameType | None) -> FrameType | None:
+    """The nearest frame that is neither torch's nor ours."""
+    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back
+    return frame
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self.rows: list[CallRow] = []
+        self.attention: dict[str, int] = {}
+
+    def note(self, site: CallSite) -> _Note | None:
+        if site.name == INTERFACE:
+            return None
+        row = CallRow(site)
+        self.rows.append(row)
+        return _Note(row, self.attention)
+
+
+def record_calls(model: nn.Module, sites: Sequence[Site], inside: CallPattern, inputs: Any) -> CallTable:
+    """Run one forward without gradients and take down the calls of the modules at ``sites`` that ``inside`` takes.
+
+    Args:
+        model: what is called.
+        sites: the modules, as :func:`tdcache.selection.select` gives them.
+        inside: which of their calls.
+        inputs: a tensor, a tuple of arguments, a mapping of keyword arguments, or a TensorDict.
+    """
+    recorder = _Recorder()
+    handle = attach_rules(model, [(site.module, CallsLike(site.path, inside, recorder.note)) for site in sites])
+    with handle, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        _run(model, inputs)
+    rows = tuple(row for row in recorder.rows if row.count)
+    return CallTable(rows, recorder.attention, {site.path: site.module for site in sites})
+
+
+def calls(model: nn.Module, path: str, inputs: Any) -> CallTable:
+    """The calls that the forward of one module makes in one forward of ``model``: what can be selected inside it.
+
+    Args:
+        model: what is called with ``inputs``, without gradients.
+        path: the module's name in ``named_modules()``; ``""`` for ``model`` itself.
+        inputs: a tensor, a tuple of arguments, a mapping of keyword arguments, or a TensorDict.
+
+    Returns:
+        The table; ``print(table)`` for its rows, ``print(table.annotated())`` for the forward's source with the names.
+
+    Raises:
+        SelectionError: ``model`` has no such module.
+
+    Example:
+        >>> layer = nn.TransformerDecoderLayer(8, 2, dim_feedforward=4)
+        >>> calls(layer, "", (torch.zeros(3, 1, 8), torch.zeros(3, 1, 8))).sites
+        ('::add', '::add.1', '::relu', '::add.2')
+    """
+    sites = select(model, regex.escape(path) if path else "")
+    return record_calls(model, list(sites), CallPattern.parse("::.*"), inputs)
+
+
+def _run(model: nn.Module, inputs: Any) -> None:
+    if isinstance(inputs, Mapping) and not isinstance(inputs, TensorDictBase):
+        model(**inputs)
+    elif isinstance(inputs, tuple):
+        model(*inputs)
+    else:
+        model(inputs)

@@ -1,0 +1,288 @@
+"""The forward of a module that has sites inside, or whose parent has: it opens the mode, or closes it meanwhile.
+
+It stands as ``forward`` in the module's ``__dict__`` while sites are attached, and nowhere else. A forward hook would
+not do: torch calls none of them when a ``BaseException`` such as our stop ends the forward, and the mode would stay on.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Container, Iterator
+from enum import IntEnum
+from types import MethodType
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from torch.compiler import is_dynamo_compiling
+
+from tdcache.calls.graph import TracedForward
+from tdcache.calls.mode import Call, run_forward
+from tdcache.calls.names import call_name
+from tdcache.calls.overlay import PythonCall, Registry, global_functions, is_registry, overlaid
+
+__all__ = ["ForwardScope", "Handler", "Handlers", "Need", "OwnForward", "Rule", "frontier"]
+
+_FORWARD = "forward"
+
+
+class Handler(Protocol):
+    """What is called around a call; it stands among the others there by ``stage``, then by ``order``."""
+
+    @property
+    def stage(self) -> int:
+        """0 for functions; places of an attention call come before, in the order in which they are computed."""
+
+    @property
+    def order(self) -> int:
+        """One of :class:`~tdcache.hooks.attach.Order`."""
+
+    def before(self, call: Call) -> None:
+        """May replace ``call.args`` and ``call.kwargs``."""
+
+    def after(self, call: Call) -> None:
+        """May replace ``call.output``."""
+
+
+class Rule(Protocol):
+    """What says which calls of a module get a handler; asked once per function and ordinal."""
+
+    def wants(self, name: str) -> bool:
+        """Whether any call of this function may get a handler."""
+
+    def needs(self, names: Container[str], *, tables: bool) -> Need:
+        """How much of the forward the mode must see.
+
+        Calls of the Python functions ``names`` are seen anyway, and where there are ``tables`` of attention functions,
+        so are calls of what is taken from those.
+        """
+
+    def handler(self, name: str, ordinal: int) -> Handler | None:
+        """The handler of one call."""
+
+    def traceable(self, names: Container[str], *, tables: bool) -> tuple[str, Handler] | None:
+        """Label and handler, if the rule is about one call that needs no mode to be seen."""
+
+
+class Need(IntEnum):
+    """How much of a forward the function mode must see."""
+
+    NOTHING = 0
+    ATTENTION = 1
+    """What the function does that is taken from a table of attention functions."""
+    EVERYTHING = 2
+
+
+class Handlers:
+    """The handlers at the calls of one function in one module."""
+
+    __slots__ = ("by_ordinal", "name", "rules")
+
+    def __init__(self, name: str, rules: list[Rule]) -> None:
+        self.name = name
+        self.rules = rules
+        self.by_ordinal: dict[int, list[Handler]] = {}
+
+    def at(self, ordinal: int) -> list[Handler]:
+        """Those of one call, by their order and, where that is equal, in the order they were attached."""
+        known = self.by_ordinal.get(ordinal)
+        if known is None:
+            made = (rule.handler(self.name, ordinal) for rule in self.rules)
+            known = self.by_ordinal[ordinal] = sorted((each for each in made if each is not None), key=_order)
+        return known
+
+
+def _order(handler: Handler) -> tuple[int, int]:
+    return handler.stage, handler.order
+
+
+class _Found(dict[Any, "Handlers | None"]):
+    """From a torch function to the handlers at its calls; filled as functions are met."""
+
+    def __init__(self, rules: list[Rule]) -> None:
+        self.rules = rules
+        self.by_name: dict[str, Handlers | None] = {}
+
+    def __missing__(self, func: Any) -> Handlers | None:
+        name = func if isinstance(func, str) else call_name(func)
+        if name is None:
+            known = None
+        elif name in self.by_name:
+            known = self.by_name[name]
+        else:
+            rules = [rule for rule in self.rules if rule.wants(name)]
+            known = self.by_name[name] = Handlers(name, rules) if rules else None
+        self[func] = known
+        return known
+
+    def forget(self) -> None:
+        """Ask the rules again."""
+        self.clear()
+        self.by_name = {}
+
+
+# Dynamo drops the graph of a forward that was deallocated, so a module's scope is the same in every block.
+_scopes: WeakKeyDictionary[nn.Module, ForwardScope] = WeakKeyDictionary()
+
+
+class ForwardScope:
+    """Calls a module's own forward with the mode on, if the module has rules, and without it otherwise."""
+
+    def __init__(self) -> None:
+        self.module: Any = None
+        """None while the scope is not installed: it is kept for the next time, but must not keep the module alive."""
+        self.own: Callable[..., Any] | None = None
+        """The ``forward`` that stood in the module's ``__dict__`` before, or None."""
+        self.rules: list[Rule] = []
+        self.found = _Found(self.rules)
+        self.python = _Found(self.rules)
+        """As ``found``, by the names of Python functions."""
+        self.members: frozenset[int] = frozenset()
+        self.holders = 0
+        self.everything = False
+        """Whether the mode is on from the beginning of the forward to its end."""
+        self.traced: Any = None
+        """What dynamo may trace in place of all this, called with the module first; None where it must break here."""
+        self.body: Any = None
+        """The forward over an overlay of its globals; None where no name is exchanged."""
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """For ``inspect.signature``, which ``generate`` asks for the parameters of a forward."""
+        return self.forward
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The module's own forward."""
+        if self.body is not None:
+            return MethodType(self.body, self.module)
+        return self.own if self.own is not None else MethodType(type(self.module).forward, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward."""
+        if is_dynamo_compiling() and self.traced is not None:
+            return self.traced(self.module, *args, **kwargs)
+        return run_forward(self, args, kwargs)
+
+    def called(self) -> list[str]:
+        """The functions that the module was seen to call, in the order they came first."""
+        return [*self.found.by_name, *self.python.by_name]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the module made meanwhile has no sites."""
+        if self.own is not None:
+            return copy.deepcopy(self.own, memo)
+        return OwnForward(copy.deepcopy(self.module, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.own is not None:
+            return _same, (self.own,)
+        return OwnForward, (self.module,)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.module).__name__}, {len(self.rules)} rules)"
+
+    @classmethod
+    def of(cls, module: nn.Module) -> ForwardScope:
+        """The scope of a module, installed if there is none; :meth:`release` it as often as it was taken."""
+        there = module.__dict__.get(_FORWARD)
+        if isinstance(there, cls):
+            there.holders += 1
+            return there
+        scope = _scopes.get(module)
+        if scope is None or scope.module is not None:  # none yet, or one that somebody wrapped
+            scope = _scopes[module] = cls()
+        scope.module, scope.own = module, there
+        scope.holders = 1
+        module.__dict__[_FORWARD] = scope
+        scope.plan()
+        return scope
+
+    def release(self) -> None:
+        """Give the scope back; the last one to do so restores the module."""
+        self.holders -= 1
+        if not self.holders and isinstance(self.traced, TracedForward):
+            self.traced.close()
+        held = self.module.__dict__
+        if self.holders or held.get(_FORWARD) is not self:  # somebody wrapped us: what they hold passes calls on
+            return
+        if self.own is None:
+            del held[_FORWARD]
+        else:
+            held[_FORWARD] = self.own
+        self.module = self.own = self.body = self.traced = None
+        self.members = frozenset()
+        self.found.forget()
+        self.python.forget()
+
+    def plan(self) -> None:
+        """Ask the rules again what they want, and overlay the names that they want."""
+        self.found.forget()
+        self.python.forget()
+        idle = self.own is not None or not self.rules
+        names = {} if idle else global_functions(type(self.module).forward)
+        tables = {name for name, value in names.items() if is_registry(value)}
+        need = max(
+            (rule.needs(names.keys() - tables, tables=bool(tables)) for rule in self.rules), default=Need.NOTHING
+        )
+        self.everything = need is Need.EVERYTHING
+        instead: dict[str, Any] = {
+            name: PythonCall(value, name, self)
+            for name, value in names.items()
+            if name not in tables and any(rule.wants(name) for rule in self.rules)
+        }
+        for name in tables:
+            instead[name] = Registry(names[name], self, window=need is Need.ATTENTION)
+        self.body = overlaid(type(self.module).forward, instead) if instead else None
+        self.plan_traced(names.keys() - tables, tables=bool(tables))
+
+    def plan_traced(self, names: Container[str], *, tables: bool) -> None:
+        """Let dynamo trace what needs no mode: a forward without rules, or the sites of Python functions."""
+        if isinstance(self.traced, TracedForward):
+            self.traced.close()
+        self.traced = None
+        if self.own is not None:
+            return
+        if not self.rules:
+            self.traced = type(self.module).forward
+            return
+        sites = [rule.traceable(names, tables=tables) for rule in self.rules]
+        traced = None if None in sites else TracedForward.of(self.module)
+        if traced is not None:
+            found = [site for site in sites if site is not None]
+            by_label = {label: sorted((at for name, at in found if name == label), key=_order) for label, _ in found}
+            traced.open({label: tuple(handlers) for label, handlers in by_label.items()})
+            self.traced = traced
+
+
+class OwnForward:
+    """What stands as ``forward`` in a copy of a module that had a scope: it goes away when it is first called."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(type(self.module).forward, self.module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Leave, and call the class's forward."""
+        self.module.__dict__.pop(_FORWARD, None)
+        return self.module.forward(*args, **kwargs)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def frontier(module: nn.Module) -> Iterator[nn.Module]:
+    """The descendants that a forward of ``module`` calls first: its children, and the members of its containers."""
+    for child in module._modules.values():
+        if child is None:
+            continue
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from frontier(child)
+        elif child._modules or not type(child).forward.__module__.startswith("torch.nn."):
+            # torch's own leaves make one call: closing the mode for that costs as much as letting it through
+            yield child

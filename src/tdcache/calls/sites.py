@@ -1,0 +1,118 @@
+"""Names of calls, ``path::function.1``, and the selectors that mean several of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import regex
+
+from tdcache.calls.names import DERIVED
+from tdcache.errors import SelectionError
+
+__all__ = ["CallPattern", "CallSite", "is_call"]
+
+_MARK = "::"
+_LABEL = regex.compile(r"(?P<name>[A-Za-z_]\w*)(?:\.(?P<ordinal>0|[1-9]\d*))?")
+# No function is called this: a pattern that takes it takes everything, and does not ask for derived places.
+_NO_NAME = "0 is no function"
+
+
+def is_call(text: object) -> bool:
+    """Whether a selector or key speaks of calls: it holds ``::``."""
+    return isinstance(text, str) and _MARK in text
+
+
+@dataclass(frozen=True, slots=True)
+class CallSite:
+    """One call in the forward of one module: the ``ordinal``-th (from 0) call of ``name`` there.
+
+    ``str(site)`` is ``"path::name"`` for the first call, ``"path::name.1"`` for the second; :meth:`parse` reads both.
+    """
+
+    path: str
+    """The module's name in ``named_modules()``; ``""`` for the root."""
+    name: str
+    ordinal: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.path}{_MARK}{self.label}"
+
+    @property
+    def label(self) -> str:
+        """The part after ``::``."""
+        return self.name if self.ordinal == 0 else f"{self.name}.{self.ordinal}"
+
+    @property
+    def derived(self) -> bool:
+        """Whether this is a place of an attention call (``::pattern``) and no function."""
+        return self.name in DERIVED
+
+    @classmethod
+    def parse(cls, text: str) -> CallSite:
+        """The site that ``text`` names.
+
+        Raises:
+            SelectionError: ``text`` is not of the form ``path::function`` or ``path::function.1``.
+
+        Example:
+            >>> CallSite.parse("layers.3.attn::softmax.1")
+            CallSite(path='layers.3.attn', name='softmax', ordinal=1)
+        """
+        path, mark, label = text.partition(_MARK)
+        parsed = _LABEL.fullmatch(label) if mark else None
+        if parsed is None:
+            raise SelectionError(
+                f"{text!r} names no call inside a forward; write 'path::function', or 'path::function.1' for the "
+                "second call of it",
+                selector=text,
+            )
+        return cls(path, parsed["name"], int(parsed["ordinal"] or 0))
+
+
+@dataclass(frozen=True, slots=True)
+class CallPattern:
+    r"""A selector ``"A::B"``: regex A on the paths of modules, regex B on the labels inside, both full matches.
+
+    Attributes:
+        path: the text of A, for :func:`tdcache.selection.select`.
+        inside: B, compiled.
+    """
+
+    path: str
+    inside: regex.Pattern[str]
+    everything: bool = field(init=False, repr=False)
+    """Whether B takes any name at all; it then means the functions, and not the derived places of attention."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "everything", self.inside.fullmatch(_NO_NAME) is not None)
+
+    @classmethod
+    def parse(cls, selector: str) -> CallPattern:
+        """Split and compile a selector.
+
+        Raises:
+            SelectionError: no ``::`` in it, nothing after it, or no regex there.
+        """
+        path, mark, inside = selector.partition(_MARK)
+        if not mark or not inside:
+            raise SelectionError(
+                f"selector {selector!r} selects no calls; write 'modules::functions', two regular expressions, "
+                r"for instance r'.*\.attn::softmax'",
+                selector=selector,
+            )
+        try:
+            return cls(path, regex.compile(inside))
+        except regex.error as error:
+            raise SelectionError(f"pattern {inside!r} is not a valid regex: {error}", selector=selector) from None
+
+    def takes(self, label: str) -> bool:
+        """Whether a label, such as ``softmax.1``, is meant."""
+        return self.inside.fullmatch(label) is not None
+
+    def may_take(self, name: str) -> bool:
+        """Whether any call of ``name`` could be meant, the first or a later one."""
+        return self.takes(name) or self.inside.fullmatch(f"{name}.", partial=True) is not None
+
+    def derived(self) -> tuple[str, ...]:
+        """The places of an attention call that are meant."""
+        return () if self.everything else tuple(name for name in DERIVED if self.takes(name))

@@ -1,0 +1,85 @@
+"""Tests of the table of calls."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+
+from call_models import Attention, Block, Chain
+from model_state import state_of
+from tdcache.calls.record import calls, record_calls
+from tdcache.calls.sites import CallPattern
+from tdcache.errors import SelectionError
+from tdcache.selection import select
+
+
+def test_a_table_names_the_calls_with_shapes_and_source():
+    model, x = Chain(), torch.randn(2, 8)
+    table = calls(model, "layers.1", x)
+    assert [(str(row.site), row.count, row.given, row.returned, row.source) for row in table] == [
+        ("layers.1::gelu", 1, ((2, 16),), ((2, 16),), "y = F.gelu(self.up(y))"),
+        ("layers.1::add", 1, ((2, 8), (2, 8)), ((2, 8),), "return x + y"),
+    ]
+    lines = str(table).splitlines()
+    assert lines[0].split() == ["place", "count", "arguments", "result", "source"]
+    assert lines[1].split()[:4] == ["layers.1::gelu", "1", "2x16", "2x16"]
+
+
+def test_the_source_is_shown_with_the_names_beside_it():
+    text = calls(Chain(), "layers.1", torch.randn(2, 8)).annotated().splitlines()
+    assert text[0].strip() == "def forward(self, x):"
+    assert text[2].split("# ")[1] == "::gelu"
+    assert text[4].split("# ")[1] == "::add"
+    assert text[3].strip() == "y = self.down(y)"
+
+
+def test_a_notebook_shows_the_source_escaped():
+    table = calls(Chain(), "layers.1", torch.randn(2, 8))
+    assert table._repr_html_().startswith("<pre>    def forward(self, x):")
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_attention_is_announced_with_its_places(kernel):
+    model = Attention(kernel=kernel)
+    table = calls(model, "", torch.randn(1, 3, 32))
+    assert table.attention == {"": 1}
+    assert table.sites[-6:] == ("::q", "::k", "::v", "::scores", "::pattern", "::z")
+    assert str(table).splitlines()[-1] == "(root) makes one attention call: ::q ::k ::v ::scores ::pattern ::z"
+
+
+def test_a_module_that_is_called_twice_counts_twice():
+    class Twice(Chain):
+        def forward(self, x):
+            return self.layers[0](self.layers[0](x))
+
+    table = calls(Twice(), "layers.0", torch.randn(2, 8))
+    assert [(row.site.label, row.count) for row in table] == [("gelu", 2), ("add", 2)]
+
+
+def test_many_modules_by_a_pattern():
+    model, x = Chain(), torch.randn(2, 8)
+    pattern = CallPattern.parse(r"layers\.[01]::add")
+    table = record_calls(model, list(select(model, pattern.path)), pattern, x)
+    assert table.sites == ("layers.0::add", "layers.1::add")
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "mapping", "tensordict"])
+def test_inputs_come_in_four_forms(form):
+    x = torch.randn(2, 8)
+    model = TensorDictModule(Block(), in_keys=["x"], out_keys=["y"]) if form == "tensordict" else Chain()
+    inputs = {"tensor": x, "tuple": (x,), "mapping": {"x": x}, "tensordict": TensorDict(x=x)}[form]
+    path = "module" if form == "tensordict" else "layers.0"
+    assert [row.site.label for row in calls(model, path, inputs)] == ["gelu", "add"]
+
+
+def test_looking_changes_nothing():
+    model, x = Chain(), torch.randn(2, 8)
+    before, random = state_of(model), torch.get_rng_state()
+    calls(model, "layers.1", x)
+    assert state_of(model) == before
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_module_that_is_not_there_is_refused():
+    with pytest.raises(SelectionError, match="matches none of"):
+        calls(Chain(), "layer.1", torch.randn(2, 8))
