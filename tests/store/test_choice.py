@@ -80,7 +80,9 @@ def test_a_split_keeps_samples_whole_and_is_pinned_by_its_seed(dataset):
     parts = dataset.split(0.5, 0.25, 0.25, seed=3)
     samples = [set(part["seq"][...].tolist()) for part in parts]
     assert sum(map(len, parts)) == len(dataset)
-    assert not (samples[0] & samples[1] or samples[0] & samples[2] or samples[1] & samples[2])
+    assert not (samples[0] & samples[1])
+    assert not (samples[0] & samples[2])
+    assert not (samples[1] & samples[2])
     assert set.union(*samples) == set(range(12))
     again = dataset.split(0.5, 0.25, 0.25, seed=3)
     assert [set(part["seq"][...].tolist()) for part in again] == samples

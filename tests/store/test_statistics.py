@@ -180,7 +180,11 @@ def test_normalised_rows_can_be_repacked_and_are_not_taken_for_the_others(tmp_pa
 
 def test_rows_without_finite_statistics_are_not_normalised(tmp_path):
     spec = {"sites": {"a": {"dtype": "float32", "shape": [2]}}}
-    rows = {"seq": [torch.arange(2)], "pos": [torch.zeros(2).int()], site_column("a"): [torch.tensor([[INF, 1], [0, 1]])]}
+    rows = {
+        "seq": [torch.arange(2)],
+        "pos": [torch.zeros(2).int()],
+        site_column("a"): [torch.tensor([[INF, 1], [0, 1]])],
+    }
     with StoreWriter(tmp_path / "a.acts", spec) as writer:
         writer.write(0, rows, samples=(0, 2), end=True)
     dataset = ActivationDataset.open(tmp_path / "a.acts")
