@@ -1,5 +1,6 @@
 """Options that are refused before anything is written, the index of several processes, and what is said on the way."""
 
+import gc
 from typing import ClassVar
 
 import pytest
@@ -11,7 +12,7 @@ from harvesting.harvest_data import Counting
 from model_state import state_of
 from small_models import MLP
 from tdcache import ActivationDataset, harvest
-from tdcache.errors import SelectionError
+from tdcache.errors import SelectionError, TdcacheWarning
 from tdcache.harvesting import ActivationStore, collect_activations_from_dataloader, loop, memory, preflight
 from tdcache.harvesting.progress import Progress
 from tdcache.harvesting.workers import Share
@@ -142,3 +143,36 @@ def test_a_store_knows_its_layers_before_it_is_enabled():
     assert ActivationStore(MLP(), ["head", "layers.0"]).layer_names == ["layers.0", "head"]
     assert ActivationStore(MLP(), r"layers\.[01]").layer_names == ["layers.0", "layers.1"]
     assert "head" in ActivationStore(MLP()).layer_names
+
+
+def test_fault_variables_that_no_launcher_of_torch_has_set_are_said_to_make_a_share(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(TdcacheWarning, match=r"runs share 1 of 2 only, .* RANK=1 .* give rank=0 and world=1"):
+        dataset = harvest(Counting(), X, tmp_path / "a.acts", select="first", batch_size=4)
+    assert not dataset.complete
+    assert harvest(Counting(), X, tmp_path / "a.acts", select="first", batch_size=4, rank=0, world=1).complete
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert harvest(Counting(), X, tmp_path / "b.acts", select="first", batch_size=4).complete
+
+
+@pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("-1", "2"), ("one", "2"), ("", "2")])
+def test_fault_variables_that_are_no_share_are_refused(tmp_path, monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ValueError, match=f"says RANK='{rank}' and WORLD_SIZE='{world}', which is no share of the work"):
+        harvest(Counting(), X, tmp_path / "a.acts", select="first")
+
+
+def test_fault_a_store_that_is_dropped_while_it_is_enabled_leaves_no_hook():
+    model = MLP()
+    before = state_of(model)
+    for layers in (None, ["head"]):
+        store = ActivationStore(model, layers)
+        store.enable()
+        assert state_of(model) != before
+        del store
+        gc.collect()
+        assert state_of(model) == before

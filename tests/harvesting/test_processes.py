@@ -106,6 +106,7 @@ def test_a_dead_rank_costs_its_units_only_and_another_number_of_processes_fills_
 
 def test_without_a_process_group_the_variables_of_torchrun_are_enough(tmp_path, golden, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         dataset = run(tmp_path / "a.acts")
