@@ -27,10 +27,11 @@ __all__ = [
     "Look",
     "Losses",
     "RowTaker",
+    "STORED_DTYPES",
     "as_dtype",
 ]
 
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+STORED_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 Described = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and shape of a value."""
@@ -250,6 +251,6 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     name = str(dtype).removeprefix("torch.")
     if dtype is None:
         return None
-    if name not in _DTYPES:
-        raise SelectionError(f"dtype is one of {listed(_DTYPES)}, or None for the model's; got {dtype!r}")
+    if name not in STORED_DTYPES:
+        raise SelectionError(f"dtype is one of {listed(STORED_DTYPES)}, or None for the model's; got {dtype!r}")
     return DTYPES[name]
