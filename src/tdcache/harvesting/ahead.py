@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -25,7 +25,7 @@ class _Ended:
     failure: BaseException | None = None
 
 
-def made_ahead(make: Callable[[], Generator[T]], *, waiting: int, ready: deque[T]) -> Iterator[T]:
+def made_ahead(make: Callable[[], Generator[T]], *, waiting: int, ready: deque[T]) -> Generator[T]:
     """The items of ``ready``, and then those of ``make()``, which is run and closed on a thread of its own.
 
     When this iterator is closed, the items that were made and not asked for are left in ``ready``, in their order; the

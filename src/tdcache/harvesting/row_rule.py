@@ -204,7 +204,7 @@ class FedTokens:
         if not isinstance(batch, Mapping):
             tensor = first_tensor(batch) if ids is None else ids
             size = tuple(tensor.shape[:2])  # type: ignore[union-attr]
-            return cls(size, ids, Tokens.columns_of(*size).place)  # type: ignore[arg-type]
+            return cls(size, ids, Tokens.columns_of(*size).place)
         sequences = Sequences(batch)
         if ids is None and side == "decoder":
             raise SelectionError(
@@ -218,7 +218,7 @@ class FedTokens:
         else:
             size = tuple(ids.shape)
         tokens = sequences.at(side or "the batch", batch=size[0], length=size[1])
-        return cls(size, ids, tokens.place)  # type: ignore[arg-type]
+        return cls(size, ids, tokens.place)
 
 
 def side_of(batch: Any, path: str, length: int) -> str:
