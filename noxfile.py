@@ -66,6 +66,13 @@ def tests(session):
     session.run("python", "-m", "pytest", "-n", workers, "--dist", "worksteal", *session.posargs, env=OFFLINE)
 
 
+@nox.session
+def fuzz(session):
+    """Hold ten thousand random captures against hooks written with torch alone; arguments after ``--`` go to it."""
+    install(session, "-e", ".")
+    session.run("python", "tests/differential.py", *(session.posargs or ("--cases", "10000")), env=OFFLINE)
+
+
 @nox.session(venv_backend="none")
 def other_cpu(session):
     """Run ``tests`` as on a CPU that rounds otherwise: what asks for too many equal bits fails here."""

@@ -1,21 +1,31 @@
 """What is read of torch's private state: hook dicts, compiled models, and why a module was not called."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 from tdcache.introspect import (
-    compiled_modules,
     has_stale_graph,
+    is_compiled,
     is_optimized_module,
+    may_be_compiled,
     post_hooks,
     pre_hooks,
+    scripted_ancestor,
     why_not_called,
 )
 
 
 def compiled(model):
     return torch.compile(model, backend="eager")
+
+
+def scripted(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch would rather have torch.export used
+        return torch.jit.script(model)
 
 
 def test_hook_dicts_are_those_that_torch_registers_in():
@@ -31,11 +41,31 @@ def test_a_compiled_model_is_told_from_others():
     assert not is_optimized_module(nn.DataParallel(nn.Linear(1, 1)))
 
 
-def test_modules_compiled_in_place_are_found():
-    model = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1)))
-    assert compiled_modules(model) == []
-    model[1].compile(backend="eager")
-    assert compiled_modules(model) == [model[1]]
+def test_a_model_is_compiled_if_a_part_of_it_is():
+    in_place, wrapped = (nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1))) for _ in range(2))
+    assert not is_compiled(in_place)
+    in_place[1].compile(backend="eager")
+    wrapped[1] = compiled(wrapped[1])
+    assert is_compiled(in_place)
+    assert is_compiled(wrapped)
+
+
+def test_without_any_compilation_nothing_needs_to_be_walked():
+    torch._dynamo.reset()
+    assert not may_be_compiled(nn.Linear(1, 1))
+    model = compiled(nn.Linear(1, 1))
+    assert may_be_compiled(nn.Linear(1, 1))  # it may be part of whatever was compiled
+    torch._dynamo.reset()
+    assert may_be_compiled(model)
+    assert not may_be_compiled(nn.Linear(1, 1))
+
+
+def test_what_is_above_a_place_inside_torchscript_is_found():
+    script = scripted(nn.Sequential(nn.Sequential(nn.Linear(1, 1)), nn.ReLU()))
+    model = nn.Sequential(nn.ReLU(), script)
+    assert scripted_ancestor(script, "0.0") == ""
+    assert scripted_ancestor(model, "1.0.0") == "1"
+    assert [scripted_ancestor(model, path) for path in ("", "0", "1", "no.such")] == [None] * 4
 
 
 class Traced(nn.Module):
@@ -66,6 +96,54 @@ def test_a_graph_is_stale_once_it_was_traced_whoever_of_the_class_was_traced():
     assert not has_stale_graph(NeverTraced())
     torch._dynamo.reset()
     assert not has_stale_graph(wrapped)
+
+
+def test_a_graph_of_a_function_or_of_another_module_counts_for_the_models_in_it():
+    torch._dynamo.reset()
+    model, linear = Traced(), nn.Linear(1, 1)
+    compiled(nn.Sequential(model))(torch.ones(1))
+    assert has_stale_graph(model)
+    assert not has_stale_graph(linear)
+    assert not has_stale_graph(NeverTraced())
+    compiled(lambda x: nn.functional.relu(linear(x)))(torch.ones(1))
+    assert has_stale_graph(linear)
+    torch._dynamo.reset()
+
+
+class Block(Traced):
+    """Another class of its own."""
+
+
+class OneBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x):
+        return self.block(x)
+
+
+class AlsoOneBlock(OneBlock):
+    def forward(self, x):
+        return self.block(x) + 1
+
+
+def test_a_graph_of_a_part_counts_and_one_of_another_model_with_such_a_part_does_not():
+    torch._dynamo.reset()
+    compiled(OneBlock())(torch.ones(1))
+    assert not has_stale_graph(AlsoOneBlock())
+    block = Block()
+    compiled(lambda x: block(x) + 1)(torch.ones(1))
+    assert has_stale_graph(AlsoOneBlock())
+    torch._dynamo.reset()
+
+
+def test_modules_without_a_source_file_are_no_obstacle_to_asking():
+    torch._dynamo.reset()
+    compiled(Traced())(torch.ones(1))
+    assert not has_stale_graph(torch.fx.symbolic_trace(nn.Sequential(nn.ReLU())))
+    assert not has_stale_graph(scripted(nn.ReLU()))
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,11 @@ class ActivationCaching(HookingContextFactory):
         )
 
     @property
+    def fits_graph(self) -> bool:
+        """Whether the hooks may become part of a compiled graph: those for plain outputs may."""
+        return self._capture.fits_graph
+
+    @property
     def key_pattern(self) -> Selector:
         """Which modules; can be set between two uses."""
         return self._key_pattern

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import gc
+import importlib
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import count
 from operator import attrgetter
 from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +22,25 @@ __all__ = [
     "NO_TASK",
     "add_tensor_hook",
     "backward_task",
+    "break_graph",
     "calls_on_stack",
-    "compiled_modules",
     "function_mode_at",
     "function_mode_count",
     "global_hooks",
     "has_stale_graph",
     "in_backward",
+    "is_compiled",
     "is_optimized_module",
-    "is_wrapped_by_compile",
+    "keep_frames_out_of_graphs",
+    "keep_out_of_graphs",
+    "keyword_arguments",
+    "may_be_compiled",
     "module_hooks",
     "pop_function_mode",
     "post_hooks",
     "pre_hooks",
     "push_function_mode",
+    "scripted_ancestor",
     "set_eval_frame",
     "skip_frame",
     "storage_users",
@@ -166,43 +173,138 @@ def calls_on_stack(module: nn.Module | None) -> int:
     return calls
 
 
+def keyword_arguments(module: nn.Module) -> Mapping[str, Any]:
+    """What the innermost call of ``module`` was given by name: plain forward hooks are not told; slow."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
+            return cast(Mapping[str, Any], frame.f_locals["kwargs"])
+        frame = frame.f_back
+    return {}
+
+
 def is_optimized_module(model: nn.Module) -> bool:
     """Whether ``model`` is what ``torch.compile(module)`` returns."""
     return type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules
 
 
-def is_wrapped_by_compile(model: nn.Module) -> bool:
-    """Whether ``torch.compile(model)`` was called and its result is alive; slow, and asked only in doubt."""
-    holders = (each for each in gc.get_referrers(model) if isinstance(each, dict))
-    return any(holder.get("_orig_mod") is model for holder in holders)
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile(module)`` or ``module.compile()`` was called for this model or a part of it."""
+    return any(is_optimized_module(module) or _is_compiled_in_place(module) for module in model.modules())
 
 
-def compiled_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of ``model`` on which ``module.compile()`` was called."""
-    return [module for module in model.modules() if getattr(module, "_compiled_call_impl", None) is not None]
+def _is_compiled_in_place(module: nn.Module) -> bool:
+    return module.__dict__.get("_compiled_call_impl") is not None
+
+
+def may_be_compiled(model: nn.Module) -> bool:
+    """Whether :func:`is_compiled` and :func:`has_stale_graph` are worth asking; does not walk the model."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and (dynamo.eval_frame.cached_backends or dynamo.convert_frame.input_codes.seen):
+        return True
+    return is_optimized_module(model) or _is_compiled_in_place(model)
 
 
 def has_stale_graph(model: nn.Module) -> bool:
-    """Whether ``torch.compile`` has traced this model, or another of its classes, so that hooks added now are skipped.
+    """Whether ``torch.compile`` has made a graph with modules like these in it, which skips hooks that are added now.
 
-    Graphs belong to code objects, not to instances: one that was traced for another model of the class serves here too.
+    It may be that of a part, or of another module or function that calls the model. Guards name classes, not modules:
+    a graph is taken for one of this model if it was made for something of the model's class, or if it begins with a
+    module of the class of a part.
+
+    A model of torch.nn's classes that was compiled in place never makes a graph (its frames are skipped), but would
+    have every hook compiled by itself; it counts as traced from the beginning.
     """
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None or not dynamo.utils.counters:  # nothing was ever compiled in this process
+    if not may_be_compiled(model):
         return False
-    entries = dynamo.eval_frame._debug_get_cache_entry_list
-    return any(entries(code) for code in _traced_codes(model, dynamo))
+    inner = model.get_submodule("_orig_mod") if is_optimized_module(model) else model
+    modules = list(inner.modules())
+    if any(_is_torchs_own(type(module)) and _is_compiled_in_place(module) for module in modules):
+        return True
+    kinds = {str(id(type(module))) for module in modules}
+    graphs = map(_guarded_classes, _graphs())
+    return any(str(id(type(inner))) in graph.inside or not kinds.isdisjoint(graph.first) for graph in graphs)
 
 
-def _traced_codes(model: nn.Module, dynamo: Any) -> Iterator[CodeType]:
-    if is_optimized_module(model) or type(model).forward.__module__.startswith("torch.nn."):
-        # A model of torch.nn's own classes is traced through a helper.
-        constants = dynamo.external_utils.wrap_inline.__code__.co_consts
-        yield from (constant for constant in constants if isinstance(constant, CodeType))
-    for kind in {type(module) for module in model.modules()}:
-        code = getattr(kind.forward, "__code__", None)
+def _is_torchs_own(kind: type) -> bool:
+    return kind.__module__.startswith("torch.nn.")
+
+
+def _graphs() -> Iterator[Any]:
+    """The guards of every graph that ``torch.compile`` keeps in this process."""
+    dynamo = sys.modules["torch._dynamo"]
+    for reference in list(dynamo.convert_frame.input_codes.seen):
+        code = reference()
         if code is not None:
-            yield code
+            for entry in dynamo.eval_frame._debug_get_cache_entry_list(code):
+                yield entry.guard_manager
+
+
+class _Classes(NamedTuple):
+    """The ids of the classes that the guards of a graph name, as text."""
+
+    first: frozenset[str]
+    """Of what the graph gets at directly."""
+    inside: frozenset[str]
+    """Of everything in it."""
+
+
+_TYPE_GUARD = re.compile(r"___check_type_id\((.*?), (\d+)\)")
+_classes_by_guards: WeakKeyDictionary[Any, _Classes] = WeakKeyDictionary()
+
+
+def _guarded_classes(guards: Any) -> _Classes:
+    known = _classes_by_guards.get(guards)
+    if known is None:
+        found = _TYPE_GUARD.findall(str(guards))
+        first = frozenset(number for source, number in found if "_modules" not in source)
+        known = _classes_by_guards[guards] = _Classes(first, frozenset(number for _, number in found))
+    return known
+
+
+def keep_frames_out_of_graphs(*functions: Callable[..., Any]) -> None:
+    """Have these run in Python, with all that they call, where a graph that could have them in it was broken.
+
+    Otherwise torch compiles each of their frames by itself.
+    """
+    frames = importlib.import_module("torch._dynamo.eval_frame")
+    kinds = importlib.import_module("torch._dynamo.types")
+    for function in functions:
+        code = function.__code__
+        if hasattr(frames, "set_code_exec_strategy"):
+            skip = kinds.FrameAction.SKIP
+            frames.set_code_exec_strategy(code, kinds.FrameExecStrategy(skip, skip))
+        else:
+            frames.skip_code(code)
+
+
+def keep_out_of_graphs(*functions: Callable[..., Any]) -> None:
+    """What ``torch.compiler.disable`` does, without a wrapper that every call would pay for."""
+    keep_frames_out_of_graphs(*functions)
+    for function in functions:
+        marked: Any = function
+        marked._torchdynamo_disable = True
+        marked._torchdynamo_disable_msg = "no graph can hold this hook of tdcache; open the context before compiling"
+
+
+def break_graph() -> None:
+    """End the graph that is being made; an error with ``fullgraph=True``."""
+
+
+keep_out_of_graphs(break_graph)
+
+
+def scripted_ancestor(model: nn.Module, path: str) -> str | None:
+    """The path of the TorchScript module above ``path``, if there is one: it calls its parts without their hooks."""
+    owner, names = model, path.split(".") if path else []
+    for depth, name in enumerate(names):
+        if isinstance(owner, torch.jit.ScriptModule):
+            return ".".join(names[:depth])
+        child = owner._modules.get(name)
+        if child is None:
+            return None
+        owner = child
+    return None
 
 
 _REASONS = (
@@ -224,7 +326,7 @@ def why_not_called(model: nn.Module, path: str) -> str | None:
     parts = path.split(".")
     owner, owners = model, [("", model)]
     for end, name in enumerate(parts, 1):
-        child = owner._modules.get(name)
+        child: nn.Module | None = getattr(owner, name, None)
         if child is None:
             return None
         owner = child

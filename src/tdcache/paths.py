@@ -81,7 +81,7 @@ def _child(module: nn.Module, step: regex.Match[str]) -> tuple[str, nn.Module] |
         name = names[position]
     else:
         name = step["name"] or step["quoted"] or step["key"]
-    child = children.get(name)
+    child = children[name] if name in children else None  # noqa: SIM401  (TorchScript has dicts without get)
     if child is None:  # an attribute that reaches a module elsewhere in the tree, such as HF's base_model
         child = getattr(module, name, None)
         name = next((known for known, each in module.named_modules() if each is child), name)

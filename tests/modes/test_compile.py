@@ -1,4 +1,7 @@
-"""torch.compile: hooks that are there at the first run are part of the graph; later ones capture all the same."""
+"""torch.compile: hooks that are there at the first run are part of the graph; later ones capture all the same.
+
+What no graph can hold is in ``test_compile_eagerly.py``, the default backend in ``test_compile_inductor.py``.
+"""
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from model_state import state_of
 from small_models import MLP
-from tdcache import ActivationCaching, CaptureError, Stack, cache_activations
+from tdcache import ActivationCaching, TdcacheWarning, cache_activations
 
 # Both are torch's own, while it traces.
 pytestmark = [
@@ -196,38 +199,103 @@ def test_gradients_are_right_through_aot_autograd(x):
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_gradients_asked_for_before_the_first_run_arrive_or_the_block_says_why_not(backend, x):
+def test_gradients_asked_for_before_the_first_run_arrive_and_the_block_says_that_it_runs_eagerly(backend, x):
     model = UserModel()
     with ActivationCaching("first|second", directions=["bwd"]).prepare(model) as eager:
         eager(x).square().sum().backward()
-    compiled = torch.compile(model, backend=backend)
-    with ActivationCaching("first|second", directions=["bwd"]).prepare(compiled) as hooked:
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with (
+        pytest.warns(TdcacheWarning, match="UserModel is compiled, and runs eagerly while this context is open"),
+        ActivationCaching("first|second", directions=["bwd"]).prepare(compiled) as hooked,
+    ):
         hooked(x).square().sum().backward()
-    assert sorted(hooked.cache.keys()) == ["first", "second"]
-    for path, grad in eager.cache.items():
-        torch.testing.assert_close(hooked.cache[path], grad, rtol=1e-6, atol=1e-6)  # as above
+    assert_same(hooked.cache, eager.cache)
 
 
-def test_a_reducer_sees_every_run_of_a_compiled_model(x):
-    model = UserModel()
-    compiled = torch.compile(model, backend="eager")
-    with ActivationCaching("first", reducer=Stack()).prepare(compiled) as hooked:
-        for scale in (1, 2, 3):
-            hooked(scale * x)
-    wanted = torch.stack([model.first(scale * x) for scale in (1, 2, 3)])
-    assert torch.equal(hooked.cache["first"], wanted)
-
-
-def test_a_wrapper_that_was_traced_before_is_refused_when_only_the_inner_model_was_prepared(x):
+def test_a_wrapper_that_was_traced_before_is_captured_when_only_the_inner_model_was_prepared(x):
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    wanted = eager_cache(model, "0", x)
     compiled = torch.compile(model, backend="eager")
     compiled(x)
-    with (
-        pytest.raises(CaptureError, match="prepare the compiled module itself"),
-        ActivationCaching("0").prepare(model),
-    ):
+    with ActivationCaching("0").prepare(model) as hooked:
         compiled(x)
+    assert_same(hooked.cache, wanted)
     assert not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize("outer", ["function", "module"])
+def test_a_model_inside_a_graph_of_somebody_else_is_captured(outer, x):
+    model = UserModel()
+    wanted = eager_cache(model, "first", x)
+    called = torch.compile(nn.Sequential(model) if outer == "module" else lambda x: model(x) * 2, backend="eager")
+    called(x)
+    with ActivationCaching("first").prepare(model) as hooked:
+        called(x)
+    assert_same(hooked.cache, wanted)
+
+
+def test_a_compiled_part_that_was_run_before_is_captured(x):
+    model = nn.Sequential(torch.compile(UserModel(), backend="eager"), nn.Linear(2, 2))
+    model(x)
+    with ActivationCaching(r"0\._orig_mod\.first|1").prepare(model) as hooked:
+        model(x)
+    assert_same(hooked.cache, {r"0._orig_mod.first": model[0].first(x), "1": model(x)})
+
+
+def test_in_a_graph_the_value_kept_is_the_one_before_it_was_overwritten(x):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+    with ActivationCaching("0").prepare(torch.compile(model, backend="aot_eager", fullgraph=True)) as hooked:
+        hooked(x)
+    assert torch.equal(hooked.cache["0"], model[0](x))
+
+
+def test_a_forward_whose_graph_breaks_is_captured(x):
+    class Broken(UserModel):
+        def forward(self, x):
+            y = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(y)
+
+    model = Broken()
+    wanted = [eager_cache(model, "first|second", scale * x) for scale in (1, 2)]
+    with ActivationCaching("first|second").prepare(torch.compile(model, backend="aot_eager")) as hooked:
+        for scale in (1, 2):
+            hooked(scale * x)
+            assert_same(hooked.cache, wanted[scale - 1])
+
+
+def test_entering_again_and_again_makes_no_more_graphs(x):
+    model, counter = UserModel(), CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for scale in range(12):
+        with ActivationCaching("first").prepare(compiled) as hooked:
+            hooked(scale * x)
+        assert torch.equal(hooked.cache["first"], model.first(scale * x))
+        compiled(x)
+    assert counter.frame_count == 2  # one with the hooks of the first block, one without any
+
+
+def test_beyond_the_recompile_limit_values_are_still_right(x):
+    model, counter = UserModel(), CompileCounter()
+    compiled = torch.compile(model, backend=counter, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2), ActivationCaching("first").prepare(compiled) as hooked:
+        for rows in (1, 2, 3, 4, 2, 5):
+            hooked(x[:rows])
+            assert torch.equal(hooked.cache["first"], model.first(x[:rows])), rows
+    assert counter.frame_count == 2
+
+
+def test_a_pause_holds_in_a_graph(x):
+    model = UserModel()
+    compiled = torch.compile(model, backend="eager")
+    wanted = eager_cache(model, "first", x)
+    with ActivationCaching("first").prepare(compiled) as hooked:
+        compiled(x)
+        with hooked.paused():
+            compiled(2 * x)
+            assert_same(hooked.cache, wanted)
+        compiled(3 * x)
+        assert torch.equal(hooked.cache["first"], model.first(3 * x))
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -607,6 +607,7 @@ def test_ablation_patching_and_attribution_reach_the_latents_of_a_splice(model, 
     torch.testing.assert_close(scores, z * down[:, 1], **EXACT)
 
 
+@pytest.mark.filterwarnings("ignore:Blocks is compiled, and runs eagerly:tdcache.TdcacheWarning")
 @pytest.mark.parametrize("traced_before", [True, False])
 def test_a_compiled_model_is_spliced_and_edited_whether_it_was_traced_before_or_not(traced_before):
     torch._dynamo.reset()

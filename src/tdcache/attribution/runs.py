@@ -8,7 +8,6 @@ points run one after the other and the user's own rows last, so that what looks 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from tdcache.attribution.taps import InputTap, OutputTap, Replacement, check_unc
 from tdcache.attribution.targets import At, Target, row_values
 from tdcache.errors import AttributionError, ContextError, listed
 from tdcache.hooks import MultiHookHandle, Order, attach
-from tdcache.introspect import is_optimized_module, post_hooks, pre_hooks
+from tdcache.introspect import post_hooks, pre_hooks
 from tdcache.selection import walk
 from tdcache.types import CacheKey, Pick
 
@@ -131,7 +130,7 @@ class Runner:
         data, inputs = self._stack([group[0].point for group in groups], asks)
         taps, handle = self._hook(groups, rows, asks)
         graph = any(ask.grads for ask in asks)
-        with torch.inference_mode(False), torch.set_grad_enabled(graph), _eagerly(self._survey.compiled):
+        with torch.inference_mode(False), torch.set_grad_enabled(graph):
             with handle:
                 after = self._forward(data)
             self.forwards += 1
@@ -360,13 +359,11 @@ class Survey:
         watched: hooks are on it that are not row-wise modifiers of ours.
         mixes_rows: a batch norm is in training mode.
         inplace: some module says that it works in place.
-        compiled: it, or a part of it, is compiled.
     """
 
     watched: bool = False
     mixes_rows: bool = False
     inplace: bool = False
-    compiled: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Survey:
@@ -378,8 +375,6 @@ class Survey:
             ),
             mixes_rows=any(module.training and isinstance(module, _BATCH_NORMS) for module in found),
             inplace=any(module.__dict__.get("inplace") is True for module in found),
-            compiled=is_optimized_module(model)
-            or any(getattr(module, "_compiled_call_impl", None) is not None for module in found),
         )
 
 
@@ -388,12 +383,3 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 def _is_foreign(hook: Any) -> bool:
     return not getattr(getattr(hook, "__self__", hook), "rowwise", False)
-
-
-def _eagerly(compiled: bool) -> Any:
-    """Run a compiled model without its graph, which would not call hooks that come and go."""
-    if not compiled:
-        return nullcontext()
-    stack = ExitStack()
-    stack.enter_context(torch.compiler.set_stance("force_eager"))
-    return stack

@@ -31,7 +31,7 @@ from tdcache.hooks.directions import direction_row
 from tdcache.hooks.factory import check_callback
 from tdcache.hooks.gradient_hooks import GradInputHook, GradOutputHook
 from tdcache.hooks.port import InputPort, OutputPort
-from tdcache.reducers import Reducer
+from tdcache.reducers import Last, Reducer
 from tdcache.selection import Selection, Site
 from tdcache.tokens import Positions, check_positions
 from tdcache.types import HookDirection, Pick, Removable
@@ -77,6 +77,12 @@ class Capture:
         """Where the taps stand among the hooks of a site."""
         return Order.FIRST if self.prepend else Order.CAPTURE
 
+    @property
+    def fits_graph(self) -> bool:
+        """Whether a compiled graph can do it: the latest outputs, as they are."""
+        asks_more = self.callback is not None or self.pick is not None or self.positions is not None or self.stop_early
+        return self.directions == ("fwd",) and self.keep == Keep() and isinstance(self.reducer, Last) and not asks_more
+
     def recorder(self, cache: TensorDictBase, selection: Selection) -> Recorder:
         """The state of one open context: a channel per direction, each with its place in the cache.
 
@@ -99,7 +105,7 @@ class Capture:
             channels.append(
                 Channel(direction, selection.paths, keep, target, self.reducer, stack_by, has_parts, chosen)
             )
-        return Recorder(channels)
+        return Recorder(channels, fits_graph=self.fits_graph and channels[0].takes_aliases)
 
     def place(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:
         """Put the taps on the sites; ``handle`` takes the registrations in."""
@@ -160,7 +166,7 @@ class Capture:
         if not row.gradient:
             return attach(site.module, tap.on_call, channel.direction, order=self.order, path=path)
         kind = GradOutputHook if row.name == "bwd_pre" else GradInputHook
-        return attach_gradient(site.module, kind(tap, self.order, path, tap.for_call))
+        return attach_gradient(site.module, kind(tap.on_gradient, self.order, path, tap.for_call))
 
     def _place_stops(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:
         recorder.stop_after = frozenset(selection.paths)

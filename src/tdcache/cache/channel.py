@@ -10,25 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Any, cast
 
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdcache.cache.arrivals import Arrivals, update
 from tdcache.cache.keep import Keep, Transfers, shares_memory
-from tdcache.cache.ownership import owned, shared_keys
+from tdcache.cache.ownership import own
 from tdcache.cache.positions import PositionFilter
 from tdcache.cache.stacking import StackBy
 from tdcache.cache.target import EntryTarget
 from tdcache.hooks.directions import direction_row
 from tdcache.inplace import InplaceWatch, overwritten
-from tdcache.reducers import First, Last, Reducer, RowReducer
+from tdcache.reducers import Last, Reducer
 from tdcache.types import CacheKey, HookDirection
 
-__all__ = ["Channel"]
+__all__ = ["Carried", "Channel", "CopyInGraph"]
 
-_Arrival = tuple[int, Any, Tensor | None]
+Carried = tuple[dict[CacheKey, Reducer], dict[CacheKey, list[tuple[Any, Tensor | None]]]]
+
 _version = attrgetter("_version")
 _requires_grad = attrgetter("requires_grad")
 _is_leaf = attrgetter("is_leaf")
@@ -56,6 +59,8 @@ class Channel:
     """The versions of ``values`` when they were taken, where they were not 0."""
     copies: dict[CacheKey, Any] = field(default_factory=dict)
     """The latest forward's values that share no memory with the model."""
+    has_copies: bool = False
+    """Whether ``values`` may hold copies of a compiled graph."""
     arrived: dict[CacheKey, int] = field(default_factory=dict)
     """Of a gradient channel: the serial number of the call that the kept gradient belongs to, where it is not 0."""
     number: int = 0
@@ -71,9 +76,8 @@ class Channel:
     """Whether each forward replaces the entries of the one before."""
     _watch: InplaceWatch = field(default_factory=InplaceWatch)
     """The aliases that reducers and parts of the cache keep."""
-    _pending: dict[CacheKey, list[_Arrival]] = field(default_factory=dict)
-    """Gradients that wait to be put in the order of their calls."""
-    _pending_watch: InplaceWatch = field(default_factory=InplaceWatch)
+    _arrivals: Arrivals = field(init=False)
+    """Gradients that are put in the order of their calls."""
     _dirty: bool = False
     _idle: bool = False
     """Whether some of ``values`` only stand for sites without a value."""
@@ -81,6 +85,7 @@ class Channel:
     def __post_init__(self) -> None:
         self.is_gradient = direction_row(self.direction).gradient
         self.latest_only = isinstance(self.reducer, Last)
+        self._arrivals = Arrivals(self.reducer)
 
     @property
     def top_keys(self) -> tuple[str, ...]:
@@ -130,19 +135,29 @@ class Channel:
             else:
                 self.fired.update(_path_of(key) for key in (*self.values, *self.copies) if self.has(key))
         self.accepting = -1
+        if self.has_copies:
+            self._unwrap_copies()
         self.check()
         if not self.latest_only:
-            self._own_pending()
+            self._arrivals.own()
             return
         values = self.values
         if backward:
-            values.update({key: values[key].clone() for key in shared_keys(values)})
+            for key in own(values):
+                self.versions.pop(key, None)
         if self.keep.hold != "live":
             self._detach(values)
         if self.copies or self.stack_by is not None or self.has_parts or len(values) != len(self.paths):
             self._deliver_slowly()
         else:
             self.target.write(values, complete=True)
+
+    def _unwrap_copies(self) -> None:
+        self.has_copies = False
+        for key, value in list(self.values.items()):
+            if isinstance(value, CopyInGraph):
+                del self.values[key]
+                self.copies[key] = value.tensor
 
     def _detach(self, values: dict[CacheKey, Any]) -> None:
         needing = list(map(_requires_grad, values.values()))
@@ -163,6 +178,7 @@ class Channel:
         entries = {key: value for key, value in {**self.values, **self.copies}.items() if value is not _ABSENT}
         self.target.write(self._stacked(entries), complete=False)
         if not self.is_gradient:
+            self.copies.clear()  # a graph is made for an empty one
             self.idle()
 
     def _stacked(self, entries: dict[CacheKey, Any]) -> Mapping[CacheKey, Any]:
@@ -190,8 +206,7 @@ class Channel:
                 raise overwritten(changed)
         if self._watch.seen:
             self._watch.check()
-        if self._pending_watch.seen:
-            self._pending_watch.check()
+        self._arrivals.check()
 
     def take(self, key: CacheKey, path: str, tensor: Any, *, serial: int | None = None) -> None:
         """Keep a value on the slow path.
@@ -224,14 +239,15 @@ class Channel:
 
     def write_now(self, key: CacheKey, path: str, tensor: Any) -> None:
         """Keep a value that was seen outside a forward of the root, and write it at once."""
-        self.fired.add(path)
         if self.positions is not None:
+            self.fired.add(path)
             raise self.positions.outside(path)
-        kept, is_alias = self._keep(tensor, path)
+        self.take(key, path, tensor)
         self.transfers.wait()
-        if is_alias:
-            self._watch.add(path, kept)
-        self.target.put(key, kept)
+        kept = self.copies.get(key)
+        self.target.put(key, self.values[key] if kept is None else kept)
+        if kept is not None:
+            self.idle()
 
     def _keep(self, value: Any, path: str) -> tuple[Any, bool]:
         if isinstance(value, TensorDictBase):
@@ -246,39 +262,23 @@ class Channel:
         return cast(Tensor, kept)
 
     def _reduce(self, key: CacheKey, path: str, value: Any, serial: int | None, mask: Tensor | None) -> None:
-        reducer = self._reducer_at(key)
+        if serial is not None and self.reducer.ordered:
+            self._dirty = True
+            kept, is_alias = self._keep(value, path)
+            self._arrivals.add(key, path, serial, kept, mask, is_alias=is_alias)
+            return
+        reducer = self.reducers.get(key)
+        if reducer is None:
+            reducer = self.reducers[key] = self.reducer.fresh()
         if reducer.full:
             return
         self._dirty = True
         kept, is_alias = self._keep(value, path)
-        if serial is not None and reducer.ordered:
-            if is_alias:
-                self._pending_watch.add(path, kept)
-            self._wait(key, (serial, kept, mask))
-            return
         if not reducer.aliases:
             self.transfers.wait()
         elif is_alias:
             self._watch.add(path, kept)
-        _update(reducer, kept, mask)
-
-    def _wait(self, key: CacheKey, arrival: _Arrival) -> None:
-        arrivals = self._pending.setdefault(key, [])
-        arrivals.append(arrival)
-        if isinstance(self.reducer, First):  # which wants one only
-            arrivals[:] = [min(arrivals, key=_serial)]
-
-    def _reducer_at(self, key: CacheKey) -> Reducer:
-        reducer = self.reducers.get(key)
-        if reducer is None:
-            reducer = self.reducers[key] = self.reducer.fresh()
-        return reducer
-
-    def _own_pending(self) -> None:
-        """A backward is over: what it accumulates into later must not reach the gradients that wait."""
-        for arrivals in self._pending.values():
-            arrivals[:] = [(serial, owned(value), mask) for serial, value, mask in arrivals]
-        self._pending_watch.clear()
+        update(reducer, kept, mask)
 
     def compute(self) -> None:
         """Write what the reducers hold to the cache."""
@@ -286,26 +286,47 @@ class Channel:
             return
         self.transfers.wait()
         self.check()
-        for key, arrivals in self._pending.items():
-            for _, value, mask in sorted(arrivals, key=_serial):
-                _update(self._reducer_at(key), value, mask)
-        self._pending.clear()
-        self._pending_watch.clear()
         entries: dict[CacheKey, Any] = {key: reducer.compute() for key, reducer in self.reducers.items()}
+        entries.update(self._arrivals.reduced())
         self.target.write(self._stacked(entries), complete=False)
         self._dirty = False
 
-    def settle(self, outside: Collection[int]) -> None:
+    def settle(self, outside: Collection[int] | None) -> None:
         """The context is left: copy what others could still write to, so that what is kept stays what was seen.
 
         Args:
             outside: the storages that the user has in hand.
         """
-        if self.keep.hold == "live" or self.target.in_place or not self.latest_only or self.stack_by is not None:
+        if self.keep.hold == "live" or self.target.in_place:
+            return
+        if self._watch.seen:
+            self._settle_watched({id(each.tensor) for each in self._watch.seen})
+        if not self.latest_only or self.stack_by is not None:
             return
         values = {key: value for key, value in self.values.items() if value is not _ABSENT}
-        for key in shared_keys(values, outside):
-            self.target.put(key, values[key].clone())
+        for key in own(values, outside, holders=3):  # this dict, the channel's, the cache
+            self.target.put(key, values[key])
+
+    def _settle_watched(self, watched: set[int]) -> None:
+        """Copy the aliases that reducers and a callback's TensorDicts keep."""
+        copied = partial(_copy_of, watched)
+        for reducer in self.reducers.values() if self.reducer.aliases else ():
+            reducer.own(copied)
+            self._dirty = True
+        self.compute()
+        for key, value in self.copies.items():
+            if isinstance(value, TensorDictBase) and self.stack_by is None:
+                self.target.put(key, value.apply(copied))
+
+    def carry(self) -> Carried:
+        """What reducers hold, for the next entry of a context whose cache is not cleared."""
+        return dict(self.reducers), self._arrivals.carry()
+
+    def resume(self, carried: Carried) -> None:
+        """Go on where an earlier entry ended."""
+        reducers, arrivals = carried
+        self.reducers.update(reducers)
+        self._arrivals.resume(arrivals)
 
     def forget(self) -> None:
         """Drop every value and every entry that was written."""
@@ -316,10 +337,10 @@ class Channel:
 
     def release(self) -> None:
         """Let go of everything but what is in the cache; gradients still on their way are no longer wanted."""
-        for held in (self.values, self.versions, self.copies, self.arrived, self.reducers, self._pending):
+        for held in (self.values, self.versions, self.copies, self.arrived, self.reducers):
             held.clear()
         self._watch.clear()
-        self._pending_watch.clear()
+        self._arrivals.clear()
         if self.positions is not None:
             self.positions.forget()
         self.number += 1
@@ -331,15 +352,18 @@ def _path_of(key: CacheKey) -> str:
     return key if isinstance(key, str) else key[0]
 
 
-def _update(reducer: Reducer, value: Any, mask: Tensor | None) -> None:
-    if mask is None:
-        reducer.update(value)
-    else:
-        cast(RowReducer, reducer).update(value, mask)
+def _copy_of(watched: set[int], tensor: Tensor) -> Tensor:
+    return tensor.clone() if id(tensor) in watched else tensor
 
 
-def _serial(arrival: _Arrival) -> int:
-    return arrival[0]
+class CopyInGraph:
+    """A copy that a compiled graph made of a value; answers to what is asked of the tensors beside it."""
+
+    _version = 0
+    requires_grad = False
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 class _Absent:

@@ -8,38 +8,59 @@ over.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from sys import getrefcount
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from tdcache.introspect import storage_users
-from tdcache.types import CacheKey
 
-__all__ = ["owned", "shared_keys", "storage_of", "storages_of"]
-
-
-def owned(value: Any) -> Any:
-    """The value itself if nothing else can write to its memory, else a copy."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.clone() if storage_users((value,))[0] > 1 else value
+__all__ = ["own", "shared_keys", "storage_of", "storages_of"]
 
 
-def shared_keys(values: Mapping[CacheKey, Any], outside: Collection[int] | None = None) -> list[CacheKey]:
-    """The keys of the tensors whose memory others have.
+Key = TypeVar("Key")
+
+
+def own(values: dict[Key, Any], outside: Collection[int] | None = None, *, holders: int = 1) -> list[Key]:
+    """Replace in ``values`` by copies what others could write to.
 
     Args:
-        values: tensors by key.
+        values: tensors, and TensorDicts of them, by key.
+        outside: see :func:`shared_keys`.
+        holders: how many of us hold each tensor, this dict included.
+
+    Returns:
+        The keys that were replaced.
+    """
+    shared = shared_keys(values, outside, holders=holders)
+    for key in shared:
+        values[key] = values[key].clone()
+    return shared
+
+
+def shared_keys(values: Mapping[Key, Any], outside: Collection[int] | None = None, *, holders: int = 1) -> list[Key]:
+    """The keys of what others have the memory of; a TensorDict is taken for one of them.
+
+    Args:
+        values: tensors, and TensorDicts of them, by key.
         outside: storages that can be written to. Where a graph is alive it has the memory of all that it saved, which
             nobody can write to; then only these count. None: whoever has the memory counts.
+        holders: how many of us hold each tensor, this mapping included: somebody else may have the very tensor, and no
+            other tensor of the same memory.
     """
+    held = list(map(getrefcount, values.values()))
     users = storage_users(values.values())
-    if not any(map((1).__lt__, users)):
+    if max(held, default=0) < _HELD_ONCE + holders and not any(map((1).__lt__, users)):
         return []
-    shared = [key for key, count in zip(values, users, strict=True) if count > 1]
-    if not shared or outside is None:
-        return shared
-    return [key for key in shared if storage_of(values[key]) in outside]
+    return [
+        key
+        for (key, value), references, count in zip(values.items(), held, users, strict=True)
+        if references >= _HELD_ONCE + holders or (count > 1 and (outside is None or storage_of(value) in outside))
+    ]
+
+
+_HELD_ONCE = next(map(getrefcount, {0: object()}.values()))
+"""What ``getrefcount`` says of a value that a mapping alone holds; it counts its own argument as well."""
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -16,7 +16,15 @@ from tdcache.cache.target import ClosedTarget
 from tdcache.errors import CaptureError, RepeatedCallWarning, StopForward, UnfiredSiteWarning, listed, warn_user
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.values import leaves
-from tdcache.introspect import NO_TASK, backward_task, calls_on_stack, in_backward, why_not_called
+from tdcache.introspect import (
+    NO_TASK,
+    backward_task,
+    break_graph,
+    calls_on_stack,
+    in_backward,
+    keep_frames_out_of_graphs,
+    why_not_called,
+)
 from tdcache.types import CacheKey
 
 __all__ = ["Recorder"]
@@ -34,12 +42,14 @@ class Recorder:
 
     Args:
         channels: one per direction.
+        fits_graph: its hooks may be part of a compiled graph; a graph that is made with other ones is broken there.
     """
 
     order = 1 << 10  # of the hooks on the root: behind every other hook of ours there
 
-    def __init__(self, channels: Iterable[Channel]) -> None:
+    def __init__(self, channels: Iterable[Channel], *, fits_graph: bool = False) -> None:
         self.channels = tuple(channels)
+        self.fits_graph = fits_graph
         self.open = True
         self.collecting = False
         """Whether a backward is under way at whose end gradients are delivered."""
@@ -77,6 +87,8 @@ class Recorder:
                 self._elsewhere += 1
                 self._idle()
                 return
+        elif not self.fits_graph:
+            break_graph()
         if self._depth and calls_on_stack(module) < 2:
             self._depth = 0  # the forward before was left by an exception that torch shows to no hook
         self._depth += 1
@@ -103,6 +115,8 @@ class Recorder:
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook of the root, also called when the forward raised: the forward is over."""
         if is_compiling():
+            if not self.fits_graph:
+                break_graph()
             self._depth = max(0, self._depth - 1)
             return
         if backward_task() != NO_TASK:
@@ -278,3 +292,6 @@ class Recorder:
             "keep every call with reducer=Stack(), or the first with reducer=First()",
             RepeatedCallWarning,
         )
+
+
+keep_frames_out_of_graphs(Recorder.begin, Recorder.end)

@@ -6,7 +6,7 @@ tap of its own that does no more than a hand-written hook; every other goes thro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +14,18 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from tdcache.cache.channel import Channel, CopyInGraph
 from tdcache.errors import CaptureError
 from tdcache.hooks.directions import Direction
 from tdcache.hooks.gradient_hooks import overwritten_input
 from tdcache.hooks.gradients import handed_on
 from tdcache.hooks.loans import OpenCalls, lend
 from tdcache.hooks.port import InputPort, OutputPort, Port, Steps
-from tdcache.introspect import add_tensor_hook
+from tdcache.hooks.values import is_entries, leaves
+from tdcache.introspect import add_tensor_hook, keep_frames_out_of_graphs, keep_out_of_graphs
 from tdcache.types import CacheKey
 
 if TYPE_CHECKING:
-    from tdcache.cache.channel import Channel
     from tdcache.cache.recorder import Recorder
 
 __all__ = [
@@ -98,11 +99,15 @@ class OutputTap(Tap):
 
 @torch.compiler.substitute_in_graph(OutputTap.on_output, skip_signature_check=True)
 def _on_output_in_graph(self: OutputTap, module: nn.Module, args: Any, output: Any) -> None:
-    """:meth:`OutputTap.on_output` in a compiled graph, where a version is not known when the graph is made."""
+    """:meth:`OutputTap.on_output` in a compiled graph: a copy, for the graph may use the memory of the output again."""
     tensor = output if isinstance(output, Tensor) else OutputPort(self.path).read(module, args, output)
     if self.path in self.values:
         self.recorder.repeated.add(self.path)
-    self.values[self.path] = tensor
+    self.channel.has_copies = True
+    self.values[self.path] = CopyInGraph(tensor.detach().clone())
+
+
+keep_frames_out_of_graphs(OutputTap.on_output)
 
 
 class ValueTap(Tap):
@@ -193,19 +198,25 @@ class GradientTap(Tap):
         """Set a tensor hook on the output, if a gradient can come; returns an alias of an input that is handed on."""
         if self.recorder.is_foreign:
             return None
-        if self.port.pick != "all":
-            return self._watch(module, args, output, self.port.read(module, args, output), self.path)
+        if self.port.pick == "all":
+            return self._watch_parts(module, args, output, self.port.parts(module, args, output))
+        picked = self.port.read(module, args, output)
+        if isinstance(picked, Tensor):
+            return self._watch(module, args, output, picked, self.path)
+        return self._watch_parts(module, args, output, leaves(picked))
+
+    def _watch_parts(self, module: nn.Module, args: Any, output: Any, parts: Iterable[tuple[Steps, Tensor]]) -> Any:
+        self.channel.has_parts = True
         result = output
-        for steps, tensor in self.port.parts(module, args, output):
+        for steps, tensor in parts:
             changed = self._watch(module, args, result, tensor, part_key(self.path, steps))
             result = result if changed is None else changed
         return None if result is output else result
 
     def _watch(self, module: nn.Module, args: Any, output: Any, tensor: Tensor, key: CacheKey) -> Any:
-        if tensor.requires_grad:
+        if tensor.requires_grad and torch.is_grad_enabled():
             return self.port.watch(module, args, output, tensor, self.taker(key))
-        if not torch.compiler.is_compiling():
-            self.recorder.graphless.add(self.path)
+        self.recorder.graphless.add(self.path)
         return None
 
     def taker(self, key: CacheKey) -> Callable[[Tensor], None]:
@@ -231,15 +242,18 @@ class PlainGradientTap(GradientTap):
         """Set a tensor hook on the output, in the first call of a forward."""
         number = self.channel.number
         is_first, self.number = self.number != number, number
-        if is_first and type(output) is Tensor and not self.recorder.is_foreign and self.watch_plain(args, output):
+        if (
+            is_first
+            and type(output) is Tensor
+            and not self.recorder.is_foreign
+            and self.watch_plain(module, args, output)
+        ):
             return None
         return self.on_call(module, args, output)
 
-    def watch_plain(self, args: Any, output: Tensor) -> bool:
+    def watch_plain(self, module: nn.Module, args: Any, output: Tensor) -> bool:
         """Set a tensor hook on ``output`` if this module computed it and it is no view; says whether it did."""
-        lone = len(args) == 1 and type(args[0]) is Tensor  # spares the call in the common case
-        given = args[0] is output if lone else handed_on(output, args)
-        if given or output.grad_fn is None or output._base is not None:
+        if handed_on(module, output, args) or output.grad_fn is None or output._base is not None:
             return False
         add_tensor_hook(output, partial(self.on_first, self.channel.number))
         return True
@@ -252,12 +266,6 @@ class PlainGradientTap(GradientTap):
             return
         channel.versions[path] = grad._version
         channel.values[path] = grad
-
-
-@torch.compiler.substitute_in_graph(PlainGradientTap.on_plain, skip_signature_check=True)
-def _on_plain_in_graph(self: PlainGradientTap, module: nn.Module, args: Any, output: Any) -> Any:
-    """:meth:`PlainGradientTap.on_plain` in a compiled graph."""
-    return self.on_call(module, args, output)
 
 
 class OutputAndGradientTap(OutputTap):
@@ -273,19 +281,12 @@ class OutputAndGradientTap(OutputTap):
         """Keep the output, and watch its gradient."""
         values = self.values
         path = self.path
-        plain = type(output) is Tensor and path not in values and not output._version
-        if plain and self.gradient.watch_plain(args, output):
+        plain = type(output) is Tensor and output.requires_grad and path not in values and not output._version
+        if plain and self.gradient.watch_plain(module, args, output):
             values[path] = output
             return None
         self.on_output(module, args, output)
         return self.gradient.on_call(module, args, output)
-
-
-@torch.compiler.substitute_in_graph(OutputAndGradientTap.on_both, skip_signature_check=True)
-def _on_both_in_graph(self: OutputAndGradientTap, module: nn.Module, args: Any, output: Any) -> Any:
-    """:meth:`OutputAndGradientTap.on_both` in a compiled graph."""
-    _on_output_in_graph(self, module, args, output)
-    return self.gradient.on_call(module, args, output)
 
 
 class InputGradientTap(Tap):
@@ -304,28 +305,37 @@ class InputGradientTap(Tap):
             self.calls.begin(module)
             self._note_graphless()
             return None
-        if self.port.pick == "all":
-            return self._watch_all(module, args, kwargs)
-        tensor = self.port.differentiable(module, args, kwargs)
+        port = self.port
+        if port.pick == "all":
+            return self._watch_parts(module, args, kwargs, list(port.parts(module, args, kwargs)))
+        tensor = port.differentiable(module, args, kwargs)
+        if is_entries(tensor):
+            return self._watch_parts(module, args, kwargs, list(leaves(tensor)))
         if tensor is None:
             self.calls.begin(module)
             self._note_graphless()
             return None
-        changed, alias, loan = self.port.watch(module, args, kwargs, tensor, self._taker(self.path), tap=self)
+        changed, alias, loan = port.watch(module, args, kwargs, tensor, self._taker(self.path), tap=self)
         self.calls.begin(module, (alias,), loan)
         return changed
 
     def _note_graphless(self) -> None:
-        if not torch.compiler.is_compiling() and not self.recorder.is_foreign:
+        if not self.recorder.is_foreign:
             self.recorder.graphless.add(self.path)
 
-    def _watch_all(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        aliases = [
-            self.port.alias(module, tensor, self._taker(part_key(self.path, steps)), tap=self)
-            if tensor.requires_grad
-            else None
-            for steps, tensor in self.port.parts(module, args, kwargs)
-        ]
+    def _watch_parts(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], parts: list[tuple[Steps, Tensor]]
+    ) -> Any:
+        self.channel.has_parts = True
+        wanted = iter([*parts, ((), None)])
+        steps, part = next(wanted)
+        aliases: list[Tensor | None] = []
+        for _, tensor in leaves((args, kwargs)):
+            aliases.append(None)
+            if tensor is part:  # the parts are in the order of the leaves
+                if tensor.requires_grad:
+                    aliases[-1] = self.port.alias(module, tensor, self._taker(part_key(self.path, steps)), tap=self)
+                steps, part = next(wanted)
         args, kwargs, loan = lend(args, kwargs, iter(aliases))
         self.calls.begin(module, [alias for alias in aliases if alias is not None], loan)
         return args, kwargs
@@ -375,3 +385,15 @@ class StopTap:
     def on_call(self, *args: Any) -> None:
         """Tick this site off."""
         self.recorder.stop_when_done(self.path)
+
+
+keep_out_of_graphs(
+    ValueTap.on_call,
+    CallbackTap.on_call,
+    GradientTap.on_call,
+    PlainGradientTap.on_plain,
+    OutputAndGradientTap.on_both,
+    InputGradientTap.on_input,
+    InputGradientTap.on_output,
+    StopTap.on_call,
+)

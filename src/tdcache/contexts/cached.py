@@ -6,13 +6,11 @@ from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
 
+from tdcache.cache.channel import Carried
 from tdcache.cache.recorder import Recorder
 from tdcache.contexts.context import HookingContext
-from tdcache.errors import CacheWriteError, CaptureError, ContextError, StopForward
-from tdcache.introspect import is_wrapped_by_compile
+from tdcache.errors import CacheWriteError, ContextError, StopForward
 from tdcache.modules.hooked import HookedModule, holds_entries
-from tdcache.reducers import Reducer
-from tdcache.types import CacheKey
 
 __all__ = ["HookingContextWithCache"]
 
@@ -37,7 +35,7 @@ class HookingContextWithCache(HookingContext):
         self._cache = TensorDict(batch_size=[]) if cache is None else cache
         self._batch_size = self._cache.batch_size
         self._clear_cache = self._forgets = clear_cache
-        self._reducers: list[dict[CacheKey, Reducer]] = []
+        self._carried: list[Carried] = []
         """Where the cache is not cleared: what the reducers hold between two entries."""
         self.recorder: Recorder | None = None
         """The state of the capture while the context is open, as the recipe has begun it."""
@@ -53,12 +51,20 @@ class HookingContextWithCache(HookingContext):
             self.recorder.refresh()
         return self._cache
 
+    @property
+    def _fits_graph(self) -> bool:
+        return (
+            super()._fits_graph
+            and self._cache.device is None
+            and not (self._cache.is_locked or self._cache.is_memmap())
+        )
+
     def record(self, recorder: Recorder) -> None:
         """Keep the cache current by ``recorder`` until the context is left."""
         self.recorder = recorder
-        for channel, reducers in zip(recorder.channels, self._reducers, strict=False):
-            channel.reducers.update(reducers)
-        self._reducers = []
+        for channel, carried in zip(recorder.channels, self._carried, strict=False):
+            channel.resume(carried)
+        self._carried = []
 
     def share(self, cache: TensorDictBase) -> None:
         """Write to ``cache``, which somebody else clears, from the next entry on."""
@@ -69,7 +75,7 @@ class HookingContextWithCache(HookingContext):
         """Empty the cache, and forget what the reducers hold."""
         if self.recorder is not None:
             self.recorder.forget()
-        self._reducers = []
+        self._carried = []
         if not self._cache.is_locked:
             self._cache.clear()
             self._cache.batch_size = self._batch_size
@@ -78,7 +84,7 @@ class HookingContextWithCache(HookingContext):
         if self._clear_cache and not self._in_context:
             if self.has_own_cache:  # what the last block left stays with those who hold it
                 self._cache = TensorDict(batch_size=[])
-                self._reducers = []
+                self._carried = []
             else:
                 self.clear()
         return super()._enter()
@@ -119,17 +125,10 @@ class HookingContextWithCache(HookingContext):
             return
         try:
             recorder.refresh()
-            fired = any(channel.fired for channel in recorder.channels)
-            if error is None and self._was_traced and not fired and is_wrapped_by_compile(self.model):
-                raise CaptureError(
-                    f"no site of {type(self.model).__name__} saw a value, and torch.compile had traced the model "
-                    "before: its graph skips hooks that came later; prepare the compiled module itself, or enter "
-                    "before its first run"
-                )
             if error is None:
                 recorder.report_unfired(self.model)
             recorder.settle(self.model)
             if not self._forgets:
-                self._reducers = [dict(channel.reducers) for channel in recorder.channels]
+                self._carried = [channel.carry() for channel in recorder.channels]
         finally:
             recorder.close()

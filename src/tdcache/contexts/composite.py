@@ -139,5 +139,10 @@ class CompositeHookingContextFactory(HookingContextFactory):
             raise ContextError(f"a composite is made of factories such as ActivationCaching(...), got {strangers[0]!r}")
         self.factories: Sequence[HookingContextFactory] = factories
 
+    @property
+    def fits_graph(self) -> bool:
+        """Always: each child decides for itself."""
+        return True
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self.factories))})"

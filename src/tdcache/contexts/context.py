@@ -13,7 +13,7 @@ from torch import nn
 
 from tdcache.errors import ContextError, StopForward
 from tdcache.hooks.attach import MultiHookHandle
-from tdcache.hooks.compiled import eager_where_stale
+from tdcache.hooks.compiled import refuse_scripted, running_eagerly
 from tdcache.modules.call import ModelCall
 from tdcache.modules.hooked import HookedModule, holds_entries
 from tdcache.selection import Matcher, Selection, as_matcher, depends_on_names_only, select_matching, walk
@@ -30,6 +30,10 @@ class Recipe(Protocol):
     @property
     def runs_module(self) -> bool:
         """Whether calls are carried out by :meth:`_run_module`."""
+
+    @property
+    def fits_graph(self) -> bool:
+        """Whether the hooks may become part of a compiled graph."""
 
     def _prepare_module(
         self, module: TensorDictModuleBase, in_keys: Keys, out_keys: Keys, extra_relative_path: str
@@ -92,7 +96,6 @@ class HookingContext:
         self._in_context = False
         self._paused = False
         self._managed = True
-        self._was_traced = False
         self._remembered: dict[Hashable, _Remembered] = {}
         self._hooked_module: HookedModule | None = None
         self._handle = MultiHookHandle()
@@ -124,7 +127,7 @@ class HookingContext:
             keys = (self._in_keys, self._out_keys, extra)
             prepared = self.factory._prepare_module(working, *keys)
             undo.callback(self.factory._restore_module, prepared, *keys)
-            self._was_traced = eager_where_stale(self.model, undo)
+            undo.enter_context(running_eagerly(self.model, fits_graph=self._fits_graph, tell=not self.runs_module))
             self._hooked_module = hooked = self.factory._spawn_hooked_module(prepared, self, extra)
             self._in_context = self._managed = True
             self._handle = self.factory._hook_module(hooked)
@@ -136,6 +139,12 @@ class HookingContext:
     def _enter_inner(self, undo: ExitStack) -> TensorDictModuleBase:
         """The module that is wrapped."""
         return self._module
+
+    @property
+    def _fits_graph(self) -> bool:
+        """Whether the hooks may become part of a compiled graph."""
+        fits: bool = self.factory.fits_graph
+        return fits
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -236,6 +245,9 @@ class HookingContext:
             allow_empty: a selector that matches nothing is no error.
             root: what paths are relative to; the user's own model by default.
             matcher: what was made of the selector before.
+
+        Raises:
+            ContextError: a site is inside a TorchScript module.
         """
         root = self.model if root is None else root
         tree = walk(root)
@@ -245,6 +257,7 @@ class HookingContext:
             return remembered.selection
         matcher = as_matcher(selector, match) if matcher is None else matcher
         selection = select_matching(root, matcher, selector, match=match, allow_empty=allow_empty, tree=tree)
+        refuse_scripted(root, ((site.path, site.module) for site in selection))
         if key is not None and depends_on_names_only(matcher):
             self._remembered[key] = _Remembered(tree, selection)
         return selection

@@ -55,6 +55,11 @@ class HookingContextFactory:
         """Whether :meth:`_run_module` carries out calls, so that they need a TensorDict."""
         return self._overrides_run
 
+    @property
+    def fits_graph(self) -> bool:
+        """Whether ``torch.compile`` may make the hooks part of a graph; if not, a compiled model runs eagerly."""
+        return False
+
     def __init__(self) -> None:
         self._hooking_context_kwargs: dict[str, Any] = {}
         self._hooked_module_kwargs: dict[str, Any] = {}

@@ -15,6 +15,7 @@ from enum import IntEnum
 from types import TracebackType
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -103,14 +104,19 @@ def attach_gradient(module: nn.Module, watcher: GradOutputHook | GradInputHook) 
 def _register(module: nn.Module, hook: Callable[..., Any], direction: str, order: int) -> Registration:
     prepend, with_kwargs = order == Order.FIRST, direction.endswith("kwargs")
     if direction.startswith("fwd_pre"):
-        handle = module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=with_kwargs)
+        handle = _registering(module).register_forward_pre_hook(module, hook, prepend=prepend, with_kwargs=with_kwargs)
         hooks = pre_hooks(module)
     else:
-        handle = module.register_forward_hook(hook, prepend=prepend, with_kwargs=with_kwargs)
+        handle = _registering(module).register_forward_hook(module, hook, prepend=prepend, with_kwargs=with_kwargs)
         hooks = post_hooks(module)
     if not prepend:
         settle(hooks, order)
     return Registration(handle)
+
+
+def _registering(module: nn.Module) -> type[nn.Module]:
+    """Whose methods register: those of a TorchScript module refuse, though its calls from Python run hooks."""
+    return nn.Module if isinstance(module, torch.jit.ScriptModule) else type(module)
 
 
 def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle: MultiHookHandle, order: int) -> None:
@@ -229,8 +235,8 @@ class _Numbered:
 
 def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None], handle: MultiHookHandle) -> None:
     """Call ``begin`` before and ``end`` after every forward of ``root``, also one that raises."""
-    handle.add(Registration(root.register_forward_pre_hook(begin, prepend=True)))
-    handle.add(Registration(root.register_forward_hook(end, always_call=True)))
+    handle.add(Registration(_registering(root).register_forward_pre_hook(root, begin, prepend=True)))
+    handle.add(Registration(_registering(root).register_forward_hook(root, end, always_call=True)))
 
 
 def settle(hooks: Any, order: int) -> None:

@@ -1,69 +1,106 @@
-"""Compiled models: a graph that was traced before the hooks came skips them, so inside a context it is not used.
+"""Compiled models: the one place where graphs of ``torch.compile`` are kept from running.
 
 ``torch.compile`` does not guard on hooks (``skip_nnmodule_hook_guards``, pytorch#117758). Hooks that are there when a
-model is first traced become part of its graph; hooks that come later are silently never called.
+model is first traced become part of its graph; hooks that come later are silently never called. What a graph cannot
+do as well as Python (gradients, reducers, edits that look at values) is not left to it either.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
+import torch
 from torch import nn
 
-from tdcache.introspect import compiled_modules, has_stale_graph, is_optimized_module
+from tdcache.errors import ContextError, TdcacheWarning, warn_user
+from tdcache.introspect import has_stale_graph, is_compiled, is_optimized_module, may_be_compiled, scripted_ancestor
 
-__all__ = ["eager_where_stale"]
-
-
-_FORWARD, _COMPILED_CALL = "forward", "_compiled_call_impl"
+__all__ = ["refuse_scripted", "running_eagerly"]
 
 
-@dataclass(slots=True)
-class _Suspended:
-    """What a module had before the first of the contexts that suspend it came, and how many those are."""
+def running_eagerly(
+    model: nn.Module, *, fits_graph: bool = False, tell: bool = False
+) -> AbstractContextManager[None, None]:
+    """Have ``model`` run without its compiled graphs inside the block, where those would not do what its hooks do.
 
-    original: Any
-    count: int = 0
+    Everything that is compiled runs eagerly meanwhile, in all threads: a graph that calls the model may be that of any
+    function. For a model that no graph has to do with, nothing changes.
 
-
-# The contexts on one model may be left in any order: the last one to leave restores.
-_suspended: WeakKeyDictionary[nn.Module, _Suspended] = WeakKeyDictionary()
-
-
-def eager_where_stale(model: nn.Module, undo: ExitStack) -> bool:
-    """Let ``model`` run eagerly until ``undo`` closes, if it was traced before; says whether it was.
-
-    A module of torch.nn's own classes that was compiled in place never makes a graph (its frames are skipped), but
-    would have every hook compiled by itself: it runs eagerly in any case.
+    Args:
+        model: what the hooks are on.
+        fits_graph: the hooks may become part of a graph that is not made yet.
+        tell: warn, once per model, if it is compiled and no graph was made yet: the user may expect one to be used.
     """
-    stale = has_stale_graph(model)
-    if stale and is_optimized_module(model):
-        _suspend(model, _FORWARD, model.get_submodule("_orig_mod").__call__, undo)
-    compiled = compiled_modules(model) if stale or model._compiled_call_impl is not None else []
-    before = [module for module in model.modules() if module in _suspended] if _suspended else []
-    for module in (*before, *compiled):
-        if not is_optimized_module(module) and (stale or module in _suspended or _is_torchs_own(module)):
-            _suspend(module, _COMPILED_CALL, None, undo)
-    return stale
+    if not may_be_compiled(model):
+        return _AS_IT_IS
+    if has_stale_graph(model):
+        return _stance
+    if fits_graph or not is_compiled(model):
+        return _AS_IT_IS
+    if tell:
+        _tell(model)
+    return _stance
 
 
-def _is_torchs_own(module: nn.Module) -> bool:
-    return type(module).forward.__module__.startswith("torch.nn.")
+_AS_IT_IS = nullcontext()
 
 
-def _suspend(module: nn.Module, name: str, instead: Any, undo: ExitStack) -> None:
-    suspended = _suspended.setdefault(module, _Suspended(module.__dict__.get(name)))
-    suspended.count += 1
-    module.__dict__[name] = instead
-    undo.callback(_resume, module, name)
+class _EagerStance:
+    """The stance of ``torch.compile`` while anybody is in the block: the first sets it, the last to leave restores it.
+
+    Blocks may be left in any order, which the stances of torch themselves do not allow.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._users = 0
+        self._set: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._set = torch.compiler.set_stance("force_eager")
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._set.__exit__(None, None, None)
+                self._set = None
 
 
-def _resume(module: nn.Module, name: str) -> None:
-    suspended = _suspended[module]
-    suspended.count -= 1
-    if not suspended.count:
-        module.__dict__[name] = suspended.original
-        del _suspended[module]
+_stance = _EagerStance()
+_told: WeakSet[nn.Module] = WeakSet()
+
+
+def _tell(model: nn.Module) -> None:
+    if is_optimized_module(model):
+        model = model.get_submodule("_orig_mod")
+    if model in _told:
+        return
+    _told.add(model)
+    warn_user(
+        f"{type(model).__name__} is compiled, and runs eagerly while this context is open; what can be part of a graph "
+        "is an ActivationCaching of 'fwd' that keeps outputs as they are (no reducer=, pick=, callback=, stop_early=)",
+        TdcacheWarning,
+    )
+
+
+def refuse_scripted(model: nn.Module, places: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse places, given with their modules, inside a TorchScript module.
+
+    Raises:
+        ContextError: it names the first one, and the script module, which can be hooked itself.
+    """
+    for path, module in places:
+        ancestor = scripted_ancestor(model, path) if isinstance(module, torch.jit.ScriptModule) else None
+        if ancestor is not None:
+            raise ContextError(
+                f"{path!r} is inside the TorchScript module {ancestor!r}, which calls its parts without their hooks; "
+                f"hook {ancestor!r} itself, or the model before torch.jit.script or torch.jit.trace"
+            )

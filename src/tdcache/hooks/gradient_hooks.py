@@ -160,6 +160,8 @@ def _watch_whole(
     module: nn.Module, args: Any, output: Any, on_grads: Callable[[Grads], Grads | None], where: str
 ) -> Any:
     """Call ``on_grads`` with the gradients of all tensors in ``output``; gives a new output where one is needed."""
+    if not torch.is_grad_enabled():
+        return None
     tensors = [tensor for _, tensor in leaves(output)]
     needs = [tensor.requires_grad for tensor in tensors]
     needing = [tensor for tensor in tensors if tensor.requires_grad]

@@ -9,6 +9,7 @@ place: the gradient of the tensor itself would be the sum over everything else t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import CO_VARKEYWORDS
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from tdcache.errors import InplaceModificationError
 from tdcache.hooks.values import leaves
-from tdcache.introspect import add_tensor_hook
+from tdcache.introspect import add_tensor_hook, keyword_arguments
 
 __all__ = ["Grads", "OnGrad", "alias_input", "alias_inputs", "handed_on", "watch_made", "watch_output", "watch_outputs"]
 
@@ -28,14 +29,24 @@ OnGrads = Callable[[Grads], Grads | None]
 _PASSAGE = "_tdcache_passage"
 
 
-def handed_on(tensor: Tensor, args: tuple[Any, ...]) -> bool:
-    """Whether a module may have handed this tensor on: it is an argument, or there are only keyword arguments.
-
-    Those a forward hook does not see.
-    """
+def handed_on(module: nn.Module, tensor: Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether a module handed this tensor on, which is then one of its arguments."""
     if len(args) == 1 and isinstance(args[0], Tensor):  # the common case, and a hot path
-        return args[0] is tensor
-    return not args or any(tensor is given for _, given in leaves(args))
+        if args[0] is tensor:
+            return True
+    elif any(tensor is given for _, given in leaves(args)):
+        return True
+    if torch.compiler.is_compiling():
+        return not args
+    if args and not _takes_names(module):
+        return False
+    return any(tensor is given for _, given in leaves(keyword_arguments(module)))
+
+
+def _takes_names(module: nn.Module) -> bool:
+    """Whether ``module`` can be called with arguments by name beside a positional one."""
+    code = getattr(module.forward, "__code__", None)
+    return code is None or code.co_argcount + code.co_kwonlyargcount != 2 or code.co_flags & CO_VARKEYWORDS != 0
 
 
 def watch_output(module: nn.Module, args: Any, tensor: Tensor, on_grad: OnGrad, where: str) -> Tensor:
@@ -54,7 +65,9 @@ def watch_output(module: nn.Module, args: Any, tensor: Tensor, on_grad: OnGrad, 
     Raises:
         InplaceModificationError: in the backward, where a later in-place operation hides the gradient.
     """
-    if tensor.is_leaf or handed_on(tensor, args):
+    if not torch.is_grad_enabled():  # an alias would cut what is handed on from its graph
+        return tensor
+    if tensor.is_leaf or handed_on(module, tensor, args):
         return _Passage.through(module, (tensor,), _At(on_grad), where)[0]
     passage = _passage_of(tensor, module, is_input=False)
     if passage is None:
@@ -199,7 +212,7 @@ class _Passage:
         alias = _alias(tensor)
         add_tensor_hook(alias, self.on_only)
         base = tensor if tensor._base is None else tensor._base
-        if not base.is_leaf and not self.is_input:
+        if not base.is_leaf:
             # Nothing here may hold the base: a tensor in its own hook would keep the graph alive until a collection.
             self.is_whole = base is tensor
             self.content, self.version = alias.detach(), alias._version
@@ -231,6 +244,12 @@ class _Passage:
         """The gradient of what is aliased: of use where an in-place operation took the alias out of the graph."""
         if self.fired or self.content._version == self.version:
             return None
+        if self.is_input:
+            raise InplaceModificationError(
+                f"the input of {self.where!r} was changed in place after the module took a view of it, so the gradient "
+                "there cannot be told; capture direction 'bwd' of the module that produces it instead",
+                paths=(self.where,),
+            )
         if self.is_whole:
             return self.on_only(grad)
         raise InplaceModificationError(

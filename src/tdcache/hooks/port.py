@@ -159,12 +159,15 @@ class InputPort:
             )
         return replace_tensor((args, kwargs), new, pick=self._steps(module, args, kwargs), path=self.path)
 
-    def differentiable(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """The tensor whose gradient is meant: the picked one, or without ``pick`` the first that requires grad."""
-        if self.pick is not None or (args and is_entries(args[0])):
-            picked = self.read(module, args, kwargs)
-            return picked if isinstance(picked, Tensor) and picked.requires_grad else None
-        return next((tensor for _, tensor in leaves((args, kwargs)) if tensor.requires_grad), None)
+    def differentiable(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the gradient is meant of: the picked tensor (or TensorDict), or the first tensor that requires grad.
+
+        None if it is a tensor that does not require grad.
+        """
+        if self.pick is None and not (args and is_entries(args[0])):
+            return next((tensor for _, tensor in leaves((args, kwargs)) if tensor.requires_grad), None)
+        picked = self.read(module, args, kwargs)
+        return None if isinstance(picked, Tensor) and not picked.requires_grad else picked
 
     def watch(
         self,

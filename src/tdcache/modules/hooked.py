@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tdcache.errors import ContextError, StopForward, TdcacheWarning
 from tdcache.hooks.attach import register_hook_to_module
+from tdcache.hooks.compiled import refuse_scripted
 from tdcache.modules.call import ModelCall
 from tdcache.modules.verbs import ModuleVerbs
 from tdcache.paths import resolve, resolve_all
@@ -167,6 +168,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
 
         Raises:
             PathError: no such path.
+            ContextError: it is inside a TorchScript module.
         """
         context = self._hooking_context
         if context is not None and not context._in_context:
@@ -178,6 +180,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
                 TdcacheWarning,
                 stacklevel=3,
             )
+        refuse_scripted(self.model if relative else self, [(path, module)])
         return path, module
 
     @contextmanager

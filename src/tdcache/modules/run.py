@@ -13,7 +13,7 @@ from torch import nn
 
 from tdcache.errors import ContextError, StopForward, UnfiredSiteWarning, listed, warn_user
 from tdcache.hooks.attach import MultiHookHandle, Order, attach
-from tdcache.hooks.compiled import eager_where_stale
+from tdcache.hooks.compiled import running_eagerly
 from tdcache.hooks.directions import direction_row
 from tdcache.introspect import why_not_called
 from tdcache.modules.forms import DirectedForms
@@ -106,7 +106,7 @@ class HookedModuleRun(DirectedForms):
         model = self._module.model
         with ExitStack() as undo:
             if taps or self._stopped_at is not None:
-                eager_where_stale(model, undo)
+                undo.enter_context(running_eagerly(model))
             if any(isinstance(tap, GetTap) for tap in taps):  # only these tell a second call from a second forward
                 counter = attach(model, self._forwards.on_forward, "fwd_pre", order=Order.FIRST)
                 undo.callback(counter.remove)

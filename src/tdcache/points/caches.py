@@ -14,7 +14,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.errors import ContextError
-from tdcache.hooks.compiled import eager_where_stale
+from tdcache.hooks.compiled import running_eagerly
 from tdcache.hooks.values import first_tensor
 from tdcache.points.capture import CaptureOptions, PointCapture
 from tdcache.points.hook_point import LensHandle, remove_all
@@ -128,7 +128,7 @@ class CachingSurface(PointSurface):
             if reset_hooks_end:
                 undo.callback(capture.recorder.close)
                 undo.enter_context(capture.attached(self.points_root))
-                eager_where_stale(self.called_model, undo)
+                undo.enter_context(running_eagerly(self.called_model))
             else:
                 self._leave_hooks(capture)
             output = self.called_model(*model_args, **model_kwargs)

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from tdcache.errors import ContextError
-from tdcache.hooks.compiled import eager_where_stale
+from tdcache.hooks.compiled import running_eagerly
 from tdcache.points.hook_point import LensHandle, hook_name, remove_all
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class PointHooks:
             for direction, pairs in self._by_direction():
                 for name, hook in pairs:
                     added += root.install(name, hook, direction, level=root.context_level)
-            eager_where_stale(root.called_model, undo)
+            undo.enter_context(running_eagerly(root.called_model))
             if self.reset_hooks_end:
                 undo.callback(remove_all, added)
             self._undo = undo.pop_all()

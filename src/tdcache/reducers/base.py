@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, Self
 
 from tensordict import TensorDict
@@ -55,6 +56,14 @@ class Reducer(ABC):
     def full(self) -> bool:
         """Whether further values would change nothing, so that they need not be kept for :meth:`update`."""
         return False
+
+    def own(self, copied: Callable[[Tensor], Tensor]) -> None:
+        """Exchange every tensor that is kept for what ``copied`` makes of it."""
+        for name, kept in list(vars(self).items()):
+            if isinstance(kept, Tensor):
+                setattr(self, name, copied(kept))
+            elif isinstance(kept, list):
+                setattr(self, name, [copied(each) if isinstance(each, Tensor) else each for each in kept])
 
     def fresh(self) -> Self:
         """An empty reducer with the same configuration."""
