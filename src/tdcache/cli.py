@@ -8,13 +8,13 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
-import tdcache
 from tdcache.errors import StoreError, TdcacheError
 from tdcache.harvesting import harvest, preflight
 from tdcache.harvesting.capture import STORED_DTYPES
@@ -68,9 +68,7 @@ class _RecipeError(Exception):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tdcache", description="Activations of a PyTorch model, in files.")
-    parser.add_argument(
-        "--version", action="version", version=f"tdcache {tdcache.__version__}, torch {torch.__version__}"
-    )
+    parser.add_argument("--version", action="version", version=f"tdcache {_version()}, torch {torch.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     take = commands.add_parser("harvest", help="store what flows through a model", description=_harvest.__doc__)
     take.add_argument(
@@ -106,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify)
     _add_copies(commands)
     return parser
+
+
+def _version() -> str:
+    try:
+        return version("tdcache")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "unknown"
 
 
 def _add_copies(commands: Any) -> None:

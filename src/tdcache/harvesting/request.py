@@ -24,7 +24,7 @@ from tdcache.selection import select as select_sites
 from tdcache.store.spec import read_spec
 from tdcache.types import Match, Pick, Selector
 
-__all__ = ["SHARD_BYTES", "Request", "asked_for"]
+__all__ = ["Request", "SHARD_BYTES", "asked_for"]
 
 SHARD_BYTES = 1 << 26
 _SEEN = ("rows", "tokens", "side", "length", "batches_per_unit")

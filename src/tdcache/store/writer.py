@@ -109,23 +109,25 @@ class StoreWriter:
             overflow={name: count for name, count in sorted((overflow or {}).items()) if count},
             underflow={name: count for name, count in sorted((underflow or {}).items()) if count},
         )
-        measured = {
-            statistics_column(path): [SiteStatistics.of(columns[site_column(path)]).packed()]
-            for path in self.spec["sites"]
-            if statistics_column(path) in self._contract.statistics
-        }
+        whole = {**columns, **self._measured(columns)}
         try:
             self.layout.prepare(self.files)
             self.files.make_folder(target.parent)
-            return write_shard(
-                target, {**columns, **measured}, info=info, scratch=self.layout.scratch, files=self.files
-            )
+            return write_shard(target, whole, info=info, scratch=self.layout.scratch, files=self.files)
         except OSError as error:
             raise StoreError(
                 f"unit {unit} could not be written to {target}: {error.strerror or error}; the store is whole without "
                 "it: run the same harvest again to continue",
                 path=target,
             ) from error
+
+    def _measured(self, columns: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
+        """The statistics of the floating sites."""
+        return {
+            statistics_column(path): [SiteStatistics.of(columns[site_column(path)]).packed()]
+            for path in self.spec["sites"]
+            if statistics_column(path) in self._contract.statistics
+        }
 
     def finish(self) -> None:
         """Write the index from the shards that are there.
