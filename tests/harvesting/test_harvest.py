@@ -288,7 +288,6 @@ def test_the_fields_in_which_another_harvest_differs_are_named(folder):
         ({"dtype": torch.bfloat16}, "dtype"),
         ({"drop": "pad|bos"}, "drop"),
         ({"positions": -1}, "positions"),
-        ({"max_rows": 3}, "budget.rows"),
         ({"select": r"encoder\.layer\.1"}, "sites.encoder.layer.0"),
         ({"direction": "fwd_pre"}, "direction"),
         ({"data": Tokens(40)}, "data.batches"),

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 from harvesting.harvest_data import Counting
 from model_state import state_of
 from small_models import MLP
+from store.faulty_files import contents
 from tdcache import ActivationDataset, harvest
-from tdcache.errors import SelectionError, TdcacheWarning
+from tdcache.errors import SelectionError, SpecError, TdcacheWarning
 from tdcache.harvesting import ActivationStore, collect_activations_from_dataloader, loop, memory, preflight
 from tdcache.harvesting.progress import Progress
 from tdcache.harvesting.workers import Share
@@ -176,3 +177,34 @@ def test_fault_a_store_that_is_dropped_while_it_is_enabled_leaves_no_hook():
         del store
         gc.collect()
         assert state_of(model) == before
+
+
+@pytest.mark.parametrize("first", [3, 7, 8, 12])
+@pytest.mark.parametrize("then", [13, 16, 20, 1000, None])
+def test_fault_a_limit_can_be_raised_later_and_the_bytes_are_those_of_one_run(tmp_path, first, then):
+    options = {"select": "first", "batch_size": 4, "shard_bytes": 200}
+    whole = harvest(Counting(), X, tmp_path / "whole.acts", max_rows=then, **options)
+    folder = tmp_path / "a.acts"
+    assert len(harvest(Counting(), X, folder, max_rows=first, **options)) == first
+    assert len(harvest(Counting(), X, folder, max_rows=first, **options)) == first
+    model = Counting()
+    found = harvest(model, X, folder, max_rows=then, recheck=False, **options)
+    assert found.complete
+    assert model.calls == -(-len(whole) // 4) - (first - 1) // 4  # the units that were whole are not run again
+    assert contents(folder) == contents(tmp_path / "whole.acts")
+
+
+def test_a_limit_is_raised_by_several_processes(tmp_path):
+    options = {"select": "first", "batch_size": 4, "shard_bytes": 200}
+    folder = tmp_path / "a.acts"
+    for limit in (10, 17):
+        for rank in (1, 0, 2):
+            harvest(Counting(), X, folder, max_rows=limit, rank=rank, world=3, **options)
+    harvest(Counting(), X, tmp_path / "whole.acts", max_rows=17, **options)
+    assert contents(folder) == contents(tmp_path / "whole.acts")
+
+
+def test_a_limit_cannot_be_lowered(tmp_path):
+    harvest(Counting(), X, tmp_path / "a.acts", select="first", max_rows=9)
+    with pytest.raises(SpecError, match=r"holds 9 rows, and at most 5 are asked for now; a limit can be raised later"):
+        harvest(Counting(), X, tmp_path / "a.acts", select="first", max_rows=5)

@@ -29,6 +29,7 @@ from tdcache.modules import HookedModule
 from tdcache.store.dataset import ActivationDataset
 from tdcache.store.dtypes import DTYPES
 from tdcache.store.files import Files
+from tdcache.store.shard import Shard
 from tdcache.store.writer import StoreWriter, site_column
 from tdcache.types import Match, Pick, Selector
 
@@ -89,7 +90,8 @@ def harvest(
         drop: ``"pad"`` (by the attention mask), ``"bos"`` (each sample's first token), ``"pad|bos"``, or None.
         positions: the places among a sample's own tokens that are kept: a number, several, or a slice.
         rows: ``"tokens"`` or ``"samples"``; by default tokens where the batches have token ids or a mask.
-        max_rows: the most rows, exactly: those of the first samples, the same for all sites.
+        max_rows: the most rows, exactly: those of the first samples, the same for all sites. Run again with more, a
+            harvest goes on from there.
         max_bytes: the most bytes of all columns together, also as ``"20GB"``.
         overflow: ``"raise"`` refuses values that ``dtype`` cannot hold (finite ones, and infinities where it has none),
             ``"count"`` stores how many there were. Values that become zero are stored and counted with either.
@@ -236,10 +238,11 @@ class _Run:
             run_again(
                 self.capture, self.request.source, self.request.row_rule(self.writer.spec), committed[0], self.writer
             )
-        self.there = {unit: committed[unit].rows for unit in agreed}
+        self._prepare()
+        committed = self._uncut(committed)
+        self.there = {unit: committed[unit].rows for unit in agreed & committed.keys()}
         ended = any(shard.row.end for shard in committed.values())
         if not (ended and len(committed) == max(committed) + 1):
-            self._prepare()
             if self.shown and committed and self.share.writes:
                 rows = sum(self.there.values())
                 print(f"going on with {self.writer.folder}: {len(self.there)} units, {rows:,} rows", file=sys.stderr)
@@ -254,6 +257,28 @@ class _Run:
         spec = self.writer.spec
         sizes = {path: (DTYPES[site["dtype"]].itemsize, tuple(site["shape"])) for path, site in spec["sites"].items()}
         self.limit = self.request.budget.limit(row_bytes(sizes, spec["tokens"]))
+
+    def _uncut(self, committed: Mapping[int, Shard]) -> Mapping[int, Shard]:
+        """What is there, without units that an earlier and lower limit has cut: their owners write them anew.
+
+        Raises:
+            SpecError: there are more rows than the limit allows.
+        """
+        rows, last = sum(shard.rows for shard in committed.values()), max(committed, default=0)
+        ends = [unit for unit, shard in committed.items() if shard.row.end]
+        if self.limit is not None and (rows > self.limit or (rows == self.limit and not ends)):
+            raise SpecError(
+                f"{self.writer.folder} holds {rows:,} rows, and at most {self.limit:,} are asked for now; a limit can "
+                "be raised later and not lowered: ask for as many, or give another folder",
+                path=self.writer.folder,
+                fields=("max_rows",),
+            )
+        is_full = rows == self.limit and len(committed) == last + 1
+        stale = {unit for unit in ends if committed[unit].info.cut and not (is_full and unit == last)}
+        for unit in stale:
+            if self.share.writes and self.share.has(unit):
+                self.writer.discard(unit)
+        return {unit: shard for unit, shard in committed.items() if unit not in stale}
 
     def _visit(self, unit: int) -> Visit:
         if unit in self.there:
@@ -286,13 +311,14 @@ class _Run:
                 if left is not None and left <= 0:
                     break
                 full = left is not None and len(rows) >= left
+                cut = left is not None and full and (len(rows) > left or not step.ends_data)
                 rows = rows if left is None else rows.first(left)
                 self.counted += len(rows)
                 if step.visit == "run":
                     self._take(hooked, step, rows)
                     progress.add(len(rows))
                 if full or step.ends_unit:
-                    self._finish(step, full or step.ends_data, thread)
+                    self._finish(step, full or step.ends_data, cut, thread)
                 if full:
                     break
 
@@ -323,7 +349,7 @@ class _Run:
         own = self.request.columns(step.batch, rows, self.writer.spec.get("columns"))
         unit.add(values, rows, own)
 
-    def _finish(self, step: Step, end: bool, thread: WriterThread) -> None:
+    def _finish(self, step: Step, end: bool, cut: bool, thread: WriterThread) -> None:
         unit, self.unit = self._needed(), None
         self.there[unit.number] = self.counted
         if step.visit == "run" and self.share.writes:
@@ -335,6 +361,7 @@ class _Run:
                     unit.columns,
                     samples=(unit.first, max(behind, unit.first)),
                     end=end,
+                    cut=cut,
                     overflow=unit.overflow,
                     underflow=unit.underflow,
                 )

@@ -70,7 +70,6 @@ class Request:
             "data": {"batches": self.source.batches, "first_batch": self.source.fingerprint()},
             "drop": list(self.rule["drop"]),
             "positions": spelled_positions(self.rule["positions"]),
-            "budget": {"rows": self.budget.rows, "bytes": self.budget.bytes},
             "shard_bytes": self.shard_bytes,
         }
         exists = not new and (self.folder / "spec.json").exists()

@@ -66,6 +66,8 @@ class ShardInfo:
     rows: int
     end: bool
     """Whether the data ended with this unit."""
+    cut: bool = False
+    """Whether a limit ended it, and more of the data would follow."""
     overflow: dict[str, int] = field(default_factory=dict)
     """Values per site that the stored dtype cannot hold."""
     underflow: dict[str, int] = field(default_factory=dict)
@@ -221,6 +223,7 @@ def _read_info(header: Header, path: Path) -> ShardInfo:
             and type(info.last) is int
             and info.last >= info.first
             and info.end in (False, True)
+            and info.cut in (False, True)
             and all(
                 entry.shape[:1] == (rows_of(name, info.rows),)
                 and len(info.sums[name]) == DIGITS * block_count(entry.nbytes)

@@ -75,6 +75,7 @@ class StoreWriter:
         *,
         samples: tuple[int, int],
         end: bool = False,
+        cut: bool = False,
         overflow: Mapping[str, int] | None = None,
         underflow: Mapping[str, int] | None = None,
     ) -> bool:
@@ -85,7 +86,8 @@ class StoreWriter:
             columns: the pieces of each column, along the first dimension: ``"seq"``, ``"pos"``, perhaps ``"tok"``, and
                 ``site_column(path)`` of each site, ``own_column(name)`` of each of the user's columns.
             samples: the numbers of its first sample and of the one behind its last.
-            end: whether the data ends here.
+            end: whether the data ends here, or a limit was reached.
+            cut: whether a limit was reached, and more of the data would follow.
             overflow: values per site that the dtype cannot hold.
             underflow: values per site that became zero.
 
@@ -106,6 +108,7 @@ class StoreWriter:
             last=samples[1],
             rows=sum(part.shape[0] for part in columns["seq"]),
             end=end,
+            cut=cut,
             overflow={name: count for name, count in sorted((overflow or {}).items()) if count},
             underflow={name: count for name, count in sorted((underflow or {}).items()) if count},
         )
@@ -120,6 +123,18 @@ class StoreWriter:
                 "it: run the same harvest again to continue",
                 path=target,
             ) from error
+
+    def discard(self, unit: int) -> None:
+        """Remove a unit that is to be written anew.
+
+        Raises:
+            StoreError: the disk does not take it.
+        """
+        target = self.layout.shard(unit)
+        with as_store_error(target):
+            self.files.remove(self.layout.index)  # which would be believed where the new shard has the same size
+            self.files.remove(target)
+            self.files.sync_folder(target.parent)
 
     def _measured(self, columns: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
         """The statistics of the floating sites."""
