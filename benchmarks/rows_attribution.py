@@ -22,7 +22,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from zoo import narrow_gpt2, token_ids
 
-from tdcache.attribution import LRP, DeepLift, GradientXActivation, IntegratedGradients, epsilon_plus
+from tdcache.attribution import LRP, DeepLift, GradientXActivation, IntegratedGradients, Saliency, epsilon_plus
 
 LAYERS, STEPS, CHUNK = 12, 64, 16
 OURS = "tdcache"
@@ -94,6 +94,29 @@ def _gxa_by_hand(stack: ExitStack) -> Call:
         grads = torch.autograd.grad(total, seen)
         return [(value * grad).detach() for value, grad in zip(seen, grads, strict=True)]
 
+    return call
+
+
+# Saliency of a CNN.
+
+
+def _saliency(stack: ExitStack) -> Call:
+    model, x = cnn(), images()
+    factory = Saliency(target=3)
+
+    def call() -> Tensor:
+        with factory.prepare(model) as hooked:
+            return hooked(TensorDict({"input": x}, batch_size=[len(x)]))["attr", "input"]
+
+    return call
+
+
+def _saliency_captum(stack: ExitStack) -> Call:
+    from captum.attr import Saliency as Theirs
+
+    model, x = cnn(), images()
+    call = partial(Theirs(model).attribute, x, target=3)
+    same(_saliency(stack)(), call(), "saliency")
     return call
 
 
@@ -256,6 +279,10 @@ ROWS: Mapping[str, tuple[str, Mapping[str, Maker]]] = {
             "captum, a list of layers": _gxa_captum_list,
             "captum, layer by layer": _gxa_captum,
         },
+    ),
+    "saliency": (
+        "Saliency, CNN, four images",
+        {OURS: _saliency, "captum": _saliency_captum},
     ),
     "ig": (
         f"Integrated gradients, {STEPS} steps, CNN, four images",

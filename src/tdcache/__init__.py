@@ -38,12 +38,12 @@ from tdcache.interventions import (
     ActivationAddition,
     ActivationPatching,
     CausalTracing,
+    EditOptions,
     Intervention,
     PathPatching,
     Region,
     ResumeFrom,
     SteeringVectors,
-    Step,
     load_intervention,
     resume_from,
     save_intervention,
@@ -52,6 +52,7 @@ from tdcache.modules import HookedModule, HookedModuleRun
 from tdcache.pipeline import Splice
 from tdcache.reducers import Concatenate, First, Last, Mean, Reducer, Stack, TopK, Variance
 from tdcache.selection import Selection, Site, select
+from tdcache.steps import Step
 
 if TYPE_CHECKING:
     from tdcache.harvesting import ActivationBuffer, ActivationDataset, harvest
@@ -79,6 +80,7 @@ __all__ = [
     "DamagedError",
     "DirectionError",
     "EditError",
+    "EditOptions",
     "First",
     "HookDirection",
     "HookFactory",

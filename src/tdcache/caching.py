@@ -22,7 +22,7 @@ from tdcache.modules import HookedModule
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import as_matcher
 from tdcache.tokens import Positions
-from tdcache.types import Hold, HookDirection, Index, Match, Pick, Selector
+from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector
 
 __all__ = ["ActivationCaching", "cache_activations"]
 
@@ -53,7 +53,7 @@ class ActivationCaching(HookingContextFactory):
             tensor under nested keys, or None for the first.
         index: kept part of the tensor, as in ``tensor[index]``; copied, so that it does not pin the rest.
         hold: ``"detached"`` (an alias without graph), ``"live"`` (with its graph) or ``"snapshot"`` (a copy).
-        dtype: cast to it.
+        dtype: cast to it; a ``torch.dtype`` or its name. Complex values need a complex one.
         device: move there; from an accelerator to the CPU asynchronously, by pinned memory.
         reducer: what is kept over calls: ``Last()`` (default), ``First()``, ``Stack()``, ``Concatenate()``, statistics.
         batch_dims: the number of leading dimensions that all entries share, as batch size of the cache.
@@ -63,6 +63,8 @@ class ActivationCaching(HookingContextFactory):
             returns no output.
         allow_empty: a selector that matches nothing is no error.
         prepend: see values before edits at the same site; by default captures see the final value.
+        check: how an alias that was overwritten in place is found: ``"versions"`` asks torch's counter, for nothing;
+            ``"values"`` compares checksums as well, for a hunt for writes that no counter sees.
         positions: which of each row's real tokens are kept, by the attention mask of the call: a number (0 the first,
             -1 the last; its axis is taken off), several, a slice, an integer tensor ``(batch, k)`` or a bool mask
             ``(batch, seq)``; ``slice(None)`` for every real token, so that ``reducer=Mean(flatten=2)`` is the mean
@@ -100,7 +102,7 @@ class ActivationCaching(HookingContextFactory):
         pick: Pick = None,
         index: Index = None,
         hold: Hold = "detached",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         reducer: Reducer | type[Reducer] | None = None,
         batch_dims: int = 0,
@@ -108,6 +110,7 @@ class ActivationCaching(HookingContextFactory):
         stop_early: bool = False,
         allow_empty: bool = False,
         prepend: bool = False,
+        check: Check = "versions",
         positions: Positions = None,
         mask_key: Any = "auto",
         position_dim: int = 1,
@@ -119,6 +122,8 @@ class ActivationCaching(HookingContextFactory):
             raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {hold!r}")
         if reducer is not None and not isinstance(reducer, Reducer) and not _is_reducer_class(reducer):
             raise ValueError(f"reducer= is a Reducer such as Stack(), got {reducer!r}")
+        if check not in get_args(Check):
+            raise ValueError(f"check is one of {', '.join(map(repr, get_args(Check)))}, got {check!r}")
         if batch_dims < 0:
             raise ValueError(f"batch_dims is a number of leading dimensions, got {batch_dims}")
         chosen = tuple(dict.fromkeys(directions or ("fwd",)))
@@ -132,12 +137,13 @@ class ActivationCaching(HookingContextFactory):
             nested=use_nested_keys or len(chosen) > 1,
             callback=callback,
             pick=pick,
-            keep=Keep(hold=hold, index=index, dtype=dtype, device=None if device is None else torch.device(device)),
+            keep=Keep(hold=hold, index=index, dtype=dtype, device=device),
             reducer=Last() if reducer is None else reducer() if isinstance(reducer, type) else reducer,
             batch_dims=batch_dims,
             stack_by=stack_by,
             stop_early=stop_early,
             prepend=prepend,
+            check=check,
             positions=positions,
             mask_key=mask_key,
             position_dim=position_dim,

@@ -2,19 +2,22 @@
 
 Aliases are what makes capture free, and what an in-place operation (``ReLU(inplace=True)``, ``x += y``) silently turns
 into another value. Every tensor has a version counter that such an operation raises, on it or on any alias of it.
-Whoever keeps an alias notes the version here and asks before the value is used.
+Whoever keeps an alias notes the version here and asks before the value is used. Writes that raise no counter (through
+``.data``, numpy, dlpack, ``swap_tensors``, some fused optimisers) are only seen by comparing checksums.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from tdcache.errors import InplaceModificationError, listed
 
-__all__ = ["InplaceWatch", "NO_COUNTER", "overwritten", "version_of"]
+__all__ = ["InplaceWatch", "NO_COUNTER", "checksum", "overwritten", "version_of"]
 
 NO_COUNTER = -1
 
@@ -24,6 +27,15 @@ def version_of(value: Any) -> int:
     if not isinstance(value, Tensor) or value.is_inference():
         return NO_COUNTER
     return value._version
+
+
+def checksum(tensor: Tensor) -> int:
+    """A number that changes with the values of a tensor; 0 of a sparse, nested or meta tensor."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        return 0
+    flat = tensor.detach().reshape(-1).resolve_conj().resolve_neg().cpu()
+    values: Any = flat.view(torch.uint8).numpy()
+    return zlib.crc32(values)
 
 
 def overwritten(paths: Sequence[str], remedy: str = "keep a copy with hold='snapshot'") -> InplaceModificationError:
@@ -39,25 +51,36 @@ class _Seen(NamedTuple):
     path: str
     tensor: Tensor
     version: int
+    checksum: int
 
 
 class InplaceWatch:
-    """Tensors that are kept, each with the path and the version it was seen with."""
+    """Tensors that are kept, each with the path and the version it was seen with.
 
-    __slots__ = ("seen",)
+    Args:
+        by_value: compare checksums as well, for writes that no counter sees.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_by_value", "seen")
+
+    def __init__(self, *, by_value: bool = False) -> None:
+        self._by_value = by_value
         self.seen: list[_Seen] = []
 
     def add(self, path: str, tensor: Any) -> None:
         """Watch a tensor from now on; what has no version counter is left out."""
         version = version_of(tensor)
         if version != NO_COUNTER:
-            self.seen.append(_Seen(path, tensor, version))
+            self.seen.append(_Seen(path, tensor, version, checksum(tensor) if self._by_value else 0))
 
     def changed(self) -> list[str]:
         """The paths whose tensor was overwritten since, each once."""
-        return list(dict.fromkeys(path for path, tensor, version in self.seen if tensor._version != version))
+        return list(dict.fromkeys(seen.path for seen in self.seen if self._is_changed(seen)))
+
+    def _is_changed(self, seen: _Seen) -> bool:
+        if seen.tensor._version != seen.version:
+            return True
+        return self._by_value and checksum(seen.tensor) != seen.checksum
 
     def check(self, remedy: str = "keep a copy with hold='snapshot'") -> None:
         """Refuse to go on with overwritten values.

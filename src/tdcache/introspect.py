@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import count
 from operator import attrgetter
 from types import CodeType, FrameType
@@ -28,9 +29,12 @@ __all__ = [
     "function_mode_count",
     "global_hooks",
     "has_stale_graph",
+    "has_tensor_hooks",
     "in_backward",
+    "in_transform",
     "is_compiled",
     "is_optimized_module",
+    "is_wrapped",
     "keep_frames_out_of_graphs",
     "keep_out_of_graphs",
     "keyword_arguments",
@@ -40,10 +44,12 @@ __all__ = [
     "post_hooks",
     "pre_hooks",
     "push_function_mode",
+    "remove_hooks",
     "scripted_ancestor",
     "set_eval_frame",
     "skip_frame",
     "storage_users",
+    "unwrapped",
     "why_not_called",
 ]
 
@@ -96,6 +102,9 @@ def add_tensor_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> 
             node._register_hook_dict(tensor)  # type: ignore[attr-defined]
     hooks[-next(_tensor_hooks)] = hook  # torch numbers its own upward from zero
 
+
+has_tensor_hooks = attrgetter("_backward_hooks")
+"""What says whether anyone has set a tensor hook on this very tensor."""
 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
@@ -158,9 +167,60 @@ backward_task = torch._C._current_graph_task_id
 """The backward that autograd is running on this thread; ``NO_TASK`` outside of one. Not to be asked in a graph."""
 
 
+def remove_hooks(hook_dicts: Sequence[Any], is_meant: Callable[[Any], bool]) -> None:
+    """Remove the forward hooks that are meant from the modules whose hook dicts these are, without a trace."""
+    found = {id(hooks): [number for number, hook in hooks.items() if is_meant(hook)] for hooks in hook_dicts}
+    states = [each for each in gc.get_referrers(*hook_dicts) if type(each) is dict] if hook_dicts else []
+    for state in states:
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            for number in found.get(id(state.get(name)), ()):
+                for extra in ("", "_with_kwargs", "_always_called"):
+                    state.get(name + extra, {}).pop(number, None)
+
+
 def in_backward() -> bool:
     """Whether autograd is running a backward on this thread: a forward in there is a checkpoint's recomputation."""
     return not torch.compiler.is_compiling() and backward_task() != NO_TASK
+
+
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+"""Whether a tensor is what a module sees inside a transform of ``torch.func``."""
+
+
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is under way on this thread."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def unwrapped(value: Tensor) -> Tensor:
+    """A copy of the tensor that ``value`` stands for inside ``vmap``, ``grad`` or ``jvp``, without their graphs.
+
+    Call it while the transforms are under way. Of a ``vmap`` it is what a Python loop over the samples and a
+    ``torch.stack`` would give: ``(*mapped, *shape)``, the outermost first; what does not depend on the sample is
+    repeated.
+    """
+    functorch, layers = torch._C._functorch, torch._functorch.pyfunctorch
+    mapped = {
+        layer.level(): layer.batch_size()
+        for layer in layers.retrieve_all_functorch_interpreters()
+        if isinstance(layer, layers.VmapInterpreter)
+    }
+    axes: list[tuple[int, int]] = []
+    inside = value
+    while is_wrapped(inside):
+        axes.append((functorch.maybe_get_level(inside), functorch.maybe_get_bdim(inside)))
+        inside = functorch.get_unwrapped(inside)
+    left, axis_of = list(range(inside.ndim)), {}
+    for level, axis in reversed(axes):  # the innermost wrapper counts the axes of the tensor itself
+        if axis >= 0:
+            axis_of[level] = left.pop(axis)
+    with layers.temporarily_clear_interpreter_stack():
+        moved = inside.detach().permute(*(axis_of[level] for level in sorted(mapped) if level in axis_of), *left)
+        for place, level in enumerate(sorted(mapped)):
+            if level not in axis_of:
+                moved = moved.unsqueeze(place)
+        sizes = [mapped[level] for level in sorted(mapped)]
+        return moved.expand(*sizes, *moved.shape[len(sizes) :]).clone()
 
 
 def calls_on_stack(module: nn.Module | None) -> int:

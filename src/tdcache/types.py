@@ -10,6 +10,7 @@ from torch import nn
 
 __all__ = [
     "CacheKey",
+    "Check",
     "Hold",
     "HookDirection",
     "Index",
@@ -27,6 +28,9 @@ Match = Literal["full", "prefix", "search"]
 
 Hold = Literal["detached", "live", "snapshot"]
 """How a captured tensor is kept: an alias without graph, the tensor with its graph, or a detached copy."""
+
+Check = Literal["versions", "values"]
+"""How it is found that a kept alias was overwritten: by torch's version counter, or by checksums as well."""
 
 CacheKey: TypeAlias = str | tuple[str, ...]
 """A key of a TensorDict: the dotted path is ONE string; tuples are nested."""

@@ -124,13 +124,13 @@ def test_each_row_may_have_a_target_of_its_own():
         torch.testing.assert_close(by_call[row], alone, rtol=1e-9, atol=1e-12)
 
 
-def test_it_runs_twice_the_rows_once_and_the_outputs_are_those_of_the_inputs():
+def test_it_runs_the_rows_of_the_reference_and_those_of_the_input_once_and_the_outputs_are_those_of_the_inputs():
     model, x, start = ConvNet(), *torch.randn(2, 3, 1, 8, 8)
     rows = []
     watch = model.c1.forward
     model.c1.forward = lambda value: (rows.append(len(value)), watch(value))[1]
     td = run(DeepLift(target=1), model, x, start)
-    assert rows == [6]
+    assert rows == [3, 3]
     torch.testing.assert_close(td["output"], model(x).detach(), rtol=1e-5, atol=1e-6)  # a batch of another size
     assert torch.equal(td["input"], x)
     both = run(DeepLift(target=1, chunk=1), model, x, start)

@@ -12,7 +12,7 @@ from attribution.nets import ConvNet, Transformer
 from model_state import state_of
 from rounding import assert_same_but_rounding
 from stable_ids import stable_id
-from tdcache import AttributionError, HookingContextFactory, attribution
+from tdcache import AttributionError, HookingContextFactory, TdcacheWarning, attribution
 from tdcache import CompositeHookingContextFactory as Together
 from tdcache.attribution import (
     LRP,
@@ -184,7 +184,7 @@ def test_rules_of_one_method_do_not_touch_the_rows_of_another():
 
 def test_a_rule_with_weights_at_a_module_without_is_refused_by_name():
     with pytest.raises(AttributionError, match=r"ZPlus\(eps=1e-06\) needs a linear module, and '1' is a ReLU"):
-        run(LRP(target=0, rules=((nn.ReLU, ZPlus()),)), net(), torch.randn(2, 5, dtype=torch.float64))
+        run(LRP(target=0, rules=((nn.ReLU, ZPlus()), (nn.Linear, None))), net(), torch.randn(2, 5, dtype=torch.float64))
     with pytest.raises(ValueError, match="alpha - beta = 1, got alpha=2, beta=3"):
         AlphaBeta(2, 3)
 
@@ -399,11 +399,13 @@ def test_what_a_module_without_a_rule_loses_is_reported_as_a_gap():
     x = torch.randn(3, 4, dtype=torch.float64)
     layers = [nn.Linear(4, 5, bias=False), Squared(), nn.Linear(5, 2, bias=False)]
     model = nn.Sequential(*layers).double()
-    td = run(LRP(target=1, rules=Epsilon(0.0)), model, x)
+    with pytest.warns(TdcacheWarning, match=r"LRP has no rule for '1 \(Squared\)': .*td\['gap', ...\] says how much"):
+        td = run(LRP(target=1, rules=Epsilon(0.0)), model, x)
     value = model(x)[:, 1].detach()
     torch.testing.assert_close(td["gap", "input"], td["attr", "input"].sum(1) - value)
     torch.testing.assert_close(td["gap", "input"], value)  # the derivative of a square passes twice the value on
-    sites = run(LRP("[01]", target=1, rules=Epsilon(0.0)), model, x)
+    meant = ((Squared, None), (nn.Linear, Epsilon(0.0)))  # no warning
+    sites = run(LRP("[01]", target=1, rules=meant), model, x)
     torch.testing.assert_close(sites["gap", "0"], value)
     torch.testing.assert_close(sites["gap", "1"], torch.zeros_like(value))
     ruled = run(LRP(target=1, rules=((Squared, Pass()), (nn.Linear, Epsilon(0.0)))), model, x)

@@ -81,7 +81,9 @@ def test_clean_and_corrupt_share_one_forward_and_one_backward(monkeypatch):
         DirectLogitAttribution(SITES, norm="ln_f", target=difference, name="direct"),
     )
     run(stack, model, data)
-    assert counter.counts == (2, 1)  # the second forward is that of a stream of zeros
+    assert counter.counts == (3, 1)  # a few rows to see where rows are, both inputs, and a stream of zeros
+    run(stack, model, data)
+    assert counter.counts == (5, 2)
 
 
 def test_without_a_counterfactual_the_patch_is_zero():

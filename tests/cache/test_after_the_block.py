@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
+from stable_ids import stable_id
 from tdcache import ActivationCaching, Concatenate, First, Mean, Stack
 
 
@@ -189,7 +190,7 @@ DIRECTIONS = [
 
 
 @pytest.mark.filterwarnings("ignore::tdcache.TdcacheWarning")
-@pytest.mark.parametrize("options", LIFETIMES, ids=str)
+@pytest.mark.parametrize("options", LIFETIMES, ids=stable_id)
 @pytest.mark.parametrize("directions", DIRECTIONS, ids=str)
 @pytest.mark.parametrize("backward", ["none", "inside", "twice", "after", "graph"])
 def test_everything_dies_with_its_last_reference(options, directions, backward):
@@ -217,7 +218,7 @@ def test_everything_dies_with_its_last_reference(options, directions, backward):
 
 @pytest.mark.parametrize("directions", DIRECTIONS, ids=str)
 @pytest.mark.parametrize("stop", [False, True])
-@pytest.mark.parametrize("options", [{}, {"hold": "live"}, {"callback": a_callback}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"hold": "live"}, {"callback": a_callback}], ids=stable_id)
 def test_a_forward_that_ended_early_keeps_nothing(directions, stop, options):
     class Boom(Exception):
         pass

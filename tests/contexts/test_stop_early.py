@@ -5,7 +5,14 @@ import torch
 from tensordict import TensorDict
 
 from small_models import MLP
-from tdcache import ActivationCaching, DirectionError, StopForward
+from tdcache import (
+    ActivationCaching,
+    CompositeHookingContextFactory,
+    DirectionError,
+    HookFactory,
+    StopForward,
+    cache_activations,
+)
 
 
 @pytest.fixture
@@ -109,3 +116,40 @@ def test_a_site_that_never_fires_lets_the_forward_run_to_its_end(model, x):
         ActivationCaching(r"layers|layers\.0", stop_early=True).prepare(model) as hooked,
     ):
         assert hooked(x).shape == (5, 2)
+
+
+def test_a_block_that_a_plain_call_stops_ends_quietly(model, x, ran):
+    with cache_activations(model, r"layers\.0", stop_early=True) as cache:
+        model(x)
+        raise AssertionError("the stop ends the block")
+    assert ran == ["layers.0"]
+    assert torch.equal(cache["layers.0"], model.layers[0](x))
+
+
+@pytest.mark.parametrize("stopping_first", [True, False])
+def test_the_stop_of_one_context_passes_through_the_others(model, x, stopping_first):
+    stopping, other = ActivationCaching(r"layers\.1", stop_early=True), ActivationCaching(r"layers\.0")
+    outer, inner = (stopping, other) if stopping_first else (other, stopping)
+    with outer.prepare(model) as first, inner.prepare(model) as second:
+        model(x)
+    assert sorted((*first.cache.keys(), *second.cache.keys())) == ["layers.0", "layers.1"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_composite_swallows_the_stop_of_a_child(model, x, nested):
+    factory = CompositeHookingContextFactory(
+        ActivationCaching(r"layers\.1", stop_early=True), ActivationCaching(r"layers\.0")
+    )
+    if nested:
+        factory = CompositeHookingContextFactory(factory, ActivationCaching(r"layers\.2", allow_empty=True))
+    with factory.prepare(model) as hooked:
+        model(x)
+    assert {"layers.0", "layers.1"} == set(hooked.cache.keys())
+
+
+def test_a_stop_of_somebody_else_is_not_swallowed(model, x):
+    hook = HookFactory.make_stopping_hook("layers.0")
+    handle = model.layers[0].register_forward_hook(hook)
+    with pytest.raises(StopForward, match=r"'layers\.0'"), ActivationCaching("act").prepare(model):
+        model(x)
+    handle.remove()

@@ -13,8 +13,9 @@ from model_state import state_of
 from small_models import MLP
 from store.faulty_files import contents
 from tdcache import ActivationDataset, harvest
+from tdcache.compat import collector
 from tdcache.errors import SelectionError, SpecError, TdcacheWarning
-from tdcache.harvesting import ActivationStore, collect_activations_from_dataloader, loop, memory, preflight
+from tdcache.harvesting import ActivationStore, collect_activations_from_dataloader, loop, preflight
 from tdcache.harvesting.progress import Progress
 from tdcache.harvesting.workers import Share
 from tdcache.store.layout import Layout
@@ -84,7 +85,7 @@ class Told(Progress):
     ],
 )
 def test_collecting_says_how_many_rows_there_will_be(monkeypatch, make, most, total):
-    monkeypatch.setattr(memory, "Progress", Told)
+    monkeypatch.setattr(collector, "Progress", Told)
     monkeypatch.setattr(Told, "totals", [])
     collect_activations_from_dataloader(MLP(), make(), "head", most)
     assert Told.totals[-1] == total

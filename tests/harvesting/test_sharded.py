@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from harvesting.test_processes import TESTS, free_port
-from tdcache.harvesting.whole import whole_tensor
+from tdcache.harvesting.sharding import whole_tensor
 
 pytest.importorskip("torch.distributed.fsdp", reason="needs FSDP2")
 

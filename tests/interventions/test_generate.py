@@ -9,7 +9,6 @@ from tdcache import (
     ActivationAddition,
     ActivationCaching,
     ActivationPatching,
-    EditError,
     HookedModule,
     Stack,
     SteeringVectors,
@@ -92,15 +91,14 @@ def test_a_second_generation_begins_with_a_prefill_again(built, ids):
     assert zeroed == [True, False, False, True, False]
 
 
-def test_without_a_key_value_cache_every_step_is_a_prefill(built, ids):
+@pytest.mark.parametrize("steps", ["prefill", "decode"])
+def test_without_a_key_value_cache_steps_are_told_by_the_ids_that_grow(built, ids, steps):
     model, path = built
-    plain = generate(model, ids, use_cache=False)
-    with Ablation(path, steps="decode").prepare(model):
-        assert torch.equal(generate(model, ids, use_cache=False), plain)
-    with Ablation(path).prepare(model):
-        every = generate(model, ids, use_cache=False)
-    with Ablation(path, steps="prefill").prepare(model):
-        assert torch.equal(generate(model, ids, use_cache=False), every)
+    caching = ActivationCaching(path, reducer=Stack(), index=(slice(None), -1))
+    with Ablation(path, steps=steps).prepare(model), caching.prepare(model) as hooked:
+        generate(model, ids, 3, use_cache=False)
+    zeroed = [not bool(value.any()) for value in hooked.cache[path]]
+    assert zeroed == [True, False, False] if steps == "prefill" else [False, True, True]
 
 
 def test_steering_by_zero_generates_the_same(built, ids):
@@ -119,11 +117,10 @@ def test_a_prompt_is_patched_in_the_prefill(built, ids):
     with ActivationPatching(last, source=cache, steps="prefill").prepare(model):
         patched = generate(model, other, 1)
     assert torch.equal(patched[:, -1], generate(model, ids, 1)[:, -1])
-    with (
-        ActivationPatching(last, source=cache, positions=2).prepare(model),
-        pytest.raises(EditError, match="steps='prefill'"),
-    ):
-        generate(model, other)
+    with ActivationPatching(last, source=cache, positions=4, steps="prefill").prepare(model):
+        expected = generate(model, other)
+    with ActivationPatching(last, source=cache, positions=4).prepare(model):
+        assert torch.equal(generate(model, other), expected)  # token 4 is cached when others are added
 
 
 def test_an_addition_that_was_fitted_steers_the_generation(built, ids):

@@ -219,3 +219,15 @@ def test_an_intervention_is_saved_over_itself_again_and_again(tmp_path):
         save_intervention(SteeringVectors("h", torch.full((2,), float(number))), tmp_path)
         assert torch.equal(load_intervention(tmp_path).vectors, torch.full((2,), float(number)))
         assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_every_option_comes_back(tmp_path):
+    given = {
+        "positions": slice(-2, None), "heads": (4, [1, 3]), "rows": torch.tensor([True, False]), "calls": [0, 2],
+        "direction": "fwd_pre", "pick": (1, 0), "steps": "decode", "mask_key": "~pad", "match": "search",
+        "position_dim": 2, "unit_dim": -2,
+    }  # fmt: skip
+    save_intervention(Ablation("0", **given), tmp_path)
+    found = load_intervention(tmp_path)
+    assert torch.equal(found.rows, given.pop("rows"))
+    assert {name: getattr(found, name) for name in given} == given

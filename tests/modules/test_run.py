@@ -333,7 +333,7 @@ def test_of_a_structured_value_the_picked_tensor_is_replaced_and_the_rest_kept(k
         (torch.zeros(5, 3), r"shape \(5, 4\), torch.float32, cpu\n.*shape \(5, 3\), torch.float32, cpu"),
         (torch.zeros(5, 4).double(), r"torch.float32, cpu\n.*torch.float64"),
         (torch.zeros(5, 4, device="meta"), r"cpu\n.*meta"),
-        ((torch.zeros(5, 4),), r"output of 'layers.1' is of type Tensor and cannot be replaced by tuple"),
+        ((torch.zeros(5, 4),), r"output of 'layers.1' of type Tensor cannot be replaced by tuple"),
     ],
 )
 def test_a_replacement_that_does_not_fit_is_an_error_that_names_both(hooked, x, new, named):

@@ -353,3 +353,45 @@ def test_an_argument_inside_a_tuple_is_edited(pick, x):
 
     with attach(Outer(), "inner", double, direction="fwd_pre", pick=pick) as hooked:
         torch.testing.assert_close(hooked(x), 7 * x if isinstance(pick, tuple) else 2 * x)
+
+
+def test_the_gradient_at_an_output_is_the_one_that_a_cache_keeps_other_uses_included(model, x):
+    kept, grads = [], []
+    pipeline = FwdBwdHooks().append_fwd(kept.append).append_bwd(grads.append)
+    with CompositeHookingContextFactory(
+        AttachedPipeline(r"layers\.1", pipeline), ActivationCaching(r"layers\.1", directions=["bwd"])
+    ).prepare(model) as hooked:
+        (hooked(x).sum() + 3 * kept[0].sum()).backward()
+    assert torch.equal(grads[0], hooked.cache["layers.1"])
+
+
+def test_of_two_pipelines_at_one_site_the_later_sees_the_gradient_first(model, x):
+    seen = []
+    first = FwdBwdHooks().append_bwd(lambda grad: seen.append(("first", grad.clone())))
+    second = (
+        FwdBwdHooks().append_bwd(lambda grad: seen.append(("second", grad.clone()))).append_bwd(lambda grad: 2 * grad)
+    )
+    with attach(model, r"layers\.1", first), attach(model, r"layers\.1", second):
+        model(x).sum().backward()
+    assert [name for name, _ in seen] == ["second", "first"]
+    assert torch.equal(seen[1][1], 2 * seen[0][1])
+
+
+def test_a_handed_on_input_keeps_its_other_gradients_out_of_the_pipeline():
+    grads, x = [], torch.ones(2, 3, requires_grad=True)
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    with attach(model, "1", FwdBwdHooks().append_bwd(grads.append)):
+        (model(x).sum() + 5 * x.sum()).backward()
+    assert torch.equal(grads[0], torch.ones(2, 3))
+    assert torch.equal(x.grad, torch.full((2, 3), 6.0))
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_hooks_on_gradients_know_which_call_it_was(asks):
+    linear = nn.Linear(3, 3)
+    model, seen = nn.Sequential(linear, nn.ReLU(), linear), []
+    note = (lambda grad, call, forward: seen.append((forward, call))) if asks else (lambda grad: seen.append(None))
+    with attach(model, "0", FwdBwdHooks().append_bwd(note)):
+        for _ in range(2):
+            model(torch.ones(2, 3)).sum().backward()
+    assert seen == ([(0, 1), (0, 0), (1, 1), (1, 0)] if asks else [None] * 4)

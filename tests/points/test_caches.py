@@ -28,6 +28,7 @@ from tdcache import (
     cache_activations,
 )
 from tdcache.points import HookedRootModule, HookPoint, hook_root
+from tdcache.points.point_cache import PointCache
 
 MID = "blocks.1.hook_resid_mid"
 PATTERN = "blocks.0.attn.hook_pattern"
@@ -562,3 +563,67 @@ def test_the_companion_of_a_tensordict_free_model_gives_the_same(model, tokens):
     _, cache = root.run_with_cache(tokens)
     _, own = model.run_with_cache(tokens)
     assert_same(cache, {f"inside.{name}": value for name, value in own.items()})
+
+
+class ShorthandCache:
+    """How TransformerLens' ``ActivationCache`` uses its dict: it asks for shorthands before it spells them out."""
+
+    def __init__(self, activations):
+        self.activations = activations
+
+    def __getitem__(self, key):
+        if key in self.activations:
+            return self.activations[key]
+        kind, layer = key
+        return self.activations[f"blocks.{layer}.attn.hook_{kind}"]
+
+    def remove_batch_dim(self):
+        for key in self.activations:
+            self.activations[key] = self.activations[key][0]
+
+
+def test_a_cache_stands_where_a_dict_is_asked_for_shorthands():
+    model, tokens = small_transformer(HookedRootModule, HookPoint), some_tokens()
+    _, cache = model.run_with_cache(tokens[:1])
+    plain = {name: value.clone() for name, value in cache.items()}
+    assert isinstance(cache, TensorDict)
+    assert list(cache) == list(plain)
+    for asked in (("q", 0), ("q", -1), ("q", None), ("q", 0, "attn"), 0, ()):
+        assert asked not in cache
+    short = ShorthandCache(cache)
+    assert torch.equal(short["q", 0], plain["blocks.0.attn.hook_q"])
+    assert torch.equal(short["hook_embed"], plain["hook_embed"])
+    short.remove_batch_dim()
+    assert all(torch.equal(cache[name], value[0]) for name, value in plain.items())
+
+
+def test_a_cache_with_a_batch_iterates_as_every_tensordict():
+    cache = PointCache({"a": torch.arange(2)}, batch_size=[2])
+    assert [int(row["a"]) for row in cache] == [0, 1]
+
+
+@pytest.mark.parametrize("hold", ["snapshot", "detached"])
+def test_caching_hooks_that_stay_hold_what_was_seen_or_say_that_it_was_overwritten(hold):
+    class Overwriting(HookedRootModule):
+        def __init__(self):
+            super().__init__()
+            self.point = HookPoint()
+            self.setup()
+
+        def forward(self, x):
+            return self.point(2 * x).relu_()
+
+    model, x = Overwriting(), torch.tensor([-1.0, 1.0])
+    cache = model.add_caching_hooks(hold=hold)
+    if hold == "detached":
+        with pytest.raises(InplaceModificationError, match="'point' was overwritten"):
+            model(x)
+        return
+    for scale in (1, 3):
+        model(scale * x)
+        assert torch.equal(cache["point"], 2 * scale * x)
+    model.point(x)  # outside of a forward of the root
+    assert torch.equal(cache["point"], x)
+    with torch.inference_mode():
+        model(x)
+    assert torch.equal(cache["point"], 2 * x)

@@ -8,6 +8,7 @@ from torch import nn
 
 from points.point_models import Branches
 from tdcache import ActivationCaching, HookedModule, MultiHookManager
+from tdcache.hooks import MultiHookHandle, register_hook_to_module
 from tdcache.points import list_hooks
 
 
@@ -137,3 +138,14 @@ def test_the_printed_report_is_a_table(model):
         "a     fwd      0  tdcache  doubled  permanent",
         "sum   fwd_pre  0  foreign  theirs",
     ]
+
+
+def test_a_muted_hook_is_listed_as_the_hook_that_it_is(model):
+    model.a.add_hook(doubled)
+    handle = MultiHookHandle([register_hook_to_module(model.sum, lambda module, args, output: None)])
+    shown = rows(list_hooks(model))
+    with handle.muted():
+        muted = rows(list_hooks(model))
+    assert [row[:4] for row in muted] == [row[:4] for row in shown]
+    assert [row[4] for row in muted] == [shown[0][4], f"{shown[1][4]} (muted)"]
+    assert rows(list_hooks(model)) == shown

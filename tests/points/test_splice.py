@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from model_state import state_of
@@ -143,11 +145,93 @@ def test_of_the_arguments_one_tensor_goes_through(pick, expected):
         assert torch.equal(model(torch.ones(1)), torch.tensor([expected]))
 
 
-def test_a_pick_without_a_tensor_is_an_error_that_names_path_and_point():
-    model = Keywords()
-    insert_hook_point(model, "inner", "hook", before=True, pick=1)
-    with pytest.raises(CaptureError, match=r"'inner'.*'hook'"):
+def test_a_pick_without_a_tensor_is_the_error_that_a_cache_gives():
+    model, messages = Keywords(), []
+    with insert_hook_point(model, "inner", "hook", before=True, pick=1), pytest.raises(CaptureError) as caught:
         model(torch.ones(1))
+    messages.append(str(caught.value))
+    with (
+        ActivationCaching("inner", directions=["fwd_pre"], pick=1).prepare(model),
+        pytest.raises(CaptureError) as caught,
+    ):
+        model(torch.ones(1))
+    assert (
+        messages
+        == [str(caught.value)]
+        == ["pick=1 gives int at 'inner'; a cache holds tensors (or TensorDicts of them)"]
+    )
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Lists()
+
+    def forward(self, x):
+        return self.inner({"pair": [x, 10 * x]}, last=100 * x)
+
+
+class Lists(nn.Module):
+    def forward(self, given, *, last):
+        return [given["pair"][0], {"deep": given["pair"][1] + last}]
+
+
+@pytest.mark.parametrize(
+    ("pick", "before"),
+    [
+        ((0, "pair", 1), True),
+        (("given", "pair", -1), True),
+        (-1, True),
+        ("last", True),
+        (None, True),
+        ((1, "deep"), False),
+        ((-1, "deep"), False),
+        (0, False),
+        (None, False),
+    ],
+)
+def test_a_pick_means_at_a_point_what_it_means_to_a_cache(pick, before):
+    model, seen = Nested(), []
+    with insert_hook_point(model, "inner", "hook", before=before, pick=pick) as point:
+        point.add_hook(lambda tensor, hook: seen.append(tensor.clone()))
+        with ActivationCaching("inner", directions=["fwd_pre" if before else "fwd"], pick=pick).prepare(
+            model
+        ) as hooked:
+            model(torch.ones(1))
+        assert torch.equal(seen[0], hooked.cache["inner"])
+        point.add_hook(doubled)
+        with ActivationCaching("inner", directions=["fwd_pre" if before else "fwd"], pick=pick).prepare(
+            model
+        ) as hooked:
+            model(torch.ones(1))
+        assert torch.equal(hooked.cache["inner"], 2 * seen[0])
+
+
+def two_steps():
+    return TensorDictSequential(
+        TensorDictModule(nn.Linear(2, 2), in_keys=["x"], out_keys=["first"]),
+        TensorDictModule(nn.Linear(2, 2), in_keys=["first"], out_keys=["second"]),
+    )
+
+
+@pytest.mark.parametrize(("before", "key"), [(False, "second"), (True, "first")])
+def test_of_a_tensordict_module_its_own_entry_goes_through(before, key):
+    model, x = two_steps(), torch.ones(3, 2)
+    expected = model(TensorDict({"x": x}))
+    with insert_hook_point(model, "module.1", "hook", before=before) as point:
+        point.add_hook(doubled)
+        changed = model(TensorDict({"x": x}))
+    assert torch.equal(changed[key], 2 * expected[key])
+    assert torch.equal(changed["x"], x)
+
+
+def test_the_gradient_at_a_point_in_a_tensordict_module_is_that_of_its_own_entry():
+    model, grads = two_steps(), []
+    with insert_hook_point(model, "module.0", "hook") as point:
+        point.add_hook(lambda grad, hook: grads.append(grad.clone()), dir="bwd")
+        out = model(TensorDict({"x": torch.ones(3, 2, requires_grad=True)}))
+        out["second"].sum().backward()
+    assert torch.equal(grads[0], torch.ones(3, 2) @ model.module[1].module.weight)
 
 
 def test_a_replacement_that_does_not_fit_a_structure_is_an_edit_error(x):

@@ -177,6 +177,19 @@ def test_a_script_gives_the_same_on_a_changed_import(script):
             assert mine == other
 
 
+def test_its_cache_object_takes_our_tensordict():
+    model, tokens = small_transformer(HookedRootModule, HookPoint), some_tokens()
+    _, cache = model.run_with_cache(tokens[:1])
+    kept = {name: value.clone() for name, value in cache.items()}
+    theirs = lens.ActivationCache(cache, model)
+    assert theirs.has_embed
+    assert torch.equal(theirs["q", 0], kept[Q])
+    assert torch.equal(theirs["resid_mid", 1], kept[MID])
+    assert list(theirs) == list(kept)
+    theirs.remove_batch_dim()
+    assert torch.equal(theirs[Q], kept[Q][0])
+
+
 def test_a_subclass_that_guards_its_hooks_runs_on_a_changed_import():
     def guarded(root, point):
         made = small_transformer(root, point)

@@ -37,6 +37,7 @@ from tdcache.attribution.quadrature import quadrature
 from tdcache.attribution.reductions import attention_rollout, difference_x_gradient, grad_cam, gradient_x_activation
 from tdcache.attribution.rollout import AttentionRollout
 from tdcache.attribution.smoothgrad import SmoothGrad
+from tdcache.attribution.targets import Unit
 
 __all__ = [
     "ActivationMaximisation",
@@ -72,6 +73,7 @@ __all__ = [
     "SiteAttribution",
     "SmoothGrad",
     "StopGradient",
+    "Unit",
     "WSquare",
     "ZPlus",
     "attention_rollout",

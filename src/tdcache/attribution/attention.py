@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from tdcache.attribution.asks import wide
 from tdcache.attribution.base import Attribution, Work
 from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import Seen, key_of
+from tdcache.attribution.place import Place
+from tdcache.attribution.point import wide
 from tdcache.errors import AttributionError
 from tdcache.selection import as_matcher
 from tdcache.types import Match, Pick, Selector
@@ -78,9 +79,9 @@ class QKAttributionPatching(Attribution):
         """The selectors of the method by role."""
         return {role: (selector, self.match) for role, selector in self.selectors.items()}
 
-    def site_options(self, role: str) -> tuple[Pick, int | None]:
-        """Which tensor and which call of the selected modules."""
-        return (self.pick if role == "pattern" else None, None)
+    def places(self, role: str, paths: Sequence[str]) -> list[Place]:
+        """What the modules of a role return."""
+        return [Place("out", path, self.pick if role == "pattern" else None) for path in paths]
 
     def work(self, frame: Frame) -> Work:
         """Ask for what the scores need, and compute them."""
@@ -140,7 +141,7 @@ class _Layer:
     pattern: Tensor
     visible: Tensor
     frozen: Tensor
-    """Rows that see no key, whose pattern depends on no query: ``(batch, heads, query, 1)``."""
+    """PointRows that see no key, whose pattern depends on no query: ``(batch, heads, query, 1)``."""
     scale: float
 
     @classmethod

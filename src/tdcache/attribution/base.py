@@ -16,21 +16,25 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from tdcache.attribution.asks import Ask, Modifies, Point
 from tdcache.attribution.frame import Frame
-from tdcache.attribution.runs import Runner, Survey
+from tdcache.attribution.place import Place
+from tdcache.attribution.point import Ask, Modifies, Point
+from tdcache.attribution.runner import Runner
+from tdcache.attribution.survey import Survey
 from tdcache.attribution.targets import TargetLike
 from tdcache.contexts import HookingContextFactory
-from tdcache.errors import AttributionError
+from tdcache.errors import AttributionError, DirectionError, TdcacheError
 from tdcache.hooks import MultiHookHandle
 from tdcache.modules import HookedModule
 from tdcache.selection import Selection, as_matcher, select
-from tdcache.types import Match, Pick, Selector
+from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
 __all__ = ["Attribution", "Scores", "SiteAttribution", "Work"]
 
 Scores: TypeAlias = Mapping[tuple[Any, ...], Any]
 """What is written: full key to tensor, such as ``("attr", "layers.0")``."""
+
+Forward: TypeAlias = Callable[[TensorDictBase], TensorDictBase]
 
 Work: TypeAlias = Generator[Iterable[Ask], None, Scores]
 """A method at work: it yields what it asks for, is resumed when its sinks have seen that, and returns its scores."""
@@ -68,6 +72,10 @@ class Attribution(HookingContextFactory):
         chunk: how many points (steps of a path, samples) one forward takes; None for all of them.
         create_graph: keep the scores differentiable.
         snapshot: copy activations when they are seen; by default where the model has modules that work in place.
+        inputs: the keys of the inputs that are explained and moved along paths; the others are held constant. All
+            floating-point inputs by default.
+        allow_unused: what the target does not depend on has scores of zero, and modules that do not run have none,
+            instead of being errors.
     """
 
     def __init__(
@@ -79,6 +87,8 @@ class Attribution(HookingContextFactory):
         chunk: int | None = None,
         create_graph: bool = False,
         snapshot: bool | None = None,
+        inputs: Sequence[CacheKey] | None = None,
+        allow_unused: bool = False,
     ) -> None:
         super().__init__()
         if chunk is not None and chunk < 1:
@@ -89,6 +99,8 @@ class Attribution(HookingContextFactory):
         self.chunk = chunk
         self.create_graph = create_graph
         self.snapshot = snapshot
+        self.inputs = None if inputs is None else tuple(inputs)
+        self.allow_unused = allow_unused
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(target={self.target!r})"
@@ -97,9 +109,9 @@ class Attribution(HookingContextFactory):
         """The selectors of the method by role."""
         return {}
 
-    def site_options(self, role: str) -> tuple[Pick, int | None]:
-        """Which tensor and which call of the sites of one role."""
-        return (None, None)
+    def places(self, role: str, paths: Sequence[str]) -> list[Place]:
+        """The places that are meant at the modules of one role."""
+        return [Place("out", path) for path in paths]
 
     def work(self, frame: Frame) -> Work:
         """Ask for points, reduce what is seen, and return the scores."""
@@ -124,18 +136,21 @@ class Attribution(HookingContextFactory):
         token = _RUNNING.set(running | {id(model)})
         try:
             with torch.inference_mode(False):
-                return _shared_pass(module, data, forward, list(_OPEN.get(model, ())))
+                return _any_batch(module, data, forward, list(_OPEN.get(model, ())))
         finally:
             _RUNNING.reset(token)
 
 
 class SiteAttribution(Attribution):
-    """Base of the methods that explain what modules return.
+    """Base of the methods that explain values inside the model.
 
     Args:
-        selector: which modules.
+        selector: which modules; None for the inputs of the model, where the method explains these.
         match: how patterns are held against paths.
-        pick: which tensor of a structured output.
+        direction: ``"fwd"`` for what modules return, ``"fwd_pre"`` for what they read. The gradient of an input is that
+            of the module's own use of it.
+        pick: which tensor of a structured value; a list of picks for several, whose scores are written below the path:
+            ``("attr", path, "0")``.
         call: which call of a module that runs several times in one forward; 0 the first, -1 the last.
         reduce: axes of the scores that are summed, such as -1 for the features.
         **options: see :class:`Attribution`.
@@ -143,32 +158,46 @@ class SiteAttribution(Attribution):
 
     def __init__(
         self,
-        selector: Selector,
+        selector: Selector | None,
         *,
         match: Match = "full",
-        pick: Pick = None,
+        direction: HookDirection = "fwd",
+        pick: Pick | list[Pick] = None,
         call: int | None = None,
         reduce: int | Sequence[int] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        as_matcher(selector, match)  # an unusable selector is refused here, not on entering
+        if selector is not None:
+            as_matcher(selector, match)  # an unusable selector is refused here, not on entering
+        if direction not in ("fwd", "fwd_pre"):
+            raise DirectionError(
+                f"attribution explains what modules return, 'fwd', or read, 'fwd_pre'; got {direction!r}"
+            )
+        if pick == "all":
+            raise ValueError("pick='all' does not say how many scores there are; give a list, such as pick=[0, 1]")
         self.selector = selector
         self.match: Match = match
+        self.direction = direction
         self.pick = pick
         self.call = call
         self.reduce = reduce
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.selector!r}, target={self.target!r})"
+        where = "" if self.selector is None else f"{self.selector!r}, "
+        return f"{type(self).__name__}({where}target={self.target!r})"
 
     def selectors_by_role(self) -> Mapping[str, tuple[Selector, Match]]:
         """The selectors of the method by role."""
-        return {"sites": (self.selector, self.match)}
+        return {} if self.selector is None else {"sites": (self.selector, self.match)}
 
-    def site_options(self, role: str) -> tuple[Pick, int | None]:
-        """Which tensor and which call of the selected modules."""
-        return (self.pick, self.call)
+    def places(self, role: str, paths: Sequence[str]) -> list[Place]:
+        """The places that are meant at the selected modules."""
+        kind = "out" if self.direction == "fwd" else "in"
+        if not isinstance(self.pick, list):
+            return [Place(kind, path, self.pick, self.call) for path in paths]
+        parts = {pick: tuple(map(str, pick if isinstance(pick, tuple) else (pick,))) for pick in self.pick}
+        return [Place(kind, path, pick, self.call, part) for path in paths for pick, part in parts.items()]
 
     def _summed(self, scores: Tensor) -> Tensor:
         """Sum the axes of ``reduce``."""
@@ -177,20 +206,33 @@ class SiteAttribution(Attribution):
         return scores.sum(dim=self.reduce if isinstance(self.reduce, int) else tuple(self.reduce))
 
 
-def _shared_pass(
-    module: HookedModule,
-    data: TensorDictBase,
-    forward: Callable[[TensorDictBase], TensorDictBase],
-    crowd: list[_Member],
-) -> TensorDictBase:
-    results = {"attr", "gap", "baseline", "corrupt"}
+def _any_batch(module: HookedModule, data: TensorDictBase, forward: Forward, crowd: list[_Member]) -> TensorDictBase:
+    """The pass; several batch dimensions become one for a model that does not take them, such as a convolution."""
+    if data.batch_dims < 2:
+        return _shared_pass(module, data, forward, crowd)
+    try:
+        return _shared_pass(module, data, forward, crowd)
+    except TdcacheError:
+        raise
+    except (RuntimeError, ValueError) as refusal:
+        flat = data.reshape(-1)
+        try:
+            result = _shared_pass(module, flat, forward, crowd)
+        except (RuntimeError, ValueError):
+            raise refusal from None
+    shape = data.batch_size
+    for key, value in result.items(include_nested=True, leaves_only=True):
+        if data.get(key, None) is None:
+            data.set(key, value.reshape(*shape, *value.shape[1:]))
+    return data
+
+
+def _shared_pass(module: HookedModule, data: TensorDictBase, forward: Forward, crowd: list[_Member]) -> TensorDictBase:
+    results = {"attr", "gap", "leak", "baseline", "corrupt"}
     bare = data.exclude(*(key for key in results if key in data)) if results & set(data.keys()) else data
     runner = _runner(module, _without_inference(bare), forward, crowd)
     base = Point(label="base")
-    frames = [
-        Frame(runner, data, member.selections, member.factory.target, member.factory.modifiers, base=base)
-        for member in crowd
-    ]
+    frames = [Frame(runner, data, member.factory, member.selections, base=base) for member in crowd]
     scores = _work_together(runner, [(m, m.factory.work(f)) for m, f in zip(crowd, frames, strict=True)], base)
     final = runner.finish(base)
     graph = any(member.factory.create_graph for member in crowd)
@@ -204,34 +246,23 @@ def _shared_pass(
     return data
 
 
-def _runner(module: HookedModule, data: TensorDictBase, forward: Any, crowd: list[_Member]) -> Runner:
-    modules: dict[str, nn.Module] = {}
-    options: dict[str, tuple[Pick, int | None]] = {}
-    for member in crowd:
-        for role, selection in member.selections.items():
-            wanted = member.factory.site_options(role)
-            for path, submodule, _ in selection:
-                modules[path] = submodule
-                if options.setdefault(path, wanted) != wanted:
-                    raise AttributionError(
-                        f"two methods in one pass read {path!r} differently: (pick, call) = {options[path]!r} and "
-                        f"{wanted!r}; give both the same, or open them one after the other"
-                    )
+def _runner(module: HookedModule, data: TensorDictBase, forward: Forward, crowd: list[_Member]) -> Runner:
     survey = Survey.of(module.model)
-    chunks = [member.factory.chunk for member in crowd if member.factory.chunk is not None]
-    copies = [member.factory.snapshot for member in crowd if member.factory.snapshot is not None]
+    factories = [member.factory for member in crowd]
+    chunks = [factory.chunk for factory in factories if factory.chunk is not None]
+    copies = [factory.snapshot for factory in factories if factory.snapshot is not None]
+    selections = [selection for member in crowd for selection in member.selections.values()]
     return Runner(
         module.model,
         forward,
         data,
         in_keys=module.in_keys,
         out_keys=module.out_keys,
-        modules=modules,
-        options=options,
+        modules={path: submodule for selection in selections for path, submodule, _ in selection},
         chunk=min(chunks) if chunks else None,
         watched=survey.watched or _runs_otherwise(module),
         survey=survey,
-        create_graph=any(member.factory.create_graph for member in crowd),
+        create_graph=any(factory.create_graph for factory in factories),
         snapshot=any(copies) if copies else None,
     )
 

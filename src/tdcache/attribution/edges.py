@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tdcache.attribution.asks import Ask, Place, Point, wide
 from tdcache.attribution.base import Attribution, Work
 from tdcache.attribution.frame import Frame, nothing
 from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.integrated import WeightedSum
+from tdcache.attribution.place import Place
+from tdcache.attribution.point import Ask, Between, Point, wide
 from tdcache.attribution.quadrature import quadrature
 from tdcache.errors import AttributionError
 from tdcache.selection import as_matcher
@@ -74,9 +75,13 @@ class EdgeAttributionPatching(Attribution):
         """The selectors of the method by role."""
         return {role: (selector, self.match) for role, selector in self.selectors.items()}
 
+    def places(self, role: str, paths: Sequence[str]) -> list[Place]:
+        """What writers return, and what readers read."""
+        return [Place("in" if role == "readers" else "out", path) for path in paths]
+
     def work(self, frame: Frame) -> Work:
         """Ask for what the scores need, and compute them."""
-        writers, readers = frame.sites("writers"), frame.readers("readers")
+        writers, readers = frame.sites("writers"), frame.sites("readers")
         corrupt = frame.counterfactual()
         stream = frame.sites("embeddings") if "embeddings" in self.selectors else []
         clean, other = Seen([*writers, *stream], with_grads=False), Seen([*writers, *stream], with_grads=False)
@@ -117,7 +122,7 @@ class EdgeAttributionPatching(Attribution):
     ) -> Point:
         """The point ``A' + node * (A - A')``, of the inputs or of the embeddings."""
         if stream:
-            mixed = {str(p.name): other.values[p] + node * (clean.values[p] - other.values[p]) for p in stream}
+            mixed = Between({place: other.values[place] for place in stream}, clean.values, node)
             return frame.point(("edges", id(self), node), replace=mixed)
         if not frame.inputs():
             raise AttributionError(

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdcache.attribution.asks import Ask, Modifies, Place, Point, View
-from tdcache.attribution.runs import Runner
-from tdcache.attribution.targets import Target, TargetLike, as_targets
+from tdcache.attribution.place import Place
+from tdcache.attribution.point import Ask, Between, Modifies, Point, View, wide
+from tdcache.attribution.runner import Runner
+from tdcache.attribution.targets import Target, as_targets
 from tdcache.errors import AttributionError, listed
 from tdcache.selection import Selection
 from tdcache.types import CacheKey
 
-__all__ = ["Baseline", "Frame", "nothing"]
+if TYPE_CHECKING:
+    from tdcache.attribution.base import Attribution
+
+__all__ = ["Baseline", "Frame", "InputPath", "nothing"]
 
 Baseline = Tensor | float | int | Mapping[Any, Any] | Callable[[Tensor], Tensor] | None
 
@@ -32,9 +37,8 @@ class Frame:
     Args:
         runner: the pass.
         data: the user's TensorDict.
-        selections: the method's sites by role.
-        target: as the user gave it.
-        modifiers: those of the method.
+        method: the recipe.
+        selections: its sites by role.
         base: the user's rows.
     """
 
@@ -42,32 +46,40 @@ class Frame:
         self,
         runner: Runner,
         data: TensorDictBase,
+        method: Attribution,
         selections: Mapping[str, Selection],
-        target: TargetLike,
-        modifiers: Sequence[Modifies],
         *,
         base: Point,
     ) -> None:
         self.runner = runner
         self.data = data
         self.model = runner.model
-        self.modifiers = tuple(modifiers)
-        self.targets: dict[str | None, Target] = as_targets(target, runner.out_keys)
+        self.method = method
+        self.modifiers: tuple[Modifies, ...] = method.modifiers
+        targets = as_targets(method.target, runner.out_keys)
+        self.targets: dict[str | None, Target] = {n: runner.targets.setdefault(t, t) for n, t in targets.items()}
         """The targets by name."""
         self._selections = selections
         self.base = base if not self.modifiers else self.point("base")
 
     def sites(self, role: str = "sites") -> list[Place]:
-        """The places of a role: what its modules return."""
-        return [Place("out", path) for path in dict.fromkeys(self._selections[role].paths)]
+        """The places of a role."""
+        return self.method.places(role, list(dict.fromkeys(self._selections[role].paths)))
 
-    def readers(self, role: str) -> list[Place]:
-        """What the modules of a role read."""
-        return [Place("in", path) for path in dict.fromkeys(self._selections[role].paths)]
+    def subjects(self) -> list[Place]:
+        """The sites; without a selector the inputs."""
+        return self.sites() if "sites" in self._selections else self.explained()
 
     def inputs(self) -> dict[CacheKey, Tensor]:
-        """The floating-point inputs of the model."""
-        found = {key: self.data.get(key) for key in self.runner.in_keys}
+        """The floating-point inputs of the model, or those of them that ``inputs=`` names.
+
+        Raises:
+            AttributionError: ``inputs=`` names another.
+        """
+        keys = self.method.inputs
+        if keys is not None:
+            self._refuse_unknown("inputs=", keys)
+        found = {key: self.data.get(key) for key in self.runner.in_keys if keys is None or key in keys}
         return {key: tensor for key, tensor in found.items() if tensor is not None and tensor.is_floating_point()}
 
     def explained(self) -> list[Place]:
@@ -134,7 +146,8 @@ class Frame:
         Raises:
             AttributionError: one of another shape.
         """
-        found = self._given("baseline")
+        held = () if self.method.inputs is None else set(self.runner.in_keys) - set(self.method.inputs)
+        found = {key: value for key, value in self._given("baseline").items() if key not in held}
         if isinstance(baseline, Mapping):
             self._refuse_unknown("baseline", baseline)
         for key, tensor in self.inputs().items():
@@ -146,20 +159,53 @@ class Frame:
 
     def along(self, start: Mapping[CacheKey, Tensor], node: float, tag: Any) -> Point:
         """The point ``start + node * (input - start)`` of the straight path to the inputs."""
-        moved = {}
-        for key, low in start.items():
-            high = self.data.get(key)
-            if not high.is_floating_point():
-                raise AttributionError(
-                    f"the input {key!r} is of integers, between which there is no path; give a site instead, such as "
-                    "the embeddings"
-                )
-            moved[key] = low + node * (high - low)
-        return self.point(("path", node, tag), inputs=moved)
+        high = {key: self.data.get(key) for key in start}
+        integers = next((key for key, value in high.items() if not value.is_floating_point()), None)
+        if integers is not None:
+            raise AttributionError(
+                f"the input {integers!r} is of integers, between which there is no path; give a site instead, such as "
+                "the embeddings"
+            )
+        return self.point(("path", node, tag, tuple(start)), inputs=Between(start, high, node))
+
+    def path(self, baseline: Baseline) -> InputPath:
+        """The straight path from the baseline to the inputs; methods of equal baselines share its points."""
+        shared = baseline is None or isinstance(baseline, int | float)
+        return InputPath(self, self.baselines(baseline), ("given", baseline) if shared else id(baseline))
+
+    def completeness_gap(self, parts: Mapping[Place, Tensor], wanted: Tensor) -> Tensor:
+        """By how much the sum of each row's scores misses ``wanted``.
+
+        NaN where the rows of a score cannot be told; of a TensorDict without a batch size, the sum of all rows.
+        """
+        wanted = wide(wanted)
+        if not self.data.batch_dims:
+            return torch.stack([part.sum() for part in parts.values()]).sum() - wanted.sum()
+        total = torch.zeros_like(wanted)
+        for place, part in parts.items():
+            axis = self.runner.row_axis(place, part)
+            own = None if axis is None else part.movedim(axis, 0)
+            known = own is not None and own.shape[: wanted.ndim] == wanted.shape
+            total = total + (own.reshape(*wanted.shape, -1).sum(-1) if known and own is not None else torch.nan)
+        return total - wanted
 
     def ask(self, point: Point, sink: Callable[[View], None], target: Target | None = None, **fields: Any) -> Ask:
         """An ask; see :class:`Ask`."""
+        fields.setdefault("unused", self.method.allow_unused)
         return Ask(point=point, sink=sink, target=target, **fields)
+
+
+@dataclass(frozen=True, slots=True)
+class InputPath:
+    """Points between a baseline and the inputs."""
+
+    frame: Frame
+    start: Mapping[CacheKey, Tensor]
+    tag: Any
+
+    def __call__(self, node: float) -> Point:
+        """The point at ``node``, 0 being the baseline."""
+        return self.frame.along(self.start, node, self.tag)
 
 
 def _fitted(value: Any, like: Tensor, node: str, key: CacheKey) -> Tensor:

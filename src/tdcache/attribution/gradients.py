@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from tdcache.attribution.asks import Place, View, wide
-from tdcache.attribution.base import Attribution, Scores, SiteAttribution, Work
+from tdcache.attribution.base import Attribution, SiteAttribution, Work
 from tdcache.attribution.frame import Frame
 from tdcache.attribution.modifiers import GuidedReLU
+from tdcache.attribution.place import Place
+from tdcache.attribution.point import View, wide
 from tdcache.attribution.reductions import grad_cam, gradient_x_activation
 from tdcache.types import Selector
 
@@ -20,14 +22,17 @@ __all__ = ["GradCAM", "GradientXActivation", "GuidedBackpropagation", "InputXGra
 
 def key_of(name: str | None, target: str | None, place: Place | str) -> tuple[Any, ...]:
     """The key of a score: ``("attr", name, target, place)``, without the parts that are None."""
-    where = place.name if isinstance(place, Place) else place
+    where, part = (place.name, place.part) if isinstance(place, Place) else (place, ())
     parts = (*((name,) if name is not None else ()), *((target,) if target is not None else ()))
-    return ("attr", *parts, *(where if isinstance(where, tuple) else (where,)))
+    return ("attr", *parts, *(where if isinstance(where, tuple) else (where,)), *part)
 
 
 @dataclass(slots=True)
 class Seen:
-    """A sink that keeps the values and gradients of one point, and the target's values."""
+    """A sink that keeps the values and gradients of one point, and the target's values.
+
+    Places that did not run, or got no gradient, are left out; the pass has refused those that may not be missing.
+    """
 
     places: Sequence[Place]
     values: dict[Place, Tensor] = field(default_factory=dict)
@@ -35,16 +40,18 @@ class Seen:
     target: Tensor | None = None
     with_values: bool = True
     with_grads: bool = True
-    lenient: bool = False
-    """Whether places that got no gradient are left out."""
 
     def __call__(self, view: View) -> None:
         """Keep what the view shows."""
         if self.with_values:
-            self.values = {place: view.value(place) for place in self.places}
+            self.values = {place: view.value(place) for place in self.places if view.ran(place)}
         if self.with_grads:
-            self.grads = {place: view.grad(place) for place in self.places if not self.lenient or view.reached(place)}
+            self.grads = {place: view.grad(place) for place in self.places if view.reached(place)}
         self.target = view.target
+
+    def grad(self, place: Place, like: Tensor) -> Tensor:
+        """The gradient, or zeros, in at least single precision."""
+        return wide(self.grads[place]) if place in self.grads else torch.zeros_like(wide(like))
 
 
 class _InputMethod(Attribution):
@@ -61,13 +68,12 @@ class _InputMethod(Attribution):
             frame.ask(frame.base, seen[name], target, values=values, grads=places)
             for name, target in frame.targets.items()
         ]
-        return self._scores(seen)
-
-    def _scores(self, seen: dict[str | None, Seen]) -> Scores:
         return {
-            key_of(self.name, name, place): self._score(each.values.get(place), each.grads[place])
+            key_of(self.name, name, place): self._score(
+                each.values.get(place), each.grad(place, frame.data.get(place.name))
+            )
             for name, each in seen.items()
-            for place in each.places
+            for place in places
         }
 
     def _score(self, value: Any, grad: Tensor) -> Tensor:
@@ -98,14 +104,14 @@ class Saliency(_InputMethod):
         self.absolute = absolute
 
     def _score(self, value: Any, grad: Tensor) -> Tensor:
-        return wide(grad.abs() if self.absolute else grad)
+        return grad.abs() if self.absolute else grad
 
 
 class InputXGradient(_InputMethod):
     """The gradient times the input, elementwise (Shrikumar et al. 2016, arXiv:1605.01713)."""
 
     def _score(self, value: Any, grad: Tensor) -> Tensor:
-        return gradient_x_activation(wide(value), wide(grad))
+        return gradient_x_activation(wide(value), grad)
 
 
 class GuidedBackpropagation(Saliency):
@@ -136,9 +142,9 @@ class _SiteMethod(SiteAttribution):
             for name, target in frame.targets.items()
         ]
         return {
-            key_of(self.name, name, place): self._summed(self._score(each.values[place], each.grads[place]))
+            key_of(self.name, name, place): self._summed(self._score(wide(value), each.grad(place, value)))
             for name, each in seen.items()
-            for place in places
+            for place, value in each.values.items()
         }
 
     def _score(self, value: Tensor, grad: Tensor) -> Tensor:
@@ -168,7 +174,7 @@ class GradientXActivation(_SiteMethod):
         self.multiply_by_inputs = multiply_by_inputs
 
     def _score(self, value: Tensor, grad: Tensor) -> Tensor:
-        return gradient_x_activation(wide(value), wide(grad)) if self.multiply_by_inputs else wide(grad)
+        return gradient_x_activation(value, grad) if self.multiply_by_inputs else grad
 
 
 class GradCAM(_SiteMethod):
@@ -187,4 +193,4 @@ class GradCAM(_SiteMethod):
         self.relu = relu
 
     def _score(self, value: Tensor, grad: Tensor) -> Tensor:
-        return grad_cam(wide(value), wide(grad), relu=self.relu)
+        return grad_cam(value, grad, relu=self.relu)

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from tdcache.attribution.asks import Ask, Place, View, wide
 from tdcache.attribution.base import SiteAttribution, Work
 from tdcache.attribution.frame import Baseline, Frame
 from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.integrated import WeightedSum, gap_key
+from tdcache.attribution.place import Place
+from tdcache.attribution.point import Ask, View, wide
 from tdcache.attribution.quadrature import quadrature
 from tdcache.errors import AttributionError
 from tdcache.types import Selector
@@ -46,15 +48,6 @@ class _PathMethod(SiteAttribution):
         self.baseline = baseline
         self.nodes = quadrature(method, n_steps)
 
-    def _tag(self) -> Any:
-        return (
-            ("given",)
-            if self.baseline is None
-            else self.baseline
-            if isinstance(self.baseline, int | float)
-            else id(self)
-        )
-
 
 class InternalInfluence(_PathMethod):
     """The gradient at each selected module, averaged along the inputs' path (Leino et al. 2018, arXiv:1802.03788)."""
@@ -63,17 +56,17 @@ class InternalInfluence(_PathMethod):
         """Ask for what the scores need, and compute them."""
         places = frame.sites()
         frame.explained()  # integers have no path: the error says what to do
-        start = frame.baselines(self.baseline)
+        path = frame.path(self.baseline)
         sums = {name: WeightedSum() for name in frame.targets}
         yield [
-            frame.ask(frame.along(start, node, self._tag()), sums[name].sink(weight, places), target, grads=places)
+            frame.ask(path(node), sums[name].sink(weight, places), target, grads=places)
             for name, target in frame.targets.items()
             for node, weight in self.nodes
         ]
         return {
-            key_of(self.name, name, place): self._summed(total.sums[place])
-            for name, total in sums.items()
-            for place in places
+            key_of(self.name, name, place): self._summed(total)
+            for name, integral in sums.items()
+            for place, total in integral.sums.items()
         }
 
 
@@ -102,31 +95,25 @@ class Conductance(_PathMethod):
         """Ask for what the scores need, and compute them."""
         places = frame.sites()
         frame.explained()
-        start = frame.baselines(self.baseline)
+        path = frame.path(self.baseline)
         steps = {name: _Steps(places, len(self.nodes), self.method == "trapezoid") for name in frame.targets}
         ends = {name: (Seen(()), Seen(())) for name in frame.targets}
         asks: list[Ask] = []
         for name, target in frame.targets.items():
             asks += [
-                frame.ask(
-                    frame.along(start, node, self._tag()), steps[name].sink(at), target, values=places, grads=places
-                )
+                frame.ask(path(node), steps[name].sink(at), target, values=places, grads=places)
                 for at, (node, _) in enumerate(self.nodes)
             ]
-            asks.append(frame.ask(frame.along(start, 0.0, self._tag()), ends[name][0], target))
-            asks.append(frame.ask(frame.base, ends[name][1], target))
+            asks += [frame.ask(path(0.0), ends[name][0], target), frame.ask(frame.base, ends[name][1], target)]
         yield asks
         scores = {}
         for name, total in steps.items():
             low, high = (seen.target for seen in ends[name])
             if low is None or high is None:
                 raise AttributionError("the target was not computed at both ends of the path")
-            for place in places:
-                found = total.sums[place]
+            for place, found in total.sums.items():
                 scores[key_of(self.name, name, place)] = self._summed(found)
-                rows = found.reshape(*high.shape, -1).sum(-1) if found.shape[: high.ndim] == high.shape else None
-                if rows is not None:
-                    scores[gap_key(self.name, name, place)] = rows - wide(high - low)
+                scores[gap_key(self.name, name, place)] = frame.completeness_gap({place: found}, wide(high - low))
         return scores
 
 
@@ -148,6 +135,8 @@ class _Steps:
     def add(self, low: int) -> None:
         """Add the step from point ``low`` to the next."""
         for place in self.places:
+            if place not in self.waiting[low] or place not in self.waiting[low + 1]:
+                continue
             (before, grad), (after, next_grad) = self.waiting[low][place], self.waiting[low + 1][place]
             slope = (grad + next_grad) / 2 if self.average else grad
             term = slope * (after - before)  # g_k (a_{k+1} - a_k)
@@ -165,7 +154,11 @@ class _Step:
 
     def __call__(self, view: View) -> None:
         steps, at = self.steps, self.at
-        steps.waiting[at] = {place: (wide(view.value(place)), wide(view.grad(place))) for place in steps.places}
+        values = {place: wide(view.value(place)) for place in steps.places if view.ran(place)}
+        grads = {place: wide(view.grad(place)) for place in values if view.reached(place)}
+        steps.waiting[at] = {
+            place: (value, grads.get(place, torch.zeros_like(value))) for place, value in values.items()
+        }
         for low in (at - 1, at):
             if low in steps.waiting and low + 1 in steps.waiting:
                 steps.add(low)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tdcache.attribution.asks import Ask, Place, Point, View, wide
-from tdcache.attribution.base import Attribution, Scores, Work
+from tdcache.attribution.base import Scores, SiteAttribution, Work
 from tdcache.attribution.frame import Baseline, Frame, nothing
 from tdcache.attribution.gradients import Seen, key_of
+from tdcache.attribution.place import Place
+from tdcache.attribution.point import Ask, Between, Point, View, wide
 from tdcache.attribution.quadrature import quadrature
 from tdcache.errors import AttributionError
-from tdcache.selection import as_matcher
-from tdcache.types import Match, Pick, Selector
+from tdcache.types import Selector
 
-__all__ = ["IntegratedGradients", "WeightedSum", "gap_key", "row_sum"]
+__all__ = ["IntegratedGradients", "WeightedSum", "gap_key"]
 
 
 def gap_key(name: str | None, target: str | None, place: Place) -> tuple[Any, ...]:
@@ -36,6 +36,10 @@ class WeightedSum:
         """The sink of one point."""
         return _Term(self, weight, places)
 
+    def at(self, place: Place, like: Tensor) -> Tensor:
+        """The sum, or zeros where no gradient came."""
+        return self.sums[place] if place in self.sums else torch.zeros_like(wide(like))
+
 
 @dataclass(frozen=True, slots=True)
 class _Term:
@@ -52,7 +56,7 @@ class _Term:
             sums[place] = torch.add(sums[place], term, alpha=self.weight) if place in sums else term * self.weight
 
 
-class IntegratedGradients(Attribution):
+class IntegratedGradients(SiteAttribution):
     r"""The gradient averaged along the straight path from a baseline, times the difference (Sundararajan et al. 2017).
 
     Without a selector the inputs are explained. With one, every selected module's output: the path then runs from its
@@ -68,10 +72,9 @@ class IntegratedGradients(Attribution):
             these by in_key; zeros by default. For modules, a number or tensor takes the place of their activation; by
             default that of zero inputs, or zeros where all inputs are integers.
         multiply_by_inputs: multiply by the difference; without, the scores are averaged gradients.
-        match: see :class:`SiteAttribution`.
-        pick: likewise.
-        call: likewise.
-        **options: see :class:`Attribution`.
+        joint: move all selected modules along their paths at the same time, so that their scores share one sum; by
+            default one module at a time. What one of them computes from another is then no longer part of either score.
+        **options: see :class:`SiteAttribution`.
 
     Example:
         >>> import torch
@@ -91,33 +94,17 @@ class IntegratedGradients(Attribution):
         method: str = "gausslegendre",
         baseline: Baseline = None,
         multiply_by_inputs: bool = True,
-        match: Match = "full",
-        pick: Pick = None,
-        call: int | None = None,
+        joint: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
-        if selector is not None:
-            as_matcher(selector, match)
-        self.selector = selector
-        self.match: Match = match
-        self.pick = pick
-        self.call = call
+        super().__init__(selector, **options)
         self.nodes = quadrature(method, n_steps)
         self.baseline = baseline
         self.multiply_by_inputs = multiply_by_inputs
+        self.joint = joint
 
     def __repr__(self) -> str:
-        where = "" if self.selector is None else f"{self.selector!r}, "
-        return f"{type(self).__name__}({where}target={self.target!r}, n_steps={len(self.nodes)})"
-
-    def selectors_by_role(self) -> Mapping[str, tuple[Selector, Match]]:
-        """The selectors of the method by role."""
-        return {} if self.selector is None else {"sites": (self.selector, self.match)}
-
-    def site_options(self, role: str) -> tuple[Pick, int | None]:
-        """Which tensor and which call of the selected modules."""
-        return (self.pick, self.call)
+        return f"{super().__repr__()[:-1]}, n_steps={len(self.nodes)})"
 
     def work(self, frame: Frame) -> Work:
         """Ask for what the scores need, and compute them."""
@@ -125,30 +112,11 @@ class IntegratedGradients(Attribution):
 
     def _at_inputs(self, frame: Frame) -> Work:
         places = frame.explained()
-        start = frame.baselines(self.baseline)
-        tag = (
-            ("given",)
-            if self.baseline is None
-            else self.baseline
-            if isinstance(self.baseline, int | float)
-            else id(self)
-        )
-        sums = {name: WeightedSum() for name in frame.targets}
-        high = {name: Seen((), with_values=False) for name in frame.targets}
-        low = {name: Seen((), with_values=False) for name in frame.targets}
-        asks: list[Ask] = []
-        for name, target in frame.targets.items():
-            asks += [
-                frame.ask(
-                    frame.along(start, node, tag), sums[name].sink(weight, places), target, grads=places, unused=True
-                )
-                for node, weight in self.nodes
-            ]
-            asks.append(frame.ask(frame.along(start, 0.0, tag), low[name], target))
-            asks.append(frame.ask(frame.base, high[name], target))
-        yield asks
-        delta = {place: frame.data.get(place.name) - start[place.name] for place in places}
-        return self._scores(sums, dict.fromkeys(sums, delta), _differences(high, low), joint=True)
+        path = frame.path(self.baseline)
+        integrals = {name: _Integral(places) for name in frame.targets}
+        yield self._along(frame, path, integrals)
+        delta = {place: wide(frame.data.get(place.name) - path.start[place.name]) for place in places}
+        return self._scores(frame, [(integrals, delta)])
 
     def _at_sites(self, frame: Frame) -> Work:
         places = frame.sites()
@@ -158,24 +126,30 @@ class IntegratedGradients(Attribution):
             frame.ask(frame.base, high, values=places),
             frame.ask(start, low if inputs else nothing, values=places if inputs else ()),
         ]
-        ends = {place: (self._low(low, high.values[place], place), high.values[place]) for place in places}
-        sums = {name: WeightedSum() for name in frame.targets}
-        at_high = {name: Seen((), with_values=False) for name in frame.targets}
-        at_low = {(name, place): Seen((), with_values=False) for name in frame.targets for place in places}
-        asks = []
-        for name, target in frame.targets.items():
-            for place in places:
-                path = _SitePath(frame, place, *ends[place], id(self))
-                asks += [
-                    frame.ask(path(node), sums[name].sink(weight, [place]), target, grads=[place])
-                    for node, weight in self.nodes
-                ]
-                asks.append(frame.ask(path(0.0), at_low[name, place], target))
-            asks.append(frame.ask(frame.base, at_high[name], target))
+        ends = {place: (self._low(low, top, place), top) for place, top in high.values.items()}
+        asks: list[Ask] = []
+        found = []
+        for group in [list(ends)] if self.joint else [[place] for place in ends]:
+            integrals = {name: _Integral(group) for name in frame.targets}
+            asks += self._along(frame, _SitePath(frame, {place: ends[place] for place in group}, id(self)), integrals)
+            found.append((integrals, {place: wide(ends[place][1]) - wide(ends[place][0]) for place in group}))
         yield asks
-        delta = {place: wide(top) - wide(bottom) for place, (bottom, top) in ends.items()}
-        gaps = {(n, place): _minus(at_high[n], seen) for (n, place), seen in at_low.items()}
-        return self._scores(sums, dict.fromkeys(sums, delta), gaps, joint=False)
+        return self._scores(frame, found)
+
+    def _along(
+        self, frame: Frame, path: Callable[[float], Point], integrals: Mapping[str | None, _Integral]
+    ) -> list[Ask]:
+        """The points of one path, its end and its beginning."""
+        unused = self.selector is None or self.allow_unused
+        asks: list[Ask] = []
+        for name, target in frame.targets.items():
+            total = integrals[name]
+            asks += [
+                frame.ask(path(node), total.sum.sink(weight, total.places), target, grads=total.places, unused=unused)
+                for node, weight in self.nodes
+            ]
+            asks += [frame.ask(path(0.0), total.low, target), frame.ask(frame.base, total.high, target)]
+        return asks
 
     def _start(self, frame: Frame) -> tuple[Point, bool]:
         """The baseline's point, and whether the activations there are wanted."""
@@ -201,57 +175,45 @@ class IntegratedGradients(Attribution):
             ) from None
 
     def _scores(
-        self,
-        sums: dict[str | None, WeightedSum],
-        deltas: dict[str | None, dict[Place, Tensor]],
-        wanted: Mapping[Any, Tensor],
-        *,
-        joint: bool,
+        self, frame: Frame, found: Sequence[tuple[Mapping[str | None, _Integral], Mapping[Place, Tensor]]]
     ) -> Scores:
         scores: dict[tuple[Any, ...], Any] = {}
-        for name, total in sums.items():
-            delta = deltas[name]
-            grads = {place: total.sums.get(place, torch.zeros_like(delta[place])) for place in delta}
-            products = {place: grads[place] * wide(delta[place]) for place in delta}
-            for place in delta:
-                scores[key_of(self.name, name, place)] = products[place] if self.multiply_by_inputs else grads[place]
-                gap = wanted[name if joint else (name, place)]
-                parts = list(products.values()) if joint else [products[place]]
-                scores[gap_key(self.name, name, place)] = row_sum(parts, gap) - wide(gap)
+        for integrals, delta in found:
+            for name, total in integrals.items():
+                grads = {place: total.sum.at(place, step) for place, step in delta.items()}
+                products = {place: grads[place] * step for place, step in delta.items()}
+                gap = frame.completeness_gap(products, total.rise())
+                for place in delta:
+                    chosen = products if self.multiply_by_inputs else grads
+                    scores[key_of(self.name, name, place)] = self._summed(chosen[place])
+                    scores[gap_key(self.name, name, place)] = gap
         return scores
+
+
+class _Integral:
+    """The gradients of one target along one path, and its values at both ends."""
+
+    def __init__(self, places: list[Place]) -> None:
+        self.places = places
+        self.sum = WeightedSum()
+        self.high = Seen((), with_values=False)
+        self.low = Seen((), with_values=False)
+
+    def rise(self) -> Tensor:
+        """By how much the target rises along the path."""
+        if self.high.target is None or self.low.target is None:
+            raise AttributionError("the target was not computed at both ends of the path")
+        return wide(self.high.target) - wide(self.low.target)
 
 
 @dataclass(frozen=True, slots=True)
 class _SitePath:
-    """The points of the path at one site."""
+    """The points between what modules give for the baseline and for the inputs."""
 
     frame: Frame
-    place: Place
-    low: Tensor
-    high: Tensor
+    ends: Mapping[Place, tuple[Tensor, Tensor]]
     tag: int
 
     def __call__(self, node: float) -> Point:
-        path = str(self.place.name)
-        value = self.low + node * (self.high - self.low)
-        return self.frame.point(("site path", path, node, self.tag), replace={path: value})
-
-
-def _minus(high: Seen, low: Seen) -> Tensor:
-    if high.target is None or low.target is None:
-        raise AttributionError("the target was not computed at both ends of the path")
-    return wide(high.target) - wide(low.target)
-
-
-def _differences(high: Mapping[Any, Seen], low: Mapping[Any, Seen]) -> dict[Any, Tensor]:
-    return {name: _minus(high[name], low[name]) for name in high}
-
-
-def row_sum(parts: list[Tensor], like: Tensor) -> Tensor:
-    """The sum of all scores of each row, in the shape of the target's values."""
-    total = torch.zeros_like(wide(like))
-    for part in parts:
-        if like.ndim and part.shape[: like.ndim] != like.shape:
-            return total + torch.nan  # rows are not the leading axis here, so that the sum per row is unknown
-        total = total + part.reshape(*like.shape, -1).sum(-1)
-    return total
+        low, high = ({place: ends[at] for place, ends in self.ends.items()} for at in (0, 1))
+        return self.frame.point(("site path", tuple(low), node, self.tag), replace=Between(low, high, node))

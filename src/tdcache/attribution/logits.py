@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tdcache.attribution.asks import Place, Point, wide
 from tdcache.attribution.base import Attribution, SiteAttribution, Work
 from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import Seen, key_of
-from tdcache.attribution.integrated import row_sum
 from tdcache.attribution.lrp.norms import FreezeNorm
 from tdcache.attribution.norms import NormForm
+from tdcache.attribution.place import Place
+from tdcache.attribution.point import Point, wide
 from tdcache.attribution.reductions import gradient_x_activation
 from tdcache.errors import AttributionError
 from tdcache.hooks.values import first_tensor
@@ -62,9 +62,13 @@ class DirectLogitAttribution(Attribution):
         """The selectors of the method by role."""
         return {"writers": (self.writers, self.match), "norm": (self.norm, self.match)}
 
+    def places(self, role: str, paths: Sequence[str]) -> list[Place]:
+        """What writers return, and what the norm reads."""
+        return [Place("in" if role == "norm" else "out", path) for path in paths]
+
     def work(self, frame: Frame) -> Work:
         """Ask for what the scores need, and compute them."""
-        writers, norm = frame.sites("writers"), frame.readers("norm")
+        writers, norm = frame.sites("writers"), frame.sites("norm")
         if len(norm) != 1:
             raise AttributionError(f"norm={self.norm!r} means {len(norm)} modules; give the final norm alone")
         stream = norm[0]
@@ -92,14 +96,14 @@ class DirectLogitAttribution(Attribution):
             whole = gradient_x_activation(wide(each.values[stream]), grad)
             key = key_of(self.name, name, "bias")
             scores[key] = wide(bias)
-            scores["gap", *key[1:]] = row_sum([whole], value) + wide(bias) - wide(value)
+            scores["gap", *key[1:]] = frame.completeness_gap({stream: whole}, wide(value) - wide(bias))
         return scores
 
     def _without_stream(self, frame: Frame, stream: Place, value: Tensor) -> Point:
         """The point where the norm returns what it adds to a stream of zeros."""
         path = str(stream.name)
         bias = NormForm.of(resolve(frame.model, path), path, value).bias
-        return frame.point(("no stream", id(self)), replace={path: bias.expand_as(value)})
+        return frame.point(("no stream", id(self)), replace={Place("out", path): bias.expand_as(value)})
 
     @staticmethod
     def _fitting(value: Tensor, grad: Tensor, place: Place) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tdcache.attribution.base import Attribution, Work
@@ -52,6 +53,6 @@ class ActivationMaximisation(Attribution):
 
     def _moved(self, value: Tensor, grad: Tensor, frame: Frame) -> Tensor:
         axes = tuple(range(min(frame.data.batch_dims, grad.ndim - 1), grad.ndim))
-        norm = grad.norm(dim=axes, keepdim=True)
+        norm = torch.linalg.vector_norm(grad, dim=axes, keepdim=True)
         moved = value + self.rate * grad / norm.clamp(min=1e-12)
         return moved if self.project is None else self.project(moved)

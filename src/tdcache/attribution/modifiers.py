@@ -9,34 +9,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor, nn
 
-from tdcache.attribution.asks import Rows
+from tdcache.attribution.rows import PointRows
 from tdcache.contexts import HookingContextFactory
-from tdcache.hooks import MultiHookHandle, Order, attach
-from tdcache.hooks.values import leaves, pick_tensor
+from tdcache.hooks import MultiHookHandle, Order, OutputPort, attach
 from tdcache.modules import HookedModule
+from tdcache.paths import resolve_all
 from tdcache.selection import as_matcher, select
 from tdcache.types import Index, Match, Pick, Selector
 
-__all__ = ["GradDrop", "GradientHook", "GuidedReLU", "Installed", "Modifier", "ScaleGradient", "StopGradient"]
+__all__ = ["GradDrop", "GuidedReLU", "Installed", "Modifier", "ModifierHook", "ScaleGradient", "StopGradient"]
 
 
 class Installed(HookingContextFactory):
     """Base of what adds hooks for some rows of a pass, or as a context of its own for all: override :meth:`install`."""
 
-    def install(self, model: nn.Module, rows: Rows | None, handle: MultiHookHandle) -> None:
+    def install(self, model: nn.Module, rows: PointRows | None, handle: MultiHookHandle) -> None:
         """Add the hooks, for some rows or (None) for all."""
         raise NotImplementedError
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         handle = MultiHookHandle()
-        try:
+        with handle.installing():
             self.install(module.model, None, handle)
-        except BaseException:
-            handle.remove()
-            raise
         return handle
 
 
@@ -46,8 +44,8 @@ class Modifier(Installed):
     Args:
         selector: which modules.
         match: how patterns are held against paths.
-        pick: which tensor of a structured output; None for all of them.
-        index: the part of the tensor that is changed, counted behind the batch: ``(..., slice(0, 64))``.
+        pick: which tensor of a structured output; ``"all"`` for each of them.
+        index: the part of the tensor that is changed: ``(..., slice(0, 64))``.
     """
 
     def __init__(self, selector: Selector, *, match: Match = "full", pick: Pick = None, index: Index = None) -> None:
@@ -65,45 +63,55 @@ class Modifier(Installed):
         """The gradient that takes the place of ``grad``."""
         raise NotImplementedError
 
-    def install(self, model: nn.Module, rows: Rows | None, handle: MultiHookHandle) -> None:
+    def install(self, model: nn.Module, rows: PointRows | None, handle: MultiHookHandle) -> None:
         """Add the hooks, for some rows or (None) for all."""
-        for path, module, _ in select(model, self.selector, match=self.match):
-            hook = GradientHook(self, path, rows)
-            handle.add(attach(module, hook.on_output, order=hook.order))
+        for path, module in self._sites(model):
+            hook = ModifierHook(self, OutputPort(path, self.pick), rows)
+            handle.add(attach(module, hook.on_call, order=hook.order))
+
+    def _sites(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        return [(path, module) for path, module, _ in select(model, self.selector, match=self.match)]
 
 
 @dataclass(frozen=True, slots=True)
-class GradientHook:
-    """Sets a tensor hook on what one module returns."""
+class ModifierHook:
+    """Watches the gradient of what one module returns; of a tensor that it hands on, the module's own part."""
 
     modifier: Modifier
-    path: str
-    rows: Rows | None
+    port: OutputPort
+    rows: PointRows | None
     order: int = Order.EDIT
     rowwise: bool = True  # it treats rows independently, so that a pass may go on stacking them
 
-    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Watch the gradient of the output."""
-        pick = self.modifier.pick
-        tensors = [each for _, each in leaves(output)] if pick is None else [pick_tensor(output, pick, self.path)]
+    def on_call(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Have the modifier change the gradient."""
+        port, changed = self.port, None
+        every = port.pick == "all"
+        tensors = [t for _, t in port.parts(module, args, output)] if every else [port.read(module, args, output)]
         for tensor in tensors:
-            if tensor.requires_grad and not tensor.is_leaf:
-                tensor.register_hook(_Change(self, tensor.detach()))
+            if not tensor.requires_grad:
+                continue
+            axis = None if self.rows is None else self.rows.axis_in(port, module, args, output, tensor)
+            handed = port.watch(module, args, output, tensor, _Change(self, tensor.detach(), axis))
+            if handed is not None:
+                output = changed = handed
+        return changed
 
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """A tensor hook: the modifier's change, in its rows and at its index."""
+    """The modifier's change of one gradient, in its rows and at its index."""
 
-    hook: GradientHook
+    hook: ModifierHook
     output: Tensor
+    axis: int | None
 
     def __call__(self, grad: Tensor) -> Tensor:
         rows = self.hook.rows
-        if rows is None:
+        if rows is None or self.axis is None:
             return self._indexed(grad, self.output)
-        own = rows.part(self.output, self.hook.path)
-        return rows.change(grad, self.hook.path, lambda part: self._indexed(part, own))
+        own = rows.part(self.output, self.axis)
+        return rows.change(grad, self.axis, lambda part: self._indexed(part, own))
 
     def _indexed(self, grad: Tensor, output: Tensor) -> Tensor:
         modifier = self.hook.modifier
@@ -159,18 +167,11 @@ class GradDrop(StopGradient):
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
-        super().__init__(_OneOf(frozenset(paths)))
+        super().__init__("|".join(map(regex.escape, paths)))
         self.paths = tuple(paths)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({list(self.paths)!r})"
 
-
-@dataclass(frozen=True, slots=True)
-class _OneOf:
-    """Selects modules by their exact paths."""
-
-    paths: frozenset[str]
-
-    def __call__(self, path: str, module: nn.Module) -> bool:
-        return path in self.paths
+    def _sites(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        return [resolve_all(model, path) for path in self.paths]  # an unknown one is an error

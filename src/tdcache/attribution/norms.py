@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from tdcache.attribution.asks import wide
+from tdcache.attribution.point import wide
 from tdcache.errors import AttributionError
 
 __all__ = ["NormForm", "is_norm", "refuse_no_norm"]

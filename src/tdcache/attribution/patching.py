@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdcache.attribution.asks import Ask, Place, wide
 from tdcache.attribution.base import SiteAttribution, Work
 from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.modifiers import GradDrop
+from tdcache.attribution.place import Place
+from tdcache.attribution.point import Ask, wide
 from tdcache.attribution.reductions import difference_x_gradient
 from tdcache.errors import AttributionError
 from tdcache.selection import select
@@ -58,19 +59,17 @@ class AttributionPatching(SiteAttribution):
         other = Seen(places, with_grads=False)
         points = [frame.base] if self.drop is None else self._dropping(frame)
         seen = {(name, at): Seen(places) for name in frame.targets for at in range(len(points))}
+        unused = self.allow_unused or self.drop is not None
         asks: list[Ask] = [
-            frame.ask(points[at], each, frame.targets[name], values=places, grads=places, unused=self.drop is not None)
+            frame.ask(points[at], each, frame.targets[name], values=places, grads=places, unused=unused)
             for (name, at), each in seen.items()
         ]
-        if self.drop is not None:
-            for each in seen.values():
-                each.lenient = True
         if corrupt.inputs:
             asks.append(frame.ask(corrupt, other, values=places))
         yield asks
         scores: dict[tuple[Any, ...], Tensor] = {}
         for name in frame.targets:
-            for place in places:
+            for place in seen[name, 0].values:
                 parts = [self._score(seen[name, at], other, place) for at in range(len(points))]
                 scores[key_of(self.name, name, place)] = parts[0] if self.drop is None else _mean_size(parts)
         return scores
@@ -78,9 +77,7 @@ class AttributionPatching(SiteAttribution):
     def _score(self, seen: Seen, other: Seen, place: Place) -> Tensor:
         base = wide(seen.values[place])
         patched = wide(other.values[place]) if other.values else torch.zeros_like(base)
-        grad = seen.grads.get(place)
-        estimate = difference_x_gradient(base, patched, torch.zeros_like(base) if grad is None else wide(grad))
-        return self._summed(estimate)
+        return self._summed(difference_x_gradient(base, patched, seen.grad(place, base)))
 
     def _dropping(self, frame: Frame) -> list[Any]:
         """One point per layer, whose backward leaves that layer's contribution out."""

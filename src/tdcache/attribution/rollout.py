@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tdcache.attribution.asks import wide
 from tdcache.attribution.base import SiteAttribution, Work
 from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import Seen, key_of
+from tdcache.attribution.point import wide
 from tdcache.attribution.reductions import attention_rollout
 from tdcache.types import Pick, Selector
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from tdcache.attribution.asks import Ask, wide
 from tdcache.attribution.base import Attribution, Work
 from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import key_of
 from tdcache.attribution.integrated import WeightedSum
+from tdcache.attribution.point import Ask, wide
 
 __all__ = ["SmoothGrad"]
 
@@ -23,7 +23,7 @@ class SmoothGrad(Attribution):
     Args:
         n_samples: how many noisy copies.
         scale: standard deviation of the noise, as a share of each row's range (its maximum minus its minimum); where a
-            row is one number, of the batch's.
+            row is one number, of the batch's. Without a batch size all inputs are one row.
         seed: of the noise; equal seeds give equal scores.
         multiply_by_inputs: multiply by the input.
         **options: see :class:`Attribution`.
@@ -61,11 +61,9 @@ class SmoothGrad(Attribution):
         ]
         yield asks
         return {
-            key_of(self.name, name, place): total.sums[place] * wide(frame.data.get(place.name))
-            if self.multiply_by_inputs
-            else total.sums[place]
+            key_of(self.name, name, place): total.at(place, value) * (wide(value) if self.multiply_by_inputs else 1)
             for name, total in sums.items()
-            for place in places
+            for place, value in ((place, frame.data.get(place.name)) for place in places)
         }
 
     def _noisy(self, frame: Frame, at: int) -> dict[Any, torch.Tensor]:
@@ -75,7 +73,7 @@ class SmoothGrad(Attribution):
             generator = torch.Generator().manual_seed(hash((self.seed, at, number)) % (1 << 62))
             rows = frame.data.batch_dims
             noise = torch.randn(tensor.shape[rows:], generator=generator, dtype=torch.float32).to(tensor)
-            noisy[key] = tensor + self.scale * _span(tensor, max(rows, 1)) * noise
+            noisy[key] = tensor + self.scale * _span(tensor, rows) * noise
         return noisy
 
 

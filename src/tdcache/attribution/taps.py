@@ -6,60 +6,108 @@ it in place changes neither.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from tdcache.attribution.asks import Place, Rows
-from tdcache.errors import AttributionError, InplaceModificationError, listed
+from tdcache.attribution.place import Place
+from tdcache.attribution.rows import PointRows, UnstackableError
+from tdcache.errors import AttributionError
 from tdcache.hooks import Order
-from tdcache.hooks.values import leaves, pick_tensor, replace_tensor
-from tdcache.types import Pick
+from tdcache.hooks.gradients import watch_made
+from tdcache.hooks.values import leaves
+from tdcache.inplace import overwritten, version_of
 
-__all__ = ["InputTap", "OutputTap", "Replacement", "check_unchanged"]
+__all__ = ["Replacement", "SiteTap", "check_unchanged"]
 
 _CLOCK = count(1)
 
 
-class _Tap:
-    """Notes what passes one place in one forward: the value of each call, and the edge its gradient comes by."""
+class _SeenCall(NamedTuple):
+    value: Tensor | None
+    version: int
+    live: Tensor | None
+    edge: GradientEdge | None
 
-    order = Order.EDIT_GRADIENT  # behind the edits, whose result counts, and before the captures, which see our alias
 
-    def __init__(self, place: Place, pick: Pick, call: int | None) -> None:
+class SiteTap:
+    """Notes what passes one place in one forward: the value of each call, and the edge its gradient comes by.
+
+    Args:
+        place: where.
+        rows: those of one of several points, if the forward has several.
+        snapshot: copy values, and inputs whose gradient is wanted.
+        live: keep values with their graph.
+    """
+
+    order = Order.EDIT_GRADIENT  # after the edits, whose result counts, and before the captures, which see our alias
+
+    def __init__(self, place: Place, rows: PointRows | None, *, snapshot: bool, live: bool) -> None:
         self.place = place
-        self.pick = pick
-        self.call = call
-        self.wants_value = False
-        self.wants_grad = False
-        self.snapshot = False
-        self.live = False
+        self.port = place.port
+        self.rows = rows
+        self.snapshot = snapshot
+        self.live = live
+        self.wants_value = self.wants_grad = self.is_target = False
         self.grads: dict[int, Tensor] = {}
         """The gradient of each call in the latest backward."""
         self.when = 0
         """When the place was seen first."""
-        self._seen: list[tuple[Tensor | None, int, GradientEdge | None]] = []
+        self._seen: list[_SeenCall] = []
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.place.name!r})"
 
-    def note(self, tensor: Tensor) -> None:
-        """Keep the value and the edge of one call."""
+    @property
+    def sees_arguments(self) -> bool:
+        """Whether :meth:`on_output` is the hook: an output may be an argument that is handed on."""
+        return self.wants_grad and self.place.kind == "out"
+
+    def on_call(self, module: nn.Module, args: Any, rest: Any, given: Any = ()) -> Any:
+        """Note the value; hands on another tensor of the same value where the gradient could not be told otherwise."""
+        tensor = self.port.read(module, args, rest)
+        if self.rows is not None and self.rows.axis_at(self.place, tensor) is None and self.wants_grad:
+            raise UnstackableError(f"all rows share the value at {self.port.path!r}", paths=(self.port.path,))
+        passed = self._with_graph(tensor, given) if self.wants_grad else tensor
+        self._note(passed)
+        return None if passed is tensor else self.port.write(module, args, rest, passed)
+
+    def on_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """:meth:`on_call` for an output whose gradient is wanted: it may be one of the arguments, handed on."""
+        return self.on_call(module, args, output, given=(args, kwargs))
+
+    def _with_graph(self, tensor: Any, given: Any) -> Tensor:
+        """``tensor``, or one of the same value whose gradient is that of this module's side alone."""
+        if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise AttributionError(
+                f"the value at {self.place.name!r} is {kind}, which has no gradient; choose with pick="
+            )
+        if not tensor.requires_grad:  # frozen parameters and integer inputs: the graph begins here
+            return tensor.detach().requires_grad_().clone()
+        if self.place.kind == "in":  # the gradient of this reader alone
+            return tensor.clone() if self.snapshot or tensor.is_leaf else tensor.view_as(tensor)
+        # An in-place operation on a view takes it out of the graph, and snapshots say that there may be one.
+        if tensor.is_leaf or (self.snapshot and tensor._base is not None):
+            return tensor.clone()
+        return tensor.clone() if _is_among(tensor, *given) else tensor
+
+    def _note(self, tensor: Tensor) -> None:
         self.when = self.when or next(_CLOCK)
-        edge = None
+        edge = value = None
         if self.wants_grad:
             edge = get_gradient_edge(tensor)
-            tensor.register_hook(_Arrived(self.grads, len(self._seen)))
-        value = None
+            # What autograd.grad returns is from before the hooks that change a gradient where the backward goes on, and
+            # from after them where it ends. A hook of our own, after those, sees the same in both cases.
+            watch_made(tensor, _Arrived(self.grads, len(self._seen)), self.port.path)
         if self.wants_value:
             value = tensor if self.live else tensor.detach()
             value = value.clone() if self.snapshot else value
-        version = -1 if value is None or value.is_inference() else value._version
-        self._seen.append((value, version, edge))
+        self._seen.append(_SeenCall(value, version_of(value), tensor if self.is_target else None, edge))
 
     @property
     def calls(self) -> int:
@@ -69,37 +117,40 @@ class _Tap:
     def grad(self) -> Tensor | None:
         """The gradient that arrived at the call that counts."""
         self.chosen()
-        return self.grads.get(range(len(self._seen))[-1 if self.call is None else self.call])
+        return self.grads.get(range(len(self._seen))[-1 if self.place.call is None else self.place.call])
 
-    def chosen(self) -> tuple[Tensor | None, int, GradientEdge | None]:
+    def chosen(self) -> _SeenCall:
         """What the call that counts gave.
 
         Raises:
             AttributionError: the module did not run, or ran several times and none was chosen.
         """
+        name, call = self.place.name, self.place.call
         if not self._seen:
             raise AttributionError(
-                f"{self.place.name!r} did not run in the forward, so it has no score; select modules that are called"
+                f"{name!r} did not run in the forward, so it has no score; select modules that are called, or leave "
+                "it out with allow_unused=True"
             )
-        if self.call is None and len(self._seen) > 1:
+        if call is None and len(self._seen) > 1:
             raise AttributionError(
-                f"{self.place.name!r} ran {len(self._seen)} times in one forward; choose one call with call=0 (the "
-                "first) or call=-1 (the last)"
+                f"{name!r} ran {len(self._seen)} times in one forward; choose one call with call=0 (the first) or "
+                "call=-1 (the last)"
             )
         try:
-            return self._seen[-1 if self.call is None else self.call]
+            return self._seen[-1 if call is None else call]
         except IndexError:
-            raise AttributionError(
-                f"call={self.call}: {self.place.name!r} ran {len(self._seen)} times in the forward"
-            ) from None
+            raise AttributionError(f"call={call}: {name!r} ran {len(self._seen)} times in the forward") from None
+
+
+def _is_among(tensor: Tensor, args: Any = (), kwargs: Any = None) -> bool:
+    if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):  # the common case, and a hot path
+        return args[0] is tensor
+    return any(each is tensor for _, each in leaves((args, kwargs)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Arrived:
-    """A tensor hook that keeps the gradient, behind the hooks that change it.
-
-    What ``autograd.grad`` returns is from before those hooks where the backward goes on, and from behind where not.
-    """
+    """Keeps the gradient of one call."""
 
     grads: dict[int, Tensor]
     call: int
@@ -108,80 +159,41 @@ class _Arrived:
         self.grads[self.call] = grad
 
 
-class OutputTap(_Tap):
-    """Notes what a module returns."""
-
-    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Note it; hands on another tensor of the same value where the gradient could not be told otherwise."""
-        tensor = pick_tensor(output, self.pick, str(self.place.name))
-        passed = _with_graph(tensor, args, self.place) if self.wants_grad else tensor
-        self.note(passed)
-        return None if passed is tensor else replace_tensor(output, passed, pick=self.pick, path=str(self.place.name))
-
-
-class InputTap(_Tap):
-    """Notes what a module reads, through an alias, so that the gradient is that of this reader alone."""
-
-    def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Note the first tensor among the arguments."""
-        path = str(self.place.name)
-        tensor = pick_tensor((args, kwargs), self.pick, path)
-        if not self.wants_grad:
-            self.note(tensor)
-            return None
-        alias = tensor.view_as(tensor) if tensor.requires_grad else _with_graph(tensor, (), self.place)
-        self.note(alias)
-        return replace_tensor((args, kwargs), alias, pick=self.pick, path=path)
-
-
-def _with_graph(tensor: Any, args: Any, place: Place) -> Any:
-    """``tensor``, or one of the same value whose gradient is that of the module's output alone."""
-    if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
-        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise AttributionError(f"the value at {place.name!r} is {kind}, which has no gradient; choose with pick=")
-    if not tensor.requires_grad:  # frozen parameters and integer inputs: the graph begins here
-        return tensor.detach().requires_grad_().clone()
-    if tensor.is_leaf or any(tensor is each for _, each in leaves(args)):
-        return tensor.clone()
-    return tensor
-
-
 class Replacement:
-    """Puts a tensor in place of a module's output, in the rows of one point."""
+    """Puts tensors in place of the value at one place, each in the rows of one point."""
 
     order = Order.EDIT
 
-    def __init__(self, path: str, pick: Pick, call: int | None, parts: Sequence[tuple[Rows | None, Tensor]]) -> None:
-        self.path = path
-        self.pick = pick
+    def __init__(self, place: Place, call: int | None, parts: Sequence[tuple[PointRows | None, Tensor]]) -> None:
+        self.place = place
+        self.port = place.port
         self.call = call
         self.parts = parts
         self._calls = count()
 
-    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def on_call(self, module: nn.Module, args: Any, rest: Any) -> Any:
         """Exchange the rows, in the call that counts."""
         if next(self._calls) != self.call and self.call is not None:
-            return output
-        tensor = pick_tensor(output, self.pick, self.path)
+            return None
+        tensor = self.port.read(module, args, rest)
         for rows, part in self.parts:
             new = part.to(tensor)
-            tensor = new if rows is None else rows.exchange(tensor, self.path, new)
-        return replace_tensor(output, tensor, pick=self.pick, path=self.path)
+            if rows is not None:
+                axis = rows.axis_at(self.place, tensor)
+                if axis is None:
+                    raise UnstackableError(f"all rows share the value at {self.port.path!r}", paths=(self.port.path,))
+                new = rows.change(tensor, axis, lambda _, new=new: new)  # type: ignore[misc]
+            tensor = new
+        return self.port.write(module, args, rest, tensor)
 
 
-def check_unchanged(taps: Sequence[_Tap]) -> None:
+def check_unchanged(taps: Iterable[SiteTap]) -> None:
     """Refuse values that an in-place operation has overwritten since they were seen.
 
     Raises:
         InplaceModificationError: it names every place.
     """
-    stale = []
-    for tap in taps:
-        value, version, _ = tap.chosen()
-        if value is not None and version >= 0 and value._version != version:
-            stale.append(str(tap.place.name))
+    seen = [(tap, tap.chosen()) for tap in taps if tap.calls]
+    stale = [tap.port.path for tap, (value, version, *_) in seen if value is not None and version_of(value) != version]
     if stale:
-        raise InplaceModificationError(
-            f"the values at {listed(stale)} were changed in place after they were seen; keep copies with snapshot=True",
-            paths=stale,
-        )
+        raise overwritten(stale, "keep copies with snapshot=True")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -11,10 +11,11 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdcache.attribution.place import Place
 from tdcache.errors import AttributionError
-from tdcache.types import CacheKey
+from tdcache.types import CacheKey, Pick
 
-__all__ = ["At", "Target", "TargetLike", "as_targets", "row_values"]
+__all__ = ["At", "Target", "TargetLike", "Unit", "as_targets", "row_values"]
 
 TargetLike: TypeAlias = (
     "Callable[[TensorDictBase], Tensor] | int | Tensor | tuple[Any, ...] | Sequence[Any] | Mapping[str, Any] | None"
@@ -34,9 +35,11 @@ class At:
     index: Any = None
     key: CacheKey | None = None
     default: CacheKey = "output"
+    _identity: tuple[Any, ...] = field(init=False, repr=False)
 
-    def _identity(self) -> tuple[Any, ...]:
-        return (id(self.index) if isinstance(self.index, Tensor) else repr(self.index), self.key, self.default)
+    def __post_init__(self) -> None:
+        index = id(self.index) if isinstance(self.index, Tensor) else repr(self.index)
+        object.__setattr__(self, "_identity", (index, self.key, self.default))
 
     @property
     def is_one_for_all(self) -> bool:
@@ -44,10 +47,10 @@ class At:
         return not isinstance(self.index, Tensor) or self.index.ndim == 0
 
     def __eq__(self, other: object) -> bool:  # equal targets share one backward
-        return isinstance(other, At) and self._identity() == other._identity()
+        return isinstance(other, At) and self._identity == other._identity
 
     def __hash__(self) -> int:
-        return hash(self._identity())
+        return hash(self._identity)
 
     def __call__(self, data: TensorDictBase) -> Tensor:
         """Pick the values, of shape ``(batch,)``."""
@@ -68,6 +71,47 @@ class At:
                 )
             return output.gather(-1, where.unsqueeze(-1)).squeeze(-1)
         return output[(..., *self.index) if isinstance(self.index, tuple) else (..., self.index)]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Unit:
+    """A unit inside the model as target: what the module at ``path`` returns, at ``index``.
+
+    Args:
+        path: the module.
+        index: into the last axis, or a tuple into the last axes; a callable gets the tensor, and returns one scalar per
+            row, such as the mean of a channel.
+        pick: which tensor of a structured output.
+        call: which call of a module that runs several times.
+
+    Example:
+        >>> Unit("layers.3", 17)
+        Unit('layers.3', 17)
+    """
+
+    path: str
+    index: Any
+    pick: Pick = None
+    call: int | None = None
+
+    def __repr__(self) -> str:
+        return f"Unit({self.path!r}, {self.index!r})"
+
+    @property
+    def place(self) -> Place:
+        """Where it is."""
+        return Place("out", self.path, self.pick, self.call)
+
+    def __call__(self, data: TensorDictBase) -> Tensor:
+        """Units are no outputs: they are read where they are."""
+        raise AttributionError(f"{self!r} is read inside the model, not from its outputs; give it as target=")
+
+    def of(self, value: Tensor) -> Tensor:
+        """The values of the unit, from those of its module."""
+        if callable(self.index):
+            found: Tensor = self.index(value)
+            return found
+        return value[(..., *self.index) if isinstance(self.index, tuple) else (..., self.index)]
 
 
 def as_targets(target: TargetLike, out_keys: Sequence[CacheKey]) -> dict[str | None, Target]:
@@ -108,13 +152,12 @@ def _index_and_key(target: tuple[Any, ...]) -> tuple[Any, CacheKey]:
     return (None if not index else index[0] if len(index) == 1 else index), key
 
 
-def row_values(target: Target, data: TensorDictBase, batch_size: torch.Size) -> Tensor:
-    """The target's values for the rows of ``data``, of shape ``batch_size`` (or at most one axis where that is empty).
+def row_values(target: Target, values: Any, batch_size: torch.Size) -> Tensor:
+    """What ``target`` gave, if it has the shape ``batch_size`` (or at most one axis where that is empty).
 
     Raises:
         AttributionError: not one scalar per row.
     """
-    values = target(data)
     if not isinstance(values, Tensor):
         raise AttributionError(
             f"target {target!r} returned {type(values).__name__}; return a tensor, one scalar per row"

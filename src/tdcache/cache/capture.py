@@ -25,16 +25,24 @@ from tdcache.cache.taps import (
     ValueTap,
 )
 from tdcache.cache.target import Target
-from tdcache.errors import DirectionError
-from tdcache.hooks.attach import MultiHookHandle, Order, attach, attach_gradient, attach_outputs, attach_ports
+from tdcache.errors import CaptureError, DirectionError
+from tdcache.hooks.attach import (
+    MultiHookHandle,
+    Order,
+    TransientGradInputHook,
+    TransientGradOutputHook,
+    attach,
+    attach_gradient,
+    attach_outputs,
+    attach_ports,
+)
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.factory import check_callback
-from tdcache.hooks.gradient_hooks import GradInputHook, GradOutputHook
 from tdcache.hooks.port import InputPort, OutputPort
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Selection, Site
 from tdcache.tokens import Positions, check_positions
-from tdcache.types import HookDirection, Pick, Removable
+from tdcache.types import Check, HookDirection, Pick, Removable
 
 __all__ = ["Capture"]
 
@@ -44,6 +52,7 @@ class Capture:
     """The options of :class:`tdcache.ActivationCaching` that say what is kept of a site.
 
     Raises:
+        CaptureError: ``stack_by`` with several values per site.
         DirectionError: unknown direction, or a gradient with ``stop_early``.
         HookSignatureError: the callback lacks a parameter.
     """
@@ -58,12 +67,17 @@ class Capture:
     stack_by: str | Sequence[str] | None
     stop_early: bool
     prepend: bool
+    check: Check
     positions: Positions = None
     mask_key: Any = "auto"
     position_dim: int = 1
 
     def __post_init__(self) -> None:
         check_positions(self.positions)
+        if self.stack_by is not None and self.pick == "all":
+            raise CaptureError(
+                f"stack_by={self.stack_by!r} stacks one value per site, and pick='all' keeps several; leave one out"
+            )
         for direction in self.directions:
             row = direction_row(direction)
             check_callback(self.callback, (*row.params, "key", "direction"))
@@ -93,6 +107,7 @@ class Capture:
         keep = self.keep if cache.device is None or self.keep.device else replace(self.keep, device=cache.device)
         stack_by = None if self.stack_by is None else StackBy(self.stack_by, selection)
         has_parts = self.pick == "all"
+        by_value = self.check == "values"
         chosen = None
         if self.positions is not None:
             chosen = PositionFilter(self.positions, self.mask_key, self.position_dim)
@@ -102,9 +117,8 @@ class Capture:
             target.ensure()
             if not has_parts:
                 target.check(selection.paths if stack_by is None else tuple(stack_by.members))
-            channels.append(
-                Channel(direction, selection.paths, keep, target, self.reducer, stack_by, has_parts, chosen)
-            )
+            options = (stack_by, has_parts, chosen, by_value)
+            channels.append(Channel(direction, selection.paths, keep, target, self.reducer, *options))
         return Recorder(channels, fits_graph=self.fits_graph and channels[0].takes_aliases)
 
     def place(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:
@@ -165,7 +179,7 @@ class Capture:
         tap = CallbackTap(path, channel, recorder, self.order, key=key, row=row, callback=callback)
         if not row.gradient:
             return attach(site.module, tap.on_call, channel.direction, order=self.order, path=path)
-        kind = GradOutputHook if row.name == "bwd_pre" else GradInputHook
+        kind = TransientGradOutputHook if row.name == "bwd_pre" else TransientGradInputHook
         return attach_gradient(site.module, kind(tap.on_gradient, self.order, path, tap.for_call))
 
     def _place_stops(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:

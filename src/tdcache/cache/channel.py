@@ -23,8 +23,10 @@ from tdcache.cache.ownership import own
 from tdcache.cache.positions import PositionFilter
 from tdcache.cache.stacking import StackBy
 from tdcache.cache.target import EntryTarget
+from tdcache.errors import CaptureError, listed
 from tdcache.hooks.directions import direction_row
 from tdcache.inplace import InplaceWatch, overwritten
+from tdcache.introspect import in_transform, is_wrapped, unwrapped
 from tdcache.reducers import Last, Reducer
 from tdcache.types import CacheKey, HookDirection
 
@@ -51,6 +53,8 @@ class Channel:
     """Whether a site may have any number of entries (``pick="all"``)."""
     positions: PositionFilter | None = None
     """Which positions of each value are kept; None for all."""
+    by_value: bool = False
+    """Whether what is kept of the forward is compared by checksums as well (``check="values"``)."""
     transfers: Transfers = field(default_factory=Transfers)
     values: dict[CacheKey, Any] = field(default_factory=dict)
     """The latest forward's aliases, by key. Between forwards every key is there, so that a hook that fires outside a
@@ -61,6 +65,8 @@ class Channel:
     """The latest forward's values that share no memory with the model."""
     has_copies: bool = False
     """Whether ``values`` may hold copies of a compiled graph."""
+    waiting: dict[CacheKey, Any] = field(default_factory=dict)
+    """With ``stack_by``: values of modules that were called outside a forward of the root, until all have come."""
     arrived: dict[CacheKey, int] = field(default_factory=dict)
     """Of a gradient channel: the serial number of the call that the kept gradient belongs to, where it is not 0."""
     number: int = 0
@@ -74,7 +80,7 @@ class Channel:
     """Whether values arrive in the backward."""
     latest_only: bool = field(init=False)
     """Whether each forward replaces the entries of the one before."""
-    _watch: InplaceWatch = field(default_factory=InplaceWatch)
+    _watch: InplaceWatch = field(init=False)
     """The aliases that reducers and parts of the cache keep."""
     _arrivals: Arrivals = field(init=False)
     """Gradients that are put in the order of their calls."""
@@ -86,6 +92,7 @@ class Channel:
         self.is_gradient = direction_row(self.direction).gradient
         self.latest_only = isinstance(self.reducer, Last)
         self._arrivals = Arrivals(self.reducer)
+        self._watch = InplaceWatch(by_value=self.by_value)
 
     @property
     def top_keys(self) -> tuple[str, ...]:
@@ -102,12 +109,24 @@ class Channel:
     @property
     def takes_aliases(self) -> bool:
         """Whether a hook may write the tensor itself into ``values``."""
-        return self.latest_only and self.keep.plain and self.positions is None and not self.target.in_place
+        plain = self.keep.plain and self.positions is None and not self.target.in_place
+        return self.latest_only and plain and not self._checks_values
 
-    def begin(self) -> None:
-        """A forward begins: what the one before left is no longer current."""
-        self.values.clear()
-        self._idle = False
+    @property
+    def _checks_values(self) -> bool:
+        return self.by_value and not self.is_gradient  # gradients that others can write to are copied
+
+    def begin(self, *, alone: bool = True) -> None:
+        """A forward begins: what the one before left is no longer current.
+
+        Args:
+            alone: whether no forward of another thread is under way, whose hooks must go on to take the slow path.
+        """
+        if alone or self.is_gradient:
+            self.values.clear()
+            self._idle = False
+        else:
+            self.mark_absent()
         if self.versions:
             self.versions.clear()
         if self.copies:
@@ -142,6 +161,8 @@ class Channel:
             self._arrivals.own()
             return
         values = self.values
+        if in_transform():
+            self._unwrap()
         if backward:
             for key in own(values):
                 self.versions.pop(key, None)
@@ -159,6 +180,21 @@ class Channel:
                 del self.values[key]
                 self.copies[key] = value.tensor
 
+    def _unwrap(self) -> None:
+        for key, value in list(self.values.items()):
+            if value is not _ABSENT:
+                self.copies[key] = unwrapped(value)
+                self._vacate(key)
+
+    def _vacate(self, key: CacheKey) -> None:
+        """Keep no alias at ``key``; in a forward a mark stays, for hooks that run in other threads."""
+        self.versions.pop(key, None)
+        if self.is_gradient:
+            self.values.pop(key, None)
+        elif key in self.values:
+            self.values[key] = _ABSENT
+            self._idle = True
+
     def _detach(self, values: dict[CacheKey, Any]) -> None:
         needing = list(map(_requires_grad, values.values()))
         if not any(needing):
@@ -171,14 +207,16 @@ class Channel:
         else:
             values.update({key: value.detach() for key, value in values.items() if value.requires_grad})
         for key in of_leaf:
-            self.copies[key] = values.pop(key).clone()
+            self.copies[key] = values[key].clone()
+            self._vacate(key)
 
     def _deliver_slowly(self) -> None:
         self.transfers.wait()
         entries = {key: value for key, value in {**self.values, **self.copies}.items() if value is not _ABSENT}
         self.target.write(self._stacked(entries), complete=False)
         if not self.is_gradient:
-            self.copies.clear()  # a graph is made for an empty one
+            # A graph is made for an empty one; a callback's TensorDicts, which fit no graph, are settled at the end.
+            self.copies = {key: value for key, value in self.copies.items() if isinstance(value, TensorDictBase)}
             self.idle()
 
     def _stacked(self, entries: dict[CacheKey, Any]) -> Mapping[CacheKey, Any]:
@@ -192,6 +230,12 @@ class Channel:
             if path not in self.values:
                 self.values[path] = _ABSENT
                 self._idle = True
+
+    def mark_absent(self) -> None:
+        """Have every hook of the forward take the slow path, also those of other threads."""
+        if not self.is_gradient:
+            self.values.update(dict.fromkeys((*self.values, *self.paths), _ABSENT))
+            self._idle = True
 
     def check(self) -> None:
         """Raise if an alias that is kept was overwritten since.
@@ -232,16 +276,29 @@ class Channel:
             self.copies.pop(key, None)
             self.values[key] = kept
             self.versions[key] = kept._version
+            if self._checks_values:
+                self._watch.add(path, kept)
         else:
-            self.values.pop(key, None)
-            self.versions.pop(key, None)
+            self._vacate(key)
             self.copies[key] = kept
 
     def write_now(self, key: CacheKey, path: str, tensor: Any) -> None:
-        """Keep a value that was seen outside a forward of the root, and write it at once."""
+        """Keep a value that was seen outside a forward of the root, and write it at once.
+
+        With ``stack_by`` it waits for those that it is stacked with.
+        """
         if self.positions is not None:
             self.fired.add(path)
             raise self.positions.outside(path)
+        if self.stack_by is not None:
+            kept, is_alias = self._keep(tensor, path)
+            self.fired.add(path)
+            self.transfers.wait()
+            self.waiting[key] = kept.clone() if is_alias else kept
+            if self.stack_by.complete(self.waiting):
+                self.target.write(self.stack_by(self.waiting), complete=False)
+                self.waiting.clear()
+            return
         self.take(key, path, tensor)
         self.transfers.wait()
         kept = self.copies.get(key)
@@ -250,6 +307,8 @@ class Channel:
             self.idle()
 
     def _keep(self, value: Any, path: str) -> tuple[Any, bool]:
+        if in_transform() and isinstance(value, Tensor):
+            return self.keep(unwrapped(value), self.transfers), False
         if isinstance(value, TensorDictBase):
             return value.apply(lambda leaf: self._keep_leaf(leaf, path)), False
         kept = self.keep(value, self.transfers)
@@ -295,8 +354,13 @@ class Channel:
         """The context is left: copy what others could still write to, so that what is kept stays what was seen.
 
         Args:
-            outside: the storages that the user has in hand.
+            outside: the storages that can be written to. Where a graph is alive it has the memory of all that it saved,
+                which nobody can write to; then only these count. None: whoever has the memory counts.
+
+        Raises:
+            CaptureError: a value only had a meaning inside a ``torch.func`` transform, which has ended.
         """
+        self._refuse_escaped()
         if self.keep.hold == "live" or self.target.in_place:
             return
         if self._watch.seen:
@@ -306,6 +370,17 @@ class Channel:
         values = {key: value for key, value in self.values.items() if value is not _ABSENT}
         for key in own(values, outside, holders=3):  # this dict, the channel's, the cache
             self.target.put(key, values[key])
+
+    def _refuse_escaped(self) -> None:
+        if in_transform():
+            return
+        escaped = [_path_of(key) for key, value in self.values.items() if value is not _ABSENT and is_wrapped(value)]
+        if escaped:
+            raise CaptureError(
+                f"{listed(escaped)} ran inside a torch.func transform (vmap, grad, jvp) within the model's forward, "
+                "and what is kept has no meaning after it; keep a copy with hold='snapshot'",
+                paths=escaped,
+            )
 
     def _settle_watched(self, watched: set[int]) -> None:
         """Copy the aliases that reducers and a callback's TensorDicts keep."""
@@ -327,6 +402,7 @@ class Channel:
         reducers, arrivals = carried
         self.reducers.update(reducers)
         self._arrivals.resume(arrivals)
+        self._dirty = bool(reducers)
 
     def forget(self) -> None:
         """Drop every value and every entry that was written."""
@@ -337,7 +413,7 @@ class Channel:
 
     def release(self) -> None:
         """Let go of everything but what is in the cache; gradients still on their way are no longer wanted."""
-        for held in (self.values, self.versions, self.copies, self.arrived, self.reducers):
+        for held in (self.values, self.versions, self.copies, self.waiting, self.arrived, self.reducers):
             held.clear()
         self._watch.clear()
         self._arrivals.clear()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tdcache.errors import CaptureError
 from tdcache.types import Hold, Index
 
 __all__ = ["Keep", "Transfers", "shares_memory"]
@@ -38,8 +40,18 @@ class Keep:
 
     hold: Hold = "detached"
     index: Index = None
-    dtype: torch.dtype | None = None
-    device: torch.device | None = None
+    dtype: Any = None
+    """A ``torch.dtype``, also given by its name."""
+    device: Any = None
+    """A ``torch.device``, also given by its name."""
+
+    def __post_init__(self) -> None:
+        given = self.dtype
+        dtype = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+        if given is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype= is a torch.dtype or the name of one, such as 'float16', got {given!r}")
+        object.__setattr__(self, "dtype", dtype)
+        object.__setattr__(self, "device", None if self.device is None else torch.device(self.device))
 
     @property
     def plain(self) -> bool:
@@ -53,6 +65,11 @@ class Keep:
         counter that could tell of a later in-place operation.
         """
         kept = tensor if self.hold == "live" or not tensor.requires_grad else tensor.detach()
+        if self.dtype is not None and kept.is_complex() and not self.dtype.is_complex:
+            raise CaptureError(
+                f"dtype={self.dtype} would discard the imaginary part of a {kept.dtype} value; use a complex dtype, or "
+                "callback= to keep the real part or the magnitude"
+            )
         if self.index is not None:
             kept = self._copied(kept[self.index], of=tensor)
         kept = self._moved(kept, transfers)

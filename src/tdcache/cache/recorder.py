@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterable
-from threading import get_ident
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tdcache.cache.ownership import storage_of, storages_of
 from tdcache.cache.target import ClosedTarget
 from tdcache.errors import CaptureError, RepeatedCallWarning, StopForward, UnfiredSiteWarning, listed, warn_user
 from tdcache.hooks.directions import direction_row
+from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import leaves
 from tdcache.introspect import (
     NO_TASK,
@@ -34,7 +35,7 @@ is_compiling = torch.compiler.is_compiling
 is_grad_enabled = torch.is_grad_enabled
 
 
-class Recorder:
+class Recorder(Transient):
     """Takes values from the taps of one context and keeps the cache current.
 
     Its ``begin`` and ``end`` are hooks on the root of the model, so that ``hooked(td)``, ``hooked(x)`` and ``model(x)``
@@ -62,8 +63,10 @@ class Recorder:
         self._delivered = True
         self._serial = 0
         self._thread = get_ident()
-        self._elsewhere = 0
-        """How many forwards of other threads are under way; every hook takes the slow path meanwhile."""
+        self._elsewhere: dict[int, int] = {}
+        """How many forwards of each other thread are under way; every hook takes the slow path meanwhile."""
+        self._lock = RLock()
+        """Held while values are delivered: another thread's forward may begin or end at the same time."""
         self._graph = False
         """Whether the latest forward made a graph."""
         self._outside: list[int] = []
@@ -84,8 +87,7 @@ class Recorder:
             if backward_task() != NO_TASK:
                 return
             if get_ident() != self._thread:
-                self._elsewhere += 1
-                self._idle()
+                self._begin_elsewhere()
                 return
         elif not self.fits_graph:
             break_graph()
@@ -96,21 +98,19 @@ class Recorder:
             return
         self._root = module
         self._delivered = False
+        alone = not self._elsewhere
         for channel in self.channels:
-            channel.begin()
-        if self._elsewhere:
-            self._idle()
+            channel.begin(alone=alone)
+        if alone and self._elsewhere:  # another thread's forward began at this very moment
+            for channel in self.channels:
+                channel.mark_absent()
         if self.stop_after:
             self._to_stop = set(self.stop_after)
-
-    def _idle(self) -> None:
-        for channel in self.channels:
-            channel.idle()
 
     @property
     def is_foreign(self) -> bool:
         """Whether what a hook sees now belongs to a forward of another thread."""
-        return self._elsewhere > 0 and get_ident() != self._thread
+        return bool(self._elsewhere) and get_ident() in self._elsewhere
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook of the root, also called when the forward raised: the forward is over."""
@@ -122,7 +122,7 @@ class Recorder:
         if backward_task() != NO_TASK:
             return
         if get_ident() != self._thread:
-            self._elsewhere = max(0, self._elsewhere - 1)
+            self._end_elsewhere()
             return
         if self._depth != 1:
             self._depth = max(0, self._depth - 1)
@@ -139,8 +139,25 @@ class Recorder:
             if not raised:
                 raise
 
+    def _begin_elsewhere(self) -> None:
+        thread = get_ident()
+        with self._lock:
+            self._elsewhere[thread] = self._elsewhere.get(thread, 0) + 1
+            for channel in self.channels:
+                channel.idle()
+
+    def _end_elsewhere(self) -> None:
+        with self._lock:
+            left = self._elsewhere.pop(get_ident(), 0) - 1
+            if left > 0:
+                self._elsewhere[get_ident()] = left
+
     def deliver(self) -> None:
         """Write what the forward gave to the cache."""
+        with self._lock:
+            self._deliver()
+
+    def _deliver(self) -> None:
         self._depth = 0
         self._delivered = True
         while self.repeated:
@@ -264,6 +281,14 @@ class Recorder:
 
     def report_unfired(self, model: nn.Module) -> None:
         """Warn of the selected sites that saw nothing, by name, if a forward was completed."""
+        for channel in self.channels:
+            if channel.waiting:
+                warn_user(
+                    f"{listed(list(map(str, channel.waiting)), 20)} ran outside a forward of the model, without the "
+                    "others that stack_by= would stack them with, so nothing was kept of them; run the model, or leave "
+                    "stack_by= out",
+                    UnfiredSiteWarning,
+                )
         for channel in self.channels if self.forwards else ():
             silent = [path for path in channel.paths if path not in channel.fired]
             if silent:

@@ -21,6 +21,7 @@ from tdcache.hooks.gradient_hooks import overwritten_input
 from tdcache.hooks.gradients import handed_on
 from tdcache.hooks.loans import OpenCalls, lend
 from tdcache.hooks.port import InputPort, OutputPort, Port, Steps
+from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import is_entries, leaves
 from tdcache.introspect import add_tensor_hook, keep_frames_out_of_graphs, keep_out_of_graphs
 from tdcache.types import CacheKey
@@ -45,7 +46,7 @@ __all__ = [
 _version = Tensor._version.__get__  # type: ignore[attr-defined]  # faster than to ask the tensor, and for what it is
 
 
-class Tap:
+class Tap(Transient):
     """What all taps have: a site, the channel its values go to, and the recorder of the context."""
 
     __slots__ = ("channel", "order", "path", "recorder")
@@ -369,7 +370,7 @@ class _InputTaker:
         tap.recorder.take_gradient(tap.channel, self.key, tap.path, grad, self.number, self.serial)
 
 
-class StopTap:
+class StopTap(Transient):
     """Ends the forward once every site that was waited for has fired."""
 
     __slots__ = ("order", "path", "recorder")

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-from tdcache.errors import CacheWriteError, CaptureError, listed
+from tdcache.errors import CacheWriteError, CaptureError, UnfiredSiteWarning, listed, warn_user
 from tdcache.types import CacheKey
 
-__all__ = ["ClosedTarget", "EntryTarget", "Target"]
+__all__ = ["ClosedTarget", "EntryTarget", "Target", "Written", "first_clash"]
+
+
+class Written(NamedTuple):
+    """One entry of a cache that somebody writes."""
+
+    writer: Any
+    cache: Any
+    node: str | None
+    key: str
+
+
+def first_clash(entries: Iterable[Written]) -> tuple[Written, Written] | None:
+    """The first two entries that meet, or None: one key in one cache, or an entry of the name of another's node."""
+    leaves: dict[tuple[Any, ...], Written] = {}
+    nodes: dict[tuple[Any, ...], Written] = {}
+    for entry in entries:
+        at = id(entry.cache)
+        if entry.node is None:
+            other = leaves.get((at, entry.key), nodes.get((at, entry.key)))
+            leaves.setdefault((at, entry.key), entry)
+        else:
+            other = leaves.get((at, entry.node, entry.key), leaves.get((at, entry.node)))
+            leaves.setdefault((at, entry.node, entry.key), entry)
+            nodes.setdefault((at, entry.node), entry)
+        if other is not None:
+            return other, entry
+    return None
 
 
 class EntryTarget(Protocol):
@@ -38,6 +65,9 @@ class EntryTarget(Protocol):
     def reset(self) -> None:
         """Drop every entry that was written here."""
 
+    def ensure(self) -> None:
+        """Make the direction's node exist."""
+
 
 class ClosedTarget:
     """Where entries go after the context has closed: nowhere."""
@@ -55,12 +85,16 @@ class ClosedTarget:
     def reset(self) -> None:
         """Nothing was written here."""
 
+    def ensure(self) -> None:
+        """Nothing is to be written here."""
+
 
 class Target:
     """Where one direction's entries go: the cache itself, or the node of that direction in it.
 
     Entries are written by reference into an ordinary TensorDict, and copied into the tensors that are there where it is
-    locked or memory-mapped.
+    locked or memory-mapped. Such an entry cannot be dropped: where it is not current it is NaN (of integers the lowest
+    value, of booleans False).
 
     Args:
         cache: the TensorDict that the user sees.
@@ -76,6 +110,11 @@ class Target:
         self.written: dict[CacheKey, None] = {}
         """The keys whose entries are ours; after a complete write, only ``_complete`` says so."""
         self._complete: tuple[CacheKey, ...] = ()
+        self._preallocated: tuple[CacheKey, ...] = ()
+        """The keys that are to be written, where the cache is written in place."""
+        self._void: set[CacheKey] = set()
+        """Those of them whose tensors hold no current value."""
+        self._warned: set[CacheKey] = set()
 
     def refuse_lock(self) -> None:
         """Refuse a cache that was locked after the context was entered.
@@ -99,6 +138,7 @@ class Target:
         """
         if not self.in_place:
             return
+        self._preallocated = tuple(keys)
         missing = [self._full(key) for key in keys if self.cache.get(self._full(key), None) is None]
         if missing:
             raise CacheWriteError(
@@ -115,8 +155,7 @@ class Target:
             complete: whether every site is among them, so that no older entry can be left over.
         """
         if self.in_place:
-            for key, value in entries.items():
-                self._copy_in(key, value)
+            self._fill(entries)
             return
         self.refuse_lock()
         stale: list[CacheKey] = []
@@ -136,21 +175,50 @@ class Target:
         else:
             self._own_node().update(entries)
 
+    def _fill(self, entries: Mapping[CacheKey, Any]) -> None:
+        for key, value in entries.items():
+            self._copy_in(key, value)
+        silent = [key for key in self._preallocated if key not in entries and key not in self._void]
+        self._make_void(silent)
+        new = [key for key in silent if key not in self._warned]
+        if new:
+            self._warned.update(new)
+            warn_user(
+                f"the forward gave no value for {listed([self._full(key) for key in new])} of the locked cache, whose "
+                "entries cannot be dropped: they are NaN now (integers the lowest value, booleans False)",
+                UnfiredSiteWarning,
+            )
+
+    def _make_void(self, keys: Iterable[CacheKey]) -> None:
+        for key in keys:
+            there = self.cache.get(self._full(key))
+            self.cache.set_(self._full(key), torch.full_like(there, _void_value(there.dtype)))
+            self._void.add(key)
+
     def put(self, key: CacheKey, value: Any) -> None:
-        """Write one entry at once, beside those that are there."""
+        """Write one entry at once, beside those that are there.
+
+        Raises:
+            CaptureError: with ``batch_dims``, those that are there are of another batch.
+        """
         if self.in_place:
             self._copy_in(key, value)
             return
         self.refuse_lock()
+        self.written.update(dict.fromkeys(self._complete))
+        self._complete = ()
         self.written[key] = None
         if self.batch_dims:
-            self._write_batched({key: value})
+            node = self._own_node()
+            there = {each: found for each in self.written if (found := node.get(each, None)) is not None}
+            self._write_batched({**there, key: value})
         else:
             self._own_node()[key] = value
 
     def reset(self) -> None:
         """Drop every entry that was written here."""
         if self.in_place:
+            self._make_void(key for key in self._preallocated if key not in self._void)
             return
         node = None if self.node is None else self.cache.get(self.node, None)
         if node is not None and not self.written and len(node.keys()) == len(self._complete):
@@ -207,7 +275,8 @@ class Target:
                 "allocate it in this shape and dtype, or use index= and dtype= to change what is kept",
                 paths=[str(self._full(key))],
             )
-        there.copy_(value)
+        self.cache.set_(self._full(key), value)  # not there.copy_: a lazily stacked TensorDict makes it anew
+        self._void.discard(key)
 
     def _write_batched(self, entries: Mapping[CacheKey, Any]) -> None:
         shapes = {key: tuple(value.shape[: self.batch_dims]) for key, value in entries.items()}
@@ -234,3 +303,9 @@ class Target:
             tuple(value.shape[: self.batch_dims]) == batch for value in self.cache.values()
         ):
             self.cache.batch_size = batch
+
+
+def _void_value(dtype: torch.dtype) -> float | int | bool:
+    if dtype == torch.bool:
+        return False
+    return float("nan") if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
 
 from tdcache.cache.channel import Carried
 from tdcache.cache.recorder import Recorder
+from tdcache.cache.target import Written, first_clash
 from tdcache.contexts.context import HookingContext
+from tdcache.contexts.opened import open_contexts
 from tdcache.errors import CacheWriteError, ContextError, StopForward
-from tdcache.modules.hooked import HookedModule, holds_entries
+from tdcache.hooks.attach import MultiHookHandle
+from tdcache.modules.call import holds_entries
+from tdcache.modules.hooked import HookedModule
 
 __all__ = ["HookingContextWithCache"]
 
@@ -20,7 +25,8 @@ class HookingContextWithCache(HookingContext):
 
     Args:
         cache: the TensorDict to write to; a new one by default.
-        clear_cache: empty it when the context is entered (a locked one is left as it is).
+        clear_cache: empty it when the context is entered. A locked one is left as it is; and of one that holds the
+            model's inputs, which is the data itself, only entries that this context writes are dropped.
         *args: see :class:`HookingContext`.
         **kwargs: see :class:`HookingContext`.
     """
@@ -62,6 +68,8 @@ class HookingContextWithCache(HookingContext):
     def record(self, recorder: Recorder) -> None:
         """Keep the cache current by ``recorder`` until the context is left."""
         self.recorder = recorder
+        if self._clear_cache and self._holds_data() and not self._cache.is_locked:
+            self._drop_written(recorder)
         for channel, carried in zip(recorder.channels, self._carried, strict=False):
             channel.resume(carried)
         self._carried = []
@@ -70,6 +78,24 @@ class HookingContextWithCache(HookingContext):
         """Write to ``cache``, which somebody else clears, from the next entry on."""
         self._cache = cache
         self._clear_cache = False
+
+    def belong(self, before: HookingContext | None) -> None:
+        """Be the child of a composite, which looks for clashes; goes on where its context ``before`` it left off."""
+        self.is_child = True
+        if isinstance(before, HookingContextWithCache) and before.factory is self.factory and not self._forgets:
+            self._carried = before.hand_over()
+
+    def hand_over(self) -> list[Carried]:
+        """What the reducers held when the context was left, for another context of the same recipe."""
+        carried, self._carried = self._carried, []
+        return carried
+
+    def written(self) -> Iterator[Written]:
+        """Every entry that is written while the context is open."""
+        recorder = self.recorder
+        for channel in () if recorder is None else recorder.channels:
+            for key in channel.entry_keys:
+                yield Written(self, channel.target.cache, channel.target.node, key)
 
     def clear(self) -> None:
         """Empty the cache, and forget what the reducers hold."""
@@ -85,9 +111,43 @@ class HookingContextWithCache(HookingContext):
             if self.has_own_cache:  # what the last block left stays with those who hold it
                 self._cache = TensorDict(batch_size=[])
                 self._carried = []
-            else:
+            elif not self._holds_data():
                 self.clear()
         return super()._enter()
+
+    def _hook(self, hooked: HookedModule) -> MultiHookHandle:
+        handle = super()._hook(hooked)
+        if not self.is_child and self.writes_given_cache():
+            with handle.installing():
+                self._refuse_shared_entries()
+        return handle
+
+    def _refuse_shared_entries(self) -> None:
+        others = [other for other in list(open_contexts) if isinstance(other, HookingContextWithCache)]
+        others = [other for other in others if other is not self and not other.is_child]
+        clash = first_clash([*(each for other in others for each in other.written()), *self.written()])
+        if clash is not None:
+            key = clash[1].key
+            raise CacheWriteError(
+                f"two open contexts would both write {key!r} of one cache; give one of them a cache of its own with "
+                "cache=TensorDict(), or other sites",
+                paths=(key,),
+            )
+
+    def writes_given_cache(self) -> bool:
+        """Whether an entry goes to a cache that somebody handed in."""
+        return not self.has_own_cache
+
+    def _holds_data(self) -> bool:
+        """Whether the cache is what the model is called with: it has all of the model's inputs."""
+        return not self.has_own_cache and all(self._cache.get(key, None) is not None for key in self._in_keys)
+
+    def _drop_written(self, recorder: Recorder) -> None:
+        for channel in recorder.channels:
+            keys = set(channel.top_keys) - {key if isinstance(key, str) else key[0] for key in self._in_keys}
+            for key in keys & set(self._cache.keys()):
+                self._cache.del_(key)
+            channel.target.ensure()
 
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call; refuses to write outputs over cache entries."""

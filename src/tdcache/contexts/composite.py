@@ -9,11 +9,12 @@ from typing import ClassVar
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
+from tdcache.cache.target import Written, first_clash
 from tdcache.contexts.cached import HookingContextWithCache
 from tdcache.contexts.context import HookingContext
 from tdcache.contexts.factory import HookingContextFactory
 from tdcache.errors import CacheWriteError, ContextError, StopForward
-from tdcache.types import CacheKey
+from tdcache.modules.hooked import HookedModule
 
 __all__ = ["CompositeHookingContext", "CompositeHookingContextFactory"]
 
@@ -56,45 +57,51 @@ class CompositeHookingContext(HookingContextWithCache):
     def _enter_inner(self, undo: ExitStack) -> TensorDictModuleBase:
         working = super()._enter_inner(undo)
         children: list[HookingContext] = []
-        for factory in self.factory.factories:
+        before = dict(enumerate(self.children))
+        for number, factory in enumerate(self.factory.factories):
             child = factory.prepare(working)
-            if isinstance(child, HookingContextWithCache) and child.has_own_cache:
-                child.share(self._cache)
+            if isinstance(child, HookingContextWithCache):
+                child.belong(before.get(number))
+                if child.has_own_cache:
+                    child.share(self._cache)
             hooked = undo.enter_context(child)
             children.append(child)
-            if hooked.td_module is not working or child.runs_module:  # its way of running the model is part of ours
+            # Its way of running the model, and what it added to its hooked module, are part of ours.
+            if hooked.td_module is not working or child.runs_module or factory.spawns:
                 working = hooked
         self.children = tuple(children)
         self._refuse_clashes()
         return working
 
-    def _entries(self) -> Iterator[tuple[int, int, CacheKey]]:
-        """Every entry that is written: by which child, to which cache, under which full key."""
-        for number, child in enumerate(self.children):
-            if isinstance(child, CompositeHookingContext):
-                yield from ((number, cache, key) for _, cache, key in child._entries())
-            elif isinstance(child, HookingContextWithCache) and child.recorder is not None:
-                for channel in child.recorder.channels:
-                    node = channel.target.node
-                    for key in channel.entry_keys:
-                        yield number, id(channel.target.cache), key if node is None else (node, key)
+    def belong(self, before: HookingContext | None) -> None:
+        """Be the child of another composite; its children go on where those ``before`` left off."""
+        super().belong(before)
+        if isinstance(before, CompositeHookingContext) and before.factory is self.factory:
+            self.children = before.children
+
+    def written(self) -> Iterator[Written]:
+        """Every entry that the children write."""
+        for child in self._caching_children():
+            yield from child.written()
+
+    def writes_given_cache(self) -> bool:
+        """Whether an entry goes to a cache that somebody handed in."""
+        return any(child.writes_given_cache() for child in self._caching_children())
 
     def _refuse_clashes(self) -> None:
-        entries: dict[tuple[int, CacheKey], int] = {}
-        nodes: dict[tuple[int, CacheKey], int] = {}
-        for number, cache, key in self._entries():
-            node, path = key if isinstance(key, tuple) else (None, key)
-            # An entry meets another of the same key, or a node of that name; a node meets an entry of its name.
-            other = entries.get((cache, key), nodes.get((cache, key)) if node is None else entries.get((cache, node)))
-            if other is not None:
-                raise CacheWriteError(
-                    f"children {other} and {number} of the composite both cache {path!r}; give one of them "
-                    "a cache of its own with cache=TensorDict(), or other sites",
-                    paths=(path,),
-                )
-            entries[cache, key] = number
-            if node is not None:
-                nodes.setdefault((cache, node), number)
+        clash = first_clash(
+            Written(number, each.cache, each.node, each.key)
+            for number, child in enumerate(self.children)
+            if isinstance(child, HookingContextWithCache)
+            for each in child.written()
+        )
+        if clash is not None:
+            first, second = clash
+            raise CacheWriteError(
+                f"children {first.writer} and {second.writer} of the composite both cache {second.key!r}; give one of "
+                "them a cache of its own with cache=TensorDict(), or other sites",
+                paths=(second.key,),
+            )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -138,6 +145,15 @@ class CompositeHookingContextFactory(HookingContextFactory):
         if strangers:
             raise ContextError(f"a composite is made of factories such as ActivationCaching(...), got {strangers[0]!r}")
         self.factories: Sequence[HookingContextFactory] = factories
+        self._hooked_module_class = _joined([factory.hooked_module_class for factory in factories])
+        for factory in factories:
+            own = {name: value for name, value in factory.hooked_module_kwargs.items() if name != "relative_path"}
+            self._hooked_module_kwargs = {**self._hooked_module_kwargs, **own}
+
+    @property
+    def spawns(self) -> bool:
+        """Whether a child makes its hooked module in a way of its own."""
+        return any(factory.spawns for factory in self.factories)
 
     @property
     def fits_graph(self) -> bool:
@@ -146,3 +162,12 @@ class CompositeHookingContextFactory(HookingContextFactory):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self.factories))})"
+
+
+def _joined(kinds: Sequence[type[HookedModule]]) -> type[HookedModule]:
+    """The class of a hooked module that is all that the children's are."""
+    distinct = list(dict.fromkeys(kinds))
+    own = [kind for kind in distinct if not any(kind is not other and issubclass(other, kind) for other in distinct)]
+    if len(own) < 2:
+        return own[0] if own else HookedModule
+    return type("And".join(str(kind.__name__) for kind in own), tuple(own), {})

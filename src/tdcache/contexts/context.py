@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -11,11 +12,13 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
+from tdcache.contexts.opened import begin_opening, closed
 from tdcache.errors import ContextError, StopForward
 from tdcache.hooks.attach import MultiHookHandle
 from tdcache.hooks.compiled import refuse_scripted, running_eagerly
-from tdcache.modules.call import ModelCall
-from tdcache.modules.hooked import HookedModule, holds_entries
+from tdcache.hooks.threads import Fence, fencing
+from tdcache.modules.call import ModelCall, holds_entries
+from tdcache.modules.hooked import HookedModule
 from tdcache.selection import Matcher, Selection, as_matcher, depends_on_names_only, select_matching, walk
 from tdcache.types import CacheKey, Match, Selector
 
@@ -92,6 +95,8 @@ class HookingContext:
             self._module, self._extra_relative_path, self.model = module, "", module
         else:
             self._module, self._extra_relative_path, self.model = ModelCall(module, in_keys, out_keys), "module", module
+        self._wrapped = self._module
+        """What the recipe prepares: the module, or in a composite the hooked module of a child."""
         self._in_keys, self._out_keys = list(self._module.in_keys), list(self._module.out_keys)
         self._in_context = False
         self._paused = False
@@ -100,6 +105,11 @@ class HookingContext:
         self._hooked_module: HookedModule | None = None
         self._handle = MultiHookHandle()
         self._undo = ExitStack()
+        self.thread = get_ident()
+        """The thread that opened the context, whose forwards its hooks act in."""
+        self.fence = Fence(set())
+        self.is_child = False
+        """Whether it belongs to a composite."""
 
     def __repr__(self) -> str:
         state = "open" if self._in_context else "closed"
@@ -122,7 +132,7 @@ class HookingContext:
             )
         self._undo = undo = ExitStack()
         try:
-            working = self._enter_inner(undo)
+            self._wrapped = working = self._enter_inner(undo)
             extra = working.relative_path if isinstance(working, HookedModule) else self._extra_relative_path
             keys = (self._in_keys, self._out_keys, extra)
             prepared = self.factory._prepare_module(working, *keys)
@@ -130,7 +140,7 @@ class HookingContext:
             undo.enter_context(running_eagerly(self.model, fits_graph=self._fits_graph, tell=not self.runs_module))
             self._hooked_module = hooked = self.factory._spawn_hooked_module(prepared, self, extra)
             self._in_context = self._managed = True
-            self._handle = self.factory._hook_module(hooked)
+            self._handle = self._hook(hooked)
         except BaseException as error:
             self._leave(error)
             raise
@@ -145,6 +155,21 @@ class HookingContext:
         """Whether the hooks may become part of a compiled graph."""
         fits: bool = self.factory.fits_graph
         return fits
+
+    def _hook(self, hooked: HookedModule) -> MultiHookHandle:
+        """Install the recipe's hooks, all or none."""
+        handle: MultiHookHandle
+        fence = begin_opening(self)
+        with fencing(fence):
+            handle = self.factory._hook_module(hooked)
+        if fence is None and self.fence.others:  # another thread opened a context meanwhile
+            handle.put_behind(self.fence)
+        return handle
+
+    @property
+    def handle(self) -> MultiHookHandle:
+        """The registrations of the hooks."""
+        return self._handle
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -169,6 +194,7 @@ class HookingContext:
 
     def _leave(self, error: BaseException | None) -> None:
         undo, self._undo = self._undo, ExitStack()
+        closed(self)
         try:
             with undo:
                 self._handle.remove()
@@ -226,7 +252,7 @@ class HookingContext:
         try:
             yield
         finally:
-            hooked.td_module = self.factory._prepare_module(self._module, *keys)
+            hooked.td_module = self.factory._prepare_module(self._wrapped, *keys)
 
     def select(
         self,

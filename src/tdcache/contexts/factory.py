@@ -38,17 +38,19 @@ class HookingContextFactory:
         ...         return manager.register_hook(module, lambda path: hook, relative_path=module.relative_path)
     """
 
-    _hooked_module_class: ClassVar[type[HookedModule]] = HookedModule
+    _hooked_module_class: type[HookedModule] = HookedModule
     _hooking_context_class: ClassVar[type[HookingContext]] = HookingContext
     # Defaults for subclasses that do not call super().__init__(); instances get their own.
     _hooking_context_kwargs: Mapping[str, Any] = {}
     _hooked_module_kwargs: Mapping[str, Any] = {}
 
     _overrides_run: ClassVar[bool] = False
+    _overrides_spawn: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls._overrides_run = cls._run_module is not HookingContextFactory._run_module
+        cls._overrides_spawn = cls._spawn_hooked_module is not HookingContextFactory._spawn_hooked_module
 
     @property
     def runs_module(self) -> bool:
@@ -59,6 +61,21 @@ class HookingContextFactory:
     def fits_graph(self) -> bool:
         """Whether ``torch.compile`` may make the hooks part of a graph; if not, a compiled model runs eagerly."""
         return False
+
+    @property
+    def hooked_module_class(self) -> type[HookedModule]:
+        """The class of what the context yields."""
+        return self._hooked_module_class
+
+    @property
+    def hooked_module_kwargs(self) -> Mapping[str, Any]:
+        """What that class is made with."""
+        return self._hooked_module_kwargs
+
+    @property
+    def spawns(self) -> bool:
+        """Whether the hooked module is made in a way of its own, by :meth:`_spawn_hooked_module`."""
+        return self._overrides_spawn
 
     def __init__(self) -> None:
         self._hooking_context_kwargs: dict[str, Any] = {}

@@ -1,18 +1,29 @@
 """Dataset loops: activations of many batches, in memory or on disk. The only place for ``torch.distributed``."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from tdcache.harvesting.buffer import ActivationBuffer
 from tdcache.harvesting.loop import harvest, preflight
-from tdcache.harvesting.memory import (
-    ActivationCollector,
-    ActivationStore,
-    collect_activations_from_dataloader,
-    extract_representations,
-)
-from tdcache.harvesting.names import LAYOUTS, HookSite, Layout, resolve_hook_points
 from tdcache.harvesting.plan import Preflight
 from tdcache.harvesting.ray_fleet import harvest_with_ray
-from tdcache.harvesting.saved import load_activations, save_activations
 from tdcache.store import ActivationDataset
+
+if TYPE_CHECKING:
+    from tdcache.compat import (
+        LAYOUTS,
+        ActivationCollector,
+        ActivationStore,
+        HookSite,
+        Layout,
+        collect_activations_from_dataloader,
+        extract_representations,
+        load_activations,
+        resolve_hook_points,
+        save_activations,
+    )
 
 __all__ = [
     "ActivationBuffer",
@@ -32,3 +43,12 @@ __all__ = [
     "resolve_hook_points",
     "save_activations",
 ]
+
+_HERE = frozenset(globals())
+
+
+def __getattr__(name: str) -> Any:
+    """The adapters of :mod:`tdcache.compat` that can be had from here as well; they stand on this package."""
+    if name in __all__ and name not in _HERE:
+        return getattr(import_module("tdcache.compat"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ from tdcache.caching import ActivationCaching
 from tdcache.errors import CaptureError, RepeatedCallWarning, SelectionError, listed
 from tdcache.harvesting.calling import Inputs, as_evaluated, call_model, model_device, to_device
 from tdcache.harvesting.row_rule import BatchRows, row_dims
-from tdcache.harvesting.whole import whole_tensor
+from tdcache.harvesting.sharding import whole_tensor
 from tdcache.hooks import port_at
 from tdcache.modules import HookedModule
 from tdcache.store.dtypes import DTYPES, count_lost

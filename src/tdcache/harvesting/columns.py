@@ -13,7 +13,7 @@ from torch import Tensor
 from tdcache.errors import CaptureError, SelectionError, listed
 from tdcache.harvesting.identity import identity_of
 from tdcache.harvesting.row_rule import BatchRows
-from tdcache.harvesting.spelled import dtype_name
+from tdcache.harvesting.sizes import dtype_name
 from tdcache.store.writer import ROW_COLUMNS, own_column
 
 __all__ = ["OwnColumns"]

@@ -19,12 +19,12 @@ from tdcache.errors import SelectionError, SpecError, StoreError, listed
 from tdcache.harvesting.capture import Capture
 from tdcache.harvesting.plan import Preflight, Probe, probe, row_bytes
 from tdcache.harvesting.progress import Progress
-from tdcache.harvesting.pump import WriterThread
 from tdcache.harvesting.recheck import check_like, refuse_overflow, run_again
 from tdcache.harvesting.request import SHARD_BYTES, Request, asked_for
 from tdcache.harvesting.row_rule import BatchRows, RowKind, batch_length
 from tdcache.harvesting.source import Step, Visit
 from tdcache.harvesting.workers import Share
+from tdcache.harvesting.writer_thread import WriterThread
 from tdcache.modules import HookedModule
 from tdcache.store.dataset import ActivationDataset
 from tdcache.store.dtypes import DTYPES

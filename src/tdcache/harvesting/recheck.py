@@ -16,8 +16,8 @@ from torch import Tensor
 from tdcache.errors import CaptureError, SpecError
 from tdcache.harvesting.capture import Capture, Losses
 from tdcache.harvesting.row_rule import RowRule
+from tdcache.harvesting.sizes import dtype_name
 from tdcache.harvesting.source import Source
-from tdcache.harvesting.spelled import dtype_name
 from tdcache.store.shard import Shard
 from tdcache.store.writer import StoreWriter, site_column
 

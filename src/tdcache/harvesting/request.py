@@ -16,9 +16,9 @@ from tdcache.harvesting.columns import OwnColumns
 from tdcache.harvesting.identity import identity_of, spelled_positions
 from tdcache.harvesting.plan import Budget, Preflight, Probe, batches_per_unit, model_fingerprint, probe
 from tdcache.harvesting.row_rule import RowKind, RowRule, as_drops, as_kind, as_positions
+from tdcache.harvesting.sharding import refuse_shards
+from tdcache.harvesting.sizes import as_bytes, as_count, dtype_name
 from tdcache.harvesting.source import Source
-from tdcache.harvesting.spelled import as_bytes, as_count, dtype_name
-from tdcache.harvesting.whole import refuse_shards
 from tdcache.harvesting.workers import Share
 from tdcache.selection import select as select_sites
 from tdcache.store.spec import read_spec

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tdcache.errors import CaptureError, TdcacheWarning, warn_user
-from tdcache.harvesting.whole import ShardedModel, holders
+from tdcache.harvesting.sharding import ShardedModel, holders
 
 __all__ = ["Share", "wait_for_others"]
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from threading import RLock
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -22,14 +23,19 @@ from torch.utils.hooks import RemovableHandle
 from tdcache.errors import HookSignatureError
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.gradient_hooks import GradientHandle, GradInputHook, GradOutputHook
+from tdcache.hooks.threads import Fence, Fenced, current_fence
+from tdcache.hooks.transient import Transient
 from tdcache.introspect import post_hooks, pre_hooks
 from tdcache.types import HookDirection, Removable
 
 __all__ = [
     "MultiHookHandle",
+    "MutedHook",
     "Order",
     "PortHook",
     "Registration",
+    "TransientGradInputHook",
+    "TransientGradOutputHook",
     "UserHook",
     "attach",
     "attach_gradient",
@@ -53,8 +59,18 @@ class Order(IntEnum):
     STOP = 3
 
 
+_one_at_a_time = RLock()
+"""Held while the hooks of a module are changed: two threads may open contexts on one model."""
+
+
+def _behind(fence: Fence | None, hook: Any) -> Any:
+    if fence is None or isinstance(hook, Fenced):
+        return hook
+    return Fenced(hook, _order_of(hook), fence)
+
+
 @dataclass(frozen=True, slots=True)
-class UserHook:
+class UserHook(Transient):
     """A hook that a user wrote, with the path it was registered at; calls it and nothing else."""
 
     hook: Callable[..., Any]
@@ -88,8 +104,16 @@ def attach(
     if direction in ("fwd", "fwd_kwargs", "fwd_pre", "fwd_pre_kwargs"):
         return _register(module, hook, direction, order)
     if direction == "bwd_pre":
-        return attach_gradient(module, GradOutputHook(hook, order, path))
-    return attach_gradient(module, GradInputHook(hook, order, path))
+        return attach_gradient(module, TransientGradOutputHook(hook, order, path))
+    return attach_gradient(module, TransientGradInputHook(hook, order, path))
+
+
+class TransientGradOutputHook(Transient, GradOutputHook):
+    """A gradient hook that is left out of copies of its module; those of a hook point go with it."""
+
+
+class TransientGradInputHook(Transient, GradInputHook):
+    """The same for hooks that see both gradients."""
 
 
 def attach_gradient(module: nn.Module, watcher: GradOutputHook | GradInputHook) -> Removable:
@@ -103,14 +127,17 @@ def attach_gradient(module: nn.Module, watcher: GradOutputHook | GradInputHook) 
 
 def _register(module: nn.Module, hook: Callable[..., Any], direction: str, order: int) -> Registration:
     prepend, with_kwargs = order == Order.FIRST, direction.endswith("kwargs")
-    if direction.startswith("fwd_pre"):
-        handle = _registering(module).register_forward_pre_hook(module, hook, prepend=prepend, with_kwargs=with_kwargs)
-        hooks = pre_hooks(module)
-    else:
-        handle = _registering(module).register_forward_hook(module, hook, prepend=prepend, with_kwargs=with_kwargs)
-        hooks = post_hooks(module)
-    if not prepend:
-        settle(hooks, order)
+    hook = _behind(current_fence(), hook)
+    with _one_at_a_time:
+        if direction.startswith("fwd_pre"):
+            register = _registering(module).register_forward_pre_hook
+            hooks = pre_hooks(module)
+        else:
+            register = _registering(module).register_forward_hook
+            hooks = post_hooks(module)
+        handle = register(module, hook, prepend=prepend, with_kwargs=with_kwargs)
+        if not prepend:
+            settle(hooks, order)
     return Registration(handle)
 
 
@@ -128,18 +155,20 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
     number = RemovableHandle(OrderedDict()).id
     placed = _Numbered(number)
     handle.add(placed)
-    for module, hook in pairs:
-        hooks = post_hooks(module)
-        if number in hooks:  # the module has several names, and a hook for each
-            handle.add(attach(module, hook, "fwd", order=order))
-            continue
-        hooks[number] = hook
-        placed.dicts.append(hooks)
-        if len(hooks) > 1:
-            if order == Order.FIRST:
-                hooks.move_to_end(number, last=False)
-            else:
-                settle(hooks, order)
+    fence = current_fence()
+    with _one_at_a_time:
+        for module, hook in pairs:
+            hooks = post_hooks(module)
+            if number in hooks:  # the module has several names, and a hook for each
+                handle.add(attach(module, hook, "fwd", order=order))
+                continue
+            hooks[number] = hook if fence is None else _behind(fence, hook)
+            placed.dicts.append(hooks)
+            if len(hooks) > 1:
+                if order == Order.FIRST:
+                    hooks.move_to_end(number, last=False)
+                else:
+                    settle(hooks, order)
 
 
 def attach_ports(
@@ -160,7 +189,7 @@ class PortHook(Protocol):
         """See the value; what is returned, if not None, takes its place."""
 
 
-class _Muted:
+class MutedHook(Transient):
     """Stands where a muted hook stands, so that it keeps its place."""
 
     __slots__ = ("hook", "order")
@@ -175,14 +204,22 @@ class _Muted:
 
 def _mute(hooks: Any, number: int) -> None:
     hook = hooks.get(number)
-    if hook is not None and not isinstance(hook, _Muted):
-        hooks[number] = _Muted(hook)
+    if hook is not None and not isinstance(hook, MutedHook):
+        hooks[number] = MutedHook(hook)
 
 
 def _unmute(hooks: Any, number: int) -> None:
     hook = hooks.get(number)
-    if isinstance(hook, _Muted):
+    if isinstance(hook, MutedHook):
         hooks[number] = hook.hook
+
+
+def _fence_off(hooks: Any, number: int, fence: Fence) -> None:
+    hook = hooks.get(number)
+    if isinstance(hook, MutedHook):
+        hook.hook = _behind(fence, hook.hook)
+    elif hook is not None:
+        hooks[number] = _behind(fence, hook)
 
 
 class Registration:
@@ -195,7 +232,8 @@ class Registration:
 
     def remove(self) -> None:
         """Remove it; a second call does nothing."""
-        self._handle.remove()
+        with _one_at_a_time:
+            self._handle.remove()
 
     def mute(self) -> None:
         """Silence it without giving up its place."""
@@ -204,6 +242,10 @@ class Registration:
     def unmute(self) -> None:
         """Let it act again."""
         _unmute(self._handle.hooks_dict_ref() or {}, self._handle.id)
+
+    def put_behind(self, fence: Fence) -> None:
+        """Have it act in no thread that is fenced off."""
+        _fence_off(self._handle.hooks_dict_ref() or {}, self._handle.id, fence)
 
 
 class _Numbered:
@@ -218,9 +260,10 @@ class _Numbered:
     def remove(self) -> None:
         """Remove them; a second call does nothing."""
         number = self.number
-        for hooks in self.dicts:
-            hooks.pop(number, None)
-        self.dicts.clear()
+        with _one_at_a_time:
+            for hooks in self.dicts:
+                hooks.pop(number, None)
+            self.dicts.clear()
 
     def mute(self) -> None:
         """Silence them without giving up their places."""
@@ -232,11 +275,20 @@ class _Numbered:
         for hooks in self.dicts:
             _unmute(hooks, self.number)
 
+    def put_behind(self, fence: Fence) -> None:
+        """Have them act in no thread that is fenced off."""
+        for hooks in self.dicts:
+            _fence_off(hooks, self.number, fence)
+
 
 def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None], handle: MultiHookHandle) -> None:
     """Call ``begin`` before and ``end`` after every forward of ``root``, also one that raises."""
-    handle.add(Registration(_registering(root).register_forward_pre_hook(root, begin, prepend=True)))
-    handle.add(Registration(_registering(root).register_forward_hook(root, end, always_call=True)))
+    fence = current_fence()
+    with _one_at_a_time:
+        handle.add(
+            Registration(_registering(root).register_forward_pre_hook(root, _behind(fence, begin), prepend=True))
+        )
+        handle.add(Registration(_registering(root).register_forward_hook(root, _behind(fence, end), always_call=True)))
 
 
 def settle(hooks: Any, order: int) -> None:
@@ -349,18 +401,24 @@ class MultiHookHandle:
 
     def mute(self) -> None:
         """Silence every registration until :meth:`unmute`."""
-        for handle in self._mutable():
+        for handle in self._able("mute"):
             handle.mute()
 
     def unmute(self) -> None:
         """Let every registration act again."""
-        for handle in self._mutable():
+        for handle in self._able("unmute"):
             handle.unmute()
 
-    def _mutable(self) -> Iterator[Any]:
+    def put_behind(self, fence: Fence) -> None:
+        """Have no registration act in a thread that is fenced off, from now on."""
+        with _one_at_a_time:
+            for handle in self._able("put_behind"):
+                handle.put_behind(fence)
+
+    def _able(self, what: str) -> Iterator[Any]:
         for handle in self._handles:
             able = Registration(handle) if isinstance(handle, RemovableHandle) else handle
-            if hasattr(able, "mute"):
+            if hasattr(able, what):
                 yield able
 
     def __len__(self) -> int:

@@ -8,16 +8,76 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.errors import CaptureError, EditError, HookSignatureError, StopForward
 from tdcache.hooks.attach import Order
 from tdcache.hooks.directions import Direction, direction_row
-from tdcache.hooks.values import first_tensor, replace_tensor
+from tdcache.hooks.port import Port, port_at
+from tdcache.hooks.values import check_fits, first_tensor, is_entries, leaves, replace_tensor
 from tdcache.types import CacheKey, HookDirection
 
-__all__ = ["CacheProxy", "CachingHook", "HookFactory", "ReadingHook", "SettingHook", "StoppingHook", "check_callback"]
+__all__ = [
+    "CacheProxy",
+    "CachingHook",
+    "HookFactory",
+    "ReadingHook",
+    "SettingHook",
+    "StoppingHook",
+    "check_callback",
+    "read_at",
+    "write_at",
+]
+
+
+def read_at(port: Port, row: Direction, args: tuple[Any, ...]) -> Any:
+    """The tensor that is meant, among what a hook of the direction is called with.
+
+    Raises:
+        CaptureError: there is none.
+    """
+    return port.read(*_at_port(row, args))
+
+
+def write_at(port: Port, row: Direction, args: tuple[Any, ...], new: Any) -> Any:
+    """What a hook of the direction returns, so that ``new`` takes the place of the value.
+
+    Args:
+        port: where the value is.
+        row: the direction.
+        args: what the hook is called with.
+        new: a tensor, for the tensor that is meant; or a whole value of the type that is there.
+
+    Raises:
+        EditError: ``new`` does not fit, or there is nothing to replace.
+    """
+    if isinstance(new, Tensor) and not row.gradient:
+        asked: Any = port
+        written = asked.write(*_at_port(row, args), new)
+        return written[0] if row.name == "fwd_pre" else written
+    old = args[row.returns_index]
+    where = f" of {port.path!r}" if port.path else ""
+    if isinstance(new, Tensor):
+        if port.pick is None and first_tensor(old) is None:
+            raise EditError(f"there is no gradient{where} to replace: none came")
+        return replace_tensor(old, new, pick=port.pick, path=port.path)
+    if type(new) is not type(old):
+        raise EditError(
+            f"the {row.returns}{where} of type {type(old).__name__} cannot be replaced by {type(new).__name__}; "
+            "return the same type, a tensor for the first tensor in it, or None for no change"
+        )
+    before, after = [tensor for _, tensor in leaves(old)], [tensor for _, tensor in leaves(new)]
+    if len(before) == len(after):
+        for there, given in zip(before, after, strict=True):
+            check_fits(given, there, port.path)
+    return (new, args[-1]) if row.name == "fwd_pre_kwargs" else new
+
+
+def _at_port(row: Direction, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a port is asked with, of what a forward hook is called with."""
+    if row.name == "fwd_kwargs":
+        return args[0], args[1], args[3]
+    return (*args, {}) if row.name == "fwd_pre" else args
 
 
 class CacheProxy:
@@ -97,7 +157,7 @@ def _refuse_extra(parameters: Iterable[inspect.Parameter], expected: tuple[str, 
 
 @dataclass(frozen=True, slots=True)
 class CachingHook:
-    """Writes the value, or what ``callback`` makes of it, to ``cache[key]``."""
+    """Writes the tensor that is meant, or what ``callback`` makes of the value, to ``cache[key]``."""
 
     key: CacheKey
     cache: Any
@@ -107,13 +167,14 @@ class CachingHook:
 
     def __call__(self, *args: Any) -> None:
         """Write."""
-        if self.callback is None:
-            value = args[self.row.value_index]
-            kept = value if isinstance(value, Tensor | TensorDictBase) else first_tensor(value)
-        else:
+        if self.callback is not None:
             named = dict(zip(self.row.params, args, strict=True))
             value = kept = self.callback(**named, key=self.key, direction=self.row.name)
-        if not isinstance(kept, Tensor | TensorDictBase):
+        else:
+            value = args[self.row.value_index]
+            is_module_value = not self.row.gradient and first_tensor(value) is not None
+            kept = read_at(port_at("", self.row.name), self.row, args) if is_module_value else first_tensor(value)
+        if not is_entries(kept) and not isinstance(kept, Tensor):
             raise CaptureError(
                 f"a cache holds tensors and TensorDicts; the value for {self.key!r} is {type(value).__name__}: "
                 "return a tensor from callback="
@@ -125,7 +186,8 @@ class CachingHook:
 class SettingHook:
     """Replaces the value by ``value`` (a proxy is resolved when the hook runs), or by what ``callback`` returns.
 
-    None leaves the value as it is. A tensor given for a structured value replaces the first tensor in it.
+    None leaves the value as it is. A tensor given for a structured value replaces the first tensor in it; in a
+    TensorDict module, the first entry that is the module's own.
     """
 
     value: Any
@@ -135,25 +197,11 @@ class SettingHook:
 
     def __call__(self, *args: Any) -> Any:
         """Replace."""
-        old = args[self.row.returns_index]
         new = self.value.resolve() if hasattr(self.value, "resolve") else self.value
         if self.callback is not None:
             named = dict(zip(self.row.params, args, strict=True))
             new = self.callback(**named, value=new, direction=self.row.name)
-        if new is None:
-            return None
-        if isinstance(new, Tensor) and first_tensor(old) is not None:
-            return self._returned(replace_tensor(old, new), args)
-        if type(new) is not type(old):
-            raise EditError(
-                f"the {self.row.returns} of type {type(old).__name__} cannot be replaced by {type(new).__name__}; "
-                "return the same type, a tensor for the first tensor in it, or None for no change"
-            )
-        return self._returned(new, args)
-
-    def _returned(self, new: Any, args: tuple[Any, ...]) -> Any:
-        # torch wants (args, kwargs) back from a pre-hook that was registered with keyword arguments.
-        return (new, args[-1]) if self.row.name == "fwd_pre_kwargs" else new
+        return None if new is None else write_at(port_at("", self.row.name), self.row, args, new)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,25 +4,25 @@ from tdcache.interventions.ablation import Ablation
 from tdcache.interventions.addition import ActivationAddition
 from tdcache.interventions.base import Intervention
 from tdcache.interventions.causal_tracing import CausalTracing
+from tdcache.interventions.options import EditOptions
 from tdcache.interventions.patching import ActivationPatching
 from tdcache.interventions.path_patching import PathPatching
 from tdcache.interventions.regions import Region
 from tdcache.interventions.resume import ResumeFrom, resume_from
 from tdcache.interventions.saving import load_intervention, save_intervention
 from tdcache.interventions.steering import SteeringVectors
-from tdcache.interventions.steps import Step
 
 __all__ = [
     "Ablation",
     "ActivationAddition",
     "ActivationPatching",
     "CausalTracing",
+    "EditOptions",
     "Intervention",
     "PathPatching",
     "Region",
     "ResumeFrom",
     "SteeringVectors",
-    "Step",
     "load_intervention",
     "resume_from",
     "save_intervention",

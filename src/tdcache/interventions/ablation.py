@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.errors import EditError
-from tdcache.interventions.base import Intervention, InterventionContext, Side, entry_of
-from tdcache.interventions.edits import Edit
-from tdcache.interventions.regions import Along, Region
-from tdcache.interventions.steps import Steps
+from tdcache.interventions.base import Intervention, InterventionContext, entry_of
+from tdcache.interventions.edit_tap import Edit, RegionEdit
+from tdcache.interventions.options import EditKeywords
+from tdcache.interventions.regions import Region
 from tdcache.selection import Site
-from tdcache.types import Match, Pick, Selector
+from tdcache.types import Selector
 
 __all__ = ["Ablation"]
 
@@ -37,14 +37,13 @@ class _Mean:
 
     path: str
     mean: Tensor | None
-    region: Region
 
-    def __call__(self, part: Tensor, full: Tensor) -> Tensor:
+    def edit_region(self, part: Tensor, full: Tensor, region: Region) -> Tensor:
         if self.mean is None:
-            return part.mean(0, keepdim=True).expand_as(part).clone()
+            return part.mean(region.part_row_axis(full), keepdim=True).expand_as(part).clone()
         mean = self.mean.to(full)
         try:
-            return self.region.take(mean.expand_as(full), self.path).clone()
+            return region.take(mean.expand_as(full), self.path).clone()
         except RuntimeError:
             raise _misfit("mean", self.path, mean, full) from None
 
@@ -56,22 +55,33 @@ class _Resample:
     path: str
     rows: Tensor | None
     seed: int
-    region: Region
 
-    def __call__(self, part: Tensor, full: Tensor) -> Tensor:
+    def edit_region(self, part: Tensor, full: Tensor, region: Region) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         if self.rows is None:
-            if len(part) < 2:
-                raise EditError(f"resampling within a batch needs 2 rows or more at {self.path!r}; give source=")
-            order = torch.randperm(len(part), generator=generator).to(part.device)
-            new = part.clone()
-            new[order] = part[order.roll(1)]  # a single cycle: no row keeps its own
-            return new
+            return self._exchanged(part, region.part_row_axis(full), generator, region)
         rows = self.rows.to(full)
         if rows.shape[1:] != full.shape[1:]:
             raise _misfit("rows to resample from", self.path, rows, full)
+        if region.row_axis(full):
+            raise EditError(f"source= has rows along axis 0, and the value at {self.path!r} along axis 1")
         drawn = rows[torch.randint(len(rows), (len(full),), generator=generator).to(full.device)]
-        return self.region.take(drawn, self.path)
+        return region.take(drawn, self.path)
+
+    def _exchanged(self, part: Tensor, axis: int, generator: torch.Generator, region: Region) -> Tensor:
+        """The part with its rows in another order."""
+        if region.joins_rows:
+            raise EditError(
+                f"resampling within a batch exchanges rows, but at {self.path!r} the positions are a mask, in which "
+                "rows differ in their number of positions, so that values would move between the positions of one row: "
+                "give as many positions for each row, as numbers or a tensor (batch, k), or rows to draw from, source="
+            )
+        if part.shape[axis] < 2:
+            raise EditError(f"resampling within a batch needs 2 rows or more at {self.path!r}; give source=")
+        order = torch.randperm(part.shape[axis], generator=generator).to(part.device)
+        new = part.clone()
+        new.index_copy_(axis, order, part.index_select(axis, order.roll(1)))  # a single cycle: no row keeps its own
+        return new
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +137,7 @@ class Ablation(Intervention):
         source: what the mode needs: a TensorDict or mapping by path, or one tensor for all sites.
         seed: of ``"resample"``; the same rows are drawn at every site and in every forward of one size.
         center: of ``"project"``: what is subtracted before projecting, by path or one for all; zero by default.
-        positions: see :class:`Intervention`, as ``units`` and the arguments behind it.
-        units: likewise.
-        direction: likewise.
-        pick: likewise.
-        steps: likewise.
-        match: likewise.
-        position_dim: likewise.
-        unit_dim: likewise.
+        **options: where and when it acts: ``positions``, ``units`` and the others of :class:`tdcache.EditOptions`.
 
     Raises:
         EditError: an unknown mode; a source that is missing, needless, or does not fit.
@@ -155,19 +158,9 @@ class Ablation(Intervention):
         *,
         seed: int = 0,
         center: TensorDictBase | Mapping[str, Tensor] | Tensor | None = None,
-        positions: Along = None,
-        units: Along = None,
-        direction: Side = "fwd",
-        pick: Pick = None,
-        steps: Steps = None,
-        match: Match = "full",
-        position_dim: int = 1,
-        unit_dim: int = -1,
+        **options: Unpack[EditKeywords],
     ) -> None:
-        super().__init__(
-            selector, positions=positions, units=units, direction=direction, pick=pick, steps=steps, match=match,
-            position_dim=position_dim, unit_dim=unit_dim,
-        )  # fmt: skip
+        super().__init__(selector, **options)
         if mode not in get_args(Mode):
             raise EditError(f"mode is one of {', '.join(map(repr, get_args(Mode)))}, got {mode!r}")
         if mode == "zero" and source is not None:
@@ -181,15 +174,15 @@ class Ablation(Intervention):
         self.seed = seed
         self.center = center
 
-    def edit_at(self, site: Site, context: InterventionContext) -> Edit:
+    def edit_at(self, site: Site, context: InterventionContext) -> Edit | RegionEdit:
         """What the mode does."""
         given = self._given(self.source, site.path, "source=")
         if self.mode == "zero":
             return _Zero(site.path)
         if self.mode == "mean":
-            return _Mean(site.path, given, self.region)
+            return _Mean(site.path, given)
         if self.mode == "resample":
-            return _Resample(site.path, given, self.seed, self.region)
+            return _Resample(site.path, given, self.seed)
         return _Project(site.path, _basis(given), self._given(self.center, site.path, "center="))
 
     def _given(self, source: Any, path: str, what: str) -> Any:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, Unpack, get_args
 
+import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle
-from tdcache.interventions.base import Intervention, InterventionContext, Side, with_inputs_of
-from tdcache.interventions.edits import Edit
-from tdcache.interventions.memory import Memory
-from tdcache.interventions.regions import Along, Region
+from tdcache.interventions.base import Intervention, InterventionContext, with_inputs_of
+from tdcache.interventions.current_call import CurrentCall
+from tdcache.interventions.edit_tap import Edit
+from tdcache.interventions.options import EditKeywords
+from tdcache.interventions.random_state import SharedRandomState
+from tdcache.interventions.regions import Region
 from tdcache.interventions.steering import AddVector
-from tdcache.interventions.steps import Steps
+from tdcache.introspect import in_backward
 from tdcache.modules import HookedModule
 from tdcache.selection import Site
-from tdcache.types import CacheKey, Match, Pick, Selector
+from tdcache.types import CacheKey, Selector
 
 __all__ = ["ActivationAddition"]
 
@@ -30,8 +34,34 @@ class _Fit:
     """The vectors of a bound model, and the run that brings them."""
 
     def __init__(self) -> None:
-        self.memory = Memory("contrast")
+        self.recording = False
         self.vectors: dict[str, Tensor] = {}
+        self.pooled: dict[str, list[Tensor]] = {}
+        """What each site gave in the run that is being recorded, call by call."""
+
+    def means_of(self, run: Callable[[], Any]) -> dict[str, Tensor]:
+        """The mean over the calls of each site in one run."""
+        self.pooled.clear()
+        self.recording = True
+        try:
+            run()
+            return {path: torch.stack(values).mean(0) for path, values in self.pooled.items()}
+        finally:
+            self.recording = False
+            self.pooled.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class _Pooling:
+    """Keeps the vector of each value while vectors are being made."""
+
+    recipe: ActivationAddition
+    fit: _Fit
+    call: CurrentCall
+
+    def __call__(self, path: str, value: Tensor) -> None:
+        if self.fit.recording and not in_backward():
+            self.fit.pooled.setdefault(path, []).append(self.recipe.pooled(path, value, self.call))
 
 
 @dataclass(slots=True)
@@ -47,7 +77,7 @@ class _AddFitted:
     def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
         """The steered part; None while vectors are being made, and before there are any."""
         vector = self.fit.vectors.get(self.path)
-        if vector is None or self.fit.memory.mode == "record":
+        if vector is None or self.fit.recording:
             return None
         return AddVector(self.path, self.units.take(vector, self.path), self.coefficient)(part, full)
 
@@ -70,17 +100,10 @@ class ActivationAddition(Intervention):
         coefficient: what they are multiplied by.
         pool: how a value ``(batch, ..., features)`` becomes a vector: the mean over all but ``unit_dim``
             (``"tokens"``), the mean over the batch at the last position (``"last"``), or over the batch alone
-            (``"batch"``).
-        mask_key: with ``pool="tokens"``, the entry of the positive and negative inputs that is 1 where a token counts,
-            for instance ``"attention_mask"``.
-        positions: where the vector is added; see :class:`Intervention`, as ``units`` and the arguments behind it.
-        units: likewise.
-        direction: likewise.
-        pick: likewise.
-        steps: likewise.
-        match: likewise.
-        position_dim: likewise.
-        unit_dim: likewise.
+            (``"batch"``). Padding is left out of the first two: ``mask_key`` is an argument of the model or an
+            entry of the positive and negative inputs, found by its name by default.
+        **options: where and when the vector is added: ``positions``, ``units`` and the others of
+            :class:`tdcache.EditOptions`.
 
     Raises:
         ContextError: a call without positive or negative inputs, before there are vectors.
@@ -96,20 +119,9 @@ class ActivationAddition(Intervention):
         *,
         coefficient: float = 1.0,
         pool: Pool = "tokens",
-        mask_key: CacheKey | None = None,
-        positions: Along = None,
-        units: Along = None,
-        direction: Side = "fwd",
-        pick: Pick = None,
-        steps: Steps = None,
-        match: Match = "full",
-        position_dim: int = 1,
-        unit_dim: int = -1,
+        **options: Unpack[EditKeywords],
     ) -> None:
-        super().__init__(
-            selector, positions=positions, units=units, direction=direction, pick=pick, steps=steps, match=match,
-            position_dim=position_dim, unit_dim=unit_dim,
-        )  # fmt: skip
+        super().__init__(selector, **options)
         if pool not in get_args(Pool):
             raise EditError(f"pool is one of {', '.join(map(repr, get_args(Pool)))}, got {pool!r}")
         self.positive_key = positive_key
@@ -117,7 +129,6 @@ class ActivationAddition(Intervention):
         self.steer_key = steer_key
         self.coefficient = coefficient
         self.pool = pool
-        self.mask_key = mask_key
 
     def edit_at(self, site: Site, context: InterventionContext) -> Edit:
         """Add the vector, once there is one."""
@@ -126,28 +137,31 @@ class ActivationAddition(Intervention):
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context, selection = module.hooking_context, self.select(module)
-        context.state = context.state or _Fit()
+        context.state = fit = context.state or _Fit()
         handle = self.hook_sites(module, selection)
-        try:
-            self.add_reads(handle, selection, context.state.memory)
-        except BaseException:
-            handle.remove()
-            raise
+        with handle.installing():
+            if context.current_call is None:
+                context.current_call = CurrentCall(module.model, self.options)
+                context.current_call.attach(handle)
+            self.add_reads(handle, selection, _Pooling(self, fit, context.current_call))
         return handle
 
     def _run_module(
         self, module: HookedModule, data: TensorDictBase, forward: Callable[[TensorDictBase], TensorDictBase]
     ) -> TensorDictBase:
         fit: _Fit = module.hooking_context.state
+        call: CurrentCall = module.hooking_context.current_call
         in_keys: list[Any] = list(module.in_keys)
         if not fit.vectors or data.get(self.positive_key, None) is not None:
-            means = []
+            means, random = [], SharedRandomState(module.model)
             for key in (self.positive_key, self.negative_key):
                 inputs = with_inputs_of(data, key, in_keys, self)
-                with fit.memory.recording():
-                    forward(inputs)
-                means.append({path: self._pooled(values, inputs) for path, values in fit.memory.values.items()})
-            fit.memory.values = {}
+                call.further, call.wants_tokens = dict(inputs.items()), True
+                try:
+                    with random.run():
+                        means.append(fit.means_of(partial(forward, inputs)))
+                finally:
+                    call.further, call.wants_tokens = {}, self.positions is not None
             fit.vectors = {path: means[0][path] - means[1][path] for path in means[0]}
         if all(data.get(key, None) is not None for key in in_keys):
             forward(data)
@@ -155,21 +169,30 @@ class ActivationAddition(Intervention):
         found[self.steer_key] = TensorDict(dict(fit.vectors), batch_size=[])
         return found
 
-    def _pooled(self, values: list[Tensor], inputs: TensorDictBase) -> Tensor:
-        mask = None if self.mask_key is None else inputs.get(self.mask_key)
-        return sum((self._mean(value, mask) for value in values[1:]), self._mean(values[0], mask)) / len(values)
-
-    def _mean(self, value: Tensor, mask: Tensor | None) -> Tensor:
+    def pooled(self, path: str, value: Tensor, call: CurrentCall) -> Tensor:
+        """The vector that a value becomes."""
         if self.pool == "batch" or value.ndim < 3:
-            return value.mean(0)
-        if self.pool == "last":
-            at, last = self.position_dim % value.ndim, value.select(self.position_dim, -1).mean(0)
-            return last.unsqueeze(at - 1) if at > self.unit_dim % value.ndim else last
+            return value.mean(self.region.row_axis(value))
         if -self.unit_dim > value.ndim:
             raise EditError(f"unit_dim={self.unit_dim} is no axis of a value of shape {tuple(value.shape)}")
         others = [dim for dim in range(value.ndim) if dim != self.unit_dim % value.ndim]
-        shape = value.shape[self.unit_dim], *(1,) * (-1 - self.unit_dim)  # broadcasts to the value
-        if mask is None:
-            return value.mean(others).reshape(shape)
-        weight = mask.to(value).unsqueeze(self.unit_dim)
-        return ((value * weight).sum(others) / weight.sum()).reshape(shape)
+        mask = call.further.get(self.mask_key) if self.pool == "tokens" else None
+        if isinstance(mask, Tensor) and mask.ndim > 2 and mask.shape == tuple(value.shape[dim] for dim in others):
+            return self._mean(value, mask.to(value).unsqueeze(self.unit_dim), others)
+        at, unit, row = self.position_dim % value.ndim, self.unit_dim % value.ndim, self.region.row_axis(value)
+        tokens = None if at == unit else call.tokens_at(path, value.shape[row], value.shape[at], value.device)
+        if self.pool == "last":
+            if tokens is not None:
+                chosen = Region(positions=tokens.columns(-1), position_dim=self.position_dim)
+                value = chosen.take(value, path).movedim(1, at)
+            last = value.select(at, -1).mean(0)
+            return last.unsqueeze(at - 1) if at > unit else last
+        if tokens is None:
+            return self._mean(value, None, others)
+        weight = tokens.real.to(value).reshape(*tokens.real.shape, *(1,) * (value.ndim - 2)).movedim(1, at)
+        return self._mean(value, weight.expand(*(1 if dim == unit else n for dim, n in enumerate(value.shape))), others)
+
+    def _mean(self, value: Tensor, weight: Tensor | None, others: list[int]) -> Tensor:
+        """The mean over ``others``, with an axis of size 1 for each that comes after the units."""
+        mean = value.mean(others) if weight is None else (value * weight).sum(others) / weight.sum()
+        return mean.reshape(-1, *(1,) * (-1 - self.unit_dim))

@@ -3,94 +3,97 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Unpack
 
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.contexts import HookingContext, HookingContextFactory
-from tdcache.errors import ContextError, DirectionError, EditError
-from tdcache.hooks import MultiHookHandle, Order, attach, attach_ports, direction_row, port_at
-from tdcache.interventions.edits import Edit, EditTap, ReadTap
-from tdcache.interventions.memory import Memory
-from tdcache.interventions.regions import Along, Region
-from tdcache.interventions.steps import StepClock, Steps, check_steps
+from tdcache.errors import ContextError, EditError
+from tdcache.hooks import MultiHookHandle, Order, attach_ports, direction_row, port_at
+from tdcache.interventions.current_call import CurrentCall
+from tdcache.interventions.edit_tap import Edit, EditTap, ReadTap, RegionEdit
+from tdcache.interventions.options import (
+    OPTION_NAMES,
+    Calls,
+    EditKeywords,
+    EditOptions,
+    Side,
+    brief,
+    signature_with_options,
+)
+from tdcache.interventions.regions import Along, Heads
+from tdcache.interventions.unread import UnreadWatch
 from tdcache.modules import HookedModule
 from tdcache.paths import near_misses
 from tdcache.selection import Selection, Site, as_matcher, distinct_sites
+from tdcache.steps import Steps
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
-__all__ = ["Intervention", "InterventionContext", "Side", "entry_of", "with_inputs_of"]
-
-Side = Literal["fwd", "fwd_pre"]
-"""Whether an intervention acts on outputs or on inputs."""
+__all__ = ["Intervention", "InterventionContext", "entry_of", "with_inputs_of"]
 
 
 class InterventionContext(HookingContext):
     """The context of an intervention; ``state`` is what its recipe keeps of the bound model, also while paused."""
 
     state: Any = None
+    current_call: CurrentCall | None = None
+    """The forward under way, where the options ask for it."""
 
     def _finish(self, error: BaseException | None) -> None:
-        self.state = None
+        self.state = self.current_call = None
         super()._finish(error)
 
 
 class Intervention(HookingContextFactory):
     """A recipe that changes values at the selected sites; the methods are its subclasses.
 
-    Every argument of a subclass is kept as an attribute of the same name, which is what saving relies on.
+    Every argument of a subclass is kept as an attribute of the same name, which is what saving and the repr rely on.
 
     Args:
         selector: which modules; see :class:`tdcache.ActivationCaching`.
-        positions: which positions of a sequence, all by default; see :class:`Region`.
-        units: which features, all by default.
-        direction: ``"fwd"`` to change outputs, ``"fwd_pre"`` to change inputs.
-        pick: which tensor of a structured value, the first by default; the rest of the value is kept.
-        steps: in which forwards of ``generate()``: ``"prefill"``, ``"decode"``, or a predicate of a :class:`Step`.
-        match: ``"full"``, ``"prefix"`` or ``"search"``.
-        position_dim: the axis of positions.
-        unit_dim: the axis of units, counted from the end.
+        **options: those of :class:`EditOptions`, each kept as an attribute as well.
 
     Raises:
         SelectionError: an unusable selector; on entering, one that matches nothing.
-        DirectionError: another direction.
-        EditError: an unusable region or steps.
+        TypeError: an option that there is not.
+        EditError: an option that cannot be used; see :class:`EditOptions`.
     """
 
     _hooking_context_class: ClassVar[type[HookingContext]] = InterventionContext
+    _sweeps_heads: ClassVar[bool] = False
+    """Whether ``heads=`` may be an int."""
+    __signature__: ClassVar[inspect.Signature]
 
-    def __init__(
-        self,
-        selector: Selector,
-        *,
-        positions: Along = None,
-        units: Along = None,
-        direction: Side = "fwd",
-        pick: Pick = None,
-        steps: Steps = None,
-        match: Match = "full",
-        position_dim: int = 1,
-        unit_dim: int = -1,
-    ) -> None:
+    options: EditOptions
+    positions: Along
+    units: Along
+    heads: int | Heads | None
+    rows: Along
+    calls: Calls
+    direction: Side
+    pick: Pick
+    steps: Steps
+    mask_key: CacheKey | None
+    match: Match
+    position_dim: int
+    unit_dim: int
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = signature_with_options(cls)
+
+    def __init__(self, selector: Selector, **options: Unpack[EditKeywords]) -> None:
         super().__init__()
-        direction_row(direction)
-        if direction not in get_args(Side):
-            raise DirectionError(f"an intervention changes outputs ('fwd') or inputs ('fwd_pre'), got {direction!r}")
-        if callable(pick) or pick == "all":
-            raise EditError(f"pick={pick!r} cannot say where to put a new value; use an index or a key")
         self.selector = selector
-        self.positions = positions
-        self.units = units
-        self.direction: Side = direction
-        self.pick = pick
-        self.steps = check_steps(steps)
-        self.match: Match = match
-        self.position_dim = position_dim
-        self.unit_dim = unit_dim
-        as_matcher(selector, match)  # an unusable selector is refused here, not on entering
-        self.region = Region(positions=positions, units=units, position_dim=position_dim, unit_dim=unit_dim)
+        self.options = EditOptions.of(type(self).__name__, options)
+        if isinstance(self.options.heads, int) and not self._sweeps_heads:
+            raise EditError(f"heads={self.options.heads} does not say which: heads=(n_heads, which), such as (12, [3])")
+        for name in OPTION_NAMES:
+            setattr(self, name, getattr(self.options, name))
+        as_matcher(selector, self.options.match)  # an unusable selector is refused here, not on entering
+        self.region = self.options.region
 
     def __repr__(self) -> str:
         shown = []
@@ -98,7 +101,7 @@ class Intervention(HookingContextFactory):
             value = getattr(self, name)
             if value is parameter.default:
                 continue
-            shown.append(repr(value) if name == "selector" else f"{name}={_brief(value)}")
+            shown.append(repr(value) if name == "selector" else f"{name}={brief(value)}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def select(self, module: HookedModule) -> Selection:
@@ -106,7 +109,7 @@ class Intervention(HookingContextFactory):
         selection: Selection = module.hooking_context.select(self.selector, match=self.match)
         return selection
 
-    def edit_at(self, site: Site, context: InterventionContext) -> Edit:
+    def edit_at(self, site: Site, context: InterventionContext) -> Edit | RegionEdit:
         """What is done at one site; subclasses say."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it does at {site.path!r}: define edit_at")
 
@@ -115,36 +118,39 @@ class Intervention(HookingContextFactory):
 
     def hook_sites(self, module: HookedModule, selection: Selection) -> MultiHookHandle:
         """Put the edit of each site on it, either all of them or none; once on a module of several names."""
-        edits = [(site, self.edit_at(site, module.hooking_context)) for site in distinct_sites(selection)]
+        context: InterventionContext = module.hooking_context
+        edits = [(site, self.edit_at(site, context)) for site in distinct_sites(selection)]
         handle = MultiHookHandle()
         with handle.installing():
-            clock = self.add_clock(module, handle)
-            self.add_edits(handle, edits, clock)
+            context.current_call = call = self.follow_calls(module, handle)
+            self.add_edits(handle, edits, call)
+            if self.pick not in (None, 0):
+                watch = UnreadWatch(self.pick)
+                watch.attach(module.model, handle)
+                self.add_reads(handle, selection, watch.note)
         return handle
 
-    def add_clock(self, module: HookedModule, handle: MultiHookHandle) -> StepClock | None:
-        """The clock for ``steps``, where that is given."""
-        if self.steps is None:
+    def follow_calls(self, module: HookedModule, handle: MultiHookHandle) -> CurrentCall | None:
+        """What ``positions``, ``steps`` and ``calls`` go by, where one of them is given."""
+        if not self.options.asks_for_call:
             return None
-        clock = StepClock(self.steps)
-        handle.add(attach(module.model, clock.on_forward, "fwd_pre_kwargs", order=Order.FIRST))
-        return clock
+        call = CurrentCall(module.model, self.options)
+        call.attach(handle)
+        return call
 
     def add_edits(
-        self, handle: MultiHookHandle, edits: list[tuple[Site, Edit]], clock: StepClock | None = None
+        self, handle: MultiHookHandle, edits: list[tuple[Site, Edit | RegionEdit]], call: CurrentCall | None = None
     ) -> None:
         """Put an edit on each site."""
         taps = [
-            (site.module, EditTap(port_at(site.path, self.direction, self.pick), edit, region=self.region, clock=clock))
+            (site.module, EditTap(port_at(site.path, self.direction, self.pick), edit, region=self.region, call=call))
             for site, edit in edits
         ]
         attach_ports(taps, self._hook_direction, handle, Order.EDIT)
 
-    def add_reads(self, handle: MultiHookHandle, selection: Selection, memory: Memory) -> None:
-        """Let a memory see the final value at each site."""
-        taps = [
-            (site.module, ReadTap(port_at(site.path, self.direction, self.pick), memory.record)) for site in selection
-        ]
+    def add_reads(self, handle: MultiHookHandle, selection: Selection, read: Callable[[str, Tensor], None]) -> None:
+        """Show the final value at each site to ``read(path, value)``."""
+        taps = [(site.module, ReadTap(port_at(site.path, self.direction, self.pick), read)) for site in selection]
         attach_ports(taps, self._hook_direction, handle, Order.CAPTURE)
 
     @property
@@ -152,12 +158,7 @@ class Intervention(HookingContextFactory):
         return port_at("", self.direction).direction
 
 
-def _brief(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"Tensor{tuple(value.shape)}"
-    if isinstance(value, TensorDictBase | Mapping):
-        return f"{type(value).__name__} of {len(value.keys())}"
-    return repr(value)
+Intervention.__signature__ = signature_with_options(Intervention)
 
 
 def entry_of(source: Any, path: str, direction: Side, what: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Unpack
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -12,15 +12,18 @@ from torch import Tensor
 
 from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle, OutputPort, attach
-from tdcache.interventions.base import Intervention, Side
-from tdcache.interventions.edits import EditTap, ReadTap
+from tdcache.interventions.base import Intervention
+from tdcache.interventions.blocks import repeated, rows_of
+from tdcache.interventions.current_call import CurrentCall
+from tdcache.interventions.edit_tap import EditTap, ReadTap
 from tdcache.interventions.memory import Memory
+from tdcache.interventions.options import EditKeywords
 from tdcache.interventions.regions import Along, Region
-from tdcache.interventions.sweep import Sweep, repeated, rows_of
+from tdcache.interventions.sweep import Sweep
 from tdcache.interventions.trials import Metric, SweepOver, check_over
 from tdcache.modules import HookedModule
 from tdcache.selection import select
-from tdcache.types import Match, Pick, Selector
+from tdcache.types import Selector
 
 __all__ = ["CausalTracing"]
 
@@ -42,10 +45,26 @@ class _AddNoise:
 class _Trace:
     """The sweep of one bound model, its noise, and what the embedding gave."""
 
-    def __init__(self, sweep: Sweep, noise: _AddNoise) -> None:
+    def __init__(self, sweep: Sweep, noise: _AddNoise, call: CurrentCall) -> None:
         self.sweep = sweep
         self.noise = noise
         self.embedded = Memory("clean")
+        self.call = call
+        self.subject: Region | None = None
+        """The subject's columns in the batch that runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Embedded:
+    """Keeps what the embedding gave, and which of its columns are the subject's."""
+
+    state: _Trace
+    subject: Region
+
+    def __call__(self, path: str, value: Tensor) -> None:
+        self.state.embedded.record(path, value)
+        if self.state.embedded.mode == "record":
+            self.state.subject = self.state.call.region_at(path, value, self.subject)
 
 
 class CausalTracing(Intervention):
@@ -67,17 +86,11 @@ class CausalTracing(Intervention):
         seed: of the draws.
         window: how many neighbouring sites are restored together.
         sweep: True (whole sites), ``"position"``, ``"head"`` or both.
-        heads: see :class:`ActivationPatching`, as ``chunk``, ``replay`` and ``stack_by``.
-        chunk: likewise.
-        replay: likewise.
-        stack_by: likewise, for the restored values.
-        positions: which positions are restored, all by default.
-        units: which features are restored, all by default.
-        direction: see :class:`Intervention`, as the arguments behind it.
-        pick: likewise.
-        match: likewise.
-        position_dim: likewise.
-        unit_dim: likewise.
+        chunk: how many interventions run in one forward, as in :class:`ActivationPatching`.
+        replay: whether layers before the first patch of a forward are replayed, as in :class:`ActivationPatching`.
+        stack_by: the named group of the pattern that becomes a leading axis of the restored values.
+        **options: what is restored: ``positions``, ``units`` and the others of :class:`tdcache.EditOptions`, without
+            ``steps``. A sweep over heads needs ``heads=``.
 
     Raises:
         EditError: options that do not go together, or an embedding that does not run once in a forward.
@@ -87,6 +100,7 @@ class CausalTracing(Intervention):
     source: Any = "clean"  # what a sweep asks: whether values come from a run before
     patch_fn = None
     patch_key = "patched"
+    _sweeps_heads: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -100,29 +114,21 @@ class CausalTracing(Intervention):
         seed: int = 0,
         window: int = 1,
         sweep: bool | SweepOver | Sequence[SweepOver] = "position",
-        heads: int | None = None,
         chunk: int = 16,
         replay: bool = True,
         stack_by: str | None = None,
-        positions: Along = None,
-        units: Along = None,
-        direction: Side = "fwd",
-        pick: Pick = None,
-        match: Match = "full",
-        position_dim: int = 1,
-        unit_dim: int = -1,
+        **options: Unpack[EditKeywords],
     ) -> None:
-        super().__init__(
-            selector, positions=positions, units=units, direction=direction, pick=pick, match=match,
-            position_dim=position_dim, unit_dim=unit_dim,
-        )  # fmt: skip
+        super().__init__(selector, **options)
+        if self.steps is not None:
+            raise EditError("steps= is not for causal tracing, which calls the model itself")
         if window < 1 or samples < 1:
             raise EditError(f"window and samples are 1 or more, got window={window}, samples={samples}")
         self.embedding, self.subject, self.metric = embedding, subject, metric
         self.noise, self.samples, self.seed, self.window = noise, samples, seed, window
-        self.sweep, self.heads, self.chunk, self.replay, self.stack_by = sweep, heads, chunk, replay, stack_by
-        self._over = check_over(sweep or True, metric, heads, chunk, patch_fn=None, region=self.region) or ()
-        self._subject = Region(positions=subject, position_dim=position_dim)
+        self.sweep, self.chunk, self.replay, self.stack_by = sweep, chunk, replay, stack_by
+        self._over = check_over(sweep or True, metric, self.heads, chunk, region=self.region) or ()
+        self._subject = Region(positions=subject, position_dim=self.position_dim)
 
     def value_at(self, path: str) -> Any:
         """Nothing yet: the clean run brings it."""
@@ -133,12 +139,16 @@ class CausalTracing(Intervention):
         if len(embeddings) > 1:
             raise EditError(f"embedding={self.embedding!r} selects {len(embeddings)} modules; name one")
         site = embeddings[0]
-        state = _Trace(Sweep(self, self.select(module), self._over), _AddNoise(site.path))
+        call = CurrentCall(module.model, self.options)
+        state = _Trace(Sweep(self, self.select(module), self._over), _AddNoise(site.path), call)
         state.sweep.window = self.window
         handle = state.sweep.attach(module.model)
         port = OutputPort(site.path, self.pick)
-        for tap in (EditTap(port, state.noise, region=Region()), ReadTap(port, state.embedded.record)):
-            handle.add(attach(site.module, tap.on_call, order=tap.order))
+        with handle.installing():
+            call.wants_tokens = True
+            call.attach(handle)
+            for tap in (EditTap(port, state.noise, region=Region()), ReadTap(port, _Embedded(state, self._subject))):
+                handle.add(attach(site.module, tap.on_call, order=tap.order))
         module.hooking_context.state = state
         return handle
 
@@ -151,28 +161,32 @@ class CausalTracing(Intervention):
         every = repeated(data, list(data.keys()), self.samples, rows_of(data, in_keys))
         clean, corrupted = every.copy(), every.copy()
         sweep, noise = state.sweep, state.noise
-        with sweep.memory.recording(), state.embedded.recording():
-            forward(clean)
-        embedded = state.embedded.values.pop(noise.path, [])
+        sweep.begin()
         try:
+            with sweep.memory.recording(), state.embedded.recording(), sweep.alike():
+                forward(clean)
+            embedded = state.embedded.values.pop(noise.path, [])
             if len(embedded) != 1:
                 raise EditError(
                     f"embedding={self.embedding!r}: {noise.path!r} ran {len(embedded)} times in one forward; noise "
                     "needs a module that runs once"
                 )
-            noise.noise = self._drawn(embedded[0], noise.path)
-            forward(corrupted)
+            noise.noise = self._drawn(embedded[0], noise.path, state.subject)
+            with sweep.alike():
+                forward(corrupted)
             restored = sweep.run_on(every, every, forward, in_keys, out_keys)
         finally:
-            noise.noise, sweep.recording, sweep.memory.values = None, None, {}
+            noise.noise = None
+            sweep.end()
         runs = {"clean": clean, "corrupted": corrupted}
         baselines = {name: torch.as_tensor(self.metric(ran)) for name, ran in runs.items()}
         return TensorDict({**baselines, "restored": restored}, batch_size=[])
 
-    def _drawn(self, embedded: Tensor, path: str) -> Tensor:
+    def _drawn(self, embedded: Tensor, path: str, subject: Region | None) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randn(embedded.shape, generator=generator, dtype=torch.float32).to(embedded)
         scale = self.noise * embedded.std()
         noise = torch.zeros_like(embedded)
-        self._subject.write(noise, self._subject.take(drawn, path) * scale, path)
+        if subject is not None:
+            subject.write(noise, subject.take(drawn, path) * scale, path)
         return noise

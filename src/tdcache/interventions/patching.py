@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Unpack
 
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle
-from tdcache.interventions.base import Intervention, InterventionContext, Side, entry_of, with_inputs_of
-from tdcache.interventions.edits import Edit
+from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of
+from tdcache.interventions.current_call import CurrentCall
+from tdcache.interventions.edit_tap import Edit, RegionEdit
 from tdcache.interventions.memory import Memory
+from tdcache.interventions.options import EditKeywords, WhereKeywords
+from tdcache.interventions.random_state import SharedRandomState
 from tdcache.interventions.regions import Along, Region
-from tdcache.interventions.steps import Steps
 from tdcache.interventions.sweep import Sweep
 from tdcache.interventions.trials import Metric, SweepOver, check_over
 from tdcache.modules import HookedModule
 from tdcache.selection import Site
-from tdcache.types import CacheKey, Match, Pick, Selector
+from tdcache.types import CacheKey, Selector
 
-__all__ = ["ActivationPatching", "Given", "Paste", "PasteWhole", "Recalled", "Resolved", "Source"]
+__all__ = ["ActivationPatching", "Given", "KeepPart", "Paste", "PasteWhole", "Recalled", "Resolved", "Source"]
 
 Source = TensorDictBase | Mapping[str, Any] | Tensor | Any
 """A cache by path; a mapping from path to tensor or proxy; or, for one site, a tensor or the proxy of a run."""
@@ -36,16 +38,20 @@ class Paste:
 
     path: str
     value: Callable[[], Tensor | None]
-    region: Region
     patch_fn: PatchFn | None = None
+    source_positions: Along = None
+    is_part: bool = False
+    """Whether the value is the part that goes into the region, and not all that the source has at the site."""
 
-    def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
+    def edit_region(self, part: Tensor, full: Tensor, region: Region) -> Tensor | None:
         """The new part; None while there is nothing to paste."""
         given = self.value()
         if given is None:
             return None
-        if not self.region.whole and given.shape == full.shape:
-            given = self.region.take(given, self.path)
+        if self.is_part:
+            given = _with_rows_of(part, given, region.part_row_axis(full))
+        else:
+            given = self._part_of(_with_rows_of(full, given, region.row_axis(full)), full, region)
         # Copies: neither the source nor the model's own value may change with what is done to the new one.
         if self.patch_fn is None:
             return given.clone()
@@ -55,6 +61,19 @@ class Paste:
             return given
         return made if made is given or made is there or not isinstance(made, Tensor) else made.clone()
 
+    def _part_of(self, given: Tensor, full: Tensor, region: Region) -> Tensor:
+        """What of the source goes into the region."""
+        if self.source_positions is not None:
+            return replace(region, positions=self.source_positions).take(given, self.path)
+        return region.take(given, self.path) if given.shape == full.shape and not region.whole else given
+
+
+def _with_rows_of(full: Tensor, given: Tensor, axis: int) -> Tensor:
+    """A source of one row for every row of the value."""
+    if given.ndim != full.ndim or given.ndim < 2 or given.shape[axis] != 1:
+        return given
+    return given.expand(*given.shape[:axis], full.shape[axis], *given.shape[axis + 1 :])
+
 
 @dataclass(frozen=True, slots=True)
 class PasteWhole:
@@ -62,10 +81,13 @@ class PasteWhole:
 
     path: str
     tensor: Tensor
+    region: Region
 
     def __call__(self, part: Tensor, full: Tensor) -> Tensor:
         """The new value."""
-        return self.tensor.clone()
+        if self.tensor.shape == full.shape:
+            return self.tensor.clone()
+        return _with_rows_of(full, self.tensor, self.region.row_axis(full)).clone()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +131,26 @@ class Recalled:
         return self.memory.recall(self.path)
 
 
+@dataclass(frozen=True, slots=True)
+class KeepPart:
+    """Keeps what is patched of the first run's values; positions are those of that run's own tokens."""
+
+    memory: Memory
+    call: CurrentCall | None
+    region: Region
+
+    def __call__(self, path: str, value: Tensor) -> None:
+        """Keep the part of one value, in the run that gives values."""
+        if self.memory.mode != "record":
+            return
+        single = value.ndim > 0 and value.shape[self.region.row_axis(value)] == 1
+        region = replace(self.region, rows=None) if single else self.region
+        found = region if self.call is None else self.call.region_at(path, value, region)
+        if found is None:
+            raise EditError(f"positions={region.positions!r} are none of the columns at {path!r} in the first run")
+        self.memory.record(path, found.take(value, path))
+
+
 class ActivationPatching(Intervention):
     """Pastes activations of one run into another: what would the model do if this activation were another's?
 
@@ -133,18 +175,15 @@ class ActivationPatching(Intervention):
         sweep: True (one site at a time), ``"position"``, ``"head"``, or both: ``("position", "head")``.
         metric: ``metric(data) -> scalar or tensor``, called once per intervention with a TensorDict that holds the
             inputs, the patched outputs and whatever else ``data`` holds.
-        heads: of a sweep over heads: into how many parts the last axis falls.
         chunk: of a sweep: how many interventions run in one forward, stacked along the batch. With 1 nothing is
             stacked, which any model can take.
         replay: of a sweep: layers in front of the first patch of a forward are not computed again, but replayed from
             the unpatched run. Switch it off for a model whose layers do more than return values.
         stack_by: of a sweep: the named group of the pattern that becomes a leading axis of the result.
-        direction: ``"fwd"`` to patch outputs, ``"fwd_pre"`` to patch inputs.
-        pick: see :class:`Intervention`, as ``steps``, ``match``, ``position_dim``, ``unit_dim``.
-        steps: likewise.
-        match: likewise.
-        position_dim: likewise.
-        unit_dim: likewise.
+        source_positions: which positions of the source go to ``positions``, the same ones by default. With them source
+            and run may differ in length, as in Patchscopes (Ghandeharioun et al. 2024, arXiv:2401.06102).
+        **options: where and when it acts: ``direction``, ``heads`` and the others of :class:`tdcache.EditOptions`. A
+            sweep over heads needs ``heads=n_heads``, or ``(n_heads, which)`` for some of them.
 
     Raises:
         EditError: options that do not go together; a source without an entry for a site; a value that does not fit.
@@ -160,6 +199,8 @@ class ActivationPatching(Intervention):
         True
     """
 
+    _sweeps_heads: ClassVar[bool] = True
+
     def __init__(
         self,
         selector: Selector,
@@ -171,45 +212,40 @@ class ActivationPatching(Intervention):
         patch_key: CacheKey = "patched",
         sweep: bool | SweepOver | Sequence[SweepOver] = False,
         metric: Metric | None = None,
-        heads: int | None = None,
         chunk: int = 32,
         replay: bool = True,
         stack_by: str | None = None,
-        direction: Side = "fwd",
-        pick: Pick = None,
-        steps: Steps = None,
-        match: Match = "full",
-        position_dim: int = 1,
-        unit_dim: int = -1,
+        source_positions: Along = None,
+        **options: Unpack[WhereKeywords],
     ) -> None:
-        super().__init__(
-            selector, positions=positions, units=units, direction=direction, pick=pick, steps=steps, match=match,
-            position_dim=position_dim, unit_dim=unit_dim,
-        )  # fmt: skip
+        given: EditKeywords = {"positions": positions, "units": units, **options}  # the caller's own
+        super().__init__(selector, **given)
+        self.source_positions = source_positions
         self.source = source
         self.patch_fn = patch_fn
         self.patch_key = patch_key
         self.sweep = sweep
         self.metric = metric
-        self.heads = heads
         self.chunk = chunk
         self.replay = replay
         self.stack_by = stack_by
-        if sweep and steps is not None:
-            raise EditError("steps= is for generate(); a sweep calls the model itself")
-        self._over = check_over(sweep, metric, heads, chunk, patch_fn=patch_fn, region=self.region)
+        if sweep and (self.steps is not None or source_positions is not None):
+            if self.steps is not None:
+                raise EditError("steps= is for generate(); a sweep calls the model itself")
+            raise EditError("a sweep patches the same positions in source and run; leave source_positions= out")
+        self._over = check_over(sweep, metric, self.heads, chunk, region=self.region)
 
     @property
     def runs_module(self) -> bool:
         """Whether calls need a TensorDict: for a second input, or for a sweep."""
         return self.source is None or self._over is not None
 
-    def edit_at(self, site: Site, context: InterventionContext) -> Edit:
+    def edit_at(self, site: Site, context: InterventionContext) -> Edit | RegionEdit:
         """Paste the source's value."""
         value: Any = Recalled(context.state, site.path) if self.source is None else self.value_at(site.path)
-        if isinstance(value, Given) and self.region.whole and self.patch_fn is None:
-            return PasteWhole(site.path, value.tensor)
-        return Paste(site.path, value, self.region, self.patch_fn)
+        if isinstance(value, Given) and self.region.whole and self.patch_fn is None and self.source_positions is None:
+            return PasteWhole(site.path, value.tensor, self.region)
+        return Paste(site.path, value, self.patch_fn, self.source_positions, is_part=self.source is None)
 
     def value_at(self, path: str) -> Given | Resolved:
         """Where the value for one site comes from."""
@@ -239,7 +275,10 @@ class ActivationPatching(Intervention):
         context.state = context.state or Memory("first")
         handle = self.hook_sites(module, selection)
         with handle.installing():
-            self.add_reads(handle, selection, context.state)
+            whole = (
+                self.region if self.source_positions is None else replace(self.region, positions=self.source_positions)
+            )
+            self.add_reads(handle, selection, KeepPart(context.state, context.current_call, whole))
         return handle
 
     def _run_module(
@@ -252,9 +291,10 @@ class ActivationPatching(Intervention):
             return sweep.run(data, forward, in_keys, out_keys)
         memory: Memory = context.state
         second = with_inputs_of(data, self.patch_key, in_keys, self)
-        with memory.recording():
+        random = SharedRandomState(module.model)
+        with memory.recording(), random.run():
             forward(data)
-        with memory.recalling():
+        with memory.recalling(), random.run():
             forward(second)
         inner = data.get(self.patch_key)
         for key in out_keys:

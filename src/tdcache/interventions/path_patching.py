@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle, attach, port_at
-from tdcache.interventions.base import Intervention, InterventionContext, Side, entry_of, with_inputs_of
-from tdcache.interventions.edits import Edit, EditTap, ReadTap
+from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of
+from tdcache.interventions.edit_tap import EditTap, ReadTap, RegionEdit
 from tdcache.interventions.memory import Memory
-from tdcache.interventions.patching import Paste, Recalled
-from tdcache.interventions.regions import Along, Region
+from tdcache.interventions.options import EditKeywords, Side
+from tdcache.interventions.patching import KeepPart, Paste, Recalled
+from tdcache.interventions.random_state import SharedRandomState
+from tdcache.interventions.regions import Region
 from tdcache.modules import HookedModule
 from tdcache.selection import Selection, Site, select
-from tdcache.types import CacheKey, Match, Pick, Selector
+from tdcache.types import CacheKey, Selector
 
 __all__ = ["PathPatching"]
 
@@ -43,19 +46,14 @@ class PathPatching(Intervention):
         sender: the module whose output is sent; several, for the paths from all of them.
         receiver: the module whose input is changed; ``""`` cannot be one.
         freeze: what is held between them, for instance ``r"h\.\d+\.(attn|mlp)"``: everything that writes to the
-            residual stream. The sender is never held, nor what it is part of; likewise a receiver whose output is
+            residual stream. The sender is never held, nor what it is part of; nor a receiver whose output is
             changed. What is not held lets indirect paths through.
         source: a cache by path with the sender's value, in place of a first input.
-        positions: which positions of the sender's value are sent, all by default.
-        units: which of its features are sent, for instance those of one head, with ``direction="fwd_pre"`` at the
-            projection behind the heads.
         patch_key: where the second input is.
         receiver_direction: ``"fwd_pre"`` to change the receiver's input, ``"fwd"`` its output.
-        direction: ``"fwd"`` to send the sender's output, ``"fwd_pre"`` its input.
-        pick: which tensor of a structured value, at all sites.
-        match: of all three selectors.
-        position_dim: the axis of positions.
-        unit_dim: the axis of units, counted from the end.
+        **options: which part of the sender's value is sent: ``positions``, ``heads`` (with ``direction="fwd_pre"`` at
+            the projection after the heads) and the others of :class:`tdcache.EditOptions`, without ``steps`` and
+            ``calls``. ``pick`` and ``match`` hold for all sites.
 
     Raises:
         SelectionError: a selector that matches nothing.
@@ -69,20 +67,13 @@ class PathPatching(Intervention):
         *,
         freeze: Selector,
         source: TensorDictBase | Mapping[str, Tensor] | None = None,
-        positions: Along = None,
-        units: Along = None,
         patch_key: CacheKey = "patched",
         receiver_direction: Side = "fwd_pre",
-        direction: Side = "fwd",
-        pick: Pick = None,
-        match: Match = "full",
-        position_dim: int = 1,
-        unit_dim: int = -1,
+        **options: Unpack[EditKeywords],
     ) -> None:
-        super().__init__(
-            sender, positions=positions, units=units, direction=direction, pick=pick, match=match,
-            position_dim=position_dim, unit_dim=unit_dim,
-        )  # fmt: skip
+        super().__init__(sender, **options)
+        if self.steps is not None or self.calls is not None:
+            raise EditError("path patching calls the model itself, and patches every call; leave steps= and calls= out")
         self.sender = sender
         self.receiver = receiver
         self.freeze = freeze
@@ -90,9 +81,9 @@ class PathPatching(Intervention):
         self.patch_key = patch_key
         self.receiver_direction: Side = receiver_direction
 
-    def edit_at(self, site: Site, context: InterventionContext) -> Edit:
+    def edit_at(self, site: Site, context: InterventionContext) -> RegionEdit:
         """Send the value, while the edge is measured."""
-        return Paste(site.path, Recalled(context.state.sent, site.path), self.region)
+        return Paste(site.path, Recalled(context.state.sent, site.path), is_part=self.source is None)
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context, senders = module.hooking_context, self.select(module)
@@ -109,7 +100,7 @@ class PathPatching(Intervention):
         handle = self.hook_sites(module, senders)
         with handle.installing():
             if self.source is None:
-                self.add_reads(handle, senders, state.sent)
+                self.add_reads(handle, senders, KeepPart(state.sent, context.current_call, self.region))
             self._hold(handle, held, state.frozen, "fwd")
             self._hold(handle, receivers, state.received, self.receiver_direction)
         return handle
@@ -117,7 +108,7 @@ class PathPatching(Intervention):
     def _hold(self, handle: MultiHookHandle, sites: Selection, memory: Memory, side: Side) -> None:
         """Let the values at the sites be recorded in one run and put in place in another."""
         for site in sites:
-            paste = Paste(site.path, Recalled(memory, site.path), Region())
+            paste = Paste(site.path, Recalled(memory, site.path))
             port = port_at(site.path, side, self.pick)
             edit, read = EditTap(port, paste, region=Region()), ReadTap(port, memory.record)
             for tap in (edit, read):
@@ -127,18 +118,19 @@ class PathPatching(Intervention):
         self, module: HookedModule, data: TensorDictBase, forward: Callable[[TensorDictBase], TensorDictBase]
     ) -> TensorDictBase:
         state: _Paths = module.hooking_context.state
+        random = SharedRandomState(module.model)
         in_keys, out_keys = list(module.in_keys), list(module.out_keys)
         if self.source is None:
             base = with_inputs_of(data, self.patch_key, in_keys, self)
-            with state.sent.recording():
+            with state.sent.recording(), random.run():
                 forward(data)
         else:
             base = data
-        with state.frozen.recording():
+        with state.frozen.recording(), random.run():
             forward(base.copy())
-        with state.sent.recalling(), state.frozen.recalling(), state.received.recording():
+        with state.sent.recalling(), state.frozen.recalling(), state.received.recording(), random.run():
             forward(base.copy())
-        with state.received.recalling():
+        with state.received.recalling(), random.run():
             forward(base)
         if self.source is None:
             inner: Any = data.get(self.patch_key)

@@ -1,42 +1,28 @@
-"""Not computing again what is known: members of a chain of modules give recorded outputs in place of running.
+"""Not computing again what is known: layers give their recorded outputs in place of running.
 
-Only hooks that return cannot keep a module from running, so its ``forward`` is exchanged on the instance while a block
-lasts, and put back as it was.
+A layer can be left out only if nothing but its output reaches the rest of the model. That is watched while the outputs
+are recorded: see :class:`SideChannels`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from tensordict import TensorDictBase
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle, Order, attach
-from tdcache.hooks.values import children, leaves, with_parts
+from tdcache.hooks.replaced_forward import replace_forward
+from tdcache.hooks.values import children, is_entries, leaves, with_parts
 from tdcache.selection import walk
+from tdcache.types import CacheKey
 
-__all__ = ["Recording", "chain_members", "expanded", "instead_of_forward"]
-
-
-@contextmanager
-def instead_of_forward(stubs: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Call a stub in place of each module's ``forward``; its hooks run as ever."""
-    before = {module: module.__dict__.get("forward", _MISSING) for module in stubs}
-    try:
-        for module, stub in stubs.items():
-            module.__dict__["forward"] = stub
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is _MISSING:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
-
-
-_MISSING = object()
+__all__ = ["ModuleOutput", "Recording", "SideChannels", "chain_members", "expanded"]
 
 
 def chain_members(model: nn.Module) -> dict[str, nn.Module]:
@@ -51,10 +37,69 @@ def chain_members(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+class SideChannels(TorchDispatchMode):
+    """Finds modules that hand the rest of the model more than their output: a dict that they fill, a shared cache.
+
+    For every operation it is noted which module was running when a storage was written. An operation outside of that
+    module that takes the storage reads a side channel, because what the module returns is passed on as a copy.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.running: list[str] = []
+        self.leaking: set[str] = set()
+        """The modules of which something beside the output is read."""
+        self._quiet = False
+        self._writers: dict[StorageWeakRef, str] = {}  # a weak reference keeps the address from being used twice
+
+    def leave(self, path: str, output: ModuleOutput, args: Any) -> Any:
+        """A module is through; gives what is passed on: a copy, so that its user does not use what the module keeps."""
+        self._quiet = True
+        try:
+            return output.again(1, -1, args)
+        finally:
+            self._quiet = False
+            self.running.remove(path)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note who reads and who writes."""
+        if self._quiet:
+            return func(*args, **(kwargs or {}))
+        taken = set(_storages((args, kwargs or {})))
+        for storage in taken:
+            writer = self._writers.get(storage)
+            if writer is not None and writer not in self.running:
+                self.leaking.add(writer)
+        result = func(*args, **(kwargs or {}))
+        if self.running:
+            for storage in {*_storages(result)} - taken | {*_storages(_written_into(func, args, kwargs or {}))}:
+                self._writers[storage] = self.running[-1]
+        return result
+
+
+def _written_into(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments that an operation changes in place."""
+    schema = func._schema  # noqa: SLF001  the only place where an operation says so
+    if not schema.is_mutable:
+        return []
+    named = {each.name: each.alias_info is not None and each.alias_info.is_write for each in schema.arguments}
+    by_place = [given for given, written in zip(args, named.values(), strict=False) if written]
+    return [*by_place, *(given for name, given in kwargs.items() if named.get(name))]
+
+
+def _storages(value: Any) -> Iterator[StorageWeakRef]:
+    for _, tensor in leaves(value):
+        try:
+            yield StorageWeakRef(tensor.untyped_storage())
+        except (NotImplementedError, RuntimeError):  # sparse tensors and wrappers have none
+            continue
+
+
 class Recording:
     """The raw outputs of chain members in one forward, before any edit, and what ran before what.
 
-    Members that are called twice in the forward, or that are in the model under several names, are left out.
+    Members that are called twice in the forward, that are in the model under several names, or of which anything beside
+    the output is read, are never left out.
     """
 
     order = Order.FIRST
@@ -63,28 +108,33 @@ class Recording:
         members = chain_members(model)
         modules = list(members.values())
         self.members = {path: module for path, module in members.items() if modules.count(module) == 1}
-        self.outputs: dict[str, Any] = {}
-        self.usable = True
-        """Whether leaving members out gives the same: not where one of them writes into its own input."""
+        self.outputs: dict[str, ModuleOutput] = {}
         self.before: dict[str, tuple[str, ...]] = {}
         """For each site: the members that were through when it first fired."""
         self._repeated: set[str] = set()
+        self._channels = SideChannels()
 
-    def attach(self) -> MultiHookHandle:
-        """Record from now on, until the handle is removed."""
-        handle = MultiHookHandle()
-        for path, module in self.members.items():
-            tap = _MemberTap(self, path)
-            handle.add(attach(module, tap.on_input, "fwd_pre_kwargs", order=Order.FIRST))
-            handle.add(attach(module, tap.on_output, "fwd", order=Order.FIRST))
-        return handle
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record what runs inside the block."""
+        with MultiHookHandle() as handle:
+            for path, module in self.members.items():
+                tap = _MemberTap(self, path)
+                handle.add(attach(module, tap.on_input, "fwd_pre_kwargs", order=Order.FIRST))
+                handle.add(attach(module, tap.on_output, "fwd", order=Order.FIRST))
+            with self._channels:
+                yield
 
-    def take(self, path: str, output: Any) -> None:
-        """A member is through; its output is copied, for what comes next may write into it."""
+    def enter(self, path: str) -> None:
+        """A member begins."""
+        self._channels.running.append(path)
+
+    def take(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
+        """A member is through; gives what is passed on: a copy, for what comes next may write into it."""
         if path in self.outputs:
             self._repeated.add(path)
-        parts = {step: tensor.clone() for step, tensor in leaves(output)}
-        self.outputs[path] = _rebuilt(output, parts)
+        self.outputs[path] = kept = ModuleOutput(module, args, output)
+        return self._channels.leave(path, kept, args)
 
     def reached(self, path: str) -> None:
         """A site fires."""
@@ -92,14 +142,18 @@ class Recording:
 
     def done_before(self, paths: tuple[str, ...]) -> tuple[str, ...]:
         """The members that need not run again when something changes first at one of ``paths``."""
-        if not self.usable or not all(path in self.before for path in paths):
+        if not all(path in self.before for path in paths):
             return ()
         common = min((self.before[path] for path in paths), key=len)
-        return tuple(path for path in common if path not in self._repeated)
+        return tuple(path for path in common if path not in self._repeated | self._channels.leaking)
 
-    def stubs(self, skipped: tuple[str, ...], blocks: int, rows: int) -> dict[nn.Module, Callable[..., Any]]:
-        """What stands in for the skipped members when ``blocks`` copies of the batch of ``rows`` run at once."""
-        return {self.members[path]: _Replay(self.outputs[path], blocks, rows) for path in skipped}
+    @contextmanager
+    def replaying(self, skipped: tuple[str, ...], blocks: int, rows: int) -> Iterator[None]:
+        """Inside the block the skipped members give what they gave, for ``blocks`` copies of the batch of ``rows``."""
+        with MultiHookHandle() as handle:
+            for path in skipped:
+                handle.add(replace_forward(self.members[path], _Replay(self.outputs[path], blocks, rows)))
+            yield
 
 
 class _MemberTap:
@@ -109,33 +163,43 @@ class _MemberTap:
         self.recording = recording
         self.path = path
 
-        self.inputs: list[tuple[Tensor, int]] = []
-
     def on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        tensors = [tensor for _, tensor in leaves((args, kwargs))]
-        if any(tensor.is_inference() for tensor in tensors):  # these have no version that would tell of a write
-            self.recording.usable = False
-        else:
-            self.inputs = [(tensor, tensor._version) for tensor in tensors]
+        self.recording.enter(self.path)
 
-    def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        inputs, self.inputs = self.inputs, []
-        if any(tensor._version != version for tensor, version in inputs):
-            self.recording.usable = False
-        self.recording.take(self.path, output)
+    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self.recording.take(self.path, module, args, output)
+
+
+class ModuleOutput:
+    """What a member returned; of a TensorDict module, which writes into what it is given, the entries it wrote."""
+
+    def __init__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.value = output
+        self.entries: dict[CacheKey, Tensor] | None = None
+        if is_entries(output) and args and output is args[0]:
+            self.entries = {key: output.get(key) for key in getattr(module, "out_keys", ()) if key != "_"}
+
+    def again(self, blocks: int, rows: int, args: Any) -> Any:
+        """A copy of it, as often along the batch as there are blocks."""
+        if self.entries is not None:
+            given: TensorDictBase = args[0]
+            for key, value in self.entries.items():
+                given.set(key, expanded(value, blocks, rows))
+            return given
+        parts = {step: expanded(tensor, blocks, rows) for step, tensor in leaves(self.value)}
+        return _rebuilt(self.value, parts)
 
 
 class _Replay:
-    """Gives a recorded output, as often along the batch as there are blocks."""
+    """Stands in for a member's forward."""
 
-    def __init__(self, output: Any, blocks: int, rows: int) -> None:
+    def __init__(self, output: ModuleOutput, blocks: int, rows: int) -> None:
         self.output = output
         self.blocks = blocks
         self.rows = rows
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        parts = {step: expanded(tensor, self.blocks, self.rows) for step, tensor in leaves(self.output)}
-        return _rebuilt(self.output, parts)
+        return self.output.again(self.blocks, self.rows, args)
 
 
 def expanded(tensor: Tensor, blocks: int, rows: int) -> Tensor:

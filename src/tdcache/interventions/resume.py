@@ -1,4 +1,4 @@
-"""Resuming a forward behind a cached site: the layers in front of it do not run again."""
+"""Resuming a forward after a cached site: the layers before it do not run again."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import EditError
 from tdcache.hooks import InputPort, MultiHookHandle, Order, attach
-from tdcache.hooks.values import first_tensor
+from tdcache.hooks.replaced_forward import replace_forward
+from tdcache.hooks.values import first_tensor, is_entries
 from tdcache.interventions.base import entry_of
-from tdcache.interventions.edits import EditTap
+from tdcache.interventions.edit_tap import EditTap
 from tdcache.interventions.regions import Region
-from tdcache.interventions.replay import instead_of_forward
+from tdcache.interventions.resume_check import check_once
 from tdcache.modules import HookedModule
 from tdcache.paths import resolve, resolve_all
 
@@ -52,7 +54,7 @@ class Skipped(torch.Tensor):
         raise EditError(
             f"the model is not sequential at {path!r}: {getattr(func, '__name__', func)} uses its "
             "output, which resuming "
-            "left out, elsewhere than in the next layer; resume from a site behind that, or run the "
+            "left out, elsewhere than in the next layer; resume from a site after that, or run the "
             "model from its start"
         )
 
@@ -106,16 +108,18 @@ class _Enter:
 
 
 class ResumeFrom(HookingContextFactory):
-    """Runs only what comes behind one layer, from a value that was cached there (and perhaps changed since).
+    """Runs only what comes after one layer, from a value that was cached there (and perhaps changed since).
 
-    The layer is a member of a ``ModuleList`` or ``Sequential``. What stands in front of the list (embeddings, masks)
+    The layer is a member of a ``ModuleList`` or ``Sequential``. What runs before the list (embeddings, masks)
     runs, its members up to the layer do not, and the next one gets the value. That a model passes each member's output
-    on to the next member and uses it nowhere else is watched while it runs: otherwise it is an error. Layers that were
-    left out do not fill a key-value cache, so call the model itself, not ``generate()``.
+    on to the next member and uses it nowhere else is watched while it runs: otherwise it is an error. So is a layer
+    that hands anything beside its output to later ones, which the first use in a model finds out by one whole forward.
+    Layers that were left out do not fill a key-value cache, so call the model itself, not ``generate()``.
 
     Args:
         path: the layer whose output is given.
-        source: the value: a tensor, or a cache by path.
+        source: the value: a tensor, or a cache by path; for a TensorDict module that writes several entries, a
+            TensorDict of them under its path.
 
     Raises:
         PathError: no such path.
@@ -142,9 +146,12 @@ class ResumeFrom(HookingContextFactory):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r})"
 
+    def _value_at(self, path: str) -> Any:
+        return self.source if isinstance(self.source, Tensor) else entry_of(self.source, path, "fwd", "source=")
+
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
-        path, layer = resolve_all(module.model, self.path)
-        value = self.source if isinstance(self.source, Tensor) else entry_of(self.source, path, "fwd", "source=")
+        path, _ = resolve_all(module.model, self.path)
+        value = self._value_at(path)
         parent_path, _, name = path.rpartition(".")
         parent = resolve(module.model, parent_path)
         if not isinstance(parent, nn.ModuleList | nn.Sequential) or not path:
@@ -153,30 +160,51 @@ class ResumeFrom(HookingContextFactory):
                 "so it is not known "
                 "what runs before it; resume from a layer of a list"
             )
-        children = dict(parent.named_children())
-        names = list(children)
-        prefix = f"{parent_path}." if parent_path else ""
-        done = names[: names.index(name) + 1]
+        names = [name for name, _ in parent.named_children()]
+        done = {f"{parent_path}.{name}" if parent_path else name for name in names[: names.index(name) + 1]}
+        skipped = {each: resolve(module.model, each) for each in sorted(done)}
         handle = MultiHookHandle()
-        if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
-            stubs: dict[nn.Module, Callable[..., Any]] = {children[each]: _Skip(prefix + each, value) for each in done}
-            stubs[layer] = _Give(_Skip(path, value))
-        else:
-            if name == names[-1]:
-                raise EditError(
-                    f"{path!r} is the last of {parent_path!r}, and what follows a ModuleList is not known; resume from "
-                    f"{prefix + names[-2] if len(names) > 1 else 'a Sequential'!r}"
-                )
-            after = names[len(done)]
-            enter = _Enter(prefix + after, path, value)
-            tap = EditTap(InputPort(enter.path), enter, region=Region(), order=Order.FIRST)
-            handle.add(attach(children[after], tap.on_call, InputPort.direction, order=Order.FIRST))
-            stubs = {children[each]: _Skip(prefix + each, value) for each in done}
-        handle.add(_Entered(stubs))
+        with handle.installing():
+            if all(isinstance(each, TensorDictModuleBase) for each in skipped.values()):
+                stubs: dict[str, Callable[..., Any]] = {
+                    each: _SkipEntries(each, skipped[each], value if each == path else None) for each in skipped
+                }
+            else:
+                stubs = self._stand_ins(handle, parent, path, value, skipped)
+            replaced = [replace_forward(skipped[each], stub) for each, stub in stubs.items()]
+            for each in replaced:
+                handle.add(each)
+            check_once(module.model, path, skipped, replaced, handle)
         return handle
 
+    @staticmethod
+    def _stand_ins(
+        handle: MultiHookHandle, parent: nn.Module, path: str, value: Any, skipped: Mapping[str, nn.Module]
+    ) -> dict[str, Callable[..., Any]]:
+        """What the layers give in place of running, and what puts the value in place of that."""
+        if not isinstance(value, Tensor):
+            raise EditError(f"the value for {path!r} is a tensor, got {type(value).__name__}")
+        stubs: dict[str, Callable[..., Any]] = {each: _Skip(each, value) for each in skipped}
+        if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
+            stubs[path] = _GiveValue(_Skip(path, value))
+            return stubs
+        parent_path, _, name = path.rpartition(".")
+        children = dict(parent.named_children())
+        names = list(children)
+        if name == names[-1]:
+            before = f"{parent_path}.{names[-2]}" if len(names) > 1 else "a Sequential"
+            raise EditError(
+                f"{path!r} is the last of {parent_path!r}, and what follows a ModuleList is not known; resume from "
+                f"{before!r}"
+            )
+        after = names[names.index(name) + 1]
+        enter = _Enter(f"{parent_path}.{after}", path, value)
+        tap = EditTap(InputPort(enter.path), enter, region=Region(), order=Order.FIRST)
+        handle.add(attach(children[after], tap.on_call, InputPort.direction, order=Order.FIRST))
+        return stubs
 
-class _Give:
+
+class _GiveValue:
     """In place of the last layer that is left out of a Sequential: gives the value itself."""
 
     def __init__(self, skip: _Skip) -> None:
@@ -187,24 +215,35 @@ class _Give:
         return self.skip.value.clone()
 
 
-class _Entered:
-    """Stubs that are in place until this is removed."""
+class _SkipEntries:
+    """In place of the forward of a TensorDict module: writes the value, if it is the last that is left out."""
 
-    def __init__(self, stubs: Mapping[nn.Module, Callable[..., Any]]) -> None:
-        self._context: Any = instead_of_forward(stubs)
-        self._context.__enter__()
+    def __init__(self, path: str, module: nn.Module, value: Any) -> None:
+        self.path = path
+        self.keys = [key for key in getattr(module, "out_keys", ()) if key != "_"]
+        self.value = value
 
-    def remove(self) -> None:
-        """Put the modules' own forwards back; a second call does nothing."""
-        context, self._context = self._context, None
-        if context is not None:
-            context.__exit__(None, None, None)
+    def __call__(self, data: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
+        for key in self.keys:  # what a run before has left there is not this run's
+            if data.get(key, None) is not None:
+                data.del_(key)
+        if self.value is None:
+            return data
+        given = self.value if is_entries(self.value) else {self.keys[0]: self.value}
+        for key in self.keys:
+            value = given.get(key)
+            if value is None:
+                raise EditError(
+                    f"{self.path!r} writes {self.keys!r}, and source= has no {key!r}: give a TensorDict of all of them"
+                )
+            data.set(key, value.clone())
+        return data
 
 
 @contextmanager
 def resume_from(
     model: nn.Module, path: str, source: Tensor | TensorDictBase | Mapping[str, Tensor]
 ) -> Iterator[HookedModule]:
-    """:class:`ResumeFrom` in one line: ``with ...: y = model(x)`` inside runs the layers behind ``path`` only."""
+    """:class:`ResumeFrom` in one line: ``with ...: y = model(x)`` inside runs the layers after ``path`` only."""
     with ResumeFrom(path, source).prepare(model) as hooked:
         yield hooked

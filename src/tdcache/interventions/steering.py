@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
-from tdcache.errors import EditError
-from tdcache.interventions.base import Intervention, InterventionContext, Side, entry_of
-from tdcache.interventions.edits import Edit
-from tdcache.interventions.regions import Along
-from tdcache.interventions.steps import Steps
+from tdcache.errors import EditError, TdcacheWarning, warn_user
+from tdcache.interventions.base import Intervention, InterventionContext, entry_of
+from tdcache.interventions.edit_tap import Edit
+from tdcache.interventions.options import EditKeywords
 from tdcache.selection import Site
-from tdcache.types import Match, Pick, Selector
+from tdcache.types import Selector
 
-__all__ = ["AddVector", "CallSteer", "SteeringVectors"]
+__all__ = ["AddVector", "CallSteer", "SteeringVectors", "UnitAxis"]
 
 
 @dataclass(slots=True)
@@ -28,6 +27,8 @@ class AddVector:
     path: str
     vector: Tensor
     coefficient: float
+    axis: UnitAxis | None = None
+    """What to look at in the first value, before anything is added to it."""
     _cast: tuple[int, Tensor] | None = field(init=False, default=None, repr=False)
     """The version of the vector, and what it was cast to."""
 
@@ -35,6 +36,9 @@ class AddVector:
         """The steered part; None, so that not one bit changes, for the coefficient zero."""
         if self.coefficient == 0:
             return None
+        if self.axis is not None:
+            self.axis.check(full, self.vector)
+            self.axis = None
         vector = self._like(part)
         try:
             return part + self.coefficient * vector
@@ -57,6 +61,43 @@ class AddVector:
         if self._cast is None or self._cast[0] != vector._version or not _alike(self._cast[1], part):
             self._cast = vector._version, vector.to(part)
         return self._cast[1]
+
+
+@dataclass(frozen=True, slots=True)
+class UnitAxis:
+    """Whether the last axis of a value is what a vector of one axis means."""
+
+    path: str
+    channels: str | None
+    """The type of the module, if its features are channels before axes of space."""
+
+    def check(self, value: Tensor, vector: Tensor) -> None:
+        """Refuse a vector that would run along the width; warn where two axes have its size.
+
+        Raises:
+            EditError: it says how to give channels.
+        """
+        size, shape = vector.shape[0], tuple(value.shape)
+        if self.channels is not None:
+            space = int(self.channels[-2])
+            is_norm = self.channels.endswith(f"Norm{space}d")
+            if value.ndim > space + is_norm:
+                raise EditError(
+                    f"a vector of {size} numbers would be added along the last axis at {self.path!r}, but the channels "
+                    f"of {self.channels} are axis {-1 - space} of {shape}: give unit_dim={-1 - space}"
+                )
+        twins = [dim - value.ndim for dim in range(1, value.ndim - 1) if value.shape[dim] == size]
+        if twins:
+            warn_user(
+                f"a vector of {size} numbers is added along the last axis at {self.path!r}, and axis {twins[-1]} of "
+                f"{shape} has as many: give unit_dim={twins[-1]} if that is meant, else the vector as vector[None]",
+                TdcacheWarning,
+            )
+
+
+def _channels_of(module: nn.Module) -> str | None:
+    names = [each.__name__ for each in type(module).__mro__ if each.__module__.startswith("torch.nn.modules")]
+    return next((name for name in names if name[-2:] in ("1d", "2d", "3d")), None)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
@@ -85,19 +126,13 @@ class SteeringVectors(Intervention):
 
     Args:
         selector: which modules.
-        vectors: one tensor for all sites, or a TensorDict or mapping by path; each ``(features,)`` or anything that
-            broadcasts to the value. Cast and moved to the value's dtype and device.
+        vectors: one tensor for all sites, or a TensorDict or mapping by path; each ``(features,)``, which runs
+            along ``unit_dim``, or anything that broadcasts to the value. Cast and moved to the value's dtype and
+            device.
         steer_fn: ``steer_fn(module_key=, output=)`` gets the path and a copy of the value there, and returns the new
             value; None for no change. May stand in the place of ``vectors``.
         coefficient: what the vectors are multiplied by.
-        positions: see :class:`Intervention`, as ``units`` and the arguments behind it.
-        units: likewise.
-        direction: likewise.
-        pick: likewise.
-        steps: likewise.
-        match: likewise.
-        position_dim: likewise.
-        unit_dim: likewise.
+        **options: where and when it acts: ``positions``, ``units`` and the others of :class:`tdcache.EditOptions`.
 
     Raises:
         EditError: not exactly one of ``vectors`` and ``steer_fn``; no vector for a site; a vector that does not fit.
@@ -117,19 +152,9 @@ class SteeringVectors(Intervention):
         steer_fn: Callable[..., Tensor | None] | None = None,
         *,
         coefficient: float = 1.0,
-        positions: Along = None,
-        units: Along = None,
-        direction: Side = "fwd",
-        pick: Pick = None,
-        steps: Steps = None,
-        match: Match = "full",
-        position_dim: int = 1,
-        unit_dim: int = -1,
+        **options: Unpack[EditKeywords],
     ) -> None:
-        super().__init__(
-            selector, positions=positions, units=units, direction=direction, pick=pick, steps=steps, match=match,
-            position_dim=position_dim, unit_dim=unit_dim,
-        )  # fmt: skip
+        super().__init__(selector, **options)
         if callable(vectors) and steer_fn is None:
             vectors, steer_fn = None, vectors
         if (vectors is None) == (steer_fn is None):
@@ -145,4 +170,7 @@ class SteeringVectors(Intervention):
         vector = self.vectors
         if not isinstance(vector, Tensor):
             vector = entry_of(vector, site.path, self.direction, "vectors=")
-        return AddVector(site.path, vector, self.coefficient)
+        if vector.ndim != 1 or self.unit_dim != -1:
+            along = vector.reshape(-1, *(1,) * (-1 - self.unit_dim)) if vector.ndim == 1 else vector
+            return AddVector(site.path, along, self.coefficient)
+        return AddVector(site.path, vector, self.coefficient, UnitAxis(site.path, _channels_of(site.module)))

@@ -1,14 +1,16 @@
 """Sweeps: each site (or site x position, site x head) patched alone, many of them in one forward.
 
-Copies of the batch run side by side, each with one patch. A copy differs from the unpatched run only behind its patch,
-so the interventions are ordered by depth, and the layers before the first patch of a chunk are replayed, not run.
+Copies of the batch run side by side, each with one patch. A copy differs from the unpatched run only after its patch,
+so the interventions are ordered by depth, and the layers before the first patch of a chunk are replayed, not run. Both
+are right only for a model whose rows do not mix and whose layers hand on nothing but their output, so one trial is run
+again alone and in full; where it differs, the sweep goes on in that way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,89 +18,29 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.cache.stacking import StackBy
-from tdcache.errors import ContextError, EditError
+from tdcache.errors import ContextError, EditError, TdcacheWarning, warn_user
 from tdcache.hooks import MultiHookHandle, attach, port_at
-from tdcache.hooks.values import check_fits
 from tdcache.interventions.base import with_inputs_of
-from tdcache.interventions.edits import Edit, EditTap, ReadTap
+from tdcache.interventions.blocks import PatchBlocks, SweepState, block_of, repeated, rows_of
+from tdcache.interventions.current_call import CurrentCall
+from tdcache.interventions.edit_tap import EditTap, ReadTap
 from tdcache.interventions.memory import Memory
+from tdcache.interventions.random_state import SharedRandomState
 from tdcache.interventions.regions import Region
-from tdcache.interventions.replay import Recording, expanded, instead_of_forward
+from tdcache.interventions.replay import Recording
 from tdcache.interventions.trials import SweepOver, SweepRecipe, Trial, chunks_of, trials_at, windows_of
-from tdcache.selection import Selection
+from tdcache.selection import Selection, Site
 from tdcache.types import CacheKey
 
-__all__ = ["PatchBlocks", "Sweep", "SweepState", "block_of", "repeated", "rows_of"]
+__all__ = ["Sweep"]
 
 Forward = Callable[[TensorDictBase], TensorDictBase]
+_Found = dict[tuple[str, tuple[int, ...]], Tensor]
 
-
-@dataclass(slots=True)
-class SweepState:
-    """What the taps of a sweep look at while the chunks run."""
-
-    rows: int = 0
-    blocks: int = 1
-    assigned: dict[str, list[tuple[int, Region]]] = field(default_factory=dict)
-    """By site: which blocks of the batch are patched there, and where."""
-    calls: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class PatchBlocks:
-    """Patches, at one site, the blocks of the batch that are due there."""
-
-    path: str
-    state: SweepState
-    value: Callable[[int], Tensor]
-    patch_fn: Callable[..., Tensor | None] | None
-
-    def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
-        """The value with every due block patched; None where there is none."""
-        due = self.state.assigned.get(self.path)
-        if not due:
-            return None
-        call = self.state.calls.get(self.path, 0)
-        self.state.calls[self.path] = call + 1
-        source, new = self.value(call), full.clone()
-        for block, region in due:
-            mine = block_of(new, block, self.state, self.path)
-            if source.shape != mine.shape or source.dtype != mine.dtype or source.device != mine.device:
-                raise _misfit(self.path, source, mine)
-            given = region.take(source, self.path)
-            if self.patch_fn is not None:
-                old, given = region.take(mine, self.path).clone(), given.clone()
-                made = self.patch_fn(module_key=self.path, output=old, output_to_patch=given)
-                given = given if made is None else made
-                check_fits(given, old, self.path)
-            region.write(mine, given, self.path)
-        return new
-
-
-def block_of(stacked: Tensor, block: int, state: SweepState, what: str) -> Tensor:
-    """The rows of one intervention among those that run side by side.
-
-    Raises:
-        EditError: the tensor has no row for each.
-    """
-    if state.blocks == 1:
-        return stacked
-    if stacked.ndim == 0 or stacked.shape[0] != state.blocks * state.rows:
-        raise EditError(
-            f"{what!r} has shape {tuple(stacked.shape)}, not {state.blocks} x {state.rows} rows along "
-            "its first axis, so "
-            "interventions cannot be stacked along the batch; run them one by one with chunk=1"
-        )
-    return stacked[block * state.rows : (block + 1) * state.rows]
-
-
-def _misfit(path: str, source: Tensor, value: Tensor) -> EditError:
-    return EditError(
-        f"the source at {path!r} does not fit:\n"
-        f"  there: shape {tuple(value.shape)}, {value.dtype}, {value.device}\n"
-        f"  source: shape {tuple(source.shape)}, {source.dtype}, {source.device}\n"
-        "a sweep patches rows of the same shape; run the source on as many rows of the same length"
-    )
+_ROUNDINGS = 256
+"""By how many roundings of the largest value two runs may differ that sum in another order."""
+_MOST_ROUNDED = 0.03
+"""And the most that this may be, for formats of few digits."""
 
 
 class Sweep:
@@ -118,9 +60,14 @@ class Sweep:
         self.memory = Memory("source")
         self.recording: Recording | None = None
         self.model: nn.Module | None = None
+        self.random: SharedRandomState | None = None
         self.window = 1
         self.stack_by = None if recipe.stack_by is None else StackBy(recipe.stack_by, selection)
         self._given: dict[str, Any] = {}
+        self._call: CurrentCall | None = None
+        self._regions: dict[str, Region | None] = {}
+        self._alone = False
+        """Whether trials run one at a time and in full, because that made a difference."""
 
     def attach(self, model: nn.Module) -> MultiHookHandle:
         """Put the taps on; they do nothing until :meth:`run`."""
@@ -130,23 +77,33 @@ class Sweep:
             paths = () if self.recipe.source is None else self.selection.paths
             given = {path: self.recipe.value_at(path) for path in paths}
             self._given = {path: value for path, value in given.items() if value is not None}
-            edits: list[tuple[Any, Edit]] = [
-                (site, PatchBlocks(site.path, self.state, _ValueOf(self, site.path), self.recipe.patch_fn))
-                for site in self.selection
-            ]
-            for site, edit in edits:
-                self._attach_one(handle, site, edit)
+            if self.recipe.positions is not None:
+                self._call = CurrentCall(model, self.recipe.options)
+                self._call.attach(handle)
+            for site in self.selection:
+                self._attach_one(handle, site)
         return handle
 
-    def _attach_one(self, handle: MultiHookHandle, site: Any, edit: Edit) -> None:
+    def _attach_one(self, handle: MultiHookHandle, site: Site) -> None:
         port = port_at(site.path, self.recipe.direction, self.recipe.pick)
+        value = _ValueOf(self, site.path)
+        edit = PatchBlocks(site.path, self.state, value, self.recipe.patch_fn, self.recipe.calls)
         for tap in (EditTap(port, edit, region=Region()), ReadTap(port, self._read)):
             handle.add(attach(site.module, tap.on_call, port.direction, order=tap.order))
 
     def _read(self, path: str, value: Tensor) -> None:
         self.memory.record(path, value)
+        if self.state.assigned:
+            return
         if self.recording is not None:
             self.recording.reached(path)
+        if self._call is not None:
+            region = self._call.region_at(path, value, self.recipe.options.region)
+            if not _same_columns(region, self._regions.setdefault(path, region)):
+                raise EditError(
+                    f"positions={self.recipe.positions!r} are other columns in the source run than in the patched one "
+                    f"at {path!r}: a sweep patches columns, so pad both alike, or patch without sweep="
+                )
 
     def value_of(self, path: str, call: int) -> Tensor:
         """The source's value for one call of one site."""
@@ -165,16 +122,30 @@ class Sweep:
         self, data: TensorDictBase, forward: Forward, in_keys: list[CacheKey], out_keys: list[CacheKey]
     ) -> TensorDictBase:
         """Run every trial, and give the metric by site."""
-        self.recording = None
+        self.begin()
         try:
             if self._given:
                 return self.run_on(data, data, forward, in_keys, out_keys)
             second = with_inputs_of(data, self.recipe.patch_key, in_keys, self.recipe)
-            with self.memory.recording():
+            with self.memory.recording(), self.alike():
                 forward(data.copy())
             return self.run_on(data, second, forward, in_keys, out_keys)
         finally:
-            self.recording, self.memory.values = None, {}
+            self.end()
+
+    def begin(self) -> None:
+        """A comparison begins."""
+        self.recording, self._regions, self.random = None, {}, SharedRandomState(self._needed_model())
+
+    def end(self) -> None:
+        """It is over: what it kept is let go of."""
+        self.recording, self.memory.values, self.random = None, {}, None
+
+    def alike(self) -> Any:
+        """A block for one run, with the random numbers of the others."""
+        if self.random is None:
+            raise ContextError("this sweep has not begun")
+        return self.random.run()
 
     def run_on(
         self,
@@ -185,49 +156,94 @@ class Sweep:
         out_keys: list[CacheKey],
     ) -> TensorDictBase:
         """Run every trial on copies of the inputs in ``base``; the metric sees them beside the entries of ``data``."""
-        self.state.rows = rows = rows_of(base, in_keys)
-        self._record(base, forward)
+        self.state.rows = rows_of(base, in_keys)
+        plain = self._record(base, forward)
         trials = [
             trial
             for path, sites in windows_of(self.selection.paths, self.window)
-            for trial in trials_at(self.recipe, self.over, path, sites, self.value_of(path, 0).shape)
+            for trial in trials_at(
+                self.recipe, self.over, path, sites, self.value_of(path, 0).shape, self._region_at(path)
+            )
         ]
-        depth_of = {trial.sites: len(self._skipped([trial])) for trial in trials}
-        trials.sort(key=lambda trial: depth_of[trial.sites])
-        depths = [depth_of[trial.sites] for trial in trials]
-        found: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         seen = data.copy()
         for key in in_keys:
             seen.set(key, base.get(key))
-        for chunk in chunks_of(trials, depths, self.recipe.chunk):
-            inputs = base.copy() if len(chunk) == 1 else repeated(base, in_keys, len(chunk), rows)
-            with self._assigned(chunk):
-                forward(inputs)
-            for block, trial in enumerate(chunk):
-                found[trial.name, trial.at] = self._measure(seen.copy(), inputs, out_keys, block)
-        return self._result(found)
+        runs = _Runs(self, base, forward, in_keys, out_keys, plain)
+        return self._result(self._measured(trials, runs, seen))
 
-    def _record(self, base: TensorDictBase, forward: Forward) -> None:
+    def _region_at(self, path: str) -> Region:
+        region = self._regions.get(path, self.recipe.options.region) if self._call else self.recipe.options.region
+        if region is None:
+            raise EditError(f"positions={self.recipe.positions!r} are none of the columns at {path!r}")
+        return region
+
+    def _record(self, base: TensorDictBase, forward: Forward) -> TensorDictBase:
         """Run once without a patch, to know what ran before what, and what it gave."""
         self.recording = recording = Recording(self._needed_model())
-        with recording.attach():
-            forward(base.copy())
+        plain = base.copy()
+        with recording.recording(), self.alike():
+            forward(plain)
         silent = [path for path in self.selection.paths if path not in recording.before]
         if silent:
             raise EditError(
                 f"{len(silent)} of {len(self.selection)} sites did not run, so they cannot be patched: {silent[:5]!r}"
             )
+        return plain
 
     def _needed_model(self) -> nn.Module:
         if self.model is None:
             raise ContextError("this sweep is not attached to a model")
         return self.model
 
-    def _skipped(self, trials: Sequence[Trial]) -> tuple[str, ...]:
+    def _measured(self, trials: list[Trial], runs: _Runs, seen: TensorDictBase) -> _Found:
+        """The metric of each trial."""
+        if not self._alone:
+            depth_of = {trial.sites: len(self.skipped([trial])) for trial in trials}
+            trials = sorted(trials, key=lambda trial: depth_of[trial.sites])
+            depths = [depth_of[trial.sites] for trial in trials]
+            try:
+                return self._in_chunks(list(chunks_of(trials, depths, self.recipe.chunk)), runs, seen)
+            except _NotAlikeError as difference:
+                self._alone = True
+                warn_user(
+                    f"the sweep goes on one trial at a time and in full, for {difference}: rows of this model depend "
+                    "on each other, or layers share more than their outputs. chunk=1, replay=False says so beforehand",
+                    TdcacheWarning,
+                )
+        found: _Found = {}
+        for trial in trials:
+            (outputs,) = runs.outputs([trial], ())
+            found[trial.name, trial.at] = self._metric(seen, outputs)
+        return found
+
+    def _in_chunks(self, chunks: list[Sequence[Trial]], runs: _Runs, seen: TensorDictBase) -> _Found:
+        found: _Found = {}
+        if not chunks:
+            return found
+        checked = max(range(len(chunks)), key=lambda at: (len(chunks[at]) > 1) + bool(self.skipped(chunks[at])))
+        for at, chunk in enumerate(chunks):
+            skipped = self.skipped(chunk)
+            short = len(chunk) > 1 or bool(skipped)
+            try:
+                outputs = runs.outputs(chunk, skipped)
+            except (IndexError, KeyError, RuntimeError, ValueError) as error:
+                if not short:
+                    raise
+                runs.outputs(chunk[:1], ())  # an error of the trial itself is seen here
+                raise _NotAlikeError(f"{len(chunk)} of them in one forward fail ({error})") from error
+            if at == checked and short:
+                runs.check(chunk, outputs)
+            for trial, ran in zip(chunk, outputs, strict=True):
+                found[trial.name, trial.at] = self._metric(seen, ran)
+        return found
+
+    def skipped(self, trials: Sequence[Trial]) -> tuple[str, ...]:
+        """The layers that need not run before the first of the trials' patches."""
         sites = tuple(site for trial in trials for site in trial.sites)
         return self.recording.done_before(sites) if self.recording is not None and self.recipe.replay else ()
 
-    def _assigned(self, chunk: Sequence[Trial]) -> ExitStack:
+    def assigned(self, chunk: Sequence[Trial], skipped: tuple[str, ...]) -> ExitStack:
+        """A block in which the chunk's patches act and the skipped layers do not run."""
         assigned: dict[str, list[tuple[int, Region]]] = {}
         for block, trial in enumerate(chunk):
             for site in trial.sites:
@@ -236,18 +252,18 @@ class Sweep:
         self.state.assigned, self.state.calls, self.state.blocks = assigned, {}, len(chunk)
         stack.callback(setattr, self.state, "assigned", {})
         if self.recording is not None:
-            stubs = self.recording.stubs(self._skipped(chunk), len(chunk), self.state.rows)
-            stack.enter_context(instead_of_forward(stubs))
+            stack.enter_context(self.recording.replaying(skipped, len(chunk), self.state.rows))
+        stack.enter_context(self.alike())
         return stack
 
-    def _measure(self, seen: TensorDictBase, ran: TensorDictBase, out_keys: list[CacheKey], block: int) -> Tensor:
-        for key in out_keys:
-            if key != "_":
-                seen.set(key, block_of(ran.get(key), block, self.state, str(key)))
-        value = self.recipe.metric(seen)
+    def _metric(self, seen: TensorDictBase, outputs: dict[CacheKey, Tensor]) -> Tensor:
+        shown = seen.copy()
+        for key, value in outputs.items():
+            shown.set(key, value)
+        value = self.recipe.metric(shown)
         return value if isinstance(value, Tensor) else torch.tensor(value)
 
-    def _result(self, found: dict[tuple[str, tuple[int, ...]], Tensor]) -> TensorDictBase:
+    def _result(self, found: _Found) -> TensorDictBase:
         grids: dict[CacheKey, Tensor] = {}
         for path in self.selection.paths:
             mine = {at: value for (name, at), value in found.items() if name == path}
@@ -256,6 +272,71 @@ class Sweep:
             grids[path] = ordered.reshape((*size, *ordered.shape[1:]))
         joined = grids if self.stack_by is None else self.stack_by(grids)
         return TensorDict(dict(joined), batch_size=[])
+
+
+def _same_columns(one: Region | None, other: Region | None) -> bool:
+    """Whether two regions of one recipe are the same part of a value."""
+    if one is None or other is None:
+        return one is other
+    first, second = one.positions, other.positions
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    return not isinstance(first, Tensor) and not isinstance(second, Tensor)
+
+
+class _NotAlikeError(Exception):
+    """A trial gives something else alone than among others."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """Runs of the model with some trials' patches."""
+
+    sweep: Sweep
+    base: TensorDictBase
+    forward: Forward
+    in_keys: list[CacheKey]
+    out_keys: list[CacheKey]
+    plain: TensorDictBase
+    """What the run without a patch gave."""
+
+    def outputs(self, chunk: Sequence[Trial], skipped: tuple[str, ...]) -> list[dict[CacheKey, Tensor]]:
+        """The model's outputs in each trial of a chunk."""
+        state = self.sweep.state
+        single = len(chunk) == 1
+        inputs = self.base.copy() if single else repeated(self.base, self.in_keys, len(chunk), state.rows)
+        with self.sweep.assigned(chunk, skipped):
+            self.forward(inputs)
+        keys = [key for key in self.out_keys if key != "_"]
+        return [{key: block_of(inputs.get(key), at, state, str(key)) for key in keys} for at in range(len(chunk))]
+
+    def check(self, chunk: Sequence[Trial], outputs: list[dict[CacheKey, Tensor]]) -> None:
+        """Run one of the trials again, alone and in full: the first that changes much, with most layers after it."""
+        changes = [max((_distance(ran[key], self.plain.get(key))[0] for key in ran), default=0.0) for ran in outputs]
+        at = next(at for at, change in enumerate(changes) if change >= max(changes) / 10)
+        (alone,) = self.outputs([chunk[at]], ())
+        for key, value in alone.items():
+            off, size = _distance(outputs[at][key], value)
+            eps = max(torch.finfo(value.dtype).eps, torch.finfo(torch.float32).eps) if value.is_floating_point() else 0
+            if not off <= size * min(_ROUNDINGS * eps, _MOST_ROUNDED):
+                raise _NotAlikeError(
+                    f"the trial at {chunk[at].name!r} gives another {key!r} alone than among {len(chunk)} in one "
+                    f"forward (off by {off:.3g}, where values reach {size:.3g})"
+                )
+
+
+def _distance(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """By how much two tensors differ at most, and how large the second one is."""
+    if one.shape != other.shape:
+        return float("inf"), 0.0
+    if one.numel() == 0 or torch.equal(one, other):
+        return 0.0, 0.0
+    wide = torch.complex128 if other.is_complex() else torch.float64
+    one, other = one.to(wide), other.to(wide)
+    same = (one == other) | (one.isnan() & other.isnan())
+    off = torch.where(same, 0.0, (one - other).abs()).max()
+    size = other.abs()
+    return float(off.nan_to_num(nan=float("inf"))), float(size[size.isfinite()].max()) if size.isfinite().any() else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,21 +351,3 @@ class _ValueOf:
 
     def __repr__(self) -> str:
         return f"source of {self.path!r}"
-
-
-def rows_of(data: TensorDictBase, in_keys: list[CacheKey]) -> int:
-    """How many rows a batch has: its batch size, or the first axis of the model's first input."""
-    if data.batch_size:
-        return int(data.batch_size[0])
-    first: Any = data.get(in_keys[0])
-    return int(first.shape[0]) if first.ndim else 1
-
-
-def repeated(data: TensorDictBase, keys: list[CacheKey], blocks: int, rows: int) -> TensorDictBase:
-    """Some entries of a batch, as often along the batch as there are blocks."""
-    inputs = TensorDict(batch_size=[], device=data.device)
-    for key in keys:
-        value = data.get(key, None)
-        if value is not None:
-            inputs.set(key, expanded(value, blocks, rows) if isinstance(value, Tensor) else value)
-    return inputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -10,7 +11,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.errors import EditError
-from tdcache.interventions.regions import Region
+from tdcache.interventions.options import EditOptions
+from tdcache.interventions.regions import Heads, Region
 
 __all__ = ["Metric", "SweepOver", "SweepRecipe", "Trial", "check_over", "chunks_of", "trials_at", "windows_of"]
 
@@ -31,7 +33,10 @@ class SweepRecipe(Protocol):
     patch_fn: Any
     patch_key: Any
     metric: Any
-    heads: int | None
+    heads: Any
+    rows: Any
+    calls: Any
+    options: EditOptions
     chunk: int
     replay: bool
     stack_by: str | None
@@ -41,7 +46,7 @@ class SweepRecipe(Protocol):
 
 
 def check_over(
-    sweep: Any, metric: Metric | None, heads: int | None, chunk: int, *, patch_fn: Any, region: Region
+    sweep: Any, metric: Metric | None, heads: int | Heads | None, chunk: int, *, region: Region
 ) -> tuple[SweepOver, ...] | None:
     """What a sweep goes over beside sites, or None where there is no sweep.
 
@@ -49,18 +54,27 @@ def check_over(
         EditError: options that do not go together.
     """
     if sweep is False or sweep is None:
+        if isinstance(heads, int):
+            raise EditError(f"heads={heads} is for sweep='head'; to patch some heads, give heads=(n_heads, which)")
         return None
     over = () if sweep is True else (sweep,) if isinstance(sweep, str) else tuple(sweep)
     if unknown := [each for each in over if each not in ("position", "head")]:
         raise EditError(f"sweep is True, 'position', 'head' or both of them, got {unknown[0]!r}")
     if not callable(metric):
         raise EditError("a sweep needs metric=, a function of the TensorDict with the patched outputs: data -> scalar")
-    if "head" in over and (heads is None or heads < 1):
+    if "head" in over and (heads is None or (isinstance(heads, int) and heads < 1)):
         raise EditError("a sweep over heads needs heads=, into how many parts the last axis falls")
+    if "head" not in over and isinstance(heads, int):
+        raise EditError(f"heads={heads} is for sweep='head'; to patch some heads, give heads=(n_heads, which)")
     if "head" in over and region.units is not None:
         raise EditError("a sweep over heads chooses the units itself; leave units= out")
     if chunk < 1:
         raise EditError(f"chunk is the number of interventions in one forward, 1 or more, got {chunk}")
+    if chunk > 1 and region.position_dim == 0:
+        raise EditError(
+            f"position_dim=0 says that axis 0 is no batch, and chunk={chunk} stacks interventions along it; give "
+            "chunk=1"
+        )
     return tuple(each for each in ("position", "head") if each in over)
 
 
@@ -84,18 +98,21 @@ def windows_of(paths: Sequence[str], size: int) -> Iterator[tuple[str, tuple[str
 
 
 def trials_at(
-    recipe: SweepRecipe, over: Sequence[SweepOver], name: str, sites: tuple[str, ...], shape: torch.Size
+    recipe: SweepRecipe, over: Sequence[SweepOver], name: str, sites: tuple[str, ...], shape: torch.Size, whole: Region
 ) -> Iterator[Trial]:
-    """The trials of one site (and those patched together with it), whose source's value has ``shape``."""
-    positions: Sequence[Any] = [recipe.positions]
-    units: Sequence[Any] = [recipe.units]
+    """The trials of one site (and those patched together with it), whose source's value has ``shape``.
+
+    ``whole`` is the region that the recipe means there, with positions as columns.
+    """
+    positions: Sequence[Any] = [whole.positions]
+    heads: Sequence[Any] = [recipe.heads]
     if "position" in over:
-        positions = _choices(recipe.positions, shape, recipe.position_dim, name)
+        positions = _choices(positions[0], shape, recipe.position_dim, name)
     if "head" in over:
-        units = _head_slices(shape[recipe.unit_dim], recipe.heads or 1, name)
+        heads = _each_head(recipe.heads)
     for at, position in enumerate(positions):
-        for head, unit in enumerate(units):
-            region = Region(positions=position, units=unit, position_dim=recipe.position_dim, unit_dim=recipe.unit_dim)
+        for head, which in enumerate(heads):
+            region = replace(whole, positions=position, heads=which)
             where = {"position": at, "head": head}
             yield Trial(sites, region, tuple(where[each] for each in over), name)
 
@@ -114,7 +131,7 @@ def chunks_of(trials: Sequence[Trial], depths: Sequence[int], size: int) -> Iter
             begin = end
 
 
-def _choices(positions: Any, shape: torch.Size, dim: int, path: str) -> list[int]:
+def _choices(positions: Any, shape: torch.Size, dim: int, path: str) -> list[Any]:
     if not -len(shape) <= dim < len(shape):
         raise EditError(f"a sweep over positions needs an axis {dim} at {path!r}, whose value has shape {tuple(shape)}")
     every = list(range(shape[dim]))
@@ -127,19 +144,27 @@ def _choices(positions: Any, shape: torch.Size, dim: int, path: str) -> list[int
     return [positions] if isinstance(positions, int) else [int(at) for at in positions]
 
 
-def _listed(positions: Tensor, size: int, path: str) -> list[int]:
+def _listed(positions: Tensor, size: int, path: str) -> list[Any]:
     mask = positions.dtype == torch.bool
+    if positions.ndim == 2 and not mask:  # of each row its own
+        return [positions[:, at : at + 1] for at in range(positions.shape[1])]
     if positions.ndim > 1 or (mask and positions.shape != (size,)):
         raise EditError(
-            f"a sweep over positions patches the same ones in every row: give positions as a sequence of ints or a "
-            f"mask of shape {(size,)} for {path!r}, got {positions.dtype} of shape {tuple(positions.shape)}"
+            f"a sweep over positions patches as many in every row: give positions as a sequence of ints, a tensor "
+            f"(batch, k), or a mask of shape {(size,)} for {path!r}, got {positions.dtype} of shape "
+            f"{tuple(positions.shape)}"
         )
     chosen = positions.nonzero() if mask else positions
     return [int(at) for at in chosen.flatten().tolist()]
 
 
-def _head_slices(size: int, heads: int, path: str) -> list[slice]:
-    if size % heads:
-        raise EditError(f"heads={heads} does not divide the {size} features at {path!r}")
-    width = size // heads
-    return [slice(head * width, (head + 1) * width) for head in range(heads)]
+def _each_head(heads: int | Heads) -> list[Heads]:
+    """Each head that is swept, alone."""
+    if isinstance(heads, int):
+        return [(heads, head) for head in range(heads)]
+    count, which = heads
+    chosen = range(count)[which] if isinstance(which, slice) else which
+    if isinstance(chosen, int | Tensor):
+        chosen = torch.as_tensor(chosen).reshape(-1).tolist()
+    listed: Any = chosen
+    return [(count, int(head)) for head in listed]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -14,7 +14,18 @@ from tdcache.errors import ContextError
 from tdcache.hooks.values import children, first_tensor
 from tdcache.types import CacheKey
 
-__all__ = ["ModelCall"]
+__all__ = ["ModelCall", "entries_of", "holds_entries"]
+
+
+def holds_entries(value: Any) -> TypeGuard[TensorDictBase]:
+    """Whether ``value`` is a TensorDict; a test of an abstract class, which plain tensors are spared."""
+    return type(value) is not Tensor and isinstance(value, TensorDictBase)
+
+
+def entries_of(data: Any) -> TensorDictBase:
+    """The TensorDict inside a tensorclass: what is written to it is in the tensorclass, fields and other keys alike."""
+    entries: TensorDictBase = data._tensordict  # noqa: SLF001  (to_tensordict() would copy)
+    return entries
 
 
 @dataclass(slots=True)

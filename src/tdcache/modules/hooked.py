@@ -6,26 +6,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from textwrap import indent
-from typing import Any, Protocol, TypeGuard, cast
+from typing import Any, Protocol, cast
 
-from tensordict import TensorDictBase
+from tensordict import TensorDictBase, is_tensorclass
 from tensordict.nn import TensorDictModuleBase, TensorDictModuleWrapper
 from torch import Tensor, nn
 
 from tdcache.errors import ContextError, StopForward, TdcacheWarning
 from tdcache.hooks.attach import register_hook_to_module
 from tdcache.hooks.compiled import refuse_scripted
-from tdcache.modules.call import ModelCall
+from tdcache.modules.call import ModelCall, entries_of, holds_entries
 from tdcache.modules.verbs import ModuleVerbs
 from tdcache.paths import resolve, resolve_all
 from tdcache.types import CacheKey, HookDirection, Removable
 
-__all__ = ["HookedModule", "OwningContext", "holds_entries"]
-
-
-def holds_entries(value: Any) -> TypeGuard[TensorDictBase]:
-    """Whether ``value`` is a TensorDict; a test of an abstract class, which plain tensors are spared."""
-    return type(value) is not Tensor and isinstance(value, TensorDictBase)
+__all__ = ["HookedModule", "OwningContext"]
 
 
 class OwningContext(Protocol):
@@ -41,9 +36,9 @@ class OwningContext(Protocol):
 class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
     """A model inside an open context, or one made by :meth:`from_module` without a context.
 
-    Called with a TensorDict it reads ``in_keys``, runs the model, writes ``out_keys`` and returns the same TensorDict;
-    called with anything else it passes everything to the model and returns the model's own result. A forward that was
-    stopped early returns the TensorDict without outputs, or None.
+    Called with a TensorDict (or a tensorclass) it reads ``in_keys``, runs the model, writes ``out_keys`` and returns
+    the same TensorDict; called with anything else it passes everything to the model and returns the model's own result.
+    A forward that was stopped early returns the TensorDict without outputs, or None.
 
     Args:
         td_module: what is called.
@@ -113,6 +108,10 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; see the class."""
+        if args and type(args[0]) is not Tensor and is_tensorclass(args[0]):
+            data = entries_of(args[0])
+            result = self.forward(data, *args[1:], **kwargs)
+            return args[0] if result is data else result
         context = self._hooking_context
         if context is None:
             return self.call_model(*args, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -18,12 +18,31 @@ from tdcache.hooks.directions import direction_row
 from tdcache.introspect import why_not_called
 from tdcache.modules.forms import DirectedForms
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
-from tdcache.types import CacheKey, HookDirection
+from tdcache.types import CacheKey, HookDirection, Removable
 
-if TYPE_CHECKING:
-    from tdcache.modules.hooked import HookedModule
+__all__ = ["HookedModuleRun", "Runnable"]
 
-__all__ = ["HookedModuleRun"]
+
+class Runnable(Protocol):
+    """What a run asks of the hooked module that it runs."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's own model."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+
+    def find_site(self, key: str, relative: bool = True) -> tuple[str, nn.Module]:
+        """Canonical path and module of ``key``."""
+
+    def add_set(self, module_key: str, value: Any, **options: Any) -> tuple[SetTap, Removable]:
+        """Have a value replaced."""
+
+    def add_get(
+        self, cache: Any, module_key: str, cache_key: CacheKey | None, **options: Any
+    ) -> tuple[GetTap, Removable]:
+        """Have a value kept."""
 
 
 class HookedModuleRun(DirectedForms):
@@ -41,13 +60,13 @@ class HookedModuleRun(DirectedForms):
 
     def __init__(
         self,
-        module: HookedModule,
+        module: Runnable,
         data: Any = None,
         cache: TensorDictBase | None = None,
         run_name: str | None = None,
         run_cache: TensorDictBase | None = None,
         grad_enabled: bool = False,
-        run_callback: Callable[[HookedModule, Any], Any] | None = None,
+        run_callback: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         self._module = module
         self._data = data
@@ -228,7 +247,7 @@ class _StopRun:
         raise _RunStopped
 
 
-def _call(module: HookedModule, data: Any) -> Any:
+def _call(module: Runnable, data: Any) -> Any:
     if isinstance(data, Mapping) and not isinstance(data, TensorDictBase):
         return module(**data)
     return module(data)

@@ -13,9 +13,10 @@ from tdcache.cache.target import Target
 from tdcache.errors import CaptureError, EditError, RepeatedCallWarning, warn_user
 from tdcache.hooks.attach import Order
 from tdcache.hooks.directions import Direction
-from tdcache.hooks.factory import CacheProxy
+from tdcache.hooks.factory import CacheProxy, read_at, write_at
 from tdcache.hooks.port import port_at
-from tdcache.hooks.values import check_fits, first_tensor, leaves, pick_tensor, replace_tensor, tensor_only
+from tdcache.hooks.transient import Transient
+from tdcache.hooks.values import leaves, pick_tensor, tensor_only
 from tdcache.inplace import InplaceWatch
 from tdcache.introspect import in_backward
 from tdcache.types import CacheKey, Hold, Pick
@@ -23,7 +24,7 @@ from tdcache.types import CacheKey, Hold, Pick
 __all__ = ["Forwards", "GetTap", "SetTap", "ValueProxy"]
 
 
-class Forwards:
+class Forwards(Transient):
     """Counts the forwards of a model: a pre-hook on its root."""
 
     order = Order.FIRST
@@ -90,7 +91,7 @@ class ValueProxy(CacheProxy):
         return self._held is other._held and self._key == other._key
 
 
-class GetTap:
+class GetTap(Transient):
     """Takes the value at one path and hands it to its proxy."""
 
     __slots__ = ("callback", "fired", "forwards", "keep", "order", "path", "port", "proxy", "row", "seen", "warned")
@@ -144,7 +145,7 @@ class GetTap:
 
     def _picked(self, args: tuple[Any, ...]) -> Any:
         if not self.row.gradient:
-            return self.port.read(*args)
+            return read_at(self.port, self.row, args)
         return tensor_only(
             pick_tensor(args[self.row.value_index], self.port.pick, self.path), self.port.pick, self.path
         )
@@ -162,7 +163,7 @@ class GetTap:
         self.seen = count
 
 
-class SetTap:
+class SetTap(Transient):
     """Replaces the value at one path, by a value, a proxy's, or what a callback returns."""
 
     __slots__ = ("callback", "fired", "order", "path", "port", "row", "value")
@@ -199,12 +200,7 @@ class SetTap:
                 new = new.clone()
         elif isinstance(new, Tensor) and not self.row.gradient:
             new = new.clone()  # a later in-place operation must not reach the caller's tensor
-        if isinstance(new, Tensor) and not self.row.gradient:
-            if self.row.name == "fwd_pre":  # a callback's: without keyword arguments
-                return self.port.write(args[0], args[1], {}, new)[0]
-            return self.port.write(*args, new)
-        changed = self._replaced(args[self.row.returns_index], new)
-        return (changed, args[2]) if self.row.name == "fwd_pre_kwargs" else changed
+        return write_at(self.port, self.row, args, new)
 
     def _holds(self, args: tuple[Any, ...], new: Tensor) -> bool:
         """Whether a tensor is one of the module's own value."""
@@ -220,19 +216,3 @@ class SetTap:
                 "that runs before this one"
             )
         return value
-
-    def _replaced(self, old: Any, new: Any) -> Any:
-        if isinstance(new, Tensor):
-            if self.port.pick is None and first_tensor(old) is None:
-                raise EditError(f"no gradient came to {self.path!r}, so there is none to replace")
-            return replace_tensor(old, new, pick=self.port.pick, path=self.path)
-        if type(new) is not type(old):
-            raise EditError(
-                f"the {self.row.noun} of {self.path!r} is of type {type(old).__name__} and cannot be replaced by "
-                f"{type(new).__name__}; give the same type, or a tensor for the first tensor in it"
-            )
-        before, after = [tensor for _, tensor in leaves(old)], [tensor for _, tensor in leaves(new)]
-        if len(before) == len(after):
-            for one, other in zip(before, after, strict=True):
-                check_fits(other, one, self.path)
-        return new

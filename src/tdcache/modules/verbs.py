@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from tensordict import TensorDictBase
 from torch import nn
@@ -18,16 +18,16 @@ from tdcache.modules.run import HookedModuleRun
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
 from tdcache.types import CacheKey, Hold, HookDirection, Pick, Removable
 
-if TYPE_CHECKING:
-    from tdcache.modules.hooked import HookedModule
-
 __all__ = ["ModuleVerbs"]
 
 
 class ModuleVerbs(DirectedForms):
     """What a hooked module does at one path, at once and until the returned handle is removed; and runs of it."""
 
-    if TYPE_CHECKING:
+    if TYPE_CHECKING:  # the hooked module's
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            """Run the model."""
 
         @property
         def model(self) -> nn.Module:
@@ -47,7 +47,7 @@ class ModuleVerbs(DirectedForms):
         run_name: str | None = None,
         run_cache: TensorDictBase | None = None,
         grad_enabled: bool = False,
-        run_callback: Callable[[HookedModule, Any], Any] | None = None,
+        run_callback: Callable[[Any, Any], Any] | None = None,
     ) -> HookedModuleRun:
         """One run of the model: in the block say what to get, set and save; the model runs when the block ends.
 
@@ -68,7 +68,7 @@ class ModuleVerbs(DirectedForms):
             >>> torch.equal(run.result, run.cache["0_output"])
             True
         """
-        hooked = cast("HookedModule", self)
+        hooked: Any = self
         return HookedModuleRun(hooked, data, cache, run_name, run_cache, grad_enabled, run_callback)
 
     def set(

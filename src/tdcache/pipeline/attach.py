@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from tdcache.cache.keep import shares_memory
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import HookSignatureError, InplaceModificationError
 from tdcache.hooks import MultiHookHandle, Order, OutputPort, Port, port_at
 from tdcache.hooks import attach as attach_hook
-from tdcache.hooks.values import leaves
-from tdcache.introspect import in_backward
+from tdcache.hooks.gradients import handed_on
+from tdcache.hooks.values import check_fits, leaves
+from tdcache.inplace import NO_COUNTER
+from tdcache.introspect import add_tensor_hook, has_tensor_hooks, in_backward
 from tdcache.modules import HookedModule
 from tdcache.pipeline.collection import HookCollection
 from tdcache.pipeline.hooks import Hook, HookNode, Hooks
-from tdcache.pipeline.versions import share_memory, version_of
+from tdcache.pipeline.prepared import VARYING, HookStep, laid_out, run_steps
+from tdcache.pipeline.versions import version_of
 from tdcache.selection import Site, as_matcher, distinct_sites
 from tdcache.types import Match, Pick, Selector
 
@@ -27,7 +33,10 @@ __all__ = ["AttachedPipeline", "attach"]
 Where: TypeAlias = "Selector | Mapping[str, Selector]"
 
 
-class _Counter:
+_NONE: dict[str, Any] = dict.fromkeys(VARYING)
+
+
+class _ForwardCounter:
     """Which forward it is."""
 
     def __init__(self) -> None:
@@ -44,12 +53,25 @@ class _AttachedHook:
     """The pipeline of one site, as a hook of the module there."""
 
     port: Port
-    pipeline: Hook
-    counter: _Counter
+    steps: tuple[HookStep, ...]
+    counter: _ForwardCounter
     order: int = Order.EDIT
     calls: int = 0
     """How often the module ran in the forward that ``forward`` numbers."""
     forward: int = -1
+    counts: bool = field(init=False)
+    """Whether any hook asks which call it is."""
+
+    def __post_init__(self) -> None:
+        self.counts = any(step.varying for step in self.steps)
+
+    @property
+    def hook(self) -> Callable[..., Any]:
+        """What is registered."""
+        return self.on_plain if isinstance(self.port, OutputPort) and self.port.pick is None else self.on_call
+
+    def _values(self) -> dict[str, Any]:
+        return {"call": self._next_call(), "forward": self.forward} if self.counts else _NONE
 
     def _next_call(self) -> int | None:
         """The number of this call; None where a checkpoint recomputes one of several."""
@@ -60,19 +82,59 @@ class _AttachedHook:
         self.calls += 1
         return self.calls - 1
 
+    def on_plain(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """:meth:`on_call` for an output that is a tensor, at the cost of a hook written by hand."""
+        try:
+            version = output._version
+        except (AttributeError, RuntimeError):  # an inference tensor, or no tensor
+            version = NO_COUNTER
+        if version == NO_COUNTER or type(output) is not Tensor:
+            return self.on_call(module, args, output)
+        values = self._values() if self.counts else _NONE
+        new = output
+        for hook, varying, gradient in self.steps:
+            if gradient is not None and new is output and _is_made_here(args, output):
+                add_tensor_hook(output, partial(gradient.on_grad, values=values) if varying else gradient.on_grad)
+                continue
+            changed = hook(new, **{name: values[name] for name in varying}) if varying else hook(new)
+            if changed is not None:
+                new = changed
+        if output._version != version:
+            self._check_input(args, output)
+        if new is output:
+            return None
+        check_fits(new, output, self.port.path)
+        return new
+
     def on_call(self, module: nn.Module, args: Any, rest: Any) -> Any:
         """Pass the value through the pipeline."""
         x = self.port.read(module, args, rest)
         version = version_of(x)
-        new = self.pipeline(x, call=self._next_call(), forward=self.forward)
-        given = args if isinstance(self.port, OutputPort) else ()
-        if version_of(x) != version and any(share_memory(x, each) for _, each in leaves(given)):
+        new = run_steps(self.steps, x, self._values())
+        if version_of(x) != version and isinstance(self.port, OutputPort):
+            self._check_input(args, x)
+        return None if new is x else self.port.write(module, args, rest, new)
+
+    def _check_input(self, args: Any, x: Tensor) -> None:
+        if any(shares_memory(x, each) for _, each in leaves(args)):
             raise InplaceModificationError(
                 f"a hook at {self.port.path!r} wrote into the output in place, which is also the module's input and "
                 "may be used elsewhere; return a new tensor instead, e.g. from x.clone()",
                 paths=(self.port.path,),
             )
-        return None if new is x else self.port.write(module, args, rest, new)
+
+
+@torch.compiler.substitute_in_graph(_AttachedHook.on_plain, skip_signature_check=True)
+def _on_plain_in_graph(self: _AttachedHook, module: nn.Module, args: Any, output: Any) -> Any:
+    """:meth:`_AttachedHook.on_plain` in a compiled graph, where a version is not known when the graph is made."""
+    return self.on_call(module, args, output)
+
+
+def _is_made_here(args: Any, x: Tensor) -> bool:
+    """Whether a module computed ``x`` and no hook sits on it yet, so that the gradient can be watched on it itself."""
+    if x.grad_fn is None or x._base is not None or has_tensor_hooks(x) or not torch.is_grad_enabled():
+        return False
+    return args[0] is not x if len(args) == 1 and type(args[0]) is Tensor else not handed_on(x, args)
 
 
 class AttachedPipeline(HookingContextFactory):
@@ -134,7 +196,7 @@ class AttachedPipeline(HookingContextFactory):
         return f"{type(self).__name__}({self._selector!r}, {self._pipeline!r})"
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
-        counter, handle = _Counter(), MultiHookHandle()
+        counter, handle = _ForwardCounter(), MultiHookHandle()
         select = module.hooking_context.select
         found = [(node, select(selector, match=self._match)) for node, selector in self._places]
         with handle.installing():
@@ -144,10 +206,10 @@ class AttachedPipeline(HookingContextFactory):
                     self._attach(site, node, counter, handle)
         return handle
 
-    def _attach(self, site: Site, node: Any, counter: _Counter, handle: MultiHookHandle) -> None:
+    def _attach(self, site: Site, node: Any, counter: _ForwardCounter, handle: MultiHookHandle) -> None:
         own = copy.deepcopy(node).bind(**{"path": site.path, **_bindings(site.groups)})
-        hook = _AttachedHook(port_at(site.path, self._direction, self._pick), own, counter)
-        handle.add(attach_hook(site.module, hook.on_call, hook.port.direction, order=hook.order))
+        hook = _AttachedHook(port_at(site.path, self._direction, self._pick), tuple(laid_out(own, {})), counter)
+        handle.add(attach_hook(site.module, hook.hook, hook.port.direction, order=hook.order))
 
 
 def _places(selector: Where, pipeline: Any, match: Match) -> Iterator[tuple[HookNode, Selector]]:

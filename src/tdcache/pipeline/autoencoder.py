@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdcache.cache.keep import shares_memory
 from tdcache.errors import EditError, HookSignatureError
+from tdcache.inplace import NO_COUNTER
 from tdcache.pipeline.calling import spell
 from tdcache.pipeline.collection import FwdBwdHooks, HookCollection
-from tdcache.pipeline.versions import share_memory, untouched, version_of
+from tdcache.pipeline.versions import untouched, version_of
 
 __all__ = ["Autoencoder", "AutoencoderHooks", "Sites", "as_autoencoder"]
 
@@ -60,7 +62,7 @@ class Autoencoder:
                 f"decode() must return what it replaces, a tensor of shape {tuple(like.shape)}, got {got} from latents "
                 f"of shape {tuple(latents.shape)}"
             )
-        return found.to(like.dtype)
+        return found if found.dtype is like.dtype else found.to(like.dtype)
 
 
 def as_autoencoder(given: Any) -> Autoencoder:
@@ -81,6 +83,16 @@ def as_autoencoder(given: Any) -> Autoencoder:
     return Autoencoder(encode, decode, pair is None and getattr(given, "needs_source", False) is True)
 
 
+def _summed(x: Tensor, plain: Tensor, reconstruction: Tensor, error: Tensor) -> Tensor:
+    """The sum of reconstruction and error, without what rounding would take from ``x``."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return x - ((plain - reconstruction) + ((x - plain) - error))
+    total = reconstruction + error  # its graph is all that is wanted: of both, the gradient is that of the sum
+    with torch.no_grad():
+        total.copy_(x - ((plain - reconstruction) + ((x - plain) - error)))
+    return total
+
+
 @dataclass(frozen=True, slots=True)
 class Sites:
     """The functions that latents, reconstruction and error pass through; they may read, edit, or watch gradients."""
@@ -96,8 +108,9 @@ class Sites:
 
             r'(z') + e' = x - ((r - r') + (e - e')),
 
-        computed as on the right: unedited, both brackets are exactly zero, and so is what comes back through them to
-        ``x``; the output and the gradient are identities to the last bit. The gradient of z' is the decoder transpose
+        computed as on the right, where unedited both brackets are exactly zero, and differentiated as on the left,
+        where what comes back through r' and e' to ``x`` is exactly the gradient of the output: identities to the last
+        bit. The gradient of z' is the decoder transpose
         applied to the gradient of the output, that of e' (and of r') the gradient of the output.
 
         Args:
@@ -115,23 +128,22 @@ class Sites:
         plain = autoencoder.decoded(latents, x, source)
         # Whoever edits in place at a site must hit neither the graph of the unedited branch nor the model's own value.
         graph = torch.is_grad_enabled() and latents.requires_grad
-        if graph or any(share_memory(latents, each) for each in (x, source)):
+        if graph or shares_memory(latents, x) or (source is not None and shares_memory(latents, source)):
             latents = latents.clone()
         version = version_of(latents)
         hooked = self.latents(latents)
         same = not graph and untouched(latents, hooked, version)
         reconstruction = self.reconstruction(plain.clone() if same else autoencoder.decoded(hooked, x, source))
-        missed = x - plain
-        error = self.error(missed.clone())
-        return x - ((plain - reconstruction) + (missed - error))
+        error = self.error(x - plain)
+        return _summed(x, plain, reconstruction, error)
 
     def _reconstruct(self, x: Tensor, latents: Tensor, autoencoder: Autoencoder, source: Tensor | None) -> Tensor:
-        if share_memory(latents, x):
+        if shares_memory(latents, x):
             latents = latents.clone()
         reconstruction = self.reconstruction(autoencoder.decoded(self.latents(latents), x, source))
         missed = x - reconstruction
         version = version_of(missed)
-        if version is not None and not untouched(missed, self.error(missed), version):
+        if version != NO_COUNTER and not untouched(missed, self.error(missed), version):
             raise EditError(
                 "the error was edited, or given a gradient hook, but it is no part of the output; use add_error=True"
             )

@@ -46,22 +46,23 @@ class Call:
         Raises:
             HookSignatureError: one that it needs is not in scope.
         """
-        names = self.names
-        if names is None:
-            if self.needed and not args and any(name not in kwargs for name in self.needed):
-                raise self._missing(kwargs)
-            return self.hook(x, *args, **kwargs)
-        if not names:
-            return self.hook(x, *args)
-        try:
-            given = {name: kwargs[name] for name in self.needed}
-        except KeyError:
-            if not args:
-                raise self._missing(kwargs) from None
-            given = {}
-        if len(given) < len(names):
-            given = {name: kwargs[name] for name in names if name in kwargs}
-        return self.hook(x, *args, **given)
+        return self.hook(x, *args, **self.taken(kwargs, is_enough=bool(args)))
+
+    def taken(self, kwargs: Mapping[str, Any], *, is_enough: bool = False) -> Mapping[str, Any]:
+        """Those of the keyword arguments in scope that it is called with.
+
+        Args:
+            kwargs: all of them.
+            is_enough: positional arguments may stand for some that it needs.
+
+        Raises:
+            HookSignatureError: one that it needs is not in scope.
+        """
+        if not is_enough and any(name not in kwargs for name in self.needed):
+            raise self._missing(kwargs)
+        if self.names is None:
+            return kwargs
+        return {name: kwargs[name] for name in self.names if name in kwargs}
 
     def _missing(self, kwargs: Mapping[str, Any]) -> HookSignatureError:
         missing = [name for name in self.needed if name not in kwargs]

@@ -70,7 +70,9 @@ class ConditionalHooks(Hooks):
 
     def title(self) -> str:
         """The first line of the repr."""
-        return f"{type(self).__name__}({self.condition!r})"
+        condition = repr(self.condition)
+        shown = condition.removeprefix(type(self.condition).__name__)
+        return f"{type(self).__name__}({condition})" if type(self) is ConditionalHooks else type(self).__name__ + shown
 
 
 def _index_of(x: Tensor, mask: Tensor) -> Any:
@@ -107,20 +109,12 @@ class AtLayers(ConditionalHooks):
     def __init__(self, layers: int | Iterable[int], *hooks: Hook) -> None:
         super().__init__(Layers(*_several(layers)), *hooks)
 
-    def title(self) -> str:
-        """The first line of the repr."""
-        return _title(self)
-
 
 class AtCalls(ConditionalHooks):
     """Hooks in some calls of a module that runs several times in a forward, by the keyword ``call``, from 0."""
 
     def __init__(self, calls: int | Iterable[int], *hooks: Hook) -> None:
         super().__init__(Calls(*_several(calls)), *hooks)
-
-    def title(self) -> str:
-        """The first line of the repr."""
-        return _title(self)
 
 
 class AtRows(ConditionalHooks):
@@ -129,21 +123,9 @@ class AtRows(ConditionalHooks):
     def __init__(self, rows: int | slice | Iterable[int], *hooks: Hook) -> None:
         super().__init__(Rows(*_several(rows)), *hooks)
 
-    def title(self) -> str:
-        """The first line of the repr."""
-        return _title(self)
-
 
 class AtPositions(ConditionalHooks):
     """Hooks on some positions of the sequence only; they get ``(batch, positions, ...)``."""
 
     def __init__(self, positions: int | slice | Iterable[int], *hooks: Hook, dim: int = 1) -> None:
         super().__init__(Positions(*_several(positions), dim=dim), *hooks)
-
-    def title(self) -> str:
-        """The first line of the repr."""
-        return _title(self)
-
-
-def _title(hooks: ConditionalHooks) -> str:
-    return f"{type(hooks).__name__}{repr(hooks.condition).removeprefix(type(hooks.condition).__name__)}"

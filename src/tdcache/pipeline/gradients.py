@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tdcache.errors import CaptureError
 from tdcache.hooks.values import check_fits
+from tdcache.introspect import add_tensor_hook
 from tdcache.pipeline.calling import Call, spell
 from tdcache.pipeline.hooks import Hook
 
@@ -42,7 +43,7 @@ class GradientHook:
             raise self._no_gradient(x, kwargs.get("path"))
         # A copy, no view: a later in-place operation on a view would take the view, and its hook, out of the graph.
         tapped = x.clone()
-        tapped.register_hook(partial(self._on_grad, args, kwargs))
+        add_tensor_hook(tapped, partial(self._on_grad, args, kwargs))
         return tapped
 
     def _on_grad(self, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor) -> Tensor | None:

@@ -181,6 +181,11 @@ class Hooks(HookNode):
         self._calls.append(call)
         return self
 
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The hooks, each with the keyword arguments that it takes."""
+        return tuple(self._calls)
+
     def is_empty(self) -> bool:
         """Whether there is no hook."""
         return not self._calls

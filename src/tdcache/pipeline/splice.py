@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import CaptureError, ContextError, InplaceModificationError, SelectionError, listed
-from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach, direction_row
+from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach_ports, direction_row
 from tdcache.hooks.values import first_tensor
 from tdcache.modules import HookedModule
 from tdcache.pipeline.autoencoder import Autoencoder, Sites, as_autoencoder
-from tdcache.pipeline.planting import plant
+from tdcache.pipeline.shown_modules import plant
 from tdcache.pipeline.versions import version_of
 from tdcache.selection import Site, as_matcher, distinct_sites
 from tdcache.types import Match, Pick, Selector
@@ -29,6 +29,7 @@ class SpliceSite(nn.Module):
     """
 
     autoencoder: Autoencoder
+    sites: Sites
     latents: nn.Module
     reconstruction: nn.Module
     error: nn.Module
@@ -38,8 +39,10 @@ class SpliceSite(nn.Module):
         self.path = path
         self.add_error = add_error
         self.__dict__["autoencoder"] = autoencoder  # past nn.Module, which would register a module
-        for name in ("latents", "reconstruction", "error"):
-            self.add_module(name, nn.Identity())
+        shown = {name: nn.Identity() for name in ("latents", "reconstruction", "error")}
+        for name, module in shown.items():
+            self.add_module(name, module)
+        self.__dict__["sites"] = Sites(**shown)
 
     def forward(self, *values: Any) -> Tensor:
         """Replace the first value, by encoding the second; called by the splice's own hook, with these two.
@@ -53,8 +56,7 @@ class SpliceSite(nn.Module):
                 "list that was iterated over while the splice is open; splice the module around it"
             )
         x, source = values
-        sites = Sites(self.latents, self.reconstruction, self.error)
-        return sites.run(x, self.autoencoder, add_error=self.add_error, source=source)
+        return self.sites.run(x, self.autoencoder, add_error=self.add_error, source=source)
 
     def extra_repr(self) -> str:
         """Path and error term, for the repr."""
@@ -62,38 +64,45 @@ class SpliceSite(nn.Module):
 
 
 @dataclass(slots=True, eq=False)
-class _SpliceHooks:
-    """The hooks on one spliced module."""
+class _SourceTap:
+    """Notes what a spliced module is called with, where that is encoded."""
 
-    port: OutputPort
-    site: SpliceSite
-    inputs: list[tuple[Tensor, int | None]]
-    """The inputs of the calls under way, where those are encoded, with their versions."""
-    order: int = Order.EDIT
+    port: InputPort
+    order: int = Order.CAPTURE
+    noted: list[tuple[Tensor, int]] = field(default_factory=list)
+    """The inputs of the calls under way, with their versions."""
 
-    def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the first tensor of the input; of a TensorDict, the first that the module reads."""
-        source = InputPort(self.port.path).read(module, args, kwargs)
-        self.inputs.append((source, version_of(source)))
+        source = self.port.read(module, args, kwargs)
+        self.noted.append((source, version_of(source)))
 
-    def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Replace the picked tensor of the output, which is encoded."""
-        return self._replaced(module, args, output, None)
-
-    def on_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Replace the picked tensor of the output by what the input encodes to."""
-        source, version = self.inputs.pop()
+    def taken(self) -> Tensor:
+        """The input of the latest call."""
+        source, version = self.noted.pop()
         if version_of(source) != version:
             raise InplaceModificationError(
                 f"{self.port.path!r} writes into its input, which is to be encoded; splice with reads='output', or on "
                 "another module",
                 paths=(self.port.path,),
             )
-        return self._replaced(module, args, output, source)
+        return source
 
-    def _replaced(self, module: nn.Module, args: Any, output: Any, source: Tensor | None) -> Any:
+
+@dataclass(slots=True, eq=False)
+class _SpliceTap:
+    """Sends the output of a module through its splice."""
+
+    port: OutputPort
+    site: SpliceSite
+    source: _SourceTap | None
+    order: int = Order.EDIT
+
+    def on_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Replace the picked tensor of the output by what it, or the input, encodes to."""
         x = self.port.read(module, args, output)
-        return self.port.write(module, args, output, self.site(x, x if source is None else source))
+        source = x if self.source is None else self.source.taken()
+        return self.port.write(module, args, output, self.site(x, source))
 
 
 class SpliceContext(HookingContext):
@@ -204,12 +213,11 @@ class Splice(HookingContextFactory):
         return self._pairs[path]
 
     def _hook(self, site: Site, shown: SpliceSite, handle: MultiHookHandle) -> None:
-        hooks = _SpliceHooks(OutputPort(site.path, self._pick), shown, [])
-        if self._reads == "output":
-            handle.add(attach(site.module, hooks.on_output, "fwd", order=Order.EDIT, path=site.path))
-        else:
-            handle.add(attach(site.module, hooks.on_input, "fwd_pre_kwargs", order=Order.CAPTURE, path=site.path))
-            handle.add(attach(site.module, hooks.on_call, "fwd", order=Order.EDIT, path=site.path))
+        source = None if self._reads == "output" else _SourceTap(InputPort(site.path))
+        if source is not None:
+            attach_ports([(site.module, source)], source.port.direction, handle, source.order)
+        tap = _SpliceTap(OutputPort(site.path, self._pick), shown, source)
+        attach_ports([(site.module, tap)], tap.port.direction, handle, tap.order)
 
 
 def sparse_latents(*, direction: str = "fwd", **named: Any) -> Tensor:

@@ -10,15 +10,16 @@ from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.errors import ContextError
+from tdcache.hooks import MultiHookHandle
 from tdcache.hooks.compiled import running_eagerly
 from tdcache.hooks.values import first_tensor
 from tdcache.points.capture import CaptureOptions, PointCapture
-from tdcache.points.hook_point import LensHandle, remove_all
 from tdcache.points.names import NamesFilter
+from tdcache.points.point_cache import PointCache
 from tdcache.points.positions import PositionSlice
 from tdcache.points.surface import PointSurface, bracket_with
 from tdcache.reducers import Last, Reducer
@@ -52,7 +53,7 @@ class CachingSurface(PointSurface):
             The cache (a new TensorDict unless one was given), the pairs for ``fwd_hooks``, and those for ``bwd_hooks``.
         """
         options = _options(incl_bwd, device, remove_batch_dim, pos_slice, hold=hold, reducer=reducer)
-        kept = TensorDict(batch_size=[]) if cache is None else cache
+        kept = PointCache() if cache is None else cache
         capture = PointCapture(self.chosen_points(names_filter), options, kept)
         self.is_caching = True
         return kept, capture.hooks(gradient=False), capture.hooks(gradient=True) if incl_bwd else []
@@ -71,7 +72,7 @@ class CachingSurface(PointSurface):
     ) -> Any:
         """Add hooks that cache until :meth:`reset_hooks`; gives the cache, which every forward brings up to date."""
         options = _options(incl_bwd, device, remove_batch_dim, pos_slice, hold=hold, reducer=reducer)
-        kept = TensorDict(batch_size=[]) if cache is None else cache
+        kept = PointCache() if cache is None else cache
         self._leave_hooks(PointCapture(self.chosen_points(names_filter), options, kept))
         return kept
 
@@ -123,7 +124,7 @@ class CachingSurface(PointSurface):
         points = self.hook_dict
         hold = hold or ("snapshot" if any(point.fwd_hooks for point in points.values()) else "detached")
         options = _options(incl_bwd, device, remove_batch_dim, pos_slice, hold=hold, reducer=reducer)
-        capture = PointCapture(self.choose_among(points, names_filter), options, TensorDict(batch_size=[]))
+        capture = PointCapture(self.choose_among(points, names_filter), options, PointCache())
         with ExitStack() as undo:
             if reset_hooks_end:
                 undo.callback(capture.recorder.close)
@@ -144,15 +145,12 @@ class CachingSurface(PointSurface):
     def _leave_hooks(self, capture: PointCapture) -> None:
         """Add a capture's hooks to its points, where they stay."""
         self.refuse_stale_graph()
-        added: list[LensHandle] = []
-        try:
+        with MultiHookHandle().installing() as handle:
             for gradient in (False, True)[: 1 + capture.options.incl_bwd]:
                 for name, hook in capture.hooks(gradient=gradient):
-                    added.append(capture.points[name].add_hook(hook, "bwd" if gradient else "fwd"))
-                    bracket_with(added[-1], hook, self.points_root)
-        except BaseException:
-            remove_all(added)
-            raise
+                    added = capture.points[name].add_hook(hook, "bwd" if gradient else "fwd")
+                    handle.add(added.hook)
+                    bracket_with(added, hook, self.points_root)
         self.is_caching = True
 
 

@@ -13,15 +13,24 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.cache import Channel, EntryTarget, GradientTap, Keep, OutputTap, Recorder, Target
+from tdcache.cache.taps import Tap
 from tdcache.errors import CaptureError
 from tdcache.hooks import MultiHookHandle, Order, OutputPort, attach_outputs, bracket
 from tdcache.hooks.values import first_tensor
-from tdcache.points.hook_point import HookPoint
+from tdcache.points.hook_point import HookPoint, PointHook
 from tdcache.points.positions import PositionSlice
 from tdcache.reducers import Reducer
 from tdcache.types import CacheKey, Hold, HookDirection, Removable
 
-__all__ = ["CaptureOptions", "PointCapture", "PointGradientTap", "PointTap", "SavingHook", "converted"]
+__all__ = [
+    "CaptureOptions",
+    "PointCapture",
+    "PointGradientTap",
+    "PointTap",
+    "SavingHook",
+    "SavingPointHook",
+    "converted",
+]
 
 GRADIENT = "_grad"
 """What TransformerLens appends to a name for the gradient there."""
@@ -139,6 +148,17 @@ class PointCapture:
         target.check(names)
         return target
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the latest value of each point is kept, and nothing is done to it but, perhaps, a copy made."""
+        values = self.channels[0]
+        return (
+            self.options.device is None
+            and not self.options.shapes
+            and values.latest_only
+            and not values.target.in_place
+        )
+
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
         """Have taps on the points, and the ends of forwards of ``model`` noted, for the length of a block."""
@@ -152,11 +172,11 @@ class PointCapture:
         channel = self.channels[0]
         if channel.takes_aliases and point.hook_conversion is None and not self.options.shapes:
             return OutputTap(name, channel, self.recorder, Order.CAPTURE).on_output
-        return PointTap(name, channel, self.recorder, point, self.options).on_output
+        return PointTap(name, channel, self.recorder, point, self.options).on_call
 
     def _gradient_tap(self, name: str, point: HookPoint) -> Callable[..., Any]:
         take = self._tap(name, point)
-        return PointGradientTap(name + GRADIENT, self.channels[1], self.recorder, point, self.options, take).on_output
+        return PointGradientTap(name + GRADIENT, self.channels[1], self.recorder, point, self.options, take).on_call
 
     def hooks(self, *, gradient: bool) -> list[tuple[str, Callable[..., Any]]]:
         """Pairs of a name and a hook, to be added to the points by hand."""
@@ -191,7 +211,7 @@ class _Share:
         self.capture.unbracket()
 
 
-class PointTap(OutputTap):
+class PointTap(Tap):
     """Takes the value at a point as its hooks see it: converted, sliced, without its batch axis."""
 
     __slots__ = ("options", "point")
@@ -203,7 +223,7 @@ class PointTap(OutputTap):
         self.point = point
         self.options = options
 
-    def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
+    def on_call(self, module: nn.Module, args: Any, output: Any) -> None:
         """Keep the value."""
         kept = self.options.shaped(converted(self.point, output), self.path, self.point.pos_dim)
         self.recorder.take(self.channel, self.path, self.path, kept)
@@ -233,7 +253,7 @@ class PointGradientTap(GradientTap):
         self.take_value = take_value
         self.plain = not options.shapes and point.hook_conversion is None and point.backward_scale == 1
 
-    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def on_call(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Keep the value, and hand on an alias whose gradient is this point's own."""
         self.take_value(module, args, output)
         tensor = first_tensor(output)
@@ -262,6 +282,31 @@ def converted(point: HookPoint, value: Any) -> Any:
     return value if point.hook_conversion is None else point.hook_conversion.convert(value)
 
 
+class SavingPointHook(PointHook):
+    """A :class:`SavingHook` at a point, as torch calls it: at once, where a value is only copied or kept as it is."""
+
+    __slots__ = ("copies", "name", "values")
+
+    def __init__(self, point: HookPoint, hook: SavingHook, *args: Any, **options: Any) -> None:
+        super().__init__(point, hook, *args, **options)
+        self.name = hook.name
+        self.copies = hook.capture.options.hold == "snapshot"
+        self.values = hook.channel.values if hook.is_plain and not self.aliases else None
+
+    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Keep the value; a second one of a forward, and one outside of a forward, find their place taken."""
+        values, name = self.values, self.name
+        if values is None or type(output) is not Tensor or name in values or self.point.hook_conversion is not None:
+            return super().on_output(module, args, output)
+        kept = output
+        if self.copies:
+            kept = (output.detach() if output.requires_grad else output).clone()
+        if kept.is_inference() or kept._version:  # those who read ``values`` ask for a counter, and expect 0
+            return super().on_output(module, args, output)
+        values[name] = kept
+        return None
+
+
 class SavingHook:
     """Keeps what a point shows it: a hook for ``hook(tensor, hook=point)``, to be added by hand.
 
@@ -273,6 +318,7 @@ class SavingHook:
 
     observes = True
     order = Order.CAPTURE
+    tap_class = SavingPointHook
 
     def __init__(self, name: str, capture: PointCapture, channel: Channel) -> None:
         self.name = name
@@ -281,6 +327,11 @@ class SavingHook:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a value is kept as it is, or as a copy, without anything else being done to it."""
+        return not self.channel.is_gradient and self.capture.is_plain
 
     def __call__(self, tensor: Any, hook: Any) -> None:
         """Keep a value."""

@@ -5,18 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
+
+from torch import nn
 
 from tdcache.errors import ContextError
+from tdcache.hooks import MultiHookHandle
 from tdcache.hooks.compiled import running_eagerly
-from tdcache.points.hook_point import LensHandle, hook_name, remove_all
+from tdcache.points.hook_point import LensHandle, hook_name
 
-if TYPE_CHECKING:
-    from tdcache.points.surface import PointSurface
-
-__all__ = ["PointHooks"]
+__all__ = ["HookedByName", "PointHooks"]
 
 Pairs = tuple[tuple[Any, Callable[..., Any]], ...]
+
+
+class HookedByName(Protocol):
+    """What a context needs of a model that holds hook points."""
+
+    context_level: int
+
+    @property
+    def called_model(self) -> nn.Module:
+        """The module that runs call."""
+
+    def install(
+        self,
+        name: Any,
+        hook: Callable[..., Any],
+        dir: Literal["fwd", "bwd"],  # noqa: A002  (TransformerLens' name)
+        **options: Any,
+    ) -> list[LensHandle]:
+        """Add a hook to every point that a name means, or to none."""
+
+    def refuse_stale_graph(self) -> None:
+        """Refuse hooks that are to stay where a traced graph would skip them."""
+
+    def clear_contexts(self) -> None:
+        """Give every point an empty ``ctx``."""
 
 
 class PointHooks:
@@ -27,7 +52,7 @@ class PointHooks:
     """
 
     def __init__(
-        self, root: PointSurface, fwd_hooks: Pairs, bwd_hooks: Pairs, reset_hooks_end: bool, clear_contexts: bool
+        self, root: HookedByName, fwd_hooks: Pairs, bwd_hooks: Pairs, reset_hooks_end: bool, clear_contexts: bool
     ) -> None:
         self.root = root
         self.fwd_hooks = fwd_hooks
@@ -49,17 +74,17 @@ class PointHooks:
         root = self.root
         if not self.reset_hooks_end:
             root.refuse_stale_graph()
-        with ExitStack() as undo:
+        handle = MultiHookHandle()
+        with ExitStack() as undo, handle.installing():
             root.context_level += 1
             undo.callback(self._lower)
-            added: list[LensHandle] = []
-            undo.push(_RemoveOnError(added))
             for direction, pairs in self._by_direction():
                 for name, hook in pairs:
-                    added += root.install(name, hook, direction, level=root.context_level)
+                    for added in root.install(name, hook, direction, level=root.context_level):
+                        handle.add(added.hook)
             undo.enter_context(running_eagerly(root.called_model))
             if self.reset_hooks_end:
-                undo.callback(remove_all, added)
+                undo.callback(handle.remove)
             self._undo = undo.pop_all()
         return root
 
@@ -77,17 +102,3 @@ class PointHooks:
             undo.close()
         if self.reset_hooks_end and self.clear_contexts:
             self.root.clear_contexts()
-
-
-class _RemoveOnError:
-    """Removes the hooks of a context that could not be entered."""
-
-    def __init__(self, added: list[LensHandle]) -> None:
-        self.added = added
-
-    def __enter__(self) -> None:
-        """Nothing to do."""
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            remove_all(self.added)

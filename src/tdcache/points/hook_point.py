@@ -6,7 +6,7 @@ The surface is that of TransformerLens' ``HookPoint``; parameters stand in its o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -28,10 +28,9 @@ __all__ = [
     "LensHandle",
     "PointDirection",
     "PointHook",
-    "Registration",
+    "PointRegistration",
     "check_direction",
     "hook_name",
-    "remove_all",
 ]
 
 PointDirection = Literal["fwd", "bwd", "both"]
@@ -56,7 +55,7 @@ class LensHandle:
         return (including_permanent or not self.is_permanent) and level in (None, self.context_level)
 
 
-class Registration:
+class PointRegistration:
     """What removes a hook from torch and from the list of its point; ``extra`` goes with it."""
 
     __slots__ = ("extra", "inner", "lens", "listed")
@@ -150,7 +149,9 @@ class HookPoint(nn.Module):
         _check_callable(hook)
         default = Order.EDIT if dir == "fwd" else Order.EDIT_GRADIENT
         order = Order.FIRST if prepend else getattr(hook, "order", default)
-        tap = PointHook(self, hook, dir, order, is_permanent=is_permanent, aliases=tuple(alias_names or ()))
+        tap = getattr(hook, "tap_class", PointHook)(
+            self, hook, dir, order, is_permanent=is_permanent, aliases=tuple(alias_names or ())
+        )
         listed = self.fwd_hooks if dir == "fwd" else self.bwd_hooks
         if dir == "fwd":
             inner = attach(self, tap.on_output, "fwd", order=order)
@@ -159,7 +160,7 @@ class HookPoint(nn.Module):
             inner = attach_gradient(
                 self, GradOutputHook(tap.on_grad, order, self.name or type(self).__name__, for_call)
             )
-        registration = Registration(inner, listed)
+        registration = PointRegistration(inner, listed)
         registration.lens = handle = LensHandle(registration, is_permanent, level, hook)
         listed.insert(0 if prepend else len(listed), handle)
         return handle
@@ -264,7 +265,7 @@ class PointHook:
         aliases: tuple[str, ...],
     ) -> None:
         self.point = point
-        self.hook = hook
+        self.hook: Any = hook
         self.direction = direction
         self.order = order
         self.permanent = is_permanent
@@ -277,7 +278,7 @@ class PointHook:
         import copy
 
         point = copy.deepcopy(self.point, memo)
-        made = PointHook(
+        made = type(self)(
             point, self.hook, self.direction, self.order, is_permanent=self.permanent, aliases=self.aliases
         )
         memo[id(self)] = made
@@ -353,12 +354,6 @@ def hook_name(hook: Any) -> str:
     if inner is not None:
         return f"partial({hook_name(inner)}, ...)"
     return getattr(hook, "__qualname__", None) or type(hook).__qualname__
-
-
-def remove_all(handles: Iterable[LensHandle]) -> None:
-    """Remove the hooks of these handles, the last first."""
-    for handle in reversed(list(handles)):
-        handle.hook.remove()
 
 
 def _check_callable(hook: Any) -> None:

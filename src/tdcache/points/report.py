@@ -8,7 +8,7 @@ from typing import Any, overload
 
 from torch import nn
 
-from tdcache.hooks.attach import UserHook
+from tdcache.hooks.attach import MutedHook, UserHook
 from tdcache.hooks.gradient_hooks import GradInputHook, GradOutputHook
 from tdcache.introspect import HookEntry, global_hooks, module_hooks
 from tdcache.points.hook_point import PointHook, hook_name
@@ -94,8 +94,8 @@ class HookReport(Sequence[HookRow]):
 def list_hooks(model: nn.Module) -> HookReport:
     """Every forward and backward hook on a model, in the order of its modules and, at one of them, of the calls.
 
-    A gradient hook of ours is a forward hook to torch, and stands where it sits; its name says what it is. Where a
-    module has several names, the first is used.
+    A gradient hook of ours is a forward hook to torch, and stands where it sits; its name says what it is, and whether
+    it is muted because its context is paused. Where a module has several names, the first is used.
 
     Example:
         >>> from torch import nn
@@ -131,6 +131,9 @@ def _row(path: str, entry: HookEntry) -> HookRow:
 def _described(hook: Any) -> tuple[str, str, bool]:
     """Owner, name, and permanence."""
     holder = getattr(hook, "__self__", hook)
+    if isinstance(holder, MutedHook):
+        owner, name, permanent = _described(holder.hook)
+        return owner, f"{name} (muted)", permanent
     if isinstance(holder, GradOutputHook | GradInputHook):  # ours around a hook on gradients
         _, name, permanent = _described(holder.hook)
         return OURS, f"{name} (on the gradient)", permanent

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from tdcache.hooks import MultiHookHandle
 from tdcache.introspect import is_optimized_module
 from tdcache.points.caches import CachingSurface
 from tdcache.points.hook_point import HookPoint
-from tdcache.points.splice import SplicedPoint, insert_hook_point
+from tdcache.points.splice import insert_hook_point
 from tdcache.types import Pick
 
 __all__ = ["HookRoot", "HookedRootModule", "hook_root"]
@@ -55,7 +56,8 @@ class HookRoot(CachingSurface):
         self.model = model
         self.is_caching = False
         self.context_level = 0
-        self._spliced: list[SplicedPoint] = []
+        self.spliced = MultiHookHandle()
+        """The points that were put in through this root."""
 
     @property
     def points_root(self) -> nn.Module:
@@ -77,13 +79,12 @@ class HookRoot(CachingSurface):
     def insert(self, path: str, name: str, *, before: bool = False, pick: Pick = None) -> HookPoint:
         """:func:`insert_hook_point`; :meth:`remove_points` takes out all that were put in here."""
         spliced = insert_hook_point(self.points_root, path, name, before=before, pick=pick)
-        self._spliced.append(spliced)
+        self.spliced.add(spliced)
         return spliced.point
 
     def remove_points(self) -> None:
         """Take out the hook points that were put in through this root."""
-        while self._spliced:
-            self._spliced.pop().remove()
+        self.spliced.remove()
 
     def __enter__(self) -> HookRoot:
         return self
@@ -115,11 +116,8 @@ def hook_root(model: nn.Module, points: Mapping[str, str] | None = None) -> Hook
         torch.Size([1, 3])
     """
     root = HookRoot(model)
-    try:
+    with root.spliced.installing():
         for name, path in (points or {}).items():
             root.insert(path, name)
-    except BaseException:
-        root.remove_points()
-        raise
     root.setup()
     return root

@@ -5,15 +5,14 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from tdcache.errors import CaptureError, ContextError, PathError
-from tdcache.hooks import Order, attach
-from tdcache.hooks.values import first_tensor, leaves, pick_tensor, replace_tensor
+from tdcache.errors import ContextError, PathError
+from tdcache.hooks import InputPort, MultiHookHandle, Order, Port, attach_ports, port_at
 from tdcache.introspect import has_stale_graph
 from tdcache.paths import join, resolve_all
 from tdcache.points.hook_point import HookPoint
-from tdcache.types import Pick, Removable
+from tdcache.types import Pick
 
 __all__ = ["PointShelf", "SpliceTap", "SplicedPoint", "insert_hook_point"]
 
@@ -23,94 +22,63 @@ class PointShelf(nn.Module):
 
 
 class SpliceTap:
-    """Sends the value after (or before) a module through a hook point."""
+    """Sends the value at a port through a hook point."""
 
-    __slots__ = ("before", "path", "pick", "point")
+    __slots__ = ("point", "port")
 
     order = Order.EDIT
 
-    def __init__(self, path: str, point: HookPoint, pick: Pick, *, before: bool) -> None:
-        self.path = path
+    def __init__(self, port: Port, point: HookPoint) -> None:
+        self.port = port
         self.point = point
-        self.pick = pick
-        self.before = before
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.point.name!r} {'before' if self.before else 'after'} {self.path!r})"
+        side = "before" if isinstance(self.port, InputPort) else "after"
+        return f"{type(self).__name__}({self.point.name!r} {side} {self.port.path!r})"
 
-    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Send the output through."""
-        return self._through(output)
+    def on_call(self, module: nn.Module, args: Any, rest: Any) -> Any:
+        """Send the value through."""
+        value = self.port.read(module, args, rest)
+        changed = self.point(value)
+        return None if changed is value else self.port.write(module, args, rest, changed)
 
-    def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Send an argument through: of those that a module is called with, positional ones come first."""
-        if isinstance(self.pick, str):
-            named = self._through(kwargs)
-            return None if named is None else (args, named)
-        changed = self._through((args, kwargs) if self.pick is None else args)
-        if changed is None:
-            return None
-        return changed if self.pick is None else (changed, kwargs)
 
-    def _through(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and self.pick is None:
-            changed = self.point(value)
-            return None if changed is value else changed
-        tensor = pick_tensor(value, self.pick, self.path)
-        if first_tensor(tensor) is None:
-            raise CaptureError(
-                f"pick={self.pick!r} gives {type(tensor).__name__} at {self.path!r}, but the hook point "
-                f"{self.point.name!r} takes a tensor",
-                paths=(self.path,),
-            )
-        changed = self.point(tensor)
-        if changed is tensor:
-            return None
-        steps = self.pick if self.pick is not None else next(steps for steps, each in leaves(value) if each is tensor)
-        return replace_tensor(value, changed, pick=steps, path=self.path)
+class _Shelved:
+    """A hook point under its name in a model; ``remove()`` takes it out, and the shelves that held nothing else."""
+
+    def __init__(self, model: nn.Module, name: str, point: HookPoint) -> None:
+        self.parts = name.split(".")
+        self.through = [model]
+        for part in self.parts[:-1]:
+            if part not in self.through[-1]._modules:
+                shelf = PointShelf()
+                shelf.train(self.through[-1].training)
+                self.through[-1].add_module(part, shelf)
+            self.through.append(self.through[-1].get_submodule(part))
+        self.through[-1].add_module(self.parts[-1], point)
+
+    def remove(self) -> None:
+        """Take it out."""
+        for part, holder in zip(reversed(self.parts), reversed(self.through), strict=True):
+            delattr(holder, part)
+            if not isinstance(holder, PointShelf) or any(True for _ in holder.children()):
+                break
 
 
 class SplicedPoint:
     """A hook point that :func:`insert_hook_point` put into a model; also a context that takes it out at its end."""
 
-    def __init__(self, model: nn.Module, name: str, point: HookPoint) -> None:
+    def __init__(self, name: str, point: HookPoint, handle: MultiHookHandle) -> None:
         self.name = name
         self.point = point
-        self._model: nn.Module | None = model
-        self._handle: Removable | None = None
+        self._handle = handle
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}{'' if self._model is not None else ', removed'})"
-
-    def install(self, module: nn.Module, tap: SpliceTap) -> None:
-        """Shelve the point, and send values through it."""
-        if self._model is None:
-            return
-        parents = _shelves(self._model, self.name, make=True)
-        parents[-1].add_module(self.name.rpartition(".")[2], self.point)
-        try:
-            if tap.before:
-                self._handle = attach(module, tap.on_input, "fwd_pre_kwargs", order=tap.order)
-            else:
-                self._handle = attach(module, tap.on_output, "fwd", order=tap.order)
-        except BaseException:
-            self.remove()
-            raise
+        return f"{type(self).__name__}({self.name!r}{'' if len(self._handle) else ', removed'})"
 
     def remove(self) -> None:
-        """Take the point out, with its hooks, and the shelves that held nothing else; a second call does nothing."""
-        model, self._model = self._model, None
-        if self._handle is not None:
-            self._handle.remove()
-        if model is None:
-            return
-        parts = self.name.split(".")
-        parents = _shelves(model, self.name, make=False)
-        delattr(parents[-1], parts[-1])
-        for part, parent, shelf in reversed(list(zip(parts, parents, parents[1:], strict=False))):
-            if not isinstance(shelf, PointShelf) or any(True for _ in shelf.children()):
-                break
-            delattr(parent, part)
+        """Take the point out, with its hooks; a second call does nothing."""
+        self._handle.remove()
 
     def __enter__(self) -> HookPoint:
         return self.point
@@ -135,10 +103,12 @@ def insert_hook_point(
         name: the point's own path. Where it leads through no module (``"blocks.0.hook_mlp_out"`` in a model that has no
             ``blocks``), empty ones are made.
         before: the input instead of the output.
-        pick: which tensor of a structured value: an index, a key, a path of these, or the first. Of an input, an index
-            counts positional arguments, and a string names a keyword argument.
+        pick: which tensor of a structured value, as everywhere: see :class:`~tdcache.hooks.OutputPort` and
+            :class:`~tdcache.hooks.InputPort`. By default the first; of a TensorDict module, its own entry.
 
     Raises:
+        CaptureError: in the forward, there is no tensor, or ``pick`` finds none.
+        EditError: in the forward, what a hook returned does not fit in the value's place.
         PathError: no module at ``path``; a ``name`` that is taken, or would make the point a step of a container.
         ContextError: the model was compiled and traced, so that the point would be skipped.
 
@@ -163,9 +133,11 @@ def insert_hook_point(
     point = HookPoint()
     point.name = name
     point.train(model.training)
-    spliced = SplicedPoint(model, name, point)
-    spliced.install(module, SpliceTap(path, point, pick, before=before))
-    return spliced
+    tap, handle = SpliceTap(port_at(path, "fwd_pre" if before else "fwd", pick), point), MultiHookHandle()
+    with handle.installing():
+        handle.add(_Shelved(model, name, point))
+        attach_ports([(module, tap)], tap.port.direction, handle, tap.order)
+    return SplicedPoint(name, point, handle)
 
 
 def _check_name(model: nn.Module, name: str, path: str) -> None:
@@ -188,15 +160,3 @@ def _check_name(model: nn.Module, name: str, path: str) -> None:
         )
     if first_new == last and hasattr(holder, last):
         raise PathError(f"the name {name!r} is taken in {type(model).__name__}; choose another", selector=name)
-
-
-def _shelves(model: nn.Module, name: str, *, make: bool) -> list[nn.Module]:
-    """The modules that ``name`` leads through, the model first."""
-    through = [model]
-    for part in name.split(".")[:-1]:
-        if make and part not in through[-1]._modules:
-            shelf = PointShelf()
-            shelf.train(through[-1].training)
-            through[-1].add_module(part, shelf)
-        through.append(through[-1].get_submodule(part))
-    return through

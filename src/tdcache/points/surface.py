@@ -11,10 +11,11 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from tdcache.errors import ContextError, SelectionError, TdcacheWarning, warn_user
+from tdcache.hooks import MultiHookHandle
 from tdcache.introspect import has_stale_graph
 from tdcache.points.capture import SavingHook
 from tdcache.points.context import PointHooks
-from tdcache.points.hook_point import HookPoint, LensHandle, PointDirection, Registration, remove_all
+from tdcache.points.hook_point import HookPoint, LensHandle, PointDirection, PointRegistration
 from tdcache.points.names import NamesFilter, choose
 from tdcache.selection import walk
 
@@ -155,17 +156,14 @@ class PointSurface:
     ) -> list[LensHandle]:
         """:meth:`add_hook` for a model whose graph was looked at already."""
         added: list[LensHandle] = []
-        try:
+        with MultiHookHandle().installing() as handle:
             for point_name, point in self.chosen_points(name).items():
                 before = set(map(id, point.handles()))
                 self.check_and_add_hook(point, point_name, hook, dir=dir, **options)
-                new = [handle for handle in point.handles() if id(handle) not in before]
-                added += new
-                for handle in new:
-                    bracket_with(handle, hook, self.points_root)
-        except BaseException:
-            remove_all(added)
-            raise
+                for new in [each for each in point.handles() if id(each) not in before]:
+                    handle.add(new.hook)
+                    bracket_with(new, hook, self.points_root)
+                    added.append(new)
         return added
 
     def refuse_stale_graph(self) -> None:
@@ -269,7 +267,7 @@ class PointSurface:
 def bracket_with(handle: LensHandle, hook: Callable[..., Any], root: nn.Module) -> None:
     """Where ``hook`` caches, have it told of the forwards of ``root`` for as long as ``handle`` is there."""
     if isinstance(hook, SavingHook):
-        cast(Registration, handle.hook).extra = hook.capture.bracketed(root)
+        cast(PointRegistration, handle.hook).extra = hook.capture.bracketed(root)
 
 
 def _submodule(root: nn.Module, name: str) -> nn.Module | None:

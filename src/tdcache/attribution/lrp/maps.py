@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,10 +10,11 @@ from torch import nn
 
 from tdcache.attribution.lrp.linear import ELEMENTWISE, LINEAR, is_linear
 from tdcache.attribution.lrp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZPlus
-from tdcache.selection import Matcher, as_matcher
+from tdcache.selection import Matcher, as_matcher, walk
 from tdcache.types import Selector
 
 __all__ = [
+    "BATCH_NORMS",
     "RuleMap",
     "Rules",
     "epsilon_alpha2_beta1",
@@ -68,6 +69,19 @@ def epsilon_gamma(gamma: float = 0.25, eps: float = 1e-6) -> RuleMap:
     return ((is_activation, Pass()), (is_convolution, Gamma(gamma)), (_linear, Epsilon(eps)))
 
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+# Twice the input, twice the output: the gradient times the input is then the gradient times the output.
+_CONSERVING: tuple[type[nn.Module], ...] = (
+    nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.LPPool1d, nn.LPPool2d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
+    nn.AdaptiveMaxPool3d, nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle,
+    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d,
+    nn.ReplicationPad2d, nn.Embedding,
+)  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     """A rule map, parsed."""
@@ -82,7 +96,18 @@ class Rules:
 
     def at(self, path: str, module: nn.Module) -> Any:
         """The rule of a module, or None."""
-        for matcher, rule in self.pairs:
-            if matcher(path, module) is not None:
-                return rule
-        return None
+        return next(self._fitting(path, module), None)
+
+    def forgotten(self, model: nn.Module, *, canonise: bool) -> dict[str, nn.Module]:
+        """Modules without parts of their own that no pair selects, and whose gradient does not conserve relevance."""
+        conserving = (*_CONSERVING, *(BATCH_NORMS if canonise else ()))
+        return {
+            path: module
+            for path, module in [("", model), *walk(model)]
+            if not any(True for _ in module.children())
+            and not isinstance(module, conserving)
+            and not any(True for _ in self._fitting(path, module))
+        }
+
+    def _fitting(self, path: str, module: nn.Module) -> Iterator[Any]:
+        return (rule for matcher, rule in self.pairs if matcher(path, module) is not None)

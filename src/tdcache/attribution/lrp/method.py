@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tdcache.attribution.asks import Place, Rows, wide
-from tdcache.attribution.base import Attribution, Work
+from tdcache.attribution.base import SiteAttribution, Work
 from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import Seen, key_of
-from tdcache.attribution.integrated import gap_key, row_sum
+from tdcache.attribution.integrated import gap_key
 from tdcache.attribution.lrp.linear import canonised, is_linear, linear_function
-from tdcache.attribution.lrp.maps import RuleMap, Rules
-from tdcache.attribution.lrp.replaced import BehindTaps, Call, ReplacedBackward, install_replaced
+from tdcache.attribution.lrp.maps import BATCH_NORMS, RuleMap, Rules
+from tdcache.attribution.lrp.replaced import AfterTaps, ModuleCall, ReplacedBackward, install_replaced
 from tdcache.attribution.lrp.rules import Epsilon, Pass, Rule, nonzero
 from tdcache.attribution.modifiers import Installed
-from tdcache.errors import AttributionError
+from tdcache.attribution.place import Place
+from tdcache.attribution.point import wide
+from tdcache.attribution.rows import PointRows
+from tdcache.errors import AttributionError, TdcacheWarning, listed, warn_user
 from tdcache.hooks import MultiHookHandle, Order, attach
-from tdcache.selection import as_matcher, walk
-from tdcache.types import Match, Pick, Selector
+from tdcache.modules import HookedModule
+from tdcache.selection import walk
+from tdcache.types import Selector
 
 __all__ = ["LRP", "RelevanceRules"]
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class RelevanceRules(Installed):
@@ -45,7 +45,7 @@ class RelevanceRules(Installed):
         self.rules = Rules.of(Epsilon() if rules is None else rules)
         self.canonise = canonise
 
-    def install(self, model: nn.Module, rows: Rows | None, handle: MultiHookHandle) -> None:
+    def install(self, model: nn.Module, rows: PointRows | None, handle: MultiHookHandle) -> None:
         """Add the hooks, for some rows or (None) for all."""
         followers: dict[int, Any] = {}
         for path, module in [("", model), *walk(model)]:
@@ -54,9 +54,9 @@ class RelevanceRules(Installed):
                 applied = _Applied(rule, path)
                 applied.check(module)
                 install_replaced(module, ReplacedBackward(path, applied, rows, followers), handle)
-            elif self.canonise and isinstance(module, _BATCH_NORMS):
+            elif self.canonise and isinstance(module, BATCH_NORMS):
                 norm = _CanonisedNorm(path, rows, followers)
-                handle.add(attach(module, BehindTaps(norm.on_norm_input), "fwd_pre_kwargs", order=Order.CAPTURE))
+                handle.add(attach(module, AfterTaps(norm.on_norm_input), "fwd_pre_kwargs", order=Order.CAPTURE))
                 handle.add(attach(module, norm.on_output, order=norm.order))
         handle.add(attach(model, _Forget(followers).on_output, order=Order.EDIT))
 
@@ -93,7 +93,7 @@ class _Applied:
                 "or Pass()"
             )
 
-    def gradient(self, call: Call, x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
+    def gradient(self, call: ModuleCall, x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
         """The gradient that carries the relevance of the input."""
         if not isinstance(self.rule, Rule):
             found: Tensor = self.rule.gradient(call, x, y, grad)
@@ -104,7 +104,7 @@ class _Applied:
         found = self.rule.change(x, y, grad) if isinstance(self.rule, Pass) else self._linear(call, x, y, grad)
         return found.to(dtype)
 
-    def _linear(self, call: Call, x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
+    def _linear(self, call: ModuleCall, x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
         weight, bias = canonised(call.module, call.norm)
         weight, bias = wide(weight), None if bias is None else wide(bias)
         linear = linear_function(call.module)
@@ -118,18 +118,18 @@ class _Applied:
 class _CanonisedNorm(ReplacedBackward):
     """A batch norm that counts as part of the linear module before it, and hands relevance on."""
 
-    def __init__(self, path: str, rows: Rows | None, followers: dict[int, Any]) -> None:
+    def __init__(self, path: str, rows: PointRows | None, followers: dict[int, Any]) -> None:
         super().__init__(path, _Applied(Pass(), path), rows)
         self.known = followers
         self._folded: list[bool] = []
 
     def on_norm_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Note which call the input came from."""
-        given = args[0] if args else None
+        given = self.reads.read(module, args, kwargs)
         found = self.known.get(id(given))
-        folds = found is not None and found.output is given and is_linear(found.call.module) and not module.training
+        folds = found is not None and found.output is given and is_linear(found.module) and not module.training
         if folds and found is not None:
-            found.call.norm = module
+            found.norm = module
         self._folded.append(folds)
         return super().on_input(module, args, kwargs)
 
@@ -137,18 +137,18 @@ class _CanonisedNorm(ReplacedBackward):
         """Exchange the backward where the norm was folded."""
         if self._folded.pop():
             return super().on_output(module, args, output)
-        self._inputs.pop()
+        self._ended_call()
         return None
 
 
-class LRP(Attribution):
+class LRP(SiteAttribution):
     r"""Relevance of the inputs, or of what the selected modules return, by layer-wise relevance propagation.
 
     The target's value is the relevance at the output, so that in a net without biases the scores of the inputs, and of
     any layer that everything passes through, sum to it (Bach et al. 2015, doi:10.1371/journal.pone.0130140). The target
     should pick outputs, such as an index. ``("gap", ...)`` holds, per row, by how much the sum misses the target: what
-    biases took, and what was lost or made at modules that have no rule. In half precision relevance is shared out in
-    single precision.
+    biases took, and what was lost or made at modules that have no rule, which a warning names. In half precision
+    relevance is shared out in single precision.
 
     Args:
         selector: which modules; None for the inputs.
@@ -156,10 +156,7 @@ class LRP(Attribution):
             :func:`~tdcache.attribution.lrp.epsilon_plus` and its relatives are ready maps, and
             :func:`~tdcache.attribution.lrp.relp` and :func:`~tdcache.attribution.lrp.attnlrp` those for transformers.
         canonise: fold batch norms; see :class:`RelevanceRules`.
-        match: see :class:`SiteAttribution`.
-        pick: likewise.
-        call: likewise.
-        **options: see :class:`Attribution`.
+        **options: see :class:`SiteAttribution`.
 
     Example:
         >>> import torch
@@ -177,46 +174,41 @@ class LRP(Attribution):
         *,
         rules: RuleMap | Rule | None = None,
         canonise: bool = True,
-        match: Match = "full",
-        pick: Pick = None,
-        call: int | None = None,
         **options: Any,
     ) -> None:
-        modifiers = (*options.pop("modifiers", ()), RelevanceRules(rules, canonise=canonise))
-        super().__init__(modifiers=modifiers, **options)
-        if selector is not None:
-            as_matcher(selector, match)
-        self.selector = selector
-        self.match: Match = match
-        self.pick = pick
-        self.call = call
+        self.rules = RelevanceRules(rules, canonise=canonise)
+        super().__init__(selector, modifiers=(*options.pop("modifiers", ()), self.rules), **options)
 
-    def selectors_by_role(self) -> Mapping[str, tuple[Selector, Match]]:
-        """The selectors of the method by role."""
-        return {} if self.selector is None else {"sites": (self.selector, self.match)}
-
-    def site_options(self, role: str) -> tuple[Pick, int | None]:
-        """Which tensor and which call of the selected modules."""
-        return (self.pick, self.call)
+    def _hook_module(self, module: HookedModule) -> MultiHookHandle:
+        forgotten = self.rules.rules.forgotten(module.model, canonise=self.rules.canonise)
+        if forgotten:
+            named = listed([f"{path} ({type(each).__name__})" for path, each in forgotten.items()])
+            warn_user(
+                f"LRP has no rule for {named}: relevance goes through the ordinary gradient there, which may lose or "
+                "make some; td['gap', ...] says how much. Give a rule, or a pair (selector, None) if this is meant",
+                TdcacheWarning,
+            )
+        return super()._hook_module(module)
 
     def work(self, frame: Frame) -> Work:
         """Ask for what the scores need, and compute them."""
-        places = frame.explained() if self.selector is None else frame.sites()
+        places = frame.subjects()
         seen = {name: Seen(places) for name in frame.targets}
         yield [
             frame.ask(frame.base, each, frame.targets[name], values=places, grads=places) for name, each in seen.items()
         ]
         scores: dict[tuple[Any, ...], Tensor] = {}
         for name, each in seen.items():
-            parts = {place: self._relevance(each, place) for place in places}
             if each.target is None:
                 raise AttributionError("the target was not computed")
+            parts = {place: self._relevance(each, place) for place in each.values}
             for place, part in parts.items():
-                whole = list(parts.values()) if self.selector is None else [part]
-                scores[key_of(self.name, name, place)] = part
-                scores[gap_key(self.name, name, place)] = row_sum(whole, each.target) - wide(each.target)
+                whole = parts if self.selector is None else {place: part}
+                scores[key_of(self.name, name, place)] = self._summed(part)
+                scores[gap_key(self.name, name, place)] = frame.completeness_gap(whole, each.target)
         return scores
 
     @staticmethod
     def _relevance(seen: Seen, place: Place) -> Tensor:
-        return wide(nonzero(seen.values[place])) * wide(seen.grads[place])  # R = a * g
+        value = seen.values[place]
+        return wide(nonzero(value)) * seen.grad(place, value)  # R = a * g

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tdcache.attribution.asks import Rows, wide
-from tdcache.attribution.lrp.replaced import Call, ReplacedBackward, install_replaced
+from tdcache.attribution.lrp.replaced import ModuleCall, ReplacedBackward, install_replaced
 from tdcache.attribution.modifiers import Installed
 from tdcache.attribution.norms import NormForm, is_norm, refuse_no_norm
+from tdcache.attribution.point import wide
+from tdcache.attribution.rows import PointRows
 from tdcache.hooks import MultiHookHandle
 from tdcache.selection import select
 from tdcache.types import Selector
@@ -25,7 +26,7 @@ class FrozenNorm:
     def __repr__(self) -> str:
         return "FrozenNorm()"
 
-    def gradient(self, call: Call, x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
+    def gradient(self, call: ModuleCall, x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
         """The gradient of the input.
 
         Raises:
@@ -56,7 +57,7 @@ class FreezeNorm(Installed):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.selector!r})"
 
-    def install(self, model: nn.Module, rows: Rows | None, handle: MultiHookHandle) -> None:
+    def install(self, model: nn.Module, rows: PointRows | None, handle: MultiHookHandle) -> None:
         """Add the hooks."""
         for path, module, _ in select(model, is_norm if self.selector is None else self.selector):
             if self.selector is not None:

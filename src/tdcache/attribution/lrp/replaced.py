@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tdcache.attribution.asks import Rows
-from tdcache.hooks import MultiHookHandle, Order, attach
-from tdcache.hooks.values import first_tensor, replace_tensor
+from tdcache.attribution.rows import PointRows
+from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach
 
-__all__ = ["BehindTaps", "Call", "ReplacedBackward", "ReplacedRule", "install_replaced"]
+__all__ = ["AfterTaps", "ModuleCall", "ReplacedBackward", "ReplacedRule", "install_replaced"]
 
 
 class ReplacedRule(Protocol):
     """What takes the place of a module's backward."""
 
-    def gradient(self, call: Call, x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
-        """The gradient of the input ``x``, from that of the output ``y``."""
+    def gradient(self, call: ModuleCall, x: Tensor, y: Tensor, grad: Tensor) -> Any:
+        """The gradient of the input ``x``, from that of the output ``y``.
+
+        A rule with an attribute ``keeps_derivative`` gives two: the second goes through the module's own backward.
+        """
 
 
 class ReplacedBackward:
@@ -30,62 +32,81 @@ class ReplacedBackward:
         path: its path.
         rule: what takes the place of its backward.
         rows: where; None for all rows.
-        followers: by the identity of an output, the module that reads it, where that is of interest.
+        followers: by the identity of an output, the call it came from, where that is of interest.
     """
 
     order = Order.EDIT
     rowwise = True
 
     def __init__(
-        self, path: str, rule: ReplacedRule, rows: Rows | None, followers: dict[int, _Follower] | None = None
+        self, path: str, rule: ReplacedRule, rows: PointRows | None, followers: dict[int, Any] | None = None
     ) -> None:
         self.path = path
         self.rule = rule
         self.rows = rows
         self.followers = followers
-        self._inputs: list[Tensor | None] = []
+        self.reads, self.returns = InputPort(path), OutputPort(path)
+        self._calls: list[tuple[Tensor, ModuleCall]] = []
+        self._ended = 0
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keep the input; a module that works in place gets a copy."""
-        x = first_tensor((args, kwargs))
-        self._inputs.append(x)
-        if x is None or not getattr(module, "inplace", False):
+        x = self.reads.read(module, args, kwargs)
+        axis = None if self.rows is None else self.rows.axis_in(self.reads, module, args, kwargs, x)
+        self._calls.append((x, ModuleCall(self, module, axis)))
+        if not getattr(module, "inplace", False):
             return None
-        return replace_tensor((args, kwargs), x.clone(), path=self.path)
+        return self.reads.write(module, args, kwargs, x.clone())
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Hand on the same values with another backward."""
-        x, y = self._inputs.pop(), first_tensor(output)
-        if x is None or y is None or not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)):
+        x, call = self._ended_call()
+        y = self.returns.read(module, args, output)
+        if not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)):
             return None
-        call = Call(self, module)
-        new: Tensor = _Replaced.apply(x, y.detach() if self.rows is None else y, call)  # type: ignore[no-untyped-call]
+        if self.rows is not None:
+            call.output_axis = self.rows.axis_in(self.returns, module, args, output, y)
+        keeps = self.rows is not None or getattr(self.rule, "keeps_derivative", False)
+        new: Tensor = _Replaced.apply(x, y if keeps else y.detach(), call)  # type: ignore[no-untyped-call]
         if self.followers is not None:
-            self.followers[id(new)] = _Follower(new, call)
-        return replace_tensor(output, new, path=self.path)
+            call.output = new
+            self.followers[id(new)] = call
+        return self.returns.write(module, args, output, new)
+
+    def _ended_call(self) -> tuple[Tensor, ModuleCall]:
+        x, call = self._calls.pop()
+        call.number = self._ended
+        self._ended += 1
+        return x, call
 
 
 @dataclass(frozen=True, slots=True)
-class BehindTaps:
-    """A pre-hook that runs behind the taps of inputs, so that it sees the alias that they hand on."""
+class AfterTaps:
+    """A pre-hook that runs after the taps of inputs, so that it sees the alias that they hand on."""
 
     hook: Callable[..., Any]
     order: int = Order.CAPTURE
-    rowwise: bool = True
+    rowwise: ClassVar[bool] = True
 
     def __call__(self, *args: Any) -> Any:
         """Call the hook."""
         return self.hook(*args)
 
 
-class Call:
+class ModuleCall:
     """One call of a module: what its backward needs besides tensors."""
 
-    __slots__ = ("hook", "module", "norm")
+    __slots__ = ("hook", "module", "norm", "number", "output", "output_axis", "x_axis")
 
-    def __init__(self, hook: ReplacedBackward, module: nn.Module) -> None:
+    def __init__(self, hook: ReplacedBackward, module: nn.Module, x_axis: int | None) -> None:
         self.hook = hook
         self.module = module
+        self.x_axis = x_axis
+        self.output_axis: int | None = None
+        self.number = 0
+        """Which call of the forward it is."""
+        self.output: Tensor | None = None
+        """What it returned, held so that its identity stays its own."""
         self.norm: nn.Module | None = None
         """The batch norm that read the output, if one did."""
 
@@ -95,42 +116,35 @@ class Call:
         return self.hook.path
 
 
-class _Follower:
-    """An output (kept, so that its identity stays its own) and the call it came from."""
-
-    __slots__ = ("call", "output")
-
-    def __init__(self, output: Tensor, call: Call) -> None:
-        self.output = output
-        self.call = call
-
-
 class _Replaced(torch.autograd.Function):
     """The values of ``y``; the backward is the rule's in its rows, and ``y``'s own elsewhere."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, call: Call) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, call: ModuleCall) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(x, y)
         return y.clone()  # what comes next may write in place, and the backward needs y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        call: Call = ctx.call
+        call: ModuleCall = ctx.call
         x, y = ctx.saved_tensors
-        hook, rows = call.hook, call.hook.rows
-        if rows is None:
-            return hook.rule.gradient(call, x, y, grad), None, None
-        here, there = rows.of(x, hook.path), rows.of(y, hook.path)
-        own = hook.rule.gradient(call, x[here], y[there], grad[there])
-        ruled = torch.zeros_like(x)
-        ruled[here] = own
-        plain = grad.clone()
-        plain[there] = 0
-        return ruled, plain, None
+        rule, rows = call.hook.rule, call.hook.rows
+        if rows is None or call.x_axis is None or call.output_axis is None:
+            through, plain = _both(rule.gradient(call, x, y, grad))
+            return through, plain, None
+        at, to = call.x_axis, call.output_axis
+        through, plain = _both(rule.gradient(call, rows.part(x, at), rows.part(y, to), rows.part(grad, to)))
+        ruled = rows.change(torch.zeros_like(x), at, lambda _: through)
+        rest = rows.change(grad, to, lambda own: torch.zeros_like(own) if plain is None else plain)
+        return ruled, rest, None
+
+
+def _both(found: Any) -> tuple[Tensor, Tensor | None]:
+    return found if isinstance(found, tuple) else (found, None)
 
 
 def install_replaced(module: nn.Module, hook: ReplacedBackward, handle: MultiHookHandle) -> None:
     """Put the two hooks on one module."""
-    handle.add(attach(module, BehindTaps(hook.on_input), "fwd_pre_kwargs", order=Order.CAPTURE))
+    handle.add(attach(module, AfterTaps(hook.on_input), "fwd_pre_kwargs", order=Order.CAPTURE))
     handle.add(attach(module, hook.on_output, order=hook.order))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdcache.compat.hook_names import HookSite
 from tdcache.errors import CaptureError
-from tdcache.harvesting.names import HookSite
 from tdcache.hooks import port_at
 from tdcache.reducers import Concatenate
 

@@ -1,0 +1,307 @@
+"""A pass: one forward and one backward for everything that the methods open on a model ask for.
+
+Points (the user's rows, their baselines, the steps of a path...) are stacked along the batch and cut into chunks. Where
+something else looks on (other hooks on the model, a recipe that carries out calls itself), or rows cannot be told
+apart, points run one after the other and the user's own rows last, so that what looks on keeps those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from tdcache.attribution.backward import Targets, gradients
+from tdcache.attribution.place import Place
+from tdcache.attribution.point import Ask, Point, View
+from tdcache.attribution.rows import PointRows, RowAxes, UnstackableError
+from tdcache.attribution.survey import Survey
+from tdcache.attribution.taps import Replacement, SiteTap, check_unchanged
+from tdcache.attribution.targets import Target, Unit
+from tdcache.errors import ContextError
+from tdcache.hooks import MultiHookHandle, Order, attach, attach_ports
+from tdcache.paths import resolve
+from tdcache.types import CacheKey
+
+__all__ = ["Runner"]
+
+_MANY = 16
+"""Above this many points those without a backward get a forward of their own."""
+
+Forward = Callable[[TensorDictBase], TensorDictBase]
+
+
+class Runner:
+    """Runs points for the length of one call of a hooked module.
+
+    Args:
+        model: the user's model.
+        forward: runs it once.
+        data: the user's TensorDict, without results.
+        in_keys: what the model reads.
+        out_keys: what it writes.
+        modules: the modules by path.
+        chunk: how many points one forward may take; None for all.
+        watched: whether something else looks on.
+        survey: what is known of the model.
+        create_graph: whether gradients are differentiable.
+        snapshot: whether values are copied; None for where the model has modules that work in place.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward,
+        data: TensorDictBase,
+        *,
+        in_keys: Sequence[CacheKey],
+        out_keys: Sequence[CacheKey],
+        modules: dict[str, nn.Module],
+        chunk: int | None,
+        watched: bool,
+        survey: Survey,
+        create_graph: bool,
+        snapshot: bool | None,
+    ) -> None:
+        self.model = model
+        self.data = data
+        self.in_keys, self.out_keys = list(in_keys), [key for key in out_keys if key != "_"]
+        self.watched = watched
+        self.fired: dict[Place, int] = {}
+        """When each tapped place was seen first, as a number that rises through one forward."""
+        self.targets: dict[Target, Target] = {}
+        """One object for all methods with equal targets: within a pass targets are told apart by identity."""
+        self.final: TensorDictBase | None = None
+        """The TensorDict after the forward of the user's own rows."""
+        self._forward = forward
+        self._survey = survey
+        self._modules = modules
+        self._create_graph = create_graph
+        self._snapshot = survey.inplace if snapshot is None else snapshot
+        self._stacks = data.batch_dims > 0 and not watched and not survey.statistics
+        self._chunk = (chunk or 1 << 30) if self._stacks else 1
+        self._base: Point | None = None
+        self._last: Point | None = None
+        self._calls: dict[Place, int] = {}
+
+    def run(self, asks: Iterable[Ask], base: Point) -> None:
+        """Run the points that are asked for, each once, and hand the sinks their views."""
+        by_label: dict[Any, list[Ask]] = {}
+        for ask in asks:
+            by_label.setdefault(ask.point.label, []).append(ask)
+        groups = list(by_label.values())
+        self._base = base
+        given = any(self._gives_outputs(group[0].point) or group[0].base_follows for group in groups)
+        if self._stacks and self.final is None and not given:
+            groups.append([_only_run(base)])  # so that the outputs need no forward of their own
+        if self.watched:
+            groups.sort(key=lambda group: group[0].point.label == base.label)
+        else:  # a stable order, so that those without a backward come last
+            groups.sort(key=lambda group: not any(ask.grads for ask in group))
+        left = sum(any(ask.grads for ask in group) for group in groups)
+        while groups:
+            size = self._chunk
+            if min(size, len(groups)) > _MANY and left:  # a graph for those that need none would cost more than a call
+                size = min(size, left)
+            chunk, groups = groups[:size], groups[size:]
+            left = max(0, left - size)
+            try:
+                self._run_chunk(chunk)
+            except UnstackableError:
+                if len(chunk) == 1:
+                    raise
+                self._stacks, self._chunk, left = False, 1, 0
+                groups = [*chunk, *groups]
+
+    def finish(self, base: Point) -> TensorDictBase:
+        """The TensorDict after a forward of the user's own rows; the last forward, where something looks on."""
+        if self.final is None or (self.watched and self._last is not None and self._last.label != base.label):
+            self._run_chunk([[_only_run(base)]])
+        if self.final is None:
+            raise ContextError("the model did not run")
+        return self.final
+
+    def ran_before(self, first: Place, second: Place) -> bool:
+        """Whether ``first`` was seen before ``second``; both were asked for in the same point."""
+        return self.fired[first] < self.fired[second]
+
+    def row_axis(self, place: Place, value: Tensor) -> int | None:
+        """The axis of a place's value that holds the user's rows; None where it has none, or none can be told."""
+        if not self.data.batch_dims:
+            return None
+        if place.kind == "key":
+            return 0
+        total = self.data.batch_size[0]
+        try:
+            return self._axes([place], total).at(place, value.shape, total, str(place.name))
+        except UnstackableError:
+            return None
+
+    def _gives_outputs(self, point: Point) -> bool:
+        """Whether the point's outputs are those of the user's rows; modifiers change no value, only the backward."""
+        if point.modifiers and (self.watched or self._create_graph):
+            return False
+        return not (point.inputs or point.replace)
+
+    def _is_final(self, point: Point) -> bool:
+        if self._base is not None and point.label == self._base.label:
+            return True
+        return self.final is None and self._gives_outputs(point)
+
+    def _run_chunk(self, groups: list[list[Ask]]) -> None:
+        asks = [ask for group in groups for ask in group]
+        points = [group[0].point for group in groups]
+        rows = self._rows(points, asks)
+        data, inputs = self._stack(points, asks)
+        taps, handle = self._hook(points, rows, asks)
+        graph = self._create_graph or any(ask.grads for ask in asks)
+        kept = self.final is None and self._is_final(points[0])
+        with torch.set_grad_enabled(graph), self._survey.unchanged(kept=kept):
+            with handle:
+                after = self._forward(data)
+            self._check_outputs(after, asks)
+            check_unchanged(taps.values())
+            self.fired |= {place: tap.when for place, tap in taps.items() if place not in self.fired}
+            self._calls |= {place: tap.calls for place, tap in taps.items()}
+            unused = {place for ask in asks if ask.unused for place in (*ask.values, *ask.grads)}
+            taps = {place: tap for place, tap in taps.items() if tap.calls or place not in unused}
+            values: dict[Place, Any] = {place: tap.chosen().value for place, tap in taps.items()}
+            values |= {Place("key", key): tensor for key, tensor in inputs.items()}
+            self._differentiate(groups, rows, Targets(after, taps), values, inputs)
+        self._last = points[-1]
+
+    def _rows(self, points: list[Point], asks: list[Ask]) -> list[PointRows | None]:
+        if len(points) == 1:
+            return [None]
+        batch = self.data.batch_size[0]
+        total = batch * len(points)
+        places = {place for ask in asks for place in (*ask.values, *ask.grads, *_read_by(ask.target))}
+        places |= {place for point in points for place in point.replace}
+        cut = any(place.kind != "key" for place in places) or any(point.modifiers for point in points)
+        axes = self._axes(places, total) if cut else None
+        return [PointRows(at * batch, (at + 1) * batch, total, axes) for at in range(len(points))]
+
+    def _axes(self, places: Iterable[Place], total: int) -> RowAxes:
+        with self._survey.unchanged():
+            return RowAxes.of(self.model, self._forward, self.data, places, total)
+
+    def _stack(self, points: list[Point], asks: list[Ask]) -> tuple[TensorDictBase, dict[CacheKey, Tensor]]:
+        """The TensorDict of all points, and the inputs that need a gradient."""
+        needed = {place.name for ask in asks for place in (*ask.grads, *ask.values) if place.kind == "key"}
+        differentiated = {place.name for ask in asks for place in ask.grads if place.kind == "key"}
+        differentiated |= set(self._floating()) if self.watched and any(ask.grads for ask in asks) else set()
+        if len(points) == 1:
+            stacked = self.data.copy()
+            stacked.update(dict(points[0].inputs))
+        else:
+            batch = self.data.batch_size
+            stacked = TensorDict(batch_size=[len(points) * batch[0], *batch[1:]], device=self.data.device)
+            for name, value in self.data.items(include_nested=True, leaves_only=True):
+                parts: list[Any] = [point.inputs.get(name, value) for point in points]
+                stacked.set(name, torch.cat(parts))
+        inputs: dict[CacheKey, Tensor] = {}
+        for key in needed | differentiated:
+            tensor: Tensor = stacked.get(key)
+            if key in differentiated and not (self._create_graph and tensor.requires_grad):
+                tensor = tensor.detach().requires_grad_()
+                stacked.set(key, tensor)
+            inputs[key] = tensor
+        return stacked, inputs
+
+    def _floating(self) -> list[CacheKey]:
+        return [key for key in self.in_keys if self.data.get(key).is_floating_point()]
+
+    def _hook(
+        self, points: list[Point], rows: list[PointRows | None], asks: list[Ask]
+    ) -> tuple[dict[Place, SiteTap], MultiHookHandle]:
+        handle = MultiHookHandle()
+        with handle.installing():
+            replaced: dict[Place, list[tuple[PointRows | None, Tensor]]] = {}
+            for point, part in zip(points, rows, strict=True):
+                for modifier in point.modifiers:
+                    modifier.install(self.model, part, handle)
+                for place, tensor in point.replace.items():
+                    replaced.setdefault(place, []).append((part, tensor))
+            swaps = {place: Replacement(place, self._call(place), parts) for place, parts in replaced.items()}
+            self._attach(swaps, handle, Order.EDIT)
+            taps = self._taps(asks, rows[0])
+            self._attach({place: tap for place, tap in taps.items() if not tap.sees_arguments}, handle, SiteTap.order)
+            for place, tap in taps.items():
+                if tap.sees_arguments:
+                    handle.add(attach(self._module(place), tap.on_output, "fwd_kwargs", order=SiteTap.order))
+        return taps, handle
+
+    def _call(self, place: Place) -> int | None:
+        return place.call if place.call is None or place.call >= 0 else self._calls[place] + place.call
+
+    def _attach(self, hooks: Mapping[Place, Any], handle: MultiHookHandle, order: int) -> None:
+        for kind, direction in (("out", "fwd"), ("in", "fwd_pre_kwargs")):
+            found = [(self._module(place), hook) for place, hook in hooks.items() if place.kind == kind]
+            if found:
+                attach_ports(found, direction, handle, order)  # type: ignore[arg-type]
+
+    def _module(self, place: Place) -> nn.Module:
+        path = str(place.name)
+        if path not in self._modules:
+            self._modules[path] = resolve(self.model, path)
+        return self._modules[path]
+
+    def _taps(self, asks: list[Ask], rows: PointRows | None) -> dict[Place, SiteTap]:
+        taps: dict[Place, SiteTap] = {}
+        for ask in asks:
+            wanted = (("wants_value", ask.values), ("wants_grad", ask.grads), ("is_target", _read_by(ask.target)))
+            for what, places in wanted:
+                for place in places:
+                    if place.kind != "key":
+                        if place not in taps:
+                            taps[place] = SiteTap(place, rows, snapshot=self._snapshot, live=self._create_graph)
+                        setattr(taps[place], what, True)
+        return taps
+
+    def _check_outputs(self, after: Any, asks: list[Ask]) -> None:
+        if all(ask.target is None or isinstance(ask.target, Unit) for ask in asks):
+            return
+        if after is None or not any(after.get(key, None) is not None for key in self.out_keys):
+            raise ContextError(
+                "the forward was stopped early, before the model wrote its output, so there is no target to explain; "
+                "leave stop_early=True out of the contexts that are open on this model"
+            )
+
+    def _differentiate(
+        self,
+        groups: list[list[Ask]],
+        rows: list[PointRows | None],
+        targets: Targets,
+        values: dict[Place, Any],
+        inputs: dict[CacheKey, Tensor],
+    ) -> None:
+        """Compute the targets, go backward once per target, and hand the sinks their views."""
+        by_target: dict[int, list[tuple[Ask, PointRows | None]]] = {}
+        for group, part in zip(groups, rows, strict=True):
+            if self._is_final(group[0].point):
+                self.final = targets.outputs(part)
+            for ask in group:
+                by_target.setdefault(id(ask.target), []).append((ask, part))
+        for entries in by_target.values():  # all of them first: an error comes before any sink has seen a view
+            targets.compute(entries[0][0].target, entries)
+        left = sum(any(ask.grads for ask, _ in entries) for entries in by_target.values())
+        for number, entries in by_target.items():
+            target = entries[0][0].target
+            asks = [ask for ask, _ in entries if ask.grads]
+            left -= bool(asks)
+            keep = left > 0 or self._create_graph
+            grads = gradients(targets, target, asks, inputs, keep=keep, graph=self._create_graph) if asks else {}
+            for ask, part in entries:
+                seen = targets.found.get((number, part))
+                ask.sink(View(part, values, grads, seen if seen is None or self._create_graph else seen.detach()))
+
+
+def _only_run(point: Point) -> Ask:
+    return Ask(point=point, sink=lambda view: None)
+
+
+def _read_by(target: Target | None) -> tuple[Place, ...]:
+    return (target.place,) if isinstance(target, Unit) else ()

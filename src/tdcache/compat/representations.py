@@ -1,0 +1,188 @@
+"""The surface of KempnerForge: the latest activations of a model, and what its layers make of a dataset."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tdcache.caching import ActivationCaching
+from tdcache.compat.hook_names import is_called, literal_first
+from tdcache.errors import SelectionError, UnfiredSiteWarning
+from tdcache.harvesting.capture import Capture
+from tdcache.hooks.values import first_tensor
+from tdcache.modules import HookedModule
+from tdcache.reducers import Concatenate
+from tdcache.selection import select
+from tdcache.types import Selector
+
+__all__ = ["ActivationStore", "extract_representations"]
+
+
+class ActivationStore:
+    """The latest activations of some modules, as copies on the CPU, while it is enabled. Also a context manager.
+
+    Args:
+        model: any module.
+        layers: paths, or any selector; every module that is called by default.
+        device: where copies are kept.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
+        >>> with ActivationStore(model, ["0"]) as store:
+        ...     _ = model(torch.randn(4, 2))
+        >>> store.get("0").shape
+        torch.Size([4, 3])
+    """
+
+    def __init__(self, model: nn.Module, layers: Selector | None = None, *, device: torch.device | str = "cpu") -> None:
+        self._model = model
+        self._layers = layers
+        self._device = device
+        self._hooks: list[HookedModule] = []
+        self._dropped = weakref.finalize(self, _restore_all, self._hooks)
+        self._every = _FirstIfAny() if layers is None else None
+        self._cache: Any = {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self._model).__name__}, {'enabled' if self.enabled else 'disabled'})"
+
+    @property
+    def enabled(self) -> bool:
+        """Whether activations are kept now."""
+        return bool(self._hooks)
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The paths.
+
+        Raises:
+            SelectionError: a name that no module has; the nearest are named.
+        """
+        return list(select(self._model, self._selector()).paths)
+
+    def _selector(self) -> Selector:
+        return is_called if self._layers is None else literal_first(self._model, self._layers)
+
+    @property
+    def activations(self) -> dict[str, Tensor]:
+        """The latest activations by path."""
+        for hooked in self._hooks:
+            self._cache = hooked.cache
+        without = self._every.without if self._every is not None else ()
+        return {path: value for path, value in self._cache.items() if path not in without}
+
+    def get(self, name: str) -> Tensor | None:
+        """The latest activation at a path; None where there is none."""
+        return self.activations.get(name)
+
+    def enable(self) -> None:
+        """Start keeping; if that fails, the model is as it was. When it is enabled already, nothing happens.
+
+        Raises:
+            SelectionError: a name that no module has; the nearest are named.
+        """
+        if not self._hooks:
+            factory = ActivationCaching(self._selector(), callback=self._every, hold="snapshot", device=self._device)
+            self._hooks.append(factory.prepare(self._model).open())
+
+    def disable(self) -> None:
+        """Stop keeping, and take every hook off the model; what was kept stays."""
+        while self._hooks:
+            hooked = self._hooks.pop()
+            try:
+                self._cache = hooked.cache
+            finally:
+                with warnings.catch_warnings():
+                    if self._every is not None:
+                        warnings.simplefilter("ignore", UnfiredSiteWarning)  # nobody asked for these modules by name
+                    hooked.restore()
+
+    def clear(self) -> None:
+        """Forget what was kept."""
+        for hooked in self._hooks:
+            hooked.hooking_context.clear()
+        self._cache = {}
+
+    def __enter__(self) -> Self:
+        self.enable()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.disable()
+
+
+def _restore_all(hooks: list[HookedModule]) -> None:
+    """Take the hooks of a store that nobody has any more off the model."""
+    while hooks:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnfiredSiteWarning)  # nobody is left who would read it
+            hooks.pop().restore()
+
+
+class _FirstIfAny:
+    """The callback where nobody named the layers: the first tensor of an output; what has none is passed over."""
+
+    def __init__(self) -> None:
+        self.without: set[str] = set()
+        """The paths whose latest output holds no tensor."""
+
+    def __call__(self, *, module: nn.Module, output: Any, key: str, **_: Any) -> Tensor:
+        out_keys: Any = getattr(module, "out_keys", None)
+        if isinstance(output, TensorDictBase) and out_keys:
+            output = output.get(out_keys[0])
+        found = first_tensor(output)
+        if found is None:
+            self.without.add(key)
+            return torch.empty(0)
+        self.without.discard(key)
+        return found
+
+
+def extract_representations(
+    model: nn.Module,
+    dataset: Any,
+    layers: Selector,
+    device: torch.device | str | None = None,
+    batch_size: int = 32,
+    max_samples: int | None = None,
+) -> dict[str, Tensor]:
+    """What some layers make of a dataset: one tensor per path, samples along the first dimension, on the CPU.
+
+    The model is run without gradients in eval mode; every module's own flag is put back. Rows are written where they
+    stay, so that the peak is the result and one batch.
+
+    Args:
+        model: any module.
+        dataset: samples; mappings of tensors, tuples that begin with the inputs, or tensors.
+        layers: paths, or any selector.
+        device: where batches are moved; by default where the model is.
+        batch_size: samples per batch.
+        max_samples: the most samples; no batch beyond them is run.
+
+    Raises:
+        SelectionError: a layer that is not there, no samples, or none asked for.
+        CaptureError: shapes that differ between batches, as where samples are padded per batch.
+    """
+    if max_samples is not None and max_samples < 1:
+        raise SelectionError(f"max_samples is at least 1, got {max_samples}", selector=max_samples)
+    if len(dataset) == 0:
+        raise SelectionError("the dataset holds no sample, so there is nothing to extract")
+    capture = Capture(model, literal_first(model, layers), device=device, stop_early=True)
+    gathered: dict[str, Concatenate] = {}
+    total = len(dataset) if max_samples is None else min(max_samples, len(dataset))
+    with capture.open() as hooked:
+        for number, batch in enumerate(DataLoader(dataset, batch_size=batch_size, shuffle=False)):
+            if number * batch_size >= total:
+                break
+            for path, value in capture.run(hooked, batch, None).items():
+                gathered.setdefault(path, Concatenate(max_rows=total)).update(value)
+    return {path: reducer.compute() for path, reducer in gathered.items()}

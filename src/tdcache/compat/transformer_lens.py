@@ -1,0 +1,11 @@
+"""The surface of TransformerLens: its names for hook points and for the roots of models that hold them.
+
+What stands behind them is :mod:`tdcache.points`; a script for TransformerLens needs no other change than its imports.
+"""
+
+from __future__ import annotations
+
+from tdcache.points import HookedRootModule, HookPoint, LensHandle
+from tdcache.points.point_cache import PointCache
+
+__all__ = ["HookPoint", "HookedRootModule", "LensHandle", "PointCache"]

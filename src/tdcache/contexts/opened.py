@@ -1,0 +1,63 @@
+"""The contexts that are open in this process, and which threads open contexts on which model."""
+
+from __future__ import annotations
+
+from threading import RLock, get_ident
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from tdcache.hooks.attach import MultiHookHandle
+from tdcache.hooks.threads import Fence
+
+__all__ = ["Opened", "begin_opening", "closed", "open_contexts"]
+
+
+class Opened(Protocol):
+    """What is asked of an open context."""
+
+    model: nn.Module
+    thread: int
+    fence: Fence
+    is_child: bool
+
+    @property
+    def handle(self) -> MultiHookHandle:
+        """The registrations of its hooks."""
+
+
+open_contexts: set[Opened] = set()
+_lock = RLock()
+_openers: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
+"""The threads that opened contexts on a model, since it was made: they may be running it still."""
+
+
+def begin_opening(context: Opened) -> Fence | None:
+    """A context is about to install its hooks; gives the fence to put them behind, or None.
+
+    Those of other threads' contexts are put behind theirs.
+    """
+    me = context.thread = get_ident()
+    with _lock:
+        _openers.setdefault(context.model, set()).add(me)
+        open_contexts.add(context)
+        if all(threads <= {me} for threads in _openers.values()):
+            return None
+        related = [model for model in _openers if _overlap(model, context.model)]
+        context.fence.others.update(thread for model in related for thread in _openers[model] if thread != me)
+        for other in open_contexts:
+            if other.thread != me and _overlap(other.model, context.model) and me not in other.fence.others:
+                other.fence.others.add(me)
+                other.handle.put_behind(other.fence)
+        return context.fence if context.fence.others else None
+
+
+def closed(context: Opened) -> None:
+    """A context was left."""
+    with _lock:
+        open_contexts.discard(context)
+
+
+def _overlap(one: nn.Module, other: nn.Module) -> bool:
+    return one is other or any(each is other for each in one.modules()) or any(each is one for each in other.modules())

@@ -1,0 +1,118 @@
+"""Keeping a module from running: something else is called in place of its ``forward``, and its hooks run as ever.
+
+A hook cannot do that, for the forward runs whatever a hook returns. So ``forward`` is set on the instance, and taken
+off again. Of several replacements of one module the latest acts; they may be removed in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+__all__ = ["ReplacedForward", "replace_forward", "skip_module"]
+
+
+class _Stack:
+    """What stands in place of one module's forward."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+        """What was set on the instance before, or None."""
+        self.replacements: list[ReplacedForward] = []
+
+    def forward_of(self, module: nn.Module) -> Callable[..., Any]:
+        acting = next((each for each in reversed(self.replacements) if not each.muted), None)
+        if acting is not None:
+            return acting.instead
+        own: Callable[..., Any] = self.own or type(module).forward.__get__(module)
+        return own
+
+    def settle(self, module: nn.Module) -> None:
+        """Set on the instance what is to be called, or nothing."""
+        forward = self.forward_of(module)
+        if self.own is None and not any(not each.muted for each in self.replacements):
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = forward
+
+
+_STACKS: WeakKeyDictionary[nn.Module, _Stack] = WeakKeyDictionary()
+
+
+class ReplacedForward:
+    """One replacement; removed or muted in any order."""
+
+    def __init__(self, module: nn.Module, instead: Callable[..., Any]) -> None:
+        self.module = module
+        self.instead = instead
+        self.muted = False
+        stack = _STACKS.get(module)
+        if stack is None:
+            stack = _STACKS[module] = _Stack(module.__dict__.get("forward"))
+        stack.replacements.append(self)
+        stack.settle(module)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.module).__name__}, {self.instead!r})"
+
+    def remove(self) -> None:
+        """Let the module run again; a second call does nothing."""
+        stack = _STACKS.get(self.module)
+        if stack is None or self not in stack.replacements:
+            return
+        stack.replacements.remove(self)
+        stack.settle(self.module)
+        if not stack.replacements:
+            del _STACKS[self.module]
+
+    def mute(self) -> None:
+        """Let the module run until :meth:`unmute`."""
+        self._set_muted(True)
+
+    def unmute(self) -> None:
+        """Call the replacement again."""
+        self._set_muted(False)
+
+    def _set_muted(self, muted: bool) -> None:
+        self.muted = muted
+        stack = _STACKS.get(self.module)
+        if stack is not None:
+            stack.settle(self.module)
+
+
+def replace_forward(module: nn.Module, instead: Callable[..., Any]) -> ReplacedForward:
+    """Call ``instead(*args, **kwargs)`` in place of the module's forward, until the handle is removed."""
+    return ReplacedForward(module, instead)
+
+
+class _Give:
+    """Gives a value in place of running."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.value).__name__})"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        value = self.value.resolve() if hasattr(self.value, "resolve") else self.value
+        return value(*args, **kwargs) if callable(value) else value
+
+
+def skip_module(module: nn.Module, value: Any) -> ReplacedForward:
+    """The module does not run and returns ``value``, until the handle is removed; its hooks run as ever.
+
+    Args:
+        module: what is skipped.
+        value: the whole of what the module would return (for an attention module often a tuple); an object whose
+            ``resolve()`` gives it, such as the proxy of a run; or a function of the module's arguments.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> handle = skip_module(model[0], lambda x: x)
+        >>> handle.remove()
+    """
+    return ReplacedForward(module, _Give(value))

@@ -1,0 +1,62 @@
+"""Hooks and threads: a context acts in the forwards of the thread that opened it.
+
+Hooks sit on the modules, which several threads may run at once. Where each of them has a context open on one model, the
+hooks of one would see, and change, the values of the other. So every thread that opens a context on a model is fenced
+off from the hooks that other threads have there. Threads that open none (the replicas of ``DataParallel``, a pool) are
+not: they work for whoever called them. As long as one thread opens contexts there is no fence, and no cost.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
+from typing import Any
+
+from tdcache.hooks.transient import Transient
+
+__all__ = ["Fence", "Fenced", "current_fence", "fencing"]
+
+
+class Fence:
+    """The threads in which the hooks of one context do not act."""
+
+    __slots__ = ("others",)
+
+    def __init__(self, others: set[int]) -> None:
+        self.others = others
+
+
+class Fenced(Transient):
+    """A hook behind a fence."""
+
+    __slots__ = ("fence", "hook", "order")
+
+    def __init__(self, hook: Any, order: int, fence: Fence) -> None:
+        self.hook = hook
+        self.order = order
+        self.fence = fence
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the hook, unless the thread is fenced off."""
+        return None if get_ident() in self.fence.others else self.hook(*args)
+
+
+_local = threading.local()
+
+
+def current_fence() -> Fence | None:
+    """The fence of the context that this thread is installing, if there is one."""
+    return getattr(_local, "fence", None)
+
+
+@contextmanager
+def fencing(fence: Fence | None) -> Iterator[None]:
+    """Put every hook that is registered in the block behind ``fence``."""
+    before = current_fence()
+    _local.fence = fence
+    try:
+        yield
+    finally:
+        _local.fence = before

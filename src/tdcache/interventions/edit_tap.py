@@ -1,0 +1,106 @@
+"""The hook of every intervention: at one site it hands part of a value to an edit, and puts back what comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from tdcache.hooks.attach import Order
+from tdcache.hooks.port import Port
+from tdcache.hooks.values import check_fits
+from tdcache.interventions.current_call import CurrentCall
+from tdcache.interventions.regions import Region
+
+__all__ = ["Edit", "EditTap", "ReadTap", "RegionEdit"]
+
+
+class Edit(Protocol):
+    """What is done at one site."""
+
+    def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
+        """The new part, or None for no change; ``part`` is the region of ``full``. Neither may be written to."""
+
+
+class RegionEdit(Protocol):
+    """An edit that takes the same part of other tensors, and so has to know which one it is in this call."""
+
+    def edit_region(self, part: Tensor, full: Tensor, region: Region) -> Tensor | None:
+        """The new part, or None for no change; ``region.take(full)`` is ``part``."""
+
+
+class EditTap:
+    """Changes the output or the input of one module.
+
+    Args:
+        port: what is changed.
+        edit: what is done.
+        region: to which part.
+        call: of the forward under way: whether the edit is due, and which columns the region's positions are.
+        order: where it stands among the hooks of its module.
+    """
+
+    __slots__ = ("by_region", "call", "edit", "order", "path", "plain", "port", "region")
+
+    def __init__(
+        self,
+        port: Port,
+        edit: Edit | RegionEdit,
+        *,
+        region: Region,
+        call: CurrentCall | None = None,
+        order: int = Order.EDIT,
+    ) -> None:
+        self.port = port
+        self.path = port.path
+        self.edit: Any = edit
+        self.by_region = hasattr(edit, "edit_region")
+        self.region = region
+        self.call = call
+        self.plain = call is None and region.whole and not self.by_region
+        self.order = order
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r}, {self.edit!r})"
+
+    def on_call(self, module: nn.Module, args: Any, rest: Any) -> Any:
+        """Change the value."""
+        if self.plain:
+            old = self.port.read(module, args, rest)
+            new = self.edit(old, old)
+            return None if new is None else self.port.write(module, args, rest, new)
+        if self.call is not None and not self.call.is_due(self.path):
+            return None
+        old = self.port.read(module, args, rest)
+        new = self._edited(old)
+        return None if new is None else self.port.write(module, args, rest, new)
+
+    def _edited(self, old: Tensor) -> Tensor | None:
+        region = self.region if self.call is None else self.call.region_at(self.path, old, self.region)
+        if region is None:  # none of its positions is fed in this forward
+            return None
+        part = old if region.whole else region.take(old, self.path)
+        new: Tensor | None = self.edit.edit_region(part, old, region) if self.by_region else self.edit(part, old)
+        if new is None or region.whole:
+            return new
+        check_fits(new, part, self.path)
+        return region.put(old, new, self.path)
+
+
+class ReadTap:
+    """Shows the final value at one port to a function ``(path, tensor)``."""
+
+    __slots__ = ("order", "port", "read")
+
+    def __init__(self, port: Port, read: Callable[[str, Tensor], None], *, order: int = Order.CAPTURE) -> None:
+        self.port = port
+        self.read = read
+        self.order = order
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.port.path!r})"
+
+    def on_call(self, module: nn.Module, args: Any, rest: Any) -> None:
+        """Show the value."""
+        self.read(self.port.path, self.port.read(module, args, rest))

@@ -1,0 +1,126 @@
+"""Whether layers may be left out of a forward: one whole run that watches what they hand to the rest of the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from tdcache.errors import EditError, listed
+from tdcache.hooks import MultiHookHandle, Order, attach
+from tdcache.hooks.replaced_forward import ReplacedForward
+from tdcache.hooks.values import is_entries
+from tdcache.interventions.random_state import SharedRandomState
+from tdcache.interventions.replay import ModuleOutput, SideChannels
+from tdcache.introspect import post_hooks, pre_hooks
+
+__all__ = ["check_once"]
+
+# What was found out, by model and path: the layers whose state is read elsewhere.
+_CHECKED: WeakKeyDictionary[nn.Module, dict[str, tuple[str, ...]]] = WeakKeyDictionary()
+
+
+def check_once(
+    model: nn.Module,
+    path: str,
+    skipped: Mapping[str, nn.Module],
+    replaced: Sequence[ReplacedForward],
+    handle: MultiHookHandle,
+) -> None:
+    """Have the first call of a model watched for what the skipped layers hand on beside their outputs."""
+    check = _Check(model, path, skipped, replaced)
+    handle.add(attach(model, check.on_call, "fwd_pre_kwargs", order=Order.FIRST))
+
+
+class _Check:
+    order = Order.FIRST
+
+    def __init__(
+        self, model: nn.Module, path: str, skipped: Mapping[str, nn.Module], replaced: Sequence[ReplacedForward]
+    ) -> None:
+        self.path = path
+        self.skipped = skipped
+        self.replaced = replaced
+        self.found = _CHECKED.setdefault(model, {})
+
+    def on_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """The model is called: run it in full first, unless that was done before."""
+        if self.path not in self.found:
+            self.found[self.path] = self._leaking(module, args, kwargs)
+        leaking = self.found[self.path]
+        if leaking:
+            raise EditError(
+                f"resuming after {self.path!r} leaves {listed(leaking)} out, but later layers read more of that than "
+                "its output, such as a dict or a cache that it fills; run the model from its start"
+            )
+
+    def _leaking(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[str, ...]:
+        channels = SideChannels()
+        taps = [_Passed(channels, path) for path in self.skipped]
+        with _as_it_is(model), torch.no_grad():
+            for each in self.replaced:
+                each.mute()
+            handle = MultiHookHandle()
+            try:
+                for tap, module in zip(taps, self.skipped.values(), strict=True):
+                    handle.add(attach(module, tap.on_input, "fwd_pre_kwargs"))
+                    handle.add(attach(module, tap.on_output, "fwd"))
+                with channels:
+                    model.forward(
+                        *map(_of_ones_own, args), **{name: _of_ones_own(each) for name, each in kwargs.items()}
+                    )
+            finally:
+                handle.remove()
+                for each in self.replaced:
+                    each.unmute()
+        return tuple(sorted(channels.leaking))
+
+
+class _Passed:
+    """Tells when a layer runs, and passes a copy of its output on."""
+
+    order = Order.EDIT
+
+    def __init__(self, channels: SideChannels, path: str) -> None:
+        self.channels = channels
+        self.path = path
+
+    def on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.channels.running.append(self.path)
+
+    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self.channels.leave(self.path, ModuleOutput(module, args, output), args)
+
+
+def _of_ones_own(argument: Any) -> Any:
+    """An argument that the run may change: a cache, a TensorDict."""
+    if isinstance(argument, Tensor) or argument is None:
+        return argument
+    return argument.copy() if is_entries(argument) else copy.deepcopy(argument)
+
+
+@contextmanager
+def _as_it_is(model: nn.Module) -> Iterator[None]:
+    """Leave hooks out inside the block, and random numbers and buffers as they were after it."""
+    hooks = [(each, dict(each)) for module in model.modules() for each in (post_hooks(module), pre_hooks(module))]
+    buffers = [(each, each.clone()) for each in model.buffers()] if model.training else []
+    random = SharedRandomState(model)
+    with random.run():
+        pass
+    try:
+        for each, _ in hooks:
+            each.clear()
+        with random.run():
+            yield
+    finally:
+        for each, there in hooks:
+            each.update(there)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)

@@ -1,0 +1,163 @@
+"""Several threads run one model at once: what a context sees and changes is that of the thread that opened it."""
+
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import gelu
+
+from small_models import MLP
+from tdcache import (
+    ActivationCaching,
+    CompositeHookingContextFactory,
+    Concatenate,
+    HookFactory,
+    HookingContextFactory,
+    MultiHookManager,
+)
+
+SITES = r"layers\.\d|head"
+ROUNDS = 100
+
+
+@pytest.fixture(autouse=True)
+def threads_change_places_often():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+class Scaled(HookingContextFactory):
+    """Multiplies the output of the first layer."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def _hook_module(self, module):
+        hook = HookFactory.make_setting_hook(None, callback=lambda output, **rest: self.factor * output)
+        return MultiHookManager(r"layers\.0").register_hook(
+            module, lambda path: hook, relative_path=module.relative_path
+        )
+
+
+def by_hand(model, x, factor):
+    """The values and their gradients, computed without hooks."""
+    values = {"layers.0": factor * model.layers[0](x)}
+    for at in (1, 2):
+        values[f"layers.{at}"] = model.layers[at](gelu(values[f"layers.{at - 1}"]))
+    values["head"] = model.head(model.act(gelu(values["layers.2"])))
+    grads = torch.autograd.grad(values["head"].sum(), list(values.values()))
+    return {path: value.detach() for path, value in values.items()}, dict(zip(values, grads, strict=True))
+
+
+def in_two_threads(work):
+    """Run ``work(number)`` in two threads at once; raises what one of them raised."""
+    failures = []
+
+    def guarded(number):
+        try:
+            work(number)
+        except BaseException as error:  # noqa: BLE001  (raised again in the main thread)
+            failures.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "factors"),
+    [
+        ({"directions": ["fwd", "bwd"]}, (1.0, 1.0)),
+        ({"directions": ["fwd", "bwd"]}, (2.0, 3.0)),
+        ({"use_nested_keys": True, "stop_early": True}, (1.0, 1.0)),
+        ({"use_nested_keys": True, "hold": "snapshot"}, (1.0, 3.0)),
+    ],
+    ids=["gradients", "edits", "stop_early", "snapshots"],
+)
+def test_each_thread_gets_its_own_values(options, factors):
+    model = MLP()
+    inputs = torch.randn(2, ROUNDS, 3, 4)
+    wanted = [[by_hand(model, x, factor) for x in own] for own, factor in zip(inputs, factors, strict=True)]
+
+    def work(number):
+        for x, (values, grads) in zip(inputs[number], wanted[number], strict=True):
+            factory = CompositeHookingContextFactory(Scaled(factors[number]), ActivationCaching(SITES, **options))
+            with factory.prepare(model) as hooked:
+                y = hooked(x)
+                if "directions" in options:
+                    torch.autograd.grad(y.sum(), list(model.parameters()))
+            for path, value in values.items():
+                # By hand the same kernels run in the same order, on the same shapes.
+                assert torch.equal(hooked.cache["fwd", path], value)
+                if "directions" in options:
+                    assert torch.equal(hooked.cache["bwd", path], grads[path])
+
+    in_two_threads(work)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_forward_of_a_thread_without_a_context_is_none_of_ours():
+    model, x, other = MLP(), torch.ones(2, 4), torch.zeros(2, 4)
+    running = threading.Event()
+
+    def run():
+        running.set()
+        for _ in range(200):
+            model(other)
+
+    with ActivationCaching(SITES).prepare(model) as hooked:
+        thread = threading.Thread(target=run)
+        thread.start()
+        running.wait()
+        for _ in range(100):
+            y = hooked(x)
+            assert torch.equal(hooked.cache["head"], y)
+        thread.join()
+    assert torch.equal(hooked.cache["head"], y)
+
+
+class Replicated(nn.Module):
+    """Runs a replica per part of the batch, each in a thread of its own, as ``nn.DataParallel`` does."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        parts, results = x.chunk(2), [None, None]
+
+        def run(at):
+            replica = self.inner._replicate_for_data_parallel()
+            replica._parameters = dict(self.inner._parameters)
+            results[at] = replica(parts[at])
+
+        threads = [threading.Thread(target=run, args=(at,)) for at in range(2)]
+        for thread in threads:
+            thread.start()
+            thread.join()
+        return torch.cat(results)
+
+
+def test_replicas_inside_the_openers_forward_are_seen():
+    model = Replicated(nn.Linear(4, 3))
+    x = torch.randn(6, 4)
+    with ActivationCaching("inner", reducer=Concatenate()).prepare(model) as hooked, torch.no_grad():
+        y = hooked(x)
+    assert torch.equal(hooked.cache["inner"], y)
+
+
+def test_an_edit_reaches_the_replicas_of_its_thread():
+    model = Replicated(nn.Linear(4, 3))
+    model.layers = nn.ModuleList([model.inner])
+    with Scaled(2.0).prepare(model) as hooked, torch.no_grad():
+        y = hooked(torch.ones(2, 4))
+    assert torch.equal(y, 2 * model.inner(torch.ones(2, 4)[:1]).expand(2, 3))
