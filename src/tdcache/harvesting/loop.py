@@ -258,7 +258,7 @@ class _Run:
         sizes = {path: (DTYPES[site["dtype"]].itemsize, tuple(site["shape"])) for path, site in spec["sites"].items()}
         self.limit = self.request.budget.limit(row_bytes(sizes, spec["tokens"]))
 
-    def _uncut(self, committed: Mapping[int, Shard]) -> Mapping[int, Shard]:
+    def _uncut(self, committed: dict[int, Shard]) -> dict[int, Shard]:
         """What is there, without units that an earlier and lower limit has cut: their owners write them anew.
 
         Raises:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -136,7 +137,7 @@ def merge(*stores: StoreReader, path: str | os.PathLike[str] | None = None) -> P
                     columns["seq"] = [columns["seq"][0] + samples]
                     numbers = (shard.row.first + samples, shard.row.last + samples)
                     end = unit == units - 1  # by number: a store may be merged with itself
-                    lost = {"overflow": shard.info.overflow, "underflow": shard.info.underflow}
+                    lost: dict[str, Any] = {"overflow": shard.info.overflow, "underflow": shard.info.underflow}
                     writer.write(unit, columns, samples=numbers, end=end, **lost)
                 unit, row = unit + 1, row + shard.rows
             samples += store.sequences
