@@ -17,11 +17,11 @@ from tensordict import TensorDictBase
 from torch import nn
 
 from tdcache.calls.attach import CallsLike, attach_rules
+from tdcache.calls.attention_calls import PRODUCTS, SDPA, SOFTMAX, progress, role_of
 from tdcache.calls.handlers import Call
 from tdcache.calls.names import DERIVED
 from tdcache.calls.overlay import INTERFACE
 from tdcache.calls.sites import CallPattern, CallSite
-from tdcache.calls.spelled import PRODUCTS, SDPA, SOFTMAX, progress, role_of
 from tdcache.hooks.attach import Order
 from tdcache.hooks.values import leaves
 from tdcache.selection import Site, select

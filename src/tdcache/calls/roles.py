@@ -16,11 +16,11 @@ from torch.compiler import is_dynamo_compiling
 
 from tdcache.calls.attach import attach_rules, module_of, refuse_recomputed
 from tdcache.calls.attention import Attention, derive_attention, derive_registered, prove
+from tdcache.calls.attention_calls import PRODUCTS, SDPA, SOFTMAX, argument, exchange, progress, role_of
 from tdcache.calls.handlers import Call, CallRule, Handler, Need
 from tdcache.calls.names import DERIVED
 from tdcache.calls.overlay import INTERFACE
 from tdcache.calls.sites import CallSite
-from tdcache.calls.spelled import PRODUCTS, SDPA, SOFTMAX, argument, exchange, progress, role_of
 from tdcache.errors import CaptureError, SelectionError
 from tdcache.hooks.attach import Order
 from tdcache.hooks.values import check_fits

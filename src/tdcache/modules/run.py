@@ -16,7 +16,7 @@ from tdcache.hooks.attach import MultiHookHandle, Order, attach
 from tdcache.hooks.compiled import running_eagerly
 from tdcache.hooks.directions import direction_row
 from tdcache.introspect import why_not_called
-from tdcache.modules.forms import DirectedForms
+from tdcache.modules.directed_verbs import DirectedForms
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
 from tdcache.types import CacheKey, HookDirection, Removable
 
