@@ -193,3 +193,13 @@ def test_a_module_that_computes_its_output_has_the_gradient_of_its_input_whateve
     third = 17.0 if change is CHANGES["the output"] else 7.0
     first = 7.0 if change is CHANGES["what it is a view of"] else 17.0
     assert torch.equal(hooked.cache["part"], torch.tensor([[first, third, third]] * 2))
+
+
+def test_every_part_of_an_output_that_holds_one_tensor_twice_has_its_gradient():
+    model = nn.Sequential(
+        Viewed(lambda x: (x, 2 * x, x)), Viewed(lambda parts: (parts[0] + parts[1] + 3 * parts[2]).sum())
+    )
+    with ActivationCaching("0", directions=["bwd"], pick="all").prepare(model) as hooked:
+        model(torch.ones(2, 3, requires_grad=True) * 1).backward()
+    gradients = {key[1]: value.unique().tolist() for key, value in hooked.cache.items(True, True)}
+    assert gradients == {"0": [4.0], "1": [1.0], "2": [4.0]}  # of the one tensor, wherever it is

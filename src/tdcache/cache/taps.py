@@ -210,7 +210,10 @@ class GradientTap(Tap):
         self.channel.has_parts = True
         result = output
         for steps, tensor in parts:
-            changed = self._watch(module, args, result, tensor, part_key(self.path, steps))
+            # A tensor that is there twice was exchanged in both places with the first.
+            same = result is output or self.port.pick != "all"
+            current = tensor if same else dict(leaves(result))[steps]
+            changed = self._watch(module, args, result, current, part_key(self.path, steps))
             result = result if changed is None else changed
         return None if result is output else result
 
