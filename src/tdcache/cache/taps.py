@@ -210,10 +210,9 @@ class GradientTap(Tap):
         self.channel.has_parts = True
         result = output
         for steps, tensor in parts:
-            # A tensor that is there twice was exchanged in both places with the first.
-            same = result is output or self.port.pick != "all"
-            current = tensor if same else dict(leaves(result))[steps]
-            changed = self._watch(module, args, result, current, part_key(self.path, steps))
+            if result is not output and self.port.pick == "all":  # one that is there twice was exchanged with the first
+                tensor = dict(leaves(result))[steps]  # noqa: PLW2901
+            changed = self._watch(module, args, result, tensor, part_key(self.path, steps))
             result = result if changed is None else changed
         return None if result is output else result
 
