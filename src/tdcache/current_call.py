@@ -114,6 +114,11 @@ class CurrentCall:
         if not self._running:
             self._forget()
 
+    @property
+    def is_outermost(self) -> bool:
+        """Whether the forward of one receiver of the cache is under way, and of no other around it."""
+        return sum(path in self.clock.receivers for path, _ in self._running) == 1
+
     def _forget(self) -> None:
         self._latest, self._sequences = self._sequences or self._latest, None
         self._regions.clear()

@@ -161,11 +161,13 @@ class CallbackTap(Tap):
 
     def on_call(self, *args: Any) -> None:
         """Ask the callback about a value of the forward and keep its answer."""
-        if not self.recorder.is_foreign:
+        if not self.recorder.skips(self.path):
             self.recorder.take(self.channel, self.path, self.path, self._answer(args))
 
     def for_call(self) -> Callable[..., None]:
         """The hook for the gradients of the call that is under way."""
+        if self.recorder.skips(self.path):
+            return _ignore
         return partial(self.on_gradient, self.channel.number, self.recorder.next_serial())
 
     def on_gradient(self, number: int, serial: int, *args: Any) -> None:
@@ -186,6 +188,10 @@ class CallbackTap(Tap):
         return kept
 
 
+def _ignore(*args: Any) -> None:
+    """The hook for gradients that are not kept."""
+
+
 class GradientTap(Tap):
     """Takes the gradient of a module's output, by a tensor hook that is set in the forward."""
 
@@ -197,7 +203,7 @@ class GradientTap(Tap):
 
     def on_call(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Set a tensor hook on the output, if a gradient can come; returns an alias of an input that is handed on."""
-        if self.recorder.is_foreign:
+        if self.recorder.skips(self.path):
             return None
         if self.port.pick == "all":
             return self._watch_parts(module, args, output, self.port.parts(module, args, output))
@@ -302,7 +308,7 @@ class InputGradientTap(Tap):
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hand the module an alias, if a gradient can come."""
-        if self.recorder.is_foreign or not torch.is_grad_enabled():
+        if self.recorder.skips(self.path) or not torch.is_grad_enabled():
             self.calls.begin(module)
             self._note_graphless()
             return None
@@ -321,7 +327,7 @@ class InputGradientTap(Tap):
         return changed
 
     def _note_graphless(self) -> None:
-        if not self.recorder.is_foreign:
+        if not self.recorder.skips(self.path):
             self.recorder.graphless.add(self.path)
 
     def _watch_parts(
