@@ -42,7 +42,6 @@ __all__ = [
     "part_key",
 ]
 
-
 _version = Tensor._version.__get__  # type: ignore[attr-defined]  # faster than to ask the tensor, and for what it is
 
 
@@ -166,14 +165,13 @@ class CallbackTap(Tap):
 
     def for_call(self) -> Callable[..., None]:
         """The hook for the gradients of the call that is under way."""
-        if self.recorder.skips(self.path):
-            return _ignore
-        return partial(self.on_gradient, self.channel.number, self.recorder.next_serial())
+        number = None if self.recorder.skips(self.path) else self.channel.number
+        return partial(self.on_gradient, number, self.recorder.next_serial())
 
-    def on_gradient(self, number: int, serial: int, *args: Any) -> None:
-        """Ask the callback about the gradients of one call and keep its answer."""
+    def on_gradient(self, number: int | None, serial: int, *args: Any) -> None:
+        """Ask the callback about the gradients of one call, if it counts (``number``), and keep its answer."""
         channel, recorder = self.channel, self.recorder
-        if recorder.open and (number == channel.number or not channel.latest_only):
+        if number is not None and recorder.open and (number == channel.number or not channel.latest_only):
             recorder.take_gradient(channel, self.path, self.path, self._answer(args), number, serial)
 
     def _answer(self, args: tuple[Any, ...]) -> Any:
@@ -186,10 +184,6 @@ class CallbackTap(Tap):
                 paths=(self.path,),
             )
         return kept
-
-
-def _ignore(*args: Any) -> None:
-    """The hook for gradients that are not kept."""
 
 
 class GradientTap(Tap):

@@ -152,7 +152,7 @@ class GetTap(Transient):
         if self.call is not None and not self.call.is_due(self.path):
             return
         if self.callback is None:
-            picked = picked_at(self.port, self.row, args)
+            picked = _picked_at(self.port, self.row, args)
             if not self.where.whole:
                 picked = self.where.take(self.path, picked, self.call)
                 if picked is None:
@@ -199,7 +199,7 @@ class GetTap(Transient):
         self.seen = count
 
 
-def picked_at(port: Any, row: Direction, args: tuple[Any, ...]) -> Any:
+def _picked_at(port: Any, row: Direction, args: tuple[Any, ...]) -> Any:
     """The tensor that is meant, among what a hook of any direction is called with.
 
     Raises:
@@ -258,9 +258,9 @@ class SetTap(Transient):
         if self.call is not None and not self.call.is_due(self.path):
             return None
         self.fired = True
-        new = needed(self.value, self.path)
+        new = _needed(self.value, self.path)
         if not self.where.whole:
-            new = self.where.put(self.path, picked_at(self.port, self.row, args), new, self.call)
+            new = self.where.put(self.path, _picked_at(self.port, self.row, args), new, self.call)
             return None if new is None else write_at(self.port, self.row, args, new)
         if self.callback is not None:
             named = dict(zip(self.row.params, args, strict=True))
@@ -296,13 +296,13 @@ class SkipTap:
         self.fired = True
         if callable(self.value):
             return self.value(*args, **kwargs)
-        value = needed(self.value, self.path)
+        value = _needed(self.value, self.path)
         if isinstance(value, Tensor):
             return value.clone()
         return exchanged(value, iter([each.clone() for _, each in leaves(value)]))
 
 
-def needed(value: Any, path: str) -> Any:
+def _needed(value: Any, path: str) -> Any:
     """The value that something at ``path`` needs now, proxies in it resolved.
 
     Raises:
