@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from types import TracebackType
 from typing import Any, Self
 
@@ -45,6 +46,7 @@ class ActivationStore:
         self._layers = layers
         self._device = device
         self._hooks: list[HookedModule] = []
+        self._dropped = weakref.finalize(self, _restore_all, self._hooks)
         self._every = _FirstIfAny() if layers is None else None
         self._cache: Any = {}
 
@@ -116,6 +118,14 @@ class ActivationStore:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.disable()
+
+
+def _restore_all(hooks: list[HookedModule]) -> None:
+    """Take the hooks of a store that nobody has any more off the model."""
+    while hooks:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnfiredSiteWarning)  # nobody is left who would read it
+            hooks.pop().restore()
 
 
 class _FirstIfAny:
