@@ -18,7 +18,7 @@ from tdcache.errors import SelectionError, SpecError, TdcacheWarning
 from tdcache.harvesting import ActivationStore, collect_activations_from_dataloader, loop, preflight
 from tdcache.harvesting.progress import Progress
 from tdcache.harvesting.workers import Share
-from tdcache.store.layout import Layout
+from tdcache.store.layout import StorePaths
 
 X = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
 
@@ -54,13 +54,13 @@ def test_the_index_has_the_shards_of_all_ranks_after_they_met(tmp_path, monkeypa
 
     def meet(share):
         monkeypatch.setattr(Share, "wait", lambda share: None)
-        early = Layout(folder).index.read_bytes()
+        early = StorePaths(folder).index.read_bytes()
         harvest(Counting(), X, folder, rank=1, **options)
-        Layout(folder).index.write_bytes(early)  # rank 0 looked before rank 1 had written, and wrote after it
+        StorePaths(folder).index.write_bytes(early)  # rank 0 looked before rank 1 had written, and wrote after it
 
     monkeypatch.setattr(Share, "wait", meet)
     harvest(Counting(), X, folder, rank=0, **options)
-    assert sorted(Layout(folder).read_index()) == [0, 1, 2, 3, 4]
+    assert sorted(StorePaths(folder).read_index()) == [0, 1, 2, 3, 4]
     assert ActivationDataset.open(folder).complete
 
 

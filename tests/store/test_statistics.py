@@ -11,7 +11,7 @@ from store.faulty_files import SPEC, contents, unit_columns, write_units
 from tdcache.errors import SpecError, StoreError
 from tdcache.store import ActivationDataset, StoreWriter, site_column
 from tdcache.store.dtypes import count_lost
-from tdcache.store.layout import Layout
+from tdcache.store.layout import StorePaths
 from tdcache.store.statistics import SiteStatistics
 
 INF = math.inf
@@ -99,10 +99,10 @@ def test_a_store_has_the_statistics_of_all_its_rows_in_its_index(tmp_path):
     for key, found in dataset.statistics.items():
         assert_statistics_of(found, dataset[key][...])
     contract, shards = dataset._contract, dataset.shards
-    assert Layout(dataset.path).read_statistics(contract, shards).keys() == dataset.statistics.keys()
+    assert StorePaths(dataset.path).read_statistics(contract, shards).keys() == dataset.statistics.keys()
     from_index = {key: each.packed() for key, each in dataset.statistics.items()}
     (dataset.path / "index.json").unlink()
-    assert Layout(dataset.path).read_statistics(contract, shards) is None
+    assert StorePaths(dataset.path).read_statistics(contract, shards) is None
     for key, found in ActivationDataset.open(dataset.path).statistics.items():  # from the shards
         assert torch.equal(found.packed(), from_index[key])
 

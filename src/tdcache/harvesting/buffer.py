@@ -24,7 +24,7 @@ from tdcache.harvesting.plan import row_bytes
 from tdcache.harvesting.recheck import check_like, refuse_overflow
 from tdcache.harvesting.request import asked_for
 from tdcache.harvesting.row_rule import BatchRows
-from tdcache.harvesting.source import Step, Visit
+from tdcache.harvesting.source import SourceBatch, Visit
 from tdcache.harvesting.workers import Share
 from tdcache.store.batches import generator_of
 from tdcache.store.dtypes import DTYPES
@@ -119,7 +119,7 @@ class ActivationBuffer:
         """The number of the epoch that runs, or ran last."""
         self._failed = False
         self._statistics: dict[str, SiteStatistics] = {}
-        self._steps: Iterator[tuple[Step, BatchRows, int]] | None = None
+        self._steps: Iterator[tuple[SourceBatch, BatchRows, int]] | None = None
         self._begin(0)
 
     def __repr__(self) -> str:
@@ -248,7 +248,7 @@ class ActivationBuffer:
                 before = self._statistics.get(path)
                 self._statistics[path] = found if before is None else before.merged(found)
 
-    def _walk(self, taken: int, seen: int) -> Iterator[tuple[Step, BatchRows, int]]:
+    def _walk(self, taken: int, seen: int) -> Iterator[tuple[SourceBatch, BatchRows, int]]:
         """This rank's batches from number ``taken`` on, the rows kept of each, and how many there are so far."""
         sizes = {path: (DTYPES[each["dtype"]].itemsize, each["shape"]) for path, each in self.spec["sites"].items()}
         limit = self._request.budget.limit(row_bytes(sizes, self.spec["tokens"]))

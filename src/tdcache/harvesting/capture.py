@@ -23,7 +23,7 @@ from tdcache.store.dtypes import DTYPES, count_lost
 from tdcache.types import HookDirection, Match, Pick, Selector
 
 __all__ = [
-    "Capture",
+    "BatchCapture",
     "Look",
     "Losses",
     "RowTaker",
@@ -130,7 +130,7 @@ class Look:
     """How long it took."""
 
 
-class Capture:
+class BatchCapture:
     """A model with takers at its sites, called batch by batch. A context manager.
 
     Args:
@@ -230,7 +230,7 @@ class Capture:
         return found
 
     def paths(self, hooked: HookedModule) -> tuple[str, ...]:
-        """The sites."""
+        """Return the paths of the selected sites, in the order of the model."""
         recorder = hooked.hooking_context.recorder
         return tuple(recorder.channels[0].paths)
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from tdcache.errors import SelectionError, SpecError, StoreError, listed
-from tdcache.harvesting.capture import Capture
+from tdcache.harvesting.capture import BatchCapture
 from tdcache.harvesting.plan import Preflight, Probe, probe, row_bytes
 from tdcache.harvesting.progress import Progress
 from tdcache.harvesting.recheck import check_like, refuse_overflow, run_again
 from tdcache.harvesting.request import SHARD_BYTES, Request, asked_for
 from tdcache.harvesting.row_rule import BatchRows, RowKind, batch_length
-from tdcache.harvesting.source import Step, Visit
+from tdcache.harvesting.source import SourceBatch, Visit
 from tdcache.harvesting.workers import Share
 from tdcache.harvesting.writer_thread import WriterThread
 from tdcache.modules import HookedModule
@@ -164,7 +164,9 @@ def harvest(
         raise SpecError(f"{request.folder} holds a store already, and resume=False", path=request.folder)
     made_by = {"torch": torch.__version__, "tensordict": str(tensordict.__version__)}
     writer = StoreWriter(request.folder, spec, made_by=made_by, files=files)
-    run = _Run(capture, request, writer, share, overflow == "raise", shown=progress, found=found, expected=expected)
+    run = _HarvestRun(
+        capture, request, writer, share, overflow == "raise", shown=progress, found=found, expected=expected
+    )
     run.go(recheck=recheck)
     return ActivationDataset.open(request.folder)
 
@@ -193,7 +195,7 @@ _NO_OPTIONS = ("model", "data", "path", "select", "held_on")
 
 
 @dataclass(slots=True)
-class _Unit:
+class _UnitRows:
     """The rows of a unit while it is run."""
 
     number: int
@@ -209,10 +211,10 @@ class _Unit:
 
 
 @dataclass(slots=True)
-class _Run:
+class _HarvestRun:
     """One process's share of a harvest."""
 
-    capture: Capture
+    capture: BatchCapture
     request: Request
     writer: StoreWriter
     share: Share
@@ -225,7 +227,7 @@ class _Run:
     there: dict[int, int] = field(default_factory=dict)
     """Rows of the units that are there, or were counted or run, by unit."""
     limit: int | None = None
-    unit: _Unit | None = None
+    unit: _UnitRows | None = None
     rows_before: int = 0
     counted: int = 0
 
@@ -322,15 +324,15 @@ class _Run:
                 if full:
                     break
 
-    def _begin(self, step: Step) -> None:
+    def _begin(self, step: SourceBatch) -> None:
         """A batch comes; where its unit is a new one, the rows of those before it are known now."""
         if self.unit is not None and self.unit.number == step.unit:
             return
-        self.unit = _Unit(step.unit, step.first)
+        self.unit = _UnitRows(step.unit, step.first)
         self.rows_before = sum(rows for unit, rows in self.there.items() if unit < step.unit)
         self.counted = 0
 
-    def _take(self, hooked: HookedModule, step: Step, rows: BatchRows) -> None:
+    def _take(self, hooked: HookedModule, step: SourceBatch, rows: BatchRows) -> None:
         """Run a batch, or take what its first forward gave."""
         unit, found, self.found = self._needed(), self.found, None
         is_known = found is not None and step.number == 0 and (len(rows) == found.rows or not found.lost)
@@ -349,7 +351,7 @@ class _Run:
         own = self.request.columns(step.batch, rows, self.writer.spec.get("columns"))
         unit.add(values, rows, own)
 
-    def _finish(self, step: Step, end: bool, cut: bool, thread: WriterThread) -> None:
+    def _finish(self, step: SourceBatch, end: bool, cut: bool, thread: WriterThread) -> None:
         unit, self.unit = self._needed(), None
         self.there[unit.number] = self.counted
         if step.visit == "run" and self.share.writes:
@@ -367,11 +369,11 @@ class _Run:
                 )
             )
 
-    def _cut(self, unit: _Unit) -> bool:
+    def _cut(self, unit: _UnitRows) -> bool:
         reached = self.limit is not None and self.rows_before + self.counted >= self.limit
         return reached and unit.columns["seq"][-1].numel() > 0
 
-    def _needed(self) -> _Unit:
+    def _needed(self) -> _UnitRows:
         if self.unit is None:
             raise StoreError("a unit ended that had not begun")
         return self.unit

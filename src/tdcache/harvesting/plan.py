@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tdcache.errors import CaptureError, SelectionError, listed
-from tdcache.harvesting.capture import Capture, Losses
+from tdcache.harvesting.capture import BatchCapture, Losses
 from tdcache.harvesting.row_rule import BatchRows, RowKind, RowRule, batch_length, has_tokens, row_dims, side_of
 from tdcache.harvesting.source import Source
 from tdcache.store.header import pack_header
@@ -96,7 +96,7 @@ def row_bytes(sites: Mapping[str, tuple[int, tuple[int, ...]]], with_tokens: boo
 
 
 def probe(
-    capture: Capture, source: Source, rule: Mapping[str, Any], kind: RowKind | None, paths: Sequence[str]
+    capture: BatchCapture, source: Source, rule: Mapping[str, Any], kind: RowKind | None, paths: Sequence[str]
 ) -> Probe:
     """Run the first batch, to see shapes and dtypes; the first unit need not run it again.
 

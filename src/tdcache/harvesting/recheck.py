@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tdcache.errors import CaptureError, SpecError
-from tdcache.harvesting.capture import Capture, Losses
+from tdcache.harvesting.capture import BatchCapture, Losses
 from tdcache.harvesting.row_rule import RowRule
 from tdcache.harvesting.sizes import dtype_name
 from tdcache.harvesting.source import Source
@@ -29,7 +29,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, tor
 _COARSE = 0.15
 
 
-def run_again(capture: Capture, source: Source, rule: RowRule, shard: Shard, writer: StoreWriter) -> None:
+def run_again(capture: BatchCapture, source: Source, rule: RowRule, shard: Shard, writer: StoreWriter) -> None:
     """Compute the first rows of the store's first shard once more and compare.
 
     Raises:

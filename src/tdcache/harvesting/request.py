@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tdcache.harvesting.capture import Capture
+from tdcache.harvesting.capture import BatchCapture
 from tdcache.harvesting.columns import OwnColumns
 from tdcache.harvesting.identity import identity_of, spelled_positions
 from tdcache.harvesting.plan import Budget, Preflight, Probe, batches_per_unit, model_fingerprint, probe
@@ -54,7 +54,7 @@ class Request:
         """Which rows are kept, once the spec says what was found out."""
         return RowRule(kind=spec["rows"], side=spec["side"], length=spec["length"], **self.rule)
 
-    def settled(self, capture: Capture, share: Share, *, new: bool = False) -> tuple[dict[str, Any], Probe | None]:
+    def settled(self, capture: BatchCapture, share: Share, *, new: bool = False) -> tuple[dict[str, Any], Probe | None]:
         """The spec, and what the first forward showed.
 
         Of a store that is there, what a forward would show is taken from it, so that none is needed.
@@ -118,9 +118,9 @@ def asked_for(
     in_keys: Sequence[Any] | None = None,
     columns: Sequence[str] | Mapping[str, Any] | None = None,
     held_on: torch.device | str = "cpu",
-) -> tuple[Capture, Request]:
+) -> tuple[BatchCapture, Request]:
     """The options of :func:`tdcache.harvest` in the forms that they have inside; ``held_on`` is where rows are kept."""
-    capture = Capture(
+    capture = BatchCapture(
         model,
         select,
         match=match,

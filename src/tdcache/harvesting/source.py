@@ -27,15 +27,15 @@ from tdcache.errors import SelectionError, StoreError
 from tdcache.harvesting.row_rule import batch_length
 from tdcache.hooks.values import leaves
 
-__all__ = ["Source", "Step", "Visit", "length_of"]
+__all__ = ["Source", "SourceBatch", "Visit", "length_of"]
 
 Visit = Literal["skip", "count", "run"]
 """What happens to a unit: not looked at, its rows counted, or run."""
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One batch."""
+class SourceBatch:
+    """One batch of the data, with its numbers and what is to happen to it."""
 
     unit: int
     number: int
@@ -66,7 +66,7 @@ class Source:
 
     def __init__(self, data: Any, *, batch_size: int = 32, collate: Callable[[list[Any]], Any] | None = None) -> None:
         if isinstance(data, TensorDictBase):
-            data, collate = _Rows(data), collate or torch.stack
+            data, collate = _TensorDictRows(data), collate or torch.stack
         if hasattr(data, "__array__") and not isinstance(data, Tensor):
             data = torch.as_tensor(data)
         if hasattr(data, "with_format") and _has_no_format(data):  # its lists would be collated column by column
@@ -108,7 +108,7 @@ class Source:
             digest.update(_some_bytes(tensor))
         return digest.hexdigest()
 
-    def walk(self, per_unit: int, visit: Callable[[int], Visit]) -> Iterator[Step]:
+    def walk(self, per_unit: int, visit: Callable[[int], Visit]) -> Iterator[SourceBatch]:
         """The batches of the units that are not skipped, in order.
 
         Args:
@@ -120,7 +120,7 @@ class Source:
         else:
             yield from self._go_through(per_unit, visit)
 
-    def _jump(self, per_unit: int, visit: Callable[[int], Visit]) -> Iterator[Step]:
+    def _jump(self, per_unit: int, visit: Callable[[int], Visit]) -> Iterator[SourceBatch]:
         count, size = self.batches or 0, self._loader.batch_size if self._loader is not None else 0
         visits = {unit: visit(unit) for unit in range(-(-count // per_unit))}
         numbers = [number for number in range(count) if visits[number // per_unit] != "skip"]
@@ -130,7 +130,7 @@ class Source:
         for number, batch in zip(numbers, batches, strict=True):
             unit, last = number // per_unit, number == count - 1
             ends = last or number % per_unit == per_unit - 1
-            yield Step(unit, number, number * (size or 1), _as_tensors(batch), visits[unit], ends, last)
+            yield SourceBatch(unit, number, number * (size or 1), _as_tensors(batch), visits[unit], ends, last)
 
     def _restricted(self, numbers: list[int]) -> Iterable[Any]:
         """The batches with these numbers, loaded as the user's own loader would."""
@@ -157,7 +157,7 @@ class Source:
             **beside,
         )
 
-    def _go_through(self, per_unit: int, visit: Callable[[int], Visit]) -> Iterator[Step]:
+    def _go_through(self, per_unit: int, visit: Callable[[int], Visit]) -> Iterator[SourceBatch]:
         self.first()
         walked = itertools.chain(self._first or (), () if self._walked is None else self._walked)
         self._first = None
@@ -169,7 +169,7 @@ class Source:
             batch = _as_tensors(item)
             if kind != "skip":
                 ends = last or number % per_unit == per_unit - 1
-                yield Step(unit, number, first, batch, kind, ends, last)  # type: ignore[arg-type]
+                yield SourceBatch(unit, number, first, batch, kind, ends, last)  # type: ignore[arg-type]
             first += batch_length(batch)
 
 
@@ -189,7 +189,7 @@ class _Indices:
             yield list(range(number * self.size, min((number + 1) * self.size, self.length)))
 
 
-class _Rows(Dataset[Any]):
+class _TensorDictRows(Dataset[Any]):
     """The rows of a TensorDict, one by one: what its own ``__getitems__`` gives is no list of samples."""
 
     def __init__(self, rows: TensorDictBase) -> None:

@@ -37,7 +37,7 @@ class Forwards(Transient):
         self.count = 0
 
     def on_forward(self, module: nn.Module, args: Any) -> None:
-        """One more."""
+        """Count one more forward."""
         self.count += 1
 
 
@@ -146,7 +146,7 @@ class GetTap(Transient):
         return mine != its or not (self.where.whole and other.where.whole)
 
     def on_call(self, *args: Any) -> None:
-        """Take the value."""
+        """Take the value of this call, or of its gradient, and hand it to the callback if there is one."""
         if not self.row.gradient and in_backward():  # the recomputation of a checkpoint
             return
         if self.call is not None and not self.call.is_due(self.path):
@@ -254,7 +254,7 @@ class SetTap(Transient):
         return f"{type(self).__name__}({self.path!r}, {self.row.name!r}, {what!r})"
 
     def on_call(self, *args: Any) -> Any:
-        """Replace the value."""
+        """Return the new value, which torch passes on in place of the old one."""
         if self.call is not None and not self.call.is_due(self.path):
             return None
         self.fired = True

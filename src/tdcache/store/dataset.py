@@ -58,7 +58,7 @@ class Column:
 
     @property
     def shape(self) -> torch.Size:
-        """``(rows, *features)``."""
+        """The shape of the whole column, ``(rows, *features)``."""
         return torch.Size((len(self), *self._dataset.describe(self.key)[1]))
 
     @property

@@ -29,7 +29,7 @@ SAFETENSORS_DTYPES = {
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``"float32"`` for ``torch.float32``."""
+    """Return the name of a dtype, ``"float32"`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
 
 

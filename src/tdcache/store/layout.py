@@ -27,7 +27,7 @@ from tdcache.store.spec import canonical
 from tdcache.store.statistics import SiteStatistics
 from tdcache.store.summary import packed_summary, parsed_summary, summarised
 
-__all__ = ["Layout"]
+__all__ = ["StorePaths"]
 
 _NAME = re.compile(r"u(\d{8,})\.safetensors")
 _PER_FOLDER = 1000
@@ -39,7 +39,7 @@ def _names(unit: int) -> tuple[str, str]:
     return f"{unit // _PER_FOLDER:03d}", f"u{unit:08d}.safetensors"
 
 
-class Layout:
+class StorePaths:
     """The names in one store's folder.
 
     Args:
@@ -53,7 +53,7 @@ class Layout:
         self.index = self.folder / "index.json"
 
     def __repr__(self) -> str:
-        return f"Layout({str(self.folder)!r})"
+        return f"StorePaths({str(self.folder)!r})"
 
     def prepare(self, files: Files) -> None:
         """Make the folders.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tdcache.errors import SpecError, listed
 from tdcache.paths import near_misses
-from tdcache.store.layout import Layout
+from tdcache.store.layout import StorePaths
 from tdcache.store.rows import ROW_COLUMNS, by_shard, put_rows, row_numbers
 from tdcache.store.scaling import Scaling
 from tdcache.store.shard import Shard, ShardCache
@@ -46,7 +46,7 @@ class StoreReader:
     def __init__(
         self, folder: str | os.PathLike[str], *, keys: Sequence[str] | None = None, check: bool = False
     ) -> None:
-        self._layout, self._name = Layout(folder), os.fspath(folder)
+        self._layout, self._name = StorePaths(folder), os.fspath(folder)
         self.spec: dict[str, Any] = read_spec(self._layout.folder)
         """What is stored, of which model, and how."""
         self.id = spec_id(self.spec)
@@ -109,7 +109,7 @@ class StoreReader:
 
     @property
     def path(self) -> Path:
-        """The folder."""
+        """The absolute path of the folder of the store."""
         return self._layout.folder
 
     @property

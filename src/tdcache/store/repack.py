@@ -19,7 +19,7 @@ from tdcache.errors import CaptureError, SpecError, StoreError
 from tdcache.store.atomic import draft_folder
 from tdcache.store.dtypes import count_lost, dtype_name
 from tdcache.store.files import as_store_error
-from tdcache.store.layout import Layout
+from tdcache.store.layout import StorePaths
 from tdcache.store.reader import StoreReader
 from tdcache.store.rows import joined
 from tdcache.store.shard_header import site_column
@@ -150,7 +150,7 @@ def _columns(rows: TensorDict, source: StoreReader, dtype: torch.dtype | None = 
 
 
 def _beside(store: StoreReader, word: str) -> Path:
-    """``runs/a.acts`` becomes ``runs/a-word.acts``."""
+    """Return a path beside the store: ``runs/a.acts`` becomes ``runs/a-word.acts``."""
     return store.path.with_name(f"{store.path.stem}-{word}{store.path.suffix}")
 
 
@@ -159,7 +159,7 @@ def _target(path: str | os.PathLike[str], *stores: StoreReader) -> Path:
     for store in stores:
         if not store.complete:
             raise StoreError(f"{store.path} is unfinished; run its harvest to the end first", path=store.path)
-    layout = Layout(path)
+    layout = StorePaths(path)
     own = {each.name for each in (layout.shards, layout.scratch)}  # of one that was killed before it had a spec
     is_store = (layout.folder / "spec.json").exists()
     if not is_store and layout.folder.exists() and {each.name for each in layout.folder.iterdir()} - own:

@@ -26,7 +26,7 @@ class SiteStatistics:
     mean: Tensor = field(repr=False)
     """Of each feature, float64, in the shape of a row."""
     squares: Tensor = field(repr=False)
-    """The sum of the squared differences from the mean, likewise."""
+    """Of each feature, the sum of the squared differences from the mean, float64."""
     overflow: int = 0
     """Values that the stored dtype could not hold."""
     underflow: int = 0
@@ -50,7 +50,7 @@ class SiteStatistics:
 
     @classmethod
     def none(cls, shape: Sequence[int]) -> SiteStatistics:
-        """Of no rows."""
+        """The statistics of no rows, for sites of this shape."""
         zeros = torch.zeros(tuple(shape), dtype=torch.float64)
         return cls(0, zeros, zeros)
 
@@ -86,7 +86,7 @@ class SiteStatistics:
 
     @classmethod
     def unpacked(cls, rows: int, packed: Tensor) -> SiteStatistics:
-        """From :meth:`packed`."""
+        """The statistics that :meth:`packed` gave, of so many rows."""
         return cls(rows, packed[0], packed[1])
 
 

@@ -27,7 +27,7 @@ def summarised(contract: Contract, shards: Iterable[Shard]) -> dict[str, SiteSta
 
 
 def packed_summary(found: Mapping[str, SiteStatistics]) -> dict[str, Any]:
-    """As JSON values."""
+    """The statistics of each site as JSON values, without loss."""
     return {
         path: {
             "rows": each.rows,

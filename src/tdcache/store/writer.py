@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdcache.errors import StoreError
 from tdcache.store.files import Files, as_store_error
-from tdcache.store.layout import Layout
+from tdcache.store.layout import StorePaths
 from tdcache.store.rows import ROW_COLUMNS
 from tdcache.store.shard import Shard, ShardCache
 from tdcache.store.shard_header import Contract, ShardInfo, own_column, site_column, statistics_column
@@ -45,7 +45,7 @@ class StoreWriter:
         files: Files | None = None,
     ) -> None:
         self.files = files or Files()
-        self.layout = Layout(folder)
+        self.layout = StorePaths(folder)
         with as_store_error(self.layout.folder):
             if not (self.layout.folder / "spec.json").exists():  # a finished store may be on a disk that is read-only
                 self.layout.prepare(self.files)
@@ -155,5 +155,5 @@ class StoreWriter:
 
     @property
     def folder(self) -> Path:
-        """Of the store."""
+        """The folder of the store that is written."""
         return self.layout.folder
