@@ -66,7 +66,7 @@ class Lazy:
             raise AttributeError(
                 f"{name!r} is not known before the run has ended; ask the value after the block: proxy.value.{name}"
             )
-        return _Method(self, name)
+        return _TensorMethod(self, name)
 
     def __hash__(self) -> int:
         return id(self)
@@ -129,7 +129,7 @@ class Computed(Lazy):
             raise
 
 
-class _Method:
+class _TensorMethod:
     """A tensor method of a value that is not there yet."""
 
     def __init__(self, owner: Lazy, name: str) -> None:

@@ -95,7 +95,7 @@ class HookedModuleRun(DirectedForms):
 
     @property
     def cache(self) -> TensorDictBase:
-        """Where ``get`` writes, and ``save`` where no other cache was given."""
+        """ValuePart ``get`` writes, and ``save`` where no other cache was given."""
         if self._cache is None:
             self._cache = TensorDict(batch_size=[])
         return self._cache
@@ -177,7 +177,7 @@ class HookedModuleRun(DirectedForms):
             direction: which value.
             prepend: in front of the hooks that are there.
             relative: with False, the path is relative to the hooked module.
-            **options: ``pick=``, and those of :class:`tdcache.modules.where.Where`: ``positions=`` and ``units=`` for
+            **options: ``pick=``, and those of :class:`tdcache.modules.where.ValuePart`: ``positions=`` and ``units=`` for
                 part of the value, ``steps=`` for some forwards of ``generate()``.
         """
         self._needs_block("set", direction)

@@ -21,7 +21,7 @@ from tdcache.hooks.values import exchanged, leaves, pick_tensor, tensor_only
 from tdcache.inplace import InplaceWatch
 from tdcache.introspect import in_backward
 from tdcache.modules.lazy import Lazy, NoValueYet, resolved
-from tdcache.modules.where import Where
+from tdcache.modules.where import ValuePart
 from tdcache.reducers import Reducer
 from tdcache.types import CacheKey, Hold, Pick
 
@@ -54,13 +54,13 @@ class ValueProxy(Lazy, CacheProxy):
         self._key = key
         self._held = cache
         self.path = path
-        """Where the value is taken."""
+        """ValuePart the value is taken."""
         self._value: Any = None
         self._watch = InplaceWatch()
 
     @property
     def key(self) -> CacheKey:
-        """Where in the cache the value is."""
+        """ValuePart in the cache the value is."""
         return self._key
 
     def resolve(self) -> Any:
@@ -115,7 +115,7 @@ class GetTap(Transient):
         hold: Hold,
         forwards: Forwards | None,
         order: int,
-        where: Where,
+        where: ValuePart,
         reducer: Reducer | None = None,
     ) -> None:
         if callback is not None and not where.whole:
@@ -231,7 +231,7 @@ class SetTap(Transient):
         callback: Callable[..., Any] | None,
         pick: Pick,
         order: int,
-        where: Where,
+        where: ValuePart,
     ) -> None:
         if callable(pick):
             raise EditError(f"a callable pick= cannot say where to put the value at {path!r}; use an index or a key")

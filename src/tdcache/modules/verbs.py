@@ -16,7 +16,7 @@ from tdcache.introspect import has_stale_graph
 from tdcache.modules.directed_verbs import DirectedForms
 from tdcache.modules.run import HookedModuleRun
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
-from tdcache.modules.where import Where, WhereOptions
+from tdcache.modules.where import ValuePart, WhereOptions
 from tdcache.reducers import Reducer
 from tdcache.types import CacheKey, Hold, HookDirection, Pick, Removable
 
@@ -175,7 +175,7 @@ class ModuleVerbs(DirectedForms):
         row, path, module = self._place(module_key, direction, callback, relative, "value")
         default = Order.EDIT_GRADIENT if row.gradient else Order.EDIT
         order = Order.FIRST if prepend else default
-        return SetTap(path, row, value, callback=callback, pick=pick, order=order, where=Where(**where)), module
+        return SetTap(path, row, value, callback=callback, pick=pick, order=order, where=ValuePart(**where)), module
 
     def declare_get(
         self,
@@ -207,7 +207,7 @@ class ModuleVerbs(DirectedForms):
             raise ValueError(f"reducer= is a Reducer such as Stack(), got {reducer!r}")
         tap = GetTap(
             proxy, row, callback=callback, pick=pick, hold=hold, forwards=forwards, order=order,
-            where=Where(**where), reducer=None if reducer is None else reducer.fresh(),
+            where=ValuePart(**where), reducer=None if reducer is None else reducer.fresh(),
         )  # fmt: skip
         return tap, module
 

@@ -14,11 +14,11 @@ from tdcache.regions import Along, Region
 from tdcache.steps import Steps, check_steps
 from tdcache.types import CacheKey
 
-__all__ = ["Where", "WhereOptions"]
+__all__ = ["ValuePart", "WhereOptions"]
 
 
 class WhereOptions(TypedDict, total=False):
-    """The fields of :class:`Where` as keyword arguments."""
+    """The fields of :class:`ValuePart` as keyword arguments."""
 
     positions: Along
     units: Along
@@ -29,7 +29,7 @@ class WhereOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Where:
+class ValuePart:
     """The part that is read or replaced; see ``docs/positions.md`` for what positions and steps mean.
 
     A single number takes its axis off what is read, as indexing does; what is set may have that axis or not.
