@@ -42,7 +42,7 @@ class StepGate:
         self.call.attach(handle)  # afterwards, so that the clock has ticked when the recorder hears of a forward
 
     def begin(self, module: nn.Module, args: Any) -> None:
-        """A forward begins."""
+        """Tell the recorder that a forward begins, if the step is one that counts."""
         if not self.call.is_outermost:
             return
         if self.call.is_due(""):

@@ -177,8 +177,8 @@ class HookedModuleRun(DirectedForms):
             direction: which value.
             prepend: in front of the hooks that are there.
             relative: with False, the path is relative to the hooked module.
-            **options: ``pick=``, and those of :class:`tdcache.modules.where.ValuePart`: ``positions=`` and ``units=`` for
-                part of the value, ``steps=`` for some forwards of ``generate()``.
+            **options: ``pick=``, and those of :class:`tdcache.modules.where.ValuePart`: ``positions=`` and ``units=``
+                for part of the value, ``steps=`` for some forwards of ``generate()``.
         """
         self._needs_block("set", direction)
         tap, module = self._module.declare_set(
