@@ -15,12 +15,14 @@ from tensordict import TensorDictBase
 from torch import nn
 
 from tdcache.cache import Capture, Keep
+from tdcache.cache.step_gate import StepGate
 from tdcache.contexts import HookingContext, HookingContextFactory, HookingContextWithCache
 from tdcache.errors import DirectionError
 from tdcache.hooks import MultiHookHandle, attach, bracket
 from tdcache.modules import HookedModule
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import as_matcher
+from tdcache.steps import Steps
 from tdcache.tokens import Positions
 from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector
 
@@ -71,6 +73,8 @@ class ActivationCaching(HookingContextFactory):
             over them. None keeps all columns, padding included. See ``docs/positions.md``.
         mask_key: the name of the mask among the model's arguments, found by itself by default; None counts columns.
         position_dim: the axis of positions in the values.
+        steps: in which forwards of ``generate()`` values are kept: ``"prefill"``, ``"decode"``, or a predicate of a
+            :class:`tdcache.Step`. The entries outlast the forwards that are left out. All by default.
 
     Raises:
         DirectionError: unknown direction, or a gradient with ``stop_early``.
@@ -114,6 +118,7 @@ class ActivationCaching(HookingContextFactory):
         positions: Positions = None,
         mask_key: Any = "auto",
         position_dim: int = 1,
+        steps: Steps = None,
     ) -> None:
         super().__init__()
         if isinstance(directions, str):
@@ -147,6 +152,7 @@ class ActivationCaching(HookingContextFactory):
             positions=positions,
             mask_key=mask_key,
             position_dim=position_dim,
+            steps=steps,
         )
 
     @property
@@ -183,7 +189,10 @@ class ActivationCaching(HookingContextFactory):
             positions = recorder.channels[0].positions
             if positions is not None:
                 handle.add(attach(module.model, positions.on_call, "fwd_pre_kwargs", order=positions.order))
-            bracket(module.model, recorder.begin, recorder.end, handle)
+            if self._capture.steps is None:
+                bracket(module.model, recorder.begin, recorder.end, handle)
+            else:
+                StepGate(module.model, self._capture.steps, recorder).attach(handle)
         context.record(recorder)
         return handle
 

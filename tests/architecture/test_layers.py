@@ -9,8 +9,8 @@ from architecture.source_tree import PACKAGE, Source, imports_of, package_source
 
 FLOORS = (
     ("errors", "types"),
-    ("arguments", "inplace", "masks", "paths", "selection", "tokens"),
-    ("calls", "hooks", "introspect", "sequences", "steps", "transforms"),
+    ("arguments", "inplace", "masks", "paths", "regions", "selection", "tokens"),
+    ("calls", "current_call", "hooks", "introspect", "sequences", "steps", "transforms"),
     ("reducers", "cache", "store"),
     ("modules", "contexts", "points"),
     ("caching", "pipeline", "interventions", "attribution"),
@@ -27,6 +27,10 @@ NEIGHBOURS = {
     ("steps", "introspect"),
     ("calls", "hooks"),
     ("calls", "introspect"),
+    ("current_call", "hooks"),
+    ("current_call", "introspect"),
+    ("current_call", "sequences"),
+    ("current_call", "steps"),
     ("cache", "reducers"),
     ("contexts", "modules"),
     ("cli", "inspect"),

@@ -14,6 +14,7 @@ from tdcache import (
     SteeringVectors,
     cache_activations,
 )
+from tdcache.reducers import Last
 
 transformers = pytest.importorskip("transformers")
 
@@ -141,7 +142,7 @@ def test_a_run_generates_too(built, ids):
     hooked = HookedModule.from_module(model)
     with hooked.run(ids, run_callback=lambda hooked, data: generate(model, data)) as run:
         run.set(path, callback=lambda *, output, **rest: torch.zeros_like(output))
-        run.get(path)
+        run.get(path, reducer=Last())
     with Ablation(path).prepare(model):
         assert torch.equal(run.result, generate(model, ids))
     assert run.cache[f"{path}_output"].shape == (2, 1, 8)  # the last step's

@@ -385,8 +385,11 @@ def test_a_module_that_runs_twice_warns_once_and_keeps_the_last(x):
     assert torch.equal(run.cache["encode_output"], model(x))
 
 
-def test_two_forwards_in_one_run_are_no_second_call(hooked, model, x):
-    with hooked.run(x, run_callback=lambda hooked, data: (hooked(data), hooked(data + 1))) as run:
+def test_of_two_forwards_in_one_run_the_last_is_kept_with_a_warning(hooked, model, x):
+    with (
+        pytest.warns(RepeatedCallWarning, match="'head' ran more than once in this run.*reducer=Stack"),
+        hooked.run(x, run_callback=lambda hooked, data: (hooked(data), hooked(data + 1))) as run,
+    ):
         run.get("head")
     assert torch.equal(run.cache["head_output"], model(x + 1))
 

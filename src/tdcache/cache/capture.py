@@ -41,6 +41,7 @@ from tdcache.hooks.factory import check_callback
 from tdcache.hooks.port import InputPort, OutputPort
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Selection, Site
+from tdcache.steps import Steps, check_steps
 from tdcache.tokens import Positions, check_positions
 from tdcache.types import Check, HookDirection, Pick, Removable
 
@@ -71,9 +72,11 @@ class Capture:
     positions: Positions = None
     mask_key: Any = "auto"
     position_dim: int = 1
+    steps: Steps = None
 
     def __post_init__(self) -> None:
         check_positions(self.positions)
+        check_steps(self.steps)
         if self.stack_by is not None and self.pick == "all":
             raise CaptureError(
                 f"stack_by={self.stack_by!r} stacks one value per site, and pick='all' keeps several; leave one out"
@@ -94,7 +97,8 @@ class Capture:
     @property
     def fits_graph(self) -> bool:
         """Whether a compiled graph can do it: the latest outputs, as they are."""
-        asks_more = self.callback is not None or self.pick is not None or self.positions is not None or self.stop_early
+        asked = (self.callback, self.pick, self.positions, self.steps)
+        asks_more = any(each is not None for each in asked) or self.stop_early
         return self.directions == ("fwd",) and self.keep == Keep() and isinstance(self.reducer, Last) and not asks_more
 
     def recorder(self, cache: TensorDictBase, selection: Selection) -> Recorder:
@@ -117,7 +121,7 @@ class Capture:
             target.ensure()
             if not has_parts:
                 target.check(selection.paths if stack_by is None else tuple(stack_by.members))
-            options = (stack_by, has_parts, chosen, by_value)
+            options = (stack_by, has_parts, chosen, self.steps is not None, by_value)
             channels.append(Channel(direction, selection.paths, keep, target, self.reducer, *options))
         return Recorder(channels, fits_graph=self.fits_graph and channels[0].takes_aliases)
 

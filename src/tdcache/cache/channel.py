@@ -53,6 +53,8 @@ class Channel:
     """Whether a site may have any number of entries (``pick="all"``)."""
     positions: PositionFilter | None = None
     """Which positions of each value are kept; None for all."""
+    gated: bool = False
+    """Whether some forwards are left out (``steps=``)."""
     by_value: bool = False
     """Whether what is kept of the forward is compared by checksums as well (``check="values"``)."""
     transfers: Transfers = field(default_factory=Transfers)
@@ -109,7 +111,7 @@ class Channel:
     @property
     def takes_aliases(self) -> bool:
         """Whether a hook may write the tensor itself into ``values``."""
-        plain = self.keep.plain and self.positions is None and not self.target.in_place
+        plain = self.keep.plain and self.positions is None and not (self.target.in_place or self.gated)
         return self.latest_only and plain and not self._checks_values
 
     @property

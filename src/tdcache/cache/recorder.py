@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tdcache.cache.channel import Channel
 from tdcache.cache.ownership import storage_of, storages_of
 from tdcache.cache.target import ClosedTarget
+from tdcache.current_call import CurrentCall
 from tdcache.errors import CaptureError, RepeatedCallWarning, StopForward, UnfiredSiteWarning, listed, warn_user
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.transient import Transient
@@ -58,6 +59,10 @@ class Recorder(Transient):
         self.graphless: set[str] = set()
         self.repeated: set[str] = set()
         """Sites that a compiled graph, which cannot warn, saw a second time."""
+        self.gate: CurrentCall | None = None
+        """Which forwards of ``generate()`` count (``steps=``); None for all."""
+        self.left_out = 0
+        """How many forwards did not count."""
         self.stop_after: frozenset[str] = frozenset()
         self._depth = 0
         self._delivered = True
@@ -114,6 +119,14 @@ class Recorder(Transient):
     def is_foreign(self) -> bool:
         """Whether what a hook sees now belongs to a forward of another thread."""
         return bool(self._elsewhere) and get_ident() in self._elsewhere
+
+    def skips(self, path: str) -> bool:
+        """Whether what a hook sees now at ``path`` is not kept: another thread's forward, or a step that is left out.
+
+        Raises:
+            ContextError: the steps cannot be told there.
+        """
+        return self.is_foreign or (self.gate is not None and not self.gate.is_due(path))
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook of the root, also called when the forward raised: the forward is over."""
@@ -190,7 +203,7 @@ class Recorder(Transient):
 
     def take(self, channel: Channel, key: CacheKey, path: str, tensor: Any) -> None:
         """Keep a value of the forward; the slow path of every tap."""
-        if not self.open or in_backward() or self.is_foreign:
+        if not self.open or in_backward() or self.skips(path):
             return
         if not channel.latest_only:
             channel.take(key, path, tensor)
@@ -292,6 +305,12 @@ class Recorder(Transient):
                     "stack_by= out",
                     UnfiredSiteWarning,
                 )
+        if self.gate is not None and self.left_out and not self.forwards:
+            warn_user(
+                f"steps={self.gate.options.steps!r} left out every forward of the model, {self.left_out} in number, so "
+                "nothing was kept; a forward without a cache is prefill",
+                UnfiredSiteWarning,
+            )
         for channel in self.channels if self.forwards else ():
             silent = [path for path in channel.paths if path not in channel.fired]
             if silent:

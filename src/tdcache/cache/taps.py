@@ -42,7 +42,6 @@ __all__ = [
     "part_key",
 ]
 
-
 _version = Tensor._version.__get__  # type: ignore[attr-defined]  # faster than to ask the tensor, and for what it is
 
 
@@ -161,17 +160,18 @@ class CallbackTap(Tap):
 
     def on_call(self, *args: Any) -> None:
         """Ask the callback about a value of the forward and keep its answer."""
-        if not self.recorder.is_foreign:
+        if not self.recorder.skips(self.path):
             self.recorder.take(self.channel, self.path, self.path, self._answer(args))
 
     def for_call(self) -> Callable[..., None]:
         """The hook for the gradients of the call that is under way."""
-        return partial(self.on_gradient, self.channel.number, self.recorder.next_serial())
+        number = None if self.recorder.skips(self.path) else self.channel.number
+        return partial(self.on_gradient, number, self.recorder.next_serial())
 
-    def on_gradient(self, number: int, serial: int, *args: Any) -> None:
-        """Ask the callback about the gradients of one call and keep its answer."""
+    def on_gradient(self, number: int | None, serial: int, *args: Any) -> None:
+        """Ask the callback about the gradients of one call, if it counts (``number``), and keep its answer."""
         channel, recorder = self.channel, self.recorder
-        if recorder.open and (number == channel.number or not channel.latest_only):
+        if number is not None and recorder.open and (number == channel.number or not channel.latest_only):
             recorder.take_gradient(channel, self.path, self.path, self._answer(args), number, serial)
 
     def _answer(self, args: tuple[Any, ...]) -> Any:
@@ -197,7 +197,7 @@ class GradientTap(Tap):
 
     def on_call(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Set a tensor hook on the output, if a gradient can come; returns an alias of an input that is handed on."""
-        if self.recorder.is_foreign:
+        if self.recorder.skips(self.path):
             return None
         if self.port.pick == "all":
             return self._watch_parts(module, args, output, self.port.parts(module, args, output))
@@ -304,7 +304,7 @@ class InputGradientTap(Tap):
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hand the module an alias, if a gradient can come."""
-        if self.recorder.is_foreign or not torch.is_grad_enabled():
+        if self.recorder.skips(self.path) or not torch.is_grad_enabled():
             self.calls.begin(module)
             self._note_graphless()
             return None
@@ -323,7 +323,7 @@ class InputGradientTap(Tap):
         return changed
 
     def _note_graphless(self) -> None:
-        if not self.recorder.is_foreign:
+        if not self.recorder.skips(self.path):
             self.recorder.graphless.add(self.path)
 
     def _watch_parts(

@@ -11,10 +11,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from tdcache.current_call import CurrentCall
 from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle
 from tdcache.interventions.base import Intervention, InterventionContext, with_inputs_of
-from tdcache.interventions.current_call import CurrentCall
 from tdcache.interventions.edit_tap import Edit
 from tdcache.interventions.options import EditKeywords
 from tdcache.interventions.random_state import SharedRandomState

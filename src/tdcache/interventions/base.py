@@ -10,9 +10,9 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.contexts import HookingContext, HookingContextFactory
+from tdcache.current_call import CurrentCall
 from tdcache.errors import ContextError, EditError
 from tdcache.hooks import MultiHookHandle, Order, attach_ports, direction_row, port_at
-from tdcache.interventions.current_call import CurrentCall
 from tdcache.interventions.edit_tap import Edit, EditTap, ReadTap, RegionEdit
 from tdcache.interventions.options import (
     OPTION_NAMES,

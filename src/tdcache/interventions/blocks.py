@@ -9,9 +9,9 @@ from typing import Any
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from tdcache.current_call import among
 from tdcache.errors import EditError
 from tdcache.hooks.values import check_fits
-from tdcache.interventions.current_call import among
 from tdcache.interventions.regions import Region
 from tdcache.interventions.replay import expanded
 from tdcache.types import CacheKey

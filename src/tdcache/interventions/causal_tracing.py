@@ -10,11 +10,11 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from tdcache.current_call import CurrentCall
 from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle, OutputPort, attach
 from tdcache.interventions.base import Intervention
 from tdcache.interventions.blocks import repeated, rows_of
-from tdcache.interventions.current_call import CurrentCall
 from tdcache.interventions.edit_tap import EditTap, ReadTap
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from tdcache.current_call import CurrentCall
 from tdcache.hooks.attach import Order
 from tdcache.hooks.port import Port
 from tdcache.hooks.values import check_fits
-from tdcache.interventions.current_call import CurrentCall
 from tdcache.interventions.regions import Region
 
 __all__ = ["Edit", "EditTap", "ReadTap", "RegionEdit"]

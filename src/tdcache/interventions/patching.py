@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Unpack
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdcache.current_call import CurrentCall
 from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle
 from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of
-from tdcache.interventions.current_call import CurrentCall
 from tdcache.interventions.edit_tap import Edit, RegionEdit
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords, WhereKeywords

@@ -18,11 +18,11 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.cache.stacking import StackBy
+from tdcache.current_call import CurrentCall
 from tdcache.errors import ContextError, EditError, TdcacheWarning, warn_user
 from tdcache.hooks import MultiHookHandle, attach, port_at
 from tdcache.interventions.base import with_inputs_of
 from tdcache.interventions.blocks import PatchBlocks, SweepState, block_of, repeated, rows_of
-from tdcache.interventions.current_call import CurrentCall
 from tdcache.interventions.edit_tap import EditTap, ReadTap
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.random_state import SharedRandomState

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -11,16 +12,21 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
 
+from tdcache.current_call import CurrentCall
 from tdcache.errors import ContextError, StopForward, UnfiredSiteWarning, listed, warn_user
 from tdcache.hooks.attach import MultiHookHandle, Order, attach
 from tdcache.hooks.compiled import running_eagerly
 from tdcache.hooks.directions import direction_row
+from tdcache.hooks.replaced_forward import skip_module
 from tdcache.introspect import why_not_called
 from tdcache.modules.directed_verbs import DirectedForms
-from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
+from tdcache.modules.taps import Forwards, GetTap, SetTap, SkipTap, ValueProxy
 from tdcache.types import CacheKey, HookDirection, Removable
 
 __all__ = ["HookedModuleRun", "Runnable"]
+
+
+_Tap = GetTap | SetTap | SkipTap
 
 
 class Runnable(Protocol):
@@ -36,22 +42,22 @@ class Runnable(Protocol):
     def find_site(self, key: str, relative: bool = True) -> tuple[str, nn.Module]:
         """Canonical path and module of ``key``."""
 
-    def add_set(self, module_key: str, value: Any, **options: Any) -> tuple[SetTap, Removable]:
-        """Have a value replaced."""
+    def declare_set(self, module_key: str, value: Any, **options: Any) -> tuple[SetTap, nn.Module]:
+        """What replaces a value, and the module it is for."""
 
-    def add_get(
+    def declare_get(
         self, cache: Any, module_key: str, cache_key: CacheKey | None, **options: Any
-    ) -> tuple[GetTap, Removable]:
-        """Have a value kept."""
+    ) -> tuple[GetTap, nn.Module]:
+        """What keeps a value, and the module it is for."""
 
 
 class HookedModuleRun(DirectedForms):
     """A run that :meth:`HookedModule.run` gives; its arguments are explained there.
 
-    In the block, ``get``, ``set``, ``save`` and ``stop`` (and the forms for inputs and gradients) say what is to happen
-    at which path. The model runs when the block ends, and not at all if the block raised; then every hook is removed.
-    What ``get`` and ``save`` give are proxies: a ``set`` in the same run (at a path that runs later) or in another run
-    resolves them when it needs the value.
+    In the block, ``get``, ``set``, ``save``, ``skip`` and ``stop`` (and the forms for inputs and gradients) say what is
+    to happen at which path, in this run alone: the hooks are there while it runs. The model runs when the block ends,
+    and not at all if the block raised. What ``get`` and ``save`` give are proxies, which can be computed with: a
+    ``set`` in the same run (at a path that runs later) or in another run resolves them when it needs the value.
 
     Raises:
         ContextError: a verb outside the block, a block inside itself, or two values for one key of the cache.
@@ -76,8 +82,8 @@ class HookedModuleRun(DirectedForms):
         self._grad_asked = self._grad_enabled = grad_enabled
         self._run_callback = run_callback or _call
         self._forwards = Forwards()
-        self._handle = MultiHookHandle()
-        self._taps: list[GetTap | SetTap] = []
+        self._taps: list[_Tap] = []
+        self._placing: list[Callable[[], Removable]] = []
         self._in_context = False
         self._stopped_at: str | None = None
         self.result: Any = None
@@ -89,7 +95,7 @@ class HookedModuleRun(DirectedForms):
 
     @property
     def cache(self) -> TensorDictBase:
-        """Where ``get`` writes, and ``save`` where no other cache was given."""
+        """ValuePart ``get`` writes, and ``save`` where no other cache was given."""
         if self._cache is None:
             self._cache = TensorDict(batch_size=[])
         return self._cache
@@ -108,32 +114,48 @@ class HookedModuleRun(DirectedForms):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        taps, self._taps = self._taps, []
+        (taps, self._taps), (placing, self._placing) = (self._taps, []), (self._placing, [])
         self._in_context = False
-        try:
-            if error is None:
-                self._run(taps)
-        finally:
-            self._handle.remove()
-        if error is None:
-            for tap in taps:
-                if isinstance(tap, GetTap):
-                    tap.proxy.check()
-            self._report_unfired(taps)
+        if error is not None:
+            return
+        self._run(taps, placing)
+        for tap in taps:
+            if isinstance(tap, GetTap):
+                tap.finish()
+        self._report_unfired(taps)
 
-    def _run(self, taps: list[GetTap | SetTap]) -> None:
+    def _run(self, taps: list[_Tap], placing: list[Callable[[], Removable]]) -> None:
         model = self._module.model
         with ExitStack() as undo:
-            if taps or self._stopped_at is not None:
+            if placing:
                 undo.enter_context(running_eagerly(model))
+            handle = MultiHookHandle()
+            undo.callback(handle.remove)
+            for place in placing:
+                handle.add(place())
             if any(isinstance(tap, GetTap) for tap in taps):  # only these tell a second call from a second forward
-                counter = attach(model, self._forwards.on_forward, "fwd_pre", order=Order.FIRST)
-                undo.callback(counter.remove)
+                handle.add(attach(model, self._forwards.on_forward, "fwd_pre", order=Order.FIRST))
+            for call in self._calls_of(taps):
+                call.attach(handle)
             undo.enter_context(torch.set_grad_enabled(self._grad_enabled))
             try:
                 self.result = self._run_callback(self._module, self._data)
             except (StopForward, _RunStopped):
                 self.result = self._data if isinstance(self._data, TensorDictBase) else None
+
+    def _calls_of(self, taps: list[_Tap]) -> list[CurrentCall]:
+        """What tells the taps which forward is under way: one for all that ask for the same."""
+        calls: dict[Any, CurrentCall] = {}
+        for tap in taps:
+            if isinstance(tap, SkipTap) or not tap.where.asks_for_call:
+                continue
+            where = tap.where
+            key = (id(where.steps) if callable(where.steps) else where.steps, str(where.mask_key))
+            if key not in calls:
+                calls[key] = CurrentCall(self._module.model, where)
+            tap.call = calls[key]
+            tap.call.wants_tokens |= where.positions is not None
+        return list(calls.values())
 
     def set(
         self,
@@ -146,12 +168,23 @@ class HookedModuleRun(DirectedForms):
         relative: bool = True,
         **options: Any,
     ) -> None:
-        """Replace a value in this run; see :meth:`HookedModule.set`."""
+        """Replace a value in this run; see :meth:`HookedModule.set`.
+
+        Args:
+            key: the path.
+            value: a tensor, a whole value of the type that is there, or a proxy, computed with or inside a tuple too.
+            callback: returns the new value.
+            direction: which value.
+            prepend: in front of the hooks that are there.
+            relative: with False, the path is relative to the hooked module.
+            **options: ``pick=``, and those of :class:`tdcache.modules.where.ValuePart`: ``positions=`` and ``units=``
+                for part of the value, ``steps=`` for some forwards of ``generate()``.
+        """
         self._needs_block("set", direction)
-        tap, handle = self._module.add_set(
+        tap, module = self._module.declare_set(
             key, value, callback=callback, direction=direction, prepend=prepend, relative=relative, **options
         )
-        self._take_in(tap, handle)
+        self._take_in(tap, module)
 
     def get(
         self,
@@ -164,7 +197,22 @@ class HookedModuleRun(DirectedForms):
         relative: bool = True,
         **options: Any,
     ) -> ValueProxy:
-        """Have a value written to the run's own cache; see :meth:`HookedModule.get`."""
+        """Have a value written to the run's own cache; see :meth:`HookedModule.get`.
+
+        Args:
+            key: the path.
+            cache_key: the key.
+            callback: returns what is written.
+            direction: which value.
+            prepend: see the value before edits at the same path.
+            relative: with False, the path is relative to the hooked module.
+            **options: ``pick=``, ``hold=``; ``positions=``, ``units=`` and ``steps=`` as in :meth:`set`; and
+                ``reducer=``, what is kept of several calls: ``Stack()`` for every step of ``generate()``. Without one
+                the last is kept, with a warning. What is gathered is there when the run has ended.
+
+        Returns:
+            A proxy of the value.
+        """
         self._needs_block("get", direction)
         return self._read(
             self.cache, key, cache_key,
@@ -192,48 +240,77 @@ class HookedModuleRun(DirectedForms):
         )  # fmt: skip
 
     def _read(self, cache: TensorDictBase, key: str, cache_key: CacheKey | None, **options: Any) -> ValueProxy:
-        tap, handle = self._module.add_get(cache, key, cache_key, forwards=self._forwards, **options)
-        self._take_in(tap, handle)
+        tap, module = self._module.declare_get(cache, key, cache_key, forwards=self._forwards, **options)
+        self._take_in(tap, module)
         return tap.proxy
 
+    def skip(self, key: str, value: Any) -> None:
+        """Do not run the module at ``key``; its hooks, and other verbs at this path, see ``value`` as its output.
+
+        Args:
+            key: the path.
+            value: the whole of what the module would return (for an attention module often a tuple), in which proxies
+                may stand; or a function of the module's arguments, such as ``lambda x: x``.
+
+        Raises:
+            PathError: no such path.
+            EditError: when the model runs, a proxy has no value yet.
+        """
+        self._needs_block("skip", "fwd")
+        path, module = self._module.find_site(key)
+        tap = SkipTap(path, value)
+        self._taps.append(tap)
+        self._placing.append(partial(skip_module, module, tap))
+
     def stop(self, key: str) -> None:
-        """End the run behind the module at ``key``: the forward, and what ``run_callback`` would do after it."""
+        """End the run after the module at ``key``: the forward, and what ``run_callback`` would do after it."""
         self._needs_block("stop", "fwd")
         path, module = self._module.find_site(key)
-        self._handle.add(attach(module, _StopRun().on_output, "fwd", order=Order.STOP))
+        self._placing.append(partial(attach, module, _StopRun().on_output, "fwd", order=Order.STOP))
         self._stopped_at = path
 
-    def _take_in(self, tap: GetTap | SetTap, handle: Any) -> None:
+    def _take_in(self, tap: GetTap | SetTap, module: nn.Module) -> None:
         if isinstance(tap, GetTap) and any(tap.clashes_with(each) for each in self._taps if isinstance(each, GetTap)):
-            handle.remove()
             raise ContextError(
-                f"this run writes another value to {tap.proxy.key!r} already: one with other prepend=, direction= or "
-                "callback=; give one of the two a key of its own with cache_key="
+                f"this run writes another value to {tap.proxy.key!r} already: one with other prepend=, direction=, "
+                "callback=, positions=, units=, steps= or reducer=; give one of the two a key with cache_key="
             )
-        self._handle.add(handle)
         self._taps.append(tap)
+        self._placing.append(partial(attach, module, tap.on_call, tap.row.name, order=tap.order, path=tap.path))
 
     def _needs_block(self, verb: str, direction: HookDirection) -> None:
         if not self._in_context:
             raise ContextError(
                 f"{verb} is for inside the block: with hooked.run(data) as run: run.{verb}(...); "
-                f"outside it use hooked.{verb}(...), which returns a handle"
+                f"outside it {_outside(verb)}"
             )
         if direction_row(direction).gradient:
             self._grad_enabled = True
 
-    def _report_unfired(self, taps: list[GetTap | SetTap]) -> None:
+    def _report_unfired(self, taps: list[_Tap]) -> None:
         silent = [tap for tap in taps if not tap.fired]
         if not silent:
             return
         model = self._module.model
-        paths = [f"{tap.path} ({tap.row.noun})" for tap in silent]
+        paths = [f"{tap.path} ({'skip' if isinstance(tap, SkipTap) else tap.row.noun})" for tap in silent]
         reasons = dict.fromkeys(reason for tap in silent if (reason := why_not_called(model, tap.path)))
-        if any(tap.row.gradient for tap in silent):
+        skipped = [tap.path for tap in taps if isinstance(tap, SkipTap) and tap.fired]
+        asked = [tap for tap in silent if not isinstance(tap, SkipTap)]
+        if skipped and any(tap.path.startswith(f"{path}.") for tap in silent for path in skipped):
+            reasons[f"{listed(skipped)} did not run: skip"] = None
+        if any(tap.where.steps is not None for tap in asked):
+            reasons["steps= left out every forward in which it ran"] = None
+        if any(tap.row.gradient for tap in asked):
             reasons["call backward() in run_callback=, e.g. lambda hooked, data: hooked(data).sum().backward()"] = None
         if self._stopped_at is not None:
             reasons[f"the forward was stopped at {self._stopped_at!r}"] = None
         warn_user("; ".join([f"the run came to no value at {listed(paths, 20)}", *reasons]), UnfiredSiteWarning)
+
+
+def _outside(verb: str) -> str:
+    if verb == "skip":
+        return "use tdcache.hooks.replaced_forward.skip_module(module, value), which returns a handle"
+    return f"use hooked.{verb}(...), which returns a handle"
 
 
 class _RunStopped(BaseException):

@@ -10,18 +10,22 @@ from torch import Tensor, nn
 
 from tdcache.cache.keep import Keep, Transfers
 from tdcache.cache.target import Target
+from tdcache.current_call import CurrentCall
 from tdcache.errors import CaptureError, EditError, RepeatedCallWarning, warn_user
 from tdcache.hooks.attach import Order
 from tdcache.hooks.directions import Direction
 from tdcache.hooks.factory import CacheProxy, read_at, write_at
 from tdcache.hooks.port import port_at
 from tdcache.hooks.transient import Transient
-from tdcache.hooks.values import leaves, pick_tensor, tensor_only
+from tdcache.hooks.values import exchanged, leaves, pick_tensor, tensor_only
 from tdcache.inplace import InplaceWatch
 from tdcache.introspect import in_backward
+from tdcache.modules.lazy import Lazy, NoValueYet, resolved
+from tdcache.modules.where import ValuePart
+from tdcache.reducers import Reducer
 from tdcache.types import CacheKey, Hold, Pick
 
-__all__ = ["Forwards", "GetTap", "SetTap", "ValueProxy"]
+__all__ = ["Forwards", "GetTap", "SetTap", "SkipTap", "ValueProxy"]
 
 
 class Forwards(Transient):
@@ -37,24 +41,26 @@ class Forwards(Transient):
         self.count += 1
 
 
-class ValueProxy(CacheProxy):
+class ValueProxy(Lazy, CacheProxy):
     """A value that a ``get`` or ``save`` will bring: made before the forward, resolved when it is needed.
 
-    It may be handed to a ``set``, also of another run, and to ``ActivationPatching(source=...)``. It keeps its
-    value and the cache alive; a value that another ``get`` writes to the same key later is not its own.
+    It may be handed to a ``set``, also of another run, and to ``ActivationPatching(source=...)``, and computed with:
+    ``proxy[:, -1] * 2 + bias`` and ``torch.relu(proxy)`` are carried out when their result is needed. After the run
+    ``proxy.value`` is the value. It keeps its value and the cache alive; a value that another ``get`` writes to the
+    same key later is not its own.
     """
 
     def __init__(self, key: CacheKey, cache: Any, path: str) -> None:
         self._key = key
         self._held = cache
         self.path = path
-        """Where the value is taken."""
+        """ValuePart the value is taken."""
         self._value: Any = None
         self._watch = InplaceWatch()
 
     @property
     def key(self) -> CacheKey:
-        """Where in the cache the value is."""
+        """ValuePart in the cache the value is."""
         return self._key
 
     def resolve(self) -> Any:
@@ -94,7 +100,10 @@ class ValueProxy(CacheProxy):
 class GetTap(Transient):
     """Takes the value at one path and hands it to its proxy."""
 
-    __slots__ = ("callback", "fired", "forwards", "keep", "order", "path", "port", "proxy", "row", "seen", "warned")
+    __slots__ = (
+        "call", "callback", "fired", "forwards", "keep", "order", "path", "port", "proxy", "reducer", "row", "seen",
+        "warned", "watch", "where",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -106,7 +115,15 @@ class GetTap(Transient):
         hold: Hold,
         forwards: Forwards | None,
         order: int,
+        where: ValuePart,
+        reducer: Reducer | None = None,
     ) -> None:
+        if callback is not None and not where.whole:
+            raise EditError(_callback_sees_all(proxy.path))
+        self.where = where
+        self.call: CurrentCall | None = None
+        self.reducer = reducer
+        self.watch = InplaceWatch()
         self.path = proxy.path
         self.proxy = proxy
         self.row = row
@@ -123,15 +140,24 @@ class GetTap(Transient):
 
     def clashes_with(self, other: GetTap) -> bool:
         """Whether the other tap takes another value for the same entry of the same cache."""
-        mine, its = ((tap.row, tap.order, tap.callback) for tap in (self, other))
-        return self.proxy.same_entry(other.proxy) and mine != its
+        if not self.proxy.same_entry(other.proxy):
+            return False
+        mine, its = ((tap.row, tap.order, tap.callback, tap.reducer, tap.where.steps) for tap in (self, other))
+        return mine != its or not (self.where.whole and other.where.whole)
 
     def on_call(self, *args: Any) -> None:
         """Take the value of this call, or of its gradient, and hand it to the callback if there is one."""
         if not self.row.gradient and in_backward():  # the recomputation of a checkpoint
             return
+        if self.call is not None and not self.call.is_due(self.path):
+            return
         if self.callback is None:
-            kept = self.keep(self._picked(args), Transfers())
+            picked = _picked_at(self.port, self.row, args)
+            if not self.where.whole:
+                picked = self.where.take(self.path, picked, self.call)
+                if picked is None:
+                    return
+            kept = self.keep(picked, Transfers())
         else:
             named = dict(zip(self.row.params, args, strict=True))
             kept = self.callback(**named, key=self.proxy.key, direction=self.row.name)
@@ -141,40 +167,80 @@ class GetTap(Transient):
                     paths=(self.path,),
                 )
         self._note_call()
-        self.proxy.write(kept)
+        if self.reducer is None:
+            self.proxy.write(kept)
+            return
+        if self.reducer.aliases and isinstance(kept, Tensor):
+            self.watch.add(self.path, kept)
+        self.reducer.update(kept)
 
-    def _picked(self, args: tuple[Any, ...]) -> Any:
-        if not self.row.gradient:
-            return read_at(self.port, self.row, args)
-        return tensor_only(
-            pick_tensor(args[self.row.value_index], self.port.pick, self.path), self.port.pick, self.path
-        )
+    def finish(self) -> None:
+        """The run is over: write what was gathered, and look for values that were overwritten.
+
+        Raises:
+            InplaceModificationError: one was.
+        """
+        self.watch.check()
+        if self.reducer is not None and self.fired:
+            self.proxy.write(self.reducer.compute())
+        self.proxy.check()
 
     def _note_call(self) -> None:
         self.fired = True
         count = -1 if self.forwards is None else self.forwards.count
-        if count >= 0 and self.seen == count and not self.warned:
+        if count >= 0 and self.seen >= 0 and self.reducer is None and not self.warned:
             self.warned = True
+            when = "in one forward" if self.seen == count else "in this run, as in generate(),"
             warn_user(
-                f"{self.path!r} ran more than once in one forward and only the last value is kept; keep every call "
-                "with ActivationCaching(..., reducer=Stack())",
+                f"{self.path!r} ran more than once {when} and only the last value is kept; keep every one with "
+                "reducer=Stack(), or say with steps= or reducer=Last() which is meant",
                 RepeatedCallWarning,
             )
         self.seen = count
 
 
+def _picked_at(port: Any, row: Direction, args: tuple[Any, ...]) -> Any:
+    """The tensor that is meant, among what a hook of any direction is called with.
+
+    Raises:
+        CaptureError: there is none.
+    """
+    if not row.gradient:
+        return read_at(port, row, args)
+    return tensor_only(pick_tensor(args[row.value_index], port.pick, port.path), port.pick, port.path)
+
+
+def _callback_sees_all(path: str) -> str:
+    return (
+        f"callback= at {path!r} sees the whole value, and positions= or units= mean part of it; choose the part in the "
+        "callback, or compute with the proxy of a get"
+    )
+
+
 class SetTap(Transient):
     """Replaces the value at one path, by a value, a proxy's, or what a callback returns."""
 
-    __slots__ = ("callback", "fired", "order", "path", "port", "row", "value")
+    __slots__ = ("call", "callback", "fired", "order", "path", "port", "row", "value", "where")
 
     def __init__(
-        self, path: str, row: Direction, value: Any, *, callback: Callable[..., Any] | None, pick: Pick, order: int
+        self,
+        path: str,
+        row: Direction,
+        value: Any,
+        *,
+        callback: Callable[..., Any] | None,
+        pick: Pick,
+        order: int,
+        where: ValuePart,
     ) -> None:
         if callable(pick):
             raise EditError(f"a callable pick= cannot say where to put the value at {path!r}; use an index or a key")
         if value is None and callback is None:
             raise EditError(f"there is nothing to set at {path!r}: give a value, a proxy, or callback=")
+        if callback is not None and not where.whole:
+            raise EditError(_callback_sees_all(path))
+        self.where = where
+        self.call: CurrentCall | None = None
         self.path = path
         self.row = row
         self.value = value
@@ -189,8 +255,13 @@ class SetTap(Transient):
 
     def on_call(self, *args: Any) -> Any:
         """Return the new value, which torch passes on in place of the old one."""
+        if self.call is not None and not self.call.is_due(self.path):
+            return None
         self.fired = True
-        new = self._needed()
+        new = _needed(self.value, self.path)
+        if not self.where.whole:
+            new = self.where.put(self.path, _picked_at(self.port, self.row, args), new, self.call)
+            return None if new is None else write_at(self.port, self.row, args, new)
         if self.callback is not None:
             named = dict(zip(self.row.params, args, strict=True))
             new = self.callback(**named, value=new, direction=self.row.name)
@@ -206,13 +277,41 @@ class SetTap(Transient):
         """Whether a tensor is one of the module's own value."""
         return any(each is new for _, each in leaves(args[self.row.returns_index]))
 
-    def _needed(self) -> Any:
-        if not hasattr(self.value, "resolve"):
-            return self.value
-        value = self.value.resolve()
-        if value is None:
-            raise EditError(
-                f"{self.value!r} has no value yet when {self.path!r} needs it; get it in an earlier run, or at a path "
-                "that runs before this one"
-            )
-        return value
+
+class SkipTap:
+    """Gives a value in place of a module's forward."""
+
+    __slots__ = ("fired", "path", "value")
+
+    def __init__(self, path: str, value: Any) -> None:
+        self.path = path
+        self.value = value
+        self.fired = False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r})"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns; of a fixed value a copy, which later in-place operations may write into."""
+        self.fired = True
+        if callable(self.value):
+            return self.value(*args, **kwargs)
+        value = _needed(self.value, self.path)
+        if isinstance(value, Tensor):
+            return value.clone()
+        return exchanged(value, iter([each.clone() for _, each in leaves(value)]))
+
+
+def _needed(value: Any, path: str) -> Any:
+    """The value that something at ``path`` needs now, proxies in it resolved.
+
+    Raises:
+        EditError: one of them has no value yet.
+    """
+    try:
+        return resolved(value)
+    except NoValueYet as error:
+        raise EditError(
+            f"{error.args[0]!r} has no value yet when {path!r} needs it; get it in an earlier run, or at a path "
+            "that runs before this one"
+        ) from None

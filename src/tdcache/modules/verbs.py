@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Unpack, get_args
 
 from tensordict import TensorDictBase
 from torch import nn
@@ -16,6 +16,8 @@ from tdcache.introspect import has_stale_graph
 from tdcache.modules.directed_verbs import DirectedForms
 from tdcache.modules.run import HookedModuleRun
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
+from tdcache.modules.where import ValuePart, WhereOptions
+from tdcache.reducers import Reducer
 from tdcache.types import CacheKey, Hold, HookDirection, Pick, Removable
 
 __all__ = ["ModuleVerbs"]
@@ -100,9 +102,10 @@ class ModuleVerbs(DirectedForms):
             EditError: nothing to set; when the model runs, a value that does not fit or is not there yet.
         """
         self._warn_if_skipped(module_key)
-        return self.add_set(
+        tap, module = self.declare_set(
             module_key, value, callback=callback, direction=direction, prepend=prepend, relative=relative, pick=pick
-        )[1]
+        )
+        return attach(module, tap.on_call, tap.row.name, order=tap.order, path=tap.path)
 
     def get(
         self,
@@ -138,11 +141,11 @@ class ModuleVerbs(DirectedForms):
             DirectionError: unknown direction.
         """
         self._warn_if_skipped(module_key)
-        tap, handle = self.add_get(
+        tap, module = self.declare_get(
             cache, module_key, cache_key, callback=callback, direction=direction, prepend=prepend, relative=relative,
             pick=pick, hold=hold,
         )  # fmt: skip
-        return handle, tap.proxy
+        return attach(module, tap.on_call, tap.row.name, order=tap.order, path=tap.path), tap.proxy
 
     def save(
         self, module_key: str, cache_key: CacheKey | None = None, *, cache: TensorDictBase | None = None, **options: Any
@@ -156,7 +159,7 @@ class ModuleVerbs(DirectedForms):
         path, module = self.find_site(key)
         return attach(module, HookFactory.make_stopping_hook(path), "fwd", order=Order.STOP)
 
-    def add_set(
+    def declare_set(
         self,
         module_key: str,
         value: Any,
@@ -166,14 +169,15 @@ class ModuleVerbs(DirectedForms):
         prepend: bool = False,
         relative: bool = True,
         pick: Pick = None,
-    ) -> tuple[SetTap, Removable]:
-        """:meth:`set`, giving the hook as well."""
+        **where: Unpack[WhereOptions],
+    ) -> tuple[SetTap, nn.Module]:
+        """The hook of a :meth:`set` and the module it is for, not registered yet; ``where``: which part is meant."""
         row, path, module = self._place(module_key, direction, callback, relative, "value")
         default = Order.EDIT_GRADIENT if row.gradient else Order.EDIT
-        tap = SetTap(path, row, value, callback=callback, pick=pick, order=Order.FIRST if prepend else default)
-        return tap, attach(module, tap.on_call, row.name, order=tap.order, path=path)
+        order = Order.FIRST if prepend else default
+        return SetTap(path, row, value, callback=callback, pick=pick, order=order, where=ValuePart(**where)), module
 
-    def add_get(
+    def declare_get(
         self,
         cache: Any,
         module_key: str,
@@ -186,15 +190,26 @@ class ModuleVerbs(DirectedForms):
         pick: Pick = None,
         hold: Hold = "live",
         forwards: Forwards | None = None,
-    ) -> tuple[GetTap, Removable]:
-        """:meth:`get`, giving the hook as well; ``forwards`` lets it tell a second call from a second forward."""
+        reducer: Reducer | None = None,
+        **where: Unpack[WhereOptions],
+    ) -> tuple[GetTap, nn.Module]:
+        """The hook of a :meth:`get` and the module it is for, not registered yet.
+
+        ``forwards`` lets it tell a second call from a second forward, ``reducer`` gathers over all of them, and
+        ``where`` says which part of a value is meant.
+        """
         if hold not in get_args(Hold):
             raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {hold!r}")
         row, path, module = self._place(module_key, direction, callback, relative, "key")
         proxy = ValueProxy(cache_key or f"{module_key}_{row.noun}", cache, path)
         order = Order.FIRST if prepend else Order.CAPTURE
-        tap = GetTap(proxy, row, callback=callback, pick=pick, hold=hold, forwards=forwards, order=order)
-        return tap, attach(module, tap.on_call, row.name, order=order, path=path)
+        if reducer is not None and not isinstance(reducer, Reducer):
+            raise ValueError(f"reducer= is a Reducer such as Stack(), got {reducer!r}")
+        tap = GetTap(
+            proxy, row, callback=callback, pick=pick, hold=hold, forwards=forwards, order=order,
+            where=ValuePart(**where), reducer=None if reducer is None else reducer.fresh(),
+        )  # fmt: skip
+        return tap, module
 
     def _place(
         self, key: str, direction: HookDirection, callback: Callable[..., Any] | None, relative: bool, extra: str

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tdcache.cache.keep import shares_memory
 from tdcache.contexts import HookingContext, HookingContextFactory
+from tdcache.current_call import CurrentCall, InSteps
 from tdcache.errors import HookSignatureError, InplaceModificationError
 from tdcache.hooks import MultiHookHandle, Order, OutputPort, Port, port_at
 from tdcache.hooks import attach as attach_hook
@@ -26,6 +27,7 @@ from tdcache.pipeline.hooks import Hook, HookNode, Hooks
 from tdcache.pipeline.prepared import VARYING, HookStep, laid_out, run_steps
 from tdcache.pipeline.versions import version_of
 from tdcache.selection import Site, as_matcher, distinct_sites
+from tdcache.steps import Steps, check_steps
 from tdcache.types import Match, Pick, Selector
 
 __all__ = ["AttachedPipeline", "attach"]
@@ -55,6 +57,8 @@ class _AttachedHook:
     port: Port
     steps: tuple[HookStep, ...]
     counter: _ForwardCounter
+    call: CurrentCall | None = None
+    """Which forward of ``generate()`` it is, where only some are meant."""
     order: int = Order.EDIT
     calls: int = 0
     """How often the module ran in the forward that ``forward`` numbers."""
@@ -68,6 +72,8 @@ class _AttachedHook:
     @property
     def hook(self) -> Callable[..., Any]:
         """Return the method to register: the fast one for outputs that are plain tensors, where none is picked."""
+        if self.call is not None:
+            return self.on_step
         return self.on_plain if isinstance(self.port, OutputPort) and self.port.pick is None else self.on_call
 
     def _values(self) -> dict[str, Any]:
@@ -81,6 +87,11 @@ class _AttachedHook:
             self.forward, self.calls = self.counter.forward, 0
         self.calls += 1
         return self.calls - 1
+
+    def on_step(self, module: nn.Module, args: Any, rest: Any) -> Any:
+        """:meth:`on_call` in the forwards that are meant."""
+        call = self.call
+        return self.on_call(module, args, rest) if call is None or call.is_due(self.port.path) else None
 
     def on_plain(self, module: nn.Module, args: Any, output: Any) -> Any:
         """:meth:`on_call` for an output that is a tensor, at the cost of a hook written by hand."""
@@ -155,10 +166,12 @@ class AttachedPipeline(HookingContextFactory):
         direction: ``"fwd"`` for the output or ``"fwd_pre"`` for the input.
         pick: which tensor of a structured value: an index, a key or a path of these; the first by default.
         match: ``"full"``, ``"prefix"`` or ``"search"``.
+        steps: in which forwards of ``generate()``: ``"prefill"``, ``"decode"``, or a predicate of a
+            :class:`tdcache.Step`. All by default.
 
     Raises:
         HookSignatureError: the pipeline cannot be called.
-        SelectionError: an unusable selector; on entering, one that matches nothing.
+        SelectionError: steps that are none; an unusable selector; on entering, one that matches nothing.
         PathError: the tree has no such name.
         ValueError: on entering, the pipeline has bound itself what the pattern's groups bind.
 
@@ -179,8 +192,10 @@ class AttachedPipeline(HookingContextFactory):
         direction: Literal["fwd", "fwd_pre"] = "fwd",
         pick: Pick = None,
         match: Match = "full",
+        steps: Steps = None,
     ) -> None:
         super().__init__()
+        self._steps = check_steps(steps)
         if direction not in ("fwd", "fwd_pre"):
             raise HookSignatureError(
                 f"a pipeline is attached to 'fwd' or 'fwd_pre', got {direction!r}; gradients are its bwd"
@@ -199,16 +214,21 @@ class AttachedPipeline(HookingContextFactory):
         counter, handle = _ForwardCounter(), MultiHookHandle()
         select = module.hooking_context.select
         found = [(node, select(selector, match=self._match)) for node, selector in self._places]
+        call = None if self._steps is None else CurrentCall(module.model, InSteps(self._steps))
         with handle.installing():
             handle.add(attach_hook(module.model, counter.begin, "fwd_pre", order=Order.FIRST))
             for node, selection in found:
                 for site in distinct_sites(selection):
-                    self._attach(site, node, counter, handle)
+                    self._attach(site, node, counter, call, handle)
+            if call is not None:
+                call.attach(handle)
         return handle
 
-    def _attach(self, site: Site, node: Any, counter: _ForwardCounter, handle: MultiHookHandle) -> None:
+    def _attach(
+        self, site: Site, node: Any, counter: _ForwardCounter, call: CurrentCall | None, handle: MultiHookHandle
+    ) -> None:
         own = copy.deepcopy(node).bind(**{"path": site.path, **_bindings(site.groups)})
-        hook = _AttachedHook(port_at(site.path, self._direction, self._pick), tuple(laid_out(own, {})), counter)
+        hook = _AttachedHook(port_at(site.path, self._direction, self._pick), tuple(laid_out(own, {})), counter, call)
         handle.add(attach_hook(site.module, hook.hook, hook.port.direction, order=hook.order))
 
 

@@ -1,7 +1,7 @@
-"""What an edit has to know of the forward it takes part in: the step, the real tokens, which call of a module it is.
+"""What a hook has to know of the forward it takes part in: the step, the real tokens, which call of a module it is.
 
-An edit sits on one module, and none of these can be seen there. They are told by the arguments of the model's own
-forward, which hooks on the model see.
+An edit or a capture sits on one module, and none of these can be seen there. They are told by the arguments of the
+model's own forward, which hooks on the model see.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,43 @@ from torch import Tensor, nn
 from tdcache.arguments import forward_names, named_arguments
 from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle, Order, attach, bracket
-from tdcache.interventions.options import EditOptions
-from tdcache.interventions.regions import Region
 from tdcache.introspect import in_backward
+from tdcache.regions import Region
 from tdcache.sequences import Sequences
-from tdcache.steps import Clock
+from tdcache.steps import Clock, Steps
 from tdcache.tokens import Tokens
 
-__all__ = ["CurrentCall", "among"]
+__all__ = ["CallOptions", "CurrentCall", "InSteps", "among"]
+
+
+class CallOptions(Protocol):
+    """What is asked of the forward under way."""
+
+    @property
+    def positions(self) -> Any:
+        """Which tokens; None if it does not matter which are real."""
+
+    @property
+    def steps(self) -> Steps:
+        """In which forwards of ``generate()``."""
+
+    @property
+    def calls(self) -> Any:
+        """In which calls of a module within one forward."""
+
+    @property
+    def mask_key(self) -> Any:
+        """Which argument says what is padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class InSteps:
+    """The options of something that acts in some forwards, on the whole of each value."""
+
+    steps: Steps
+    positions: None = None
+    calls: None = None
+    mask_key: None = None
 
 
 class CurrentCall:
@@ -32,14 +62,14 @@ class CurrentCall:
 
     Args:
         model: the user's own.
-        options: those of the intervention.
+        options: those of the intervention, the capture or the verb.
 
     Attributes:
         further: arguments beside those of the call among which the mask may be.
         wants_tokens: whether :meth:`tokens_at` will be asked.
     """
 
-    def __init__(self, model: nn.Module, options: EditOptions) -> None:
+    def __init__(self, model: nn.Module, options: CallOptions) -> None:
         self.options = options
         self.further: Mapping[Any, Any] = {}
         self.wants_tokens = options.positions is not None
@@ -83,6 +113,11 @@ class CurrentCall:
         self.clock.end(path)
         if not self._running:
             self._forget()
+
+    @property
+    def is_outermost(self) -> bool:
+        """Whether the forward of one receiver of the cache is under way, and of no other around it."""
+        return sum(path in self.clock.receivers for path, _ in self._running) == 1
 
     def _forget(self) -> None:
         self._latest, self._sequences = self._sequences or self._latest, None

@@ -1,0 +1,56 @@
+"""In which forwards of ``generate()`` a capture takes part: the gate between the model and the recorder.
+
+A forward that is left out must not reach the recorder at all: a forward that begins there makes the entries of the one
+before stale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tdcache.cache.recorder import Recorder
+from tdcache.current_call import CurrentCall, InSteps
+from tdcache.hooks.attach import MultiHookHandle, bracket
+from tdcache.steps import Steps
+
+__all__ = ["StepGate"]
+
+
+class StepGate:
+    """Tells a recorder of the forwards in which ``steps`` act, and keeps the values of all others from it.
+
+    Args:
+        model: the user's own.
+        steps: see :class:`tdcache.ActivationCaching`.
+        recorder: what keeps the values.
+    """
+
+    def __init__(self, model: nn.Module, steps: Steps, recorder: Recorder) -> None:
+        self.call = CurrentCall(model, InSteps(steps))
+        self.recorder = recorder
+        recorder.gate = self.call
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.call.options.steps!r})"
+
+    def attach(self, handle: MultiHookHandle) -> None:
+        """Listen to every module that receives a cache."""
+        for module in self.call.clock.receivers.values():
+            bracket(module, self.begin, self.end, handle)
+        self.call.attach(handle)  # afterwards, so that the clock has ticked when the recorder hears of a forward
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        """Tell the recorder that a forward begins, if the step is one that counts."""
+        if not self.call.is_outermost:
+            return
+        if self.call.is_due(""):
+            self.recorder.begin(module, args)
+        else:
+            self.recorder.left_out += 1
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A forward is over, or was left by an exception."""
+        if self.call.is_outermost and self.recorder.running:
+            self.recorder.end(module, args, output)
