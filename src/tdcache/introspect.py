@@ -30,8 +30,10 @@ __all__ = [
     "global_hooks",
     "has_stale_graph",
     "has_tensor_hooks",
+    "hooks_always_called",
     "in_backward",
     "in_transform",
+    "init_module",
     "is_compiled",
     "is_optimized_module",
     "is_wrapped",
@@ -49,6 +51,7 @@ __all__ = [
     "set_eval_frame",
     "skip_frame",
     "storage_users",
+    "transform_under_way",
     "unwrapped",
     "why_not_called",
 ]
@@ -81,6 +84,11 @@ def post_hooks(module: nn.Module) -> Any:
 def pre_hooks(module: nn.Module) -> Any:
     """The ordered dict of a module's forward pre-hooks, by registration number."""
     return module._forward_pre_hooks
+
+
+def hooks_always_called(module: nn.Module) -> Any:
+    """The dict of the registration numbers of forward hooks that are called also when the forward raises."""
+    return module._forward_hooks_always_called
 
 
 _tensor_hooks = count(1)
@@ -187,9 +195,13 @@ is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 """Whether a tensor is what a module sees inside a transform of ``torch.func``."""
 
 
+transform_under_way: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+"""The innermost transform of ``torch.func`` on this thread, or None. Not to be asked in a graph."""
+
+
 def in_transform() -> bool:
     """Whether a transform of ``torch.func`` is under way on this thread."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return not torch.compiler.is_compiling() and transform_under_way() is not None
 
 
 def unwrapped(value: Tensor) -> Tensor:
@@ -233,6 +245,15 @@ def calls_on_stack(module: nn.Module | None) -> int:
     return calls
 
 
+def init_module(module: nn.Module) -> None:
+    """``nn.Module.__init__(module)``, at a third of the cost; the state is the same, in the same order."""
+    vars(module).update([(name, value if kind is None else kind()) for name, value, kind in _BLANK])
+
+
+_CONTAINERS = (dict, OrderedDict, set)
+_BLANK = [(name, value, type(value) if type(value) in _CONTAINERS else None) for name, value in vars(nn.Module()).items()]
+
+
 def keyword_arguments(module: nn.Module) -> Mapping[str, Any]:
     """What the innermost call of ``module`` was given by name: plain forward hooks are not told; slow."""
     frame: FrameType | None = sys._getframe(1)
@@ -260,8 +281,10 @@ def _is_compiled_in_place(module: nn.Module) -> bool:
 def may_be_compiled(model: nn.Module) -> bool:
     """Whether :func:`is_compiled` and :func:`has_stale_graph` are worth asking; does not walk the model."""
     dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and (dynamo.eval_frame.cached_backends or dynamo.convert_frame.input_codes.seen):
-        return True
+    if dynamo is not None:
+        backends = dynamo.eval_frame.cached_backends.values()  # torch.compiler.disable() leaves None there
+        if any(backend is not None for backend in backends) or dynamo.convert_frame.input_codes.seen:
+            return True
     return is_optimized_module(model) or _is_compiled_in_place(model)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from threading import RLock
@@ -25,7 +25,7 @@ from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.gradient_hooks import GradientHandle, GradInputHook, GradOutputHook
 from tdcache.hooks.threads import Fence, Fenced, current_fence
 from tdcache.hooks.transient import Transient
-from tdcache.introspect import post_hooks, pre_hooks
+from tdcache.introspect import hooks_always_called, post_hooks, pre_hooks
 from tdcache.types import HookDirection, Removable
 
 __all__ = [
@@ -162,8 +162,7 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
             if number in hooks:  # the module has several names, and a hook for each
                 handle.add(attach(module, hook, "fwd", order=order))
                 continue
-            hooks[number] = hook if fence is None else _behind(fence, hook)
-            placed.dicts.append(hooks)
+            placed.put(hooks, hook if fence is None else _behind(fence, hook))
             if len(hooks) > 1:
                 if order == Order.FIRST:
                     hooks.move_to_end(number, last=False)
@@ -251,11 +250,17 @@ class Registration:
 class _Numbered:
     """The registrations of one number in many modules."""
 
-    __slots__ = ("dicts", "number")
+    __slots__ = ("always_called", "dicts", "number")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.dicts: list[Any] = []
+        self.always_called: dict[int, bool] = {}
+
+    def put(self, hooks: Any, hook: Any) -> None:
+        """Register ``hook`` in one module."""
+        hooks[self.number] = hook
+        self.dicts.append(hooks)
 
     def remove(self) -> None:
         """Remove them; a second call does nothing."""
@@ -264,6 +269,7 @@ class _Numbered:
             for hooks in self.dicts:
                 hooks.pop(number, None)
             self.dicts.clear()
+            self.always_called.pop(number, None)
 
     def mute(self) -> None:
         """Silence them without giving up their places."""
@@ -284,11 +290,14 @@ class _Numbered:
 def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None], handle: MultiHookHandle) -> None:
     """Call ``begin`` before and ``end`` after every forward of ``root``, also one that raises."""
     fence = current_fence()
+    placed = _Numbered(RemovableHandle(OrderedDict()).id)
+    handle.add(placed)
     with _one_at_a_time:
-        handle.add(
-            Registration(_registering(root).register_forward_pre_hook(root, _behind(fence, begin), prepend=True))
-        )
-        handle.add(Registration(_registering(root).register_forward_hook(root, _behind(fence, end), always_call=True)))
+        placed.put(pre_hooks(root), _behind(fence, begin))
+        pre_hooks(root).move_to_end(placed.number, last=False)
+        placed.put(post_hooks(root), _behind(fence, end))
+        placed.always_called = hooks_always_called(root)
+        placed.always_called[placed.number] = True
 
 
 def settle(hooks: Any, order: int) -> None:
@@ -348,6 +357,22 @@ def check_signature(hook: Callable[..., Any], row: Direction) -> None:
         ) from None
 
 
+class _Installing:
+    """Removes what a handle has taken in if the block raises."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: MultiHookHandle) -> None:
+        self._handle = handle
+
+    def __enter__(self) -> MultiHookHandle:
+        return self._handle
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._handle.remove()
+
+
 class MultiHookHandle:
     """Several registrations that are undone together, last first; adding two handles gives one over both.
 
@@ -364,14 +389,9 @@ class MultiHookHandle:
         self.add = self._handles.append
         """Take one more registration in."""
 
-    @contextmanager
-    def installing(self) -> Iterator[MultiHookHandle]:
+    def installing(self) -> AbstractContextManager[MultiHookHandle, None]:
         """Add registrations in a block; if it raises, every registration is removed."""
-        try:
-            yield self
-        except BaseException:
-            self.remove()
-            raise
+        return _Installing(self)
 
     def remove(self) -> None:
         """Undo every registration, also when one of them fails; the first failure is raised at the end.

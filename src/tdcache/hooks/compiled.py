@@ -97,8 +97,8 @@ def refuse_scripted(model: nn.Module, places: Iterable[tuple[str, nn.Module]]) -
     Raises:
         ContextError: it names the first one, and the script module, which can be hooked itself.
     """
-    for path, module in places:
-        ancestor = scripted_ancestor(model, path) if isinstance(module, torch.jit.ScriptModule) else None
+    for path in [path for path, module in places if isinstance(module, torch.jit.ScriptModule)]:
+        ancestor = scripted_ancestor(model, path)
         if ancestor is not None:
             raise ContextError(
                 f"{path!r} is inside the TorchScript module {ancestor!r}, which calls its parts without their hooks; "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tdcache.errors import ContextError
 from tdcache.hooks.values import children, first_tensor
+from tdcache.introspect import init_module
 from tdcache.types import CacheKey
 
 __all__ = ["ModelCall", "entries_of", "holds_entries"]
@@ -54,8 +55,8 @@ class ModelCall(TensorDictModuleBase):
         in_keys: Sequence[CacheKey] | Mapping[CacheKey, str] | None = None,
         out_keys: Sequence[CacheKey] | None = None,
     ) -> None:
-        super().__init__()
-        self.module = module
+        init_module(self)
+        self._modules["module"] = module
         self.call: _CallKeys
         given = ["input"] if in_keys is None else [in_keys] if isinstance(in_keys, str) else in_keys
         self.__dict__["call"] = _CallKeys(
