@@ -100,7 +100,7 @@ class Recorder(Transient):
         self._delivered = False
         alone = not self._elsewhere
         for channel in self.channels:
-            channel.begin(alone=alone)
+            channel.begin(alone)
         if alone and self._elsewhere:  # another thread's forward began at this very moment
             for channel in self.channels:
                 channel.mark_absent()
@@ -134,7 +134,8 @@ class Recorder(Transient):
             self._outside = [storage_of(each) for each in handed if isinstance(each, Tensor)]
         try:
             self.forwards += not raised
-            self.deliver()
+            with self._lock:
+                self._deliver()
         except CaptureError:
             if not raised:
                 raise
@@ -160,7 +161,7 @@ class Recorder(Transient):
     def _deliver(self) -> None:
         self._depth = 0
         self._delivered = True
-        while self.repeated:
+        while self.repeated:  # by a compiled graph
             self.warn_of_second_call(self.repeated.pop())
         for channel in self.channels:
             channel.deliver()

@@ -254,7 +254,7 @@ class PlainGradientTap(GradientTap):
 
     def watch_plain(self, module: nn.Module, args: Any, output: Tensor) -> bool:
         """Set a tensor hook on ``output`` if this module computed it and it is no view; says whether it did."""
-        if handed_on(module, output, args) or output.grad_fn is None or output._base is not None:
+        if output.is_leaf or output._base is not None or handed_on(module, output, args):
             return False
         add_tensor_hook(output, partial(self.on_first, self.channel.number))
         return True
@@ -265,7 +265,8 @@ class PlainGradientTap(GradientTap):
         if number != channel.accepting or path in channel.values:
             self.on_grad(path, number, 0, grad)
             return
-        channel.versions[path] = grad._version
+        if grad._version:
+            channel.versions[path] = grad._version
         channel.values[path] = grad
 
 

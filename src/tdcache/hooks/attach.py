@@ -156,18 +156,23 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
     placed = _Numbered(number)
     handle.add(placed)
     fence = current_fence()
+    taken_in = placed.dicts.append
     with _one_at_a_time:
         for module, hook in pairs:
             hooks = post_hooks(module)
+            if not hooks and fence is None:  # the common case
+                hooks[number] = hook
+                taken_in(hooks)
+                continue
             if number in hooks:  # the module has several names, and a hook for each
                 handle.add(attach(module, hook, "fwd", order=order))
                 continue
-            placed.put(hooks, hook if fence is None else _behind(fence, hook))
-            if len(hooks) > 1:
-                if order == Order.FIRST:
-                    hooks.move_to_end(number, last=False)
-                else:
-                    settle(hooks, order)
+            hooks[number] = _behind(fence, hook)
+            taken_in(hooks)
+            if order == Order.FIRST:
+                hooks.move_to_end(number, last=False)
+            else:
+                settle(hooks, order)
 
 
 def attach_ports(
@@ -257,11 +262,6 @@ class _Numbered:
         self.dicts: list[Any] = []
         self.always_called: dict[int, bool] = {}
 
-    def put(self, hooks: Any, hook: Any) -> None:
-        """Register ``hook`` in one module."""
-        hooks[self.number] = hook
-        self.dicts.append(hooks)
-
     def remove(self) -> None:
         """Remove them; a second call does nothing."""
         number = self.number
@@ -290,14 +290,16 @@ class _Numbered:
 def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None], handle: MultiHookHandle) -> None:
     """Call ``begin`` before and ``end`` after every forward of ``root``, also one that raises."""
     fence = current_fence()
-    placed = _Numbered(RemovableHandle(OrderedDict()).id)
+    number = RemovableHandle(OrderedDict()).id
+    placed = _Numbered(number)
     handle.add(placed)
     with _one_at_a_time:
-        placed.put(pre_hooks(root), _behind(fence, begin))
-        pre_hooks(root).move_to_end(placed.number, last=False)
-        placed.put(post_hooks(root), _behind(fence, end))
+        before, after = placed.dicts = [pre_hooks(root), post_hooks(root)]
+        before[number] = _behind(fence, begin)
+        before.move_to_end(number, last=False)
+        after[number] = _behind(fence, end)
         placed.always_called = hooks_always_called(root)
-        placed.always_called[placed.number] = True
+        placed.always_called[number] = True
 
 
 def settle(hooks: Any, order: int) -> None:
