@@ -22,6 +22,7 @@ __all__ = [
     "HookEntry",
     "NO_TASK",
     "add_tensor_hook",
+    "add_tensor_hook_eagerly",
     "backward_task",
     "break_graph",
     "calls_on_stack",
@@ -101,7 +102,12 @@ def add_tensor_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> 
     """
     if torch.compiler.is_compiling():
         tensor.register_hook(hook)
-        return
+    else:
+        add_tensor_hook_eagerly(tensor, hook)
+
+
+def add_tensor_hook_eagerly(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
+    """:func:`add_tensor_hook` where no graph is being made."""
     hooks = tensor._backward_hooks
     if hooks is None:
         tensor._backward_hooks = hooks = OrderedDict()
@@ -251,7 +257,10 @@ def init_module(module: nn.Module) -> None:
 
 
 _CONTAINERS = (dict, OrderedDict, set)
-_BLANK = [(name, value, type(value) if type(value) in _CONTAINERS else None) for name, value in vars(nn.Module()).items()]
+_BLANK = [
+    (name, value, type(value) if type(value) in _CONTAINERS else None) for name, value in vars(nn.Module()).items()
+]
+"""The state of a new module: name, value, and of containers what makes an empty one."""
 
 
 def keyword_arguments(module: nn.Module) -> Mapping[str, Any]:

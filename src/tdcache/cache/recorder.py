@@ -83,14 +83,14 @@ class Recorder(Transient):
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """Pre-hook of the root: a forward begins."""
-        if not is_compiling():
-            if backward_task() != NO_TASK:
-                return
-            if get_ident() != self._thread:
-                self._begin_elsewhere()
-                return
-        elif not self.fits_graph:
-            break_graph()
+        if is_compiling():
+            if not self.fits_graph:
+                break_graph()
+        elif backward_task() != NO_TASK:
+            return
+        elif get_ident() != self._thread:
+            self._begin_elsewhere()
+            return
         if self._depth and calls_on_stack(module) < 2:
             self._depth = 0  # the forward before was left by an exception that torch shows to no hook
         self._depth += 1
@@ -98,14 +98,17 @@ class Recorder(Transient):
             return
         self._root = module
         self._delivered = False
+        self._begin_channels()
+        if self.stop_after:
+            self._to_stop = set(self.stop_after)
+
+    def _begin_channels(self) -> None:
         alone = not self._elsewhere
         for channel in self.channels:
             channel.begin(alone)
         if alone and self._elsewhere:  # another thread's forward began at this very moment
             for channel in self.channels:
                 channel.mark_absent()
-        if self.stop_after:
-            self._to_stop = set(self.stop_after)
 
     @property
     def is_foreign(self) -> bool:
@@ -221,6 +224,13 @@ class Recorder(Transient):
                     return
             channel.arrived[key] = serial
         channel.take(key, path, grad, serial=serial)
+
+    def accepts(self, channel: Channel, number: int) -> bool:
+        """Whether a gradient of forward ``number`` may be written into ``channel.values`` as it is."""
+        if not self.open or number != channel.number:
+            return False
+        self._collect()
+        return channel.accepting == number
 
     def next_serial(self) -> int:
         """The number of one more call whose gradient is watched."""

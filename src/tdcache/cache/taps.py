@@ -18,12 +18,12 @@ from tdcache.cache.channel import Channel, CopyInGraph
 from tdcache.errors import CaptureError
 from tdcache.hooks.directions import Direction
 from tdcache.hooks.gradient_hooks import overwritten_input
-from tdcache.hooks.gradients import handed_on
+from tdcache.hooks.gradients import handed_on, takes_names
 from tdcache.hooks.loans import OpenCalls, lend
 from tdcache.hooks.port import InputPort, OutputPort, Port, Steps
 from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import is_entries, leaves
-from tdcache.introspect import add_tensor_hook, keep_frames_out_of_graphs, keep_out_of_graphs
+from tdcache.introspect import add_tensor_hook_eagerly, keep_frames_out_of_graphs, keep_out_of_graphs
 from tdcache.types import CacheKey
 
 if TYPE_CHECKING:
@@ -254,15 +254,19 @@ class PlainGradientTap(GradientTap):
 
     def watch_plain(self, module: nn.Module, args: Any, output: Tensor) -> bool:
         """Set a tensor hook on ``output`` if this module computed it and it is no view; says whether it did."""
-        if output.is_leaf or output._base is not None or handed_on(module, output, args):
+        if output.is_leaf or output._base is not None:
             return False
-        add_tensor_hook(output, partial(self.on_first, self.channel.number))
+        given = args[0] if len(args) == 1 else None
+        if (type(given) is not Tensor or given is output or takes_names(module)) and handed_on(module, output, args):
+            return False
+        add_tensor_hook_eagerly(output, partial(self.on_first, self.channel.number))
         return True
 
     def on_first(self, number: int, grad: Tensor) -> None:
         """Take the gradient of the first call in a forward."""
         channel, path = self.channel, self.path
-        if number != channel.accepting or path in channel.values:
+        accepted = number == channel.accepting or self.recorder.accepts(channel, number)
+        if not accepted or path in channel.values:
             self.on_grad(path, number, 0, grad)
             return
         if grad._version:

@@ -152,12 +152,12 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
     torch numbers registrations over all modules, so that one number may serve for all of these: no handle per module
     is needed, only the dicts to remove it from.
     """
-    number = RemovableHandle(OrderedDict()).id
-    placed = _Numbered(number)
-    handle.add(placed)
     fence = current_fence()
-    taken_in = placed.dicts.append
-    with _one_at_a_time:
+    with _one_at_a_time:  # torch's counter is not safe with threads either: one number twice would lose a hook
+        number = RemovableHandle(OrderedDict()).id
+        placed = _Numbered(number)
+        handle.add(placed)
+        taken_in = placed.dicts.append
         for module, hook in pairs:
             hooks = post_hooks(module)
             if not hooks and fence is None:  # the common case
@@ -290,10 +290,10 @@ class _Numbered:
 def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None], handle: MultiHookHandle) -> None:
     """Call ``begin`` before and ``end`` after every forward of ``root``, also one that raises."""
     fence = current_fence()
-    number = RemovableHandle(OrderedDict()).id
-    placed = _Numbered(number)
-    handle.add(placed)
     with _one_at_a_time:
+        number = RemovableHandle(OrderedDict()).id
+        placed = _Numbered(number)
+        handle.add(placed)
         before, after = placed.dicts = [pre_hooks(root), post_hooks(root)]
         before[number] = _behind(fence, begin)
         before.move_to_end(number, last=False)

@@ -19,7 +19,17 @@ from tdcache.errors import InplaceModificationError
 from tdcache.hooks.values import leaves
 from tdcache.introspect import add_tensor_hook, keyword_arguments
 
-__all__ = ["Grads", "OnGrad", "alias_input", "alias_inputs", "handed_on", "watch_made", "watch_output", "watch_outputs"]
+__all__ = [
+    "Grads",
+    "OnGrad",
+    "alias_input",
+    "alias_inputs",
+    "handed_on",
+    "takes_names",
+    "watch_made",
+    "watch_output",
+    "watch_outputs",
+]
 
 Grads = tuple[Tensor | None, ...]
 OnGrad = Callable[[Tensor], Tensor | None]
@@ -38,12 +48,12 @@ def handed_on(module: nn.Module, tensor: Tensor, args: tuple[Any, ...]) -> bool:
         return True
     if torch.compiler.is_compiling():
         return not args
-    if args and not _takes_names(module):
+    if args and not takes_names(module):
         return False
     return any(tensor is given for _, given in leaves(keyword_arguments(module)))
 
 
-def _takes_names(module: nn.Module) -> bool:
+def takes_names(module: nn.Module) -> bool:
     """Whether ``module`` can be called with arguments by name beside a positional one."""
     code = getattr(module.forward, "__code__", None)
     return code is None or code.co_argcount + code.co_kwonlyargcount != 2 or code.co_flags & CO_VARKEYWORDS != 0
