@@ -49,6 +49,9 @@ class ModelCall(TensorDictModuleBase):
             entry is taken by name where the names agree; otherwise results are taken in order. ``"_"`` skips one.
     """
 
+    module: nn.Module
+    call: _CallKeys
+
     def __init__(
         self,
         module: nn.Module,
@@ -57,7 +60,6 @@ class ModelCall(TensorDictModuleBase):
     ) -> None:
         init_module(self)
         self._modules["module"] = module
-        self.call: _CallKeys
         given = ["input"] if in_keys is None else [in_keys] if isinstance(in_keys, str) else in_keys
         self.__dict__["call"] = _CallKeys(
             reads=list(given),
