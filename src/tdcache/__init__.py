@@ -55,7 +55,7 @@ from tdcache.selection import Selection, Site, select
 from tdcache.steps import Step
 
 if TYPE_CHECKING:
-    from tdcache.harvesting import ActivationDataset, harvest
+    from tdcache.harvesting import ActivationBuffer, ActivationDataset, harvest
 
 try:
     __version__ = version("tdcache")
@@ -65,6 +65,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 __all__ = [
     "Ablation",
     "ActivationAddition",
+    "ActivationBuffer",
     "ActivationCaching",
     "ActivationDataset",
     "ActivationPatching",
@@ -126,7 +127,7 @@ __all__ = [
 
 
 # Loaded when asked for: they bring data loading, files or pictures with them, or are many.
-_LATER = {"ActivationDataset": "harvesting", "harvest": "harvesting"}
+_LATER = {"ActivationBuffer": "harvesting", "ActivationDataset": "harvesting", "harvest": "harvesting"}
 _PACKAGES = ("attribution", "harvesting", "interventions", "pipeline", "plot", "points", "reducers", "store")
 
 

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from tdcache.calls.mode import Call, run_forward
+from tdcache.calls.handlers import Call, CallRule, Handler, Need
+from tdcache.calls.mode import run_forward
 from tdcache.calls.names import is_torch_name
-from tdcache.calls.scope import ForwardScope, Handler, Need, Rule, frontier
+from tdcache.calls.scope import ForwardScope, frontier
 from tdcache.calls.sites import CallPattern, CallSite
 from tdcache.errors import EditError
 from tdcache.hooks.attach import MultiHookHandle, Order
@@ -47,7 +48,7 @@ class AtCall:
     stage: ClassVar[int] = 0
 
     def before(self, call: Call) -> None:
-        """Offer the arguments."""
+        """Give the arguments to the first hook, which may replace them."""
         if self.before_hook is None:
             return
         new = self.before_hook(call.module, call.args, call.kwargs)
@@ -62,7 +63,7 @@ class AtCall:
         call.args, call.kwargs = new
 
     def after(self, call: Call) -> None:
-        """Offer the output."""
+        """Give the output to the second hook, which may replace it."""
         if self.after_hook is None:
             return
         new = self.after_hook(call.module, call.args, call.kwargs, call.output)
@@ -165,7 +166,7 @@ def attach_call(
 
 def call_rule(
     root: nn.Module, site: CallSite, before: Before | None, after: After | None, *, order: int = Order.EDIT
-) -> tuple[nn.Module, Rule]:
+) -> tuple[nn.Module, CallRule]:
     """What :func:`attach_call` attaches, for :func:`attach_rules`."""
     return module_of(root, site), OneCall(site, AtCall(before, after, order))
 
@@ -179,7 +180,7 @@ def module_of(root: nn.Module, site: CallSite) -> nn.Module:
     return resolve_all(root, site.path)[1] if site.path else root
 
 
-def attach_rules(root: nn.Module, pairs: Iterable[tuple[nn.Module, Rule]]) -> MultiHookHandle:
+def attach_rules(root: nn.Module, pairs: Iterable[tuple[nn.Module, CallRule]]) -> MultiHookHandle:
     """Let each rule say which calls in the forward of its module, a descendant of ``root``, get a handler.
 
     All of them or none. For many sites this is several times as fast as one registration after the other.
@@ -188,24 +189,22 @@ def attach_rules(root: nn.Module, pairs: Iterable[tuple[nn.Module, Rule]]) -> Mu
     for function in (ForwardScope.__call__, run_forward):
         skip_frame(function.__code__)
     members = frozenset(map(id, root.modules()))
-    try:
+    handle = MultiHookHandle([attached])
+    with handle.installing():
         for module, rule in pairs:
             attached.add(module, rule, members)
         attached.plan()
-    except BaseException:
-        attached.remove()
-        raise
-    return MultiHookHandle([attached])
+    return handle
 
 
 class _Attached:
     """Some rules, and the scopes that they hold: those of their modules, and of the modules called from there."""
 
     def __init__(self) -> None:
-        self.rules: list[tuple[ForwardScope, Rule]] = []
+        self.rules: list[tuple[ForwardScope, CallRule]] = []
         self.held: dict[nn.Module, ForwardScope] = {}
 
-    def add(self, module: nn.Module, rule: Rule, members: frozenset[int]) -> None:
+    def add(self, module: nn.Module, rule: CallRule, members: frozenset[int]) -> None:
         scope = self.hold(module)
         scope.members |= members
         for child in frontier(module):
