@@ -243,12 +243,8 @@ class PlainGradientTap(GradientTap):
         """Set a tensor hook on the output, in the first call of a forward."""
         number = self.channel.number
         is_first, self.number = self.number != number, number
-        if (
-            is_first
-            and type(output) is Tensor
-            and not self.recorder.is_foreign
-            and self.watch_plain(module, args, output)
-        ):
+        plain = is_first and type(output) is Tensor and not self.recorder.is_foreign
+        if plain and self.watch_plain(module, args, output):
             return None
         return self.on_call(module, args, output)
 
@@ -265,8 +261,7 @@ class PlainGradientTap(GradientTap):
     def on_first(self, number: int, grad: Tensor) -> None:
         """Take the gradient of the first call in a forward."""
         channel, path = self.channel, self.path
-        accepted = number == channel.accepting or self.recorder.accepts(channel, number)
-        if not accepted or path in channel.values:
+        if path in channel.values or not (number == channel.accepting or self.recorder.accepts(channel, number)):
             self.on_grad(path, number, 0, grad)
             return
         if grad._version:

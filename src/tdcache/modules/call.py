@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -12,10 +13,21 @@ from torch import Tensor, nn
 
 from tdcache.errors import ContextError
 from tdcache.hooks.values import children, first_tensor
-from tdcache.introspect import init_module
 from tdcache.types import CacheKey
 
-__all__ = ["ModelCall", "entries_of", "holds_entries"]
+__all__ = ["ModelCall", "entries_of", "holds_entries", "init_module"]
+
+
+def init_module(module: nn.Module) -> None:
+    """``nn.Module.__init__(module)``, at a third of the cost; the state is the same, in the same order."""
+    vars(module).update([(name, value if kind is None else kind()) for name, value, kind in _BLANK])
+
+
+_CONTAINERS = (dict, OrderedDict, set)
+_BLANK = [
+    (name, value, type(value) if type(value) in _CONTAINERS else None) for name, value in vars(nn.Module()).items()
+]
+"""The state of a new module: name, value, and of containers what makes an empty one."""
 
 
 def holds_entries(value: Any) -> TypeGuard[TensorDictBase]:

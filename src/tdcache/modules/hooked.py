@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from tdcache.errors import ContextError, StopForward, TdcacheWarning
 from tdcache.hooks.attach import register_hook_to_module
 from tdcache.hooks.compiled import refuse_scripted
-from tdcache.introspect import init_module
-from tdcache.modules.call import ModelCall, entries_of, holds_entries
+from tdcache.modules.call import ModelCall, entries_of, holds_entries, init_module
 from tdcache.modules.verbs import ModuleVerbs
 from tdcache.paths import resolve, resolve_all
 from tdcache.types import CacheKey, HookDirection, Removable
