@@ -22,6 +22,7 @@ __all__ = [
     "HookEntry",
     "NO_TASK",
     "add_tensor_hook",
+    "add_tensor_hook_eagerly",
     "backward_task",
     "break_graph",
     "calls_on_stack",
@@ -30,6 +31,7 @@ __all__ = [
     "global_hooks",
     "has_stale_graph",
     "has_tensor_hooks",
+    "hooks_always_called",
     "in_backward",
     "is_compiled",
     "is_optimized_module",
@@ -80,6 +82,11 @@ def pre_hooks(module: nn.Module) -> Any:
     return module._forward_pre_hooks
 
 
+def hooks_always_called(module: nn.Module) -> Any:
+    """The dict of the registration numbers of forward hooks that are called also when the forward raises."""
+    return module._forward_hooks_always_called
+
+
 _tensor_hooks = count(1)
 
 
@@ -90,7 +97,12 @@ def add_tensor_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> 
     """
     if torch.compiler.is_compiling():
         tensor.register_hook(hook)
-        return
+    else:
+        add_tensor_hook_eagerly(tensor, hook)
+
+
+def add_tensor_hook_eagerly(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
+    """:func:`add_tensor_hook` where no graph is being made."""
     hooks = tensor._backward_hooks
     if hooks is None:
         tensor._backward_hooks = hooks = OrderedDict()
@@ -217,8 +229,10 @@ def _is_compiled_in_place(module: nn.Module) -> bool:
 def may_be_compiled(model: nn.Module) -> bool:
     """Whether :func:`is_compiled` and :func:`has_stale_graph` are worth asking; does not walk the model."""
     dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and (dynamo.eval_frame.cached_backends or dynamo.convert_frame.input_codes.seen):
-        return True
+    if dynamo is not None:
+        backends = dynamo.eval_frame.cached_backends.values()  # torch.compiler.disable() leaves None there
+        if any(backend is not None for backend in backends) or dynamo.convert_frame.input_codes.seen:
+            return True
     return is_optimized_module(model) or _is_compiled_in_place(model)
 
 

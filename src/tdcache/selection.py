@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple, Protocol, TypeGuard, overload
 
@@ -343,7 +344,11 @@ def _matches(tree: list[tuple[str, nn.Module]], matcher: Matcher) -> list[Site]:
     find = matcher.finder()  # the common case, without a Python call per module
     if matcher.pattern.groupindex:
         return [Site(path, module, Groups(hit)) for path, module in tree if (hit := find(path)) is not None]
-    return [Site._make((path, module, _NO_GROUPS)) for path, module in tree if find(path) is not None]
+    return [_site((path, module, _NO_GROUPS)) for path, module in tree if find(path) is not None]
+
+
+_site: Callable[[tuple[Any, ...]], Site] = partial(tuple.__new__, Site)
+"""``Site._make`` without a Python call."""
 
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}

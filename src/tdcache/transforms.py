@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["in_transform", "is_wrapped", "unwrapped"]
+__all__ = ["in_transform", "is_wrapped", "transform_under_way", "unwrapped"]
 
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 """Whether a tensor is what a module sees inside a transform of ``torch.func``."""
+
+transform_under_way: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+"""The innermost transform of ``torch.func`` on this thread, or None. Not to be asked in a graph."""
 
 
 def in_transform() -> bool:
     """Whether a transform of ``torch.func``, or autograd's batch of gradients, is under way on this thread."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or _batches_of_gradients() > 0
+    return transform_under_way() is not None or _batches_of_gradients() > 0
 
 
 def _batches_of_gradients() -> int:

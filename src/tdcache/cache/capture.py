@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,9 +130,10 @@ class Capture:
         channels = list(recorder.channels)
         if self._takes_pairs(channels):
             output, gradient = channels.pop(0), channels.pop(0)
-            taps = (OutputAndGradientTap(path, output, recorder, self.order, gradient) for path in selection.paths)
+            order = self.order
+            taps = (OutputAndGradientTap(path, output, recorder, order, gradient) for path in selection.paths)
             attach_outputs(
-                ((site.module, tap.on_both) for site, tap in zip(selection, taps, strict=True)), handle, self.order
+                ((site.module, tap.on_both) for site, tap in zip(selection, taps, strict=True)), handle, order
             )
         for channel in channels:
             self._place_one(selection, channel, recorder, handle)
@@ -163,17 +164,18 @@ class Capture:
 
     def _output_hooks(
         self, selection: Selection, channel: Channel, recorder: Recorder
-    ) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-        as_it_is = self.pick is None and channel.takes_aliases
-        for path, module, *_ in selection:
-            if channel.is_gradient and as_it_is and not self.prepend:
-                yield module, PlainGradientTap(path, channel, recorder, self.order).on_plain
-            elif channel.is_gradient:
-                yield module, GradientTap(OutputPort(path, self.pick), channel, recorder, self.order).on_call
-            elif as_it_is:
-                yield module, OutputTap(path, channel, recorder, self.order).on_output
-            else:
-                yield module, ValueTap(OutputPort(path, self.pick), channel, recorder, self.order).on_call
+    ) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        as_it_is, order = self.pick is None and channel.takes_aliases, self.order
+        if as_it_is and not channel.is_gradient:
+            return [(module, OutputTap(path, channel, recorder, order).on_output) for path, module, _ in selection]
+        if as_it_is and not self.prepend:
+            taps = [PlainGradientTap(path, channel, recorder, order) for path in selection.paths]
+            return [(site.module, tap.on_plain) for site, tap in zip(selection, taps, strict=True)]
+        kind: Any = GradientTap if channel.is_gradient else ValueTap
+        return [
+            (module, kind(OutputPort(path, self.pick), channel, recorder, order).on_call)
+            for path, module, _ in selection
+        ]
 
     def _attach_callback(
         self, site: Site, channel: Channel, recorder: Recorder, callback: Callable[..., Any]

@@ -27,7 +27,7 @@ from tdcache.errors import CaptureError, listed
 from tdcache.hooks.directions import direction_row
 from tdcache.inplace import InplaceWatch, overwritten
 from tdcache.reducers import Last, Reducer
-from tdcache.transforms import in_transform, is_wrapped, unwrapped
+from tdcache.transforms import in_transform, is_wrapped, transform_under_way, unwrapped
 from tdcache.types import CacheKey, HookDirection
 
 __all__ = ["Carried", "Channel", "CopyInGraph"]
@@ -118,7 +118,7 @@ class Channel:
     def _checks_values(self) -> bool:
         return self.by_value and not self.is_gradient  # gradients that others can write to are copied
 
-    def begin(self, *, alone: bool = True) -> None:
+    def begin(self, alone: bool = True) -> None:
         """A forward begins: what the one before left is no longer current.
 
         Args:
@@ -160,7 +160,7 @@ class Channel:
             self._arrivals.own()
             return
         values = self.values
-        if in_transform():
+        if transform_under_way() is not None or (backward and in_transform()):
             self._unwrap()
         if backward:
             for key in own(values):
@@ -202,12 +202,12 @@ class Channel:
 
     def _detach(self, values: dict[CacheKey, Any]) -> None:
         needing = list(map(_requires_grad, values.values()))
-        if not any(needing):
+        if True not in needing:
             return
         of_leaf: Sequence[CacheKey] = ()
         if any(map(_is_leaf, values.values())):  # a parameter or an input, which the optimiser or the user writes to
             of_leaf = [key for key, value in values.items() if value.requires_grad and value.is_leaf]
-        if all(needing):
+        if False not in needing:
             values.update(zip(values, map(Tensor.detach, values.values()), strict=True))
         else:
             values.update({key: value.detach() for key, value in values.items() if value.requires_grad})
@@ -365,27 +365,26 @@ class Channel:
         Raises:
             CaptureError: a value only had a meaning inside a ``torch.func`` transform, which has ended.
         """
-        self._refuse_escaped()
+        values = {key: value for key, value in self.values.items() if value is not _ABSENT}
+        if any(map(is_wrapped, values.values())) and not in_transform():
+            raise self._escaped(values)
         if self.keep.hold == "live" or self.target.in_place:
             return
         if self._watch.seen:
             self._settle_watched({id(each.tensor) for each in self._watch.seen})
-        if not self.latest_only or self.stack_by is not None:
+        if not self.latest_only or self.stack_by is not None or not values:
             return
-        values = {key: value for key, value in self.values.items() if value is not _ABSENT}
         for key in own(values, outside, holders=3):  # this dict, the channel's, the cache
             self.target.put(key, values[key])
 
-    def _refuse_escaped(self) -> None:
-        if in_transform():
-            return
-        escaped = [_path_of(key) for key, value in self.values.items() if value is not _ABSENT and is_wrapped(value)]
-        if escaped:
-            raise CaptureError(
-                f"{listed(escaped)} ran inside a torch.func transform (vmap, grad, jvp) within the model's forward, "
-                "and what is kept has no meaning after it; keep a copy with hold='snapshot'",
-                paths=escaped,
-            )
+    @staticmethod
+    def _escaped(values: Mapping[CacheKey, Any]) -> CaptureError:
+        escaped = [_path_of(key) for key, value in values.items() if is_wrapped(value)]
+        return CaptureError(
+            f"{listed(escaped)} ran inside a torch.func transform (vmap, grad, jvp) within the model's forward, "
+            "and what is kept has no meaning after it; keep a copy with hold='snapshot'",
+            paths=escaped,
+        )
 
     def _settle_watched(self, watched: set[int]) -> None:
         """Copy the aliases that reducers and a callback's TensorDicts keep."""

@@ -88,14 +88,14 @@ class Recorder(Transient):
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """Pre-hook of the root: a forward begins."""
-        if not is_compiling():
-            if backward_task() != NO_TASK:
-                return
-            if get_ident() != self._thread:
-                self._begin_elsewhere()
-                return
-        elif not self.fits_graph:
-            break_graph()
+        if is_compiling():
+            if not self.fits_graph:
+                break_graph()
+        elif backward_task() != NO_TASK:
+            return
+        elif get_ident() != self._thread:
+            self._begin_elsewhere()
+            return
         if self._depth and calls_on_stack(module) < 2:
             self._depth = 0  # the forward before was left by an exception that torch shows to no hook
         self._depth += 1
@@ -110,7 +110,7 @@ class Recorder(Transient):
     def _begin_channels(self) -> None:
         alone = not self._elsewhere
         for channel in self.channels:
-            channel.begin(alone=alone)
+            channel.begin(alone)
         if alone and self._elsewhere:  # another thread's forward began at this very moment
             for channel in self.channels:
                 channel.mark_absent()
@@ -150,7 +150,8 @@ class Recorder(Transient):
             self._outside = [storage_of(each) for each in handed if isinstance(each, Tensor)]
         try:
             self.forwards += not raised
-            self.deliver()
+            with self._lock:
+                self._deliver()
         except CaptureError:
             if not raised:
                 raise
@@ -176,7 +177,7 @@ class Recorder(Transient):
     def _deliver(self) -> None:
         self._depth = 0
         self._delivered = True
-        while self.repeated:
+        while self.repeated:  # by a compiled graph
             self.warn_of_second_call(self.repeated.pop())
         for channel in self.channels:
             channel.deliver()
@@ -236,6 +237,13 @@ class Recorder(Transient):
                     return
             channel.arrived[key] = serial
         channel.take(key, path, grad, serial=serial)
+
+    def accepts(self, channel: Channel, number: int) -> bool:
+        """Whether a gradient of forward ``number`` may be written into ``channel.values`` as it is."""
+        if not self.open or number != channel.number:
+            return False
+        self._collect()
+        return channel.accepting == number
 
     def next_serial(self) -> int:
         """The number of one more call whose gradient is watched."""

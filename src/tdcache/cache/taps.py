@@ -18,12 +18,12 @@ from tdcache.cache.channel import Channel, CopyInGraph
 from tdcache.errors import CaptureError
 from tdcache.hooks.directions import Direction
 from tdcache.hooks.gradient_hooks import overwritten_input
-from tdcache.hooks.gradients import handed_on
+from tdcache.hooks.gradients import handed_on, takes_names
 from tdcache.hooks.loans import OpenCalls, lend
 from tdcache.hooks.port import InputPort, OutputPort, Port, Steps
 from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import is_entries, leaves
-from tdcache.introspect import add_tensor_hook, keep_frames_out_of_graphs, keep_out_of_graphs
+from tdcache.introspect import add_tensor_hook_eagerly, keep_frames_out_of_graphs, keep_out_of_graphs
 from tdcache.types import CacheKey
 
 if TYPE_CHECKING:
@@ -245,29 +245,29 @@ class PlainGradientTap(GradientTap):
         """Set a tensor hook on the output, in the first call of a forward."""
         number = self.channel.number
         is_first, self.number = self.number != number, number
-        if (
-            is_first
-            and type(output) is Tensor
-            and not self.recorder.is_foreign
-            and self.watch_plain(module, args, output)
-        ):
+        plain = is_first and type(output) is Tensor and not self.recorder.is_foreign
+        if plain and self.watch_plain(module, args, output):
             return None
         return self.on_call(module, args, output)
 
     def watch_plain(self, module: nn.Module, args: Any, output: Tensor) -> bool:
         """Set a tensor hook on ``output`` if this module computed it and it is no view; says whether it did."""
-        if handed_on(module, output, args) or output.grad_fn is None or output._base is not None:
+        if output.is_leaf or output._base is not None:
             return False
-        add_tensor_hook(output, partial(self.on_first, self.channel.number))
+        given = args[0] if len(args) == 1 else None
+        if (type(given) is not Tensor or given is output or takes_names(module)) and handed_on(module, output, args):
+            return False
+        add_tensor_hook_eagerly(output, partial(self.on_first, self.channel.number))
         return True
 
     def on_first(self, number: int, grad: Tensor) -> None:
         """Take the gradient of the first call in a forward."""
         channel, path = self.channel, self.path
-        if number != channel.accepting or path in channel.values:
+        if path in channel.values or not (number == channel.accepting or self.recorder.accepts(channel, number)):
             self.on_grad(path, number, 0, grad)
             return
-        channel.versions[path] = grad._version
+        if grad._version:
+            channel.versions[path] = grad._version
         channel.values[path] = grad
 
 

@@ -41,6 +41,7 @@ class HookingContextWithCache(HookingContext):
         self._cache = TensorDict(batch_size=[]) if cache is None else cache
         self._batch_size = self._cache.batch_size
         self._clear_cache = self._forgets = clear_cache
+        self._was_left = False
         self._carried: list[Carried] = []
         """Where the cache is not cleared: what the reducers hold between two entries."""
         self.recorder: Recorder | None = None
@@ -108,10 +109,11 @@ class HookingContextWithCache(HookingContext):
 
     def _enter(self) -> HookedModule:
         if self._clear_cache and not self._in_context:
-            if self.has_own_cache:  # what the last block left stays with those who hold it
+            if self.has_own_cache and (self._was_left or len(self._cache.keys())):
+                # What the last block left stays with those who hold it.
                 self._cache = TensorDict(batch_size=[])
                 self._carried = []
-            elif not self._holds_data():
+            elif not (self.has_own_cache or self._holds_data()):
                 self.clear()
         return super()._enter()
 
@@ -180,6 +182,7 @@ class HookingContextWithCache(HookingContext):
             self.recorder.open = False
 
     def _finish(self, error: BaseException | None) -> None:
+        self._was_left = True
         recorder, self.recorder = self.recorder, None
         if recorder is None:
             return

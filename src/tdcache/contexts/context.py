@@ -17,6 +17,7 @@ from tdcache.errors import ContextError, StopForward
 from tdcache.hooks.attach import MultiHookHandle
 from tdcache.hooks.compiled import refuse_scripted, running_eagerly
 from tdcache.hooks.threads import Fence, fencing
+from tdcache.introspect import may_be_compiled
 from tdcache.modules.call import ModelCall, holds_entries
 from tdcache.modules.hooked import HookedModule
 from tdcache.selection import Matcher, Selection, as_matcher, depends_on_names_only, select_matching, walk
@@ -104,7 +105,7 @@ class HookingContext:
         self._remembered: dict[Hashable, _Remembered] = {}
         self._hooked_module: HookedModule | None = None
         self._handle = MultiHookHandle()
-        self._undo = ExitStack()
+        self._undo: ExitStack | None = None
         self.thread = get_ident()
         """The thread that opened the context, whose forwards its hooks act in."""
         self.fence = Fence(set())
@@ -137,7 +138,8 @@ class HookingContext:
             keys: tuple[Any, ...] = (self._in_keys, self._out_keys, extra)
             prepared = self.factory._prepare_module(working, *keys)
             undo.callback(self.factory._restore_module, prepared, *keys)
-            undo.enter_context(running_eagerly(self.model, fits_graph=self._fits_graph, tell=not self.runs_module))
+            if may_be_compiled(self.model):
+                undo.enter_context(running_eagerly(self.model, fits_graph=self._fits_graph, tell=not self.runs_module))
             hooked: HookedModule = self.factory._spawn_hooked_module(prepared, self, extra)
             self._hooked_module = hooked
             self._in_context = self._managed = True
@@ -194,10 +196,10 @@ class HookingContext:
         return False
 
     def _leave(self, error: BaseException | None) -> None:
-        undo, self._undo = self._undo, ExitStack()
+        undo, self._undo = self._undo, None
         closed(self)
         try:
-            with undo:
+            with ExitStack() if undo is None else undo as undo:
                 self._handle.remove()
                 if error is not None:
                     undo.__exit__(type(error), error, error.__traceback__)
@@ -284,7 +286,7 @@ class HookingContext:
             return remembered.selection
         matcher = as_matcher(selector, match) if matcher is None else matcher
         selection = select_matching(root, matcher, selector, match=match, allow_empty=allow_empty, tree=tree)
-        refuse_scripted(root, ((site.path, site.module) for site in selection))
+        refuse_scripted(root, selection)
         if key is not None and depends_on_names_only(matcher):
             self._remembered[key] = _Remembered(tree, selection)
         return selection

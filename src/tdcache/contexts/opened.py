@@ -31,6 +31,8 @@ open_contexts: set[Opened] = set()
 _lock = RLock()
 _openers: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 """The threads that opened contexts on a model, since it was made: they may be running it still."""
+_threads: set[int] = set()
+"""Every thread that ever opened a context."""
 
 
 def begin_opening(context: Opened) -> Fence | None:
@@ -42,6 +44,9 @@ def begin_opening(context: Opened) -> Fence | None:
     with _lock:
         _openers.setdefault(context.model, set()).add(me)
         open_contexts.add(context)
+        _threads.add(me)
+        if len(_threads) == 1:  # the usual case, whatever the number of models
+            return None
         if all(threads <= {me} for threads in _openers.values()):
             return None
         related = [model for model in _openers if _overlap(model, context.model)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from threading import RLock
@@ -25,7 +25,7 @@ from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.gradient_hooks import GradientHandle, GradInputHook, GradOutputHook
 from tdcache.hooks.threads import Fence, Fenced, current_fence
 from tdcache.hooks.transient import Transient
-from tdcache.introspect import post_hooks, pre_hooks
+from tdcache.introspect import hooks_always_called, post_hooks, pre_hooks
 from tdcache.types import HookDirection, Removable
 
 __all__ = [
@@ -153,23 +153,27 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
     torch numbers registrations over all modules, so that one number may serve for all of these: no handle per module
     is needed, only the dicts to remove it from.
     """
-    number = RemovableHandle(OrderedDict()).id
-    placed = _Numbered(number)
-    handle.add(placed)
     fence = current_fence()
-    with _one_at_a_time:
+    with _one_at_a_time:  # torch's counter is not safe with threads either: one number twice would lose a hook
+        number = RemovableHandle(OrderedDict()).id
+        placed = _Numbered(number)
+        handle.add(placed)
+        taken_in = placed.dicts.append
         for module, hook in pairs:
             hooks = post_hooks(module)
+            if not hooks and fence is None:  # the common case
+                hooks[number] = hook
+                taken_in(hooks)
+                continue
             if number in hooks:  # the module has several names, and a hook for each
                 handle.add(attach(module, hook, "fwd", order=order))
                 continue
-            hooks[number] = hook if fence is None else _behind(fence, hook)
-            placed.dicts.append(hooks)
-            if len(hooks) > 1:
-                if order == Order.FIRST:
-                    hooks.move_to_end(number, last=False)
-                else:
-                    settle(hooks, order)
+            hooks[number] = _behind(fence, hook)
+            taken_in(hooks)
+            if order == Order.FIRST:
+                hooks.move_to_end(number, last=False)
+            else:
+                settle(hooks, order)
 
 
 def attach_ports(
@@ -252,11 +256,12 @@ class Registration:
 class _Numbered:
     """The registrations of one number in many modules."""
 
-    __slots__ = ("dicts", "number")
+    __slots__ = ("always_called", "dicts", "number")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.dicts: list[Any] = []
+        self.always_called: dict[int, bool] = {}
 
     def remove(self) -> None:
         """Remove them; a second call does nothing."""
@@ -265,6 +270,7 @@ class _Numbered:
             for hooks in self.dicts:
                 hooks.pop(number, None)
             self.dicts.clear()
+            self.always_called.pop(number, None)
 
     def mute(self) -> None:
         """Silence them without giving up their places."""
@@ -286,10 +292,15 @@ def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None
     """Call ``begin`` before and ``end`` after every forward of ``root``, also one that raises."""
     fence = current_fence()
     with _one_at_a_time:
-        handle.add(
-            Registration(_registering(root).register_forward_pre_hook(root, _behind(fence, begin), prepend=True))
-        )
-        handle.add(Registration(_registering(root).register_forward_hook(root, _behind(fence, end), always_call=True)))
+        number = RemovableHandle(OrderedDict()).id
+        placed = _Numbered(number)
+        handle.add(placed)
+        before, after = placed.dicts = [pre_hooks(root), post_hooks(root)]
+        before[number] = _behind(fence, begin)
+        before.move_to_end(number, last=False)
+        after[number] = _behind(fence, end)
+        placed.always_called = hooks_always_called(root)
+        placed.always_called[number] = True
 
 
 def settle(hooks: Any, order: int) -> None:
@@ -349,6 +360,22 @@ def check_signature(hook: Callable[..., Any], row: Direction) -> None:
         ) from None
 
 
+class _Installing:
+    """Removes what a handle has taken in if the block raises."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: MultiHookHandle) -> None:
+        self._handle = handle
+
+    def __enter__(self) -> MultiHookHandle:
+        return self._handle
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._handle.remove()
+
+
 class MultiHookHandle:
     """Several registrations that are undone together, last first; adding two handles gives one over both.
 
@@ -365,14 +392,9 @@ class MultiHookHandle:
         self.add = self._handles.append
         """Take one more registration in."""
 
-    @contextmanager
-    def installing(self) -> Iterator[MultiHookHandle]:
+    def installing(self) -> AbstractContextManager[MultiHookHandle, None]:
         """Add registrations in a block; if it raises, every registration is removed."""
-        try:
-            yield self
-        except BaseException:
-            self.remove()
-            raise
+        return _Installing(self)
 
     def remove(self) -> None:
         """Undo every registration, also when one of them fails; the first failure is raised at the end.

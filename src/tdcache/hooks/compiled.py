@@ -7,7 +7,7 @@ do as well as Python (gradients, reducers, edits that look at values) is not lef
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 from typing import Any
@@ -91,14 +91,16 @@ def _tell(model: nn.Module) -> None:
     )
 
 
-def refuse_scripted(model: nn.Module, places: Iterable[tuple[str, nn.Module]]) -> None:
-    """Refuse places, given with their modules, inside a TorchScript module.
+def refuse_scripted(model: nn.Module, places: Sequence[tuple[Any, ...]]) -> None:
+    """Refuse places, given as path and module, inside a TorchScript module.
 
     Raises:
         ContextError: it names the first one, and the script module, which can be hooked itself.
     """
-    for path, module in places:
-        ancestor = scripted_ancestor(model, path) if isinstance(module, torch.jit.ScriptModule) else None
+    if not any(issubclass(kind, torch.jit.ScriptModule) for kind in {type(each[1]) for each in places}):
+        return
+    for path in [each[0] for each in places if isinstance(each[1], torch.jit.ScriptModule)]:
+        ancestor = scripted_ancestor(model, path)
         if ancestor is not None:
             raise ContextError(
                 f"{path!r} is inside the TorchScript module {ancestor!r}, which calls its parts without their hooks; "

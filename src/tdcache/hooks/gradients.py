@@ -26,6 +26,7 @@ __all__ = [
     "alias_inputs",
     "handed_on",
     "note_views_out",
+    "takes_names",
     "watch_made",
     "watch_output",
     "watch_outputs",
@@ -48,12 +49,12 @@ def handed_on(module: nn.Module, tensor: Tensor, args: tuple[Any, ...]) -> bool:
         return True
     if torch.compiler.is_compiling():
         return not args
-    if args and not _takes_names(module):
+    if args and not takes_names(module):
         return False
     return any(tensor is given for _, given in leaves(keyword_arguments(module)))
 
 
-def _takes_names(module: nn.Module) -> bool:
+def takes_names(module: nn.Module) -> bool:
     """Whether ``module`` can be called with arguments by name beside a positional one."""
     code = getattr(module.forward, "__code__", None)
     return code is None or code.co_argcount + code.co_kwonlyargcount != 2 or code.co_flags & CO_VARKEYWORDS != 0

@@ -9,8 +9,6 @@ not: they work for whoever called them. As long as one thread opens contexts the
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
 
@@ -51,12 +49,17 @@ def current_fence() -> Fence | None:
     return getattr(_local, "fence", None)
 
 
-@contextmanager
-def fencing(fence: Fence | None) -> Iterator[None]:
+class fencing:  # noqa: N801  (used as a function)
     """Put every hook that is registered in the block behind ``fence``."""
-    before = current_fence()
-    _local.fence = fence
-    try:
-        yield
-    finally:
-        _local.fence = before
+
+    __slots__ = ("_before", "_fence")
+
+    def __init__(self, fence: Fence | None) -> None:
+        self._fence = fence
+
+    def __enter__(self) -> None:
+        self._before = current_fence()
+        _local.fence = self._fence
+
+    def __exit__(self, *_: object) -> None:
+        _local.fence = self._before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -14,7 +15,19 @@ from tdcache.errors import ContextError
 from tdcache.hooks.values import children, first_tensor
 from tdcache.types import CacheKey
 
-__all__ = ["ModelCall", "entries_of", "holds_entries"]
+__all__ = ["ModelCall", "entries_of", "holds_entries", "init_module"]
+
+
+def init_module(module: nn.Module) -> None:
+    """``nn.Module.__init__(module)``, at a third of the cost; the state is the same, in the same order."""
+    vars(module).update([(name, value if kind is None else kind()) for name, value, kind in _BLANK])
+
+
+_CONTAINERS = (dict, OrderedDict, set)
+_BLANK = [
+    (name, value, type(value) if type(value) in _CONTAINERS else None) for name, value in vars(nn.Module()).items()
+]
+"""The state of a new module: name, value, and of containers what makes an empty one."""
 
 
 def holds_entries(value: Any) -> TypeGuard[TensorDictBase]:
@@ -48,15 +61,17 @@ class ModelCall(TensorDictModuleBase):
             entry is taken by name where the names agree; otherwise results are taken in order. ``"_"`` skips one.
     """
 
+    module: nn.Module
+    call: _CallKeys
+
     def __init__(
         self,
         module: nn.Module,
         in_keys: Sequence[CacheKey] | Mapping[CacheKey, str] | None = None,
         out_keys: Sequence[CacheKey] | None = None,
     ) -> None:
-        super().__init__()
-        self.module = module
-        self.call: _CallKeys
+        init_module(self)
+        self._modules["module"] = module
         given = ["input"] if in_keys is None else [in_keys] if isinstance(in_keys, str) else in_keys
         self.__dict__["call"] = _CallKeys(
             reads=list(given),

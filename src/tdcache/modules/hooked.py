@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tdcache.errors import ContextError, StopForward, TdcacheWarning
 from tdcache.hooks.attach import register_hook_to_module
 from tdcache.hooks.compiled import refuse_scripted
-from tdcache.modules.call import ModelCall, entries_of, holds_entries
+from tdcache.modules.call import ModelCall, entries_of, holds_entries, init_module
 from tdcache.modules.verbs import ModuleVerbs
 from tdcache.paths import resolve, resolve_all
 from tdcache.types import CacheKey, HookDirection, Removable
@@ -52,8 +52,9 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
         hooking_context: OwningContext | None = None,
         relative_path: str = "td_module",
     ) -> None:
-        super().__init__(td_module)
-        # Written past nn.Module.__setattr__, which would look for parameters in them.
+        # Made and written past nn.Module.__init__ and __setattr__, which cost more than all else that entering does.
+        init_module(self)
+        self._modules["td_module"] = td_module
         self.__dict__["_hooking_context"] = hooking_context
         self.__dict__["_relative_path"] = relative_path
 
