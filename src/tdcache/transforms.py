@@ -35,7 +35,7 @@ def _without_batches(value: Tensor) -> Tensor:
     """``value`` with the axes of older ``vmap``s as its first ones, the outermost first."""
     for level in range(_batches_of_gradients(), 0, -1):
         if torch._C._functorch.is_legacy_batchedtensor(value):
-            value = torch._remove_batch_dim(value, level, 1, 0)  # type: ignore[attr-defined]
+            value = torch._remove_batch_dim(value, level, 1, 0)
     return value
 
 

@@ -68,7 +68,7 @@ class Wrapped(nn.Module):
 
 
 def test_the_prefill_outlasts_the_steps_after_it(built):
-    model, _ = built
+    model, path = built
     expected = outputs_by_hand(model, path, lambda: generate(model))
     with ActivationCaching(path, steps="prefill").prepare(model) as hooked:
         generate(model)
@@ -77,7 +77,7 @@ def test_the_prefill_outlasts_the_steps_after_it(built):
 
 
 def test_every_decode_step_is_gathered_and_the_prompt_left_out(built):
-    model, _ = built
+    model, path = built
     expected = outputs_by_hand(model, path, lambda: generate(model))[1:]
     with ActivationCaching(path, steps="decode", reducer=Stack()).prepare(model) as hooked:
         generate(model)
@@ -97,7 +97,7 @@ def test_a_predicate_chooses_one_step_of_a_wrapped_model(built):
     "options", [{"directions": ["fwd_pre"]}, {"pick": 0}, {"callback": lambda *, args, **_: args[0]}]
 )
 def test_inputs_picks_and_callbacks_are_gated_as_well(built, options):
-    model, _ = built
+    model, path = built
     seen = []
     handle = model.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     if options == {"pick": 0}:
@@ -110,7 +110,7 @@ def test_inputs_picks_and_callbacks_are_gated_as_well(built, options):
 
 @pytest.mark.parametrize("direction", ["bwd", "grad_in", "bwd_pre"])
 def test_gradients_are_those_of_the_forward_that_counts(built, direction):
-    model, _ = built
+    model, path = built
     name = path + ".mlp"
     grads = []
     handle = model.get_submodule(name).register_full_backward_hook(lambda module, gi, go: grads.append((gi[0], go[0])))
@@ -135,7 +135,7 @@ def _overwrite_what_was_kept(model, path, kept):
 
 
 def test_a_kept_prefill_is_still_guarded_while_later_steps_are_left_out(built):
-    model, _ = built
+    model, path = built
     kept = []
     handle = model.get_submodule(path).register_forward_hook(
         lambda module, args, output: kept.append(first_tensor(output))
@@ -146,7 +146,7 @@ def test_a_kept_prefill_is_still_guarded_while_later_steps_are_left_out(built):
 
 
 def test_steps_that_never_came_are_reported(built):
-    model, _ = built
+    model, path = built
     with (
         pytest.warns(UnfiredSiteWarning, match=r"steps='decode' left out every forward of the model, 1 in number"),
         ActivationCaching(path, steps="decode").prepare(model),
@@ -169,7 +169,7 @@ def test_a_site_that_fires_where_no_clock_ticks_is_an_error(built):
 
 
 def test_positions_and_steps_go_together(built):
-    model, _ = built
+    model, path = built
     expected = outputs_by_hand(model, path, lambda: generate(model))
     with ActivationCaching(path, positions=-1, steps="prefill").prepare(model) as hooked:
         generate(model)
