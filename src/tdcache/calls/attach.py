@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, ClassVar
 
 from torch import nn
@@ -14,6 +15,7 @@ from tdcache.calls.scope import ForwardScope, Handler, Need, Rule, frontier
 from tdcache.calls.sites import CallPattern, CallSite
 from tdcache.errors import EditError
 from tdcache.hooks.attach import MultiHookHandle, Order
+from tdcache.hooks.threads import Fence, current_fence
 from tdcache.introspect import skip_frame
 from tdcache.paths import resolve_all
 from tdcache.types import Removable
@@ -191,11 +193,84 @@ def attach_rules(root: nn.Module, pairs: Iterable[tuple[nn.Module, Rule]]) -> Mu
     try:
         for module, rule in pairs:
             attached.add(module, rule, members)
-        attached.plan()
+        fence = current_fence()
+        if fence is None:
+            attached.plan()
+        else:
+            attached.put_behind(fence)
     except BaseException:
         attached.remove()
         raise
     return MultiHookHandle([attached])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MutedRule:
+    """Stands where a muted rule stands, and wants nothing."""
+
+    rule: Rule
+
+    def wants(self, name: str) -> bool:
+        """No call."""
+        return False
+
+    def needs(self, names: Container[str], *, tables: bool) -> Need:
+        """Nothing."""
+        return Need.NOTHING
+
+    def handler(self, name: str, ordinal: int) -> None:
+        """None."""
+
+    def traceable(self, names: Container[str], *, tables: bool) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FencedRule:
+    """A rule whose handlers do not act in the threads that a fence keeps out."""
+
+    rule: Rule
+    fence: Fence
+
+    def wants(self, name: str) -> bool:
+        """What the rule wants."""
+        return self.rule.wants(name)
+
+    def needs(self, names: Container[str], *, tables: bool) -> Need:
+        """What the rule needs."""
+        return self.rule.needs(names, tables=tables)
+
+    def handler(self, name: str, ordinal: int) -> Handler | None:
+        """The rule's handler, behind the fence."""
+        handler = self.rule.handler(name, ordinal)
+        return None if handler is None else FencedHandler(handler, self.fence, handler.stage, handler.order)
+
+    def traceable(self, names: Container[str], *, tables: bool) -> None:
+        """Nothing: a graph does not ask which thread runs it."""
+
+
+@dataclass(frozen=True, slots=True)
+class FencedHandler:
+    """A handler behind a fence."""
+
+    at: Handler
+    fence: Fence
+    stage: int
+    order: int
+
+    def before(self, call: Call) -> None:
+        """Act before the call, unless the thread is fenced off."""
+        if get_ident() not in self.fence.others:
+            self.at.before(call)
+
+    def after(self, call: Call) -> None:
+        """Act after it, unless the thread is fenced off."""
+        if get_ident() not in self.fence.others:
+            self.at.after(call)
+
+
+def _index(rules: list[Rule], rule: Rule) -> int:
+    return next(at for at, each in enumerate(rules) if each is rule)
 
 
 class _Attached:
@@ -223,10 +298,30 @@ class _Attached:
         for scope in {id(scope): scope for scope, _ in self.rules}.values():
             scope.plan()
 
+    def exchange(self, make: Callable[[Rule], Rule]) -> None:
+        """Put another rule in the place of each."""
+        for at, (scope, rule) in enumerate(self.rules):
+            new = make(rule)
+            scope.rules[_index(scope.rules, rule)] = new
+            self.rules[at] = (scope, new)
+        self.plan()
+
+    def mute(self) -> None:
+        """Silence the rules without giving up their places."""
+        self.exchange(MutedRule)
+
+    def unmute(self) -> None:
+        """Let them act again."""
+        self.exchange(lambda rule: rule.rule if isinstance(rule, MutedRule) else rule)
+
+    def put_behind(self, fence: Fence) -> None:
+        """Have their handlers act in no thread that is fenced off."""
+        self.exchange(lambda rule: rule if isinstance(rule, FencedRule) else FencedRule(rule, fence))
+
     def remove(self) -> None:
         """Undo it; a second call does nothing."""
         for scope, rule in self.rules:
-            scope.rules.remove(rule)
+            del scope.rules[_index(scope.rules, rule)]
         held = list(self.held.values())
         scopes = {id(scope): scope for scope, _ in self.rules}
         self.rules.clear()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tdcache.calls.names import DERIVED
+from tdcache.calls.sites import CallSite
 from tdcache.errors import EditError
 
-__all__ = ["Along", "Heads", "Region", "as_index"]
+__all__ = ["Along", "Heads", "Region", "as_index", "at_call"]
 
 Along = int | slice | Sequence[int] | Tensor | None
 Heads = tuple[int, Along]
@@ -173,6 +175,17 @@ class Region:
 
     def _last_axes(self, tensor: Tensor, index: Any, path: str, what: str) -> tuple[Any, ...]:
         return (..., *_along(tensor, self.unit_dim, index, path, what)[self.unit_dim % tensor.ndim :])
+
+
+def at_call(region: Region, path: str) -> Region:
+    """The same part of a value at a call: in one of an attention call, heads and positions are axes of their own.
+
+    Queries, keys, values, scores and patterns are ``(batch, heads, positions, ...)``; so is what their softmax returns.
+    """
+    if CallSite.parse(path).name not in (*DERIVED, "softmax"):
+        return region
+    unit_dim = -3 if region.heads is not None and region.unit_dim == -1 else region.unit_dim
+    return replace(region, unit_dim=unit_dim, position_dim=-2 if region.position_dim == 1 else region.position_dim)
 
 
 _Stage = Callable[[Tensor, str], tuple[Tensor, Any]]

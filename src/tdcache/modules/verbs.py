@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Any, get_args
 from tensordict import TensorDictBase
 from torch import nn
 
-from tdcache.errors import TdcacheWarning, warn_user
-from tdcache.hooks.attach import Order, attach
+from tdcache.calls.places import CallPlace, CallTaps, refuse_direction
+from tdcache.calls.roles import Use
+from tdcache.calls.sites import CallPattern, CallSite, is_call
+from tdcache.errors import DirectionError, TdcacheWarning, warn_user
+from tdcache.hooks.attach import MultiHookHandle, Order, attach
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.factory import HookFactory, check_callback
+from tdcache.hooks.port import Port
 from tdcache.introspect import has_stale_graph
 from tdcache.modules.forms import DirectedForms
 from tdcache.modules.run import HookedModuleRun
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
+from tdcache.selection import Site
 from tdcache.types import CacheKey, Hold, HookDirection, Pick, Removable
 
 __all__ = ["ModuleVerbs"]
@@ -171,6 +176,8 @@ class ModuleVerbs(DirectedForms):
         row, path, module = self._place(module_key, direction, callback, relative, "value")
         default = Order.EDIT_GRADIENT if row.gradient else Order.EDIT
         tap = SetTap(path, row, value, callback=callback, pick=pick, order=Order.FIRST if prepend else default)
+        if is_call(path):
+            return tap, self._attach_at_call(path, module, tap, row, pick, callback, use="edit")
         return tap, attach(module, tap.on_call, row.name, order=tap.order, path=path)
 
     def add_get(
@@ -194,7 +201,33 @@ class ModuleVerbs(DirectedForms):
         proxy = ValueProxy(cache_key or f"{module_key}_{row.noun}", cache, path)
         order = Order.FIRST if prepend else Order.CAPTURE
         tap = GetTap(proxy, row, callback=callback, pick=pick, hold=hold, forwards=forwards, order=order)
+        if is_call(path):
+            use: Use = "watch" if hold == "live" else "read"
+            return tap, self._attach_at_call(path, module, tap, row, pick, callback, use=use)
         return tap, attach(module, tap.on_call, row.name, order=order, path=path)
+
+    def _attach_at_call(
+        self,
+        path: str,
+        module: nn.Module,
+        tap: GetTap | SetTap,
+        row: Direction,
+        pick: Pick,
+        callback: Callable[..., Any] | None,
+        *,
+        use: Use,
+    ) -> Removable:
+        if row.gradient:
+            raise DirectionError(
+                f"{path!r} is inside a forward, where a run gets and sets values only; for its gradient use "
+                f"ActivationCaching({path!r}, directions=['bwd']), got {row.name!r}"
+            )
+        refuse_direction((path,), row.name)
+        place = CallPlace(Site(CallSite.parse(path).path, module), CallPattern.parse(path), path)
+        as_user = callback is not None
+        taps = CallTaps([place], _AtCall(tap), row.name, pick, use=use, order=tap.order, as_user=as_user)
+        taps.attach(self.model, MultiHookHandle())
+        return taps
 
     def _place(
         self, key: str, direction: HookDirection, callback: Callable[..., Any] | None, relative: bool, extra: str
@@ -204,7 +237,13 @@ class ModuleVerbs(DirectedForms):
             check_callback(callback, (*row.params, extra, "direction"))
         elif direction == "fwd_pre":
             row = direction_row("fwd_pre_kwargs")  # the first tensor may be a keyword argument
-        return row, *self.find_site(key, relative)
+        if not is_call(key):
+            return row, *self.find_site(key, relative)
+        site = CallSite.parse(key)
+        if not site.path:
+            return row, key, self.model
+        path, module = self.find_site(site.path, relative)
+        return row, str(CallSite(path, site.name, site.ordinal)), module
 
     def _warn_if_skipped(self, key: str) -> None:
         if has_stale_graph(self.model):
@@ -213,3 +252,14 @@ class ModuleVerbs(DirectedForms):
                 "context, which run it eagerly, or the model that was not compiled",
                 TdcacheWarning,
             )
+
+
+class _AtCall:
+    """Puts a tap at one call, whose port knows the names of the function's parameters."""
+
+    def __init__(self, tap: GetTap | SetTap) -> None:
+        self.tap = tap
+
+    def __call__(self, site: Site, port: Port) -> GetTap | SetTap:
+        self.tap.port = port
+        return self.tap
