@@ -107,7 +107,7 @@ class Capture:
             CaptureError: ``stack_by`` names no group of the pattern.
         """
         keep = self.keep if cache.device is None or self.keep.device else replace(self.keep, device=cache.device)
-        stack_by = None
+        stack_by: StackBy | None = None
         if self.stack_by is not None and places:
             stack_by = GrowingStackBy(self.stack_by, selection, [place.site for place in places])
         elif self.stack_by is not None:

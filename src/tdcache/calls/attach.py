@@ -13,6 +13,7 @@ from tdcache.calls.mode import Call, run_forward
 from tdcache.calls.names import is_torch_name
 from tdcache.calls.scope import ForwardScope, Handler, Need, Rule, frontier
 from tdcache.calls.sites import CallPattern, CallSite
+from tdcache.calls.spelled import progress
 from tdcache.errors import EditError
 from tdcache.hooks.attach import MultiHookHandle, Order
 from tdcache.hooks.threads import Fence, current_fence
@@ -71,6 +72,8 @@ class AtCall:
         if new is not None:
             refuse_recomputed(call)
             call.output = new
+            if call.notes.get("role") == "softmax":  # what its attention goes on with
+                progress(call).softmax = new
 
 
 def refuse_recomputed(call: Call) -> None:

@@ -148,6 +148,7 @@ class CallTaps:
         """Once removed: a sentence for each selector that meant no call that was made."""
         self._at: dict[tuple[int, str], _AtPlace] = {}
         self._served: dict[str, _AtPlace] = {}
+        self._fired: set[str] = set()
         self._attached = MultiHookHandle()
 
     def __repr__(self) -> str:
@@ -186,6 +187,7 @@ class CallTaps:
     def serve(self, at: _AtPlace) -> Callable[..., Any] | None:
         """The tap of a call that is made for the first time; None where another selector has put one there."""
         path = str(at.site)
+        self._fired.add(at.place.selector)
         if self._served.setdefault(path, at) is not at:
             return None
         module, groups = at.place.site.module, at.place.site.groups
@@ -200,10 +202,9 @@ class CallTaps:
         self._attached.remove()
 
     def _unfired(self) -> Iterator[str]:
-        fired = {at.place.selector for at in self._served.values()}
         silent: dict[str, list[CallPlace]] = {}
         for place in self.places:
-            if place.selector not in fired:
+            if place.selector not in self._fired:
                 silent.setdefault(place.selector, []).append(place)
         for selector, places in silent.items():
             made = ((place.site.path, called_in(place.site.module)) for place in places)
@@ -284,7 +285,15 @@ def called_in(module: nn.Module) -> list[str]:
     scope = module.__dict__.get("forward")
     if not isinstance(scope, ForwardScope):
         return []
-    return [name for name in dict.fromkeys(scope.called()) if name != INTERFACE]
+    leaves_of = (child for child in module.modules() if not child._modules and child is not module)
+    theirs = {name for child in leaves_of for name in _code_names(child)} - set(_code_names(module))
+    return [name for name in dict.fromkeys(scope.called()) if name != INTERFACE and name not in theirs]
+
+
+def _code_names(module: nn.Module) -> tuple[str, ...]:
+    """What the forward of a module's class names; a leaf of torch's runs while its parent is watched."""
+    code = getattr(type(module).forward, "__code__", None)
+    return () if code is None else code.co_names
 
 
 def _nearest(selector: str, names: list[str]) -> list[str]:
