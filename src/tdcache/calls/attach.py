@@ -208,7 +208,7 @@ def attach_rules(root: nn.Module, pairs: Iterable[tuple[nn.Module, Rule]]) -> Mu
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MutedRule:
+class _MutedRule:
     """Stands where a muted rule stands, and wants nothing."""
 
     rule: Rule
@@ -229,7 +229,7 @@ class MutedRule:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FencedRule:
+class _FencedRule:
     """A rule whose handlers do not act in the threads that a fence keeps out."""
 
     rule: Rule
@@ -246,14 +246,14 @@ class FencedRule:
     def handler(self, name: str, ordinal: int) -> Handler | None:
         """The rule's handler, behind the fence."""
         handler = self.rule.handler(name, ordinal)
-        return None if handler is None else FencedHandler(handler, self.fence, handler.stage, handler.order)
+        return None if handler is None else _FencedHandler(handler, self.fence, handler.stage, handler.order)
 
     def traceable(self, names: Container[str], *, tables: bool) -> None:
         """Nothing: a graph does not ask which thread runs it."""
 
 
 @dataclass(frozen=True, slots=True)
-class FencedHandler:
+class _FencedHandler:
     """A handler behind a fence."""
 
     at: Handler
@@ -311,15 +311,15 @@ class _Attached:
 
     def mute(self) -> None:
         """Silence the rules without giving up their places."""
-        self.exchange(MutedRule)
+        self.exchange(_MutedRule)
 
     def unmute(self) -> None:
         """Let them act again."""
-        self.exchange(lambda rule: rule.rule if isinstance(rule, MutedRule) else rule)
+        self.exchange(lambda rule: rule.rule if isinstance(rule, _MutedRule) else rule)
 
     def put_behind(self, fence: Fence) -> None:
         """Have their handlers act in no thread that is fenced off."""
-        self.exchange(lambda rule: rule if isinstance(rule, FencedRule) else FencedRule(rule, fence))
+        self.exchange(lambda rule: rule if isinstance(rule, _FencedRule) else _FencedRule(rule, fence))
 
     def remove(self) -> None:
         """Undo it; a second call does nothing."""

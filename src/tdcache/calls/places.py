@@ -34,7 +34,7 @@ from tdcache.types import HookDirection, Match, Pick, Selector
 __all__ = ["CallPlace", "CallTaps", "MakeTap", "call_places", "refuse_direction", "split_selector"]
 
 
-class Tap(Protocol):
+class _Tap(Protocol):
     """What is put at a call."""
 
     @property
@@ -42,7 +42,7 @@ class Tap(Protocol):
         """The hook."""
 
 
-MakeTap = Callable[[Site, Port], Tap]
+MakeTap = Callable[[Site, Port], _Tap]
 """Makes the tap of one call: ``site.path`` is ``"path::name"``, and the port reads its arguments or its result."""
 
 
@@ -207,7 +207,7 @@ class CallTaps:
             if place.selector not in self._fired:
                 silent.setdefault(place.selector, []).append(place)
         for selector, places in silent.items():
-            made = ((place.site.path, called_in(place.site.module)) for place in places)
+            made = ((place.site.path, _called_in(place.site.module)) for place in places)
             said = [f"{path or '(root)'} calls {listed(_nearest(selector, names), 8)}" for path, names in made if names]
             known = "; ".join(said[:3]) or "select(model, pattern, inputs) shows what they call"
             yield f"{selector!r} means a call that none of its {len(places)} modules made: {known}"
@@ -280,7 +280,7 @@ class _AtPlace:
         return hook(module, (*args, *kwargs.values()), output)
 
 
-def called_in(module: nn.Module) -> list[str]:
+def _called_in(module: nn.Module) -> list[str]:
     """The functions that a module with sites inside was seen to call, or looks up by name."""
     scope = module.__dict__.get("forward")
     if not isinstance(scope, ForwardScope):

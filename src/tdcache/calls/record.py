@@ -29,7 +29,7 @@ from tdcache.selection import Selection, Site
 from tdcache.selection import select as select_modules
 from tdcache.types import Match, Selector
 
-__all__ = ["CallRow", "CallTable", "calls", "record_calls", "select"]
+__all__ = ["CallRow", "CallSelection", "CallTable", "calls", "record_calls", "select"]
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
