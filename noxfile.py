@@ -73,6 +73,13 @@ def fuzz(session):
     session.run("python", "tests/differential.py", *(session.posargs or ("--cases", "10000")), env=OFFLINE)
 
 
+@nox.session
+def kills(session):
+    """Kill a thousand processes that write stores, copies and states, and hold what is left against one whole run."""
+    install(session, "-e", ".")
+    session.run("python", "tests/kills.py", *(session.posargs or ("--kills", "1000")), env=OFFLINE)
+
+
 @nox.session(venv_backend="none")
 def other_cpu(session):
     """Run ``tests`` as on a CPU that rounds otherwise: what asks for too many equal bits fails here."""

@@ -30,7 +30,7 @@ from tdcache import ActivationDataset, harvest
 from tdcache.harvesting import collect_activations_from_dataloader, extract_representations
 from tdcache.store import Files, StoreWriter, site_column
 from tdcache.store.checksums import crc32
-from tdcache.store.layout import Layout
+from tdcache.store.layout import StorePaths
 
 ROW = 384  # features of a row, in bfloat16
 
@@ -480,7 +480,7 @@ def _opening_simulated(shards: int) -> float:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         _write_many(Path(name, "a.acts"), 1)
         (only,) = ActivationDataset.open(Path(name, "a.acts")).shards
-        layout, made = Layout(Path(name, "a.acts")), []
+        layout, made = StorePaths(Path(name, "a.acts")), []
         for unit in range(shards):
             path = layout.shard(unit)
             path.parent.mkdir(exist_ok=True)

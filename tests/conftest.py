@@ -1,6 +1,7 @@
 """What every test relies on: one torch thread, fixed seeds, no network, and GPU tests skipped where there is no GPU."""
 
 import os
+import sys
 
 # Before torch is imported, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,6 +29,15 @@ hypothesis.settings.load_profile("tdcache")
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def no_graph_is_left():
+    """Forget what a test compiled: a graph of one model's class would serve, and skip the hooks of, another's."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and list(dynamo.convert_frame.input_codes.seen):
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

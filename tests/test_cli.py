@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from store.faulty_files import write_units
+import tdcache
+from store.faulty_files import SPEC, unit_columns, write_units
 from tdcache import ActivationDataset
 from tdcache.cli import main
+from tdcache.store import StoreWriter
 
 SOURCE = """
 from collections import OrderedDict
@@ -38,6 +41,22 @@ def nested():
 
 def wrong():
     return 3
+
+def fails():
+    return {}["no such key"]
+
+def needs():
+    import no_such_package
+
+def collate(samples):
+    raise ValueError("these samples do not fit")
+
+def fails_later():
+    model, data = make()
+    return model, torch.utils.data.DataLoader(data, collate_fn=collate)
+
+def interrupted():
+    raise KeyboardInterrupt
 """
 
 
@@ -94,7 +113,7 @@ def test_every_option_reaches_the_harvest(here, capsys):
     wanted = ["--select", "1", "--match", "prefix", "--direction", "fwd_pre", "--rows", "samples"]
     options = ["--dtype", "float16", "--shard-bytes", "48", "--quiet"]
     assert main(["harvest", "recipe_for_cli:tokens", "a.acts", *wanted, *options]) == 1
-    assert "24 finite values at '1' in batch 0 cannot be held by torch.float16" in capsys.readouterr().err
+    assert "24 values at '1' in batch 0 cannot be held by torch.float16" in capsys.readouterr().err
     counted = ["harvest", "recipe_for_cli:tokens", "b.acts", *wanted, *options, "--overflow", "count"]
     assert main([*counted, "--dry-run"]) == 0
     assert "one row per sample" in capsys.readouterr().out
@@ -127,10 +146,21 @@ def test_patterns_are_held_against_paths_as_asked(here, capsys):
     ("arguments", "text"),
     [
         (["harvest", "recipe_for_cli:make", "a", "--select", "9"], "matches none of the 3 modules"),
-        (["harvest", "recipe_for_cli:none", "a", "--select", "0"], "'recipe_for_cli:none' cannot be called"),
-        (["harvest", "no_such_module:make", "a", "--select", "0"], "'no_such_module:make' cannot be called"),
+        (
+            ["harvest", "recipe_for_cli:none", "a", "--select", "0"],
+            "'recipe_for_cli:none' cannot be called: 'recipe_for_cli' has no function 'none'",
+        ),
+        (
+            ["harvest", "no_such_module:make", "a", "--select", "0"],
+            "cannot be called: there is no module 'no_such_module' here or on the path",
+        ),
         (["harvest", "recipe_for_cli:wrong", "a", "--select", "0"], r"returns (model, data), got int"),
         (["harvest", "recipe_for_cli", "a", "--select", "0"], "is not MODULE:FUNCTION"),
+        (["harvest", "recipe_for_cli:make", "a", "--select", "0", "--device", "warp"], "--device warp cannot be used"),
+        (["harvest", "recipe_for_cli:make", "a", "--select", "0", "--device", "cuda:77"], "--device cuda:77 cannot be"),
+        (["repack", "nowhere", "b"], "nowhere is no activation store"),
+        (["merge", "nowhere", "--to", "b"], "nowhere is no activation store"),
+        (["export", "nowhere", "b.npz"], "nowhere is no activation store"),
         (["info", "nowhere"], "nowhere is no activation store"),
         (["verify", "nowhere"], "nowhere is no activation store"),
     ],
@@ -172,3 +202,69 @@ def test_a_wrong_call_is_status_two(capsys):
         main(["harvest"])
     assert stop.value.code == 2
     assert "usage: tdcache harvest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "text"),
+    [
+        ("fails", 'return {}["no such key"]', "KeyError: 'no such key'"),
+        ("needs", "import no_such_package", "No module named 'no_such_package'"),
+        ("fails_later", 'raise ValueError("these samples do not fit")', "ValueError: these samples do not fit"),
+    ],
+)
+def test_fault_errors_in_a_recipe_keep_their_traceback(here, capsys, name, line, text):
+    assert main(["harvest", f"recipe_for_cli:{name}", "a.acts", "--select", "0", "--quiet"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert line in error
+    assert text in error
+    assert error.splitlines()[-1].startswith("tdcache: ")
+
+
+def test_an_interrupt_is_one_sentence_and_status_130(here, capsys):
+    assert main(["harvest", "recipe_for_cli:interrupted", "a.acts", "--select", "0"]) == 130
+    assert capsys.readouterr().err == (
+        "tdcache: interrupted; what was written is whole, and the same command continues it\n"
+    )
+
+
+def test_help_says_that_a_recipe_is_executed(capsys):
+    with pytest.raises(SystemExit):
+        main(["harvest", "--help"])
+    assert "imported and executed: name only code that you trust" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"tdcache {tdcache.__version__}, torch {torch.__version__}\n"
+
+
+def test_repack_merge_and_export(tmp_path, capsys):
+    write_units(tmp_path / "a.acts")
+    dataset = ActivationDataset.open(tmp_path / "a.acts")
+    paths = [str(tmp_path / name) for name in ("a.acts", "b.acts", "c.acts", "c.npz")]
+    options = ["--shuffle", "--seed", "3", "--key", "layers.1", "--dtype", "float16", "--shard-bytes", "500"]
+    assert main(["repack", *paths[:2], *options]) == 0
+    packed = ActivationDataset.open(paths[1])
+    assert (packed.keys, packed["layers.1"].dtype, len(packed)) == (("layers.1",), torch.float16, 72)
+    assert packed["seq"][...].tolist() != dataset["seq"][...].tolist()
+    assert main(["merge", paths[0], paths[0], "--to", paths[2]]) == 0
+    assert len(ActivationDataset.open(paths[2])) == 144
+    assert main(["export", paths[2], paths[3]]) == 0
+    assert np.load(paths[3])["layers.1"].shape == (144, 2, 3)
+    assert main(["export", paths[0], str(tmp_path / "d.pt"), "--kind", "pt"]) == 0
+    assert len(torch.load(tmp_path / "d.pt", weights_only=True)["layers.0"]) == 72
+    assert capsys.readouterr().out.count("ActivationDataset") == 2
+
+
+def test_info_shows_losses_and_checks_on_demand(tmp_path, capsys):
+    with StoreWriter(tmp_path / "a.acts", SPEC) as writer:
+        lost = {"overflow": {"layers.0": 1234}, "underflow": {"layers.0": 7}}
+        writer.write(0, unit_columns(0), samples=(0, 4), end=True, **lost)
+    assert main(["info", str(tmp_path / "a.acts"), "--check"]) == 0
+    out = capsys.readouterr().out
+    assert "1,234 values too large for it, 7 that became zero" in out
+    assert "beside each row: seq, pos, tok" in out
+    assert "every checksum fits" in out

@@ -56,7 +56,7 @@ from tdcache.selection import Selection, Site
 from tdcache.steps import Step
 
 if TYPE_CHECKING:
-    from tdcache.harvesting import ActivationDataset, harvest
+    from tdcache.harvesting import ActivationBuffer, ActivationDataset, harvest
 
 try:
     __version__ = version("tdcache")
@@ -66,6 +66,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 __all__ = [
     "Ablation",
     "ActivationAddition",
+    "ActivationBuffer",
     "ActivationCaching",
     "ActivationDataset",
     "ActivationPatching",
@@ -127,7 +128,7 @@ __all__ = [
 
 
 # Loaded when asked for: they bring data loading, files or pictures with them, or are many.
-_LATER = {"ActivationDataset": "harvesting", "harvest": "harvesting"}
+_LATER = {"ActivationBuffer": "harvesting", "ActivationDataset": "harvesting", "harvest": "harvesting"}
 _PACKAGES = ("attribution", "calls", "harvesting", "interventions", "pipeline", "plot", "points", "reducers", "store")
 
 

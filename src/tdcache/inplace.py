@@ -47,7 +47,7 @@ def overwritten(paths: Sequence[str], remedy: str = "keep a copy with hold='snap
     )
 
 
-class _Seen(NamedTuple):
+class _WatchedTensor(NamedTuple):
     path: str
     tensor: Tensor
     version: int
@@ -65,19 +65,19 @@ class InplaceWatch:
 
     def __init__(self, *, by_value: bool = False) -> None:
         self._by_value = by_value
-        self.seen: list[_Seen] = []
+        self.seen: list[_WatchedTensor] = []
 
     def add(self, path: str, tensor: Any) -> None:
         """Watch a tensor from now on; what has no version counter is left out."""
         version = version_of(tensor)
         if version != NO_COUNTER:
-            self.seen.append(_Seen(path, tensor, version, checksum(tensor) if self._by_value else 0))
+            self.seen.append(_WatchedTensor(path, tensor, version, checksum(tensor) if self._by_value else 0))
 
     def changed(self) -> list[str]:
         """The paths whose tensor was overwritten since, each once."""
         return list(dict.fromkeys(seen.path for seen in self.seen if self._is_changed(seen)))
 
-    def _is_changed(self, seen: _Seen) -> bool:
+    def _is_changed(self, seen: _WatchedTensor) -> bool:
         if seen.tensor._version != seen.version:
             return True
         return self._by_value and checksum(seen.tensor) != seen.checksum

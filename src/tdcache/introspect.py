@@ -99,7 +99,7 @@ def add_tensor_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> 
         tensor._backward_hooks = hooks = OrderedDict()
         node = tensor.grad_fn
         if node is not None:
-            node._register_hook_dict(tensor)  # type: ignore[attr-defined]
+            node._register_hook_dict(tensor)
     hooks[-next(_tensor_hooks)] = hook  # torch numbers its own upward from zero
 
 

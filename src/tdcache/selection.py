@@ -130,7 +130,7 @@ class Where:
     predicate: Callable[[str, nn.Module], bool]
 
     def __call__(self, path: str, module: nn.Module) -> Mapping[str, str] | None:
-        """Ask the predicate."""
+        """Return no groups if the predicate holds for the module, else None."""
         return _NO_GROUPS if self.predicate(path, module) else None
 
 

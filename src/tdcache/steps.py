@@ -161,7 +161,7 @@ def _inside(path: str, outer: str) -> bool:
     return path != outer and (not outer or path.startswith(outer + "."))
 
 
-class _Sequence:
+class _Decoding:
     """What was seen of the prompt, and of what followed it, that one cache belongs to."""
 
     def __init__(self, total: int = 0) -> None:
@@ -186,8 +186,8 @@ class _Counter:
         """Forget what was seen."""
         self._forward = -1
         self._ids: Tensor | None = None
-        self._unnamed = _Sequence()
-        self._by_cache: dict[int, tuple[weakref.ref[Any], _Sequence]] = {}
+        self._unnamed = _Decoding()
+        self._by_cache: dict[int, tuple[weakref.ref[Any], _Decoding]] = {}
 
     def count(self, arguments: Mapping[Any, Any]) -> Step:
         """The step of a forward with these arguments."""
@@ -212,7 +212,7 @@ class _Counter:
         self._forward += 1
         return Step(self._forward, decoded, past, fed)
 
-    def _begin_decoding(self, sequence: _Sequence, step: _Forward) -> None:
+    def _begin_decoding(self, sequence: _Decoding, step: _Forward) -> None:
         if sequence.decoding:
             return
         sequence.decoding = True
@@ -222,25 +222,25 @@ class _Counter:
             sequence.prompt -= sequence.candidates
 
     @staticmethod
-    def _decoded(sequence: _Sequence, step: _Forward) -> int:
+    def _decoded(sequence: _Decoding, step: _Forward) -> int:
         # A window that slides over the ids feeds no more of them, and yet adds one.
         return max(1, step.past + step.fed - sequence.prompt) if sequence.decoding else 0
 
-    def _sequence_of(self, cached: Cached, *, grown: bool) -> tuple[_Sequence, bool]:
+    def _sequence_of(self, cached: Cached, *, grown: bool) -> tuple[_Decoding, bool]:
         """What is known of the sequence that a cache belongs to, and whether anything is."""
         if grown:
             return self._unnamed, True
         if cached.cache is None:
-            self._unnamed = _Sequence()
+            self._unnamed = _Decoding()
             return self._unnamed, False
         key = id(cached.cache)
         reference, sequence = self._by_cache.get(key, (None, self._unnamed))
         known = reference is not None and reference() is cached.cache
         if not cached.filled:
-            sequence, known = _Sequence(), False
+            sequence, known = _Decoding(), False
         elif not known:  # made by the forward before, which was given none; or one that cannot be told by identity
             known = self._unnamed.total > 0 and cached.length in (None, self._unnamed.total)
-            sequence = self._unnamed if known else _Sequence(cached.length or 0)
+            sequence = self._unnamed if known else _Decoding(cached.length or 0)
         try:
             self._by_cache[key] = (weakref.ref(cached.cache, lambda _: self._by_cache.pop(key, None)), sequence)
         except TypeError:
@@ -279,7 +279,7 @@ class _Forward:
             if isinstance(each, Tensor) and each.dim() == 2 and ("mask" in str(name) or "position_ids" in str(name))
         }
 
-    def decodes(self, sequence: _Sequence) -> bool:
+    def decodes(self, sequence: _Decoding) -> bool:
         """Whether it adds to the prompt, of which something is cached."""
         if self.fed > 1:
             if self._is_encoder_decoder and self.known:
@@ -298,7 +298,7 @@ class _Forward:
             "token that is added; give the clock the prompt's length: prompt=..., or pass masks of their own memory"
         )
 
-    def _continues(self, sequence: _Sequence) -> bool:
+    def _continues(self, sequence: _Decoding) -> bool:
         """Whether a mask or position ids are the next part of the tensor that those before were a part of."""
         for name, view in self.views.items():
             before = sequence.views.get(name)

@@ -2,7 +2,8 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -18,6 +19,7 @@ LONG_FILES: dict[str, str] = {
 }
 LONG_FUNCTIONS: dict[str, str] = {
     "tdcache.harvesting.loop:harvest": "some thirty options, a line each in the signature and in the body",
+    "tdcache.harvesting.request:asked_for": "the options of harvest in the forms that they have inside, a line each",
     "tdcache.caching:ActivationCaching.__init__": "twenty options, a line each in the signature and in the body",
 }
 
@@ -99,6 +101,33 @@ def test_files_over_the_cap_are_those_with_a_reason():
     lengths = {source.module: len(source.text.splitlines()) for source in package_sources()}
     assert {name: length for name, length in lengths.items() if length > LINES_PER_FILE}.keys() == LONG_FILES.keys()
     assert all(LONG_FILES.values())
+
+
+def class_names(sources: Iterable[Source]) -> Counter[str]:
+    """How many classes of the package bear each name, whether with an underscore before it or without."""
+    nodes = (node for source in sources for node in ast.walk(source.tree))
+    return Counter(node.name.removeprefix("_") for node in nodes if isinstance(node, ast.ClassDef))
+
+
+def terse_docstrings(source: Source) -> list[str]:
+    """The docstrings of three words or fewer, and those that leave it to the reader what is alike."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = (ast.get_docstring(node) for node in ast.walk(source.tree) if isinstance(node, kinds))
+    return [text for text in texts if text and (len(text.split()) <= 3 or "likewise" in text.lower())]
+
+
+def test_a_class_name_means_one_thing_in_the_whole_package():
+    assert {name for name, count in class_names(package_sources()).items() if count > 1} == set()
+
+
+def test_docstrings_are_sentences():
+    assert [text for source in package_sources() for text in terse_docstrings(source)] == []
+
+
+def test_a_name_that_means_two_things_and_a_terse_docstring_are_found():
+    text = 'class _Part:\n    """Do it."""\n\n\nclass Part:\n    """The rows of one shard, likewise."""'
+    assert class_names([Source("tdcache.cache", text)]) == {"Part": 2}
+    assert terse_docstrings(Source("tdcache.cache", text)) == ["Do it.", "The rows of one shard, likewise."]
 
 
 def test_functions_over_the_cap_are_those_with_a_reason():

@@ -358,3 +358,12 @@ def test_names_of_other_layouts_are_refused_or_given_by_the_user():
     assert site.path == "transformer.h.1.mlp"
     assert [site.path for site in resolve_hook_points(model, [r"layers\.\d", "head"])][-1] == "head"
     assert len(batches_of(Tokens(), 4, Padded())) == 6
+
+
+def test_the_collectors_and_files_have_their_earlier_import_paths_too():
+    from tdcache import compat
+    from tdcache.harvesting import memory, saved
+
+    assert {getattr(memory, name) is getattr(compat, name) for name in memory.__all__} == {True}
+    assert saved.save_activations is compat.save_activations
+    assert saved.load_activations is compat.load_activations

@@ -151,7 +151,7 @@ MESSAGES = {
     ),
     "an input that is passed on and changed in place": (
         overwritten_later,
-        "'keep' passes its input on, and that was changed in place afterwards, so the gradient of its output cannot be "
+        "the input of 'keep' was changed in place after the module took a view of it, so the gradient there cannot be "
         "told; capture direction 'bwd' of the module that produces it instead",
     ),
     "too many gradients": (

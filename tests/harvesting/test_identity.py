@@ -112,7 +112,7 @@ def test_sets_are_spelled_alike_in_every_process():
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, **PATHS}, capture_output=True, text=True
         )
-        for seed in ("1", "2", "3")
+        for seed in ("1", "2")
     ]
     assert len({each.stdout for each in run}) == 1, [each.stderr for each in run]
     assert run[0].stdout.startswith("forward ")

@@ -1,5 +1,6 @@
 """Options that are refused before anything is written, the index of several processes, and what is said on the way."""
 
+import gc
 from typing import ClassVar
 
 import pytest
@@ -10,13 +11,14 @@ from torch.utils.data import DataLoader
 from harvesting.harvest_data import Counting
 from model_state import state_of
 from small_models import MLP
+from store.faulty_files import contents
 from tdcache import ActivationDataset, harvest
 from tdcache.compat import collector
-from tdcache.errors import SelectionError
+from tdcache.errors import SelectionError, SpecError, TdcacheWarning
 from tdcache.harvesting import ActivationStore, collect_activations_from_dataloader, loop, preflight
 from tdcache.harvesting.progress import Progress
 from tdcache.harvesting.workers import Share
-from tdcache.store.layout import Layout
+from tdcache.store.layout import StorePaths
 
 X = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
 
@@ -52,13 +54,13 @@ def test_the_index_has_the_shards_of_all_ranks_after_they_met(tmp_path, monkeypa
 
     def meet(share):
         monkeypatch.setattr(Share, "wait", lambda share: None)
-        early = Layout(folder).index.read_bytes()
+        early = StorePaths(folder).index.read_bytes()
         harvest(Counting(), X, folder, rank=1, **options)
-        Layout(folder).index.write_bytes(early)  # rank 0 looked before rank 1 had written, and wrote after it
+        StorePaths(folder).index.write_bytes(early)  # rank 0 looked before rank 1 had written, and wrote after it
 
     monkeypatch.setattr(Share, "wait", meet)
     harvest(Counting(), X, folder, rank=0, **options)
-    assert sorted(Layout(folder).read_index()) == [0, 1, 2, 3, 4]
+    assert sorted(StorePaths(folder).read_index()) == [0, 1, 2, 3, 4]
     assert ActivationDataset.open(folder).complete
 
 
@@ -143,3 +145,67 @@ def test_a_store_knows_its_layers_before_it_is_enabled():
     assert ActivationStore(MLP(), ["head", "layers.0"]).layer_names == ["layers.0", "head"]
     assert ActivationStore(MLP(), r"layers\.[01]").layer_names == ["layers.0", "layers.1"]
     assert "head" in ActivationStore(MLP()).layer_names
+
+
+def test_fault_variables_that_no_launcher_of_torch_has_set_are_said_to_make_a_share(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(TdcacheWarning, match=r"runs share 1 of 2 only, .* RANK=1 .* give rank=0 and world=1"):
+        dataset = harvest(Counting(), X, tmp_path / "a.acts", select="first", batch_size=4)
+    assert not dataset.complete
+    assert harvest(Counting(), X, tmp_path / "a.acts", select="first", batch_size=4, rank=0, world=1).complete
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert harvest(Counting(), X, tmp_path / "b.acts", select="first", batch_size=4).complete
+
+
+@pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("-1", "2"), ("one", "2"), ("", "2")])
+def test_fault_variables_that_are_no_share_are_refused(tmp_path, monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ValueError, match=f"says RANK='{rank}' and WORLD_SIZE='{world}', which is no share of the work"):
+        harvest(Counting(), X, tmp_path / "a.acts", select="first")
+
+
+def test_fault_a_store_that_is_dropped_while_it_is_enabled_leaves_no_hook():
+    model = MLP()
+    before = state_of(model)
+    for layers in (None, ["head"]):
+        store = ActivationStore(model, layers)
+        store.enable()
+        assert state_of(model) != before
+        del store
+        gc.collect()
+        assert state_of(model) == before
+
+
+@pytest.mark.parametrize("first", [3, 7, 8, 12])
+@pytest.mark.parametrize("then", [13, 16, 20, 1000, None])
+def test_fault_a_limit_can_be_raised_later_and_the_bytes_are_those_of_one_run(tmp_path, first, then):
+    options = {"select": "first", "batch_size": 4, "shard_bytes": 200}
+    whole = harvest(Counting(), X, tmp_path / "whole.acts", max_rows=then, **options)
+    folder = tmp_path / "a.acts"
+    assert len(harvest(Counting(), X, folder, max_rows=first, **options)) == first
+    assert len(harvest(Counting(), X, folder, max_rows=first, **options)) == first
+    model = Counting()
+    found = harvest(model, X, folder, max_rows=then, recheck=False, **options)
+    assert found.complete
+    assert model.calls == -(-len(whole) // 4) - (first - 1) // 4  # the units that were whole are not run again
+    assert contents(folder) == contents(tmp_path / "whole.acts")
+
+
+def test_a_limit_is_raised_by_several_processes(tmp_path):
+    options = {"select": "first", "batch_size": 4, "shard_bytes": 200}
+    folder = tmp_path / "a.acts"
+    for limit in (10, 17):
+        for rank in (1, 0, 2):
+            harvest(Counting(), X, folder, max_rows=limit, rank=rank, world=3, **options)
+    harvest(Counting(), X, tmp_path / "whole.acts", max_rows=17, **options)
+    assert contents(folder) == contents(tmp_path / "whole.acts")
+
+
+def test_a_limit_cannot_be_lowered(tmp_path):
+    harvest(Counting(), X, tmp_path / "a.acts", select="first", max_rows=9)
+    with pytest.raises(SpecError, match=r"holds 9 rows, and at most 5 are asked for now; a limit can be raised later"):
+        harvest(Counting(), X, tmp_path / "a.acts", select="first", max_rows=5)

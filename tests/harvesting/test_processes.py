@@ -85,7 +85,7 @@ def test_two_gloo_processes_write_the_bytes_of_one(tmp_path, golden):
 
 def test_a_dead_rank_costs_its_units_only_and_another_number_of_processes_fills_them_in(tmp_path, golden):
     folder = tmp_path / "a.acts"
-    dying, living = ranks(folder, 2, "group=gloo", "dies=0", "seconds=0.005")
+    dying, living = ranks(folder, 2, "group=gloo", "dies=0", "seconds=0.02")
     dying.communicate(timeout=120)
     assert dying.returncode == -signal.SIGKILL
     living.communicate(timeout=120)
@@ -106,6 +106,7 @@ def test_a_dead_rank_costs_its_units_only_and_another_number_of_processes_fills_
 
 def test_without_a_process_group_the_variables_of_torchrun_are_enough(tmp_path, golden, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         dataset = run(tmp_path / "a.acts")

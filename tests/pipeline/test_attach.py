@@ -377,6 +377,27 @@ def test_of_two_pipelines_at_one_site_the_later_sees_the_gradient_first(model, x
     assert torch.equal(seen[1][1], 2 * seen[0][1])
 
 
+def test_the_gradient_at_a_module_of_two_arguments_is_watched():
+    class Product(nn.Module):
+        def forward(self, left, right):
+            return left * right
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.product = Product()
+
+        def forward(self, x):
+            return self.product(x, torch.full_like(x, 3.0))
+
+    grads, x = [], torch.ones(2, 3, requires_grad=True)
+    model = Root()
+    with attach(model, "product", FwdBwdHooks().append_bwd(grads.append)):
+        (2 * model(x)).sum().backward()
+    assert len(grads) == 1
+    assert torch.equal(grads[0], torch.full((2, 3), 2.0))
+
+
 def test_a_handed_on_input_keeps_its_other_gradients_out_of_the_pipeline():
     grads, x = [], torch.ones(2, 3, requires_grad=True)
     model = nn.Sequential(nn.Identity(), nn.Identity())

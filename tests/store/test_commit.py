@@ -32,10 +32,11 @@ def operations(tmp_path):
 def test_a_store_is_written_in_the_order_that_makes_it_durable(tmp_path):
     names = operations(tmp_path)
     first = names.index("reserve")
-    assert names[first - 1 : first + 14] == [
+    assert names[first - 1 : first + 16] == [
         "create",
         "reserve",
-        *["write"] * 8,  # seq, pos, tok, and two columns in two pieces less one: data first, the header last
+        *["write"]
+        * 10,  # seq, pos, tok, two columns in two pieces, the statistics of each: data first, the header last
         "sync",
         "link",
         "sync_folder",

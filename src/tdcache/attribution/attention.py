@@ -184,7 +184,7 @@ class _Layer:
         return (moved * grad).sum(-1)
 
     def query_effect(self, query: Tensor, grad: Tensor) -> Tensor:
-        """``(batch, position, heads)``."""
+        """Return the effect of changed queries, of shape ``(batch, position, heads)``."""
         return self.change(self.logits(query, self.key), grad).transpose(1, 2)
 
     def key_effect(self, key: Tensor, grad: Tensor) -> Tensor:

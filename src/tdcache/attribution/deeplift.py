@@ -73,7 +73,7 @@ class _References:
         self.watch = InplaceWatch()
 
     def install(self, model: nn.Module, rows: PointRows | None, handle: MultiHookHandle) -> None:
-        """Add the hooks."""
+        """Install the hooks that keep what the rule needs of the reference."""
         for path, module, _ in select(model, self.rule.selector, allow_empty=True):
             install_replaced(module, _Reference(path, self, rows), handle)
 
@@ -104,7 +104,7 @@ class _Rescaled:
     references: _References
 
     def install(self, model: nn.Module, rows: PointRows | None, handle: MultiHookHandle) -> None:
-        """Add the hooks."""
+        """Install the hooks that replace the gradients of the modules selected."""
         rule = self.references.rule
         for path, module, _ in select(model, rule.selector, allow_empty=True):
             pairs = self.references.pairs.get(path, [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDictBase
@@ -14,21 +14,31 @@ from torch import Tensor
 from tdcache.attribution.place import Place
 from tdcache.attribution.point import Ask, Between, Modifies, Point, View, wide
 from tdcache.attribution.runner import Runner
-from tdcache.attribution.targets import Target, as_targets
+from tdcache.attribution.targets import Target, TargetLike, as_targets
 from tdcache.errors import AttributionError, listed
 from tdcache.selection import Selection
 from tdcache.types import CacheKey
 
-if TYPE_CHECKING:
-    from tdcache.attribution.base import Attribution
-
-__all__ = ["Baseline", "Frame", "InputPath", "nothing"]
+__all__ = ["Baseline", "Frame", "InputPath", "Method", "nothing"]
 
 Baseline = Tensor | float | int | Mapping[Any, Any] | Callable[[Tensor], Tensor] | None
 
 
 def nothing(view: View) -> None:
     """A sink for what is only to be run."""
+
+
+class Method(Protocol):
+    """What a frame asks of the method that it belongs to."""
+
+    target: TargetLike
+    modifiers: tuple[Modifies, ...]
+    inputs: Any
+    """The keys of the inputs that are explained; None for all."""
+    allow_unused: bool
+
+    def places(self, role: str, paths: list[str]) -> list[Place]:
+        """The places of the modules that a role selected."""
 
 
 class Frame:
@@ -46,7 +56,7 @@ class Frame:
         self,
         runner: Runner,
         data: TensorDictBase,
-        method: Attribution,
+        method: Method,
         selections: Mapping[str, Selection],
         *,
         base: Point,

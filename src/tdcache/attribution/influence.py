@@ -128,9 +128,9 @@ class _Steps:
         self.waiting: dict[int, dict[Place, tuple[Tensor, Tensor]]] = {}
         self.done: set[int] = set()
 
-    def sink(self, at: int) -> _Step:
+    def sink(self, at: int) -> _TrainingStep:
         """The sink of the point number ``at``."""
-        return _Step(self, at)
+        return _TrainingStep(self, at)
 
     def add(self, low: int) -> None:
         """Add the step from point ``low`` to the next."""
@@ -148,7 +148,7 @@ class _Steps:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class _TrainingStep:
     steps: _Steps
     at: int
 

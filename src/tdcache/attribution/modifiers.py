@@ -129,7 +129,7 @@ class GuidedReLU(Modifier):
         super().__init__(selector, **options)
 
     def change(self, grad: Tensor, output: Tensor) -> Tensor:
-        """Clamp at zero."""
+        """Return the gradient with its negative entries set to zero."""
         return grad.clamp(min=0)
 
 
@@ -137,7 +137,7 @@ class StopGradient(Modifier):
     """No gradient passes through what the selected modules return: it counts as a constant."""
 
     def change(self, grad: Tensor, output: Tensor) -> Tensor:
-        """Zero."""
+        """Return a gradient of zeros, so that nothing flows through the module."""
         return torch.zeros_like(grad)
 
 
@@ -155,7 +155,7 @@ class ScaleGradient(Modifier):
         self.scale = scale
 
     def change(self, grad: Tensor, output: Tensor) -> Tensor:
-        """Multiply."""
+        """Return the gradient multiplied by ``scale``."""
         return grad * self.scale
 
 

@@ -61,7 +61,7 @@ class NormForm:
         raise _refused(module, path, "; ".join(tried) or f"no axis of its input {tuple(x.shape)} fits its parameters")
 
     def centre(self, x: Tensor) -> Tensor:
-        """``xc``."""
+        """Return ``x`` minus its mean, where the norm subtracts one."""
         return x - x.mean(self.axes, keepdim=True) if self.centred else x
 
     @torch.no_grad()

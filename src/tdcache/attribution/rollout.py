@@ -1,4 +1,4 @@
-"""Attention rollout."""
+"""Attention rollout: attention patterns, averaged over heads and multiplied from layer to layer."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class Unit:
 
     @property
     def place(self) -> Place:
-        """Where it is."""
+        """Return the place in the model whose value this one is."""
         return Place("out", self.path, self.pick, self.call)
 
     def __call__(self, data: TensorDictBase) -> Tensor:

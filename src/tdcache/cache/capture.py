@@ -213,5 +213,5 @@ class _Forgotten:
         self.tap = tap
 
     def remove(self) -> None:
-        """Forget."""
+        """Have the tap forget what it holds."""
         self.tap.forget()

@@ -157,10 +157,7 @@ class Channel:
         if self.is_gradient != backward:
             return
         if len(self.fired) < len(self.paths):
-            if len(self.values) == len(self.paths) and not (self._idle or self.has_parts):
-                self.fired.update(self.paths)
-            else:
-                self.fired.update(_path_of(key) for key in (*self.values, *self.copies) if self.has(key))
+            self._note_fired()
         self.accepting = -1
         if self.has_copies:
             self._unwrap_copies()
@@ -180,6 +177,12 @@ class Channel:
             self._deliver_slowly()
         else:
             self.target.write(values, complete=True)
+
+    def _note_fired(self) -> None:
+        if len(self.values) == len(self.paths) and not (self._idle or self.has_parts):
+            self.fired.update(self.paths)
+        else:
+            self.fired.update(_path_of(key) for key in (*self.values, *self.copies) if self.has(key))
 
     def _unwrap_copies(self) -> None:
         self.has_copies = False

@@ -101,14 +101,17 @@ class Recorder(Transient):
             return
         self._root = module
         self._delivered = False
+        self._begin_channels()
+        if self.stop_after:
+            self._to_stop = set(self.stop_after)
+
+    def _begin_channels(self) -> None:
         alone = not self._elsewhere
         for channel in self.channels:
             channel.begin(alone=alone)
         if alone and self._elsewhere:  # another thread's forward began at this very moment
             for channel in self.channels:
                 channel.mark_absent()
-        if self.stop_after:
-            self._to_stop = set(self.stop_after)
 
     @property
     def is_foreign(self) -> bool:

@@ -74,7 +74,7 @@ class OutputTap(Tap):
         self.values = channel.values
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Keep the output."""
+        """Keep the output of a module, whatever it consists of."""
         values = self.values
         path = self.path
         try:

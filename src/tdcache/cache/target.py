@@ -77,10 +77,10 @@ class ClosedTarget:
     in_place = True
 
     def write(self, entries: Mapping[CacheKey, Any], *, complete: bool) -> None:
-        """Drop them."""
+        """Drop the entries, since the context has closed."""
 
     def put(self, key: CacheKey, value: Any) -> None:
-        """Drop it."""
+        """Drop the entry, since the context has closed."""
 
     def reset(self) -> None:
         """Nothing was written here."""

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from tdcache.calls.mode import Call, run_forward
+from tdcache.calls.attention_calls import progress
+from tdcache.calls.handlers import Call, CallRule, Handler, Need
+from tdcache.calls.mode import run_forward
 from tdcache.calls.names import is_torch_name
-from tdcache.calls.scope import ForwardScope, Handler, Need, Rule, frontier
+from tdcache.calls.scope import ForwardScope, frontier
 from tdcache.calls.sites import CallPattern, CallSite
-from tdcache.calls.spelled import progress
 from tdcache.errors import EditError
 from tdcache.hooks.attach import MultiHookHandle, Order
 from tdcache.hooks.threads import Fence, current_fence
@@ -50,7 +51,7 @@ class AtCall:
     stage: ClassVar[int] = 0
 
     def before(self, call: Call) -> None:
-        """Offer the arguments."""
+        """Give the arguments to the first hook, which may replace them."""
         if self.before_hook is None:
             return
         new = self.before_hook(call.module, call.args, call.kwargs)
@@ -65,7 +66,7 @@ class AtCall:
         call.args, call.kwargs = new
 
     def after(self, call: Call) -> None:
-        """Offer the output."""
+        """Give the output to the second hook, which may replace it."""
         if self.after_hook is None:
             return
         new = self.after_hook(call.module, call.args, call.kwargs, call.output)
@@ -170,7 +171,7 @@ def attach_call(
 
 def call_rule(
     root: nn.Module, site: CallSite, before: Before | None, after: After | None, *, order: int = Order.EDIT
-) -> tuple[nn.Module, Rule]:
+) -> tuple[nn.Module, CallRule]:
     """What :func:`attach_call` attaches, for :func:`attach_rules`."""
     return module_of(root, site), OneCall(site, AtCall(before, after, order))
 
@@ -184,7 +185,7 @@ def module_of(root: nn.Module, site: CallSite) -> nn.Module:
     return resolve_all(root, site.path)[1] if site.path else root
 
 
-def attach_rules(root: nn.Module, pairs: Iterable[tuple[nn.Module, Rule]]) -> MultiHookHandle:
+def attach_rules(root: nn.Module, pairs: Iterable[tuple[nn.Module, CallRule]]) -> MultiHookHandle:
     """Let each rule say which calls in the forward of its module, a descendant of ``root``, get a handler.
 
     All of them or none. For many sites this is several times as fast as one registration after the other.
@@ -193,7 +194,8 @@ def attach_rules(root: nn.Module, pairs: Iterable[tuple[nn.Module, Rule]]) -> Mu
     for function in (ForwardScope.__call__, run_forward):
         skip_frame(function.__code__)
     members = frozenset(map(id, root.modules()))
-    try:
+    handle = MultiHookHandle([attached])
+    with handle.installing():
         for module, rule in pairs:
             attached.add(module, rule, members)
         fence = current_fence()
@@ -201,17 +203,14 @@ def attach_rules(root: nn.Module, pairs: Iterable[tuple[nn.Module, Rule]]) -> Mu
             attached.plan()
         else:
             attached.put_behind(fence)
-    except BaseException:
-        attached.remove()
-        raise
-    return MultiHookHandle([attached])
+    return handle
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _MutedRule:
     """Stands where a muted rule stands, and wants nothing."""
 
-    rule: Rule
+    rule: CallRule
 
     def wants(self, name: str) -> bool:
         """No call."""
@@ -232,7 +231,7 @@ class _MutedRule:
 class _FencedRule:
     """A rule whose handlers do not act in the threads that a fence keeps out."""
 
-    rule: Rule
+    rule: CallRule
     fence: Fence
 
     def wants(self, name: str) -> bool:
@@ -272,7 +271,7 @@ class _FencedHandler:
             self.at.after(call)
 
 
-def _index(rules: list[Rule], rule: Rule) -> int:
+def _index(rules: list[CallRule], rule: CallRule) -> int:
     return next(at for at, each in enumerate(rules) if each is rule)
 
 
@@ -280,10 +279,10 @@ class _Attached:
     """Some rules, and the scopes that they hold: those of their modules, and of the modules called from there."""
 
     def __init__(self) -> None:
-        self.rules: list[tuple[ForwardScope, Rule]] = []
+        self.rules: list[tuple[ForwardScope, CallRule]] = []
         self.held: dict[nn.Module, ForwardScope] = {}
 
-    def add(self, module: nn.Module, rule: Rule, members: frozenset[int]) -> None:
+    def add(self, module: nn.Module, rule: CallRule, members: frozenset[int]) -> None:
         scope = self.hold(module)
         scope.members |= members
         for child in frontier(module):
@@ -301,7 +300,7 @@ class _Attached:
         for scope in {id(scope): scope for scope, _ in self.rules}.values():
             scope.plan()
 
-    def exchange(self, make: Callable[[Rule], Rule]) -> None:
+    def exchange(self, make: Callable[[CallRule], CallRule]) -> None:
         """Put another rule in the place of each."""
         for at, (scope, rule) in enumerate(self.rules):
             new = make(rule)

@@ -12,15 +12,13 @@ import itertools
 import sys
 from collections.abc import Mapping
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from tdcache.calls.handlers import Handler
 from tdcache.calls.overlay import INTERFACE, global_functions, innermost, is_registry
-
-if TYPE_CHECKING:
-    from tdcache.calls.scope import Handler
 
 __all__ = ["TracedCall", "TracedForward"]
 
@@ -54,7 +52,7 @@ class _State:
         """By label."""
 
 
-class _Tap:
+class _TracedFunction:
     """Stands for a Python function in the overlay."""
 
     def __init__(self, function: Any, name: str, state: _State) -> None:
@@ -91,14 +89,14 @@ class _Table:
 
     def get_interface(self, *args: Any, **kwargs: Any) -> Any:
         """The function that the table holds, as one whose calls are seen."""
-        return _Tap(self.table.get_interface(*args, **kwargs), INTERFACE, self.state)
+        return _TracedFunction(self.table.get_interface(*args, **kwargs), INTERFACE, self.state)
 
     def __getitem__(self, name: str) -> Any:
-        return _Tap(self.table[name], INTERFACE, self.state)
+        return _TracedFunction(self.table[name], INTERFACE, self.state)
 
 
 def _stand_in(value: Any, name: str, state: _State) -> Any:
-    return _Table(value, state) if is_registry(value) else _Tap(value, name, state)
+    return _Table(value, state) if is_registry(value) else _TracedFunction(value, name, state)
 
 
 class TracedForward:

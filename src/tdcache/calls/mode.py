@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 import threading
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from tdcache.calls.handlers import Call, Handlers, Run, Scope
 from tdcache.errors import CaptureError
 from tdcache.introspect import (
     CALL_IMPL,
@@ -26,55 +27,9 @@ from tdcache.introspect import (
     set_eval_frame,
 )
 
-if TYPE_CHECKING:
-    from tdcache.calls.scope import ForwardScope, Handlers
-
-__all__ = ["Call", "CallMode", "Run", "intercept", "owning_frame", "refuse_fused", "run_forward", "thread"]
+__all__ = ["CallMode", "intercept", "owning_frame", "refuse_fused", "run_forward", "thread"]
 
 _CHECKPOINT_FILE = torch_checkpoint.__file__
-
-
-class Run:
-    """One forward of a selected module: how often it called each function so far, and what handlers note meanwhile."""
-
-    __slots__ = ("counts", "inside", "notes", "scope")
-
-    def __init__(self, scope: ForwardScope) -> None:
-        self.scope = scope
-        self.counts: dict[str, int] = {}
-        self.notes: dict[Any, Any] = {}
-        self.inside = False
-        """Whether a function that was taken from a table of attention functions is running."""
-
-
-class Call:
-    """One call that handlers see; they may replace ``args`` and ``kwargs`` before it, and ``output`` after."""
-
-    __slots__ = ("args", "frame", "kwargs", "name", "notes", "ordinal", "output", "recomputed", "run")
-
-    def __init__(self, run: Run, name: str, ordinal: int, args: tuple[Any, ...], kwargs: Any) -> None:
-        self.run = run
-        self.name = name
-        self.ordinal = ordinal
-        self.args = args
-        self.kwargs = kwargs
-        self.output: Any = None
-        self.recomputed = False
-        """Whether the module checkpoints this part of its own code, which runs again, unseen, in the backward."""
-        self.frame: FrameType | None = None
-        """The frame that makes the call, while handlers run."""
-        self.notes: dict[Any, Any] = {}
-        """What handlers tell those after them at this call."""
-
-    @property
-    def module(self) -> nn.Module:
-        """The module in whose forward the call stands."""
-        return self.run.scope.module  # type: ignore[no-any-return]
-
-    @property
-    def label(self) -> str:
-        """The name with the ordinal, as in a site."""
-        return self.name if self.ordinal == 0 else f"{self.name}.{self.ordinal}"
 
 
 class CallMode(TorchFunctionMode):
@@ -175,7 +130,7 @@ def owning_frame(run: Run, frame: FrameType | None) -> str | None:
     return None
 
 
-def run_forward(scope: ForwardScope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_forward(scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the forward of a scope: with the mode on if it has rules, without it otherwise."""
     mode, forward = thread.mode, scope.forward
     above = mode.run

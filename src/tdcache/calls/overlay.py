@@ -13,12 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import lru_cache
 from types import CellType, CodeType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tdcache.calls.mode import Call, CallMode, Run, owning_frame, thread
-
-if TYPE_CHECKING:
-    from tdcache.calls.scope import ForwardScope, Handlers
+from tdcache.calls.handlers import Call, Handlers, Run, Scope
+from tdcache.calls.mode import CallMode, owning_frame, thread
 
 __all__ = ["INTERFACE", "PythonCall", "Registry", "global_functions", "innermost", "is_registry", "overlaid"]
 
@@ -170,7 +168,7 @@ class PythonCall:
         window: open the function mode while it runs, for the sites inside it.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str, scope: ForwardScope, *, window: bool = False) -> None:
+    def __init__(self, function: Callable[..., Any], name: str, scope: Scope, *, window: bool = False) -> None:
         self.function = function
         self.name = name
         self.scope = scope
@@ -248,7 +246,7 @@ class _Aside:
 class Registry:
     """Stands for a table of attention functions; what is taken out of it is a :class:`PythonCall`."""
 
-    def __init__(self, table: Any, scope: ForwardScope, *, window: bool) -> None:
+    def __init__(self, table: Any, scope: Scope, *, window: bool) -> None:
         self.table = table
         self.scope = scope
         self.window = window

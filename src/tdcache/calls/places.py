@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from tdcache.calls.attach import AtCall, CallsLike, OneCall, attach_rules
+from tdcache.calls.handlers import CallRule
 from tdcache.calls.names import is_torch_name
 from tdcache.calls.overlay import INTERFACE, global_functions
 from tdcache.calls.roles import AttentionHook, Use
-from tdcache.calls.scope import ForwardScope, Rule
+from tdcache.calls.scope import ForwardScope
 from tdcache.calls.sites import CallPattern, CallSite, is_call
 from tdcache.errors import DirectionError, listed
 from tdcache.hooks.attach import MultiHookHandle, Order
@@ -159,7 +160,7 @@ class CallTaps:
         self._attached = attach_rules(root, self._rules())
         handle.add(self)
 
-    def _rules(self) -> Iterator[tuple[nn.Module, Rule]]:
+    def _rules(self) -> Iterator[tuple[nn.Module, CallRule]]:
         for number, place in enumerate(self.places):
             path, module = place.site.path, place.site.module
             for label in place.pattern.attention():

@@ -17,11 +17,11 @@ from tensordict import TensorDictBase
 from torch import nn
 
 from tdcache.calls.attach import CallsLike, attach_rules
-from tdcache.calls.mode import Call
+from tdcache.calls.attention_calls import PRODUCTS, SDPA, SOFTMAX, progress, role_of
+from tdcache.calls.handlers import Call
 from tdcache.calls.names import DERIVED
 from tdcache.calls.overlay import INTERFACE
 from tdcache.calls.sites import CallPattern, CallSite, is_call
-from tdcache.calls.spelled import PRODUCTS, SDPA, SOFTMAX, progress, role_of
 from tdcache.errors import SelectionError
 from tdcache.hooks.attach import Order
 from tdcache.hooks.values import leaves
@@ -170,7 +170,7 @@ def _caller(frame: FrameType | None) -> FrameType | None:
     return frame
 
 
-class _Recorder:
+class _CallRecorder:
     def __init__(self) -> None:
         self.rows: list[CallRow] = []
         self.attention: dict[str, int] = {}
@@ -192,7 +192,7 @@ def record_calls(model: nn.Module, sites: Sequence[Site], inside: CallPattern, i
         inside: which of their calls.
         inputs: a tensor, a tuple of arguments, a mapping of keyword arguments, or a TensorDict.
     """
-    recorder = _Recorder()
+    recorder = _CallRecorder()
     seen = CallPattern.parse("::.*") if inside.attention() else inside
     handle = attach_rules(model, [(site.module, CallsLike(site.path, seen, recorder.note)) for site in sites])
     with handle, torch.no_grad(), torch.random.fork_rng(devices=[]):

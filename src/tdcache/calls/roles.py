@@ -16,12 +16,11 @@ from torch.compiler import is_dynamo_compiling
 
 from tdcache.calls.attach import attach_rules, module_of, refuse_recomputed
 from tdcache.calls.attention import Attention, derive_attention, derive_registered, prove
-from tdcache.calls.mode import Call
+from tdcache.calls.attention_calls import PRODUCTS, SDPA, SOFTMAX, argument, exchange, progress, role_of
+from tdcache.calls.handlers import Call, CallRule, Handler, Need
 from tdcache.calls.names import DERIVED
 from tdcache.calls.overlay import INTERFACE
-from tdcache.calls.scope import Handler, Need, Rule
 from tdcache.calls.sites import CallSite
-from tdcache.calls.spelled import PRODUCTS, SDPA, SOFTMAX, argument, exchange, progress, role_of
 from tdcache.errors import CaptureError, SelectionError
 from tdcache.hooks.attach import Order
 from tdcache.hooks.values import check_fits
@@ -275,12 +274,12 @@ class AtInterface:
         self.order = hook.order
 
     def before(self, call: Call) -> None:
-        """Offer the argument."""
+        """Give the argument to the hook if it is the value meant."""
         if self.at:
             self.hook.at_argument(call, self.at)
 
     def after(self, call: Call) -> None:
-        """Offer the result."""
+        """Give the result to the hook if it is the value meant."""
         if not self.at:
             self.hook.at_result(call)
 
@@ -294,7 +293,7 @@ class InGraph:
         self.order = hook.order
 
     def before(self, call: Any) -> None:
-        """Leave the arguments."""
+        """Do nothing: the value is derived after the call."""
 
     def after(self, call: Any) -> None:
         """Derive the value from the arguments, as it was proved for this one function; break the graph for others."""
@@ -335,7 +334,7 @@ def attach_attention(
 
 def attention_rule(
     root: nn.Module, site: CallSite, hook: Hook, *, use: Use = "edit", order: int = Order.EDIT
-) -> tuple[nn.Module, Rule]:
+) -> tuple[nn.Module, CallRule]:
     """What :func:`attach_attention` attaches, for :func:`tdcache.calls.attach.attach_rules`."""
     if not site.derived:
         raise SelectionError(

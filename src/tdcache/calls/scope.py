@@ -9,117 +9,21 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Container, Iterator
-from enum import IntEnum
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from tdcache.calls.graph import TracedForward
-from tdcache.calls.mode import Call, run_forward
-from tdcache.calls.names import call_name
+from tdcache.calls.handlers import CallRule, HandlersOf, Need, by_order
+from tdcache.calls.mode import run_forward
 from tdcache.calls.overlay import PythonCall, Registry, global_functions, is_registry, overlaid
 
-__all__ = ["ForwardScope", "Handler", "Handlers", "Need", "OwnForward", "Rule", "frontier"]
+__all__ = ["ForwardScope", "OwnForward", "frontier"]
 
 _FORWARD = "forward"
-
-
-class Handler(Protocol):
-    """What is called around a call; it stands among the others there by ``stage``, then by ``order``."""
-
-    @property
-    def stage(self) -> int:
-        """0 for functions; places of an attention call come before, in the order in which they are computed."""
-
-    @property
-    def order(self) -> int:
-        """One of :class:`~tdcache.hooks.attach.Order`."""
-
-    def before(self, call: Call) -> None:
-        """May replace ``call.args`` and ``call.kwargs``."""
-
-    def after(self, call: Call) -> None:
-        """May replace ``call.output``."""
-
-
-class Rule(Protocol):
-    """What says which calls of a module get a handler; asked once per function and ordinal."""
-
-    def wants(self, name: str) -> bool:
-        """Whether any call of this function may get a handler."""
-
-    def needs(self, names: Container[str], *, tables: bool) -> Need:
-        """How much of the forward the mode must see.
-
-        Calls of the Python functions ``names`` are seen anyway, and where there are ``tables`` of attention functions,
-        so are calls of what is taken from those.
-        """
-
-    def handler(self, name: str, ordinal: int) -> Handler | None:
-        """The handler of one call."""
-
-    def traceable(self, names: Container[str], *, tables: bool) -> tuple[str, Handler] | None:
-        """Label and handler, if the rule is about one call that needs no mode to be seen."""
-
-
-class Need(IntEnum):
-    """How much of a forward the function mode must see."""
-
-    NOTHING = 0
-    ATTENTION = 1
-    """What the function does that is taken from a table of attention functions."""
-    EVERYTHING = 2
-
-
-class Handlers:
-    """The handlers at the calls of one function in one module."""
-
-    __slots__ = ("by_ordinal", "name", "rules")
-
-    def __init__(self, name: str, rules: list[Rule]) -> None:
-        self.name = name
-        self.rules = rules
-        self.by_ordinal: dict[int, list[Handler]] = {}
-
-    def at(self, ordinal: int) -> list[Handler]:
-        """Those of one call, by their order and, where that is equal, in the order they were attached."""
-        known = self.by_ordinal.get(ordinal)
-        if known is None:
-            made = (rule.handler(self.name, ordinal) for rule in self.rules)
-            known = self.by_ordinal[ordinal] = sorted((each for each in made if each is not None), key=_order)
-        return known
-
-
-def _order(handler: Handler) -> tuple[int, int]:
-    return handler.stage, handler.order
-
-
-class _Found(dict[Any, "Handlers | None"]):
-    """From a torch function to the handlers at its calls; filled as functions are met."""
-
-    def __init__(self, rules: list[Rule]) -> None:
-        self.rules = rules
-        self.by_name: dict[str, Handlers | None] = {}
-
-    def __missing__(self, func: Any) -> Handlers | None:
-        name = func if isinstance(func, str) else call_name(func)
-        if name is None:
-            known = None
-        elif name in self.by_name:
-            known = self.by_name[name]
-        else:
-            rules = [rule for rule in self.rules if rule.wants(name)]
-            known = self.by_name[name] = Handlers(name, rules) if rules else None
-        self[func] = known
-        return known
-
-    def forget(self) -> None:
-        """Ask the rules again."""
-        self.clear()
-        self.by_name = {}
 
 
 # Dynamo drops the graph of a forward that was deallocated, so a module's scope is the same in every block.
@@ -134,9 +38,9 @@ class ForwardScope:
         """None while the scope is not installed: it is kept for the next time, but must not keep the module alive."""
         self.own: Callable[..., Any] | None = None
         """The ``forward`` that stood in the module's ``__dict__`` before, or None."""
-        self.rules: list[Rule] = []
-        self.found = _Found(self.rules)
-        self.python = _Found(self.rules)
+        self.rules: list[CallRule] = []
+        self.found = HandlersOf(self.rules)
+        self.python = HandlersOf(self.rules)
         """As ``found``, by the names of Python functions."""
         self.members: frozenset[int] = frozenset()
         self.holders = 0
@@ -160,7 +64,7 @@ class ForwardScope:
         return self.own if self.own is not None else MethodType(type(self.module).forward, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward."""
+        """Run the module's own forward, with its calls shown to the handlers."""
         if is_dynamo_compiling() and self.traced is not None:
             return self.traced(self.module, *args, **kwargs)
         return run_forward(self, args, kwargs)
@@ -251,7 +155,7 @@ class ForwardScope:
         traced = None if None in sites else TracedForward.of(self.module)
         if traced is not None:
             found = [site for site in sites if site is not None]
-            by_label = {label: sorted((at for name, at in found if name == label), key=_order) for label, _ in found}
+            by_label = {label: sorted((at for name, at in found if name == label), key=by_order) for label, _ in found}
             traced.open({label: tuple(handlers) for label, handlers in by_label.items()})
             self.traced = traced
 

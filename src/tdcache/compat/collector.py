@@ -134,7 +134,7 @@ class ActivationCollector:
         return {name: self._rows[name].kept.compute() for name in names}
 
     def clear(self) -> None:
-        """Forget all rows."""
+        """Forget the rows of all sites."""
         for rows in self._rows.values():
             rows.clear()
 

@@ -33,7 +33,7 @@ class Layout:
     Args:
         block: the path of a block, with ``{layer}`` in it.
         attn: the path, inside a block, of the module whose output is the attention's contribution.
-        mlp: likewise of the feed-forward part.
+        mlp: that of the feed-forward part.
     """
 
     block: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 from tdcache.caching import ActivationCaching
 from tdcache.compat.hook_names import is_called, literal_first
 from tdcache.errors import SelectionError, UnfiredSiteWarning
-from tdcache.harvesting.capture import Capture
+from tdcache.harvesting.capture import BatchCapture
 from tdcache.hooks.values import first_tensor
 from tdcache.modules import HookedModule
 from tdcache.reducers import Concatenate
@@ -45,6 +46,7 @@ class ActivationStore:
         self._layers = layers
         self._device = device
         self._hooks: list[HookedModule] = []
+        self._dropped = weakref.finalize(self, _restore_all, self._hooks)
         self._every = _FirstIfAny() if layers is None else None
         self._cache: Any = {}
 
@@ -118,6 +120,14 @@ class ActivationStore:
         self.disable()
 
 
+def _restore_all(hooks: list[HookedModule]) -> None:
+    """Take the hooks of a store that nobody has any more off the model."""
+    while hooks:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnfiredSiteWarning)  # nobody is left who would read it
+            hooks.pop().restore()
+
+
 class _FirstIfAny:
     """The callback where nobody named the layers: the first tensor of an output; what has none is passed over."""
 
@@ -166,7 +176,7 @@ def extract_representations(
         raise SelectionError(f"max_samples is at least 1, got {max_samples}", selector=max_samples)
     if len(dataset) == 0:
         raise SelectionError("the dataset holds no sample, so there is nothing to extract")
-    capture = Capture(model, literal_first(model, layers), device=device, stop_early=True)
+    capture = BatchCapture(model, literal_first(model, layers), device=device, stop_early=True)
     gathered: dict[str, Concatenate] = {}
     total = len(dataset) if max_samples is None else min(max_samples, len(dataset))
     with capture.open() as hooked:

@@ -60,6 +60,6 @@ class SiteRows:
         self.seen += len(rows)
 
     def clear(self) -> None:
-        """Forget all rows."""
+        """Forget all rows, and start counting again."""
         self.kept = Concatenate(max_rows=self._max_rows)
         self.seen = 0

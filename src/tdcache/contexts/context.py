@@ -134,11 +134,12 @@ class HookingContext:
         try:
             self._wrapped = working = self._enter_inner(undo)
             extra = working.relative_path if isinstance(working, HookedModule) else self._extra_relative_path
-            keys = (self._in_keys, self._out_keys, extra)
+            keys: tuple[Any, ...] = (self._in_keys, self._out_keys, extra)
             prepared = self.factory._prepare_module(working, *keys)
             undo.callback(self.factory._restore_module, prepared, *keys)
             undo.enter_context(running_eagerly(self.model, fits_graph=self._fits_graph, tell=not self.runs_module))
-            self._hooked_module = hooked = self.factory._spawn_hooked_module(prepared, self, extra)
+            hooked: HookedModule = self.factory._spawn_hooked_module(prepared, self, extra)
+            self._hooked_module = hooked
             self._in_context = self._managed = True
             self._handle = self._hook(hooked)
         except BaseException as error:
@@ -303,7 +304,8 @@ class HookingContext:
     @property
     def runs_module(self) -> bool:
         """Whether the recipe carries out calls itself."""
-        return self.factory.runs_module
+        runs: bool = self.factory.runs_module
+        return runs
 
     def runner(self, forward: Callable[[TensorDictBase], TensorDictBase]) -> Callable[[TensorDictBase], TensorDictBase]:
         """``forward`` as the recipe carries it out."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tdcache.harvesting.buffer import ActivationBuffer
 from tdcache.harvesting.loop import harvest, preflight
 from tdcache.harvesting.plan import Preflight
 from tdcache.harvesting.ray_fleet import harvest_with_ray
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ActivationBuffer",
     "ActivationCollector",
     "ActivationDataset",
     "ActivationStore",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +15,23 @@ from torch import Tensor, nn
 from tdcache.caching import ActivationCaching
 from tdcache.errors import CaptureError, RepeatedCallWarning, SelectionError, listed
 from tdcache.harvesting.calling import Inputs, as_evaluated, call_model, model_device, to_device
-from tdcache.harvesting.row_rule import BatchRows
+from tdcache.harvesting.row_rule import BatchRows, row_dims
 from tdcache.harvesting.sharding import whole_tensor
 from tdcache.hooks import port_at
 from tdcache.modules import HookedModule
+from tdcache.store.dtypes import DTYPES, count_lost
 from tdcache.types import HookDirection, Match, Pick, Selector
 
 __all__ = [
-    "Capture",
+    "BatchCapture",
     "Look",
+    "Losses",
     "RowTaker",
+    "STORED_DTYPES",
     "as_dtype",
 ]
 
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+STORED_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 Described = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and shape of a value."""
@@ -49,8 +52,8 @@ class RowTaker:
     """Where given, dtype and shape of each value are noted, and one that does not fit the rows is taken whole."""
     calls: dict[str, int] = field(default_factory=dict)
     """How often each site was called in the running forward."""
-    overflow: dict[str, Tensor] = field(default_factory=dict)
-    """Finite values per site that the dtype cannot hold, since they were last asked for."""
+    lost: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Values per site that the dtype cannot hold, and that became zero, since they were last asked for."""
 
     def __call__(self, *, module: nn.Module, key: Any, **seen: Any) -> Tensor:
         """Take the rows of one value."""
@@ -68,7 +71,7 @@ class RowTaker:
         rows = self.rows
         if self.seen is not None:
             self.seen[path] = tensor.dtype, tuple(tensor.shape)
-            rows = rows if rows is not None and _fits(tensor, rows) else None
+            rows = rows if rows is not None and row_dims(tensor.shape, rows.grid) is not None else None
         return self._cast(tensor if rows is None else _chosen(tensor, rows, path), path, tensor)
 
     def _cast(self, rows: Tensor, path: str, of: Tensor) -> Tensor:
@@ -80,20 +83,17 @@ class RowTaker:
                 "select it in a harvest of its own",
                 paths=(path,),
             )
-        count = _unrepresentable(rows, self.dtype)
-        if count is not None:
-            self.overflow[path] = self.overflow.get(path, torch.zeros((), device=rows.device)) + count
+        found = count_lost(rows, self.dtype)
+        if found is not None:
+            before = self.lost.get(path)
+            self.lost[path] = found if before is None else (before[0] + found[0], before[1] + found[1])
         return rows.to(self.dtype)
 
 
-def _fits(tensor: Tensor, rows: BatchRows) -> bool:
-    return tuple(tensor.shape[: len(rows.grid)]) == rows.grid
-
-
 def _chosen(tensor: Tensor, rows: BatchRows, path: str) -> Tensor:
-    depth = len(rows.grid)
-    if not _fits(tensor, rows):
-        what = "(batch, tokens)" if depth > 1 else "(batch,)"
+    depth = row_dims(tensor.shape, rows.grid)
+    if depth is None:
+        what = "(batch, tokens)" if len(rows.grid) > 1 else "(batch,)"
         raise CaptureError(
             f"{path!r} has values of shape {tuple(tensor.shape)}, which do not begin with {what} = {rows.grid}, so "
             "that its rows cannot stand beside the others'; select it in a harvest of its own, pick= another value, or "
@@ -104,15 +104,16 @@ def _chosen(tensor: Tensor, rows: BatchRows, path: str) -> Tensor:
     return flat if rows.chosen is None else flat.index_select(0, rows.chosen.to(flat.device))
 
 
-def _unrepresentable(rows: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """How many finite values ``dtype`` cannot hold; None where a look at the largest tells that there are none."""
-    largest = torch.finfo(dtype).max
-    if torch.finfo(rows.dtype).max <= largest or rows.numel() == 0:
-        return None
-    if rows.device.type == "cpu" and bool(torch.linalg.vector_norm(rows, float("inf")) <= largest):
-        return None
-    lost = ~torch.isfinite(rows.to(dtype).float()) | (rows.abs() > largest)
-    return (lost & torch.isfinite(rows)).sum()
+class Losses(NamedTuple):
+    """What a cast has changed by more than rounding, by path; sites where it has changed nothing are left out."""
+
+    overflow: Mapping[str, int] = {}
+    """Values that the dtype cannot hold: finite ones, and infinities where it has none."""
+    underflow: Mapping[str, int] = {}
+    """Values other than zero that became zero."""
+
+    def __bool__(self) -> bool:
+        return bool(self.overflow or self.underflow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ class Look:
 
     values: Mapping[str, Tensor]
     """The rows of each site, or the whole value where it has no such rows."""
-    overflow: Mapping[str, int]
+    lost: Losses
     """Values among them that the dtype cannot hold."""
     described: Mapping[str, Described]
     """Dtype and shape of each value before rows were taken."""
@@ -129,7 +130,7 @@ class Look:
     """How long it took."""
 
 
-class Capture:
+class BatchCapture:
     """A model with takers at its sites, called batch by batch. A context manager.
 
     Args:
@@ -142,6 +143,8 @@ class Capture:
         stop_early: end each forward once every site has fired.
         forward: ``forward(model, batch)``, where the model is called in a way of its own.
         device: where batches are moved; by default where the model is.
+        in_keys: the entries of a mapping or TensorDict that are the model's positional arguments.
+        held_on: where rows are kept.
     """
 
     def __init__(
@@ -156,6 +159,8 @@ class Capture:
         stop_early: bool = True,
         forward: Callable[[Any, Any], Any] | None = None,
         device: torch.device | str | None = None,
+        in_keys: Sequence[Any] | None = None,
+        held_on: torch.device | str = "cpu",
     ) -> None:
         self.model = model
         self.taker = RowTaker(as_dtype(dtype), pick)
@@ -166,10 +171,10 @@ class Capture:
             callback=self.taker,
             directions=["fwd_pre_kwargs" if direction == "fwd_pre" else direction],
             match=match,
-            device="cpu",
+            device=held_on,
             stop_early=stop_early,
         )
-        self._inputs = Inputs.of(model)
+        self._inputs = Inputs.of(model, in_keys)
 
     @contextmanager
     def open(self) -> Iterator[HookedModule]:
@@ -194,7 +199,7 @@ class Capture:
                 paths = self.paths(hooked)
         finally:
             self.taker.seen = None
-        return Look(values, self.overflow(), {path: seen[path] for path in paths}, seconds)
+        return Look(values, self.losses(), {path: seen[path] for path in paths}, seconds)
 
     def run(self, hooked: HookedModule, batch: Any, rows: BatchRows | None) -> Mapping[str, Tensor]:
         """One forward; the kept rows of every site (or whole values), copied to the CPU, valid for good.
@@ -225,15 +230,16 @@ class Capture:
         return found
 
     def paths(self, hooked: HookedModule) -> tuple[str, ...]:
-        """The sites."""
+        """Return the paths of the selected sites, in the order of the model."""
         recorder = hooked.hooking_context.recorder
         return tuple(recorder.channels[0].paths)
 
-    def overflow(self) -> dict[str, int]:
-        """Values per site that the dtype could not hold, since the last call."""
-        counts = {path: int(count) for path, count in self.taker.overflow.items()}
-        self.taker.overflow.clear()
-        return {path: count for path, count in counts.items() if count}
+    def losses(self) -> Losses:
+        """What the dtype could not hold, since the last call."""
+        counts = {path: (int(over), int(under)) for path, (over, under) in self.taker.lost.items()}
+        self.taker.lost.clear()
+        over, under = ({path: count[which] for path, count in counts.items() if count[which]} for which in (0, 1))
+        return Losses(over, under)
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -245,7 +251,6 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     name = str(dtype).removeprefix("torch.")
     if dtype is None:
         return None
-    if name not in _DTYPES:
-        raise SelectionError(f"dtype is one of {listed(_DTYPES)}, or None for the model's; got {dtype!r}")
-    found: torch.dtype = getattr(torch, name)
-    return found
+    if name not in STORED_DTYPES:
+        raise SelectionError(f"dtype is one of {listed(STORED_DTYPES)}, or None for the model's; got {dtype!r}")
+    return DTYPES[name]

@@ -217,7 +217,7 @@ def _is_of_library(function: Any) -> bool:
 
 
 def _has_plain_state(value: Any) -> bool:
-    kind = type(value)
+    kind: Any = type(value)
     return kind.__reduce_ex__ is object.__reduce_ex__ and (hasattr(value, "__dict__") or hasattr(kind, "__slots__"))
 
 

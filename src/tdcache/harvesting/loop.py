@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import tensordict
 import torch
 from torch import Tensor, nn
 
-from tdcache.errors import CaptureError, SelectionError, SpecError, StoreError, listed
-from tdcache.harvesting.capture import Capture
-from tdcache.harvesting.identity import identity_of
-from tdcache.harvesting.plan import Budget, Preflight, Probe, probe, row_bytes
+from tdcache.errors import SelectionError, SpecError, StoreError, listed
+from tdcache.harvesting.capture import BatchCapture
+from tdcache.harvesting.plan import Preflight, Probe, probe, row_bytes
 from tdcache.harvesting.progress import Progress
-from tdcache.harvesting.recheck import check_like, run_again
-from tdcache.harvesting.request import Request
-from tdcache.harvesting.row_rule import BatchRows, RowKind, RowRule, as_drops, as_kind, as_positions, batch_length
-from tdcache.harvesting.sizes import as_bytes, as_count, dtype_name
-from tdcache.harvesting.source import Source, Step, Visit
+from tdcache.harvesting.recheck import check_like, refuse_overflow, run_again
+from tdcache.harvesting.request import SHARD_BYTES, Request, asked_for
+from tdcache.harvesting.row_rule import BatchRows, RowKind, batch_length
+from tdcache.harvesting.source import SourceBatch, Visit
 from tdcache.harvesting.workers import Share
 from tdcache.harvesting.writer_thread import WriterThread
 from tdcache.modules import HookedModule
-from tdcache.selection import select as select_sites
 from tdcache.store.dataset import ActivationDataset
+from tdcache.store.dtypes import DTYPES
 from tdcache.store.files import Files
+from tdcache.store.shard import Shard
 from tdcache.store.writer import StoreWriter, site_column
 from tdcache.types import Match, Pick, Selector
 
 __all__ = ["harvest", "preflight"]
-
-SHARD_BYTES = 1 << 26
 
 
 def harvest(
@@ -67,6 +65,8 @@ def harvest(
     files: Files | None = None,
     tag: str | None = None,
     recheck: bool = True,
+    in_keys: Sequence[Any] | None = None,
+    columns: Sequence[str] | Mapping[str, Any] | None = None,
 ) -> ActivationDataset:
     """Store what flows through the selected modules while ``data`` runs through ``model``; resumable at any instant.
 
@@ -90,9 +90,11 @@ def harvest(
         drop: ``"pad"`` (by the attention mask), ``"bos"`` (each sample's first token), ``"pad|bos"``, or None.
         positions: the places among a sample's own tokens that are kept: a number, several, or a slice.
         rows: ``"tokens"`` or ``"samples"``; by default tokens where the batches have token ids or a mask.
-        max_rows: the most rows, exactly: those of the first samples, the same for all sites.
+        max_rows: the most rows, exactly: those of the first samples, the same for all sites. Run again with more, a
+            harvest goes on from there.
         max_bytes: the most bytes of all columns together, also as ``"20GB"``.
-        overflow: ``"raise"`` refuses finite values that ``dtype`` cannot hold, ``"count"`` stores how many there were.
+        overflow: ``"raise"`` refuses values that ``dtype`` cannot hold (finite ones, and infinities where it has none),
+            ``"count"`` stores how many there were. Values that become zero are stored and counted with either.
         resume: continue a store that is there; False refuses one.
         stop_early: end each forward once every site has fired; of a module that would run again, it is the first call.
             Ignored with ``forward``.
@@ -109,6 +111,10 @@ def harvest(
             that cannot be told apart from another in a later process.
         recheck: of a store that is there, run its first batch again and compare the rows; what the spec does not tell
             apart shows itself here. False spares that forward.
+        in_keys: the entries of a mapping or TensorDict that are the model's positional arguments; by default entries
+            are found by the names of its arguments.
+        columns: numbers to store beside the rows, one per sample or one per token: names of entries of the batches, or
+            ``{name: key, index or function(batch)}``.
 
     Returns:
         The store, open for reading.
@@ -122,33 +128,29 @@ def harvest(
     """
     if overflow not in ("raise", "count"):
         raise SelectionError(f"overflow is 'raise' or 'count', got {overflow!r}", selector=overflow)
-    capture = Capture(
+    capture, request = asked_for(
         model,
-        select,
+        data,
+        path,
+        select=select,
         match=match,
         direction=direction,
         pick=pick,
         dtype=dtype,
-        stop_early=stop_early and forward is None,
+        drop=drop,
+        positions=positions,
+        rows=rows,
+        max_rows=max_rows,
+        max_bytes=max_bytes,
+        stop_early=stop_early,
+        batch_size=batch_size,
+        collate=collate,
         forward=forward,
         device=device,
-    )
-    request = Request(
-        folder=Path(path),
-        source=Source(data, batch_size=batch_size, collate=collate),
-        paths=select_sites(model, select, match=match).paths,
-        rule={"drop": as_drops(drop), "positions": as_positions(positions)},
-        kind=as_kind(rows),
-        budget=Budget(as_count(max_rows), as_bytes(max_bytes)),
         shard_bytes=shard_bytes,
-        fixed={
-            "direction": direction,
-            "dtype": dtype_name(capture.taker.dtype),
-            "pick": identity_of(pick, "pick", tag),
-            "collate": identity_of(collate, "collate", tag),
-            "forward": identity_of(forward, "forward", tag),
-            "tag": tag,
-        },
+        tag=tag,
+        in_keys=in_keys,
+        columns=columns,
     )
     share = Share.of(model, rank, world)
     spec, found = request.settled(capture, share)
@@ -162,7 +164,9 @@ def harvest(
         raise SpecError(f"{request.folder} holds a store already, and resume=False", path=request.folder)
     made_by = {"torch": torch.__version__, "tensordict": str(tensordict.__version__)}
     writer = StoreWriter(request.folder, spec, made_by=made_by, files=files)
-    run = _Run(capture, request, writer, share, overflow == "raise", shown=progress, found=found, expected=expected)
+    run = _HarvestRun(
+        capture, request, writer, share, overflow == "raise", shown=progress, found=found, expected=expected
+    )
     run.go(recheck=recheck)
     return ActivationDataset.open(request.folder)
 
@@ -177,51 +181,40 @@ def preflight(
         data: as there.
         path: as there.
         select: as there.
-        **options: ``match``, ``direction``, ``pick``, ``dtype``, ``drop``, ``positions``, ``rows``, ``max_rows``,
-            ``max_bytes``, ``batch_size``, ``collate``, ``forward``, ``device`` and ``shard_bytes``, as there.
+        **options: those that say what is stored, as there: ``match``, ``dtype``, ``rows``, ``max_rows`` and the like.
     """
-    unknown = sorted(options.keys() - {*_OF_CAPTURE, *_OF_ROWS})
+    known = [name for name in inspect.signature(asked_for).parameters if name not in _NO_OPTIONS]
+    unknown = sorted(options.keys() - set(known))
     if unknown:
-        raise TypeError(f"preflight has no option {unknown[0]!r}; there are {listed((*_OF_CAPTURE, *_OF_ROWS), 20)}")
-    kept = {name: options[name] for name in _OF_CAPTURE if name in options}
-    request = Request(
-        folder=Path(path),
-        source=Source(data, batch_size=options.get("batch_size", 32), collate=options.get("collate")),
-        paths=select_sites(model, select, match=options.get("match", "full")).paths,
-        rule={"drop": as_drops(options.get("drop", "pad")), "positions": as_positions(options.get("positions"))},
-        kind=as_kind(options.get("rows")),
-        budget=Budget(as_count(options.get("max_rows")), as_bytes(options.get("max_bytes"))),
-        shard_bytes=options.get("shard_bytes", SHARD_BYTES),
-        fixed={},
-    )
-    capture = Capture(model, select, stop_early="forward" not in kept, **kept)
+        raise TypeError(f"preflight has no option {unknown[0]!r}; there are {listed(known, 20)}")
+    capture, request = asked_for(model, data, path, select=select, **options)
     return request.preflight(probe(capture, request.source, request.rule, request.kind, request.paths))
 
 
-_OF_CAPTURE = ("match", "direction", "pick", "dtype", "forward", "device")
-_OF_ROWS = ("drop", "positions", "rows", "max_rows", "max_bytes", "batch_size", "collate", "shard_bytes")
+_NO_OPTIONS = ("model", "data", "path", "select", "held_on")
 
 
 @dataclass(slots=True)
-class _Unit:
+class _UnitRows:
     """The rows of a unit while it is run."""
 
     number: int
     first: int
     columns: dict[str, list[Tensor]] = field(default_factory=dict)
-    overflow: dict[str, int] = field(default_factory=dict)
+    overflow: Counter[str] = field(default_factory=Counter)
+    underflow: Counter[str] = field(default_factory=Counter)
 
-    def add(self, values: Mapping[str, Tensor], rows: BatchRows) -> None:
-        own = {"seq": rows.seq, "pos": rows.pos} | ({} if rows.tok is None else {"tok": rows.tok})
-        for name, part in (own | {site_column(path): value for path, value in values.items()}).items():
+    def add(self, values: Mapping[str, Tensor], rows: BatchRows, own: Mapping[str, Tensor]) -> None:
+        sites = {site_column(path): value for path, value in values.items()}
+        for name, part in (rows.columns() | sites | dict(own)).items():
             self.columns.setdefault(name, []).append(part)
 
 
 @dataclass(slots=True)
-class _Run:
+class _HarvestRun:
     """One process's share of a harvest."""
 
-    capture: Capture
+    capture: BatchCapture
     request: Request
     writer: StoreWriter
     share: Share
@@ -234,7 +227,7 @@ class _Run:
     there: dict[int, int] = field(default_factory=dict)
     """Rows of the units that are there, or were counted or run, by unit."""
     limit: int | None = None
-    unit: _Unit | None = None
+    unit: _UnitRows | None = None
     rows_before: int = 0
     counted: int = 0
 
@@ -244,11 +237,14 @@ class _Run:
         agreed = self.share.agree(frozenset(committed))
         one_asks = self.share.rank == 0 or self.share.sharded
         if recheck and one_asks and self.found is None and 0 in agreed and 0 in committed:
-            run_again(self.capture, self.request.source, self._rule(), committed[0], self.writer)
-        self.there = {unit: committed[unit].rows for unit in agreed}
+            run_again(
+                self.capture, self.request.source, self.request.row_rule(self.writer.spec), committed[0], self.writer
+            )
+        self._prepare()
+        committed = self._uncut(committed)
+        self.there = {unit: committed[unit].rows for unit in agreed & committed.keys()}
         ended = any(shard.row.end for shard in committed.values())
         if not (ended and len(committed) == max(committed) + 1):
-            self._prepare()
             if self.shown and committed and self.share.writes:
                 rows = sum(self.there.values())
                 print(f"going on with {self.writer.folder}: {len(self.there)} units, {rows:,} rows", file=sys.stderr)
@@ -259,16 +255,32 @@ class _Run:
         if self.share.writes and self.share.rank == 0 and self.share.world > 1:
             self.writer.finish()
 
-    def _rule(self) -> RowRule:
-        spec = self.writer.spec
-        return RowRule(kind=spec["rows"], side=spec["side"], **self.request.rule)
-
     def _prepare(self) -> None:
         spec = self.writer.spec
-        sizes = {
-            path: (getattr(torch, site["dtype"]).itemsize, tuple(site["shape"])) for path, site in spec["sites"].items()
-        }
+        sizes = {path: (DTYPES[site["dtype"]].itemsize, tuple(site["shape"])) for path, site in spec["sites"].items()}
         self.limit = self.request.budget.limit(row_bytes(sizes, spec["tokens"]))
+
+    def _uncut(self, committed: dict[int, Shard]) -> dict[int, Shard]:
+        """What is there, without units that an earlier and lower limit has cut: their owners write them anew.
+
+        Raises:
+            SpecError: there are more rows than the limit allows.
+        """
+        rows, last = sum(shard.rows for shard in committed.values()), max(committed, default=0)
+        ends = [unit for unit, shard in committed.items() if shard.row.end]
+        if self.limit is not None and (rows > self.limit or (rows == self.limit and not ends)):
+            raise SpecError(
+                f"{self.writer.folder} holds {rows:,} rows, and at most {self.limit:,} are asked for now; a limit can "
+                "be raised later and not lowered: ask for as many, or give another folder",
+                path=self.writer.folder,
+                fields=("max_rows",),
+            )
+        is_full = rows == self.limit and len(committed) == last + 1
+        stale = {unit for unit in ends if committed[unit].info.cut and not (is_full and unit == last)}
+        for unit in stale:
+            if self.share.writes and self.share.has(unit):
+                self.writer.discard(unit)
+        return {unit: shard for unit, shard in committed.items() if unit not in stale}
 
     def _visit(self, unit: int) -> Visit:
         if unit in self.there:
@@ -288,7 +300,7 @@ class _Run:
 
     def _walk(self) -> None:
         spec = self.writer.spec
-        rule = self._rule()
+        rule = self.request.row_rule(self.writer.spec)
         with (
             Progress(shown=self.shown and self.share.writes, total=self._rows_to_run()) as progress,
             WriterThread() as thread,
@@ -301,47 +313,45 @@ class _Run:
                 if left is not None and left <= 0:
                     break
                 full = left is not None and len(rows) >= left
+                cut = left is not None and full and (len(rows) > left or not step.ends_data)
                 rows = rows if left is None else rows.first(left)
                 self.counted += len(rows)
                 if step.visit == "run":
                     self._take(hooked, step, rows)
                     progress.add(len(rows))
                 if full or step.ends_unit:
-                    self._finish(step, full or step.ends_data, thread)
+                    self._finish(step, full or step.ends_data, cut, thread)
                 if full:
                     break
 
-    def _begin(self, step: Step) -> None:
+    def _begin(self, step: SourceBatch) -> None:
         """A batch comes; where its unit is a new one, the rows of those before it are known now."""
         if self.unit is not None and self.unit.number == step.unit:
             return
-        self.unit = _Unit(step.unit, step.first)
+        self.unit = _UnitRows(step.unit, step.first)
         self.rows_before = sum(rows for unit, rows in self.there.items() if unit < step.unit)
         self.counted = 0
 
-    def _take(self, hooked: HookedModule, step: Step, rows: BatchRows) -> None:
+    def _take(self, hooked: HookedModule, step: SourceBatch, rows: BatchRows) -> None:
         """Run a batch, or take what its first forward gave."""
         unit, found, self.found = self._needed(), self.found, None
-        is_known = found is not None and step.number == 0 and (len(rows) == found.rows or not found.overflow)
+        is_known = found is not None and step.number == 0 and (len(rows) == found.rows or not found.lost)
         if found is not None and is_known:
             cut = len(rows) < found.rows
             values = {path: value[: len(rows)].clone() if cut else value for path, value in found.values.items()}
-            lost = found.overflow
+            lost = found.lost
         else:
-            values, lost = dict(self.capture.run(hooked, step.batch, rows)), self.capture.overflow()
+            values = dict(self.capture.run(hooked, step.batch, rows))
+            lost = self.capture.losses()
             check_like(values, self.writer.spec["sites"], step.number)
-        for path, count in lost.items():
-            if self.refuse_overflow:
-                dtype = self.capture.taker.dtype
-                raise CaptureError(
-                    f"{count} finite values at {path!r} in batch {step.number} cannot be held by {dtype}; store "
-                    "torch.bfloat16 or torch.float32, or give overflow='count' to have them stored as they come out",
-                    paths=(path,),
-                )
-            unit.overflow[path] = unit.overflow.get(path, 0) + count
-        unit.add(values, rows)
+        if self.refuse_overflow:
+            refuse_overflow(lost, self.capture.taker.dtype, step.number)
+        unit.overflow.update(lost.overflow)
+        unit.underflow.update(lost.underflow)
+        own = self.request.columns(step.batch, rows, self.writer.spec.get("columns"))
+        unit.add(values, rows, own)
 
-    def _finish(self, step: Step, end: bool, thread: WriterThread) -> None:
+    def _finish(self, step: SourceBatch, end: bool, cut: bool, thread: WriterThread) -> None:
         unit, self.unit = self._needed(), None
         self.there[unit.number] = self.counted
         if step.visit == "run" and self.share.writes:
@@ -353,15 +363,17 @@ class _Run:
                     unit.columns,
                     samples=(unit.first, max(behind, unit.first)),
                     end=end,
+                    cut=cut,
                     overflow=unit.overflow,
+                    underflow=unit.underflow,
                 )
             )
 
-    def _cut(self, unit: _Unit) -> bool:
+    def _cut(self, unit: _UnitRows) -> bool:
         reached = self.limit is not None and self.rows_before + self.counted >= self.limit
         return reached and unit.columns["seq"][-1].numel() > 0
 
-    def _needed(self) -> _Unit:
+    def _needed(self) -> _UnitRows:
         if self.unit is None:
             raise StoreError("a unit ended that had not begun")
         return self.unit

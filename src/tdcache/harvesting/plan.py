@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tdcache.errors import CaptureError, SelectionError, listed
-from tdcache.harvesting.capture import Capture
-from tdcache.harvesting.row_rule import BatchRows, RowKind, RowRule, has_tokens, side_of
+from tdcache.harvesting.capture import BatchCapture, Losses
+from tdcache.harvesting.row_rule import BatchRows, RowKind, RowRule, batch_length, has_tokens, row_dims, side_of
 from tdcache.harvesting.source import Source
 from tdcache.store.header import pack_header
 from tdcache.store.writer import ROW_COLUMNS
@@ -69,6 +69,8 @@ class Probe:
     with_tokens: bool
     side: str
     """Which sequence the rows belong to, where batches feed two."""
+    length: int | None
+    """How many tokens the model makes of each sample, where batches do not say."""
     rows: int
     """Rows of the first batch that are kept."""
     most_rows: int
@@ -77,7 +79,7 @@ class Probe:
     """How long the forward took."""
     values: Mapping[str, Tensor]
     """The kept rows of the first batch, by path."""
-    overflow: Mapping[str, int]
+    lost: Losses
     """Values among them that the dtype cannot hold."""
 
     @property
@@ -94,7 +96,7 @@ def row_bytes(sites: Mapping[str, tuple[int, tuple[int, ...]]], with_tokens: boo
 
 
 def probe(
-    capture: Capture, source: Source, rule: Mapping[str, Any], kind: RowKind | None, paths: Sequence[str]
+    capture: BatchCapture, source: Source, rule: Mapping[str, Any], kind: RowKind | None, paths: Sequence[str]
 ) -> Probe:
     """Run the first batch, to see shapes and dtypes; the first unit need not run it again.
 
@@ -124,8 +126,9 @@ def probe(
     shapes = {path: shape for path, (_, shape) in look.described.items()}
     kind = kind or _kind_of(shapes, rows)
     side = _side_of(batch, shapes) if kind == "tokens" else ""
-    made = RowRule(kind=kind, side=side, **rule)
-    if side and side != guess:  # rows were taken by the other sequence's mask
+    length = _length_of(batch, shapes, rows) if kind == "tokens" else None
+    made = RowRule(kind=kind, side=side, length=length, **rule)
+    if length is not None or (side and side != guess):  # rows were taken by another sequence's mask
         look = capture.look(batch, made(batch, first=0))
     if kind == "samples" and (made.positions is not None or "bos" in made.drop):
         raise SelectionError("positions= and drop='bos' choose among tokens, and these rows are samples, one each")
@@ -133,16 +136,16 @@ def probe(
     dtype = capture.taker.dtype
     _check_grid(shapes, rows)
     sites = {
-        path: (dtype if dtype and own.is_floating_point else own, shape[len(rows.grid) :])
+        path: (dtype if dtype and own.is_floating_point else own, shape[row_dims(shape, rows.grid) :])
         for path, (own, shape) in look.described.items()
     }
     pack_header(sites, {})  # a dtype that cannot be stored is refused before anything is written
     most = made.most_rows(rows.grid)
-    return Probe(sites, kind, rows.tok is not None, side, len(rows), most, look.seconds, look.values, look.overflow)
+    return Probe(sites, kind, rows.tok is not None, side, length, len(rows), most, look.seconds, look.values, look.lost)
 
 
 def _check_grid(shapes: Mapping[str, tuple[int, ...]], rows: BatchRows) -> None:
-    odd = {path: shape for path, shape in shapes.items() if shape[: len(rows.grid)] != rows.grid}
+    odd = {path: shape for path, shape in shapes.items() if row_dims(shape, rows.grid) is None}
     if odd:
         path, shape = next(iter(odd.items()))
         raise CaptureError(
@@ -150,6 +153,14 @@ def _check_grid(shapes: Mapping[str, tuple[int, ...]], rows: BatchRows) -> None:
             f"{path!r} gives values of shape {shape}; leave it out, pick= another value, or give rows='samples'",
             paths=tuple(odd),
         )
+
+
+def _length_of(batch: Any, shapes: Mapping[str, tuple[int, ...]], rows: BatchRows) -> int | None:
+    """The tokens that a model makes of samples, as a vision transformer of images; None where the batch has them."""
+    if has_tokens(batch) or any(row_dims(shape, rows.grid) for shape in shapes.values()):
+        return None
+    lengths = {shape[1] for shape in shapes.values() if len(shape) > 2 and shape[0] == batch_length(batch)}
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def _side_of(batch: Any, shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -189,7 +200,7 @@ def _kind_of(shapes: Mapping[str, tuple[int, ...]], rows: BatchRows) -> RowKind:
             "many features as there are tokens here; say which with rows='tokens' or rows='samples'",
             paths=tuple(unclear),
         )
-    return "tokens" if any(shape[:2] == rows.grid for shape in shapes.values()) else "samples"
+    return "tokens" if any(row_dims(shape, rows.grid) for shape in shapes.values()) else "samples"
 
 
 def batches_per_unit(found: Probe, *, shard_bytes: int, batches: int | None) -> int:

@@ -21,7 +21,7 @@ Make = Callable[[], tuple[nn.Module, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _ActorWork:
     """What one actor does: its share of the units, and then a row for the index per shard."""
 
     make: Make
@@ -66,7 +66,7 @@ def harvest_with_ray(
         raise StoreError("harvesting with Ray needs it: pip install 'tdcache[ray]'") from None
     folder = Path(path).absolute()
     actor = ray.remote(**{"num_cpus": 1, **(actor_options or {})})(_Harvester)
-    part = _Part(make, str(folder), options)
+    part = _ActorWork(make, str(folder), options)
     failure: BaseException | None = None
     for _ in range(rounds):
         actors = [actor.remote(part) for _ in range(workers)]
@@ -87,7 +87,7 @@ def harvest_with_ray(
 class _Harvester:
     """What becomes an actor."""
 
-    def __init__(self, part: _Part) -> None:
+    def __init__(self, part: _ActorWork) -> None:
         self.part = part
 
     def run(self, rank: int, world: int) -> list[tuple[int, int]]:

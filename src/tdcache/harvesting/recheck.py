@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from tdcache.errors import CaptureError, SpecError
-from tdcache.harvesting.capture import Capture
+from tdcache.harvesting.capture import BatchCapture, Losses
 from tdcache.harvesting.row_rule import RowRule
 from tdcache.harvesting.sizes import dtype_name
 from tdcache.harvesting.source import Source
 from tdcache.store.shard import Shard
 from tdcache.store.writer import StoreWriter, site_column
 
-__all__ = ["check_like", "run_again"]
+__all__ = ["check_like", "refuse_overflow", "run_again"]
 
 # Another machine, thread count or kernel rounds otherwise, and errors of one layer grow in the next; another
 # computation moves values by about their own size.
@@ -29,7 +29,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, tor
 _COARSE = 0.15
 
 
-def run_again(capture: Capture, source: Source, rule: RowRule, shard: Shard, writer: StoreWriter) -> None:
+def run_again(capture: BatchCapture, source: Source, rule: RowRule, shard: Shard, writer: StoreWriter) -> None:
     """Compute the first rows of the store's first shard once more and compare.
 
     Raises:
@@ -42,7 +42,7 @@ def run_again(capture: Capture, source: Source, rule: RowRule, shard: Shard, wri
         return
     with capture.open() as hooked:
         values = capture.run(hooked, batch, rows)
-        capture.overflow()
+        capture.losses()
     for path, now in values.items():
         there = shard.column(site_column(path))[: len(rows)]
         if now.shape != there.shape or now.dtype != there.dtype:
@@ -87,5 +87,19 @@ def check_like(values: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, An
             f"  now:   shape {tuple(value.shape[1:])}, {dtype_name(value.dtype)}\n"
             "rows of one store are alike: pad or resize the inputs to one size, or pick= another value; what was "
             "stored before stays readable",
+            paths=(path,),
+        )
+
+
+def refuse_overflow(lost: Losses, dtype: torch.dtype | None, batch: int) -> None:
+    """Refuse values that the stored dtype cannot hold.
+
+    Raises:
+        CaptureError: there are some; it names the first site that has them.
+    """
+    for path, count in lost.overflow.items():
+        raise CaptureError(
+            f"{count} values at {path!r} in batch {batch} cannot be held by {dtype}; store torch.bfloat16 or "
+            "torch.float32, or give overflow='count' to have them stored as they come out",
             paths=(path,),
         )

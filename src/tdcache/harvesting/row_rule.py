@@ -5,6 +5,7 @@ The answer depends on the batch alone, never on the model, so that rows can be c
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ __all__ = [
     "batch_length",
     "has_tokens",
     "ids_of",
+    "row_dims",
     "side_of",
 ]
 
@@ -51,6 +53,10 @@ class BatchRows:
     def __len__(self) -> int:
         return self.seq.numel()
 
+    def columns(self) -> dict[str, Tensor]:
+        """What each row knows of itself: ``"seq"``, ``"pos"`` and perhaps ``"tok"``."""
+        return {"seq": self.seq, "pos": self.pos} | ({} if self.tok is None else {"tok": self.tok})
+
     def first(self, count: int) -> BatchRows:
         """The first ``count`` of these rows."""
         if count >= len(self):
@@ -70,12 +76,15 @@ class RowRule:
         positions: the kept places among a sample's own tokens, counted from 0, or from -1 at its end; None for all.
             Padding has no place.
         side: which sequence rows belong to, where a batch feeds two: ``"encoder"`` or ``"decoder"``.
+        length: how many tokens each sample has inside the model, where the batch does not say (the patches of an
+            image, ``[CLS]`` included); None where it does.
     """
 
     kind: RowKind
     drop: tuple[str, ...] = ("pad",)
     positions: slice | tuple[int, ...] | None = None
     side: str = ""
+    length: int | None = None
 
     def __call__(self, batch: Any, *, first: int) -> BatchRows:
         """The kept rows of a batch whose first sample has number ``first``."""
@@ -83,7 +92,7 @@ class RowRule:
             count = batch_length(batch)
             seq = torch.arange(first, first + count)
             return BatchRows((count,), None, seq, torch.zeros(count, dtype=torch.int32), None)
-        fed = FedTokens.of(batch, self.side)
+        fed = FedTokens.of(batch, self.side) if self.length is None else FedTokens.made(batch, self.length)
         size, place = fed.size, fed.place.cpu()
         real = place >= 0
         kept = real if "pad" in self.drop else torch.ones_like(real)
@@ -179,6 +188,12 @@ class FedTokens:
     """Which of its row's tokens each one is, ``(batch, tokens)``; -1 for padding."""
 
     @classmethod
+    def made(cls, batch: Any, length: int) -> FedTokens:
+        """Tokens that the model makes of each sample, as a vision transformer its patches."""
+        size = batch_length(batch), length
+        return cls(size, None, Tokens.columns_of(*size).place)
+
+    @classmethod
     def of(cls, batch: Any, side: str) -> FedTokens:
         """Read them from a batch.
 
@@ -189,7 +204,7 @@ class FedTokens:
         if not isinstance(batch, Mapping):
             tensor = first_tensor(batch) if ids is None else ids
             size = tuple(tensor.shape[:2])  # type: ignore[union-attr]
-            return cls(size, ids, Tokens.columns_of(*size).place)  # type: ignore[arg-type]
+            return cls(size, ids, Tokens.columns_of(*size).place)
         sequences = Sequences(batch)
         if ids is None and side == "decoder":
             raise SelectionError(
@@ -203,7 +218,7 @@ class FedTokens:
         else:
             size = tuple(ids.shape)
         tokens = sequences.at(side or "the batch", batch=size[0], length=size[1])
-        return cls(size, ids, tokens.place)  # type: ignore[arg-type]
+        return cls(size, ids, tokens.place)
 
 
 def side_of(batch: Any, path: str, length: int) -> str:
@@ -232,17 +247,40 @@ def has_tokens(batch: Any) -> bool:
     return ids_of(batch) is not None or (isinstance(mask, Tensor) and mask.dim() == 2)
 
 
+def row_dims(shape: Sequence[int], grid: tuple[int, ...]) -> int | None:
+    """How many leading dimensions of a value its rows lie along.
+
+    Two for ``(batch, tokens, ...)``, one for ``(batch, ...)``, or for ``(batch * tokens, ...)`` as the routers of
+    mixtures of experts give it; None where the value has no rows on this grid.
+    """
+    if tuple(shape[: len(grid)]) == grid:
+        return len(grid)
+    return 1 if len(grid) > 1 and len(shape) > 1 and shape[0] == math.prod(grid) else None
+
+
+def _is_list_of_samples(batch: Any) -> bool:
+    """Whether a batch was never collated: strings, mappings, or tensors that have no length in common."""
+    if not isinstance(batch, tuple | list) or not batch:
+        return False
+    if all(isinstance(each, str | Mapping) for each in batch):
+        return True
+    lengths = {each.shape[:1] for each in batch if isinstance(each, Tensor)}
+    return isinstance(batch, list) and len(lengths) > 1
+
+
 def batch_length(batch: Any) -> int:
-    """The number of samples in a batch.
+    """The number of samples in a batch; a list of strings, mappings or tensors of different lengths is one of samples.
 
     Raises:
         SelectionError: there is no tensor in it.
     """
+    if _is_list_of_samples(batch):
+        return len(batch)
     ids = ids_of(batch)
     tensor = first_tensor(batch) if ids is None else ids
     if tensor is None or tensor.dim() == 0:
         raise SelectionError(
-            f"a batch is a tensor, or tensors in a tuple, list or mapping, with the samples along the first dimension; "
-            f"got {type(batch).__name__}"
+            f"a batch is a tensor, or tensors in a tuple, list or mapping, with the samples along the first dimension, "
+            f"or a list of strings or mappings; got {type(batch).__name__}"
         )
     return tensor.shape[0]

@@ -23,19 +23,19 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from tdcache.errors import StoreError
+from tdcache.errors import SelectionError, StoreError
 from tdcache.harvesting.row_rule import batch_length
 from tdcache.hooks.values import leaves
 
-__all__ = ["Source", "Step", "Visit", "length_of"]
+__all__ = ["Source", "SourceBatch", "Visit", "length_of"]
 
 Visit = Literal["skip", "count", "run"]
 """What happens to a unit: not looked at, its rows counted, or run."""
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One batch."""
+class SourceBatch:
+    """One batch of the data, with its numbers and what is to happen to it."""
 
     unit: int
     number: int
@@ -51,20 +51,29 @@ class Source:
     """The batches of ``data`` in an order that never changes.
 
     Args:
-        data: a ``DataLoader`` that does not shuffle, a map-style dataset of samples (of any library; a tensor or
-            TensorDict is one of its rows), or any iterable of batches, as a list of them. Loaders and datasets are
-            entered at any batch; other iterables from their beginning.
+        data: a ``DataLoader`` that does not shuffle, a dataset of samples (of any library; a tensor, an array or a
+            TensorDict is one of its rows; an ``IterableDataset`` yields samples), or any iterable of batches, as a list
+            of them. ``DataLoader(data, batch_size=None)`` says of any of these that it holds batches. Loaders and
+            map-style datasets are entered at any batch; other iterables from their beginning. NumPy's arrays become
+            tensors.
         batch_size: samples per batch, of a dataset.
         collate: makes a batch of samples, of a dataset.
 
     Raises:
         StoreError: the order of the data is random, or belongs to a distributed sampler.
+        SelectionError: from the first batch, items of an iterable that may be samples as well as batches.
     """
 
     def __init__(self, data: Any, *, batch_size: int = 32, collate: Callable[[list[Any]], Any] | None = None) -> None:
         if isinstance(data, TensorDictBase):
-            data, collate = _Rows(data), collate or torch.stack
+            data, collate = _TensorDictRows(data), collate or torch.stack
+        if hasattr(data, "__array__") and not isinstance(data, Tensor):
+            data = torch.as_tensor(data)
+        if hasattr(data, "with_format") and _has_no_format(data):  # its lists would be collated column by column
+            data = data.with_format("torch")
+        self._says_batches = isinstance(data, DataLoader)
         if _holds_samples(data):
+            self._says_batches = True
             data = DataLoader(data, batch_size=batch_size, collate_fn=collate)
         if isinstance(data, DataLoader):
             _refuse_shuffled(data)
@@ -84,17 +93,22 @@ class Source:
                 self._first = list(itertools.islice(self._walked, 1))
             else:
                 self._first = list(self._restricted([0] if self.batches else []))
+            self._first = [_as_tensors(batch) for batch in self._first]
+            if self._first and not self._says_batches:
+                _refuse_samples(self._first[0])
         return self._first[0] if self._first else None
 
     def fingerprint(self) -> str:
         """A hash of the first batch: enough to notice other data."""
         digest = hashlib.sha256()
+        for text in _texts(self.first()):
+            digest.update(f"{len(text)} {text};".encode())
         for steps, tensor in leaves(self.first()):
             digest.update(f"{steps} {tensor.dtype} {tuple(tensor.shape)};".encode())
             digest.update(_some_bytes(tensor))
         return digest.hexdigest()
 
-    def walk(self, per_unit: int, visit: Callable[[int], Visit]) -> Iterator[Step]:
+    def walk(self, per_unit: int, visit: Callable[[int], Visit]) -> Iterator[SourceBatch]:
         """The batches of the units that are not skipped, in order.
 
         Args:
@@ -106,7 +120,7 @@ class Source:
         else:
             yield from self._go_through(per_unit, visit)
 
-    def _jump(self, per_unit: int, visit: Callable[[int], Visit]) -> Iterator[Step]:
+    def _jump(self, per_unit: int, visit: Callable[[int], Visit]) -> Iterator[SourceBatch]:
         count, size = self.batches or 0, self._loader.batch_size if self._loader is not None else 0
         visits = {unit: visit(unit) for unit in range(-(-count // per_unit))}
         numbers = [number for number in range(count) if visits[number // per_unit] != "skip"]
@@ -116,7 +130,7 @@ class Source:
         for number, batch in zip(numbers, batches, strict=True):
             unit, last = number // per_unit, number == count - 1
             ends = last or number % per_unit == per_unit - 1
-            yield Step(unit, number, number * (size or 1), batch, visits[unit], ends, last)
+            yield SourceBatch(unit, number, number * (size or 1), _as_tensors(batch), visits[unit], ends, last)
 
     def _restricted(self, numbers: list[int]) -> Iterable[Any]:
         """The batches with these numbers, loaded as the user's own loader would."""
@@ -143,18 +157,19 @@ class Source:
             **beside,
         )
 
-    def _go_through(self, per_unit: int, visit: Callable[[int], Visit]) -> Iterator[Step]:
+    def _go_through(self, per_unit: int, visit: Callable[[int], Visit]) -> Iterator[SourceBatch]:
         self.first()
         walked = itertools.chain(self._first or (), () if self._walked is None else self._walked)
         self._first = None
         first, current, kind = 0, -1, "skip"
-        for number, (batch, last) in enumerate(_with_last(walked)):
+        for number, (item, last) in enumerate(_with_last(walked)):
             unit = number // per_unit
             if unit != current:
                 current, kind = unit, visit(unit)
+            batch = _as_tensors(item)
             if kind != "skip":
                 ends = last or number % per_unit == per_unit - 1
-                yield Step(unit, number, first, batch, kind, ends, last)  # type: ignore[arg-type]
+                yield SourceBatch(unit, number, first, batch, kind, ends, last)  # type: ignore[arg-type]
             first += batch_length(batch)
 
 
@@ -174,7 +189,7 @@ class _Indices:
             yield list(range(number * self.size, min((number + 1) * self.size, self.length)))
 
 
-class _Rows(Dataset[Any]):
+class _TensorDictRows(Dataset[Any]):
     """The rows of a TensorDict, one by one: what its own ``__getitems__`` gives is no list of samples."""
 
     def __init__(self, rows: TensorDictBase) -> None:
@@ -188,11 +203,59 @@ class _Rows(Dataset[Any]):
 
 
 def _holds_samples(data: Any) -> bool:
-    """Whether data are samples that are numbered, and not batches."""
+    """Whether data are samples, and not batches."""
     if isinstance(data, Dataset):
-        return not isinstance(data, IterableDataset)
+        return True
     numbered = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     return numbered and not isinstance(data, Sequence | Mapping | Iterator)
+
+
+def _has_no_format(data: Any) -> bool:
+    """Whether a dataset of Hugging Face gives Python's own lists and numbers."""
+    told: Any = getattr(data, "format", None)
+    return isinstance(told, Mapping) and told.get("type") is None
+
+
+def _as_tensors(batch: Any) -> Any:
+    """The same batch with tensors for NumPy's arrays."""
+    if isinstance(batch, Tensor | TensorDictBase | str):
+        return batch
+    if isinstance(batch, Mapping):
+        return {name: _as_tensors(value) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        parts = [_as_tensors(each) for each in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    is_numbers = hasattr(batch, "__array__") and getattr(getattr(batch, "dtype", None), "kind", "O") in "biufc"
+    return torch.as_tensor(batch) if is_numbers else batch
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The strings of a batch, in order."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | tuple | list) and not isinstance(value, TensorDictBase):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(each)
+
+
+def _refuse_samples(item: Any) -> None:
+    """Refuse an item of an iterable that is as likely one sample as a batch.
+
+    Raises:
+        SelectionError: it names both readings, and how to say which is meant.
+    """
+    tensors = [tensor for _, tensor in leaves(item)]
+    most = max((tensor.dim() for tensor in tensors), default=2)
+    if most > 1:
+        return
+    shape = next(tuple(tensor.shape) for tensor in tensors if tensor.dim() == most)
+    size = shape[0] if shape else 1
+    raise SelectionError(
+        f"the first item of the data is a tensor of shape {shape}, which is one sample of {size} features or a batch "
+        f"of {size} samples of one number each; for samples give DataLoader(data, batch_size=32) or torch.stack(data), "
+        "for batches DataLoader(data, batch_size=None)",
+        selector=shape,
+    )
 
 
 def _with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:

@@ -44,9 +44,34 @@ class Share:
             if together is not None:
                 return cls(together.group, together.groups, together.writes, sharded=True, waits=True)
             return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), waits=True)
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun, and no process group was opened
-            return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-        return cls()
+        return cls._of_environment()
+
+    @classmethod
+    def _of_environment(cls) -> Share:
+        """What a launcher says of this process where no process group was opened.
+
+        Raises:
+            ValueError: the variables are no share.
+        """
+        told = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+        if None in told or told == ("0", "1"):
+            return cls()
+        try:
+            rank, world = (int(each or "") for each in told)
+            if not 0 <= rank < world:
+                raise ValueError
+        except ValueError:
+            raise ValueError(
+                f"the environment says RANK={told[0]!r} and WORLD_SIZE={told[1]!r}, which is no share of the work; "
+                "give rank= and world=, or unset the variables"
+            ) from None
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun sets it; left-overs of a shell or a notebook do not
+            warn_user(
+                f"this process runs share {rank} of {world} only, because the environment says RANK={rank} and "
+                f"WORLD_SIZE={world}, and no process group is open; if it is alone, give rank=0 and world=1",
+                TdcacheWarning,
+            )
+        return cls(rank, world)
 
     @classmethod
     def _explicit(cls, model: nn.Module, rank: int, world: int) -> Share:

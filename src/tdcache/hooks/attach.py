@@ -79,7 +79,7 @@ class UserHook(Transient):
     order: int
 
     def __call__(self, *args: Any) -> Any:
-        """Call the hook."""
+        """Pass the call on to the hook."""
         return self.hook(*args)
 
 
@@ -129,6 +129,7 @@ def _register(module: nn.Module, hook: Callable[..., Any], direction: str, order
     prepend, with_kwargs = order == Order.FIRST, direction.endswith("kwargs")
     hook = _behind(current_fence(), hook)
     with _one_at_a_time:
+        register: Callable[..., RemovableHandle]
         if direction.startswith("fwd_pre"):
             register = _registering(module).register_forward_pre_hook
             hooks = pre_hooks(module)
@@ -199,7 +200,7 @@ class MutedHook(Transient):
         self.order = _order_of(hook)
 
     def __call__(self, *args: Any) -> None:
-        """Do nothing."""
+        """Do nothing while the hook is muted."""
 
 
 def _mute(hooks: Any, number: int) -> None:

@@ -166,7 +166,7 @@ class CachingHook:
     order: int = Order.CAPTURE
 
     def __call__(self, *args: Any) -> None:
-        """Write."""
+        """Write the value of this call into the cache."""
         if self.callback is not None:
             named = dict(zip(self.row.params, args, strict=True))
             value = kept = self.callback(**named, key=self.key, direction=self.row.name)
@@ -196,7 +196,7 @@ class SettingHook:
     order: int = Order.EDIT
 
     def __call__(self, *args: Any) -> Any:
-        """Replace."""
+        """Return the value that replaces the old one."""
         new = self.value.resolve() if hasattr(self.value, "resolve") else self.value
         if self.callback is not None:
             named = dict(zip(self.row.params, args, strict=True))
@@ -213,7 +213,7 @@ class ReadingHook:
     order: int = Order.CAPTURE
 
     def __call__(self, *args: Any) -> None:
-        """Show."""
+        """Show the value to the callback."""
         self.callback(**dict(zip(self.row.params, args, strict=True)), direction=self.row.name)
 
 
@@ -225,7 +225,7 @@ class StoppingHook:
     order: int = Order.STOP
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:
-        """Stop."""
+        """End the forward here."""
         raise StopForward(self.key)
 
 

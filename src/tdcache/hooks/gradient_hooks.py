@@ -33,11 +33,8 @@ def overwritten_input(where: str) -> InplaceModificationError:
     )
 
 
-class GradOutputHook:
-    """A forward hook that calls ``hook(module, grad_output)`` when the gradient of the output arrives.
-
-    ``grad_output`` is a tuple with an entry per output tensor, None where no gradient came. What the hook returns, if
-    not None, replaces it.
+class _GradHook:
+    """A user's gradient hook at one module.
 
     Args:
         hook: the hook.
@@ -56,9 +53,20 @@ class GradOutputHook:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.hook!r})"
 
+    def _hook_of_call(self) -> Callable[..., Any]:
+        return self.hook if self.for_call is None else self.for_call()
+
+
+class GradOutputHook(_GradHook):
+    """A forward hook that calls ``hook(module, grad_output)`` when the gradient of the output arrives.
+
+    ``grad_output`` is a tuple with an entry per output tensor, None where no gradient came. What the hook returns, if
+    not None, replaces it.
+    """
+
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Watch the gradient of an output."""
-        hook = self.hook if self.for_call is None else self.for_call()
+        hook = self._hook_of_call()
         return _watch_whole(module, args, output, _OutputCall(self, module, hook).on_grads, self.path)
 
 
@@ -77,7 +85,7 @@ class _OutputCall:
         return _as_grads(self.hook(self.module, grads), len(grads)) if self.tap.alive else None
 
 
-class GradInputHook:
+class GradInputHook(_GradHook):
     """Forward hooks that call ``hook(module, grad_input, grad_output)`` once both gradients are there.
 
     Both are tuples, as torch's full backward hooks have them: ``grad_input`` with an entry per tensor among the
@@ -87,16 +95,9 @@ class GradInputHook:
     """
 
     def __init__(self, hook: Callable[..., Any], order: int, path: str = "", for_call: ForCall | None = None) -> None:
-        self.hook = hook
-        self.order = order
-        self.path = path
-        self.for_call = for_call
-        self.alive = True
+        super().__init__(hook, order, path, for_call)
         self._open = OpenCalls()
         self._calls: list[_InputCall] = []  # a stack beside it: a module may call itself
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.hook!r})"
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hand the module aliases of the inputs that need a gradient, and watch those."""
@@ -104,7 +105,7 @@ class GradInputHook:
         graph = torch.is_grad_enabled()
         needs = [graph and tensor.requires_grad for tensor in tensors]
         needing = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed]
-        hook = self.hook if self.for_call is None else self.for_call()
+        hook = self._hook_of_call()
         call = _InputCall(self, module, needs, hook, watched=bool(needing))
         aliases = alias_inputs(module, needing, call, self.path, tap=self) if needing else []
         args, kwargs, loan = lend(args, kwargs, iter(_spread(tuple(aliases), needs)))

@@ -68,12 +68,12 @@ def watch_output(module: nn.Module, args: Any, tensor: Tensor, on_grad: OnGrad, 
     if not torch.is_grad_enabled():  # an alias would cut what is handed on from its graph
         return tensor
     if tensor.is_leaf or handed_on(module, tensor, args):
-        return _Passage.through(module, (tensor,), _At(on_grad), where)[0]
+        return _Passage.through(module, (tensor,), _TensorWatcher(on_grad), where)[0]
     passage = _passage_of(tensor, module, is_input=False)
     if passage is None:
         watch_made(tensor, on_grad, where)
     else:  # an alias that a hook before this one made in the same call
-        passage.watchers.append(_At(on_grad, passage.ids.index(id(tensor))))
+        passage.watchers.append(_TensorWatcher(on_grad, passage.ids.index(id(tensor))))
     return tensor
 
 
@@ -90,7 +90,7 @@ def watch_made(tensor: Tensor, on_grad: OnGrad, where: str) -> None:
         add_tensor_hook(base, guard)
 
 
-class _At:
+class _TensorWatcher:
     """A watcher of one tensor among those of a passage."""
 
     __slots__ = ("index", "on_grad", "tap")
@@ -271,8 +271,8 @@ def alias_input(module: nn.Module, tensor: Tensor, on_grad: OnGrad, where: str, 
     """:func:`alias_inputs` for one input, whose gradient ``on_grad`` sees alone."""
     passage = _passage_of(tensor, module, is_input=True)
     if passage is None or passage.watched_by(tap):
-        return _Passage.through(module, (tensor,), _At(on_grad), where, is_input=True)[0]
-    passage.watchers.append(_At(on_grad, passage.ids.index(id(tensor))))
+        return _Passage.through(module, (tensor,), _TensorWatcher(on_grad), where, is_input=True)[0]
+    passage.watchers.append(_TensorWatcher(on_grad, passage.ids.index(id(tensor))))
     return tensor
 
 

@@ -118,7 +118,7 @@ class OpenCalls:
         return len(self._stack)
 
     def begin(self, module: nn.Module, aliases: Sequence[Tensor] = (), loan: Loan | None = None) -> None:
-        """A call begins."""
+        """Note that a call begins, and drop what calls left that an exception ended."""
         if self._stack and not torch.compiler.is_compiling():  # what an exception ended never came to its output
             under_way = max(0, calls_on_stack(module) - 1)
             while len(self._stack) > under_way:

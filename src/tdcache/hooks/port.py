@@ -80,7 +80,7 @@ class OutputPort:
         pick = self._pick_in(module, output)
         if isinstance(pick, str | tuple) and is_entries(output):
             check_fits(new, pick_tensor(output, pick, self.path), self.path)
-            return output.set(pick, new)
+            return output.set(pick, new)  # type: ignore[arg-type]  # an index is no key: the pick before refused it
         return replace_tensor(output, new, pick=pick, path=self.path)
 
     def watch(self, module: nn.Module, args: Any, output: Any, tensor: Tensor, on_grad: OnGrad) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 __all__ = ["ReplacedForward", "replace_forward", "skip_module"]
 
 
-class _Stack:
+class _ForwardStack:
     """What stands in place of one module's forward."""
 
     def __init__(self, own: Any) -> None:
@@ -39,7 +39,7 @@ class _Stack:
             module.__dict__["forward"] = forward
 
 
-_STACKS: WeakKeyDictionary[nn.Module, _Stack] = WeakKeyDictionary()
+_STACKS: WeakKeyDictionary[nn.Module, _ForwardStack] = WeakKeyDictionary()
 
 
 class ReplacedForward:
@@ -51,7 +51,7 @@ class ReplacedForward:
         self.muted = False
         stack = _STACKS.get(module)
         if stack is None:
-            stack = _STACKS[module] = _Stack(module.__dict__.get("forward"))
+            stack = _STACKS[module] = _ForwardStack(module.__dict__.get("forward"))
         stack.replacements.append(self)
         stack.settle(module)
 

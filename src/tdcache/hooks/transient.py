@@ -3,7 +3,7 @@
 A copy of a hooked module would carry our hooks along, with all that they hold: the recorder, the cache, the values of a
 forward. Nothing could remove them there. So what we register copies to an inert stand-in, and the stand-ins are taken
 out of the copy as soon as it is complete. That moment is when the memo of ``copy.deepcopy`` (or of the unpickler) dies:
-a :class:`_Sweep` lies in it and is told.
+a :class:`_StandInSweep` lies in it and is told.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Transient:
     __slots__ = ()
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> _StandIn:
-        return _StandIn(memo.setdefault(_Sweep, _Sweep()))
+        return _StandIn(memo.setdefault(_StandInSweep, _StandInSweep()))
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _StandIn, (_SWEEP_OF_A_LOAD,)
@@ -34,11 +34,11 @@ class Transient:
 class _StandIn:
     """Stands in a copy for one of our hooks until it is swept out; does nothing if it is called."""
 
-    def __init__(self, sweep: _Sweep) -> None:
+    def __init__(self, sweep: _StandInSweep) -> None:
         sweep.left.append(self)
 
     def __call__(self, *args: Any) -> None:
-        """Do nothing."""
+        """Do nothing: the copy has no hooks of ours."""
 
     def __getattr__(self, name: str) -> _StandIn:
         if name.startswith("__"):
@@ -46,7 +46,7 @@ class _StandIn:
         return self  # a method that was registered: pickle asks the stand-in for it by name
 
 
-class _Sweep:
+class _StandInSweep:
     """Lies in the memo of one copy or load, and takes its stand-ins out of the modules when the memo is dropped."""
 
     def __init__(self) -> None:
@@ -68,8 +68,8 @@ def _is_stand_in(hook: Any) -> bool:
 class _Token:
     """Pickles to one new sweep for all that is loaded together."""
 
-    def __reduce__(self) -> tuple[type[_Sweep], tuple[()]]:
-        return _Sweep, ()
+    def __reduce__(self) -> tuple[type[_StandInSweep], tuple[()]]:
+        return _StandInSweep, ()
 
 
 _SWEEP_OF_A_LOAD = _Token()

@@ -32,7 +32,7 @@ class _Zero:
 
 
 @dataclass(frozen=True, slots=True)
-class _Mean:
+class _MeanValue:
     """The mean that is given, broadcast to the value; else that over the batch."""
 
     path: str
@@ -182,7 +182,7 @@ class Ablation(Intervention):
         if self.mode == "zero":
             return _Zero(site.path)
         if self.mode == "mean":
-            return _Mean(site.path, given)
+            return _MeanValue(site.path, given)
         if self.mode == "resample":
             return _Resample(site.path, given, self.seed)
         return _Project(site.path, _basis(given), self._given(self.center, site.path, "center="))

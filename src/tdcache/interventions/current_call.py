@@ -162,11 +162,11 @@ class _Ears:
         self.names = names
 
     def on_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """A forward begins."""
+        """Note that a forward begins, with its arguments."""
         self.call.begin(self.path, self.names, args, kwargs)
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A forward ends."""
+        """Note that the forward is over."""
         self.call.end(self.path)
 
 

@@ -65,7 +65,7 @@ class EditTap:
         return f"{type(self).__name__}({self.path!r}, {self.edit!r})"
 
     def on_call(self, module: nn.Module, args: Any, rest: Any) -> Any:
-        """Change the value."""
+        """Return the edited value in its container."""
         if self.plain:
             old = self.port.read(module, args, rest)
             new = self.edit(old, old)
@@ -102,5 +102,5 @@ class ReadTap:
         return f"{type(self).__name__}({self.port.path!r})"
 
     def on_call(self, module: nn.Module, args: Any, rest: Any) -> None:
-        """Show the value."""
+        """Show the value to the reader."""
         self.read(self.port.path, self.port.read(module, args, rest))

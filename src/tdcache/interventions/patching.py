@@ -84,7 +84,7 @@ class PasteWhole:
     region: Region
 
     def __call__(self, part: Tensor, full: Tensor) -> Tensor:
-        """The new value."""
+        """Return a copy of the tensor, or of its rows, that fits the place."""
         if self.tensor.shape == full.shape:
             return self.tensor.clone()
         return _with_rows_of(full, self.tensor, self.region.row_axis(full)).clone()
@@ -97,7 +97,7 @@ class Given:
     tensor: Tensor
 
     def __call__(self) -> Tensor:
-        """The value."""
+        """Return the tensor that is patched in."""
         return self.tensor
 
 
@@ -109,7 +109,7 @@ class Resolved:
     path: str
 
     def __call__(self) -> Tensor:
-        """Resolve it."""
+        """Return the tensor that the proxy stands for."""
         value = self.proxy.resolve()
         if not isinstance(value, Tensor):
             raise EditError(

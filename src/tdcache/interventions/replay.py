@@ -126,7 +126,7 @@ class Recording:
                 yield
 
     def enter(self, path: str) -> None:
-        """A member begins."""
+        """Note that a member begins to run, so that what it calls counts as part of it."""
         self._channels.running.append(path)
 
     def take(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
@@ -137,7 +137,7 @@ class Recording:
         return self._channels.leave(path, kept, args)
 
     def reached(self, path: str) -> None:
-        """A site fires."""
+        """Note which members were through when a site fired first."""
         self.before.setdefault(path, tuple(self.outputs))
 
     def done_before(self, paths: tuple[str, ...]) -> tuple[str, ...]:

@@ -134,7 +134,7 @@ class Sweep:
             self.end()
 
     def begin(self) -> None:
-        """A comparison begins."""
+        """Begin a comparison, with the random state that all its forwards share."""
         self.recording, self._regions, self.random = None, {}, SharedRandomState(self._needed_model())
 
     def end(self) -> None:

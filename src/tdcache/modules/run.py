@@ -16,7 +16,7 @@ from tdcache.hooks.attach import MultiHookHandle, Order, attach
 from tdcache.hooks.compiled import running_eagerly
 from tdcache.hooks.directions import direction_row
 from tdcache.introspect import why_not_called
-from tdcache.modules.forms import DirectedForms
+from tdcache.modules.directed_verbs import DirectedForms
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
 from tdcache.types import CacheKey, HookDirection, Removable
 
@@ -31,7 +31,7 @@ class Runnable(Protocol):
         """The user's own model."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
+        """Run the hooked model; arguments are those of its ``forward``."""
 
     def find_site(self, key: str, relative: bool = True) -> tuple[str, nn.Module]:
         """Canonical path and module of ``key``."""

@@ -33,7 +33,7 @@ class Forwards(Transient):
         self.count = 0
 
     def on_forward(self, module: nn.Module, args: Any) -> None:
-        """One more."""
+        """Count one more forward."""
         self.count += 1
 
 
@@ -127,7 +127,7 @@ class GetTap(Transient):
         return self.proxy.same_entry(other.proxy) and mine != its
 
     def on_call(self, *args: Any) -> None:
-        """Take the value."""
+        """Take the value of this call, or of its gradient, and hand it to the callback if there is one."""
         if not self.row.gradient and in_backward():  # the recomputation of a checkpoint
             return
         if self.callback is None:
@@ -188,7 +188,7 @@ class SetTap(Transient):
         return f"{type(self).__name__}({self.path!r}, {self.row.name!r}, {what!r})"
 
     def on_call(self, *args: Any) -> Any:
-        """Replace the value."""
+        """Return the new value, which torch passes on in place of the old one."""
         self.fired = True
         new = self._needed()
         if self.callback is not None:

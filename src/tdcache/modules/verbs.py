@@ -17,7 +17,7 @@ from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.factory import HookFactory, check_callback
 from tdcache.hooks.port import Port
 from tdcache.introspect import has_stale_graph
-from tdcache.modules.forms import DirectedForms
+from tdcache.modules.directed_verbs import DirectedForms
 from tdcache.modules.run import HookedModuleRun
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
 from tdcache.selection import Site
@@ -32,7 +32,7 @@ class ModuleVerbs(DirectedForms):
     if TYPE_CHECKING:  # the hooked module's
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            """Run the model."""
+            """Run the model with the arguments of its ``forward``."""
 
         @property
         def model(self) -> nn.Module:

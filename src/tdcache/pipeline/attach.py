@@ -67,7 +67,7 @@ class _AttachedHook:
 
     @property
     def hook(self) -> Callable[..., Any]:
-        """What is registered."""
+        """Return the method to register: the fast one for outputs that are plain tensors, where none is picked."""
         return self.on_plain if isinstance(self.port, OutputPort) and self.port.pick is None else self.on_call
 
     def _values(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class _AttachedHook:
         values = self._values() if self.counts else _NONE
         new = output
         for hook, varying, gradient in self.steps:
-            if gradient is not None and new is output and _is_made_here(args, output):
+            if gradient is not None and new is output and _is_made_here(module, args, output):
                 add_tensor_hook(output, partial(gradient.on_grad, values=values) if varying else gradient.on_grad)
                 continue
             changed = hook(new, **{name: values[name] for name in varying}) if varying else hook(new)
@@ -130,11 +130,11 @@ def _on_plain_in_graph(self: _AttachedHook, module: nn.Module, args: Any, output
     return self.on_call(module, args, output)
 
 
-def _is_made_here(args: Any, x: Tensor) -> bool:
-    """Whether a module computed ``x`` and no hook sits on it yet, so that the gradient can be watched on it itself."""
+def _is_made_here(module: nn.Module, args: Any, x: Tensor) -> bool:
+    """Whether ``module`` computed ``x`` and no hook is on it yet, so that its gradient can be watched on it itself."""
     if x.grad_fn is None or x._base is not None or has_tensor_hooks(x) or not torch.is_grad_enabled():
         return False
-    return args[0] is not x if len(args) == 1 and type(args[0]) is Tensor else not handed_on(x, args)
+    return args[0] is not x if len(args) == 1 and type(args[0]) is Tensor else not handed_on(module, x, args)
 
 
 class AttachedPipeline(HookingContextFactory):

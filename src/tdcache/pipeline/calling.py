@@ -11,13 +11,13 @@ from torch import nn
 
 from tdcache.errors import HookSignatureError, listed
 
-__all__ = ["Call", "only_positional", "spell"]
+__all__ = ["HookCall", "only_positional", "spell"]
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class HookCall:
     """A callable and which of the keyword arguments in scope it is called with.
 
     A hook ``lambda x: ...`` and one ``def hook(x, layer): ...`` may stand in one pipeline: each gets what it names, and

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from tdcache.errors import HookSignatureError, SelectionError, listed
-from tdcache.pipeline.calling import Call, only_positional, spell
+from tdcache.pipeline.calling import HookCall, only_positional, spell
 
 __all__ = [
     "All",
     "Answer",
-    "AnyOf",
     "Calls",
     "Condition",
+    "Either",
     "Keyword",
     "Layers",
     "Not",
@@ -49,7 +49,7 @@ class Condition(ABC):
         return All(self, as_condition(other))
 
     def __or__(self, other: Condition) -> Condition:
-        return AnyOf(self, as_condition(other))
+        return Either(self, as_condition(other))
 
     def __invert__(self) -> Condition:
         return Not(self)
@@ -185,7 +185,7 @@ class When(Condition):
         name = only_positional(self.predicate)
         if name is not None and name in kwargs:  # lambda layer: layer == 3
             x, kwargs = kwargs[name], {key: value for key, value in kwargs.items() if key != name}
-        return checked(Call(self.predicate)(x, args, kwargs), self)
+        return checked(HookCall(self.predicate)(x, args, kwargs), self)
 
     def __repr__(self) -> str:
         return f"When({spell(self.predicate)})"
@@ -217,7 +217,7 @@ class All(Condition):
 
 
 @dataclass(frozen=True, slots=True, init=False)
-class AnyOf(Condition):
+class Either(Condition):
     """Where any member applies; after the first yes, the rest is not asked."""
 
     members: tuple[Condition, ...]
@@ -248,7 +248,7 @@ class Not(Condition):
     member: Condition
 
     def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> Answer:
-        """Ask the member."""
+        """Return the negated answer of the member."""
         answer = self.member(x, *args, **kwargs)
         return ~answer if isinstance(answer, Tensor) else not answer
 
@@ -257,7 +257,7 @@ class Not(Condition):
 
 
 def _in_brackets(member: Condition) -> str:
-    return f"({member!r})" if isinstance(member, All | AnyOf) else repr(member)
+    return f"({member!r})" if isinstance(member, All | Either) else repr(member)
 
 
 def _aligned(one: Any, other: Any) -> tuple[Tensor, Tensor]:

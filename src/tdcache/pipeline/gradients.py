@@ -12,7 +12,7 @@ from torch import Tensor
 from tdcache.errors import CaptureError
 from tdcache.hooks.values import check_fits
 from tdcache.introspect import add_tensor_hook
-from tdcache.pipeline.calling import Call, spell
+from tdcache.pipeline.calling import HookCall, spell
 from tdcache.pipeline.hooks import Hook
 
 __all__ = ["GradientHook", "grad_hook_wrapper", "stop_gradient"]
@@ -32,10 +32,10 @@ class GradientHook:
     """
 
     hook: Hook
-    call: Call = field(init=False, repr=False, compare=False)
+    call: HookCall = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "call", Call(self.hook))
+        object.__setattr__(self, "call", HookCall(self.hook))
 
     def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> Tensor:
         """Give an alias-free copy of ``x`` whose gradient passes through the hook."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast, overload
 
 from tdcache.errors import listed
-from tdcache.pipeline.calling import Call, spell
+from tdcache.pipeline.calling import HookCall, spell
 
 __all__ = ["Hook", "HookNode", "Hooks", "WrapperHooks", "run"]
 
@@ -18,7 +18,7 @@ Hook = Callable[..., Any]
 _INDENT = 4 * " "
 
 
-def run(calls: Iterable[Call], x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def run(calls: Iterable[HookCall], x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Pass ``x`` through the calls in order; one that gives None leaves it as it is."""
     for call in calls:
         new = call(x, args, kwargs)
@@ -28,10 +28,10 @@ def run(calls: Iterable[Call], x: Any, args: tuple[Any, ...], kwargs: Mapping[st
 
 
 @dataclass(frozen=True, slots=True)
-class _Sequence:
+class _HooksAsOne:
     """The hooks of a sequence at one moment, as one hook."""
 
-    calls: tuple[Call, ...]
+    calls: tuple[HookCall, ...]
     takes_any_keyword: ClassVar[bool] = True
 
     def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -152,7 +152,7 @@ class Hooks(HookNode):
 
     def __init__(self, *hooks: Hook) -> None:
         super().__init__()
-        self._calls: list[Call] = []
+        self._calls: list[HookCall] = []
         for hook in hooks:
             self.append(hook)
 
@@ -175,14 +175,14 @@ class Hooks(HookNode):
             HookSignatureError: it is not callable.
             ValueError: it is, or holds, this very sequence.
         """
-        call = Call(hook)
+        call = HookCall(hook)
         if isinstance(hook, Hooks) and any(node is self for node in _nodes(hook)):
             raise ValueError(f"{type(self).__name__} cannot be appended to itself; append a deepcopy() of it")
         self._calls.append(call)
         return self
 
     @property
-    def calls(self) -> tuple[Call, ...]:
+    def calls(self) -> tuple[HookCall, ...]:
         """The hooks, each with the keyword arguments that it takes."""
         return tuple(self._calls)
 
@@ -211,7 +211,7 @@ class Hooks(HookNode):
         super()._separate(memo)
         hooks: list[Any] = list(self)
         self._calls = [
-            Call(cast(Hook, copy.deepcopy(hook, memo))) if isinstance(hook, HookNode) else call
+            HookCall(cast(Hook, copy.deepcopy(hook, memo))) if isinstance(hook, HookNode) else call
             for hook, call in zip(hooks, self._calls, strict=True)
         ]
 
@@ -250,7 +250,7 @@ class WrapperHooks(Hooks):
         if not self._calls:
             return x
         if self._wrapped is None:
-            self._wrapped = self.wrapper(_Sequence(tuple(self._calls)))
+            self._wrapped = self.wrapper(_HooksAsOne(tuple(self._calls)))
         return self._wrapped(x, *args, **self._in_scope(kwargs))
 
     def append(self, hook: Hook) -> Self:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from tdcache.hooks.values import check_fits
-from tdcache.pipeline.calling import Call, spell
+from tdcache.pipeline.calling import HookCall, spell
 from tdcache.pipeline.collection import FwdBwdHooks
 from tdcache.pipeline.gradients import GradientHook, grad_hook_wrapper
 from tdcache.pipeline.hooks import Hook, HookNode, Hooks, WrapperHooks
@@ -71,10 +71,10 @@ def laid_out(pipeline: Any, scope: Mapping[str, Any]) -> Iterator[HookStep]:
                 hook, tuple(name for name in VARYING if any(name in each.varying for each in steps)), watcher
             )
     else:
-        yield _step(Call(pipeline), scope)
+        yield _step(HookCall(pipeline), scope)
 
 
-def _step(call: Call, scope: Mapping[str, Any]) -> HookStep:
+def _step(call: HookCall, scope: Mapping[str, Any]) -> HookStep:
     taken = call.taken({**dict.fromkeys(VARYING), **scope})
     varying = tuple(name for name in VARYING if name in taken and name not in scope)
     fixed = {name: value for name, value in taken.items() if name not in varying}

@@ -90,7 +90,7 @@ class _SourceTap:
 
 
 @dataclass(slots=True, eq=False)
-class _SpliceTap:
+class _DictionaryTap:
     """Sends the output of a module through its splice."""
 
     port: OutputPort
@@ -106,7 +106,7 @@ class _SpliceTap:
 
 
 class SpliceContext(HookingContext):
-    """An open splice."""
+    """The context of a splice, which owns the sites that it opened."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -216,7 +216,7 @@ class Splice(HookingContextFactory):
         source = None if self._reads == "output" else _SourceTap(InputPort(site.path))
         if source is not None:
             attach_ports([(site.module, source)], source.port.direction, handle, source.order)
-        tap = _SpliceTap(OutputPort(site.path, self._pick), shown, source)
+        tap = _DictionaryTap(OutputPort(site.path, self._pick), shown, source)
         attach_ports([(site.module, tap)], tap.port.direction, handle, tap.order)
 
 

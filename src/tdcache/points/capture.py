@@ -114,6 +114,9 @@ class _MappingTarget:
             self.cache.pop(key, None)
         self._written.clear()
 
+    def ensure(self) -> None:
+        """Do nothing: a plain dict has no node of a direction."""
+
 
 class PointCapture:
     """One cache over some hook points; entries are the points' names, and for gradients these with ``"_grad"``.
@@ -189,7 +192,7 @@ class PointCapture:
         if not self._brackets:
             bracket(model, self.recorder.begin, self.recorder.end, self._bracket)
         self._brackets += 1
-        return _Share(self)
+        return _BracketHandle(self)
 
     def unbracket(self) -> None:
         """One of the handles was removed."""
@@ -198,7 +201,7 @@ class PointCapture:
             self._bracket.remove()
 
 
-class _Share:
+class _BracketHandle:
     """Keeps a capture's bracket in place until it is removed."""
 
     __slots__ = ("capture",)
@@ -224,7 +227,7 @@ class PointTap(Tap):
         self.options = options
 
     def on_call(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Keep the value."""
+        """Keep the value, converted and in the shape that the options ask for."""
         kept = self.options.shaped(converted(self.point, output), self.path, self.point.pos_dim)
         self.recorder.take(self.channel, self.path, self.path, kept)
 
@@ -334,7 +337,7 @@ class SavingHook:
         return not self.channel.is_gradient and self.capture.is_plain
 
     def __call__(self, tensor: Any, hook: Any) -> None:
-        """Keep a value."""
+        """Keep the value that the hook point sees."""
         self.capture.recorder.take(self.channel, self.name, self.name, self._shaped(tensor, hook))
 
     def for_call(self) -> Callable[..., None]:

@@ -114,7 +114,7 @@ class HookPoint(nn.Module):
         self.pos_dim: int | None = None
 
     def forward(self, x: Any) -> Any:
-        """Return ``x`` itself."""
+        """Return ``x`` itself, unless a hook replaces it."""
         return x
 
     def add_hook(

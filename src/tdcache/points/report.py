@@ -22,7 +22,7 @@ EVERYWHERE = "(every module)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HookRow:
-    """One hook."""
+    """One row of the report: where a hook sits, whose it is, and what it does."""
 
     path: str
     """The module, ``""`` for the root, or ``"(every module)"`` for one of torch's global hooks."""

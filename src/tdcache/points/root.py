@@ -45,7 +45,7 @@ class HookedRootModule(CachingSurface, nn.Module):
 
     @property
     def points_root(self) -> nn.Module:
-        """The model itself."""
+        """Return the module that names of points are relative to, the model itself."""
         return self
 
 
@@ -70,7 +70,7 @@ class HookRoot(CachingSurface):
         return self.model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model."""
+        """Call the model with these arguments."""
         return self.model(*args, **kwargs)
 
     def __repr__(self) -> str:

@@ -58,7 +58,7 @@ class _Shelved:
         self.through[-1].add_module(self.parts[-1], point)
 
     def remove(self) -> None:
-        """Take it out."""
+        """Take the hook point out of the model, and shelves that hold nothing more."""
         for part, holder in zip(reversed(self.parts), reversed(self.through), strict=True):
             delattr(holder, part)
             if not isinstance(holder, PointShelf) or any(True for _ in holder.children()):

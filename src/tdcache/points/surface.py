@@ -67,7 +67,7 @@ class PointSurface:
         return found
 
     def hook_points(self) -> Iterable[HookPoint]:
-        """Every hook point."""
+        """Return every hook point of the model, in the order of ``hook_dict``."""
         return self.hook_dict.values()
 
     def chosen_points(self, names_filter: NamesFilter) -> dict[str, HookPoint]:

@@ -32,7 +32,7 @@ class Last(Reducer):
             self._value = other._value
 
     def compute(self) -> Tensor:
-        """The latest value."""
+        """Return the latest value that was seen."""
         if self._value is None:
             raise self.nothing_seen()
         return self._value
@@ -62,7 +62,7 @@ class First(Reducer):
             self._value = other._value
 
     def compute(self) -> Tensor:
-        """The first value."""
+        """Return the first value that was seen."""
         if self._value is None:
             raise self.nothing_seen()
         return self._value
@@ -92,7 +92,7 @@ class Stack(Reducer):
     _values: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def update(self, value: Tensor) -> None:
-        """Append the value."""
+        """Append the value of one call."""
         self._values.append(value)
 
     def merge(self, other: Stack) -> None:

@@ -49,7 +49,7 @@ class GrowingRows:
         return GrowingRows.holding, (self.tensor(),)
 
     def append(self, rows: Tensor) -> None:
-        """Copy rows in."""
+        """Copy rows to the end, in a larger buffer if there is no room left."""
         end = self.rows + rows.shape[0]
         if end > self._room:
             self._make_room(max(end, 2 * self._room))

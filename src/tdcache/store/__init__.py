@@ -3,7 +3,7 @@
 from tdcache.store.batches import Batches
 from tdcache.store.dataset import ActivationDataset, Column
 from tdcache.store.files import Files
-from tdcache.store.shard_header import site_column
+from tdcache.store.shard_header import own_column, site_column
 from tdcache.store.writer import StoreWriter
 
-__all__ = ["ActivationDataset", "Batches", "Column", "Files", "StoreWriter", "site_column"]
+__all__ = ["ActivationDataset", "Batches", "Column", "Files", "StoreWriter", "own_column", "site_column"]

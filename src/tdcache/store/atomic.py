@@ -228,7 +228,7 @@ def _sync_tree(folder: Path, files: Files) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two names."""
+    """Swap two names, in two steps where the file system has no exchange."""
     if _exchange_at_once(new, old):
         return
     aside = old.with_name(_temporary_name(f".{old.name}"))

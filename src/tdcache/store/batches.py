@@ -21,7 +21,7 @@ from tdcache.store.reader import StoreReader
 from tdcache.store.rows import joined, pick_rows
 from tdcache.store.spans import Span
 
-__all__ = ["Batches", "Shuffle"]
+__all__ = ["Batches", "Shuffle", "generator_of"]
 
 Shuffle = Literal[False, "block", "rows"]
 
@@ -122,7 +122,7 @@ class _Pools:
         members = self._members(number)
         order = None
         if self.seed is not None:
-            order = torch.randperm(_rows_in(members), generator=_generator(*self.seed, number))
+            order = torch.randperm(_rows_in(members), generator=generator_of(*self.seed, number))
         return _Pool(number, memory, self.dataset.read(members, memory, readers=readers), order)
 
     def _members(self, number: int) -> Sequence[Span]:
@@ -136,7 +136,7 @@ def _rows_in(spans: Sequence[Span]) -> int:
     return sum(end - begin for begin, end in spans)
 
 
-def _generator(*numbers: int) -> torch.Generator:
+def generator_of(*numbers: int) -> torch.Generator:
     """A generator for these numbers, unrelated to that for any others."""
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -221,7 +221,7 @@ class Batches:
             first, last = (rows * share // self.world for share in (self.rank, self.rank + 1))
             begins = torch.arange(first, last, self.block)
             return _Pools(dataset, torch.stack([begins, (begins + self.block).clamp(max=last)], 1), per_pool, None)
-        generator = _generator(self.seed, self.epoch)
+        generator = generator_of(self.seed, self.epoch)
         if self.shuffle == "rows":
             return _SingleRows(dataset, torch.randperm(rows, generator=generator)[self.rank :: self.world])
         blocks = _blocks(dataset, self.block)
@@ -231,7 +231,8 @@ class Batches:
     def _identity(self) -> dict[str, Any]:
         names = ("size", "shuffle", "seed", "rank", "world", "block", "pool")
         dataset = self._rows_of_epoch()
-        return {"store": dataset.id, "rows": len(dataset), **{name: getattr(self, name) for name in names}}
+        found = {"store": dataset.id, "rows": len(dataset), **{name: getattr(self, name) for name in names}}
+        return found | ({"view": dataset.view} if dataset.view else {})
 
     def state_dict(self) -> dict[str, Any]:
         """Where the iteration is: what was handed out is not handed out again after :meth:`load_state_dict`."""
@@ -253,7 +254,7 @@ class Batches:
 
 def _blocks(dataset: StoreReader, size: int) -> Tensor:
     """First row, and the one after the last, of each block; none spans two shards."""
-    rows = torch.tensor([shard.rows for shard in dataset.shards], dtype=torch.int64)
+    rows = dataset.rows_by_shard()
     ends, counts = rows.cumsum(0), (rows + size - 1) // size
     shard = torch.repeat_interleave(torch.arange(len(rows)), counts)
     within = torch.arange(len(shard)) - (counts.cumsum(0) - counts)[shard]

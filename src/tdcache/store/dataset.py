@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -12,11 +12,14 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdcache.store.batches import Batches, Shuffle
+from tdcache.store.choice import rows_where, split_rows
 from tdcache.store.export import export_rows
 from tdcache.store.iterable import RowIterable
 from tdcache.store.reader import StoreReader
 from tdcache.store.repack import merge, repack
 from tdcache.store.rows import joined
+from tdcache.store.scaling import Normalisation, Scaling
+from tdcache.store.statistics import SiteStatistics
 from tdcache.store.verify import find_damage
 
 __all__ = ["ActivationDataset", "Column"]
@@ -55,7 +58,7 @@ class Column:
 
     @property
     def shape(self) -> torch.Size:
-        """``(rows, *features)``."""
+        """The shape of the whole column, ``(rows, *features)``."""
         return torch.Size((len(self), *self._dataset.describe(self.key)[1]))
 
     @property
@@ -101,6 +104,7 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else "unfinished"
+        state = f"{' and '.join(self.view)} rows of {state}" if self.view else state
         size = f"{len(self.keys)} sites, {len(self):,} rows, {self.nbytes / 1e6:,.1f} MB"
         return f"<{state} {type(self).__name__} {self._name!r}: {size}>"
 
@@ -121,6 +125,53 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
     def collate(rows: TensorDict | list[TensorDict]) -> TensorDict:
         """For ``DataLoader(ds, collate_fn=ds.collate)``: hands the batch on as it was read."""
         return rows if isinstance(rows, TensorDict) else joined([row.unsqueeze(0) for row in rows])
+
+    def where(self, predicate: Callable[[TensorDict], Any], *, keys: Sequence[str] | None = None) -> Self:
+        """The rows for which ``predicate`` gives True, in their order; nothing is copied.
+
+        Args:
+            predicate: called with a TensorDict of some rows at a time; gives one boolean for each, ``(n,)``.
+            keys: the columns that it sees; by default what rows know of themselves (:attr:`row_keys`) and no sites,
+                because those would have to be read.
+
+        Raises:
+            ValueError: the predicate gave something else.
+
+        Example:
+            >>> store.where(lambda rows: rows["pos"] == 0)  # doctest: +SKIP
+        """
+        return self.chosen(rows_where(self, predicate, self.row_keys if keys is None else keys))
+
+    def split(self, *parts: float, seed: int = 0, by: str = "seq") -> tuple[Self, ...]:
+        """Disjoint shares of the rows, whole samples each: ``train, validation = ds.split(0.9, 0.1)``.
+
+        A sample's share is drawn by a hash of its number and ``seed``: the shares are about as large as asked for, and
+        a sample stays in its share when more are harvested.
+
+        Args:
+            *parts: what they make up, 1 together.
+            seed: of the draw.
+            by: another column of whole numbers whose equal values stay together, as a document's id.
+
+        Raises:
+            ValueError: the parts do not add up to 1, or the column holds something else.
+        """
+        return tuple(self.chosen(numbers) for numbers in split_rows(self, parts, seed=seed, by=by))
+
+    def normalised(self, by: Normalisation = "norm", *, statistics: Mapping[str, SiteStatistics] | None = None) -> Self:
+        """The same rows, scaled when they are read, in float32 (float64 stays so).
+
+        Args:
+            by: ``"norm"`` multiplies a site's rows by one number, after which the mean of their squared norms is their
+                number of features; ``"std"`` gives each feature mean 0 and variance 1.
+            statistics: of the rows to normalise by; by default these rows' own :attr:`statistics`. Give validation
+                rows those of the training rows.
+
+        Raises:
+            StoreError: a site's statistics are not finite.
+        """
+        known = self.statistics if statistics is None else statistics
+        return self.scaled({key: Scaling.of(known[key], by, key) for key in self.keys if key in known})
 
     def batches(
         self,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-__all__ = ["DTYPES", "SAFETENSORS_DTYPES", "dtype_name"]
+__all__ = ["DTYPES", "SAFETENSORS_DTYPES", "count_lost", "dtype_name"]
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -28,9 +29,35 @@ SAFETENSORS_DTYPES = {
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``"float32"`` for ``torch.float32``."""
+    """Return the name of a dtype, ``"float32"`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
 
 
 DTYPES = {dtype_name(each): each for each in (*SAFETENSORS_DTYPES.values(), torch.complex128)}
 """By the names of torch, without ``torch.``."""
+
+
+def count_lost(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """How many values a cast to ``dtype`` changes by more than rounding.
+
+    Args:
+        rows: floating values.
+        dtype: a floating one.
+
+    Returns:
+        The values that it cannot hold (finite ones beyond its largest, and infinities where it has none), and those
+        other than zero that become zero, as scalars on the device of ``rows``. None where the range of the dtype tells
+        that there are none; numbers below the smallest normal one of both dtypes are not looked at.
+    """
+    own, wanted = torch.finfo(rows.dtype), torch.finfo(dtype)
+    narrower, coarser = own.max > wanted.max, wanted.smallest_normal > own.smallest_normal
+    if not (narrower or coarser) or rows.numel() == 0:
+        return None
+    cast = rows.to(dtype).to(rows.dtype)
+    none = torch.zeros((), dtype=torch.int64, device=rows.device)
+    under = rows.count_nonzero() - cast.count_nonzero() if coarser else none
+    is_small = rows.device.type == "cpu" and bool(torch.linalg.vector_norm(rows, float("inf")) <= wanted.max)
+    if not narrower or is_small:
+        return none, under
+    beyond = (rows.abs() > wanted.max) & (torch.isfinite(rows) | ~torch.isinf(cast))
+    return beyond.sum(), under

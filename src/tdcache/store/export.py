@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tdcache.errors import StoreError
 from tdcache.store.atomic import new_folder, refuse_existing, replacing_file
+from tdcache.store.card import dataset_card
 from tdcache.store.files import as_store_error
 from tdcache.store.memmap import check_memmap, safe_name, write_memmap_column, write_memmap_meta
 from tdcache.store.reader import StoreReader
@@ -40,8 +41,8 @@ def export_rows(
 
     ``"npz"``: one array per column, for ``numpy.load``. ``"pt"``: a dict of tensors, for
     ``torch.load(..., weights_only=True)``; held in memory. ``"memmap"``: a folder for ``TensorDict.load_memmap``.
-    ``"hf"``, also ``"arrow"``: a folder for ``datasets.load_from_disk`` (extra ``hf``). NumPy and Arrow have no
-    bfloat16 and no float8: there such columns become float32, which holds their values exactly.
+    ``"hf"``, also ``"arrow"``: a folder for ``datasets.load_from_disk`` (extra ``hf``), with a dataset card. NumPy and
+    Arrow have no bfloat16 and no float8: there such columns become float32, which holds their values exactly.
 
     Args:
         dataset: the store.
@@ -145,6 +146,7 @@ def _write_hf(dataset: StoreReader, path: Path) -> None:
     ]
     # Of no rows it would write no file, and then not load that.
     hf.concatenate_datasets(parts).save_to_disk(path, **({} if len(dataset) else {"num_shards": 1}))
+    (path / "README.md").write_text(dataset_card(dataset), encoding="utf-8")
 
 
 _FILES = {"npz": _write_npz, "pt": _write_pt}

@@ -85,7 +85,7 @@ class Files:
         os.fsync(descriptor)
 
     def close(self, descriptor: int) -> None:
-        """Close a descriptor."""
+        """Close the descriptor of a file or folder."""
         os.close(descriptor)
 
     def link(self, source: Path, target: Path) -> None:

@@ -12,8 +12,9 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tdcache.errors import DamagedError, StoreError
 from tdcache.store.atomic import draft_file, sweep
@@ -23,8 +24,10 @@ from tdcache.store.regular import is_folder, read_bounded
 from tdcache.store.shard import Shard, ShardCache
 from tdcache.store.shard_header import Contract, IndexRow
 from tdcache.store.spec import canonical
+from tdcache.store.statistics import SiteStatistics
+from tdcache.store.summary import packed_summary, parsed_summary, summarised
 
-__all__ = ["Layout"]
+__all__ = ["StorePaths"]
 
 _NAME = re.compile(r"u(\d{8,})\.safetensors")
 _PER_FOLDER = 1000
@@ -36,7 +39,7 @@ def _names(unit: int) -> tuple[str, str]:
     return f"{unit // _PER_FOLDER:03d}", f"u{unit:08d}.safetensors"
 
 
-class Layout:
+class StorePaths:
     """The names in one store's folder.
 
     Args:
@@ -50,7 +53,7 @@ class Layout:
         self.index = self.folder / "index.json"
 
     def __repr__(self) -> str:
-        return f"Layout({str(self.folder)!r})"
+        return f"StorePaths({str(self.folder)!r})"
 
     def prepare(self, files: Files) -> None:
         """Make the folders.
@@ -124,22 +127,33 @@ class Layout:
         except DamagedError:
             return {}  # it says what the shards say as well
 
-    def write_index(self, spec: str, shards: Iterable[Shard], files: Files) -> None:
+    def write_index(self, contract: Contract, shards: Iterable[Shard], files: Files) -> None:
         """Write what the shards say of themselves into one file, over one that says something else."""
-        rows = [list(each.row) for each in shards]
-        document = {"columns": list(IndexRow.__annotations__), "shards": rows, "spec": spec}
+        shards = tuple(shards)
+        if self.read_statistics(contract, shards) is not None:
+            return
+        document = {
+            "columns": list(IndexRow.__annotations__),
+            "shards": [list(each.row) for each in shards],
+            "sites": packed_summary(summarised(contract, shards)),
+            "spec": contract.spec,
+        }
         data = canonical({**document, "crc32": f"{crc32(canonical(document)):08x}"}) + b"\n"
-        try:
-            if read_bounded(self.index, most=len(data)) == data:
-                return
-        except (DamagedError, FileNotFoundError):
-            pass
         files.make_folder(self.scratch)
         with draft_file(self.scratch, "index", files) as (descriptor, temporary):
             files.write(descriptor, memoryview(data), 0)
             files.sync(descriptor)
             files.replace(temporary, self.index)
             files.sync_folder(self.folder)
+
+    def read_statistics(self, contract: Contract, shards: Sequence[Shard]) -> dict[str, SiteStatistics] | None:
+        """The statistics of each site that the index holds; None unless they are of exactly these shards."""
+        try:
+            document, rows = self._read_index(contract.spec)
+            known = {row.unit: row for row in rows} == {shard.row.unit: shard.row for shard in shards}
+            return parsed_summary(document["sites"], contract) if known else None
+        except (DamagedError, ValueError, KeyError, TypeError):
+            return None
 
     def read_index(self, spec: str | None = None) -> dict[int, IndexRow] | None:
         """What the index says of each shard, by unit; None where there is none, or one of an earlier version.
@@ -150,17 +164,21 @@ class Layout:
         Raises:
             DamagedError: it is not what was written.
         """
+        document, rows = self._read_index(spec)
+        return {row.unit: row for row in rows} if document else None
+
+    def _read_index(self, spec: str | None) -> tuple[dict[str, Any], list[IndexRow]]:
         try:
             raw = read_bounded(self.index, most=_MOST)
         except FileNotFoundError:
-            return None
+            return {}, []
         try:
             document = json.loads(raw)
             crc = document.pop("crc32")
             sound = crc == f"{crc32(canonical(document)):08x}" and spec in (None, document["spec"])
             sound = sound and raw == canonical({**document, "crc32": crc}) + b"\n"
             if sound and "columns" not in document:
-                return None
+                return {}, []
             rows = [IndexRow.parsed(each) for each in document["shards"]]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             sound = False
@@ -170,7 +188,7 @@ class Layout:
                 "harvest makes it anew from the shards",
                 path=self.index,
             )
-        return {row.unit: row for row in rows}
+        return document, rows
 
     def sweep(self, files: Files) -> None:
         """Remove files without a name whose writer is dead."""

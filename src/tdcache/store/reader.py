@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,14 +19,19 @@ from torch import Tensor
 
 from tdcache.errors import SpecError, listed
 from tdcache.paths import near_misses
-from tdcache.store.layout import Layout
+from tdcache.store.layout import StorePaths
 from tdcache.store.rows import ROW_COLUMNS, by_shard, put_rows, row_numbers
+from tdcache.store.scaling import Scaling
 from tdcache.store.shard import Shard, ShardCache
-from tdcache.store.shard_header import Contract, site_column
+from tdcache.store.shard_header import Contract, own_column, site_column
 from tdcache.store.spans import Span, read_spans
 from tdcache.store.spec import read_spec, spec_id
+from tdcache.store.statistics import SiteStatistics
+from tdcache.store.summary import summarised
 
 __all__ = ["StoreReader"]
+
+_STATISTICS_BYTES = 1 << 26
 
 
 class StoreReader:
@@ -39,7 +46,7 @@ class StoreReader:
     def __init__(
         self, folder: str | os.PathLike[str], *, keys: Sequence[str] | None = None, check: bool = False
     ) -> None:
-        self._layout, self._name = Layout(folder), os.fspath(folder)
+        self._layout, self._name = StorePaths(folder), os.fspath(folder)
         self.spec: dict[str, Any] = read_spec(self._layout.folder)
         """What is stored, of which model, and how."""
         self.id = spec_id(self.spec)
@@ -49,6 +56,10 @@ class StoreReader:
         self._all_keys = tuple(self.spec["sites"])
         self.keys: tuple[str, ...] = self._all_keys if keys is None else tuple(self._known(key) for key in keys)
         """The sites, by path."""
+        self._own_keys = tuple(self.spec.get("columns", {}))
+        self._chosen: Tensor | None = None
+        """The numbers of the rows, of some of them only."""
+        self._scalings: Mapping[str, Scaling] = {}
         self._load({})
 
     def _load(self, known: Mapping[int, Shard]) -> None:
@@ -59,8 +70,8 @@ class StoreReader:
         self._starts = list(itertools.accumulate((row.rows for row in rows), initial=0))
         self._start_tensor = torch.tensor(self._starts)
         with_tokens = bool(rows) and all(row.tokens for row in rows)
-        self.row_keys: tuple[str, ...] = ROW_COLUMNS if with_tokens else ROW_COLUMNS[:2]
-        """What each row knows of itself: ``"seq"``, ``"pos"`` and perhaps ``"tok"``."""
+        self.row_keys: tuple[str, ...] = (*(ROW_COLUMNS if with_tokens else ROW_COLUMNS[:2]), *self._own_keys)
+        """What each row knows of itself: ``"seq"``, ``"pos"``, perhaps ``"tok"``, and the columns given to harvest."""
         self.sequences: int = max((row.last for row in rows), default=0)
         """The number after that of the last sample."""
 
@@ -68,8 +79,13 @@ class StoreReader:
         """Take in the shards that were written since; gives the reader itself.
 
         Raises:
-            SpecError: another store has taken the place of this one.
+            SpecError: another store has taken the place of this one, or these are chosen rows, whose numbers would
+                change.
         """
+        if self._chosen is not None:
+            raise SpecError(
+                "rows that were chosen stay the same: refresh the store itself and choose again", path=self.path
+            )
         if spec_id(read_spec(self.path)) != self.id:
             raise SpecError(
                 f"{self.path} holds another store than the one that was opened; open it again", path=self.path
@@ -93,7 +109,7 @@ class StoreReader:
 
     @property
     def path(self) -> Path:
-        """The folder."""
+        """The absolute path of the folder of the store."""
         return self._layout.folder
 
     @property
@@ -118,7 +134,58 @@ class StoreReader:
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in map(self.describe, self.columns))
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return self._starts[-1] if self._chosen is None else self._chosen.numel()
+
+    @property
+    def view(self) -> dict[str, Any]:
+        """What makes these rows others than those of the store, as JSON values; empty where nothing does."""
+        found: dict[str, Any] = {}
+        if self._chosen is not None:
+            found["chosen"] = hashlib.sha256(self._chosen.numpy().tobytes()).hexdigest()[:16]
+        if self._scalings:
+            found["scaled"] = {key: each.digest() for key, each in self._scalings.items()}
+        return found
+
+    def rows_by_shard(self) -> Tensor:
+        """How many of these rows each shard has, ``(shards,)``."""
+        if self._chosen is None:
+            return self._start_tensor.diff()
+        shard = torch.searchsorted(self._start_tensor, self._chosen, right=True) - 1
+        return torch.bincount(shard, minlength=len(self._shards))
+
+    @property
+    def statistics(self) -> dict[str, SiteStatistics]:
+        """Mean, variance and losses of each floating site over these rows, as they are stored.
+
+        Of a whole store they were taken while it was written. Of chosen rows they are taken now, from the rows.
+        """
+        if self._chosen is None:
+            found = self._layout.read_statistics(self._contract, self._shards)
+            found = summarised(self._contract, self._shards) if found is None else found
+            return {key: found[key] for key in self.keys if self._is_floating(key)}
+        plain, keys = copy.copy(self), [key for key in self.keys if self._is_floating(key)]
+        vars(plain).update(_scalings={})
+        at_a_time = max(1, _STATISTICS_BYTES // max(1, self.row_bytes))
+        found = {key: SiteStatistics.none(plain.describe(key)[1]) for key in keys}
+        for begin in range(0, len(plain), at_a_time):
+            rows = plain.span(begin, min(begin + at_a_time, len(plain)), keys)
+            found = {key: each.merged(SiteStatistics.of([rows[key]])) for key, each in found.items()}
+        return found
+
+    def _is_floating(self, key: str) -> bool:
+        return self._contract.columns[site_column(key)][0].is_floating_point
+
+    def chosen(self, numbers: Tensor) -> Self:
+        """The rows with these numbers only, ``(n,)``, ascending."""
+        found = copy.copy(self)
+        vars(found).update(_chosen=numbers if self._chosen is None else self._chosen[numbers])
+        return found
+
+    def scaled(self, scalings: Mapping[str, Scaling]) -> Self:
+        """The same rows, with the values of some sites scaled when they are read."""
+        found = copy.copy(self)
+        vars(found).update(_scalings=dict(scalings))
+        return found
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -139,6 +206,7 @@ class StoreReader:
         if isinstance(index, slice) and index.step in (None, 1):
             begin = int(numbers[0]) if numbers.numel() else 0
             return self.span(begin, begin + numbers.numel(), keys)
+        numbers = numbers if self._chosen is None else self._chosen[numbers]
         found = self._gather(numbers.reshape(-1), self.columns if keys is None else keys)
         shaped = {key: each.reshape((*numbers.shape, *each.shape[1:])) for key, each in found.items()}
         return TensorDict(shaped, batch_size=numbers.shape)
@@ -158,23 +226,46 @@ class StoreReader:
         self, spans: Sequence[Span], into: Mapping[str, Tensor], *, readers: Executor | None = None
     ) -> Sequence[Future[None]]:
         """Read several spans of rows, one after the other, into memory; see :func:`tdcache.store.spans.read_spans`."""
-        targets = {self._in_shard(key): column for key, column in into.items()}
-        return read_spans(targets, self._shards, self._starts, spans, readers=readers)
+        if self._chosen is None and not self._scalings:
+            targets = {self.in_shard(key): column for key, column in into.items()}
+            return read_spans(targets, self._shards, self._starts, spans, readers=readers)
+        ends = itertools.accumulate(end - begin for begin, end in spans)
+        calls = [
+            partial(self._fill, span, {key: column[end - (span[1] - span[0]) : end] for key, column in into.items()})
+            for span, end in zip(spans, ends, strict=True)
+        ]
+        if readers is not None:
+            return [readers.submit(call) for call in calls]
+        for call in calls:
+            call()
+        return []
+
+    def _fill(self, span: Span, into: Mapping[str, Tensor]) -> None:
+        """Read one span of rows that are chosen or scaled."""
+        numbers = torch.arange(*span) if self._chosen is None else self._chosen[slice(*span)]
+        for key, column in self._gather(numbers, tuple(into)).items():
+            into[key].copy_(column)
 
     def _gather(self, numbers: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
-        """Each of ``numbers``, one shard after the other."""
-        found, names = self.empty(numbers.numel(), keys), [self._in_shard(key) for key in keys]
+        """Each of ``numbers``, rows of the whole store, one shard after the other."""
+        names = [self.in_shard(key) for key in keys]
+        stored = {key: self._contract.columns[name] for key, name in zip(keys, names, strict=True)}
+        found = {key: torch.empty((numbers.numel(), *shape), dtype=dtype) for key, (dtype, shape) in stored.items()}
         for shard, rows, places in by_shard(numbers, self._start_tensor):
             for key, part in zip(keys, self._shards[shard].gather(names, rows), strict=True):
                 put_rows(found[key], places, part)
-        return found
+        return {key: self._scalings[key](rows) if key in self._scalings else rows for key, rows in found.items()}
 
-    def _in_shard(self, key: str) -> str:
-        return key if key in self.row_keys else site_column(key)
+    def in_shard(self, key: str) -> str:
+        """What a shard calls a column."""
+        if key in self._own_keys:
+            return own_column(key)
+        return key if key in ROW_COLUMNS else site_column(self._known(key))
 
     def describe(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Dtype and feature shape of a column."""
-        return self._contract.columns[key if key in ROW_COLUMNS else site_column(self._known(key))]
+        dtype, shape = self._contract.columns[self.in_shard(key)]
+        return self._scalings[key].dtype(dtype) if key in self._scalings else dtype, shape
 
     def _known(self, key: str) -> str:
         if key not in self._all_keys:
@@ -192,9 +283,10 @@ class StoreReader:
         if not 0 <= number < self.sequences:
             raise IndexError(f"sample {number} is out of range; there are {self.sequences}")
         found, places = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int32)]
-        for shard, start in zip(self._shards, self._starts, strict=False):
+        ends = self.rows_by_shard().cumsum(0).tolist()
+        for shard, start, end in zip(self._shards, [0, *ends], ends, strict=False):
             if shard.row.first <= number < shard.row.last:
-                own = self.span(start, start + shard.rows, ("seq", "pos"))
+                own = self.span(start, end, ("seq", "pos"))
                 rows = (own["seq"] == number).nonzero().squeeze(1)
                 found.append(rows + start)
                 places.append(own["pos"][rows])

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from tdcache.errors import CaptureError, SpecError, StoreError
 from tdcache.store.atomic import draft_folder
-from tdcache.store.dtypes import dtype_name
+from tdcache.store.dtypes import count_lost, dtype_name
 from tdcache.store.files import as_store_error
-from tdcache.store.layout import Layout
+from tdcache.store.layout import StorePaths
 from tdcache.store.reader import StoreReader
 from tdcache.store.rows import joined
 from tdcache.store.shard_header import site_column
@@ -28,7 +29,7 @@ from tdcache.store.writer import StoreWriter
 
 __all__ = ["merge", "repack"]
 
-_SAME_TO_MERGE = ("sites", "rows", "direction", "tokens", "model", "forward", "pick")
+_SAME_TO_MERGE = ("sites", "rows", "direction", "tokens", "model", "forward", "pick", "columns")
 
 
 def repack(
@@ -69,6 +70,7 @@ def repack(
     described = {key: source.describe(key) for key in source.keys}
     sites = {key: {"dtype": _cast_name(own, dtype), "shape": list(shape)} for key, (own, shape) in described.items()}
     made = {"from": source.id, "rows": len(source), "shuffle": seed if shuffle else None, "shard_bytes": shard_bytes}
+    made |= {"view": source.view} if source.view else {}
     spec = {**source.spec, "sites": sites, "repacked": made}
     if dtype is not None:
         spec["dtype"] = dtype_name(dtype)
@@ -101,10 +103,17 @@ def merge(*stores: StoreReader, path: str | os.PathLike[str] | None = None) -> P
 
     Raises:
         SpecError: their models, sites, shapes, dtypes or rows differ; the fields are named.
-        StoreError: a store is unfinished, or something else is at ``path``.
+        StoreError: a store is unfinished, its rows are chosen or scaled ones, or something else is at ``path``.
         DamagedError: a byte of a store is not the one that was written.
     """
     first = stores[0]
+    for store in stores:
+        if store.view:
+            raise StoreError(
+                f"a choice of the rows of {store.path}, or scaled ones, cannot be merged; repack() them first, and "
+                "merge what that gives",
+                path=store.path,
+            )
     for other in stores[1:]:
         pairs = {name: (first.spec.get(name), other.spec.get(name)) for name in _SAME_TO_MERGE}
         fields = [each for name, pair in pairs.items() for each in differing(*pair, name)]
@@ -128,7 +137,8 @@ def merge(*stores: StoreReader, path: str | os.PathLike[str] | None = None) -> P
                     columns["seq"] = [columns["seq"][0] + samples]
                     numbers = (shard.row.first + samples, shard.row.last + samples)
                     end = unit == units - 1  # by number: a store may be merged with itself
-                    writer.write(unit, columns, samples=numbers, end=end, overflow=shard.info.overflow)
+                    lost: dict[str, Any] = {"overflow": shard.info.overflow, "underflow": shard.info.underflow}
+                    writer.write(unit, columns, samples=numbers, end=end, **lost)
                 unit, row = unit + 1, row + shard.rows
             samples += store.sequences
     return target
@@ -136,11 +146,11 @@ def merge(*stores: StoreReader, path: str | os.PathLike[str] | None = None) -> P
 
 def _columns(rows: TensorDict, source: StoreReader, dtype: torch.dtype | None = None) -> dict[str, list[Tensor]]:
     columns = {site_column(key): [_cast(rows[key], dtype, key)] for key in source.keys}
-    return columns | {key: [rows[key]] for key in source.row_keys}
+    return columns | {source.in_shard(key): [rows[key]] for key in source.row_keys}
 
 
 def _beside(store: StoreReader, word: str) -> Path:
-    """``runs/a.acts`` becomes ``runs/a-word.acts``."""
+    """Return a path beside the store: ``runs/a.acts`` becomes ``runs/a-word.acts``."""
     return store.path.with_name(f"{store.path.stem}-{word}{store.path.suffix}")
 
 
@@ -149,7 +159,7 @@ def _target(path: str | os.PathLike[str], *stores: StoreReader) -> Path:
     for store in stores:
         if not store.complete:
             raise StoreError(f"{store.path} is unfinished; run its harvest to the end first", path=store.path)
-    layout = Layout(path)
+    layout = StorePaths(path)
     own = {each.name for each in (layout.shards, layout.scratch)}  # of one that was killed before it had a spec
     is_store = (layout.folder / "spec.json").exists()
     if not is_store and layout.folder.exists() and {each.name for each in layout.folder.iterdir()} - own:
@@ -199,13 +209,10 @@ def _cut(stream: Iterator[TensorDict], size: int) -> Iterator[TensorDict]:
 def _cast(values: Tensor, dtype: torch.dtype | None, key: str) -> Tensor:
     if dtype is None or not values.is_floating_point():
         return values
-    cast = values.to(dtype)
-    largest = torch.finfo(dtype).max
-    plain = values.float() if values.element_size() == 1 else values
-    lost = torch.isfinite(plain) & (~torch.isfinite(cast.float()) | (plain.abs() > largest))
-    if bool(lost.any()):
+    lost = count_lost(values.float() if values.element_size() == 1 else values, dtype)
+    if lost is not None and int(lost[0]):
         raise CaptureError(
-            f"{int(lost.sum())} finite values at {key!r} cannot be held by {dtype}; torch.float32 and bfloat16 can",
+            f"{int(lost[0])} values at {key!r} cannot be held by {dtype}; torch.float32 and bfloat16 can",
             paths=(key,),
         )
-    return cast
+    return values.to(dtype)

@@ -86,7 +86,7 @@ def pick_rows(rows: Tensor, numbers: Tensor) -> Tensor:
 
 
 def joined(parts: Sequence[TensorDict]) -> TensorDict:
-    """Rows behind rows."""
+    """Return the rows of all parts, one part after the other."""
     together: Any = torch.cat(list(parts))
     return together  # type: ignore[no-any-return]
 

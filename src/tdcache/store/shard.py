@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +19,15 @@ from tdcache.store.header import Header
 from tdcache.store.regular import open_regular
 from tdcache.store.rows import pick_rows
 from tdcache.store.shard_file import ShardFile, bytes_of
-from tdcache.store.shard_header import Contract, IndexRow, ShardInfo, read_shard_header
+from tdcache.store.shard_header import (
+    Contract,
+    IndexRow,
+    ShardInfo,
+    read_shard_header,
+    site_column,
+    statistics_column,
+)
+from tdcache.store.statistics import SiteStatistics
 
 __all__ = ["Shard", "ShardCache"]
 
@@ -169,6 +178,24 @@ class Shard:
                 found.append(
                     file.pick(name, numbers) if few else pick_rows(file.column(name, self._map(file)), numbers)
                 )
+        return found
+
+    def statistics(self) -> dict[str, SiteStatistics]:
+        """Of each site with floating values; NaN where the shard is of an earlier version.
+
+        Raises:
+            DamagedError: the file is gone or shorter than it was.
+        """
+        found = {}
+        with self._file() as file:
+            for path in self.contract.sites:
+                name, shape = statistics_column(path), self.contract.columns[site_column(path)][1]
+                moments = torch.full((2, *shape), math.nan, dtype=torch.float64)
+                if name in file.header.tensors:
+                    file.read(name, 0, bytes_of(moments))
+                own = SiteStatistics.unpacked(self.rows, moments)
+                info = file.info
+                found[path] = own.with_losses(info.overflow.get(path, 0), info.underflow.get(path, 0))
         return found
 
     def verify(self) -> None:

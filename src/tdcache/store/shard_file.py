@@ -14,7 +14,7 @@ from tdcache.errors import DamagedError
 from tdcache.store.checksums import BLOCK, block_count, crc32, expected_sum
 from tdcache.store.header import Header
 from tdcache.store.regular import read_into
-from tdcache.store.shard_header import ShardInfo
+from tdcache.store.shard_header import ShardInfo, rows_of
 
 __all__ = ["ShardFile", "bytes_of"]
 
@@ -37,7 +37,7 @@ class ShardFile:
 
     def width(self, name: str) -> int:
         """Bytes of one row of a column."""
-        return self.header.tensors[name].nbytes // max(1, self.info.rows)
+        return self.header.tensors[name].nbytes // max(1, rows_of(name, self.info.rows))
 
     def read(self, name: str, first: int, data: memoryview) -> None:
         """Fill ``data`` with a column's rows from row ``first`` on.

@@ -21,21 +21,35 @@ __all__ = [
     "Contract",
     "IndexRow",
     "ShardInfo",
+    "own_column",
     "pack_shard_header",
     "read_shard_header",
+    "rows_of",
     "site_column",
+    "statistics_column",
     "with_sum",
 ]
 
 
 _ALIGN = 4096
 _NO_SUM = "00000000"
+STATISTICS = "stat/"
 _INFO, _SUM = "tdcache", "tdcache.header_crc32"
 
 
 def site_column(path: str) -> str:
     """The name of a site's column in a shard."""
     return f"act/{path}"
+
+
+def own_column(name: str) -> str:
+    """The name in a shard of a column that the user has given."""
+    return f"col/{name}"
+
+
+def statistics_column(path: str) -> str:
+    """The name of a site's statistics in a shard: ``(2, *features)``, not one per row."""
+    return f"{STATISTICS}{path}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +66,12 @@ class ShardInfo:
     rows: int
     end: bool
     """Whether the data ended with this unit."""
+    cut: bool = False
+    """Whether a limit ended it, and more of the data would follow."""
     overflow: dict[str, int] = field(default_factory=dict)
-    """Values per column that the stored dtype cannot hold."""
+    """Values per site that the stored dtype cannot hold."""
+    underflow: dict[str, int] = field(default_factory=dict)
+    """Values per site other than zero that are zero in the stored dtype."""
     sums: dict[str, str] = field(default_factory=dict)
     """The crc32 of every block of each column, eight hexadecimal digits each."""
 
@@ -100,14 +118,28 @@ class Contract:
     spec: str
     columns: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     """Dtype and feature shape by name, ``"tok"`` included, which a shard may lack."""
+    statistics: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    """The same for the statistics of floating sites, which a shard of an earlier version lacks."""
 
     @classmethod
     def of(cls, spec_id: str, spec: Mapping[str, Any]) -> Contract:
         """From a spec that was read by :func:`tdcache.store.spec.read_spec`."""
         sites = spec["sites"].items()
         columns = {site_column(path): (DTYPES[site["dtype"]], tuple(site["shape"])) for path, site in sites}
+        for name, column in spec.get("columns", {}).items():
+            columns[own_column(name)] = DTYPES[column["dtype"]], tuple(column["shape"])
         own = {"seq": (torch.int64, ()), "pos": (torch.int32, ()), "tok": (torch.int32, ())}
-        return cls(spec_id, {**columns, **own})
+        statistics = {
+            statistics_column(path): (torch.float64, tuple(site["shape"]))
+            for path, site in sites
+            if DTYPES[site["dtype"]].is_floating_point
+        }
+        return cls(spec_id, {**columns, **own}, statistics)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The paths of the sites."""
+        return tuple(name.removeprefix("act/") for name in self.columns if name.startswith("act/"))
 
     def check(self, path: Path, info: ShardInfo, header: Header) -> None:
         """Refuse a shard that is another store's, or whose columns are not those of the spec.
@@ -121,13 +153,22 @@ class Contract:
                 f"{path} belongs to spec {info.spec[:12]}, this store has spec {self.spec[:12]}", path=path
             )
         found = {name: (each.dtype, each.shape[1:]) for name, each in header.tensors.items()}
-        wanted = {name: each for name, each in self.columns.items() if name != "tok" or name in found}
+        known = {**self.columns, **self.statistics}
+        wanted = {name: each for name, each in known.items() if name in found or not self._may_lack(name)}
         if found != wanted:
             wrong = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
             raise DamagedError(
                 f"{path}: column {wrong[0]!r} is {found.get(wrong[0])}, the spec has {wanted.get(wrong[0])}",
                 path=path,
             )
+
+    def _may_lack(self, name: str) -> bool:
+        return name == "tok" or name in self.statistics
+
+
+def rows_of(name: str, rows: int) -> int:
+    """The length of a column of a shard with so many rows."""
+    return 2 if name.startswith(STATISTICS) else rows
 
 
 def pack_shard_header(shapes: Mapping[str, Any], info: ShardInfo, sums: Mapping[str, str]) -> bytes:
@@ -182,8 +223,10 @@ def _read_info(header: Header, path: Path) -> ShardInfo:
             and type(info.last) is int
             and info.last >= info.first
             and info.end in (False, True)
+            and info.cut in (False, True)
             and all(
-                entry.shape[:1] == (info.rows,) and len(info.sums[name]) == DIGITS * block_count(entry.nbytes)
+                entry.shape[:1] == (rows_of(name, info.rows),)
+                and len(info.sums[name]) == DIGITS * block_count(entry.nbytes)
                 for name, entry in header.tensors.items()
             )
         )

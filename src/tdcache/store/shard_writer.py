@@ -14,7 +14,7 @@ from tdcache.store.atomic import draft_file
 from tdcache.store.checksums import DIGITS, BlockSums, block_count
 from tdcache.store.files import Files
 from tdcache.store.shard_file import bytes_of
-from tdcache.store.shard_header import ShardInfo, pack_shard_header
+from tdcache.store.shard_header import ShardInfo, pack_shard_header, rows_of
 
 __all__ = ["write_shard"]
 
@@ -41,7 +41,7 @@ def write_shard(
         StoreError: the pieces do not fit together.
     """
     pieces = dict(sorted(columns.items(), key=lambda item: (-item[1][0].element_size(), item[0])))
-    shapes = {name: _joined_shape(name, parts, info.rows) for name, parts in pieces.items()}
+    shapes = {name: _joined_shape(name, parts, rows_of(name, info.rows)) for name, parts in pieces.items()}
     sizes = {name: sum(part.nbytes for part in parts) for name, parts in pieces.items()}
     no_sums = {name: "0" * DIGITS * block_count(size) for name, size in sizes.items()}
     start = len(pack_shard_header(shapes, info, no_sums))

@@ -18,7 +18,7 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _ShardRows:
     """The rows that one shard has of one span."""
 
     shard: Shard
@@ -62,7 +62,7 @@ def read_spans(
 
 def _parts(
     columns: Mapping[str, Tensor], shards: Sequence[Shard], starts: Sequence[int], spans: Sequence[Span]
-) -> Iterator[_Part]:
+) -> Iterator[_ShardRows]:
     place = 0
     for begin, end in spans:
         for number in range(bisect_right(starts, begin) - 1, bisect_left(starts, end)):
@@ -71,5 +71,5 @@ def _parts(
             if low < high:
                 at = place + start + low - begin
                 into = {name: column[at : at + high - low] for name, column in columns.items()}
-                yield _Part(shard, (low, high), into)
+                yield _ShardRows(shard, (low, high), into)
         place += end - begin

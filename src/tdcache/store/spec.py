@@ -121,12 +121,12 @@ def read_spec(folder: Path) -> dict[str, Any]:
         crc = document.pop("crc32")
         spec = document["spec"]
         sound = raw == spelled and crc == f"{crc32(canonical(document)):08x}" and document["id"] == spec_id(spec)
-        sound = sound and all(map(_is_site, spec["sites"].items()))
+        sound = sound and all(map(_is_site, (*spec["sites"].items(), *spec.get("columns", {}).items())))
     except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
         raise DamagedError(
-            f"{target} is not what was written: its checksum, its id or a site does not fit", path=target
+            f"{target} is not what was written: its checksum, its id, a site or a column does not fit", path=target
         )
     if document["format"] != FORMAT:
         raise SpecError(f"{target} is of format {document['format']!r}; this version reads {FORMAT!r}", path=target)

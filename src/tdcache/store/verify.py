@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from tdcache.errors import DamagedError, StoreError
-from tdcache.store.layout import Layout
+from tdcache.store.layout import StorePaths
 from tdcache.store.shard import Shard, ShardCache
 from tdcache.store.shard_header import Contract, IndexRow
 from tdcache.store.spec import read_spec, spec_id
@@ -25,7 +25,7 @@ def find_damage(folder: str | os.PathLike[str]) -> list[StoreError]:
         SpecError: there is no store.
         DamagedError: the spec itself is damaged, so that nothing else can be judged.
     """
-    layout = Layout(folder)
+    layout = StorePaths(folder)
     spec = read_spec(layout.folder)
     contract, cache = Contract.of(spec_id(spec), spec), ShardCache()
     found: list[StoreError] = []

@@ -58,7 +58,7 @@ class FreezeNorm(Installed):
         return f"{type(self).__name__}({self.selector!r})"
 
     def install(self, model: nn.Module, rows: PointRows | None, handle: MultiHookHandle) -> None:
-        """Add the hooks."""
+        """Install :class:`FrozenNorm` in the backward of each norm selected."""
         for path, module, _ in select(model, is_norm if self.selector is None else self.selector):
             if self.selector is not None:
                 refuse_no_norm(path, module)

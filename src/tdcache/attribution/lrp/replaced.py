@@ -89,7 +89,7 @@ class AfterTaps:
     rowwise: ClassVar[bool] = True
 
     def __call__(self, *args: Any) -> Any:
-        """Call the hook."""
+        """Call the hook with what torch gives to it."""
         return self.hook(*args)
 
 
@@ -112,7 +112,7 @@ class ModuleCall:
 
     @property
     def path(self) -> str:
-        """The module's path."""
+        """Return the path of the module whose output is replaced."""
         return self.hook.path
 
 

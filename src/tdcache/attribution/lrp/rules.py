@@ -161,7 +161,7 @@ class _Signed:
 
     @classmethod
     def split(cls, linear: Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> _Signed:
-        """The positive contributions."""
+        """Return the pairs of inputs and weights whose products are positive."""
         up, down = (None, None) if bias is None else (bias.clamp(min=0), bias.clamp(max=0))
         return cls(
             linear,
@@ -175,7 +175,7 @@ class _Signed:
         )
 
     def opposite(self) -> _Signed:
-        """The negative contributions."""
+        """Return the pairs whose products are negative: the same inputs with the weights exchanged."""
         return _Signed(
             self.linear, self.high, self.low, self.with_low, self.with_high, self.other_bias, self.bias, self.both
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tdcache.calls.mode import Call
+from tdcache.calls.handlers import Call
 
 __all__ = ["PRODUCTS", "SDPA", "SOFTMAX", "Spelled", "argument", "exchange", "progress", "role_of"]
 
