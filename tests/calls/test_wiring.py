@@ -392,3 +392,27 @@ def test_select_without_inputs_says_what_is_not_known():
     assert "is known once a forward has run: select(model, pattern, inputs) runs one" in repr(found)
     with pytest.raises(SelectionError, match="inputs= are for seeing the calls inside forwards"):
         select(Chain(), "layers.0", torch.zeros(1, 8))
+
+
+def test_the_gradient_of_a_function_is_that_of_its_result_alone():
+    model, x = Block(), torch.randn(2, 8)
+    with ActivationCaching("::gelu", directions=["fwd", "bwd"], hold="live").prepare(model) as hooked:
+        loss = hooked(x).pow(2).sum()
+        (expected,) = torch.autograd.grad(loss, hooked.cache["fwd", "::gelu"], retain_graph=True)
+        loss.backward()
+    assert torch.equal(hooked.cache["bwd", "::gelu"], expected)
+
+
+def test_a_locked_cache_is_filled_and_voided_at_calls():
+    class Sometimes(nn.Module):
+        def forward(self, x):
+            return x.relu() if x.sum() > 0 else x.abs()
+
+    cache = TensorDict({"::relu": torch.zeros(2), "::abs": torch.zeros(2)}).lock_()
+    with ActivationCaching("::(relu|abs)", cache=cache).prepare(Sometimes()) as hooked:
+        hooked(torch.ones(2))
+        assert cache["::relu"].tolist() == [1, 1]
+        with pytest.warns(UnfiredSiteWarning, match="of the locked cache"):
+            hooked(-torch.ones(2))
+        assert cache["::relu"].isnan().all()
+        assert cache["::abs"].tolist() == [1, 1]
