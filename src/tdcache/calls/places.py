@@ -35,7 +35,7 @@ from tdcache.types import HookDirection, Match, Pick, Selector
 __all__ = ["CallPlace", "CallTaps", "MakeTap", "call_places", "refuse_direction", "split_selector"]
 
 
-class _Tap(Protocol):
+class _AnyTap(Protocol):
     """What is put at a call."""
 
     @property
@@ -43,7 +43,7 @@ class _Tap(Protocol):
         """The hook."""
 
 
-MakeTap = Callable[[Site, Port], _Tap]
+MakeTap = Callable[[Site, Port], _AnyTap]
 """Makes the tap of one call: ``site.path`` is ``"path::name"``, and the port reads its arguments or its result."""
 
 
@@ -172,7 +172,7 @@ class CallTaps:
                     site = CallSite.parse(f"{path}::{literal}")
                     yield module, OneCall(site, self.handler(number, site))
                 else:
-                    yield module, CallsLike(path, place.pattern, _Handlers(self, number))
+                    yield module, CallsLike(path, place.pattern, _MakeHandler(self, number))
 
     def _at_place(self, number: int, site: CallSite) -> _AtPlace:
         key = (number, str(site))
@@ -226,7 +226,7 @@ class CallTaps:
         self._attached.put_behind(fence)
 
 
-class _Handlers:
+class _MakeHandler:
     """Gives the handler of each call that a pattern takes."""
 
     def __init__(self, taps: CallTaps, number: int) -> None:

@@ -225,7 +225,7 @@ class ModuleVerbs(DirectedForms):
         refuse_direction((path,), row.name)
         place = CallPlace(Site(CallSite.parse(path).path, module), CallPattern.parse(path), path)
         as_user = callback is not None
-        taps = CallTaps([place], _AtCall(tap), row.name, pick, use=use, order=tap.order, as_user=as_user)
+        taps = CallTaps([place], _PlaceTap(tap), row.name, pick, use=use, order=tap.order, as_user=as_user)
         taps.attach(self.model, MultiHookHandle())
         return taps
 
@@ -254,7 +254,7 @@ class ModuleVerbs(DirectedForms):
             )
 
 
-class _AtCall:
+class _PlaceTap:
     """Puts a tap at one call, whose port knows the names of the function's parameters."""
 
     def __init__(self, tap: GetTap | SetTap) -> None:
