@@ -212,7 +212,7 @@ class GrowingStackBy(StackBy):
         return super().complete(entries)
 
     def __call__(self, entries: Mapping[CacheKey, Tensor]) -> dict[CacheKey, Tensor]:
-        """The joined entries."""
+        """The joined entries, over the sites that are known so far."""
         self._settle()
         return super().__call__(entries)
 

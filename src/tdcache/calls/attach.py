@@ -213,18 +213,18 @@ class _MutedRule:
     rule: CallRule
 
     def wants(self, name: str) -> bool:
-        """No call."""
+        """Whether any call may get a handler: none."""
         return False
 
     def needs(self, names: Container[str], *, tables: bool) -> Need:
-        """Nothing."""
+        """Nothing while the rule is muted."""
         return Need.NOTHING
 
     def handler(self, name: str, ordinal: int) -> None:
-        """None."""
+        """No handler while the rule is muted."""
 
     def traceable(self, names: Container[str], *, tables: bool) -> None:
-        """Nothing."""
+        """Nothing while the rule is muted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -235,11 +235,11 @@ class _FencedRule:
     fence: Fence
 
     def wants(self, name: str) -> bool:
-        """What the rule wants."""
+        """Whether the rule wants the call."""
         return self.rule.wants(name)
 
     def needs(self, names: Container[str], *, tables: bool) -> Need:
-        """What the rule needs."""
+        """How much of the forward the rule needs."""
         return self.rule.needs(names, tables=tables)
 
     def handler(self, name: str, ordinal: int) -> Handler | None:

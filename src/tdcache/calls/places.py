@@ -40,7 +40,7 @@ class _AnyTap(Protocol):
 
     @property
     def on_call(self) -> Callable[..., Any]:
-        """The hook."""
+        """What is called at the call, as a hook at its side is."""
 
 
 MakeTap = Callable[[Site, Port], _AnyTap]
@@ -261,7 +261,7 @@ class _AtPlace:
         return self.hook
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Show the arguments."""
+        """Show the arguments to the tap."""
         hook = self._ready((args, kwargs))
         if hook is None:
             return None
@@ -271,7 +271,7 @@ class _AtPlace:
         return hook(module, args, kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Show the result."""
+        """Show the result to the tap."""
         hook = self._ready(output)
         if hook is None:
             return None
