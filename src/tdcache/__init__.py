@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from tdcache.caching import ActivationCaching, cache_activations
+from tdcache.calls.record import select
 from tdcache.contexts import (
     CompositeHookingContextFactory,
     HookingContext,
@@ -51,7 +52,7 @@ from tdcache.interventions import (
 from tdcache.modules import HookedModule, HookedModuleRun
 from tdcache.pipeline import Splice
 from tdcache.reducers import Concatenate, First, Last, Mean, Reducer, Stack, TopK, Variance
-from tdcache.selection import Selection, Site, select
+from tdcache.selection import Selection, Site
 from tdcache.steps import Step
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ __all__ = [
 
 # Loaded when asked for: they bring data loading, files or pictures with them, or are many.
 _LATER = {"ActivationBuffer": "harvesting", "ActivationDataset": "harvesting", "harvest": "harvesting"}
-_PACKAGES = ("attribution", "harvesting", "interventions", "pipeline", "plot", "points", "reducers", "store")
+_PACKAGES = ("attribution", "calls", "harvesting", "interventions", "pipeline", "plot", "points", "reducers", "store")
 
 
 def __getattr__(name: str) -> object:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -16,12 +17,13 @@ from torch import nn
 
 from tdcache.cache import Capture, Keep
 from tdcache.cache.step_gate import StepGate
+from tdcache.calls.places import call_places, refuse_direction, split_selector
 from tdcache.contexts import HookingContext, HookingContextFactory, HookingContextWithCache
 from tdcache.errors import DirectionError
 from tdcache.hooks import MultiHookHandle, attach, bracket
 from tdcache.modules import HookedModule
 from tdcache.reducers import Last, Reducer
-from tdcache.selection import as_matcher
+from tdcache.selection import Selection, as_matcher
 from tdcache.steps import Steps
 from tdcache.tokens import Positions
 from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector
@@ -136,7 +138,6 @@ class ActivationCaching(HookingContextFactory):
         self._match = match
         self._relative = relative
         self._allow_empty = allow_empty
-        self.key_pattern = key_pattern
         self._capture = Capture(
             directions=chosen,
             nested=use_nested_keys or len(chosen) > 1,
@@ -154,11 +155,12 @@ class ActivationCaching(HookingContextFactory):
             position_dim=position_dim,
             steps=steps,
         )
+        self.key_pattern = key_pattern
 
     @property
     def fits_graph(self) -> bool:
         """Whether the hooks may become part of a compiled graph: those for plain outputs may."""
-        return self._capture.fits_graph
+        return self._capture.fits_graph and not self._calls
 
     @property
     def key_pattern(self) -> Selector:
@@ -167,7 +169,11 @@ class ActivationCaching(HookingContextFactory):
 
     @key_pattern.setter
     def key_pattern(self, selector: Selector) -> None:
-        self._matcher = as_matcher(selector, self._match)  # an unusable selector is refused here, not on entering
+        # An unusable selector is refused here, not on entering.
+        self._modules, self._calls = split_selector(selector)
+        self._matcher = None if self._modules is None else as_matcher(self._modules, self._match)
+        for direction in self._capture.directions:
+            refuse_direction(self._calls, direction, callback=self._capture.callback is not None)
         self._key_pattern = selector
 
     def __repr__(self) -> str:
@@ -175,17 +181,18 @@ class ActivationCaching(HookingContextFactory):
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context: HookingContextWithCache = module.hooking_context
-        selection = context.select(
-            self._key_pattern,
-            match=self._match,
-            allow_empty=self._allow_empty,
-            root=module.model if self._relative else module,
-            matcher=self._matcher,
-        )
-        recorder = self._capture.recorder(context.cache, selection)
+        root = module.model if self._relative else module
+        find = partial(context.select, root=root)
+        options: Any = {"match": self._match, "allow_empty": self._allow_empty}
+        selection = Selection((), selector=self._key_pattern, model_name=type(module.model).__name__)
+        if self._modules is not None:
+            selection = find(self._modules, matcher=self._matcher, **options)
+        places = call_places(find, self._calls, **options)
+        recorder = self._capture.recorder(context.cache, selection, places)
         handle = MultiHookHandle()
         with handle.installing():
             self._capture.place(selection, recorder, handle)
+            self._capture.place_calls(module.model, places, recorder, handle)
             positions = recorder.channels[0].positions
             if positions is not None:
                 handle.add(attach(module.model, positions.on_call, "fwd_pre_kwargs", order=positions.order))

@@ -158,6 +158,12 @@ def as_matcher(selector: Selector, match: Match = "full") -> Matcher:
     """
     if match not in ("full", "prefix", "search"):
         raise SelectionError(f"match is 'full', 'prefix' or 'search', got {match!r}", selector=selector)
+    if "::" in (selector if isinstance(selector, str) else getattr(selector, "pattern", "")):
+        raise SelectionError(
+            f"{selector!r} means calls inside a forward, and only modules can be selected here; ActivationCaching, "
+            "Ablation, SteeringVectors, ActivationPatching and the get and set of a run take calls, as strings",
+            selector=selector,
+        )
     if isinstance(selector, str):
         return PathPattern(_compile(selector), match if selector else "full")  # "" means the root, and no other path
     if isinstance(selector, type) and issubclass(selector, nn.Module):

@@ -15,8 +15,8 @@ LINES_PER_FUNCTION = 40
 # Over the cap for a reason: {"tdcache.module": "why"}, {"tdcache.module:Class.method": "why"}.
 LONG_FILES: dict[str, str] = {
     "tdcache.cache.channel": "all that happens to the values of one direction between a hook and the cache",
+    "tdcache.cache.taps": "every hook of a capture beside the others, so that the fast paths can be compared",
     "tdcache.hooks.attach": "the only place that adds hooks, mutes them, fences them off and removes them",
-    "tdcache.introspect": "the only reader of torch's private state",
 }
 LONG_FUNCTIONS: dict[str, str] = {
     "tdcache.harvesting.loop:harvest": "some thirty options, a line each in the signature and in the body",

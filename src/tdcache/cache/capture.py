@@ -9,11 +9,12 @@ from typing import Any
 from tensordict import TensorDictBase
 from torch import nn
 
+from tdcache.cache.call_taps import CallCapture
 from tdcache.cache.channel import Channel
 from tdcache.cache.keep import Keep
 from tdcache.cache.positions import PositionFilter
 from tdcache.cache.recorder import Recorder
-from tdcache.cache.stacking import StackBy
+from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.taps import (
     CallbackTap,
     GradientTap,
@@ -25,6 +26,7 @@ from tdcache.cache.taps import (
     ValueTap,
 )
 from tdcache.cache.target import Target
+from tdcache.calls.places import CallPlace
 from tdcache.errors import CaptureError, DirectionError
 from tdcache.hooks.attach import (
     MultiHookHandle,
@@ -101,7 +103,7 @@ class Capture:
         asks_more = any(each is not None for each in asked) or self.stop_early
         return self.directions == ("fwd",) and self.keep == Keep() and isinstance(self.reducer, Last) and not asks_more
 
-    def recorder(self, cache: TensorDictBase, selection: Selection) -> Recorder:
+    def recorder(self, cache: TensorDictBase, selection: Selection, places: Sequence[CallPlace] = ()) -> Recorder:
         """The state of one open context: a channel per direction, each with its place in the cache.
 
         Raises:
@@ -109,8 +111,12 @@ class Capture:
             CaptureError: ``stack_by`` names no group of the pattern.
         """
         keep = self.keep if cache.device is None or self.keep.device else replace(self.keep, device=cache.device)
-        stack_by = None if self.stack_by is None else StackBy(self.stack_by, selection)
-        has_parts = self.pick == "all"
+        stack_by: StackBy | None = None
+        if self.stack_by is not None and places:
+            stack_by = GrowingStackBy(self.stack_by, selection, [place.site for place in places])
+        elif self.stack_by is not None:
+            stack_by = StackBy(self.stack_by, selection)
+        has_parts = self.pick == "all" or bool(places)
         by_value = self.check == "values"
         chosen = None
         if self.positions is not None:
@@ -124,6 +130,14 @@ class Capture:
             options = (stack_by, has_parts, chosen, self.steps is not None, by_value)
             channels.append(Channel(direction, selection.paths, keep, target, self.reducer, *options))
         return Recorder(channels, fits_graph=self.fits_graph and channels[0].takes_aliases)
+
+    def place_calls(
+        self, root: nn.Module, places: Sequence[CallPlace], recorder: Recorder, handle: MultiHookHandle
+    ) -> None:
+        """Put taps at calls in the forwards of modules below ``root``; ``handle`` takes them in."""
+        if places:
+            calls = CallCapture(recorder, self.callback, self.order, self.pick, live=self.keep.hold == "live")
+            calls.attach(root, places, handle, nested=self.nested, stop_early=self.stop_early)
 
     def place(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:
         """Put the taps on the sites; ``handle`` takes the registrations in."""

@@ -21,12 +21,13 @@ from tdcache.cache.arrivals import Arrivals, update
 from tdcache.cache.keep import Keep, Transfers, shares_memory
 from tdcache.cache.ownership import own
 from tdcache.cache.positions import PositionFilter
-from tdcache.cache.stacking import StackBy
+from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.target import EntryTarget
 from tdcache.errors import CaptureError, listed
 from tdcache.hooks.directions import direction_row
 from tdcache.inplace import InplaceWatch, overwritten
 from tdcache.reducers import Last, Reducer
+from tdcache.selection import Site
 from tdcache.transforms import in_transform, is_wrapped, transform_under_way, unwrapped
 from tdcache.types import CacheKey, HookDirection
 
@@ -50,7 +51,7 @@ class Channel:
     reducer: Reducer
     stack_by: StackBy | None
     has_parts: bool = False
-    """Whether a site may have any number of entries (``pick="all"``)."""
+    """Whether a site may have any number of entries (``pick="all"``), or sites become known as they fire."""
     positions: PositionFilter | None = None
     """Which positions of each value are kept; None for all."""
     gated: bool = False
@@ -117,6 +118,13 @@ class Channel:
     @property
     def _checks_values(self) -> bool:
         return self.by_value and not self.is_gradient  # gradients that others can write to are copied
+
+    def admit(self, site: Site) -> None:
+        """Take in a site that is known only now."""
+        if site.path not in self.paths:
+            self.paths = (*self.paths, site.path)
+            if isinstance(self.stack_by, GrowingStackBy):
+                self.stack_by.add(site)
 
     def begin(self, alone: bool = True) -> None:
         """A forward begins: what the one before left is no longer current.

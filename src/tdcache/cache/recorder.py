@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tdcache.cache.channel import Channel
 from tdcache.cache.ownership import storage_of, storages_of
 from tdcache.cache.target import ClosedTarget
+from tdcache.calls.places import CallTaps
 from tdcache.current_call import CurrentCall
 from tdcache.errors import CaptureError, RepeatedCallWarning, StopForward, UnfiredSiteWarning, listed, warn_user
 from tdcache.hooks.directions import direction_row
@@ -63,6 +64,8 @@ class Recorder(Transient):
         """Which forwards of ``generate()`` count (``steps=``); None for all."""
         self.left_out = 0
         """How many forwards did not count."""
+        self.calls: list[CallTaps] = []
+        """The taps at calls inside forwards."""
         self.stop_after: frozenset[str] = frozenset()
         self._depth = 0
         self._delivered = True
@@ -301,6 +304,7 @@ class Recorder(Transient):
         for channel in self.channels:
             channel.release()
             channel.target = ClosedTarget()
+        self.calls.clear()
         self._root = None
 
     def report_unfired(self, model: nn.Module) -> None:
@@ -323,6 +327,10 @@ class Recorder(Transient):
             silent = [path for path in channel.paths if path not in channel.fired]
             if silent:
                 warn_user(self._unfired_message(model, channel, silent), UnfiredSiteWarning)
+
+        said = dict.fromkeys(each for taps in self.calls for each in taps.unfired)
+        for sentence in said if self.forwards else ():
+            warn_user(sentence, UnfiredSiteWarning)
 
     def _unfired_message(self, model: nn.Module, channel: Channel, silent: list[str]) -> str:
         count = f"{len(silent)} of {len(channel.paths)} selected sites"

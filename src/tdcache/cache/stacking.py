@@ -12,7 +12,7 @@ from tdcache.errors import CaptureError, listed
 from tdcache.selection import Groups, Site
 from tdcache.types import CacheKey
 
-__all__ = ["StackBy"]
+__all__ = ["GrowingStackBy", "StackBy"]
 
 
 class StackBy:
@@ -177,6 +177,44 @@ class StackBy:
                 "bring their values to one with device=",
                 paths=paths,
             )
+
+
+class GrowingStackBy(StackBy):
+    """Joins the entries of sites that become known one after the other; the axes are those of the sites so far.
+
+    Args:
+        group: see :class:`StackBy`.
+        sites: the sites that are known.
+        owners: sites with the groups of those that will come.
+    """
+
+    def __init__(self, group: str | Sequence[str], sites: Sequence[Site], owners: Sequence[Site]) -> None:
+        super().__init__(group, ())
+        self._sites = list(sites)
+        self._stale = True
+        for name in self._names:
+            self._check_present(name, [*sites, *owners])
+
+    def add(self, site: Site) -> None:
+        """Take in one more site."""
+        if all(site.path != known.path for known in self._sites):
+            self._sites.append(site)
+            self._stale = True
+
+    def _settle(self) -> None:
+        if self._stale:
+            found = StackBy(self.group, self._sites)
+            self.members, self.axes, self._stale = found.members, found.axes, False
+
+    def complete(self, entries: Mapping[CacheKey, object]) -> bool:
+        """Whether every site so far has an entry."""
+        self._settle()
+        return super().complete(entries)
+
+    def __call__(self, entries: Mapping[CacheKey, Tensor]) -> dict[CacheKey, Tensor]:
+        """The joined entries, over the sites that are known so far."""
+        self._settle()
+        return super().__call__(entries)
 
 
 def _axis_order(value: str) -> tuple[int, int, str]:

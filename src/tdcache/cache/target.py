@@ -110,7 +110,7 @@ class Target:
         self.written: dict[CacheKey, None] = {}
         """The keys whose entries are ours; after a complete write, only ``_complete`` says so."""
         self._complete: tuple[CacheKey, ...] = ()
-        self._preallocated: tuple[CacheKey, ...] = ()
+        self._preallocated: dict[CacheKey, None] = {}
         """The keys that are to be written, where the cache is written in place."""
         self._void: set[CacheKey] = set()
         """Those of them whose tensors hold no current value."""
@@ -138,7 +138,6 @@ class Target:
         """
         if not self.in_place:
             return
-        self._preallocated = tuple(keys)
         missing = [self._full(key) for key in keys if self.cache.get(self._full(key), None) is None]
         if missing:
             raise CacheWriteError(
@@ -146,6 +145,7 @@ class Target:
                 "locking it, or call cache.unlock_()",
                 paths=[str(key) for key in missing],
             )
+        self._preallocated.update(dict.fromkeys(keys))
 
     def write(self, entries: Mapping[CacheKey, Any], *, complete: bool) -> None:
         """Make ``entries`` the direction's entries.
@@ -178,6 +178,7 @@ class Target:
     def _fill(self, entries: Mapping[CacheKey, Any]) -> None:
         for key, value in entries.items():
             self._copy_in(key, value)
+        self._preallocated.update(dict.fromkeys(entries))
         silent = [key for key in self._preallocated if key not in entries and key not in self._void]
         self._make_void(silent)
         new = [key for key in silent if key not in self._warned]

@@ -6,11 +6,12 @@ overlay          calls of Python functions that a forward looks up in its global
 attach           hooks around a call, with torch's conventions
 attention        scores and pattern from the arguments of an attention call
 spelled, roles   the places ``::q`` to ``::z``, under a kernel or spelled out
+places           selectors of calls, and taps at what they mean
 record           the table of what a forward calls
 """
 
 from tdcache.calls.attach import attach_call, attach_rules, call_rule
-from tdcache.calls.record import CallTable, calls, record_calls
+from tdcache.calls.record import CallTable, calls, record_calls, select
 from tdcache.calls.roles import attach_attention, attention_rule
 from tdcache.calls.sites import CallPattern, CallSite, is_call
 
@@ -26,4 +27,5 @@ __all__ = [
     "calls",
     "is_call",
     "record_calls",
+    "select",
 ]

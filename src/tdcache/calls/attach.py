@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, ClassVar
 
 from torch import nn
 
+from tdcache.calls.attention_calls import progress
 from tdcache.calls.handlers import Call, CallRule, Handler, Need
 from tdcache.calls.mode import run_forward
 from tdcache.calls.names import is_torch_name
@@ -15,6 +17,7 @@ from tdcache.calls.scope import ForwardScope, frontier
 from tdcache.calls.sites import CallPattern, CallSite
 from tdcache.errors import EditError
 from tdcache.hooks.attach import MultiHookHandle, Order
+from tdcache.hooks.threads import Fence, current_fence
 from tdcache.introspect import skip_frame
 from tdcache.paths import resolve_all
 from tdcache.types import Removable
@@ -70,6 +73,8 @@ class AtCall:
         if new is not None:
             refuse_recomputed(call)
             call.output = new
+            if call.notes.get("role") == "softmax":  # what its attention goes on with
+                progress(call).softmax = new
 
 
 def refuse_recomputed(call: Call) -> None:
@@ -193,8 +198,81 @@ def attach_rules(root: nn.Module, pairs: Iterable[tuple[nn.Module, CallRule]]) -
     with handle.installing():
         for module, rule in pairs:
             attached.add(module, rule, members)
-        attached.plan()
+        fence = current_fence()
+        if fence is None:
+            attached.plan()
+        else:
+            attached.put_behind(fence)
     return handle
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _MutedRule:
+    """Stands where a muted rule stands, and wants nothing."""
+
+    rule: CallRule
+
+    def wants(self, name: str) -> bool:
+        """Whether any call may get a handler: none."""
+        return False
+
+    def needs(self, names: Container[str], *, tables: bool) -> Need:
+        """Nothing while the rule is muted."""
+        return Need.NOTHING
+
+    def handler(self, name: str, ordinal: int) -> None:
+        """No handler while the rule is muted."""
+
+    def traceable(self, names: Container[str], *, tables: bool) -> None:
+        """Nothing while the rule is muted."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _FencedRule:
+    """A rule whose handlers do not act in the threads that a fence keeps out."""
+
+    rule: CallRule
+    fence: Fence
+
+    def wants(self, name: str) -> bool:
+        """Whether the rule wants the call."""
+        return self.rule.wants(name)
+
+    def needs(self, names: Container[str], *, tables: bool) -> Need:
+        """How much of the forward the rule needs."""
+        return self.rule.needs(names, tables=tables)
+
+    def handler(self, name: str, ordinal: int) -> Handler | None:
+        """The rule's handler, behind the fence."""
+        handler = self.rule.handler(name, ordinal)
+        return None if handler is None else _FencedHandler(handler, self.fence, handler.stage, handler.order)
+
+    def traceable(self, names: Container[str], *, tables: bool) -> None:
+        """Nothing: a graph does not ask which thread runs it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _FencedHandler:
+    """A handler behind a fence."""
+
+    at: Handler
+    fence: Fence
+    stage: int
+    order: int
+
+    def before(self, call: Call) -> None:
+        """Act before the call, unless the thread is fenced off."""
+        if get_ident() not in self.fence.others:
+            self.at.before(call)
+
+    def after(self, call: Call) -> None:
+        """Act after it, unless the thread is fenced off."""
+        if get_ident() not in self.fence.others:
+            self.at.after(call)
+
+
+def _index(rules: list[CallRule], rule: CallRule) -> int:
+    return next(at for at, each in enumerate(rules) if each is rule)
 
 
 class _Attached:
@@ -222,10 +300,30 @@ class _Attached:
         for scope in {id(scope): scope for scope, _ in self.rules}.values():
             scope.plan()
 
+    def exchange(self, make: Callable[[CallRule], CallRule]) -> None:
+        """Put another rule in the place of each."""
+        for at, (scope, rule) in enumerate(self.rules):
+            new = make(rule)
+            scope.rules[_index(scope.rules, rule)] = new
+            self.rules[at] = (scope, new)
+        self.plan()
+
+    def mute(self) -> None:
+        """Silence the rules without giving up their places."""
+        self.exchange(_MutedRule)
+
+    def unmute(self) -> None:
+        """Let them act again."""
+        self.exchange(lambda rule: rule.rule if isinstance(rule, _MutedRule) else rule)
+
+    def put_behind(self, fence: Fence) -> None:
+        """Have their handlers act in no thread that is fenced off."""
+        self.exchange(lambda rule: rule if isinstance(rule, _FencedRule) else _FencedRule(rule, fence))
+
     def remove(self) -> None:
         """Undo it; a second call does nothing."""
         for scope, rule in self.rules:
-            scope.rules.remove(rule)
+            del scope.rules[_index(scope.rules, rule)]
         held = list(self.held.values())
         scopes = {id(scope): scope for scope, _ in self.rules}
         self.rules.clear()

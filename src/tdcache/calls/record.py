@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import regex
 import torch
@@ -21,12 +21,15 @@ from tdcache.calls.attention_calls import PRODUCTS, SDPA, SOFTMAX, progress, rol
 from tdcache.calls.handlers import Call
 from tdcache.calls.names import DERIVED
 from tdcache.calls.overlay import INTERFACE
-from tdcache.calls.sites import CallPattern, CallSite
+from tdcache.calls.sites import CallPattern, CallSite, is_call
+from tdcache.errors import SelectionError
 from tdcache.hooks.attach import Order
 from tdcache.hooks.values import leaves
-from tdcache.selection import Site, select
+from tdcache.selection import Selection, Site
+from tdcache.selection import select as select_modules
+from tdcache.types import Match, Selector
 
-__all__ = ["CallRow", "CallTable", "calls", "record_calls"]
+__all__ = ["CallRow", "CallSelection", "CallTable", "calls", "record_calls", "select"]
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -51,7 +54,7 @@ class CallRow:
         return linecache.getline(self.file, self.line).strip()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class CallTable(Sequence[CallRow]):
     """The calls of one forward, in the order in which they were first made; printed as a table."""
 
@@ -59,6 +62,8 @@ class CallTable(Sequence[CallRow]):
     attention: Mapping[str, int]
     """By path: how many attention calls the module makes in a forward, so that ``::q`` to ``::z`` can be selected."""
     modules: Mapping[str, nn.Module] = field(repr=False)
+    places: tuple[str, ...] = DERIVED
+    """The places of attention calls that are shown."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,7 +75,10 @@ class CallTable(Sequence[CallRow]):
     def sites(self) -> tuple[str, ...]:
         """The names to select by, derived places of attention after the functions."""
         derived = (
-            str(CallSite(path, name, at)) for path, n in self.attention.items() for at in range(n) for name in DERIVED
+            str(CallSite(path, name, at))
+            for path, n in self.attention.items()
+            for at in range(n)
+            for name in self.places
         )
         return (*(str(row.site) for row in self.rows), *derived)
 
@@ -86,10 +94,13 @@ class CallTable(Sequence[CallRow]):
         ]
         derived = [
             f"{path or '(root)'} makes {'one attention call' if n == 1 else f'{n} attention calls'}: "
-            f"{' '.join('::' + name for name in DERIVED)}"
+            f"{' '.join('::' + name for name in self.places)}"
             for path, n in self.attention.items()
+            if self.places
         ]
         return "\n".join(line.rstrip() for line in (*lines, *derived))
+
+    __repr__ = __str__
 
     def annotated(self) -> str:
         """The source of each module's forward with the names of the calls beside the lines."""
@@ -182,11 +193,79 @@ def record_calls(model: nn.Module, sites: Sequence[Site], inside: CallPattern, i
         inputs: a tensor, a tuple of arguments, a mapping of keyword arguments, or a TensorDict.
     """
     recorder = _CallRecorder()
-    handle = attach_rules(model, [(site.module, CallsLike(site.path, inside, recorder.note)) for site in sites])
+    seen = CallPattern.parse("::.*") if inside.attention() else inside
+    handle = attach_rules(model, [(site.module, CallsLike(site.path, seen, recorder.note)) for site in sites])
     with handle, torch.no_grad(), torch.random.fork_rng(devices=[]):
         _run(model, inputs)
-    rows = tuple(row for row in recorder.rows if row.count)
-    return CallTable(rows, recorder.attention, {site.path: site.module for site in sites})
+    rows = tuple(row for row in recorder.rows if row.count and inside.takes(row.site.label))
+    places = DERIVED if inside.everything else inside.derived()
+    return CallTable(rows, recorder.attention, {site.path: site.module for site in sites}, places)
+
+
+class CallSelection(Selection):
+    """The modules that a selector of calls speaks of; which calls it means shows once a forward has run."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return (
+            f"{super().__repr__()}\n"
+            f"Which of their calls {self.selector!r} means is known once a forward has run: "
+            "select(model, pattern, inputs) runs one and shows them"
+        )
+
+
+@overload
+def select(
+    model: nn.Module, selector: Selector, inputs: None = None, *, match: Match = "full", allow_empty: bool = False
+) -> Selection: ...
+@overload
+def select(
+    model: nn.Module, selector: Selector, inputs: Any, *, match: Match = "full", allow_empty: bool = False
+) -> CallTable: ...
+def select(
+    model: nn.Module, selector: Selector, inputs: Any = None, *, match: Match = "full", allow_empty: bool = False
+) -> Selection | CallTable:
+    r"""The sites of ``model`` that ``selector`` means, to be printed; nothing stays hooked.
+
+    A module that is registered under several names is a site under each of them. The root is selected only by an
+    explicit ``""``. Where ``model`` is a wrapper of torch's (``torch.compile``, ``DistributedDataParallel``,
+    ``DataParallel``) and no full name matches, the names below the wrapped model are tried.
+
+    Args:
+        model: any ``nn.Module``.
+        selector: a regex on the path, a compiled pattern, a module class, a predicate ``(path, module) -> bool``, or
+            a sequence of these (their union). Or ``"A::B"``: of the modules whose path A matches, the calls inside
+            their forwards whose name B matches.
+        inputs: for calls: what to run the model on, once and without gradients, to see which there are: a tensor, a
+            tuple of arguments, a mapping of keyword arguments, or a TensorDict.
+        match: ``"full"`` (the pattern covers the whole path), ``"prefix"`` or ``"search"``.
+        allow_empty: return an empty selection where nothing matches.
+
+    Raises:
+        SelectionError: nothing matches (the nearest names are in the message), the selector is not one, or its
+            pattern backtracks for more than a second; ``inputs`` for a selector of modules.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> select(model, r"\d+").paths
+        ('0', '1')
+        >>> select(model, r"1::.*", torch.zeros(1, 2)).sites
+        ('1::relu',)
+    """
+    if not isinstance(selector, str) or not is_call(selector):
+        if inputs is None:
+            return select_modules(model, selector, match=match, allow_empty=allow_empty)
+        raise SelectionError(
+            f"inputs= are for seeing the calls inside forwards, and {selector!r} selects modules; write "
+            r"'modules::functions', for instance r'.*\.attn::.*', or leave them out",
+            selector=selector,
+        )
+    pattern = CallPattern.parse(selector)
+    sites = list(select_modules(model, pattern.path, match=match, allow_empty=allow_empty))
+    if inputs is None:
+        return CallSelection(sites, selector=selector, model_name=type(model).__name__)
+    return record_calls(model, sites, pattern, inputs)
 
 
 def calls(model: nn.Module, path: str, inputs: Any) -> CallTable:
@@ -208,7 +287,7 @@ def calls(model: nn.Module, path: str, inputs: Any) -> CallTable:
         >>> calls(layer, "", (torch.zeros(3, 1, 8), torch.zeros(3, 1, 8))).sites
         ('::add', '::add.1', '::relu', '::add.2')
     """
-    sites = select(model, regex.escape(path) if path else "")
+    sites = select_modules(model, regex.escape(path) if path else "")
     return record_calls(model, list(sites), CallPattern.parse("::.*"), inputs)
 
 

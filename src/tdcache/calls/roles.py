@@ -233,11 +233,13 @@ class AttentionHook:
                 exchange(call, *values, new)
             return
         used, softmax = argument(call, *weights), cast(Tensor, progress(call).softmax)
-        self.prove_used(call, used, softmax)
+        if "exchanged" not in call.notes:
+            self.prove_used(call, used, softmax)
         shape = (*softmax.shape[:-1], used.shape[-1])
         new = self.through(call, used if used.shape == shape else used.reshape(shape))
         if new is not None:
             exchange(call, *weights, new.reshape(used.shape))
+            call.notes["exchanged"] = True
 
     def prove_used(self, call: Call, used: Tensor, softmax: Tensor) -> None:
         """Hold the factor against the softmax: dropout, or anything else in between, is refused.

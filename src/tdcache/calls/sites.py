@@ -15,6 +15,8 @@ _MARK = "::"
 _LABEL = regex.compile(r"(?P<name>[A-Za-z_]\w*)(?:\.(?P<ordinal>0|[1-9]\d*))?")
 # No function is called this: a pattern that takes it takes everything, and does not ask for derived places.
 _NO_NAME = "0 is no function"
+_PLACE = "(?:" + "|".join(DERIVED) + ")"
+_PLACES = regex.compile(rf"\(?(?:\?:)?{_PLACE}(?:\|{_PLACE})*\)?")
 
 
 def is_call(text: object) -> bool:
@@ -112,6 +114,27 @@ class CallPattern:
     def may_take(self, name: str) -> bool:
         """Whether any call of ``name`` could be meant, the first or a later one."""
         return self.takes(name) or self.inside.fullmatch(f"{name}.", partial=True) is not None
+
+    @property
+    def literal(self) -> str | None:
+        """The one label that is meant, if B spells it out."""
+        label = self.inside.pattern.replace("\\.", ".")
+        return label if _LABEL.fullmatch(label) else None
+
+    @property
+    def attention_only(self) -> bool:
+        """Whether nothing but places of attention calls is meant, so that no other call need be seen."""
+        literal = self.literal
+        if literal is not None:
+            return CallSite.parse(f"::{literal}").derived
+        return _PLACES.fullmatch(self.inside.pattern) is not None
+
+    def attention(self) -> tuple[str, ...]:
+        """The labels of the places of attention calls that are meant: of the first call, or of the one spelled out."""
+        literal = self.literal
+        if literal is None:
+            return self.derived()
+        return (literal,) if CallSite.parse(f"::{literal}").derived else ()
 
     def derived(self) -> tuple[str, ...]:
         """The places of an attention call that are meant."""

@@ -128,6 +128,8 @@ class InputPort:
 
     path: str
     pick: Pick = None
+    names: tuple[str, ...] | None = None
+    """The parameters' names, where what is called is not the module's ``forward``."""
     direction: ClassVar[HookDirection] = "fwd_pre_kwargs"
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -212,7 +214,7 @@ class InputPort:
         if isinstance(first, int) and -len(args) - len(names) <= first < len(args) + len(names):
             at = first % (len(args) + len(names))
             return (0, at, *rest) if at < len(args) else (1, names[at - len(args)], *rest)
-        parameters = _parameters(type(module))
+        parameters = _parameters(type(module)) if self.names is None else self.names
         if first in parameters[: len(args)]:
             return (0, parameters.index(str(first)), *rest)
         if len(args) == 1 and first in dict(children(args[0])):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, ClassVar, Literal, Unpack, get_args
 
 import torch
 from tensordict import TensorDictBase
@@ -149,6 +149,8 @@ class Ablation(Intervention):
         ...     print(hooked(torch.ones(1, 2)))
         tensor([[0.]])
     """
+
+    _takes_calls: ClassVar[bool] = True
 
     def __init__(
         self,

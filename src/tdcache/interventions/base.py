@@ -9,10 +9,12 @@ from typing import Any, ClassVar, Unpack
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdcache.calls.places import CallPlace, CallTaps, MakeTap, call_places, refuse_direction, split_selector
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.current_call import CurrentCall
-from tdcache.errors import ContextError, EditError
+from tdcache.errors import ContextError, EditError, SelectionError, UnfiredSiteWarning, warn_user
 from tdcache.hooks import MultiHookHandle, Order, attach_ports, direction_row, port_at
+from tdcache.hooks.port import Port
 from tdcache.interventions.edit_tap import Edit, EditTap, ReadTap, RegionEdit
 from tdcache.interventions.options import (
     OPTION_NAMES,
@@ -23,7 +25,7 @@ from tdcache.interventions.options import (
     brief,
     signature_with_options,
 )
-from tdcache.interventions.regions import Along, Heads
+from tdcache.interventions.regions import Along, Heads, at_call
 from tdcache.interventions.unread import UnreadWatch
 from tdcache.modules import HookedModule
 from tdcache.paths import near_misses
@@ -41,8 +43,16 @@ class InterventionContext(HookingContext):
     current_call: CurrentCall | None = None
     """The forward under way, where the options ask for it."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.call_taps: list[CallTaps] = []
+        """The taps at calls inside forwards."""
+
     def _finish(self, error: BaseException | None) -> None:
         self.state = self.current_call = None
+        taps, self.call_taps = self.call_taps, []
+        for sentence in dict.fromkeys(each for tap in taps for each in tap.unfired) if error is None else ():
+            warn_user(sentence, UnfiredSiteWarning)
         super()._finish(error)
 
 
@@ -64,6 +74,8 @@ class Intervention(HookingContextFactory):
     _hooking_context_class: ClassVar[type[HookingContext]] = InterventionContext
     _sweeps_heads: ClassVar[bool] = False
     """Whether ``heads=`` may be an int."""
+    _takes_calls: ClassVar[bool] = False
+    """Whether the selector may mean calls inside a forward."""
     __signature__: ClassVar[inspect.Signature]
 
     options: EditOptions
@@ -92,7 +104,17 @@ class Intervention(HookingContextFactory):
             raise EditError(f"heads={self.options.heads} does not say which: heads=(n_heads, which), such as (12, [3])")
         for name in OPTION_NAMES:
             setattr(self, name, getattr(self.options, name))
-        as_matcher(selector, self.options.match)  # an unusable selector is refused here, not on entering
+        # An unusable selector is refused here, not on entering.
+        self._modules, self._calls = split_selector(selector)
+        if not self._takes_calls and self._calls:
+            raise SelectionError(
+                f"{type(self).__name__} changes modules, and {self._calls[0]!r} means calls inside a forward; "
+                "Ablation, SteeringVectors and ActivationPatching (without a sweep) change those",
+                selector=selector,
+            )
+        if self._modules is not None:
+            as_matcher(self._modules, self.options.match)
+        refuse_direction(self._calls, self.options.direction)
         self.region = self.options.region
 
     def __repr__(self) -> str:
@@ -106,8 +128,19 @@ class Intervention(HookingContextFactory):
 
     def select(self, module: HookedModule) -> Selection:
         """The sites in the model that a context is bound to; those of the last entry where the modules are the same."""
-        selection: Selection = module.hooking_context.select(self.selector, match=self.match)
+        context = module.hooking_context
+        if self._modules is None:
+            return Selection((), selector=self.selector, model_name=type(context.model).__name__)
+        selection: Selection = context.select(self._modules, match=self.match)
         return selection
+
+    def call_places(self, module: HookedModule) -> list[CallPlace]:
+        """Where the calls inside forwards are made that the selector means."""
+        found = call_places(module.hooking_context.select, self._calls, match=self.match, allow_empty=False)
+        modules: dict[Any, CallPlace] = {}
+        for place in found:
+            modules.setdefault((place.selector, id(place.site.module)), place)
+        return list(modules.values())
 
     def edit_at(self, site: Site, context: InterventionContext) -> Edit | RegionEdit:
         """What is done at one site; subclasses say."""
@@ -124,6 +157,7 @@ class Intervention(HookingContextFactory):
         with handle.installing():
             context.current_call = call = self.follow_calls(module, handle)
             self.add_edits(handle, edits, call)
+            self.add_call_edits(module, handle, call)
             if self.pick not in (None, 0):
                 watch = UnreadWatch(self.pick)
                 watch.attach(module.model, handle)
@@ -147,6 +181,27 @@ class Intervention(HookingContextFactory):
             for site, edit in edits
         ]
         attach_ports(taps, self._hook_direction, handle, Order.EDIT)
+
+    def add_call_edits(self, module: HookedModule, handle: MultiHookHandle, call: CurrentCall | None) -> None:
+        """Put an edit at each call that the selector means, when it is first made."""
+        context: InterventionContext = module.hooking_context
+
+        def make(site: Site, port: Port) -> EditTap:
+            return EditTap(port, self.edit_at(site, context), region=at_call(self.region, site.path), call=call)
+
+        self._add_call_taps(module, handle, make, use="edit", order=Order.EDIT)
+
+    def _add_call_taps(self, module: HookedModule, handle: MultiHookHandle, make: MakeTap, **options: Any) -> None:
+        if self._calls:
+            taps = CallTaps(self.call_places(module), make, self._hook_direction, self.pick, **options)
+            taps.attach(module.model, handle)
+            module.hooking_context.call_taps.append(taps)
+
+    def add_call_reads(
+        self, module: HookedModule, handle: MultiHookHandle, read: Callable[[str, Tensor], None]
+    ) -> None:
+        """Show the final value at each call to ``read(path, value)``."""
+        self._add_call_taps(module, handle, lambda site, port: ReadTap(port, read), use="read", order=Order.CAPTURE)
 
     def add_reads(self, handle: MultiHookHandle, selection: Selection, read: Callable[[str, Tensor], None]) -> None:
         """Show the final value at each site to ``read(path, value)``."""

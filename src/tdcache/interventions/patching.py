@@ -17,7 +17,7 @@ from tdcache.interventions.edit_tap import Edit, RegionEdit
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords, WhereKeywords
 from tdcache.interventions.random_state import SharedRandomState
-from tdcache.interventions.regions import Along, Region
+from tdcache.interventions.regions import Along, Region, at_call
 from tdcache.interventions.sweep import Sweep
 from tdcache.interventions.trials import Metric, SweepOver, check_over
 from tdcache.modules import HookedModule
@@ -151,6 +151,13 @@ class KeepPart:
         self.memory.record(path, found.take(value, path))
 
 
+class _KeepAtCall(KeepPart):
+    """The same at calls inside a forward, where an attention's heads and positions are axes of their own."""
+
+    def __call__(self, path: str, value: Tensor) -> None:
+        KeepPart(self.memory, self.call, at_call(self.region, path))(path, value)
+
+
 class ActivationPatching(Intervention):
     """Pastes activations of one run into another: what would the model do if this activation were another's?
 
@@ -200,6 +207,7 @@ class ActivationPatching(Intervention):
     """
 
     _sweeps_heads: ClassVar[bool] = True
+    _takes_calls: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -233,6 +241,11 @@ class ActivationPatching(Intervention):
             if self.steps is not None:
                 raise EditError("steps= is for generate(); a sweep calls the model itself")
             raise EditError("a sweep patches the same positions in source and run; leave source_positions= out")
+        if sweep and self._calls:
+            raise EditError(
+                f"a sweep patches modules, and {self._calls[0]!r} means calls inside a forward; patch them one after "
+                "the other, with source= the cache of a clean run"
+            )
         self._over = check_over(sweep, metric, self.heads, chunk, region=self.region)
 
     @property
@@ -261,6 +274,11 @@ class ActivationPatching(Intervention):
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context, selection = module.hooking_context, self.select(module)
         single = self.source is not None and not isinstance(self.source, TensorDictBase | Mapping)
+        if single and self._calls:
+            raise EditError(
+                f"which calls {self._calls[0]!r} means is known once they are made; give source= a TensorDict or a "
+                "mapping from 'path::name' to value"
+            )
         if single and len(selection) > 1:
             raise EditError(
                 f"one source for {len(selection)} sites ({list(selection.paths[:3])!r}, ...); give a "
@@ -279,6 +297,7 @@ class ActivationPatching(Intervention):
                 self.region if self.source_positions is None else replace(self.region, positions=self.source_positions)
             )
             self.add_reads(handle, selection, KeepPart(context.state, context.current_call, whole))
+            self.add_call_reads(module, handle, _KeepAtCall(context.state, context.current_call, whole))
         return handle
 
     def _run_module(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from tensordict import TensorDictBase
@@ -144,6 +144,8 @@ class SteeringVectors(Intervention):
         ...     print(hooked(torch.zeros(1, 2)) - model[0].bias)
         tensor([[2., 0.]], grad_fn=<SubBackward0>)
     """
+
+    _takes_calls: ClassVar[bool] = True
 
     def __init__(
         self,

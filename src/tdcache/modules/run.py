@@ -95,7 +95,7 @@ class HookedModuleRun(DirectedForms):
 
     @property
     def cache(self) -> TensorDictBase:
-        """ValuePart ``get`` writes, and ``save`` where no other cache was given."""
+        """Where ``get`` writes, and ``save`` where no other cache was given."""
         if self._cache is None:
             self._cache = TensorDict(batch_size=[])
         return self._cache
@@ -276,7 +276,7 @@ class HookedModuleRun(DirectedForms):
                 "callback=, positions=, units=, steps= or reducer=; give one of the two a key with cache_key="
             )
         self._taps.append(tap)
-        self._placing.append(partial(attach, module, tap.on_call, tap.row.name, order=tap.order, path=tap.path))
+        self._placing.append(partial(self._module.attach_tap, tap, module))
 
     def _needs_block(self, verb: str, direction: HookDirection) -> None:
         if not self._in_context:

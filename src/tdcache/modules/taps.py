@@ -54,13 +54,13 @@ class ValueProxy(Lazy, CacheProxy):
         self._key = key
         self._held = cache
         self.path = path
-        """ValuePart the value is taken."""
+        """Where the value is taken."""
         self._value: Any = None
         self._watch = InplaceWatch()
 
     @property
     def key(self) -> CacheKey:
-        """ValuePart in the cache the value is."""
+        """Where in the cache the value is."""
         return self._key
 
     def resolve(self) -> Any:

@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Any, Unpack, get_args
 from tensordict import TensorDictBase
 from torch import nn
 
-from tdcache.errors import TdcacheWarning, warn_user
-from tdcache.hooks.attach import Order, attach
+from tdcache.calls.places import CallPlace, CallTaps, refuse_direction
+from tdcache.calls.roles import Use
+from tdcache.calls.sites import CallPattern, CallSite, is_call
+from tdcache.errors import DirectionError, TdcacheWarning, warn_user
+from tdcache.hooks.attach import MultiHookHandle, Order, attach
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.factory import HookFactory, check_callback
+from tdcache.hooks.port import Port
 from tdcache.introspect import has_stale_graph
 from tdcache.modules.directed_verbs import DirectedForms
 from tdcache.modules.run import HookedModuleRun
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
 from tdcache.modules.where import ValuePart, WhereOptions
 from tdcache.reducers import Reducer
+from tdcache.selection import Site
 from tdcache.types import CacheKey, Hold, HookDirection, Pick, Removable
 
 __all__ = ["ModuleVerbs"]
@@ -105,7 +110,7 @@ class ModuleVerbs(DirectedForms):
         tap, module = self.declare_set(
             module_key, value, callback=callback, direction=direction, prepend=prepend, relative=relative, pick=pick
         )
-        return attach(module, tap.on_call, tap.row.name, order=tap.order, path=tap.path)
+        return self.attach_tap(tap, module)
 
     def get(
         self,
@@ -145,7 +150,7 @@ class ModuleVerbs(DirectedForms):
             cache, module_key, cache_key, callback=callback, direction=direction, prepend=prepend, relative=relative,
             pick=pick, hold=hold,
         )  # fmt: skip
-        return attach(module, tap.on_call, tap.row.name, order=tap.order, path=tap.path), tap.proxy
+        return self.attach_tap(tap, module), tap.proxy
 
     def save(
         self, module_key: str, cache_key: CacheKey | None = None, *, cache: TensorDictBase | None = None, **options: Any
@@ -175,6 +180,7 @@ class ModuleVerbs(DirectedForms):
         row, path, module = self._place(module_key, direction, callback, relative, "value")
         default = Order.EDIT_GRADIENT if row.gradient else Order.EDIT
         order = Order.FIRST if prepend else default
+        self._refuse_at_call(path, row)
         return SetTap(path, row, value, callback=callback, pick=pick, order=order, where=ValuePart(**where)), module
 
     def declare_get(
@@ -205,11 +211,33 @@ class ModuleVerbs(DirectedForms):
         order = Order.FIRST if prepend else Order.CAPTURE
         if reducer is not None and not isinstance(reducer, Reducer):
             raise ValueError(f"reducer= is a Reducer such as Stack(), got {reducer!r}")
+        self._refuse_at_call(path, row)
         tap = GetTap(
             proxy, row, callback=callback, pick=pick, hold=hold, forwards=forwards, order=order,
             where=ValuePart(**where), reducer=None if reducer is None else reducer.fresh(),
         )  # fmt: skip
         return tap, module
+
+    def attach_tap(self, tap: GetTap | SetTap, module: nn.Module) -> Removable:
+        """Register the hook of a verb at its module, or at the call inside the module's forward that it names."""
+        if not is_call(tap.path):
+            return attach(module, tap.on_call, tap.row.name, order=tap.order, path=tap.path)
+        use: Use = "edit" if isinstance(tap, SetTap) else "watch" if tap.keep.hold == "live" else "read"
+        place = CallPlace(Site(CallSite.parse(tap.path).path, module), CallPattern.parse(tap.path), tap.path)
+        as_user, pick = tap.callback is not None, tap.port.pick
+        taps = CallTaps([place], _PlaceTap(tap), tap.row.name, pick, use=use, order=tap.order, as_user=as_user)
+        taps.attach(self.model, MultiHookHandle())
+        return taps
+
+    def _refuse_at_call(self, path: str, row: Direction) -> None:
+        if not is_call(path):
+            return
+        if row.gradient:
+            raise DirectionError(
+                f"{path!r} is inside a forward, where a run gets and sets values only; for its gradient use "
+                f"ActivationCaching({path!r}, directions=['bwd']), got {row.name!r}"
+            )
+        refuse_direction((path,), row.name)
 
     def _place(
         self, key: str, direction: HookDirection, callback: Callable[..., Any] | None, relative: bool, extra: str
@@ -219,7 +247,13 @@ class ModuleVerbs(DirectedForms):
             check_callback(callback, (*row.params, extra, "direction"))
         elif direction == "fwd_pre":
             row = direction_row("fwd_pre_kwargs")  # the first tensor may be a keyword argument
-        return row, *self.find_site(key, relative)
+        if not is_call(key):
+            return row, *self.find_site(key, relative)
+        site = CallSite.parse(key)
+        if not site.path:
+            return row, key, self.model
+        path, module = self.find_site(site.path, relative)
+        return row, str(CallSite(path, site.name, site.ordinal)), module
 
     def _warn_if_skipped(self, key: str) -> None:
         if has_stale_graph(self.model):
@@ -228,3 +262,14 @@ class ModuleVerbs(DirectedForms):
                 "context, which run it eagerly, or the model that was not compiled",
                 TdcacheWarning,
             )
+
+
+class _PlaceTap:
+    """Puts a tap at one call, whose port knows the names of the function's parameters."""
+
+    def __init__(self, tap: GetTap | SetTap) -> None:
+        self.tap = tap
+
+    def __call__(self, site: Site, port: Port) -> GetTap | SetTap:
+        self.tap.port = port
+        return self.tap

@@ -1,0 +1,105 @@
+"""The taps of a caching context at calls inside forwards: those of modules, at sites that are known as they fire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tdcache.cache.channel import Channel
+from tdcache.cache.recorder import Recorder
+from tdcache.cache.taps import CallbackTap, GradientTap, StopTap, ValueTap
+from tdcache.calls.places import CallPlace, CallTaps
+from tdcache.errors import CaptureError
+from tdcache.hooks.attach import MultiHookHandle, Order
+from tdcache.hooks.directions import direction_row
+from tdcache.hooks.port import OutputPort, Port
+from tdcache.selection import Site
+from tdcache.types import Pick
+
+__all__ = ["CallCapture"]
+
+
+@dataclass(frozen=True, slots=True)
+class CallCapture:
+    """Puts the taps of a capture at calls.
+
+    Args:
+        recorder: what they hand their values to.
+        callback: the user's, if there is one.
+        order: where they stand among the handlers of a call.
+        pick: which tensor of a value.
+        live: whether values are kept with their graph.
+    """
+
+    recorder: Recorder
+    callback: Callable[..., Any] | None
+    order: int
+    pick: Pick
+    live: bool
+
+    def attach(
+        self,
+        root: nn.Module,
+        places: Sequence[CallPlace],
+        handle: MultiHookHandle,
+        *,
+        nested: bool,
+        stop_early: bool,
+    ) -> None:
+        """Put the taps at ``places``; ``handle`` takes them in."""
+        for channel in self.recorder.channels:
+            taps = CallTaps(
+                places,
+                _MakeTap(self, channel, nested),
+                channel.direction,
+                self.pick,
+                use="watch" if channel.is_gradient or self.live else "read",
+                order=self.order,
+                as_user=self.callback is not None,
+            )
+            taps.attach(root, handle)
+            self.recorder.calls.append(taps)
+        if stop_early:
+            self._attach_stops(root, places, handle)
+
+    def _attach_stops(self, root: nn.Module, places: Sequence[CallPlace], handle: MultiHookHandle) -> None:
+        for place in places:
+            if place.pattern.literal is None:
+                raise CaptureError(
+                    f"stop_early=True ends the forward after the last site, and which calls {place.selector!r} means "
+                    "is not known before the forward has run; write the name of one function after '::', or leave "
+                    "stop_early= out"
+                )
+        paths = frozenset(f"{place.site.path}::{place.pattern.literal}" for place in places)
+        self.recorder.stop_after |= paths
+        before = all(channel.direction.startswith("fwd_pre") for channel in self.recorder.channels)
+        direction = self.recorder.channels[0].direction if before else "fwd"
+        CallTaps(places, self._stop_at, direction, order=Order.STOP).attach(root, handle)
+
+    def _stop_at(self, site: Site, port: Port) -> StopTap:
+        return StopTap(site.path, self.recorder, Order.STOP)
+
+
+@dataclass(frozen=True, slots=True)
+class _MakeTap:
+    """Makes the tap of one channel at one call."""
+
+    capture: CallCapture
+    channel: Channel
+    nested: bool
+
+    def __call__(self, site: Site, port: Port) -> ValueTap | CallbackTap | GradientTap:
+        self.channel.admit(site)
+        capture, channel, path = self.capture, self.channel, site.path
+        if capture.callback is not None:
+            row = direction_row(channel.direction)
+            key = (channel.direction, path) if self.nested else path
+            return CallbackTap(
+                path, channel, capture.recorder, capture.order, key=key, row=row, callback=capture.callback
+            )
+        if channel.is_gradient and isinstance(port, OutputPort):
+            return GradientTap(port, channel, capture.recorder, capture.order)
+        return ValueTap(port, channel, capture.recorder, capture.order)
