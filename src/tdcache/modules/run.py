@@ -50,6 +50,9 @@ class Runnable(Protocol):
     ) -> tuple[GetTap, nn.Module]:
         """What keeps a value, and the module it is for."""
 
+    def attach_tap(self, tap: GetTap | SetTap, module: nn.Module) -> Removable:
+        """Register the hook of a verb."""
+
 
 class HookedModuleRun(DirectedForms):
     """A run that :meth:`HookedModule.run` gives; its arguments are explained there.
