@@ -121,7 +121,9 @@ class Recorder(Transient):
     @property
     def is_foreign(self) -> bool:
         """Whether what a hook sees now belongs to a forward of another thread."""
-        return bool(self._elsewhere) and get_ident() in self._elsewhere
+        if self._elsewhere:
+            return get_ident() in self._elsewhere
+        return not self._depth and get_ident() != self._thread
 
     def skips(self, path: str) -> bool:
         """Whether what a hook sees now at ``path`` is not kept: another thread's forward, or a step that is left out.
@@ -262,9 +264,10 @@ class Recorder(Transient):
             torch.autograd.Variable._execution_engine.queue_callback(self._deliver_gradients)
 
     def _deliver_gradients(self) -> None:
-        self.collecting = False
-        for channel in self.channels if self.open else ():
-            channel.deliver(backward=True)
+        with self._lock:  # a backward of another thread may end while the context is left
+            self.collecting = False
+            for channel in self.channels:
+                channel.deliver(backward=True)
 
     def refresh(self) -> None:
         """Bring the cache up to date: deliver, compute the reducers, check the aliases.
@@ -272,6 +275,10 @@ class Recorder(Transient):
         Raises:
             InplaceModificationError: a kept alias was overwritten.
         """
+        with self._lock:
+            self._refresh()
+
+    def _refresh(self) -> None:
         if not self._delivered and not (self.running and calls_on_stack(self._root)):
             self.forwards += not self.running  # a compiled forward, whose end cannot be seen from inside its graph
             self.deliver()
