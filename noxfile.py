@@ -30,14 +30,16 @@ PEER_TESTS = (
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-# The kernels of the oldest CPU that torch runs on, and the noise of tests/other_cpu.py. MKL heeds the first variable on
-# Intel's CPUs alone; on others the noise is what makes two batch sizes differ.
-OTHER_CPU = {
+# The kernels of the oldest CPU that torch runs on. MKL heeds the first variable on Intel's CPUs alone.
+LOWEST_INSTRUCTION_SET = {
     "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
     "ONEDNN_MAX_CPU_ISA": "SSE41",
     "ATEN_CPU_CAPABILITY": "default",
-    "TDCACHE_OTHER_CPU": "1",
 }
+# The noise of tests/other_cpu.py, which makes two batch sizes differ on every CPU.
+ROUNDING_NOISE = {"TDCACHE_OTHER_CPU": "1"}
+# A nox of its own runs ``tests``: it can take that session's environment as it is, and makes it if none is there.
+NOX_TESTS = ("-m", "nox", "--reuse-existing-virtualenvs", "--no-install", "--session", "tests")
 
 
 def install(session, *requirements, **options):
@@ -82,10 +84,14 @@ def kills(session):
 
 @nox.session(venv_backend="none")
 def other_cpu(session):
-    """Run ``tests`` as on a CPU that rounds otherwise: what asks for too many equal bits fails here."""
-    # A nox of its own, because it can take the environment of ``tests`` as it is; if there is none, it makes it.
-    nox_tests = ("-m", "nox", "--reuse-existing-virtualenvs", "--no-install", "--session", "tests")
-    session.run(sys.executable, *nox_tests, "--", *session.posargs, env=OTHER_CPU)
+    """Run ``tests`` with the kernels of the oldest CPU: what asks for too many equal bits fails here."""
+    session.run(sys.executable, *NOX_TESTS, "--", *session.posargs, env=LOWEST_INSTRUCTION_SET)
+
+
+@nox.session(venv_backend="none")
+def rounding_noise(session):
+    """Run ``tests`` with noise in the last bits, another for each shape: stricter than a CPU, not a part of CI."""
+    session.run(sys.executable, *NOX_TESTS, "--", *session.posargs, env=ROUNDING_NOISE)
 
 
 @nox.session
