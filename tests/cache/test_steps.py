@@ -6,25 +6,9 @@ from torch import nn
 
 from tdcache import ActivationCaching, ContextError, InplaceModificationError, SelectionError, UnfiredSiteWarning
 from tdcache.reducers import Stack
-
-transformers = pytest.importorskip("transformers")
+from tiny_transformers import gpt2, llama
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
-
-
-def gpt2():
-    config = transformers.GPT2Config(
-        n_layer=2, n_head=2, n_embd=8, vocab_size=20, n_positions=32, bos_token_id=0, eos_token_id=1
-    )
-    return transformers.GPT2LMHeadModel(config).eval(), "transformer.h.0"
-
-
-def llama():
-    config = transformers.LlamaConfig(
-        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=20, max_position_embeddings=32,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval(), "model.layers.0"
 
 
 @pytest.fixture(params=[gpt2, llama])

@@ -19,31 +19,7 @@ from tdcache import (
     SteeringVectors,
 )
 from tdcache.reducers import Stack
-
-transformers = pytest.importorskip("transformers")
-
-
-def gpt2():
-    config = transformers.GPT2Config(
-        n_layer=2, n_head=2, n_embd=8, vocab_size=20, n_positions=32, bos_token_id=0, eos_token_id=1
-    )
-    return transformers.GPT2LMHeadModel(config).eval(), "transformer.h.0"
-
-
-def llama():
-    config = transformers.LlamaConfig(
-        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=20, max_position_embeddings=32,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval(), "model.layers.0"
-
-
-def bert():
-    config = transformers.BertConfig(
-        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=20,
-        max_position_embeddings=32,
-    )  # fmt: skip
-    return transformers.BertModel(config).eval(), "encoder.layer.0"
+from tiny_transformers import bert, gpt2, llama
 
 
 @pytest.fixture(params=[gpt2, llama, bert])
@@ -117,40 +93,27 @@ def test_a_mask_that_is_not_there_is_an_error(built):
         model(torch.randint(2, 20, (3, 5)), attention_mask=MASK)
 
 
-def test_the_last_real_token_is_patched_from_the_columns_it_is_in(built):
+@pytest.mark.parametrize(
+    ("own", "mask", "positions", "into"),
+    [({}, MASK, -1, [4, 3, 4]), ({"mask": MASK.flip(1)}, MASK.flip(1), [-1], [2, 4, 4])],
+    ids=["one mask for both runs", "two runs with masks of their own"],
+)
+def test_the_last_real_token_is_patched_from_the_columns_it_is_in(built, own, mask, positions, into):
     model, path = built
     first, second = torch.randint(2, 20, (2, 3, 5))
-    data = TensorDict({"ids": first, "mask": MASK, "patched": {"ids": second}})
-    recipe = ActivationPatching(path, positions=-1)
+    data = TensorDict({"ids": first, "mask": MASK, "patched": {"ids": second, **own}})
+    recipe = ActivationPatching(path, positions=positions)
     with recipe.prepare(model, {"ids": "input_ids", "mask": "attention_mask"}, ["out"]) as hooked, torch.no_grad():
         found = hooked(data)["patched", "out"]
     source = values(model, [path], lambda: model(first, attention_mask=MASK))[path]
 
     def paste(value):
         new = value.clone()
-        new[range(3), [4, 3, 4]] = source[range(3), [4, 3, 4]]
+        new[range(3), into] = source[range(3), [4, 3, 4]]
         return new
 
     with torch.no_grad(), edited(model, path, paste):
-        assert torch.equal(found, model(second, attention_mask=MASK)[0])
-
-
-def test_two_runs_with_masks_of_their_own_exchange_the_same_tokens(built):
-    model, path = built
-    (first, second), other = torch.randint(2, 20, (2, 3, 5)), MASK.flip(1)
-    data = TensorDict({"ids": first, "mask": MASK, "patched": {"ids": second, "mask": other}})
-    recipe = ActivationPatching(path, positions=[-1])
-    with recipe.prepare(model, {"ids": "input_ids", "mask": "attention_mask"}, ["out"]) as hooked, torch.no_grad():
-        found = hooked(data)["patched", "out"]
-    source = values(model, [path], lambda: model(first, attention_mask=MASK))[path]
-
-    def paste(value):
-        new = value.clone()
-        new[range(3), [2, 4, 4]] = source[range(3), [4, 3, 4]]
-        return new
-
-    with torch.no_grad(), edited(model, path, paste):
-        assert torch.equal(found, model(second, attention_mask=other)[0])
+        assert torch.equal(found, model(second, attention_mask=mask)[0])
 
 
 def test_a_sweep_goes_over_real_tokens_where_positions_are_given(built):
