@@ -14,7 +14,7 @@ import torch
 from harness import Call, Goal, Maker, Plan, Samples, Table, measure_makers, rounds_note, settle_process
 from torch import nn
 
-from tdcache.calls import CallSite, attach_attention, attach_call
+from tdcache.function_calls import CallSite, attach_attention, attach_call
 
 LAYERS = 12
 SHAPES = {64: (4, 1, 32), 768: (12, 1, 64)}  # by width: heads, rows, positions

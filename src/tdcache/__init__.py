@@ -6,7 +6,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from tdcache.caching import ActivationCaching, cache_activations
-from tdcache.calls.record import select
 from tdcache.contexts import (
     CompositeHookingContextFactory,
     HookingContext,
@@ -33,6 +32,7 @@ from tdcache.errors import (
     TdcacheWarning,
     UnfiredSiteWarning,
 )
+from tdcache.function_calls.record import calls, select
 from tdcache.hooks import CacheProxy, HookDirection, HookFactory, MultiHookHandle, MultiHookManager
 from tdcache.interventions import (
     Ablation,
@@ -119,6 +119,7 @@ __all__ = [
     "UnfiredSiteWarning",
     "Variance",
     "cache_activations",
+    "calls",
     "harvest",
     "load_intervention",
     "resume_from",
@@ -129,7 +130,19 @@ __all__ = [
 
 # Loaded when asked for: they bring data loading, files or pictures with them, or are many.
 _LATER = {"ActivationBuffer": "harvesting", "ActivationDataset": "harvesting", "harvest": "harvesting"}
-_PACKAGES = ("attribution", "calls", "harvesting", "interventions", "pipeline", "plot", "points", "reducers", "store")
+_PACKAGES = (
+    *(
+        "attribution",
+        "function_calls",
+        "harvesting",
+        "interventions",
+        "pipeline",
+        "plot",
+        "points",
+        "reducers",
+        "store",
+    ),
+)
 
 
 def __getattr__(name: str) -> object:

@@ -17,9 +17,9 @@ from torch import nn
 
 from tdcache.cache import Capture, Keep
 from tdcache.cache.step_gate import StepGate
-from tdcache.calls.places import call_places, refuse_direction, split_selector
 from tdcache.contexts import HookingContext, HookingContextFactory, HookingContextWithCache
 from tdcache.errors import DirectionError
+from tdcache.function_calls.places import call_places, refuse_direction, split_selector
 from tdcache.hooks import MultiHookHandle, attach, bracket
 from tdcache.modules import HookedModule
 from tdcache.reducers import Last, Reducer

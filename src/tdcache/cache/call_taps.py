@@ -11,8 +11,8 @@ from torch import nn
 from tdcache.cache.channel import Channel
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.taps import CallbackTap, GradientTap, StopTap, ValueTap
-from tdcache.calls.places import CallPlace, CallTaps
 from tdcache.errors import CaptureError
+from tdcache.function_calls.places import CallPlace, CallTaps
 from tdcache.hooks.attach import MultiHookHandle, Order
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.port import OutputPort, Port

@@ -26,8 +26,8 @@ from tdcache.cache.taps import (
     ValueTap,
 )
 from tdcache.cache.target import Target
-from tdcache.calls.places import CallPlace
 from tdcache.errors import CaptureError, DirectionError
+from tdcache.function_calls.places import CallPlace
 from tdcache.hooks.attach import (
     MultiHookHandle,
     Order,

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from tdcache.cache.channel import Channel
 from tdcache.cache.ownership import storage_of, storages_of
 from tdcache.cache.target import ClosedTarget
-from tdcache.calls.places import CallTaps
 from tdcache.current_call import CurrentCall
 from tdcache.errors import CaptureError, RepeatedCallWarning, StopForward, UnfiredSiteWarning, listed, warn_user
+from tdcache.function_calls.places import CallTaps
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import leaves

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Unpack
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdcache.calls.places import CallPlace, CallTaps, MakeTap, call_places, refuse_direction, split_selector
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.current_call import CurrentCall
 from tdcache.errors import ContextError, EditError, SelectionError, UnfiredSiteWarning, warn_user
+from tdcache.function_calls.places import CallPlace, CallTaps, MakeTap, call_places, refuse_direction, split_selector
 from tdcache.hooks import MultiHookHandle, Order, attach_ports, direction_row, port_at
 from tdcache.hooks.port import Port
 from tdcache.interventions.edit_tap import Edit, EditTap, ReadTap, RegionEdit

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tdcache.calls.names import DERIVED
-from tdcache.calls.sites import CallSite
+from tdcache.function_calls.names import DERIVED
+from tdcache.function_calls.sites import CallSite
 from tdcache.regions import Along, Heads, Region, as_index
 
 __all__ = ["Along", "Heads", "Region", "as_index", "at_call"]

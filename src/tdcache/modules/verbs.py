@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Unpack, get_args
 from tensordict import TensorDictBase
 from torch import nn
 
-from tdcache.calls.places import CallPlace, CallTaps, refuse_direction
-from tdcache.calls.roles import Use
-from tdcache.calls.sites import CallPattern, CallSite, is_call
 from tdcache.errors import DirectionError, TdcacheWarning, warn_user
+from tdcache.function_calls.places import CallPlace, CallTaps, refuse_direction
+from tdcache.function_calls.roles import Use
+from tdcache.function_calls.sites import CallPattern, CallSite, is_call
 from tdcache.hooks.attach import MultiHookHandle, Order, attach
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.factory import HookFactory, check_callback

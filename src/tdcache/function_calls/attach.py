@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from tdcache.calls.attention_calls import progress
-from tdcache.calls.handlers import Call, CallRule, Handler, Need
-from tdcache.calls.mode import run_forward
-from tdcache.calls.names import is_torch_name
-from tdcache.calls.scope import ForwardScope, frontier
-from tdcache.calls.sites import CallPattern, CallSite
 from tdcache.errors import EditError
+from tdcache.function_calls.attention_calls import progress
+from tdcache.function_calls.handlers import Call, CallRule, Handler, Need
+from tdcache.function_calls.mode import run_forward
+from tdcache.function_calls.names import is_torch_name
+from tdcache.function_calls.scope import ForwardScope, frontier
+from tdcache.function_calls.sites import CallPattern, CallSite
 from tdcache.hooks.attach import MultiHookHandle, Order
 from tdcache.hooks.threads import Fence, current_fence
 from tdcache.introspect import skip_frame

@@ -27,7 +27,7 @@ from tdcache import (
     UnfiredSiteWarning,
     select,
 )
-from tdcache.calls import calls
+from tdcache.function_calls import calls
 from tdcache.introspect import function_mode_count
 from tdcache.reducers import Stack
 

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tdcache.calls.attach import AtCall, CallsLike, OneCall, attach_rules
-from tdcache.calls.handlers import CallRule
-from tdcache.calls.names import is_torch_name
-from tdcache.calls.overlay import INTERFACE, global_functions
-from tdcache.calls.roles import AttentionHook, Use
-from tdcache.calls.scope import ForwardScope
-from tdcache.calls.sites import CallPattern, CallSite, is_call
 from tdcache.errors import DirectionError, listed
+from tdcache.function_calls.attach import AtCall, CallsLike, OneCall, attach_rules
+from tdcache.function_calls.handlers import CallRule
+from tdcache.function_calls.names import is_torch_name
+from tdcache.function_calls.overlay import INTERFACE, global_functions
+from tdcache.function_calls.roles import AttentionHook, Use
+from tdcache.function_calls.scope import ForwardScope
+from tdcache.function_calls.sites import CallPattern, CallSite, is_call
 from tdcache.hooks.attach import MultiHookHandle, Order
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.port import InputPort, OutputPort, Port

@@ -1,8 +1,8 @@
 """The places of an attention call: ``q``, ``k``, ``v``, ``scores``, ``pattern`` and ``z``, whatever computes them.
 
 Under ``scaled_dot_product_attention`` the first three and the last are arguments and result of the call; scores and
-pattern are derived (:mod:`tdcache.calls.attention`). Where a forward spells attention out, they are operands: of the
-product before the softmax, of the softmax, and of the product after it, and an edit exchanges that operand.
+pattern are derived (:mod:`tdcache.function_calls.attention`). Where a forward spells attention out, they are operands:
+of the product before the softmax, of the softmax, and of the product after it, and an edit exchanges that operand.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from tdcache.calls.attach import attach_rules, module_of, refuse_recomputed
-from tdcache.calls.attention import Attention, derive_attention, derive_registered, prove
-from tdcache.calls.attention_calls import PRODUCTS, SDPA, SOFTMAX, argument, exchange, progress, role_of
-from tdcache.calls.handlers import Call, CallRule, Handler, Need
-from tdcache.calls.names import DERIVED
-from tdcache.calls.overlay import INTERFACE
-from tdcache.calls.sites import CallSite
 from tdcache.errors import CaptureError, SelectionError
+from tdcache.function_calls.attach import attach_rules, module_of, refuse_recomputed
+from tdcache.function_calls.attention import Attention, derive_attention, derive_registered, prove
+from tdcache.function_calls.attention_calls import PRODUCTS, SDPA, SOFTMAX, argument, exchange, progress, role_of
+from tdcache.function_calls.handlers import Call, CallRule, Handler, Need
+from tdcache.function_calls.names import DERIVED
+from tdcache.function_calls.overlay import INTERFACE
+from tdcache.function_calls.sites import CallSite
 from tdcache.hooks.attach import Order
 from tdcache.hooks.values import check_fits
 from tdcache.types import Removable
@@ -335,7 +335,7 @@ def attach_attention(
 def attention_rule(
     root: nn.Module, site: CallSite, hook: Hook, *, use: Use = "edit", order: int = Order.EDIT
 ) -> tuple[nn.Module, CallRule]:
-    """What :func:`attach_attention` attaches, for :func:`tdcache.calls.attach.attach_rules`."""
+    """What :func:`attach_attention` attaches, for :func:`tdcache.function_calls.attach.attach_rules`."""
     if not site.derived:
         raise SelectionError(
             f"{str(site)!r} is no place of an attention call; those are {', '.join('::' + name for name in DERIVED)}",

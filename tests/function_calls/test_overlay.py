@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import silu
 
-from tdcache.calls.attach import attach_call
-from tdcache.calls.overlay import global_functions
-from tdcache.calls.record import calls
-from tdcache.calls.roles import attach_attention
-from tdcache.calls.sites import CallSite
 from tdcache.errors import CaptureError
+from tdcache.function_calls.attach import attach_call
+from tdcache.function_calls.overlay import global_functions
+from tdcache.function_calls.record import calls
+from tdcache.function_calls.roles import attach_attention
+from tdcache.function_calls.sites import CallSite
 from tdcache.hooks.attach import MultiHookHandle
 from tdcache.introspect import function_mode_count
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tdcache.calls.handlers import Call
+from tdcache.function_calls.handlers import Call
 
 __all__ = ["PRODUCTS", "SDPA", "SOFTMAX", "Spelled", "argument", "exchange", "progress", "role_of"]
 

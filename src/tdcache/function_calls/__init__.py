@@ -5,15 +5,15 @@ mode, scope      who sees the calls of torch's functions, and when
 overlay          calls of Python functions that a forward looks up in its globals
 attach           hooks around a call, with torch's conventions
 attention        scores and pattern from the arguments of an attention call
-spelled, roles   the places ``::q`` to ``::z``, under a kernel or spelled out
+attention_calls, roles   the places ``::q`` to ``::z``, under a kernel or computed step by step
 places           selectors of calls, and taps at what they mean
 record           the table of what a forward calls
 """
 
-from tdcache.calls.attach import attach_call, attach_rules, call_rule
-from tdcache.calls.record import CallTable, calls, record_calls, select
-from tdcache.calls.roles import attach_attention, attention_rule
-from tdcache.calls.sites import CallPattern, CallSite, is_call
+from tdcache.function_calls.attach import attach_call, attach_rules, call_rule
+from tdcache.function_calls.record import CallTable, calls, record_calls, select
+from tdcache.function_calls.roles import attach_attention, attention_rule
+from tdcache.function_calls.sites import CallPattern, CallSite, is_call
 
 __all__ = [
     "CallPattern",

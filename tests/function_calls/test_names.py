@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from tdcache.calls.names import call_name, is_torch_name
-from tdcache.calls.sites import CallPattern, CallSite, is_call
 from tdcache.errors import SelectionError
+from tdcache.function_calls.names import call_name, is_torch_name
+from tdcache.function_calls.sites import CallPattern, CallSite, is_call
 
 
 class Names(TorchFunctionMode):

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from tdcache.calls.names import call_name
+from tdcache.function_calls.names import call_name
 
 __all__ = ["Call", "CallRule", "Handler", "Handlers", "HandlersOf", "Need", "Run", "Scope", "by_order"]
 

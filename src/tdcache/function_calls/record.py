@@ -16,13 +16,13 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 
-from tdcache.calls.attach import CallsLike, attach_rules
-from tdcache.calls.attention_calls import PRODUCTS, SDPA, SOFTMAX, progress, role_of
-from tdcache.calls.handlers import Call
-from tdcache.calls.names import DERIVED
-from tdcache.calls.overlay import INTERFACE
-from tdcache.calls.sites import CallPattern, CallSite, is_call
 from tdcache.errors import SelectionError
+from tdcache.function_calls.attach import CallsLike, attach_rules
+from tdcache.function_calls.attention_calls import PRODUCTS, SDPA, SOFTMAX, progress, role_of
+from tdcache.function_calls.handlers import Call
+from tdcache.function_calls.names import DERIVED
+from tdcache.function_calls.overlay import INTERFACE
+from tdcache.function_calls.sites import CallPattern, CallSite, is_call
 from tdcache.hooks.attach import Order
 from tdcache.hooks.values import leaves
 from tdcache.selection import Selection, Site

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import regex
 
-from tdcache.calls.names import DERIVED
 from tdcache.errors import SelectionError
+from tdcache.function_calls.names import DERIVED
 
 __all__ = ["CallPattern", "CallSite", "is_call"]
 

@@ -7,9 +7,9 @@ from tensordict.nn import TensorDictModule
 
 from call_models import Attention, Block, Chain
 from model_state import state_of
-from tdcache.calls.record import calls, record_calls
-from tdcache.calls.sites import CallPattern
 from tdcache.errors import SelectionError
+from tdcache.function_calls.record import calls, record_calls
+from tdcache.function_calls.sites import CallPattern
 from tdcache.selection import select
 
 

@@ -16,10 +16,10 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
-from tdcache.calls.graph import TracedForward
-from tdcache.calls.handlers import CallRule, HandlersOf, Need, by_order
-from tdcache.calls.mode import run_forward
-from tdcache.calls.overlay import PythonCall, Registry, global_functions, is_registry, overlaid
+from tdcache.function_calls.graph import TracedForward
+from tdcache.function_calls.handlers import CallRule, HandlersOf, Need, by_order
+from tdcache.function_calls.mode import run_forward
+from tdcache.function_calls.overlay import PythonCall, Registry, global_functions, is_registry, overlaid
 
 __all__ = ["ForwardScope", "OwnForward", "frontier"]
 

@@ -11,11 +11,11 @@ from torch import nn
 
 from call_models import Attention
 from model_state import state_of
-from tdcache.calls.attach import attach_call
-from tdcache.calls.attention import derive_attention, prove
-from tdcache.calls.roles import attach_attention
-from tdcache.calls.sites import CallSite
 from tdcache.errors import CaptureError, EditError, SelectionError
+from tdcache.function_calls.attach import attach_call
+from tdcache.function_calls.attention import derive_attention, prove
+from tdcache.function_calls.roles import attach_attention
+from tdcache.function_calls.sites import CallSite
 from tdcache.hooks.attach import MultiHookHandle, Order
 
 PLACES = ("q", "k", "v", "scores", "pattern", "z")

@@ -16,8 +16,8 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from tdcache.calls.handlers import Call, Handlers, Run, Scope
 from tdcache.errors import CaptureError
+from tdcache.function_calls.handlers import Call, Handlers, Run, Scope
 from tdcache.introspect import (
     CALL_IMPL,
     function_mode_at,

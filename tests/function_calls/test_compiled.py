@@ -10,9 +10,9 @@ import torch._dynamo.testing
 from torch import nn
 
 from call_models import Attention, Chain
-from tdcache.calls.attach import attach_call
-from tdcache.calls.roles import attach_attention
-from tdcache.calls.sites import CallSite
+from tdcache.function_calls.attach import attach_call
+from tdcache.function_calls.roles import attach_attention
+from tdcache.function_calls.sites import CallSite
 from tdcache.hooks.attach import MultiHookHandle
 
 

@@ -17,8 +17,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from tdcache.calls.handlers import Handler
-from tdcache.calls.overlay import INTERFACE, global_functions, innermost, is_registry
+from tdcache.function_calls.handlers import Handler
+from tdcache.function_calls.overlay import INTERFACE, global_functions, innermost, is_registry
 
 __all__ = ["TracedCall", "TracedForward"]
 

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from call_models import Block, Chain, Net
 from model_state import state_of
-from tdcache.calls.attach import AtCall, CallsLike, OneCall, attach_call, attach_rules
-from tdcache.calls.sites import CallPattern, CallSite
 from tdcache.errors import CaptureError, EditError, PathError, StopForward
+from tdcache.function_calls.attach import AtCall, CallsLike, OneCall, attach_call, attach_rules
+from tdcache.function_calls.sites import CallPattern, CallSite
 from tdcache.hooks.attach import MultiHookHandle, Order
 from tdcache.introspect import function_mode_count
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from model_state import state_of
-from tdcache.calls.attach import CallsLike, attach_call, attach_rules
-from tdcache.calls.record import calls
-from tdcache.calls.roles import attach_attention
-from tdcache.calls.sites import CallPattern, CallSite
+from tdcache.function_calls.attach import CallsLike, attach_call, attach_rules
+from tdcache.function_calls.record import calls
+from tdcache.function_calls.roles import attach_attention
+from tdcache.function_calls.sites import CallPattern, CallSite
 from tdcache.hooks.attach import MultiHookHandle
 from tdcache.introspect import function_mode_count
 from tdcache.selection import select

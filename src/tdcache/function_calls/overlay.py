@@ -15,8 +15,8 @@ from functools import lru_cache
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
-from tdcache.calls.handlers import Call, Handlers, Run, Scope
-from tdcache.calls.mode import CallMode, owning_frame, thread
+from tdcache.function_calls.handlers import Call, Handlers, Run, Scope
+from tdcache.function_calls.mode import CallMode, owning_frame, thread
 
 __all__ = ["INTERFACE", "PythonCall", "Registry", "global_functions", "innermost", "is_registry", "overlaid"]
 
