@@ -78,6 +78,9 @@ class Attribution(HookingContextFactory):
             instead of being errors.
     """
 
+    reduce: int | Sequence[int] | None = None
+    """The axes of the scores that are summed; see :class:`SiteAttribution`."""
+
     def __init__(
         self,
         *,
@@ -116,6 +119,12 @@ class Attribution(HookingContextFactory):
     def work(self, frame: Frame) -> Work:
         """Ask for points, reduce what is seen, and return the scores."""
         raise NotImplementedError
+
+    def _summed(self, scores: Tensor) -> Tensor:
+        """Sum the axes of ``reduce``."""
+        if self.reduce is None:
+            return scores
+        return scores.sum(dim=self.reduce if isinstance(self.reduce, int) else tuple(self.reduce))
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         selections = {
@@ -198,12 +207,6 @@ class SiteAttribution(Attribution):
             return [Place(kind, path, self.pick, self.call) for path in paths]
         parts = {pick: tuple(map(str, pick if isinstance(pick, tuple) else (pick,))) for pick in self.pick}
         return [Place(kind, path, pick, self.call, part) for path in paths for pick, part in parts.items()]
-
-    def _summed(self, scores: Tensor) -> Tensor:
-        """Sum the axes of ``reduce``."""
-        if self.reduce is None:
-            return scores
-        return scores.sum(dim=self.reduce if isinstance(self.reduce, int) else tuple(self.reduce))
 
 
 def _any_batch(module: HookedModule, data: TensorDictBase, forward: Forward, crowd: list[_Member]) -> TensorDictBase:

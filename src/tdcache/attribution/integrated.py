@@ -15,10 +15,11 @@ from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.place import Place
 from tdcache.attribution.point import Ask, Between, Point, View, wide
 from tdcache.attribution.quadrature import quadrature
+from tdcache.attribution.targets import Target
 from tdcache.errors import AttributionError
 from tdcache.types import Selector
 
-__all__ = ["IntegratedGradients", "WeightedSum", "gap_key"]
+__all__ = ["IntegratedGradients", "PathEnds", "WeightedSum", "gap_key"]
 
 
 def gap_key(name: str | None, target: str | None, place: Place) -> tuple[Any, ...]:
@@ -148,7 +149,7 @@ class IntegratedGradients(SiteAttribution):
                 frame.ask(path(node), total.sum.sink(weight, total.places), target, grads=total.places, unused=unused)
                 for node, weight in self.nodes
             ]
-            asks += [frame.ask(path(0.0), total.low, target), frame.ask(frame.base, total.high, target)]
+            asks += total.asks(frame, path, target)
         return asks
 
     def _start(self, frame: Frame) -> tuple[Point, bool]:
@@ -190,20 +191,35 @@ class IntegratedGradients(SiteAttribution):
         return scores
 
 
-class _Integral:
-    """The gradients of one target along one path, and its values at both ends."""
+class PathEnds:
+    """The values of one target at both ends of a path."""
 
-    def __init__(self, places: list[Place]) -> None:
-        self.places = places
-        self.sum = WeightedSum()
+    def __init__(self) -> None:
         self.high = Seen((), with_values=False)
         self.low = Seen((), with_values=False)
 
+    def asks(self, frame: Frame, path: Callable[[float], Point], target: Target) -> list[Ask]:
+        """Ask for the target at the path's beginning, and at the user's own rows."""
+        return [frame.ask(path(0.0), self.low, target), frame.ask(frame.base, self.high, target)]
+
     def rise(self) -> Tensor:
-        """By how much the target rises along the path."""
+        """By how much the target rises along the path.
+
+        Raises:
+            AttributionError: the model did not run at one of them.
+        """
         if self.high.target is None or self.low.target is None:
             raise AttributionError("the target was not computed at both ends of the path")
         return wide(self.high.target) - wide(self.low.target)
+
+
+class _Integral(PathEnds):
+    """The gradients of one target along one path, and its values at both ends."""
+
+    def __init__(self, places: list[Place]) -> None:
+        super().__init__()
+        self.places = places
+        self.sum = WeightedSum()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tdcache.errors import CaptureError
+from tdcache.introspect import shares_memory
 from tdcache.types import Hold, Index
 
-__all__ = ["Keep", "Transfers", "shares_memory"]
+__all__ = ["Keep", "Transfers"]
 
 
 class Transfers:
@@ -89,13 +90,3 @@ class Keep:
     @staticmethod
     def _copied(kept: Tensor, *, of: Tensor) -> Tensor:
         return kept.clone() if shares_memory(kept, of) else kept
-
-
-def shares_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether writing to one tensor in place could change the other."""
-    if one is other:
-        return True
-    try:
-        return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() and one.device == other.device
-    except (NotImplementedError, RuntimeError):  # sparse, nested and wrapper tensors have no storage of their own
-        return True

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tdcache.cache.keep import shares_memory
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.current_call import CurrentCall, InSteps
 from tdcache.errors import HookSignatureError, InplaceModificationError
@@ -20,7 +19,7 @@ from tdcache.hooks import attach as attach_hook
 from tdcache.hooks.gradients import handed_on
 from tdcache.hooks.values import check_fits, leaves
 from tdcache.inplace import NO_COUNTER
-from tdcache.introspect import add_tensor_hook, has_tensor_hooks, in_backward
+from tdcache.introspect import add_tensor_hook, has_tensor_hooks, in_backward, shares_memory
 from tdcache.modules import HookedModule
 from tdcache.pipeline.collection import HookCollection
 from tdcache.pipeline.hooks import Hook, HookNode, Hooks

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdcache.cache.keep import shares_memory
 from tdcache.errors import EditError, HookSignatureError
 from tdcache.inplace import NO_COUNTER
+from tdcache.introspect import shares_memory
 from tdcache.pipeline.calling import spell
 from tdcache.pipeline.collection import FwdBwdHooks, HookCollection
 from tdcache.pipeline.versions import untouched, version_of
