@@ -45,12 +45,12 @@ class _Member:
     """One method that is open on one model."""
 
     factory: Attribution
-    hooked: HookedModule
+    model: nn.Module
     selections: Mapping[str, Selection]
 
     def remove(self) -> None:
         """Leave; a second call does nothing."""
-        crowd = _OPEN.get(self.hooked.model, [])
+        crowd = _OPEN.get(self.model, [])
         if self in crowd:
             crowd.remove(self)
 
@@ -127,12 +127,12 @@ class Attribution(HookingContextFactory):
         return scores.sum(dim=self.reduce if isinstance(self.reduce, int) else tuple(self.reduce))
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
+        model = module.model
         selections = {
-            role: select(module.model, selector, match=match)
-            for role, (selector, match) in self.selectors_by_role().items()
+            role: select(model, selector, match=match) for role, (selector, match) in self.selectors_by_role().items()
         }
-        member = _Member(self, module, selections)
-        _OPEN.setdefault(module.model, []).append(member)
+        member = _Member(self, model, selections)
+        _OPEN.setdefault(model, []).append(member)
         return MultiHookHandle([member])
 
     def _run_module(

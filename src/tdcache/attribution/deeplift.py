@@ -15,8 +15,7 @@ from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.integrated import gap_key
 from tdcache.attribution.lrp.linear import ELEMENTWISE
 from tdcache.attribution.lrp.replaced import ModuleCall, ReplacedBackward, ReplacedRule, install_replaced
-from tdcache.attribution.point import wide
-from tdcache.attribution.rows import PointRows
+from tdcache.attribution.point import PointRows, wide
 from tdcache.errors import AttributionError
 from tdcache.hooks import MultiHookHandle
 from tdcache.inplace import InplaceWatch

@@ -12,7 +12,7 @@ from torch import Tensor
 from tdcache.attribution.base import SiteAttribution, Work
 from tdcache.attribution.frame import Baseline, Frame
 from tdcache.attribution.gradients import key_of
-from tdcache.attribution.integrated import PathEnds, WeightedSum, gap_key
+from tdcache.attribution.integrated import PathEnds, WeightedSum, WeightedTerm, gap_key
 from tdcache.attribution.place import Place
 from tdcache.attribution.point import Ask, View, wide
 from tdcache.attribution.quadrature import quadrature
@@ -58,7 +58,7 @@ class InternalInfluence(_PathMethod):
         path = frame.path(self.baseline)
         sums = {name: WeightedSum() for name in frame.targets}
         yield [
-            frame.ask(path(node), sums[name].sink(weight, places), target, grads=places)
+            frame.ask(path(node), WeightedTerm(sums[name], weight, places), target, grads=places)
             for name, target in frame.targets.items()
             for node, weight in self.nodes
         ]
@@ -100,7 +100,7 @@ class Conductance(_PathMethod):
         asks: list[Ask] = []
         for name, target in frame.targets.items():
             asks += [
-                frame.ask(path(node), steps[name].sink(at), target, values=places, grads=places)
+                frame.ask(path(node), _StepSink(steps[name], at), target, values=places, grads=places)
                 for at, (node, _) in enumerate(self.nodes)
             ]
             asks += ends[name].asks(frame, path, target)
@@ -125,10 +125,6 @@ class _Steps:
         self.waiting: dict[int, dict[Place, tuple[Tensor, Tensor]]] = {}
         self.done: set[int] = set()
 
-    def sink(self, at: int) -> _StepSink:
-        """The sink of the point number ``at``."""
-        return _StepSink(self, at)
-
     def add(self, low: int) -> None:
         """Add the step from point ``low`` to the next."""
         for place in self.places:
@@ -146,6 +142,8 @@ class _Steps:
 
 @dataclass(frozen=True, slots=True)
 class _StepSink:
+    """The sink of the point number ``at``."""
+
     steps: _Steps
     at: int
 

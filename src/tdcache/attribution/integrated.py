@@ -19,7 +19,7 @@ from tdcache.attribution.targets import Target
 from tdcache.errors import AttributionError
 from tdcache.types import Selector
 
-__all__ = ["IntegratedGradients", "PathEnds", "WeightedSum", "gap_key"]
+__all__ = ["IntegratedGradients", "PathEnds", "WeightedSum", "WeightedTerm", "gap_key"]
 
 
 def gap_key(name: str | None, target: str | None, place: Place) -> tuple[Any, ...]:
@@ -33,22 +33,21 @@ class WeightedSum:
     def __init__(self) -> None:
         self.sums: dict[Place, Tensor] = {}
 
-    def sink(self, weight: float, places: list[Place]) -> _Term:
-        """The sink of one point."""
-        return _Term(self, weight, places)
-
     def at(self, place: Place, like: Tensor) -> Tensor:
         """The sum, or zeros where no gradient came."""
         return self.sums[place] if place in self.sums else torch.zeros_like(wide(like))
 
 
 @dataclass(frozen=True, slots=True)
-class _Term:
+class WeightedTerm:
+    """The sink of one point: adds its gradients to a sum."""
+
     total: WeightedSum
     weight: float
     places: list[Place]
 
     def __call__(self, view: View) -> None:
+        """Add the gradient of each place that one reached."""
         sums = self.total.sums
         for place in self.places:
             if not view.reached(place):
@@ -145,10 +144,8 @@ class IntegratedGradients(SiteAttribution):
         asks: list[Ask] = []
         for name, target in frame.targets.items():
             total = integrals[name]
-            asks += [
-                frame.ask(path(node), total.sum.sink(weight, total.places), target, grads=total.places, unused=unused)
-                for node, weight in self.nodes
-            ]
+            terms = [(node, WeightedTerm(total.sum, weight, total.places)) for node, weight in self.nodes]
+            asks += [frame.ask(path(node), term, target, grads=term.places, unused=unused) for node, term in terms]
             asks += total.asks(frame, path, target)
         return asks
 

@@ -13,7 +13,7 @@ from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.current_call import CurrentCall
 from tdcache.errors import ContextError, EditError, SelectionError, UnfiredSiteWarning, warn_user
 from tdcache.function_calls.places import CallPlace, CallTaps, MakeTap, call_places, refuse_direction, split_selector
-from tdcache.hooks import MultiHookHandle, Order, attach_ports, direction_row, port_at
+from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach_ports, direction_row, port_at
 from tdcache.hooks.port import Port
 from tdcache.interventions.edit_tap import Edit, EditTap, ReadTap, RegionEdit
 from tdcache.interventions.options import (
@@ -114,7 +114,8 @@ class Intervention(HookingContextFactory):
             )
         if self._modules is not None:
             as_matcher(self._modules, self.options.match)
-        refuse_direction(self._calls, self.options.direction)
+        if self._calls:
+            refuse_direction(self._calls, self.options.direction)
         self.region = self.options.region
 
     def __repr__(self) -> str:
@@ -157,7 +158,8 @@ class Intervention(HookingContextFactory):
         with handle.installing():
             context.current_call = call = self.follow_calls(module, handle)
             self.add_edits(handle, edits, call)
-            self.add_call_edits(module, handle, call)
+            if self._calls:
+                self.add_call_edits(module, handle, call)
             if self.pick not in (None, 0):
                 watch = UnreadWatch(self.pick)
                 watch.attach(module.model, handle)
@@ -210,7 +212,7 @@ class Intervention(HookingContextFactory):
 
     @property
     def _hook_direction(self) -> HookDirection:
-        return port_at("", self.direction).direction
+        return (OutputPort if self.direction == "fwd" else InputPort).direction
 
 
 Intervention.__signature__ = signature_with_options(Intervention)

@@ -17,8 +17,7 @@ from tdcache.attribution.lrp.replaced import AfterTaps, ModuleCall, ReplacedBack
 from tdcache.attribution.lrp.rules import Epsilon, Pass, Rule, nonzero
 from tdcache.attribution.modifiers import Installed
 from tdcache.attribution.place import Place
-from tdcache.attribution.point import wide
-from tdcache.attribution.rows import PointRows
+from tdcache.attribution.point import PointRows, wide
 from tdcache.errors import AttributionError, TdcacheWarning, listed, warn_user
 from tdcache.hooks import MultiHookHandle, Order, attach
 from tdcache.modules import HookedModule
