@@ -46,11 +46,6 @@ def built(request):
     return request.param()
 
 
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
 def generate(hooked, data):
     return hooked.generate(
         data, attention_mask=torch.ones_like(data), max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0,
