@@ -14,7 +14,7 @@ from tdcache.attribution.frame import Baseline, Frame
 from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.integrated import gap_key
 from tdcache.attribution.lrp.linear import ELEMENTWISE
-from tdcache.attribution.lrp.replaced import ModuleCall, ReplacedBackward, ReplacedRule, install_replaced
+from tdcache.attribution.lrp.replaced_backward import ModuleCall, ReplacedBackward, ReplacedRule, install_replaced
 from tdcache.attribution.point import PointRows, wide
 from tdcache.errors import AttributionError
 from tdcache.hooks import MultiHookHandle

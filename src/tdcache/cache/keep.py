@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class Keep:
     """A ``torch.device``, also given by its name."""
 
     def __post_init__(self) -> None:
+        if self.hold not in get_args(Hold):
+            raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {self.hold!r}")
         given = self.dtype
         dtype = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
         if given is not None and not isinstance(dtype, torch.dtype):

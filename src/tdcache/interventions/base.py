@@ -33,7 +33,7 @@ from tdcache.selection import Selection, Site, as_matcher, distinct_sites
 from tdcache.steps import Steps
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
-__all__ = ["Intervention", "InterventionContext", "entry_of", "with_inputs_of"]
+__all__ = ["Intervention", "InterventionContext", "entry_of", "with_inputs_of", "write_outputs"]
 
 
 class InterventionContext(HookingContext):
@@ -243,6 +243,14 @@ def _get(source: Any, key: CacheKey) -> Any:
         return source.get(key)
     node = source.get(key[0])
     return node.get(key[1]) if isinstance(node, Mapping | TensorDictBase) else None
+
+
+def write_outputs(data: TensorDictBase, key: CacheKey, ran: TensorDictBase, out_keys: list[CacheKey]) -> None:
+    """Write the outputs of a run on the inputs below ``key`` back to where these are."""
+    inner: Any = data.get(key)
+    for name in out_keys:
+        if name != "_":
+            inner.set(name, ran.get(name))
 
 
 def with_inputs_of(data: TensorDictBase, key: CacheKey, in_keys: list[CacheKey], owner: Any) -> TensorDictBase:

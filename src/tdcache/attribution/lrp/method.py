@@ -13,7 +13,7 @@ from tdcache.attribution.gradients import Seen, key_of, one_backward
 from tdcache.attribution.integrated import gap_key
 from tdcache.attribution.lrp.linear import canonised, is_linear, linear_function
 from tdcache.attribution.lrp.maps import BATCH_NORMS, RuleMap, Rules
-from tdcache.attribution.lrp.replaced import AfterTaps, ModuleCall, ReplacedBackward, install_replaced
+from tdcache.attribution.lrp.replaced_backward import AfterTaps, ModuleCall, ReplacedBackward, install_replaced
 from tdcache.attribution.lrp.rules import Epsilon, Pass, Rule, nonzero
 from tdcache.attribution.modifiers import Installed
 from tdcache.attribution.place import Place

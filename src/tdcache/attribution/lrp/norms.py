@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tdcache.attribution.lrp.replaced import ModuleCall, ReplacedBackward, install_replaced
+from tdcache.attribution.lrp.replaced_backward import ModuleCall, ReplacedBackward, install_replaced
 from tdcache.attribution.modifiers import Installed
 from tdcache.attribution.norms import NormForm, is_norm, refuse_no_norm
 from tdcache.attribution.point import PointRows, wide
