@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import get_ident
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -118,6 +118,14 @@ class HookingContext:
 
     def __enter__(self) -> HookedModule:
         return self._enter()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the hooked module is what is called.
+
+        Raises:
+            ContextError: always.
+        """
+        raise ContextError("a context is entered, not called: `with context as hooked: hooked(...)`")
 
     def open(self) -> HookedModule:
         """Enter without a ``with`` block; the hooked module's ``restore()`` leaves."""
