@@ -42,9 +42,9 @@ class CompositeHookingContext(HookingContextWithCache):
         return self._cache
 
     @property
-    def sites(self) -> dict[str, str]:
+    def selected_sites(self) -> dict[str, str]:
         """The paths that the children selected when they were last entered, with the classes of their modules."""
-        return {path: kind for child in self.children for path, kind in child.sites.items()}
+        return {path: kind for child in self.children for path, kind in child.selected_sites.items()}
 
     def clear(self) -> None:
         """Empty the cache of every child, and forget what their reducers hold."""

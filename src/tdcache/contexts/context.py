@@ -120,13 +120,13 @@ class HookingContext:
         return f"<{state} {type(self).__name__} of {self.factory!r} on {type(self.model).__name__}>"
 
     def _repr_html_(self) -> str:
-        if not self.sites:
+        if not self.selected_sites:
             return html_note(f"{self!r}; its sites are selected when it is entered")
-        rows = [(path or "(root)", kind) for path, kind in self.sites.items()]
+        rows = [(path or "(root)", kind) for path, kind in self.selected_sites.items()]
         return html_table(f"{self!r}: {len(rows)} sites", ("path", "class"), rows)
 
     @property
-    def sites(self) -> dict[str, str]:
+    def selected_sites(self) -> dict[str, str]:
         """The paths that were selected when the context was last entered, with the classes of their modules."""
         return {site.path: type(site.module).__name__ for selection in self._selected for site in selection}
 
