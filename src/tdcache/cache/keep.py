@@ -1,4 +1,4 @@
-"""From the tensor that a hook sees to the one that is kept: slice, hold, cast, move."""
+"""From the tensor that a hook sees to the one that is kept: slice, detach or copy, cast, move."""
 
 from __future__ import annotations
 

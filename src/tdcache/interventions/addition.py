@@ -19,10 +19,10 @@ from tdcache.interventions.edit_tap import Edit
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords
 from tdcache.interventions.random_state import SharedRandomState
-from tdcache.interventions.regions import Region
 from tdcache.interventions.steering import AddVector
 from tdcache.introspect import in_backward
 from tdcache.modules import HookedModule
+from tdcache.regions import Region
 from tdcache.selection import Site
 from tdcache.types import CacheKey, Selector
 

@@ -15,7 +15,7 @@ from tdcache.errors import ContextError, EditError, SelectionError, UnfiredSiteW
 from tdcache.function_calls.places import CallPlace, CallTaps, MakeTap, call_places, refuse_direction, split_selector
 from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach_ports, direction_row, port_at
 from tdcache.hooks.port import Port
-from tdcache.interventions.edit_tap import Edit, EditTap, ReadTap, RegionEdit
+from tdcache.interventions.edit_tap import Edit, EditTap, ReadTap, RegionEdit, at_call
 from tdcache.interventions.options import (
     OPTION_NAMES,
     Calls,
@@ -25,10 +25,10 @@ from tdcache.interventions.options import (
     brief,
     signature_with_options,
 )
-from tdcache.interventions.regions import Along, Heads, at_call
 from tdcache.interventions.unread import UnreadWatch
 from tdcache.modules import HookedModule
 from tdcache.paths import near_misses
+from tdcache.regions import Along, Heads
 from tdcache.selection import Selection, Site, as_matcher, distinct_sites
 from tdcache.steps import Steps
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
@@ -99,7 +99,7 @@ class Intervention(HookingContextFactory):
     def __init__(self, selector: Selector, **options: Unpack[EditKeywords]) -> None:
         super().__init__()
         self.selector = selector
-        self.options = EditOptions.of(type(self).__name__, options)
+        self.options = EditOptions(**options)
         if isinstance(self.options.heads, int) and not self._sweeps_heads:
             raise EditError(f"heads={self.options.heads} does not say which: heads=(n_heads, which), such as (12, [3])")
         for name in OPTION_NAMES:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from tdcache.errors import DirectionError, EditError
 from tdcache.hooks import direction_row
-from tdcache.interventions.regions import Along, Heads, Region
-from tdcache.options import refuse_unknown
+from tdcache.regions import Along, Heads, Region
 from tdcache.steps import Steps, check_steps
 from tdcache.types import CacheKey, Match, Pick
 
@@ -122,16 +121,6 @@ class EditOptions:
             heads=None if isinstance(self.heads, int) else self.heads, unit_dim=self.unit_dim,
         )  # fmt: skip
         object.__setattr__(self, "region", region)
-
-    @classmethod
-    def of(cls, owner: str, given: Mapping[str, Any]) -> EditOptions:
-        """From the keyword arguments that ``owner`` was called with.
-
-        Raises:
-            TypeError: one of them is no option; the message names what is near.
-        """
-        refuse_unknown(owner, given, OPTION_NAMES)
-        return cls(**given)
 
     @property
     def asks_for_call(self) -> bool:

@@ -13,14 +13,14 @@ from tdcache.current_call import CurrentCall
 from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle
 from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of, write_outputs
-from tdcache.interventions.edit_tap import Edit, RegionEdit
+from tdcache.interventions.edit_tap import Edit, RegionEdit, at_call
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords, WhereKeywords
 from tdcache.interventions.random_state import SharedRandomState
-from tdcache.interventions.regions import Along, Region, at_call
 from tdcache.interventions.sweep import Sweep
 from tdcache.interventions.trials import Metric, SweepOver, check_over
 from tdcache.modules import HookedModule
+from tdcache.regions import Along, Region
 from tdcache.selection import Site
 from tdcache.types import CacheKey, Selector
 

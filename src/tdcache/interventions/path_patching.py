@@ -16,8 +16,8 @@ from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords, Side
 from tdcache.interventions.patching import KeepPart, Paste, Recalled
 from tdcache.interventions.random_state import SharedRandomState
-from tdcache.interventions.regions import Region
 from tdcache.modules import HookedModule
+from tdcache.regions import Region
 from tdcache.selection import Selection, Site, select
 from tdcache.types import CacheKey, Selector
 
