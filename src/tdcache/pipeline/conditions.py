@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -206,14 +206,14 @@ class _Joined(Condition):
     def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> Answer:
         """Ask the members in order."""
         join = torch.logical_or if self.deciding else torch.logical_and
-        found: Answer = not self.deciding
+        neutral = not self.deciding
+        found: Any = neutral
         for member in self.members:
-            answer = member(x, *args, **kwargs)
+            answer: Any = member(x, *args, **kwargs)
             if answer is self.deciding:
-                return self.deciding
-            if isinstance(answer, Tensor):
-                found = join(*_aligned(found, answer)) if isinstance(found, Tensor) else answer
-        return found
+                return not neutral
+            found = answer if found is neutral else found if answer is neutral else join(*_aligned(found, answer))
+        return cast(Answer, found)
 
     def __repr__(self) -> str:
         return f" {self.sign} ".join(map(_in_brackets, self.members))
