@@ -1,12 +1,14 @@
 """Every Python block of the README and of docs/ runs, in order, in one namespace per file; so does the quickstart."""
 
 import runpy
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import regex
 
 import tdcache
+from tdcache import points
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -64,6 +66,26 @@ def test_the_api_page_names_every_public_name():
     page = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
     documented = regex.findall(r"\.\. auto(?:class|data|exception|function):: (\w+)", page)
     assert sorted(documented) == sorted(tdcache.__all__)
+
+
+REFERENCE = sorted(path for path in (REPOSITORY / "docs" / "reference").glob("*.md") if path.stem != "index")
+
+
+@pytest.mark.parametrize("page", REFERENCE, ids=lambda page: page.stem)
+def test_a_page_of_the_reference_leaves_out_only_what_another_describes(page):
+    text = page.read_text(encoding="utf-8")
+    package = import_module(f"tdcache.{page.stem}")
+    assert f".. automodule:: tdcache.{page.stem}\n   :members:\n" in text  # which goes by __all__
+    left_out = {name for names in regex.findall(r":exclude-members: (.*)", text) for name in names.split(", ")}
+    elsewhere = {*tdcache.__all__, *(points.__all__ if page.stem == "compat" else ())}
+    assert left_out == set(package.__all__) & elsewhere
+
+
+def test_the_reference_has_a_page_for_every_subpackage():
+    pages = {page.stem for page in REFERENCE}
+    assert set(tdcache._PACKAGES) <= pages
+    index = (REPOSITORY / "docs" / "reference" / "index.md").read_text(encoding="utf-8")
+    assert pages <= set(index.splitlines())
 
 
 def test_the_architecture_page_names_every_file():
