@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 import regex
+import torch
 
 import tdcache
-from tdcache import points
+from tdcache import errors, points
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [
+    REPOSITORY / "README.md",
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+    *sorted((REPOSITORY / "docs" / "errors").glob("*.md")),
+]
 # A block may stand in a list or an admonition: its indentation is taken off every line.
 FENCE = regex.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^(?P=indent)```$", regex.MULTILINE | regex.DOTALL)
 
@@ -66,6 +71,24 @@ def test_the_api_page_names_every_public_name():
     page = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
     documented = regex.findall(r"\.\. auto(?:class|data|exception|function):: (\w+)", page)
     assert sorted(documented) == sorted(tdcache.__all__)
+
+
+def test_every_error_and_warning_has_a_page_of_its_own():
+    pages = {path.stem for path in (REPOSITORY / "docs" / "errors").glob("*.md")} - {"index"}
+    assert pages == {name for name in errors.__all__ if name[0].isupper()}
+
+
+def test_a_traceback_names_the_page():
+    with pytest.raises(errors.SelectionError) as raised:
+        tdcache.select(torch.nn.Sequential(torch.nn.ReLU()), "nothing")
+    assert raised.value.__notes__ == ["what it means, with wrong and right code: docs/errors/SelectionError.md"]
+
+
+def test_a_users_own_error_names_the_page_of_the_class_it_derives_from():
+    class Mine(errors.CaptureError):
+        pass
+
+    assert "docs/errors/CaptureError.md" in Mine("no").__notes__[0]
 
 
 REFERENCE = sorted(path for path in (REPOSITORY / "docs" / "reference").glob("*.md") if path.stem != "index")
