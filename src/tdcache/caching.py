@@ -125,10 +125,6 @@ class ActivationCaching(HookingContextFactory):
         super().__init__()
         if isinstance(directions, str):
             raise DirectionError(f"directions is a sequence: write directions=[{directions!r}]")
-        if hold not in get_args(Hold):
-            raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {hold!r}")
-        if reducer is not None and not isinstance(reducer, Reducer) and not _is_reducer_class(reducer):
-            raise ValueError(f"reducer= is a Reducer such as Stack(), got {reducer!r}")
         if check not in get_args(Check):
             raise ValueError(f"check is one of {', '.join(map(repr, get_args(Check)))}, got {check!r}")
         if batch_dims < 0:
@@ -144,7 +140,7 @@ class ActivationCaching(HookingContextFactory):
             callback=callback,
             pick=pick,
             keep=Keep(hold=hold, index=index, dtype=dtype, device=device),
-            reducer=Last() if reducer is None else reducer() if isinstance(reducer, type) else reducer,
+            reducer=Last() if reducer is None else Reducer.of(reducer),
             batch_dims=batch_dims,
             stack_by=stack_by,
             stop_early=stop_early,
@@ -202,10 +198,6 @@ class ActivationCaching(HookingContextFactory):
                 StepGate(module.model, self._capture.steps, recorder).attach(handle)
         context.record(recorder)
         return handle
-
-
-def _is_reducer_class(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, Reducer)
 
 
 class CachingOptions(TypedDict, total=False):

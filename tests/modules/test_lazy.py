@@ -4,23 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from small_models import MLP
 from tdcache import ContextError, EditError, HookedModule, InplaceModificationError
-
-
-@pytest.fixture
-def model():
-    return MLP()
 
 
 @pytest.fixture
 def hooked(model):
     return HookedModule.from_module(model)
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
 
 
 BIAS = torch.arange(4.0)

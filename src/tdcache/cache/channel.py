@@ -18,7 +18,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.cache.arrivals import Arrivals, update
-from tdcache.cache.keep import Keep, Transfers, shares_memory
+from tdcache.cache.keep import Keep, Transfers
 from tdcache.cache.ownership import own
 from tdcache.cache.positions import PositionFilter
 from tdcache.cache.stacking import GrowingStackBy, StackBy
@@ -26,6 +26,7 @@ from tdcache.cache.target import EntryTarget
 from tdcache.errors import CaptureError, listed
 from tdcache.hooks.directions import direction_row
 from tdcache.inplace import InplaceWatch, overwritten
+from tdcache.introspect import shares_memory
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Site
 from tdcache.transforms import in_transform, is_wrapped, transform_under_way, unwrapped

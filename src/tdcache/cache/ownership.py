@@ -11,11 +11,11 @@ from collections.abc import Collection, Mapping
 from sys import getrefcount
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from tdcache.introspect import storage_users
+from tdcache.introspect import storage_address, storage_users
 
-__all__ = ["own", "shared_keys", "storage_of", "storages_of"]
+__all__ = ["own", "shared_keys", "storages_of"]
 
 
 Key = TypeVar("Key")
@@ -55,7 +55,7 @@ def shared_keys(values: Mapping[Key, Any], outside: Collection[int] | None = Non
     return [
         key
         for (key, value), references, count in zip(values.items(), held, users, strict=True)
-        if references >= _HELD_ONCE + holders or (count > 1 and (outside is None or storage_of(value) in outside))
+        if references >= _HELD_ONCE + holders or (count > 1 and (outside is None or storage_address(value) in outside))
     ]
 
 
@@ -63,15 +63,7 @@ _HELD_ONCE = next(map(getrefcount, {0: object()}.values()))
 """What ``getrefcount`` says of a value that a mapping alone holds; it counts its own argument as well."""
 
 
-def storage_of(tensor: Tensor) -> int:
-    """The address of a tensor's memory; 0 where it has none of its own (sparse, nested and wrapper tensors)."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):
-        return 0
-
-
 def storages_of(model: nn.Module) -> frozenset[int]:
     """The storages of a model's parameters and buffers."""
-    found = {storage_of(tensor) for held in (model.parameters(), model.buffers()) for tensor in held}
+    found = {storage_address(tensor) for held in (model.parameters(), model.buffers()) for tensor in held}
     return frozenset(found - {0})

@@ -21,7 +21,7 @@ from tdcache.hooks.values import exchanged, leaves, pick_tensor, tensor_only
 from tdcache.inplace import InplaceWatch
 from tdcache.introspect import in_backward
 from tdcache.modules.lazy import Lazy, NoValueYet, resolved
-from tdcache.modules.where import ValuePart
+from tdcache.modules.value_part import ValuePart
 from tdcache.reducers import Reducer
 from tdcache.types import CacheKey, Hold, Pick
 
