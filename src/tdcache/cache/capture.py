@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -75,8 +75,11 @@ class Capture:
     mask_key: Any = "auto"
     position_dim: int = 1
     steps: Steps = None
+    fits_graph: bool = field(init=False)
+    """Whether a compiled graph can do it: the latest outputs, as they are."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "fits_graph", self._fits_graph())
         check_positions(self.positions)
         check_steps(self.steps)
         if self.stack_by is not None and self.pick == "all":
@@ -96,9 +99,7 @@ class Capture:
         """Where the taps stand among the hooks of a site."""
         return Order.FIRST if self.prepend else Order.CAPTURE
 
-    @property
-    def fits_graph(self) -> bool:
-        """Whether a compiled graph can do it: the latest outputs, as they are."""
+    def _fits_graph(self) -> bool:
         asked = (self.callback, self.pick, self.positions, self.steps)
         asks_more = any(each is not None for each in asked) or self.stop_early
         return self.directions == ("fwd",) and self.keep == Keep() and isinstance(self.reducer, Last) and not asks_more

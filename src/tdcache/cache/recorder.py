@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tdcache.cache.channel import Channel
 from tdcache.cache.ownership import storage_of, storages_of
-from tdcache.cache.target import ClosedTarget
+from tdcache.cache.target import CLOSED
 from tdcache.current_call import CurrentCall
 from tdcache.errors import CaptureError, RepeatedCallWarning, StopForward, UnfiredSiteWarning, listed, warn_user
 from tdcache.function_calls.places import CallTaps
@@ -310,7 +310,7 @@ class Recorder(Transient):
         self.open = False
         for channel in self.channels:
             channel.release()
-            channel.target = ClosedTarget()
+            channel.target = CLOSED
         self.calls.clear()
         self._root = None
 
@@ -330,11 +330,10 @@ class Recorder(Transient):
                 "nothing was kept; a forward without a cache is prefill",
                 UnfiredSiteWarning,
             )
-        for channel in self.channels if self.forwards else ():
+        incomplete = [each for each in self.channels if not each.fired.issuperset(each.paths)]
+        for channel in incomplete if self.forwards else ():
             silent = [path for path in channel.paths if path not in channel.fired]
-            if silent:
-                warn_user(self._unfired_message(model, channel, silent), UnfiredSiteWarning)
-
+            warn_user(self._unfired_message(model, channel, silent), UnfiredSiteWarning)
         said = dict.fromkeys(each for taps in self.calls for each in taps.unfired)
         for sentence in said if self.forwards else ():
             warn_user(sentence, UnfiredSiteWarning)

@@ -14,7 +14,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from tdcache.cache.channel import Channel, CopyInGraph
+from tdcache.cache.channel import Channel
+from tdcache.cache.stand_ins import CopyInGraph
 from tdcache.errors import CaptureError
 from tdcache.hooks.directions import Direction
 from tdcache.hooks.gradient_hooks import overwritten_input

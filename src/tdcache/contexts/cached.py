@@ -7,8 +7,8 @@ from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
 
-from tdcache.cache.channel import Carried
 from tdcache.cache.recorder import Recorder
+from tdcache.cache.reductions import Carried
 from tdcache.cache.target import Written, first_clash
 from tdcache.contexts.context import HookingContext
 from tdcache.contexts.opened import open_contexts
@@ -42,7 +42,7 @@ class HookingContextWithCache(HookingContext):
         self._batch_size = self._cache.batch_size
         self._clear_cache = self._forgets = clear_cache
         self._was_left = False
-        self._carried: list[Carried] = []
+        self._carried: list[Carried | None] = []
         """Where the cache is not cleared: what the reducers hold between two entries."""
         self.recorder: Recorder | None = None
         """The state of the capture while the context is open, as the recipe has begun it."""
@@ -72,7 +72,8 @@ class HookingContextWithCache(HookingContext):
         if self._clear_cache and self._holds_data() and not self._cache.is_locked:
             self._drop_written(recorder)
         for channel, carried in zip(recorder.channels, self._carried, strict=False):
-            channel.resume(carried)
+            if channel.reductions is not None and carried is not None:
+                channel.reductions.resume(carried)
         self._carried = []
 
     def share(self, cache: TensorDictBase) -> None:
@@ -86,7 +87,7 @@ class HookingContextWithCache(HookingContext):
         if isinstance(before, HookingContextWithCache) and before.factory is self.factory and not self._forgets:
             self._carried = before.hand_over()
 
-    def hand_over(self) -> list[Carried]:
+    def hand_over(self) -> list[Carried | None]:
         """What the reducers held when the context was left, for another context of the same recipe."""
         carried, self._carried = self._carried, []
         return carried
@@ -192,6 +193,6 @@ class HookingContextWithCache(HookingContext):
                 recorder.report_unfired(self.model)
             recorder.settle(self.model)
             if not self._forgets:
-                self._carried = [channel.carry() for channel in recorder.channels]
+                self._carried = [each.reductions and each.reductions.carry() for each in recorder.channels]
         finally:
             recorder.close()

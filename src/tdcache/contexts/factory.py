@@ -46,16 +46,24 @@ class HookingContextFactory:
 
     _overrides_run: ClassVar[bool] = False
     _overrides_spawn: ClassVar[bool] = False
+    _overrides_prepare: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls._overrides_run = cls._run_module is not HookingContextFactory._run_module
         cls._overrides_spawn = cls._spawn_hooked_module is not HookingContextFactory._spawn_hooked_module
+        base = (HookingContextFactory._prepare_module, HookingContextFactory._restore_module)
+        cls._overrides_prepare = (cls._prepare_module, cls._restore_module) != base
 
     @property
     def runs_module(self) -> bool:
         """Whether :meth:`_run_module` carries out calls, so that they need a TensorDict."""
         return self._overrides_run
+
+    @property
+    def prepares_module(self) -> bool:
+        """Whether :meth:`_prepare_module` does something, which :meth:`_restore_module` undoes."""
+        return self._overrides_prepare
 
     @property
     def fits_graph(self) -> bool:

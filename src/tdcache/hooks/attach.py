@@ -25,7 +25,7 @@ from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.gradient_hooks import GradientHandle, GradInputHook, GradOutputHook
 from tdcache.hooks.threads import Fence, Fenced, current_fence
 from tdcache.hooks.transient import Transient
-from tdcache.introspect import hooks_always_called, post_hooks, pre_hooks
+from tdcache.introspect import hooks_always_called, next_registration, post_hooks, pre_hooks
 from tdcache.types import HookDirection, Removable
 
 __all__ = [
@@ -155,7 +155,7 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
     """
     fence = current_fence()
     with _one_at_a_time:  # torch's counter is not safe with threads either: one number twice would lose a hook
-        number = RemovableHandle(OrderedDict()).id
+        number = next_registration()
         placed = _Numbered(number)
         handle.add(placed)
         taken_in = placed.dicts.append
@@ -292,7 +292,7 @@ def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None
     """Call ``begin`` before and ``end`` after every forward of ``root``, also one that raises."""
     fence = current_fence()
     with _one_at_a_time:
-        number = RemovableHandle(OrderedDict()).id
+        number = next_registration()
         placed = _Numbered(number)
         handle.add(placed)
         before, after = placed.dicts = [pre_hooks(root), post_hooks(root)]
