@@ -11,26 +11,16 @@ from torch import nn
 
 from tdcache.cache.call_taps import CallCapture
 from tdcache.cache.channel import Channel
+from tdcache.cache.gradient_taps import GradientTap, InputGradientTap, OutputAndGradientTap, PlainGradientTap
 from tdcache.cache.keep import Keep
 from tdcache.cache.positions import PositionFilter
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.stacking import GrowingStackBy, StackBy
-from tdcache.cache.taps import (
-    CallbackTap,
-    GradientTap,
-    InputGradientTap,
-    OutputAndGradientTap,
-    OutputTap,
-    PlainGradientTap,
-    StopTap,
-    ValueTap,
-)
+from tdcache.cache.taps import CallbackTap, OutputTap, StopTap, ValueTap
 from tdcache.cache.target import Target
 from tdcache.errors import CaptureError, DirectionError
 from tdcache.function_calls.places import CallPlace
 from tdcache.hooks.attach import (
-    MultiHookHandle,
-    Order,
     TransientGradInputHook,
     TransientGradOutputHook,
     attach,
@@ -41,6 +31,7 @@ from tdcache.hooks.attach import (
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.factory import check_callback
 from tdcache.hooks.port import InputPort, OutputPort
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Selection, Site
 from tdcache.steps import Steps, check_steps
@@ -146,10 +137,11 @@ class Capture:
         if self._takes_pairs(channels):
             output, gradient = channels.pop(0), channels.pop(0)
             order = self.order
-            taps = (OutputAndGradientTap(path, output, recorder, order, gradient) for path in selection.paths)
-            attach_outputs(
-                ((site.module, tap.on_both) for site, tap in zip(selection, taps, strict=True)), handle, order
-            )
+            pairs = [
+                (module, OutputAndGradientTap(path, output, recorder, order, gradient).on_both)
+                for path, module, _ in selection
+            ]
+            attach_outputs(pairs, handle, order)
         for channel in channels:
             self._place_one(selection, channel, recorder, handle)
         if self.stop_early:
@@ -184,8 +176,9 @@ class Capture:
         if as_it_is and not channel.is_gradient:
             return [(module, OutputTap(path, channel, recorder, order).on_output) for path, module, _ in selection]
         if as_it_is and not self.prepend:
-            taps = [PlainGradientTap(path, channel, recorder, order) for path in selection.paths]
-            return [(site.module, tap.on_plain) for site, tap in zip(selection, taps, strict=True)]
+            return [
+                (module, PlainGradientTap(path, channel, recorder, order).on_plain) for path, module, _ in selection
+            ]
         kind: Any = GradientTap if channel.is_gradient else ValueTap
         return [
             (module, kind(OutputPort(path, self.pick), channel, recorder, order).on_call)

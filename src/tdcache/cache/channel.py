@@ -8,7 +8,7 @@ plain tensor of a site (a second call, a tuple, a slice) takes the slow path.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
@@ -17,10 +17,10 @@ from typing import Any, cast
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdcache.cache.keep import Keep, Transfers, shares_memory
-from tdcache.cache.ownership import own
+from tdcache.cache.keep import Keep, Transfers, detach_all, shares_memory
+from tdcache.cache.ownership import Outside, own
 from tdcache.cache.positions import PositionFilter
-from tdcache.cache.reductions import Carried, Reductions
+from tdcache.cache.reductions import Reductions
 from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.stand_ins import ABSENT, CopyInGraph
 from tdcache.cache.target import EntryTarget
@@ -35,8 +35,6 @@ from tdcache.types import CacheKey, HookDirection
 __all__ = ["Channel"]
 
 _version = attrgetter("_version")
-_requires_grad = attrgetter("requires_grad")
-_is_leaf = attrgetter("is_leaf")
 
 
 @dataclass(slots=True)
@@ -83,6 +81,9 @@ class Channel:
     """Whether values arrive in the backward."""
     latest_only: bool = field(init=False)
     """Whether each forward replaces the entries of the one before."""
+    takes_aliases: bool = field(init=False)
+    """Whether a hook may write the tensor itself into ``values``."""
+    _checks_values: bool = field(init=False)
     _watch: InplaceWatch = field(init=False)
     """The aliases that reducers and parts of the cache keep."""
     _idle: bool = False
@@ -91,6 +92,9 @@ class Channel:
     def __post_init__(self) -> None:
         self.is_gradient = direction_row(self.direction).gradient
         self.latest_only = isinstance(self.reducer, Last)
+        self._checks_values = self.by_value and not self.is_gradient  # gradients that others can write to are copied
+        plain = self.keep.plain and self.positions is None and not (self.target.in_place or self.gated)
+        self.takes_aliases = self.latest_only and plain and not self._checks_values
         self._watch = InplaceWatch(by_value=self.by_value)
         self.reductions = None if self.latest_only else Reductions(self.reducer, self._watch)
 
@@ -105,16 +109,6 @@ class Channel:
     def entry_keys(self) -> tuple[str, ...]:
         """The keys of the entries in their node of the cache."""
         return self.paths if self.stack_by is None else tuple(self.stack_by.members)
-
-    @property
-    def takes_aliases(self) -> bool:
-        """Whether a hook may write the tensor itself into ``values``."""
-        plain = self.keep.plain and self.positions is None and not (self.target.in_place or self.gated)
-        return self.latest_only and plain and not self._checks_values
-
-    @property
-    def _checks_values(self) -> bool:
-        return self.by_value and not self.is_gradient  # gradients that others can write to are copied
 
     def admit(self, site: Site) -> None:
         """Take in a site that is known only now."""
@@ -171,7 +165,9 @@ class Channel:
             for key in own(values):
                 self.versions.pop(key, None)
         if self.keep.hold != "live":
-            self._detach(values)
+            for key in detach_all(values):
+                self.copies[key] = values[key].clone()
+                self._vacate(key)
         if self.copies or self.stack_by is not None or self.has_parts or len(values) != len(self.paths):
             self._deliver_slowly()
         else:
@@ -204,21 +200,6 @@ class Channel:
         elif key in self.values:
             self.values[key] = ABSENT
             self._idle = True
-
-    def _detach(self, values: dict[CacheKey, Any]) -> None:
-        needing = list(map(_requires_grad, values.values()))
-        if True not in needing:
-            return
-        of_leaf: Sequence[CacheKey] = ()
-        if any(map(_is_leaf, values.values())):  # a parameter or an input, which the optimiser or the user writes to
-            of_leaf = [key for key, value in values.items() if value.requires_grad and value.is_leaf]
-        if False not in needing:
-            values.update(zip(values, map(Tensor.detach, values.values()), strict=True))
-        else:
-            values.update({key: value.detach() for key, value in values.items() if value.requires_grad})
-        for key in of_leaf:
-            self.copies[key] = values[key].clone()
-            self._vacate(key)
 
     def _deliver_slowly(self) -> None:
         self.transfers.wait()
@@ -347,17 +328,18 @@ class Channel:
         self.target.write(self._stacked(self.reductions.computed()), complete=False)
         self.reductions.dirty = False
 
-    def settle(self, outside: Collection[int] | None) -> None:
+    def settle(self, outside: Outside | None) -> None:
         """The context is left: copy what others could still write to, so that what is kept stays what was seen.
 
         Args:
-            outside: the storages that can be written to. Where a graph is alive it has the memory of all that it saved,
-                which nobody can write to; then only these count. None: whoever has the memory counts.
+            outside: see :func:`tdcache.cache.ownership.shared_keys`.
 
         Raises:
             CaptureError: a value only had a meaning inside a ``torch.func`` transform, which has ended.
         """
-        values = {key: value for key, value in self.values.items() if value is not ABSENT}
+        values = self.values
+        if self._idle:
+            values = {key: value for key, value in values.items() if value is not ABSENT}
         if any(map(is_wrapped, values.values())) and not in_transform():
             raise self._escaped(values)
         if self.keep.hold == "live" or self.target.in_place:
@@ -366,7 +348,8 @@ class Channel:
             self._settle_watched({id(each.tensor) for each in self._watch.seen})
         if not self.latest_only or self.stack_by is not None or not values:
             return
-        for key in own(values, outside, holders=3):  # this dict, the channel's, the cache
+        holders = 2 if values is self.values else 3  # the dicts here, and the cache
+        for key in own(values, outside, holders=holders):
             self.target.put(key, values[key])
 
     @staticmethod

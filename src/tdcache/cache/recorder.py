@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterable
+from functools import partial
 from threading import RLock, get_ident
 from typing import Any
 
@@ -79,6 +80,7 @@ class Recorder(Transient):
         """Whether the latest forward made a graph."""
         self._outside: list[int] = []
         """Where a graph was made: the storages of what went in and came out."""
+        self._written: Collection[int] | None = None
         self._root: nn.Module | None = None
         self._warned: set[str] = set()
         self._to_stop: set[str] = set()
@@ -295,11 +297,15 @@ class Recorder(Transient):
 
     def settle(self, model: nn.Module) -> None:
         """The context is left: copy what could still be written to."""
-        outside: Collection[int] | None = None
-        if self._graph:
-            outside = storages_of(model).union(self._outside)
+        outside = partial(self._written_outside, model) if self._graph else None
         for channel in self.channels:
             channel.settle(outside)
+
+    def _written_outside(self, model: nn.Module) -> Collection[int]:
+        """The storages that somebody can write to: the model's, and those of what went in and came out."""
+        if self._written is None:
+            self._written = storages_of(model).union(self._outside)
+        return self._written
 
     def close(self) -> None:
         """Take nothing any more and let go of everything but what is in the cache.

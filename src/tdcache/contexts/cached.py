@@ -13,7 +13,7 @@ from tdcache.cache.target import Written, first_clash
 from tdcache.contexts.context import HookingContext
 from tdcache.contexts.opened import open_contexts
 from tdcache.errors import CacheWriteError, ContextError, StopForward
-from tdcache.hooks.attach import MultiHookHandle
+from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.modules.call import holds_entries
 from tdcache.modules.hooked import HookedModule
 

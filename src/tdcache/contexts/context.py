@@ -14,8 +14,8 @@ from torch import nn
 
 from tdcache.contexts.opened import begin_opening, closed
 from tdcache.errors import ContextError, StopForward
-from tdcache.hooks.attach import MultiHookHandle
 from tdcache.hooks.compiled import refuse_scripted, running_eagerly
+from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.hooks.threads import Fence, current_fence, fencing
 from tdcache.introspect import may_be_compiled
 from tdcache.modules.call import ModelCall, holds_entries

@@ -11,7 +11,7 @@ from torch import nn
 
 from tdcache.contexts.context import HookingContext
 from tdcache.errors import ContextError
-from tdcache.hooks.attach import MultiHookHandle
+from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.modules.hooked import HookedModule
 from tdcache.paths import join
 from tdcache.types import CacheKey
