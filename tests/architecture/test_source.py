@@ -19,8 +19,6 @@ LONG_FILES: dict[str, str] = {
     "tdcache.hooks.attach": "the only place that adds hooks, mutes them, fences them off and removes them",
 }
 LONG_FUNCTIONS: dict[str, str] = {
-    "tdcache.harvesting.loop:harvest": "some thirty options, a line each in the signature and in the body",
-    "tdcache.harvesting.request:asked_for": "the options of harvest in the forms that they have inside, a line each",
     "tdcache.caching:ActivationCaching.__init__": "twenty options, a line each in the signature and in the body",
 }
 

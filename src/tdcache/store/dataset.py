@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from tdcache.store.batches import Batches, Shuffle
+from tdcache.store.batches import Batches, EpochOrder, Shuffle
 from tdcache.store.choice import rows_where, split_rows
 from tdcache.store.export import export_rows
 from tdcache.store.iterable import RowIterable
@@ -199,7 +199,8 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
                 most 32 MiB per site (more where a row is wider than a mebibyte): one is handed out while the next is
                 read.
         """
-        return Batches(self, size, shuffle=shuffle, seed=seed, rank=rank, world=world, block=block, pool=pool)
+        order = EpochOrder(size=size, shuffle=shuffle, seed=seed, rank=rank, world=world, block=block, pool=pool)
+        return Batches(self, order)
 
     def iterable(
         self,
@@ -217,7 +218,8 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
         The arguments are those of :meth:`batches`; the workers of the loader share what its rank has. A batch is a dict
         of tensors, one per column.
         """
-        return RowIterable(self, size, shuffle=shuffle, seed=seed, rank=rank, world=world, block=block, pool=pool)
+        order = EpochOrder(size=size, shuffle=shuffle, seed=seed, rank=rank, world=world, block=block, pool=pool)
+        return RowIterable(self, order)
 
     def verify(self) -> None:
         """Read every byte of the store and compare the checksums.
