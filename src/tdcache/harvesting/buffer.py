@@ -141,8 +141,8 @@ class ActivationBuffer:
             return
         if isinstance(self._data, Iterator):
             raise SelectionError(
-                f"the data is an iterator ({type(self._data).__name__}), which can be gone through once; give a loader, "
-                "a dataset or a list for several epochs, or make a new buffer over a new iterator"
+                f"the data is an iterator ({type(self._data).__name__}), which can be gone through once; give a "
+                "loader, a dataset or a list for several epochs, or make a new buffer over a new iterator"
             )
         asked = self._request
         self._request, self._steps = Request.of(asked.capture.model, self._data, ".", asked.options), None

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from tdcache.store.batches import Batches, EpochOrder
 from tdcache.store.reader import StoreReader
+from tdcache.store.transport import SentBatch
 
 __all__ = ["RowIterable"]
-
-_ALIGN = 64  # bytes
 
 
 @dataclass(eq=False)
@@ -42,7 +39,7 @@ class RowIterable(IterableDataset[dict[str, Tensor]]):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         batches = self._current()
-        pack = dict if get_worker_info() is None else _in_one_storage
+        pack = dict if get_worker_info() is None else SentBatch
         for rows in batches:
             yield pack(rows.to_dict())
         self.epoch = batches.epoch
@@ -77,13 +74,3 @@ class RowIterable(IterableDataset[dict[str, Tensor]]):
             self._batches.load_state_dict(self._state)
             self._state = None
         return self._batches
-
-
-def _in_one_storage(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors in one piece of memory: sending it to another process costs the same for one and for many."""
-    places = list(itertools.accumulate((-(-each.nbytes // _ALIGN) * _ALIGN for each in batch.values()), initial=0))
-    memory, found = torch.empty(places[-1], dtype=torch.uint8), {}
-    for place, (key, each) in zip(places, batch.items(), strict=False):
-        found[key] = memory[place : place + each.nbytes].view(each.dtype).view(each.shape)
-        found[key].copy_(each)
-    return found
