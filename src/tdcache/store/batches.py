@@ -29,7 +29,7 @@ Shuffle = Literal[False, "block", "rows"]
 # so that the memory of two pools has a bound however narrow the others are.
 _BLOCK_BYTES = 1 << 20
 _BLOCKS_PER_POOL = 16
-_READERS = 4  # threads: some reads that wait keep a disk busy
+_READERS = 8  # threads: some reads that wait keep a disk busy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,23 +84,32 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
     """
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, keys: Sequence[str] | None = None, check: bool = False) -> Self:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        keys: Sequence[str] | None = None,
+        check: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> Self:
         """Open a store.
 
         Only the index is read, and the size of every shard compared with it. A shard is opened when something is read
         from it, and has to be the one that the index names.
 
         Args:
-            path: its folder.
+            path: its folder, or a URL that fsspec knows (extra ``remote``): ``s3://``, ``gs://``, ``https://``. Then
+                ranges are requested, small ones through 64 MiB of pages that are kept.
             keys: the sites to read; all by default.
             check: compare each mebibyte with its checksum when it is read for the first time.
+            storage_options: for the file system of a URL: credentials, an endpoint.
 
         Raises:
             SpecError: there is no store.
             DamagedError: a shard's size, or the header of one that the index does not know, is not what was written;
                 :meth:`verify` looks at everything.
         """
-        return cls(path, keys=keys, check=check)
+        return cls(path, keys=keys, check=check, storage_options=storage_options)
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else "unfinished"
