@@ -53,6 +53,8 @@ def harvest(
     recheck: bool = True,
     in_keys: Sequence[Any] | None = None,
     columns: Sequence[str] | Mapping[str, Any] | None = None,
+    upload: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> ActivationDataset:
     """Store what flows through the selected modules while ``data`` runs through ``model``; resumable at any instant.
 
@@ -101,6 +103,9 @@ def harvest(
             are found by the names of its arguments.
         columns: numbers to store beside the rows, one per sample or one per token: names of entries of the batches, or
             ``{name: key, index or function(batch)}``.
+        upload: a URL that fsspec knows, such as ``"s3://bucket/a.acts"`` (extra ``remote``), where each shard is sent
+            when it is written. A copy that is behind is completed first.
+        storage_options: for the file system of ``upload``: credentials, an endpoint.
 
     Returns:
         The store, open for reading.
@@ -110,10 +115,11 @@ def harvest(
         SpecError: the store there holds something else; the fields that differ are named. Or an option depends on
             something without a spelling, and there is no ``tag``.
         CaptureError: values without rows in common, values that ``dtype`` cannot hold, or a bare shard of one.
-        StoreError: a unit could not be written; the message names it and its path.
+        StoreError: a unit could not be written or sent; the message names it and its path.
     """
     request = Request.of(model, data, path, HarvestOptions.among(locals()))
-    run = HarvestRun.begun(request, Share.of(model, rank, world), resume=resume, shown=progress, files=files)
+    share, sent = Share.of(model, rank, world), None if upload is None else (upload, storage_options)
+    run = HarvestRun.begun(request, share, resume=resume, shown=progress, files=files, upload=sent)
     run.go(recheck=recheck)
     return ActivationDataset.open(request.folder)
 

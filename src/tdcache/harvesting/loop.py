@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import tensordict
 import torch
@@ -26,9 +26,13 @@ from tdcache.modules import HookedModule
 from tdcache.store.dtypes import DTYPES
 from tdcache.store.files import Files
 from tdcache.store.shard import Shard
+from tdcache.store.upload import StoreUpload
 from tdcache.store.writer import StoreWriter, site_column
 
 __all__ = ["HarvestRun"]
+
+Upload = tuple[str, Mapping[str, Any] | None]
+"""A URL, and the options of its file system."""
 
 
 @dataclass(slots=True)
@@ -55,6 +59,7 @@ class HarvestRun:
     writer: StoreWriter
     share: Share
     shown: bool
+    upload: StoreUpload | None
     found: Probe | None
     """The first batch, where it was run already; let go once its turn has come."""
     expected: int | None
@@ -67,7 +72,9 @@ class HarvestRun:
     counted: int = 0
 
     @classmethod
-    def begun(cls, request: Request, share: Share, *, resume: bool, shown: bool, files: Files | None) -> Self:
+    def begun(
+        cls, request: Request, share: Share, *, resume: bool, shown: bool, files: Files | None, upload: Upload | None
+    ) -> Self:
         """Make the store, or find the one that is there.
 
         Args:
@@ -76,6 +83,7 @@ class HarvestRun:
             resume: whether a store may be there.
             shown: whether progress is printed.
             files: how files are written.
+            upload: where a copy is sent, by URL, and the options of its file system.
 
         Raises:
             SpecError: the store there holds something else, or there is one and ``resume`` is False.
@@ -88,7 +96,8 @@ class HarvestRun:
             raise SpecError(f"{request.folder} holds a store already, and resume=False", path=request.folder)
         made_by = {"torch": torch.__version__, "tensordict": str(tensordict.__version__)}
         writer = StoreWriter(request.folder, spec, made_by=made_by, files=files)
-        return cls(request, writer, share, shown, found, None if ahead is None else ahead.rows)
+        sent = StoreUpload(writer.layout, *upload) if upload is not None and share.writes else None
+        return cls(request, writer, share, shown, sent, found, None if ahead is None else ahead.rows)
 
     def go(self, *, recheck: bool) -> None:
         """Run the units that are missing, and write the index: at once, and again when the others have written."""
@@ -101,17 +110,24 @@ class HarvestRun:
         self._prepare()
         committed = self._uncut(committed)
         self.there = {unit: committed[unit].rows for unit in agreed & committed.keys()}
+        if self.upload is not None:
+            self.upload.send_missing(unit for unit in committed if self.share.has(unit))
         ended = any(shard.row.end for shard in committed.values())
         if not (ended and len(committed) == max(committed) + 1):
             if self.shown and committed and self.share.writes:
                 rows = sum(self.there.values())
                 print(f"going on with {self.writer.folder}: {len(self.there)} units, {rows:,} rows", file=sys.stderr)
             self._walk()
+        self._write_index()
+        self.share.wait()
+        if self.share.rank == 0 and self.share.world > 1:
+            self._write_index()
+
+    def _write_index(self) -> None:
         if self.share.writes:
             self.writer.finish()
-        self.share.wait()
-        if self.share.writes and self.share.rank == 0 and self.share.world > 1:
-            self.writer.finish()
+            if self.upload is not None:
+                self.upload.finish()
 
     def _prepare(self) -> None:
         spec = self.writer.spec
@@ -216,7 +232,7 @@ class HarvestRun:
             behind = int(unit.columns["seq"][-1][-1]) + 1 if self._cut(unit) else step.first + batch_length(step.batch)
             thread.submit(
                 partial(
-                    self.writer.write,
+                    self._write,
                     unit.number,
                     unit.columns,
                     samples=(unit.first, max(behind, unit.first)),
@@ -226,6 +242,11 @@ class HarvestRun:
                     underflow=unit.underflow,
                 )
             )
+
+    def _write(self, unit: int, columns: Mapping[str, list[Tensor]], **told: Any) -> None:
+        self.writer.write(unit, columns, **told)
+        if self.upload is not None:
+            self.upload.send(unit)
 
     def _cut(self, unit: _UnitRows) -> bool:
         reached = self.limit is not None and self.rows_before + self.counted >= self.limit

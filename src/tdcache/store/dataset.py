@@ -11,15 +11,18 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from tdcache.errors import StoreError
 from tdcache.store.batches import Batches, EpochOrder, Shuffle
 from tdcache.store.choice import rows_where, split_rows
 from tdcache.store.export import export_rows
 from tdcache.store.iterable import RowIterable
+from tdcache.store.layout import StorePaths
 from tdcache.store.reader import StoreReader
 from tdcache.store.repack import merge, repack
 from tdcache.store.rows import joined
 from tdcache.store.scaling import Normalisation, Scaling
 from tdcache.store.statistics import SiteStatistics
+from tdcache.store.upload import StoreUpload
 from tdcache.store.verify import find_damage
 
 __all__ = ["ActivationDataset", "Column"]
@@ -252,6 +255,27 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
     def repack(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Self:
         """Write the rows to another store, shuffled, fewer sites, another dtype; see :mod:`tdcache.store.repack`."""
         return type(self).open(repack(self, path, **options))
+
+    def upload(self, url: str, *, storage_options: Mapping[str, Any] | None = None) -> Self:
+        """Send a store to a URL that fsspec knows (extra ``remote``); gives the copy, opened.
+
+        Shards that are there already are not sent again, so that an interrupted upload is run again and continues.
+        ``harvest(..., upload=url)`` sends each shard when it is written.
+
+        Args:
+            url: of the copy, such as ``"s3://bucket/a.acts"``.
+            storage_options: for its file system: credentials, an endpoint.
+
+        Raises:
+            SpecError: another store is there.
+            StoreError: the copy cannot be written, or these rows are not a store on a disk.
+        """
+        if self.view or not isinstance(self.path, Path):
+            raise StoreError(f"{self!r} is no store on a disk; repack() it to one, and upload that", path=self.path)
+        upload = StoreUpload(StorePaths(self.path), url, storage_options)
+        upload.send_missing(shard.row.unit for shard in self.shards)
+        upload.finish()
+        return type(self).open(url, storage_options=storage_options)
 
     def merge(self, *others: StoreReader, path: str | os.PathLike[str] | None = None) -> Self:
         """Write the rows of this store and of others to a new one, in order; see :mod:`tdcache.store.repack`."""

@@ -68,9 +68,7 @@ class RemotePath:
         """
         found = self._asked(lambda system, path: system.size(path))
         if type(found) is not int:
-            raise StoreError(
-                f"{self} has no size that the server would tell, so it cannot be read by ranges", path=self
-            )
+            raise StoreError(f"{self}: the server does not tell its size, so it cannot be read by ranges", path=self)
         return found
 
     def read_bounded(self, most: int) -> bytes:
@@ -94,6 +92,7 @@ class RemotePath:
         """
 
         def find(system: Any, path: str) -> dict[str, int]:
+            system.invalidate_cache()
             with suppress(FileNotFoundError):
                 entries = system.find(path, detail=True)
                 return {name[len(path) :].lstrip("/"): int(entry["size"] or 0) for name, entry in entries.items()}

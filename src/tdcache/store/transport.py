@@ -42,7 +42,7 @@ class SentBatch(dict[str, Tensor]):
 
 
 @dataclass(slots=True)
-class _Memory:
+class _BatchMemory:
     """The pieces of memory of one process; there are as many as batches were under way at a time."""
 
     process: int
@@ -65,13 +65,13 @@ class _Memory:
         return f"/proc/{self.process}/fd/{piece}"
 
 
-_own: list[_Memory] = []
+_own: list[_BatchMemory] = []
 
 
-def _memory() -> _Memory:
+def _memory() -> _BatchMemory:
     """This process's; of a fork another one than its parent's."""
     if not _own or _own[0].process != os.getpid():
-        _own[:] = [_Memory(os.getpid())]
+        _own[:] = [_BatchMemory(os.getpid())]
     return _own[0]
 
 
