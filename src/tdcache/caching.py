@@ -178,12 +178,12 @@ class ActivationCaching(HookingContextFactory):
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context: HookingContextWithCache = module.hooking_context
         root = module.model if self._relative else module
-        find = partial(context.select, root=root)
         options: Any = {"match": self._match, "allow_empty": self._allow_empty}
-        selection = Selection((), selector=self._key_pattern, model_name=type(module.model).__name__)
-        if self._modules is not None:
-            selection = find(self._modules, matcher=self._matcher, **options)
-        places = call_places(find, self._calls, **options)
+        if self._modules is None:
+            selection = Selection((), selector=self._key_pattern, model_name=type(module.model).__name__)
+        else:
+            selection = context.select(self._modules, root=root, matcher=self._matcher, **options)
+        places = call_places(partial(context.select, root=root), self._calls, **options) if self._calls else ()
         recorder = self._capture.recorder(context.cache, selection, places)
         handle = MultiHookHandle()
         with handle.installing():

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from tdcache.errors import CaptureError
-from tdcache.introspect import shares_memory
+from tdcache.inplace import shares_memory
 from tdcache.types import Hold, Index
 
-__all__ = ["Keep", "Transfers"]
+__all__ = ["Keep", "Transfers", "detach_all"]
 
 
 class Transfers:
@@ -98,3 +99,26 @@ class Keep:
     @staticmethod
     def _copied(kept: Tensor, *, of: Tensor) -> Tensor:
         return kept.clone() if shares_memory(kept, of) else kept
+
+
+def detach_all(values: dict[Any, Any]) -> list[Any]:
+    """Let go of the graphs of ``values``, by detaching in place those that require grad.
+
+    Returns:
+        The keys of the leaves among those: parameters and inputs, which the optimiser or the user writes to.
+    """
+    needing = list(map(_requires_grad, values.values()))
+    if True not in needing:
+        return []
+    leaves = []
+    if any(map(_is_leaf, values.values())):
+        leaves = [key for key, value in values.items() if value.requires_grad and value.is_leaf]
+    if False not in needing:
+        values.update(zip(values, map(Tensor.detach, values.values()), strict=True))
+    else:
+        values.update({key: value.detach() for key, value in values.items() if value.requires_grad})
+    return leaves
+
+
+_requires_grad = attrgetter("requires_grad")
+_is_leaf = attrgetter("is_leaf")

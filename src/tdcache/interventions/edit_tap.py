@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tdcache.current_call import CurrentCall
 from tdcache.function_calls.names import DERIVED
 from tdcache.function_calls.sites import CallSite
-from tdcache.hooks.attach import MultiHookHandle, Order, attach
+from tdcache.hooks.attach import attach
 from tdcache.hooks.port import Port
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.values import check_fits
 from tdcache.regions import Region
 

@@ -14,9 +14,10 @@ from torch import nn
 
 from tdcache.current_call import CurrentCall
 from tdcache.errors import ContextError, StopForward, UnfiredSiteWarning, listed, warn_user
-from tdcache.hooks.attach import MultiHookHandle, Order, attach
+from tdcache.hooks.attach import attach
 from tdcache.hooks.compiled import running_eagerly
 from tdcache.hooks.directions import direction_row
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.replaced_forward import skip_module
 from tdcache.introspect import why_not_called
 from tdcache.modules.directed_verbs import DirectedForms

@@ -12,10 +12,11 @@ from tdcache.errors import DirectionError, TdcacheWarning, warn_user
 from tdcache.function_calls.places import CallPlace, CallTaps, refuse_direction
 from tdcache.function_calls.roles import Use
 from tdcache.function_calls.sites import CallPattern, CallSite, is_call
-from tdcache.hooks.attach import MultiHookHandle, Order, attach
+from tdcache.hooks.attach import attach
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.factory import HookFactory, check_callback
 from tdcache.hooks.port import Port
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.introspect import has_stale_graph
 from tdcache.modules.directed_verbs import DirectedForms
 from tdcache.modules.run import HookedModuleRun
