@@ -5,6 +5,7 @@ Nothing is found out here, and no name is proved here: a table is data, which :f
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +18,10 @@ from torch import nn
 
 from tdcache.errors import CanonicalNameError, SelectionError, listed
 from tdcache.paths import near_misses
-from tdcache.types import Pick
+from tdcache.selection import Matcher, PathPattern, Selection, Site, as_matcher, patterns_of, walk, wrapped
+from tdcache.types import Match, Pick, Selector
 
-__all__ = ["NamedPlace", "Names", "Proof", "ProvedIdentity", "ResidualStream", "Side"]
+__all__ = ["NamedPlace", "Names", "Proof", "ProvedIdentity", "ResidualStream", "Side", "select_names", "structure_of"]
 
 Side = Literal["fwd", "fwd_pre"]
 """Which side of a place a name means: what is returned, or what is given."""
@@ -165,6 +167,7 @@ class Names(Mapping[str, NamedPlace]):
         proof: what was checked; None where nothing was.
         style: whose spelling the names have; None for the canonical one.
         model: the model whose places these are.
+        made_for: in its place, the name of its class and its structure, as another table has them.
 
     Example:
         >>> table = Names({"embed": "wte", "blocks.0.mlp.out": NamedPlace(path="h.0.mlp")})
@@ -172,7 +175,7 @@ class Names(Mapping[str, NamedPlace]):
         'h.0.mlp'
     """
 
-    __slots__ = ("__weakref__", "_model", "_places", "model_name", "proof", "refused", "streams", "style")
+    __slots__ = ("__weakref__", "_model", "_places", "_structure", "model_name", "proof", "refused", "streams", "style")
 
     def __init__(
         self,
@@ -183,6 +186,7 @@ class Names(Mapping[str, NamedPlace]):
         proof: Proof | None = None,
         style: str | None = None,
         model: nn.Module | None = None,
+        made_for: tuple[str, str] = ("", ""),
     ) -> None:
         self._places = {name: _as_place(name, place) for name, place in places.items()}
         self.refused: Mapping[str, str] = MappingProxyType(dict(refused or {}))
@@ -194,8 +198,7 @@ class Names(Mapping[str, NamedPlace]):
         self.style = style
         """Whose spelling the names have; None for the canonical one."""
         self._model = None if model is None else weakref.ref(model)
-        self.model_name = "" if model is None else type(model).__name__
-        """The class of the model."""
+        self.model_name, self._structure = made_for if model is None else (type(model).__name__, structure_of(model))
 
     def __getitem__(self, name: str) -> NamedPlace:
         """The place of a name.
@@ -230,13 +233,50 @@ class Names(Mapping[str, NamedPlace]):
         return self.style == other.style and self._places == other._places
 
     def __reduce__(self) -> Any:
-        parts = (self._places, dict(self.refused), dict(self.streams), self.proof, self.style, self.model_name)
+        parts = (self._places, dict(self.refused), dict(self.streams), self.proof, self.style, self.made_for)
         return _unpickled, parts
+
+    @property
+    def made_for(self) -> tuple[str, str]:
+        """The class of the model, and what its structure comes to: models that agree in both have the same places."""
+        return self.model_name, self._structure
 
     @property
     def model(self) -> nn.Module | None:
         """The model whose places these are; None where it is gone, or was never given."""
         return None if self._model is None else self._model()
+
+    def root_in(self, model: nn.Module) -> nn.Module:
+        """The module that the paths of the table are relative to, where ``model`` is to be hooked.
+
+        That is ``model``, or what it wraps (``torch.compile``, ``DistributedDataParallel``, an adapter), or what wraps
+        it; or another model of the same structure.
+
+        Raises:
+            CanonicalNameError: the table was made for another model.
+        """
+        own = self.model
+        if own is model:
+            return model
+        if own is not None and (_holds(model, own) or _holds(own, model)):
+            return own
+        inner: nn.Module | None = model
+        while inner is not None:
+            if self._fits(inner):
+                return inner
+            inner = wrapped(inner)
+        what, other = self.model_name or "other modules", type(model).__name__
+        how = "another one: modules, shapes or numbers of heads differ" if what == other else other
+        raise CanonicalNameError(
+            f"these names were made for {what}, and this is {how}; make its own with tdcache.names(model)",
+            selector=self,
+        )
+
+    def _fits(self, model: nn.Module) -> bool:
+        if self._structure:
+            return self._structure == structure_of(model)
+        there = {"", *(path for path, _ in walk(model))}
+        return all(place.path.partition("::")[0] in there for place in self._places.values())
 
     def stream(self, prefix: str = "") -> ResidualStream:
         """What is known of the residual stream whose names begin with ``prefix``.
@@ -253,6 +293,43 @@ class Names(Mapping[str, NamedPlace]):
                 near=tuple(self.streams),
             )
         return self.streams[prefix]
+
+    def in_block(self, role: str, layer: int) -> str:
+        """The name of a role in one block: ``("attn.pattern", 3)`` gives ``"blocks.3.attn.pattern"``.
+
+        Negative layers count from the last block. Where no name is exactly that, the one that ends with the role is
+        meant, if there is one alone: ``("pattern", 3)`` may be ``"blocks.3.attn.hook_pattern"``.
+
+        Raises:
+            CanonicalNameError: there is no such block or name, or several.
+        """
+        numbers: dict[str, int] = {}
+        for name in (*self, *self.refused):
+            prefix, found, rest = name.partition("blocks.")
+            number = rest.partition(".")[0]
+            if found and number.isdecimal():
+                numbers[prefix] = max(numbers.get(prefix, 0), int(number) + 1)
+        prefix = next((each for each in sorted(numbers, key=len, reverse=True) if role.startswith(each)), "")
+        count = numbers.get(prefix, 0)
+        if not -count <= layer < count:
+            raise CanonicalNameError(
+                f"({role!r}, {layer}) means nothing in {self.model_name or 'this model'}, which has {count} blocks",
+                selector=role,
+            )
+        block, role = f"{prefix}blocks.{layer % count}.", role.removeprefix(prefix)
+        if block + role in self or block + role in self.refused:
+            return self[block + role].name
+        spelled = {name: name.removeprefix(block).replace("hook_", "") for name in self if name.startswith(block)}
+        near = [name for name, part in spelled.items() if part == role] or [
+            name for name, part in spelled.items() if part.endswith(f".{role}")
+        ]
+        if len(near) == 1:
+            return near[0]
+        if near:
+            raise CanonicalNameError(
+                f"({role!r}, {layer}) may be {listed(near)}; give the whole name", selector=role, near=tuple(near)
+            )
+        raise self.error(block + role)
 
     def error(self, name: object) -> CanonicalNameError:
         """What is raised for a name that is not in the table: the reason where it is refused, else the nearest."""
@@ -289,6 +366,62 @@ class Names(Mapping[str, NamedPlace]):
         return ["refused:", *_refusal_rows(self.refused)] if self.refused else []
 
 
+def _holds(model: nn.Module, other: nn.Module) -> bool:
+    return any(module is other for module in model.modules())
+
+
+def select_names(
+    names: Names, root: nn.Module, matcher: Matcher, selector: Selector, *, match: Match, allow_empty: bool
+) -> Selection:
+    """The names that a selector means, as sites: their path is the name, their module the one at the place.
+
+    Args:
+        names: the table.
+        root: what its paths are relative to.
+        matcher: what was made of ``selector``; a predicate gets the name and the module at the place.
+        selector: for messages.
+        match: how patterns are held against names, for messages.
+        allow_empty: a selector that means no name is no error.
+
+    Raises:
+        CanonicalNameError: a pattern means no name, or only refused ones, whose reasons are in the message.
+    """
+    modules = {"": root, **dict(walk(root))}
+    find = matcher.finder() if isinstance(matcher, PathPattern) and not matcher.pattern.groupindex else None
+    sites = []
+    for name, place in names.items():
+        if find is not None and find(name) is None:
+            continue
+        module = modules[place.path.partition("::")[0]]
+        groups = {} if find is not None else matcher(name, module)
+        if groups is not None:
+            sites.append(Site(name, module, groups))
+    if not allow_empty:
+        _refuse_unmatched(names, sites, selector, match)
+    return Selection(sites, selector=selector, model_name=type(root).__name__)
+
+
+def _refuse_unmatched(names: Names, sites: list[Site], selector: Selector, match: Match) -> None:
+    found = [site.path for site in sites]
+    for pattern in patterns_of(selector):
+        matcher = as_matcher(pattern, match)
+        refused = [name for name in names.refused if matcher(name, _NO_MODULE) is not None]
+        if refused and not any(matcher(name, _NO_MODULE) is not None for name in found):
+            raise names.error(refused[0])
+    if not found:
+        patterns = patterns_of(selector)
+        near = tuple(dict.fromkeys(name for pattern in patterns for name in near_misses(pattern, list(names))))
+        what = f"pattern {patterns[0]!r}" if len(patterns) == 1 else f"selector {selector!r}"
+        hint = f"; did you mean {listed(near, 3)}?" if near else "; print(table) shows the names that there are"
+        raise CanonicalNameError(
+            f"{what} matches none of the {len(names)} names of {names.model_name or 'this model'}{hint}",
+            selector=selector,
+            near=near,
+        )
+
+
+_NO_MODULE = nn.Module()
+
 _HEAD = ("name", "place", "axes", "note")
 
 
@@ -305,11 +438,25 @@ def _as_place(name: str, place: object) -> NamedPlace:
 
 
 def _unpickled(
-    places: Any, refused: Any, streams: Any, proof: Proof | None, style: str | None, model_name: str
+    places: Any,
+    refused: Any,
+    streams: Any,
+    proof: Proof | None,
+    style: str | None,
+    made_for: tuple[str, str],
 ) -> Names:
-    table = Names(places, refused=refused, streams=streams, proof=proof, style=style)
-    table.model_name = model_name
-    return table
+    return Names(places, refused=refused, streams=streams, proof=proof, style=style, made_for=made_for)
+
+
+def structure_of(model: nn.Module) -> str:
+    """What two models have in common that one table fits: paths, classes, shapes of parameters, numbers of heads."""
+    lines = [type(model).__qualname__]
+    for path, module in walk(model):
+        shapes = [tuple(each.shape) for each in module.parameters(recurse=False)]
+        lines.append(f"{path} {type(module).__qualname__} {shapes}")
+    config = getattr(getattr(model, "config", None), "__dict__", {})
+    lines += [f"{key}={config[key]}" for key in sorted(config) if "head" in key and isinstance(config[key], int)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _rows(places: Mapping[str, NamedPlace]) -> list[tuple[str, ...]]:

@@ -10,7 +10,7 @@ from architecture.source_tree import PACKAGE, Source, imports_of, package_source
 FLOORS = (
     ("errors", "types"),
     ("arguments", "inplace", "masks", "named_places", "paths", "regions", "selection", "tokens"),
-    ("current_call", "function_calls", "hooks", "introspect", "sequences", "steps", "transforms"),
+    ("current_call", "function_calls", "hooks", "introspect", "sequences", "stand_ins", "steps", "transforms"),
     ("reducers", "cache", "store"),
     ("modules", "contexts", "points"),
     ("caching", "naming", "pipeline", "interventions", "attribution"),
@@ -23,6 +23,10 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 NEIGHBOURS = {
     ("types", "errors"),
     ("named_places", "paths"),
+    ("named_places", "selection"),
+    ("stand_ins", "current_call"),
+    ("stand_ins", "function_calls"),
+    ("stand_ins", "hooks"),
     ("selection", "paths"),
     ("hooks", "introspect"),
     ("steps", "introspect"),

@@ -17,7 +17,9 @@ from tdcache.hooks.attach import register_hook_to_module
 from tdcache.hooks.compiled import refuse_scripted
 from tdcache.modules.call import ModelCall, entries_of, holds_entries, init_module
 from tdcache.modules.verbs import ModuleVerbs
+from tdcache.named_places import Names
 from tdcache.paths import resolve, resolve_all
+from tdcache.stand_ins import place_at
 from tdcache.types import CacheKey, HookDirection, Removable
 
 __all__ = ["HookedModule", "OwningContext"]
@@ -28,6 +30,7 @@ class OwningContext(Protocol):
 
     _in_context: bool
     model: nn.Module
+    names: Names | None
 
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call of the hooked module."""
@@ -173,6 +176,9 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
         context = self._hooking_context
         if context is not None and not context._in_context:
             raise ContextError("this hooked module's context is closed; enter it again before adding hooks through it")
+        names = None if context is None else context.names
+        if names is not None and (key in names or key in names.refused):
+            return place_at(names, self.model, key)
         path, module = resolve_all(self.model if relative else self, key)
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             warnings.warn(
