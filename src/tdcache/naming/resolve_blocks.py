@@ -9,17 +9,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tdcache.naming.trace import ModuleCall, Trace, Value
-from tdcache.naming.trace_attention import Attention, attentions
-from tdcache.naming.trace_flow import ADD, Flow, Step, operands
+from tdcache.naming.gradients import gradient_of
+from tdcache.naming.trace import ForwardTrace, ModuleRun, TracedValue
+from tdcache.naming.trace_attention import AttentionCall, attentions
+from tdcache.naming.trace_flow import ADD, DataFlow, StreamStep, operands
 
-__all__ = ["Block", "Stack", "Term", "find_stacks", "reached"]
+__all__ = ["BlockStack", "StreamTerm", "TracedBlock", "find_stacks", "mixed_axes", "reached"]
 
 Kind = Literal["attn", "cross_attn", "mlp", "mixer"]
 
 
 @dataclass(slots=True, eq=False)
-class Term:
+class StreamTerm:
     """What one sublayer adds to the stream.
 
     Attributes:
@@ -32,54 +33,54 @@ class Term:
         axes: of the stream's axes, those along which positions are mixed.
     """
 
-    value: Value
+    value: TracedValue
     kind: Kind
     step: int
-    reads: Value
-    attention: tuple[Attention, ...] = ()
+    reads: TracedValue
+    attention: tuple[AttentionCall, ...] = ()
     axes: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True, eq=False)
-class Block:
+class TracedBlock:
     """One call of a block."""
 
-    call: ModuleCall
-    given: Value
+    call: ModuleRun
+    given: TracedValue
     """The stream as the block is given it."""
-    steps: list[Step]
+    steps: list[StreamStep]
     """The steps to what it returns; empty where there is no way by additions, norms and constants."""
-    terms: list[Term] = field(default_factory=list)
+    terms: list[StreamTerm] = field(default_factory=list)
     fault: str = ""
     """Why nothing is known of the block, if nothing is."""
 
     @property
-    def stream(self) -> list[Value]:
+    def stream(self) -> list[TracedValue]:
         """The values of the stream, from the block's input to its output."""
         return [self.given, *(step.value for step in self.steps)]
 
     @property
-    def made(self) -> Value:
+    def made(self) -> TracedValue:
         """What the block returns."""
         return self.stream[-1]
 
 
 @dataclass(slots=True, eq=False)
-class Stack:
+class BlockStack:
     """Blocks that run one after the other on one stream."""
 
     path: str
-    blocks: list[Block]
+    blocks: list[TracedBlock]
     prefix: str = ""
 
 
-def find_stacks(trace: Trace, flow: Flow) -> list[Stack]:
+def find_stacks(trace: ForwardTrace, flow: DataFlow) -> list[BlockStack]:
     """The stacks of a forward, in the order in which they run.
 
     A stack is a container whose children are called and each add something to a stream. Of containers in containers
     the outermost counts whose children all do.
     """
-    found: list[Stack] = []
+    found: list[BlockStack] = []
     everything = attentions(trace)
     for path, module in trace.model.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict) or _inside(path, found):
@@ -93,11 +94,11 @@ def find_stacks(trace: Trace, flow: Flow) -> list[Stack]:
     return sorted(found, key=lambda stack: stack.blocks[0].call.begin)
 
 
-def _inside(path: str, found: Sequence[Stack]) -> bool:
+def _inside(path: str, found: Sequence[BlockStack]) -> bool:
     return any(path.startswith(stack.path + ".") for stack in found)
 
 
-def _stack_of(path: str, module: nn.Module, trace: Trace, flow: Flow) -> Stack | None:
+def _stack_of(path: str, module: nn.Module, trace: ForwardTrace, flow: DataFlow) -> BlockStack | None:
     paths = {f"{path}.{name}" if path else name for name, _ in module.named_children()}
     calls = sorted((call for call in trace.calls if call.path in paths), key=lambda call: call.begin)
     blocks = [_block_of(call, flow) for call in calls]
@@ -108,36 +109,36 @@ def _stack_of(path: str, module: nn.Module, trace: Trace, flow: Flow) -> Stack |
     if missing and (len(good) < 2 or len(missing) >= len(good) or _nested(missing, trace)):
         return None
     kept = [block or _broken(call) for call, block in zip(calls, blocks, strict=True)]
-    return Stack(path, [block for block in kept if block is not None])
+    return BlockStack(path, [block for block in kept if block is not None])
 
 
-def _nested(missing: Sequence[ModuleCall], trace: Trace) -> bool:
+def _nested(missing: Sequence[ModuleRun], trace: ForwardTrace) -> bool:
     """Whether what has no stream itself is a container of blocks."""
     inner = [each for call in missing for each in call.module.modules() if each is not call.module]
     return any(isinstance(each, nn.ModuleList) and len(each) > 1 for each in inner) and len(missing) > 1
 
 
-def _block_of(call: ModuleCall, flow: Flow) -> Block | None:
+def _block_of(call: ModuleRun, flow: DataFlow) -> TracedBlock | None:
     for _, made in call.made:
         for _, given in call.given:
             if given is not made and given.shape == made.shape and given.data.is_floating_point():
                 steps = flow.stream(given, made)
                 if steps:
-                    return Block(call, given, steps)
+                    return TracedBlock(call, given, steps)
     return None
 
 
-def _broken(call: ModuleCall) -> Block | None:
+def _broken(call: ModuleRun) -> TracedBlock | None:
     shapes = {given.shape: given for _, given in reversed(call.given) if given.data.is_floating_point()}
     for _, made in call.made:
         if made.shape in shapes:
-            steps = [Step("scale", made)]
+            steps = [StreamStep("scale", made)]
             fault = "what the block returns does not come from its input by additions, norms and constant factors"
-            return Block(call, shapes[made.shape], steps, fault=fault)
+            return TracedBlock(call, shapes[made.shape], steps, fault=fault)
     return None
 
 
-def _fill(block: Block, flow: Flow, everything: Sequence[Attention]) -> None:
+def _fill(block: TracedBlock, flow: DataFlow, everything: Sequence[AttentionCall]) -> None:
     """Find the terms of a block."""
     if block.fault:
         return
@@ -151,14 +152,16 @@ def _fill(block: Block, flow: Flow, everything: Sequence[Attention]) -> None:
         ]
 
 
-def _split(value: Value, cuts: list[Value], flow: Flow, mine: Sequence[Attention]) -> list[Value]:
+def _split(
+    value: TracedValue, cuts: list[TracedValue], flow: DataFlow, mine: Sequence[AttentionCall]
+) -> list[TracedValue]:
     """The parts of a term that is a sum of an attention and something that is none; else the term."""
     for each, scaled in flow.before_scale(value):
         if scaled or each.op is None or flow.norm_input(each) is not None:
             break
-        if each.op is not None and each.op.name in ADD and each.data.numel() == value.data.numel():
+        if each.op.name in ADD and each.data.numel() == value.data.numel():
             pair = operands(each.op)
-            parts = [part for part in pair or () if isinstance(part, Value) and part.shape == each.shape]
+            parts = [part for part in pair or () if isinstance(part, TracedValue) and part.shape == each.shape]
             if len(parts) == 2 and all(flow.depends(part, cuts) for part in parts):
                 mixing = [_reads_attention(part, cuts, flow, mine) for part in parts]
                 if mixing[0] != mixing[1]:
@@ -167,12 +170,16 @@ def _split(value: Value, cuts: list[Value], flow: Flow, mine: Sequence[Attention
     return [value]
 
 
-def _reads_attention(value: Value, cuts: list[Value], flow: Flow, mine: Sequence[Attention]) -> bool:
+def _reads_attention(
+    value: TracedValue, cuts: list[TracedValue], flow: DataFlow, mine: Sequence[AttentionCall]
+) -> bool:
     ops = set(flow.between(value, cuts)[0])
     return any(each.op in ops for each in mine)
 
 
-def _term(value: Value, at: int, cuts: list[Value], flow: Flow, mine: Sequence[Attention]) -> Term | None:
+def _term(
+    value: TracedValue, at: int, cuts: list[TracedValue], flow: DataFlow, mine: Sequence[AttentionCall]
+) -> StreamTerm | None:
     ops, read = flow.between(value, cuts)
     if not read:
         return None
@@ -188,10 +195,10 @@ def _term(value: Value, at: int, cuts: list[Value], flow: Flow, mine: Sequence[A
         kind = "attn"
     elif axes:
         kind = "mixer"
-    return Term(value, kind, at, latest, attention, axes)
+    return StreamTerm(value, kind, at, latest, attention, axes)
 
 
-def mixed_axes(value: Value, source: Value) -> frozenset[int]:
+def mixed_axes(value: TracedValue, source: TracedValue) -> frozenset[int]:
     """The axes of ``source`` along which one position of ``value`` depends on others, by gradient."""
     touched = reached(value, source)
     if touched is None:
@@ -206,7 +213,7 @@ def mixed_axes(value: Value, source: Value) -> frozenset[int]:
     return frozenset(axes)
 
 
-def reached(value: Value, source: Value) -> Tensor | None:
+def reached(value: TracedValue, source: TracedValue) -> Tensor | None:
     """Which positions of ``source`` the gradient of one position of ``value`` reaches; None if there is no graph.
 
     Positions are all axes but the last. The one in question is the second half's first along each axis.
@@ -218,7 +225,7 @@ def reached(value: Value, source: Value) -> Tensor | None:
         source.shape[-1], generator=torch.Generator().manual_seed(0), dtype=value.data.dtype
     ).to(start.device)
     start = start.reshape(value.shape)
-    (gradient,) = torch.autograd.grad((value.edge,), (source.edge,), (start,), retain_graph=True, allow_unused=True)
+    gradient = gradient_of(value.edge, source.edge, start)
     if gradient is None:
         return None
     size = gradient.abs().amax(-1)

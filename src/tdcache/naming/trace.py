@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from tdcache.function_calls.names import call_name
-from tdcache.hooks.attach import MultiHookHandle
+from tdcache.hooks.attach import MultiHookHandle, Order, attach
 from tdcache.hooks.values import leaves
 
-__all__ = ["ModuleCall", "Op", "Trace", "Value", "call_model", "trace"]
+__all__ = ["ForwardTrace", "ModuleRun", "TracedOp", "TracedValue", "call_model", "trace"]
 
 
 @dataclass(eq=False, slots=True, repr=False)
-class Value:
+class TracedValue:
     """A tensor at one moment of the forward."""
 
     tensor: Tensor
@@ -32,13 +32,13 @@ class Value:
     """A copy of its numbers."""
     edge: GradientEdge | None
     """Where a gradient of it can be asked for or started; None if it has no graph."""
-    op: Op | None = None
+    op: TracedOp | None = None
     """The call that made it; None for parameters, buffers and inputs."""
-    outputs: list[tuple[ModuleCall, tuple[int | str, ...]]] = field(default_factory=list)
+    outputs: list[tuple[ModuleRun, tuple[int | str, ...]]] = field(default_factory=list)
     """The module calls that returned it, innermost first, with the steps that lead to it in what they returned."""
-    inputs: list[tuple[ModuleCall, tuple[int | str, ...]]] = field(default_factory=list)
+    inputs: list[tuple[ModuleRun, tuple[int | str, ...]]] = field(default_factory=list)
     """The module calls that were given it."""
-    users: list[Op] = field(default_factory=list)
+    users: list[TracedOp] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,7 +47,7 @@ class Value:
 
 
 @dataclass(eq=False, slots=True, repr=False)
-class Op:
+class TracedOp:
     """One call of a torch function."""
 
     name: str
@@ -60,24 +60,24 @@ class Op:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     time: int
-    given: tuple[Value, ...] = ()
-    made: tuple[Value, ...] = ()
+    given: tuple[TracedValue, ...] = ()
+    made: tuple[TracedValue, ...] = ()
     steps: tuple[tuple[int | str, ...], ...] = ()
     """Of what was returned, the steps that lead to each tensor in it."""
 
 
 @dataclass(eq=False, slots=True, repr=False)
-class ModuleCall:
+class ModuleRun:
     """One call of a module."""
 
     path: str
     module: nn.Module
     ordinal: int
-    parent: ModuleCall | None
+    parent: ModuleRun | None
     begin: int
     end: int = 0
-    given: tuple[tuple[tuple[int | str, ...], Value], ...] = ()
-    made: tuple[tuple[tuple[int | str, ...], Value], ...] = ()
+    given: tuple[tuple[tuple[int | str, ...], TracedValue], ...] = ()
+    made: tuple[tuple[tuple[int | str, ...], TracedValue], ...] = ()
     counts: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -85,39 +85,39 @@ class ModuleCall:
         """How many calls it runs inside of."""
         return 0 if self.parent is None else self.parent.depth + 1
 
-    def holds(self, other: ModuleCall) -> bool:
+    def holds(self, other: ModuleRun) -> bool:
         """Whether ``other`` ran during this call."""
         return self.begin < other.begin and other.end <= self.end
 
 
 @dataclass(eq=False, slots=True)
-class Trace:
+class ForwardTrace:
     """What one forward did, in order."""
 
     model: nn.Module
-    ops: list[Op]
-    calls: list[ModuleCall]
+    ops: list[TracedOp]
+    calls: list[ModuleRun]
     result: Any
-    given: dict[str, Value]
+    given: dict[str, TracedValue]
     """The tensors that the model was called with, by name."""
-    made: dict[tuple[int | str, ...], Value]
+    made: dict[tuple[int | str, ...], TracedValue]
     """The tensors that it returned."""
 
-    def of_path(self, path: str) -> list[ModuleCall]:
+    def of_path(self, path: str) -> list[ModuleRun]:
         """The calls of one module."""
         return [call for call in self.calls if call.path == path]
 
 
-class _Recorder(TorchFunctionMode):
+class _TraceRecorder(TorchFunctionMode):
     """Sees every torch function; its hooks tell it which module is running."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.values: dict[tuple[int, int], Value] = {}
+        self.values: dict[tuple[int, int], TracedValue] = {}
         self.aliases: dict[int, list[Tensor]] = {}
-        self.ops: list[Op] = []
-        self.calls: list[ModuleCall] = []
-        self.stack: list[ModuleCall] = []
+        self.ops: list[TracedOp] = []
+        self.calls: list[ModuleRun] = []
+        self.stack: list[ModuleRun] = []
         self.runs: dict[str, int] = {}
         self.busy = False
 
@@ -127,10 +127,10 @@ class _Recorder(TorchFunctionMode):
         if self.busy or (name is None and getattr(func, "__name__", "") != "__get__"):
             return func(*args, **kwargs)
         given = [tensor for _, tensor in leaves((args, kwargs))]
-        before = [(tensor, tensor._version) for tensor in given]  # noqa: SLF001
+        before = [(tensor, tensor._version) for tensor in given]
         known = {id(tensor): self.value(tensor) for tensor in given}
         made = func(*args, **kwargs)
-        changed = [tensor for tensor, version in before if tensor._version != version]  # noqa: SLF001
+        changed = [tensor for tensor, version in before if tensor._version != version]
         returned = list(leaves(made))
         outputs = [tensor for _, tensor in returned]
         if outputs or changed:
@@ -139,21 +139,21 @@ class _Recorder(TorchFunctionMode):
             self.produced(self.ops[-1], [*outputs, *changed], [alias for each in changed for alias in self.near(each)])
         return made
 
-    def note(self, name: str, args: Any, kwargs: Any, given: tuple[Value, ...]) -> None:
+    def note(self, name: str, args: Any, kwargs: Any, given: tuple[TracedValue, ...]) -> None:
         top = self.stack[-1] if self.stack else None
         counts = {} if top is None else top.counts
         ordinal = counts.get(name, 0)
         counts[name] = ordinal + 1
         path, call = ("", 0) if top is None else (top.path, top.ordinal)
-        op = Op(name, path, call, ordinal, args, kwargs, self.now(), given)
+        op = TracedOp(name, path, call, ordinal, args, kwargs, self.now(), given)
         self.ops.append(op)
         for value in given:
             value.users.append(op)
 
-    def produced(self, op: Op, outputs: list[Tensor], aliases: list[Tensor]) -> None:
+    def produced(self, op: TracedOp, outputs: list[Tensor], aliases: list[Tensor]) -> None:
         made = []
         for tensor in (*outputs, *aliases):
-            if (id(tensor), tensor._version) not in self.values:  # noqa: SLF001
+            if (id(tensor), tensor._version) not in self.values:
                 value = self.value(tensor)
                 value.op = op
             made.append(self.value(tensor))
@@ -163,14 +163,14 @@ class _Recorder(TorchFunctionMode):
         """The tensors seen so far that share memory with this one."""
         return self.aliases.get(_storage(tensor), [])
 
-    def value(self, tensor: Tensor) -> Value:
-        key = (id(tensor), tensor._version)  # noqa: SLF001
+    def value(self, tensor: Tensor) -> TracedValue:
+        key = (id(tensor), tensor._version)
         found = self.values.get(key)
         if found is None:
             with torch.no_grad():
                 data = tensor.detach().clone()
             edge = get_gradient_edge(tensor) if tensor.requires_grad else None
-            found = self.values[key] = Value(tensor, data, edge)
+            found = self.values[key] = TracedValue(tensor, data, edge)
             self.aliases.setdefault(_storage(tensor), []).append(tensor)
         return found
 
@@ -182,7 +182,7 @@ class _Recorder(TorchFunctionMode):
         self.busy = True
         ordinal = self.runs.get(path, 0)
         self.runs[path] = ordinal + 1
-        call = ModuleCall(path, module, ordinal, self.stack[-1] if self.stack else None, self.now())
+        call = ModuleRun(path, module, ordinal, self.stack[-1] if self.stack else None, self.now())
         call.given = self.ports((*enumerate(args), *kwargs.items()))
         for steps, value in call.given:
             value.inputs.append((call, steps))
@@ -199,7 +199,7 @@ class _Recorder(TorchFunctionMode):
             value.outputs.append((call, steps))
         self.busy = False
 
-    def ports(self, parts: Any) -> tuple[tuple[tuple[int | str, ...], Value], ...]:
+    def ports(self, parts: Any) -> tuple[tuple[tuple[int | str, ...], TracedValue], ...]:
         found = ((steps, tensor) for name, part in parts for steps, tensor in leaves(part, (name,)))
         return tuple((steps, self.value(tensor)) for steps, tensor in found)
 
@@ -211,7 +211,7 @@ def _storage(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def _swapped(value: Any, known: Mapping[int, Value]) -> Any:
+def _swapped(value: Any, known: Mapping[int, TracedValue]) -> Any:
     """The arguments with the record's values in place of tensors."""
     if isinstance(value, Tensor):
         return known.get(id(value))
@@ -223,28 +223,30 @@ def _swapped(value: Any, known: Mapping[int, Value]) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class _Enter:
-    recorder: _Recorder
+class _EnterCall:
+    recorder: _TraceRecorder
     path: str
+    order: ClassVar[int] = Order.CAPTURE
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.recorder.enter(self.path, module, args, kwargs)
 
 
 @dataclass(frozen=True, slots=True)
-class _Leave:
-    recorder: _Recorder
+class _LeaveCall:
+    recorder: _TraceRecorder
+    order: ClassVar[int] = Order.CAPTURE
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.recorder.leave(output)
 
 
-def _hooks(model: nn.Module, recorder: _Recorder) -> Iterator[Any]:
+def _hooks(model: nn.Module, recorder: _TraceRecorder) -> Iterator[Any]:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        yield module.register_forward_pre_hook(_Enter(recorder, path), with_kwargs=True)
-        yield module.register_forward_hook(_Leave(recorder))
+        yield attach(module, _EnterCall(recorder, path), "fwd_pre_kwargs", order=Order.CAPTURE)
+        yield attach(module, _LeaveCall(recorder), "fwd", order=Order.CAPTURE)
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -254,7 +256,7 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
-def trace(model: nn.Module, inputs: Any) -> Trace:
+def trace(model: nn.Module, inputs: Any) -> ForwardTrace:
     """Run ``model`` once, eagerly and with a graph, and take the forward down.
 
     Args:
@@ -263,9 +265,14 @@ def trace(model: nn.Module, inputs: Any) -> Trace:
 
     The record holds a copy of every value of the forward and its whole graph: it is meant for short inputs.
     """
-    recorder = _Recorder()
-    with MultiHookHandle(list(_hooks(model, recorder))), torch.enable_grad(), torch.random.fork_rng(devices=[]), recorder:
+    recorder = _TraceRecorder()
+    with (
+        MultiHookHandle(list(_hooks(model, recorder))),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=[]),
+        recorder,
+    ):
         result = call_model(model, inputs)
     root = recorder.calls[0]
     given = {".".join(map(str, steps)): value for steps, value in root.given}
-    return Trace(model, recorder.ops, recorder.calls, result, given, dict(root.made))
+    return ForwardTrace(model, recorder.ops, recorder.calls, result, given, dict(root.made))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tdcache.function_calls.attention_calls import PRODUCTS, SDPA, SOFTMAX
-from tdcache.naming.trace import Op, Trace, Value
+from tdcache.naming.trace import ForwardTrace, TracedOp, TracedValue
 from tdcache.naming.trace_flow import PASS, main_operand, sources
 
-__all__ = ["FUSED", "Attention", "attentions"]
+__all__ = ["AttentionCall", "FUSED", "attentions", "leads_to"]
 
 FUSED = "multi_head_attention_forward"
 """torch's own attention: one call from input to output, with no place inside that could be read."""
@@ -17,7 +17,7 @@ _ON_THE_WAY = PASS | {"getitem", "softmax", "mul", "masked_fill", "nan_to_num", 
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Attention:
+class AttentionCall:
     """One attention call.
 
     Attributes:
@@ -33,17 +33,17 @@ class Attention:
     path: str
     call: int
     ordinal: int
-    op: Op
-    query: Value | None
-    key: Value | None
-    value: Value | None
-    z: Value
+    op: TracedOp
+    query: TracedValue | None
+    key: TracedValue | None
+    value: TracedValue | None
+    z: TracedValue
     visible: bool = True
 
 
-def attentions(trace: Trace) -> list[Attention]:
+def attentions(trace: ForwardTrace) -> list[AttentionCall]:
     """Every attention call of a forward, in order."""
-    found: list[Attention] = []
+    found: list[AttentionCall] = []
     counts: dict[tuple[str, int], int] = {}
     for op in trace.ops:
         parts = _parts(op)
@@ -52,11 +52,11 @@ def attentions(trace: Trace) -> list[Attention]:
         at = (op.path, op.call)
         ordinal = counts.get(at, 0)
         counts[at] = ordinal + 1
-        found.append(Attention(*at, ordinal, op, *parts, op.made[0], visible=op.name != FUSED))
+        found.append(AttentionCall(*at, ordinal, op, *parts, op.made[0], visible=op.name != FUSED))
     return found
 
 
-def _parts(op: Op) -> tuple[Value | None, Value | None, Value | None] | None:
+def _parts(op: TracedOp) -> tuple[TracedValue | None, TracedValue | None, TracedValue | None] | None:
     """Query, key and value of the attention that ``op`` completes; None if it completes none."""
     if op.name == SDPA:
         named = [*op.args[:3], *(op.kwargs[name] for name in ("query", "key", "value") if name in op.kwargs)]
@@ -73,20 +73,20 @@ def _parts(op: Op) -> tuple[Value | None, Value | None, Value | None] | None:
     return None if query is None else (*query, factors[1])
 
 
-def _factors(op: Op) -> tuple[Value, Value] | None:
+def _factors(op: TracedOp) -> tuple[TracedValue, TracedValue] | None:
     """The two factors of a product over at least three axes."""
     if op.name == "einsum":
         factors = [each for each in op.given if each.data.dim() >= 3]
     elif op.name in PRODUCTS:
         places = PRODUCTS[op.name]
         given = [op.args[at] if at < len(op.args) else op.kwargs.get(keyword) for at, keyword in places]
-        factors = [each for each in given if isinstance(each, Value) and each.data.dim() >= 3]
+        factors = [each for each in given if isinstance(each, TracedValue) and each.data.dim() >= 3]
     else:
         return None
     return (factors[0], factors[1]) if len(factors) == 2 else None
 
 
-def _back_to(value: Value, name: str) -> Op | None:
+def _back_to(value: TracedValue, name: str) -> TracedOp | None:
     """The call of ``name`` that ``value`` comes from by changes of shape and dtype, dropout, cuts and masks."""
     for _ in range(12):
         op = value.op
@@ -99,7 +99,7 @@ def _back_to(value: Value, name: str) -> Op | None:
     return None
 
 
-def _product_before(value: Value) -> Op | None:
+def _product_before(value: TracedValue) -> TracedOp | None:
     """The product that scores come from, behind scale, mask, bias and cap."""
     todo, seen = [value], {value}
     for _ in range(80):
@@ -118,7 +118,7 @@ def _product_before(value: Value) -> Op | None:
     return None
 
 
-def leads_to(value: Value, end: Value) -> bool:
+def leads_to(value: TracedValue, end: TracedValue) -> bool:
     """Whether ``end`` was computed from ``value``."""
     todo, seen = [end], {end}
     while todo:

@@ -13,23 +13,34 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tdcache.naming.trace import ModuleCall, Op, Trace, Value
+from tdcache.naming.trace import ForwardTrace, ModuleRun, TracedOp, TracedValue
 
-__all__ = ["ADD", "LINEAR", "PASS", "SCALE", "Flow", "Step", "main_operand", "operands", "sources"]
+__all__ = [
+    "ADD",
+    "DataFlow",
+    "LINEAR",
+    "PASS",
+    "SCALE",
+    "StreamStep",
+    "constant",
+    "main_operand",
+    "operands",
+    "sources",
+]
 
 ADD = frozenset({"add", "add_", "iadd"})
 SCALE = frozenset({"mul", "mul_", "div", "div_", "imul"})
 LINEAR = frozenset({"linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "einsum", "conv1d", "conv2d", "grouped_mm"})
-PASS = frozenset(
-    "view reshape transpose permute contiguous clone to float double half bfloat16 type type_as dropout dropout1d "
-    "dropout2d feature_dropout squeeze unsqueeze flatten unflatten movedim get T mT view_as reshape_as expand "
-    "expand_as swapaxes roll".split()
-)
+_SHAPES = ("view", "reshape", "transpose", "permute", "contiguous", "clone", "squeeze", "unsqueeze", "flatten", "roll")
+_SHAPES2 = ("unflatten", "movedim", "view_as", "reshape_as", "expand", "expand_as", "swapaxes", "get")
+_DTYPES = ("to", "float", "double", "half", "bfloat16", "type", "type_as", "dropout", "dropout1d", "dropout2d")
+PASS = frozenset((*_SHAPES, *_SHAPES2, *_DTYPES))
+"""Calls that change shape or dtype alone; dropout is switched off."""
 NORM = frozenset({"layer_norm", "rms_norm"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Step:
+class StreamStep:
     """One step along the stream, from a block's input on.
 
     Attributes:
@@ -41,13 +52,13 @@ class Step:
     """
 
     kind: Literal["add", "norm", "scale"]
-    value: Value
-    term: Value | None = None
-    norm: ModuleCall | None = None
+    value: TracedValue
+    term: TracedValue | None = None
+    norm: ModuleRun | None = None
     factor: float = 1.0
 
 
-def operands(op: Op) -> tuple[Any, Any] | None:
+def operands(op: TracedOp) -> tuple[Any, Any] | None:
     """The two sides of an addition or product; None if it has other arguments that count."""
     args = [*op.args, *(op.kwargs[name] for name in ("input", "other") if name in op.kwargs)]
     if len(args) != 2 or op.kwargs.get("alpha", 1) != 1 or op.kwargs.get("rounding_mode") is not None:
@@ -55,10 +66,10 @@ def operands(op: Op) -> tuple[Any, Any] | None:
     return args[0], args[1]
 
 
-def main_operand(op: Op) -> Value | None:
+def main_operand(op: TracedOp) -> TracedValue | None:
     """What a change of shape or dtype is applied to."""
     first = op.args[0] if op.args else op.kwargs.get("input")
-    return first if isinstance(first, Value) else None
+    return first if isinstance(first, TracedValue) else None
 
 
 def constant(value: Any) -> float | None:
@@ -67,12 +78,12 @@ def constant(value: Any) -> float | None:
         return None
     if isinstance(value, int | float):
         return float(value)
-    if isinstance(value, Value) and value.data.numel() == 1 and value.data.is_floating_point():
+    if isinstance(value, TracedValue) and value.data.numel() == 1 and value.data.is_floating_point():
         return float(value.data)
     return None
 
 
-def sources(value: Value) -> tuple[Value, ...]:
+def sources(value: TracedValue) -> tuple[TracedValue, ...]:
     """What a value was computed from: the arguments of its call, or of the module that made it out of sight."""
     if value.op is not None:
         return value.op.given
@@ -82,28 +93,28 @@ def sources(value: Value) -> tuple[Value, ...]:
     return ()
 
 
-class Flow:
+class DataFlow:
     """The walks over one trace; norms are found by probing the modules of its model."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: ForwardTrace) -> None:
         self.trace = trace
         self._norms: dict[str, bool] = {}
 
-    def norm_call(self, value: Value) -> ModuleCall | None:
+    def norm_call(self, value: TracedValue) -> ModuleRun | None:
         """The call of a norm's module that made ``value``, or None."""
         for call, _ in value.outputs:
             if call.given and self.is_norm(call, value):
                 return call
         return None
 
-    def is_norm(self, call: ModuleCall, value: Value) -> bool:
+    def is_norm(self, call: ModuleRun, value: TracedValue) -> bool:
         """Whether the module that made ``value`` forgets the scale of its input, as a norm over units does."""
         found = self._norms.get(call.path)
         if found is None:
             found = self._norms[call.path] = _forgets_scale(call, value)
         return found
 
-    def norm_input(self, value: Value) -> tuple[Value, ModuleCall | None] | None:
+    def norm_input(self, value: TracedValue) -> tuple[TracedValue, ModuleRun | None] | None:
         """What a norm was applied to, if ``value`` is what a norm returned, and the call of its module."""
         call = self.norm_call(value)
         if call is not None:
@@ -113,11 +124,13 @@ class Flow:
             return None if given is None else (given, None)
         return None
 
-    def stream(self, source: Value, end: Value) -> list[Step] | None:
+    def stream(self, source: TracedValue, end: TracedValue) -> list[StreamStep] | None:
         """The steps along the stream from ``source`` to ``end``; None if there is no such way."""
         return self._stream(source, end, {})
 
-    def _stream(self, source: Value, end: Value, seen: dict[Value, list[Step] | None]) -> list[Step] | None:
+    def _stream(
+        self, source: TracedValue, end: TracedValue, seen: dict[TracedValue, list[StreamStep] | None]
+    ) -> list[StreamStep] | None:
         if end is source:
             return []
         if end not in seen:
@@ -125,13 +138,15 @@ class Flow:
             seen[end] = self._back(source, end, seen)
         return seen[end]
 
-    def _back(self, source: Value, end: Value, seen: dict[Value, list[Step] | None]) -> list[Step] | None:
+    def _back(
+        self, source: TracedValue, end: TracedValue, seen: dict[TracedValue, list[StreamStep] | None]
+    ) -> list[StreamStep] | None:
         if end.data.numel() != source.data.numel():
             return None
         normed = self.norm_input(end)
         if normed is not None:
             before = self._stream(source, normed[0], seen)
-            return None if before is None else [*before, Step("norm", end, norm=normed[1])]
+            return None if before is None else [*before, StreamStep("norm", end, norm=normed[1])]
         op = end.op
         if op is None:
             return None
@@ -144,26 +159,30 @@ class Flow:
             return self._through_scale(source, end, op, seen)
         return None
 
-    def _through_add(self, source: Value, end: Value, op: Op, seen: dict[Any, Any]) -> list[Step] | None:
+    def _through_add(
+        self, source: TracedValue, end: TracedValue, op: TracedOp, seen: dict[Any, Any]
+    ) -> list[StreamStep] | None:
         pair = operands(op)
         for one, other in (pair, pair[::-1]) if pair else ():
-            before = self._stream(source, one, seen) if isinstance(one, Value) else None
+            before = self._stream(source, one, seen) if isinstance(one, TracedValue) else None
             if before is not None:
-                return [*before, Step("add", end, term=other)] if isinstance(other, Value) else None
+                return [*before, StreamStep("add", end, term=other)] if isinstance(other, TracedValue) else None
         return None
 
-    def _through_scale(self, source: Value, end: Value, op: Op, seen: dict[Any, Any]) -> list[Step] | None:
+    def _through_scale(
+        self, source: TracedValue, end: TracedValue, op: TracedOp, seen: dict[Any, Any]
+    ) -> list[StreamStep] | None:
         pair = operands(op)
         for one, other in (pair, pair[::-1]) if pair else ():
             factor = constant(other)
-            if factor is not None and isinstance(one, Value):
+            if factor is not None and isinstance(one, TracedValue):
                 before = self._stream(source, one, seen)
                 if before is not None:
                     factor = 1 / factor if op.name.startswith("div") else factor
-                    return [*before, Step("scale", end, factor=factor)]
+                    return [*before, StreamStep("scale", end, factor=factor)]
         return None
 
-    def between(self, value: Value, cuts: Collection[Value]) -> tuple[list[Op], set[Value]]:
+    def between(self, value: TracedValue, cuts: Collection[TracedValue]) -> tuple[list[TracedOp], set[TracedValue]]:
         """The calls that lead to ``value`` from ``cuts``, and which of these they read."""
         ops, read, seen, todo = [], set(), {value}, [value]
         while todo:
@@ -178,11 +197,11 @@ class Flow:
                     todo.append(given)
         return ops, read
 
-    def depends(self, value: Value, on: Collection[Value], cuts: Collection[Value] = ()) -> bool:
+    def depends(self, value: TracedValue, on: Collection[TracedValue], cuts: Collection[TracedValue] = ()) -> bool:
         """Whether ``value`` was computed from one of ``on``, on a way that avoids ``cuts``."""
         return value in on or bool(self.between(value, {*on, *cuts})[1] & set(on))
 
-    def before_scale(self, value: Value) -> Iterator[tuple[Value, bool]]:
+    def before_scale(self, value: TracedValue) -> Iterator[tuple[TracedValue, bool]]:
         """``value`` and what it was before norms, factors and changes of shape, nearest first.
 
         With each the word whether a norm or a factor stands between it and the one before.
@@ -197,7 +216,7 @@ class Flow:
             value = before[0]
 
 
-def _before(value: Value) -> tuple[Value, bool] | None:
+def _before(value: TracedValue) -> tuple[TracedValue, bool] | None:
     """What a value was before a change of shape, a bias, or a factor (then with True)."""
     op = value.op
     if op is None:
@@ -209,22 +228,22 @@ def _before(value: Value) -> tuple[Value, bool] | None:
         pair = operands(op)
         for one, other in (pair, pair[::-1]) if pair else ():
             scaled = op.name in SCALE
-            if isinstance(one, Value) and ((scaled and constant(other) is not None) or _is_weight(other, one)):
+            if isinstance(one, TracedValue) and ((scaled and constant(other) is not None) or _is_weight(other, one)):
                 return one, scaled
     return None
 
 
-def _is_weight(other: Any, beside: Value) -> bool:
+def _is_weight(other: Any, beside: TracedValue) -> bool:
     """Whether a factor is a parameter along the units, as a layer scale is."""
     return (
-        isinstance(other, Value)
+        isinstance(other, TracedValue)
         and other.op is None
         and isinstance(other.tensor, nn.Parameter)
         and other.data.numel() in (1, beside.shape[-1])
     )
 
 
-def _forgets_scale(call: ModuleCall, value: Value) -> bool:
+def _forgets_scale(call: ModuleRun, value: TracedValue) -> bool:
     module, given = call.module, call.given[0][1]
     simple = not any(True for _ in module.children()) and all(weight.dim() <= 1 for weight in module.parameters())
     floats = [each for _, each in call.given if each.data.is_floating_point()]
