@@ -315,7 +315,7 @@ def region_in(region: Region, place: NamedPlace, heads: Any = None) -> Region:
         EditError: heads of a place that has no axis of heads, without their number.
     """
     axes = place.axes
-    position, head = axis_of(place, "position", "query"), axis_of(place, "head", "kv_head")
+    position, head = axis_of(place, "position", "query", "key"), axis_of(place, "head", "kv_head")
     dims: dict[str, Any] = {}
     if position is not None and region.position_dim == 1:
         dims["position_dim"] = position
@@ -336,7 +336,7 @@ def region_in(region: Region, place: NamedPlace, heads: Any = None) -> Region:
 
 def position_dims(names: Names, sites: Iterable[Site]) -> dict[str, int]:
     """By name, the axis of positions where the table knows it."""
-    found = {site.path: axis_of(names[site.path], "position", "query") for site in sites}
+    found = {site.path: axis_of(names[site.path], "position", "query", "key") for site in sites}
     return {name: axis for name, axis in found.items() if axis is not None}
 
 
