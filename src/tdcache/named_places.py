@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from html import escape
 from types import MappingProxyType
@@ -17,17 +17,24 @@ import regex
 from torch import nn
 
 from tdcache.errors import CanonicalNameError, SelectionError, listed
+from tdcache.named_rows import columns, place_rows, refusal_rows
 from tdcache.paths import near_misses
-from tdcache.selection import Matcher, PathPattern, Selection, Site, as_matcher, patterns_of, walk, wrapped
-from tdcache.types import Match, Pick, Selector
+from tdcache.selection import walk, wrapped
+from tdcache.types import Pick
 
-__all__ = ["NamedPlace", "Names", "Proof", "ProvedIdentity", "ResidualStream", "Side", "select_names", "structure_of"]
+__all__ = [
+    "NamedPlace",
+    "Names",
+    "Proof",
+    "ProvedIdentity",
+    "ResidualStream",
+    "Side",
+    "spelled_place",
+    "structure_of",
+]
 
 Side = Literal["fwd", "fwd_pre"]
 """Which side of a place a name means: what is returned, or what is given."""
-
-_NUMBER = regex.compile(r"(?<=\.)\d+(?=\.|$)")
-_I = "\0"  # stands for the number of a block where rows are merged; no name holds it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +153,7 @@ class Proof:
             (each.identity, f"{each.error:.1e}", f"{each.tolerance:.0e}", f"{len(each.names)}")
             for each in self.identities
         ]
-        table = _columns([("identity", "largest error", "allowed", "names"), *rows]) if rows else []
+        table = columns([("identity", "largest error", "allowed", "names"), *rows]) if rows else []
         skipped = [f"skipped: {', '.join(self.skipped)}"] if self.skipped else []
         return "\n".join([head, *table, *skipped])
 
@@ -344,12 +351,12 @@ class Names(Mapping[str, NamedPlace]):
         )
 
     def __repr__(self) -> str:
-        return "\n".join([self._title(), *_columns([_HEAD, *_rows(self._places)]), *self._refusals()])
+        return "\n".join([self._title(), *columns([_HEAD, *place_rows(self._places)]), *self._refusals()])
 
     def _repr_html_(self) -> str:
         rows = "".join(
             "<tr>" + "".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in _rows(self._places)
+            for row in place_rows(self._places)
         )
         head = "".join(f"<th style='text-align:left'>{cell}</th>" for cell in _HEAD)
         refused = "".join(f"<li>{escape(line.strip())}</li>" for line in self._refusals()[1:])
@@ -363,64 +370,20 @@ class Names(Mapping[str, NamedPlace]):
         return f"{len(self)} names of {self.model_name or 'a model'}{style} ({proof})"
 
     def _refusals(self) -> list[str]:
-        return ["refused:", *_refusal_rows(self.refused)] if self.refused else []
+        return ["refused:", *refusal_rows(self.refused)] if self.refused else []
 
 
 def _holds(model: nn.Module, other: nn.Module) -> bool:
     return any(module is other for module in model.modules())
 
 
-def select_names(
-    names: Names, root: nn.Module, matcher: Matcher, selector: Selector, *, match: Match, allow_empty: bool
-) -> Selection:
-    """The names that a selector means, as sites: their path is the name, their module the one at the place.
+def spelled_place(place: NamedPlace) -> dict[str, Any]:
+    """What a place means, in JSON's types: one store or file can tell by it whether another means the same."""
+    said = {name: getattr(place, name) for name in ("path", "side", "pick", "call", "heads", "order")}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in said.items() if value is not None
+    }
 
-    Args:
-        names: the table.
-        root: what its paths are relative to.
-        matcher: what was made of ``selector``; a predicate gets the name and the module at the place.
-        selector: for messages.
-        match: how patterns are held against names, for messages.
-        allow_empty: a selector that means no name is no error.
-
-    Raises:
-        CanonicalNameError: a pattern means no name, or only refused ones, whose reasons are in the message.
-    """
-    modules = {"": root, **dict(walk(root))}
-    find = matcher.finder() if isinstance(matcher, PathPattern) and not matcher.pattern.groupindex else None
-    sites = []
-    for name, place in names.items():
-        if find is not None and find(name) is None:
-            continue
-        module = modules[place.path.partition("::")[0]]
-        groups = {} if find is not None else matcher(name, module)
-        if groups is not None:
-            sites.append(Site(name, module, groups))
-    if not allow_empty:
-        _refuse_unmatched(names, sites, selector, match)
-    return Selection(sites, selector=selector, model_name=type(root).__name__)
-
-
-def _refuse_unmatched(names: Names, sites: list[Site], selector: Selector, match: Match) -> None:
-    found = [site.path for site in sites]
-    for pattern in patterns_of(selector):
-        matcher = as_matcher(pattern, match)
-        refused = [name for name in names.refused if matcher(name, _NO_MODULE) is not None]
-        if refused and not any(matcher(name, _NO_MODULE) is not None for name in found):
-            raise names.error(refused[0])
-    if not found:
-        patterns = patterns_of(selector)
-        near = tuple(dict.fromkeys(name for pattern in patterns for name in near_misses(pattern, list(names))))
-        what = f"pattern {patterns[0]!r}" if len(patterns) == 1 else f"selector {selector!r}"
-        hint = f"; did you mean {listed(near, 3)}?" if near else "; print(table) shows the names that there are"
-        raise CanonicalNameError(
-            f"{what} matches none of the {len(names)} names of {names.model_name or 'this model'}{hint}",
-            selector=selector,
-            near=near,
-        )
-
-
-_NO_MODULE = nn.Module()
 
 _HEAD = ("name", "place", "axes", "note")
 
@@ -457,45 +420,3 @@ def structure_of(model: nn.Module) -> str:
     config = getattr(getattr(model, "config", None), "__dict__", {})
     lines += [f"{key}={config[key]}" for key in sorted(config) if "head" in key and isinstance(config[key], int)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _rows(places: Mapping[str, NamedPlace]) -> list[tuple[str, ...]]:
-    """A row per place; those that are equal but for the number of their block are one."""
-    merged: dict[tuple[str, ...], list[str]] = {}
-    for name, place in places.items():
-        template, number = _without_number(name)
-        heads = "" if place.heads is None else f", {place.heads[0]} heads"
-        where = place.where + heads if number is None else _put_aside(place.where + heads, number)
-        merged.setdefault((template, where, ", ".join(place.axes), place.note), []).append(number or "")
-    return [tuple(cell.replace(_I, _spread(numbers)) for cell in cells) for cells, numbers in merged.items()]
-
-
-def _refusal_rows(refused: Mapping[str, str]) -> list[str]:
-    merged: dict[tuple[str, str], list[str]] = {}
-    for name, reason in refused.items():
-        template, number = _without_number(name)
-        merged.setdefault((template, reason if number is None else _put_aside(reason, number)), []).append(number or "")
-    return [f"  {name}: {reason}".replace(_I, _spread(numbers)) for (name, reason), numbers in merged.items()]
-
-
-def _without_number(name: str) -> tuple[str, str | None]:
-    """A name with its first number put aside, and that number."""
-    found = _NUMBER.search(name)
-    return (name, None) if found is None else (_NUMBER.sub(_I, name, count=1), found[0])
-
-
-def _put_aside(text: str, number: str) -> str:
-    return regex.sub(rf"(?<=[.\s]){number}(?=[.:,\s\[]|$)", _I, text)
-
-
-def _spread(numbers: Sequence[str]) -> str:
-    """Which blocks a row speaks of: ``3``, ``{0..11}`` or ``{0,3,7}``."""
-    if len(numbers) == 1:
-        return numbers[0]
-    first, last = int(numbers[0]), int(numbers[-1])
-    return f"{{{first}..{last}}}" if last - first == len(numbers) - 1 else f"{{{','.join(numbers)}}}"
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -24,9 +24,11 @@ from tdcache.function_calls.roles import AttentionHook, Use
 from tdcache.function_calls.sites import CallSite, is_call
 from tdcache.hooks.attach import AttachedElsewhere, MultiHookHandle, attach
 from tdcache.hooks.compiled import refuse_scripted
+from tdcache.hooks.gradient_hooks import GradInputHook
 from tdcache.hooks.port import InputPort, OutputPort, Port
 from tdcache.hooks.transient import Transient
-from tdcache.named_places import NamedPlace, Names, select_names
+from tdcache.named_places import NamedPlace, Names
+from tdcache.named_selection import select_names
 from tdcache.paths import resolve_all
 from tdcache.regions import Region
 from tdcache.selection import Matcher, Selection, Site, as_matcher
@@ -35,6 +37,7 @@ from tdcache.types import HookDirection, Match, Pick, Selector
 __all__ = [
     "StandIn",
     "axis_of",
+    "is_module_output",
     "module_behind",
     "named_selection",
     "place_at",
@@ -100,16 +103,16 @@ class StandIn(AttachedElsewhere):
             if is_call(self.place.path):
                 handle.add(attach_rules(self.root, [(self.target, self._rule(tap))]))
             elif self.place.side == "fwd_pre":
-                handle.add(attach(self.target, tap.on_call, "fwd_pre_kwargs", order=order))
+                handle.add(attach(self.target, tap.on_input, "fwd_pre_kwargs", order=order))
             else:
-                handle.add(attach(self.target, tap.on_call, "fwd", order=order))
+                handle.add(attach(self.target, tap.on_output, "fwd_kwargs", order=order))
         return handle
 
     def _rule(self, tap: _AtPlace) -> CallRule:
         site = CallSite.parse(self.place.path)
         if site.derived:
             return AttentionHook(site, tap.on_value, tap.use, tap.order)
-        before, after = (tap.on_call, None) if self.place.side == "fwd_pre" else (None, tap.on_result)
+        before, after = (tap.on_input, None) if self.place.side == "fwd_pre" else (None, tap.on_output)
         return OneCall(site, AtCall(before, after, tap.order))
 
     def port(self) -> Port:
@@ -170,7 +173,9 @@ class _AtPlace(Transient):
         self.port = stand_in.port()
         self.call: CurrentCall | None = None
         place = stand_in.place
-        self.as_it_is = place.side == "fwd" and place.heads is None and place.order is None
+        in_pairs = isinstance(getattr(hook, "__self__", None), GradInputHook)  # both sides are those of the identity
+        after = direction in ("fwd", "fwd_kwargs") and place.side == "fwd" and not in_pairs
+        self.as_it_is = after and place.heads is None and place.order is None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.stand_in.place.name!r}, {self.hook!r})"
@@ -185,28 +190,33 @@ class _AtPlace(Transient):
         """What the hook does with values that are derived from an attention call."""
         return getattr(getattr(self.hook, "__self__", self.hook), "use", "edit")
 
-    def on_call(self, module: nn.Module, args: Any, rest: Any) -> Any:
-        """Hook of a module: show the hook the value, and put back what comes."""
-        if self.call is not None and not self.call.is_due(self.port.path):
+    def on_output(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Hook after a module or call: show the hook the value, and put back what comes."""
+        if self._is_left_out():
             return None
-        value = self.port.read(module, args, rest)
-        new = self._asked(value, module, args)
-        return None if new is None else self.port.write(module, args, rest, new)
+        new = self._asked(self.port.read(module, args, output), module, args, kwargs)
+        return None if new is None else self.port.write(module, args, output, new)
 
-    def on_result(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Hook after a call: the same, with all arguments as positional ones."""
-        return self.on_call(module, (*args, *kwargs.values()), output)
-
-    def on_value(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) -> Any:
-        """Hook at a place of an attention call."""
-        if self.call is not None and not self.call.is_due(self.port.path):
+    def on_input(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Hook before a module or call: the same."""
+        if self._is_left_out():
             return None
-        return self._asked(value, module, (*args, *kwargs.values()))
+        new = self._asked(self.port.read(module, args, kwargs), module, args, kwargs)
+        return None if new is None else self.port.write(module, args, kwargs, new)
 
-    def _asked(self, value: Tensor, module: nn.Module, args: Any) -> Tensor | None:
+    def on_value(self, module: nn.Module, args: Any, kwargs: dict[str, Any], value: Tensor) -> Any:
+        """Hook at a place of an attention call: the same."""
+        return None if self._is_left_out() else self._asked(value, module, args, kwargs)
+
+    def _is_left_out(self) -> bool:
+        """Whether this is another call of the module than the one that is meant."""
+        return self.call is not None and not self.call.is_due(self.port.path)
+
+    def _asked(self, value: Tensor, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
         """What the hook makes of a value; None if it keeps it."""
-        if self.as_it_is and self.direction == "fwd":
-            new = self.hook(module, args, value)
+        if self.as_it_is:
+            arguments = (args, kwargs) if self.direction == "fwd_kwargs" else ((*args, *kwargs.values()),)
+            new = self.hook(module, *arguments, value)
             return None if new is value else new
         shown = self.stand_in.shown(value)
         new = self._called(shown)
@@ -257,8 +267,7 @@ def named_selection(
 
 def site_at(place: NamedPlace, root: nn.Module, target: nn.Module) -> nn.Module:
     """What is hooked for a place: the module, where its plain output is meant, or the stand-in of the place."""
-    plain = place.side == "fwd" and place.pick is None and place.heads is None and place.order is None
-    if plain and place.call is None and not is_call(place.path):
+    if is_module_output(place) and place.pick is None:
         return target
     known = _STAND_INS.setdefault(root, weakref.WeakValueDictionary())
     pick: Pick = place.pick
@@ -267,6 +276,12 @@ def site_at(place: NamedPlace, root: nn.Module, target: nn.Module) -> nn.Module:
     if stand_in is None or not stand_in.stands_at(target):
         stand_in = known[key] = StandIn(place, root, target)
     return stand_in
+
+
+def is_module_output(place: NamedPlace) -> bool:
+    """Whether a name means what a module returns (its first tensor), as it is, in every call."""
+    as_it_is = place.heads is None and place.order is None and place.call is None
+    return place.side == "fwd" and place.pick in (None, 0) and as_it_is and not is_call(place.path)
 
 
 def place_at(names: Names, model: nn.Module, name: str) -> tuple[str, nn.Module]:
@@ -300,12 +315,14 @@ def region_in(region: Region, place: NamedPlace, heads: Any = None) -> Region:
         EditError: heads of a place that has no axis of heads, without their number.
     """
     axes = place.axes
-    position, head = axis_of(place, "position", "query"), axis_of(place, "head", "kv_head")
+    position, head = axis_of(place, "position", "query", "key"), axis_of(place, "head", "kv_head")
     dims: dict[str, Any] = {}
     if position is not None and region.position_dim == 1:
         dims["position_dim"] = position
     if "unit" in axes and region.unit_dim == -1:
         dims["unit_dim"] = axes.index("unit") - len(axes)
+    if head is not None:
+        dims["head_dim"] = head
     if heads is not None:
         counted = isinstance(heads, tuple) and len(heads) == 2
         if head is None and not counted:
@@ -313,13 +330,13 @@ def region_in(region: Region, place: NamedPlace, heads: Any = None) -> Region:
                 f"{place.name!r} has no axis of heads ({', '.join(axes) or 'its axes are not known'}), so "
                 f"heads={heads!r} does not say which units; give heads=(n_heads, which)"
             )
-        dims |= {"heads": heads if counted else (None, heads), "head_dim": head}
+        dims["heads"] = heads if counted else (None, heads)
     return replace(region, **dims) if dims else region
 
 
 def position_dims(names: Names, sites: Iterable[Site]) -> dict[str, int]:
     """By name, the axis of positions where the table knows it."""
-    found = {site.path: axis_of(names[site.path], "position", "query") for site in sites}
+    found = {site.path: axis_of(names[site.path], "position", "query", "key") for site in sites}
     return {name: axis for name, axis in found.items() if axis is not None}
 
 

@@ -9,7 +9,18 @@ from architecture.source_tree import PACKAGE, Source, imports_of, package_source
 
 FLOORS = (
     ("errors", "types"),
-    ("arguments", "inplace", "masks", "named_places", "paths", "regions", "selection", "tokens"),
+    (
+        "arguments",
+        "inplace",
+        "masks",
+        "named_places",
+        "named_rows",
+        "named_selection",
+        "paths",
+        "regions",
+        "selection",
+        "tokens",
+    ),
     ("current_call", "function_calls", "hooks", "introspect", "sequences", "stand_ins", "steps", "transforms"),
     ("reducers", "cache", "store"),
     ("modules", "contexts", "points"),
@@ -22,7 +33,11 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Who may import a neighbour on the same floor. Floor 5 has no entry: no method family imports another.
 NEIGHBOURS = {
     ("types", "errors"),
+    ("named_places", "named_rows"),
     ("named_places", "paths"),
+    ("named_selection", "named_places"),
+    ("named_selection", "paths"),
+    ("named_selection", "selection"),
     ("named_places", "selection"),
     ("stand_ins", "current_call"),
     ("stand_ins", "function_calls"),

@@ -25,7 +25,8 @@ from tdcache.function_calls.overlay import INTERFACE
 from tdcache.function_calls.sites import CallPattern, CallSite, is_call
 from tdcache.hooks.attach import Order
 from tdcache.hooks.values import leaves
-from tdcache.named_places import Names, select_names
+from tdcache.named_places import Names
+from tdcache.named_selection import select_names
 from tdcache.selection import Selection, Site, as_matcher
 from tdcache.selection import select as select_modules
 from tdcache.types import Match, Selector

@@ -100,6 +100,12 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
         return resolve(self, self._relative_path)
 
     @property
+    def names(self) -> Names | None:
+        """The canonical names that the context was opened with; None where keys are paths of modules."""
+        context = self._hooking_context
+        return None if context is None else context.names
+
+    @property
     def cache(self) -> TensorDictBase:
         """The cache of the context, up to date.
 
@@ -176,7 +182,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
         context = self._hooking_context
         if context is not None and not context._in_context:
             raise ContextError("this hooked module's context is closed; enter it again before adding hooks through it")
-        names = None if context is None else context.names
+        names = self.names
         if names is not None and (key in names or key in names.refused):
             return place_at(names, self.model, key)
         path, module = resolve_all(self.model if relative else self, key)
