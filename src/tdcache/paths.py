@@ -12,7 +12,7 @@ from torch import nn
 
 from tdcache.errors import PathError, listed
 
-__all__ = ["canonical_path", "join", "near_misses", "resolve", "resolve_all", "wrapped_model"]
+__all__ = ["join", "near_misses", "resolve", "resolve_all", "wrapped"]
 
 # One step of a path: .name  <any name>  [0]  [-1]  ['key']
 _STEP = regex.compile(
@@ -38,13 +38,8 @@ def resolve(root: nn.Module, path: str) -> nn.Module:
     return resolve_all(root, path)[1]
 
 
-def canonical_path(root: nn.Module, path: str) -> str:
-    """The name in ``named_modules()`` of the module that ``path`` names: ``"layers[-1]"`` becomes ``"layers.11"``."""
-    return resolve_all(root, path)[0]
-
-
 def resolve_all(root: nn.Module, path: str) -> tuple[str, nn.Module]:
-    """Canonical name and module of ``path``, below ``root``; see :func:`resolve`."""
+    """Canonical name (``"layers.11"`` for ``"layers[-1]"``) and module of a path, as :func:`resolve` understands it."""
     if not isinstance(path, str):
         raise PathError(f"a path is a string such as 'layers.0', got {path!r} ({type(path).__name__})", selector=path)
     module, names, end = root, [], 0
@@ -134,7 +129,7 @@ def _scores(fuzzy: regex.Pattern[str], names: Iterable[str]) -> Iterable[tuple[i
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 
 
-def wrapped_model(model: nn.Module) -> nn.Module | None:
+def wrapped(model: nn.Module) -> nn.Module | None:
     """The model inside a wrapper of torch's (``torch.compile``, the data-parallel ones); None of any other model."""
     name = _WRAPPERS.get(type(model).__name__)
     return None if name is None else model._modules.get(name)

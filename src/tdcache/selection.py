@@ -13,7 +13,7 @@ import regex
 from torch import nn
 
 from tdcache.errors import SelectionError, listed
-from tdcache.paths import near_misses, wrapped_model
+from tdcache.paths import near_misses, wrapped
 from tdcache.tables import html_table, shorten, text_table
 from tdcache.types import Match, Selector
 
@@ -29,6 +29,7 @@ __all__ = [
     "as_matcher",
     "depends_on_names_only",
     "distinct_sites",
+    "patterns_of",
     "select",
     "select_matching",
     "walk",
@@ -324,7 +325,7 @@ def select_matching(
     """:func:`select` with a matcher made from ``selector`` before and, if given, what ``walk(model)`` returned."""
     sites = _matches(walk(model) if tree is None else tree, matcher)
     inner: nn.Module | None = model
-    while not sites and inner is not None and (inner := wrapped_model(inner)) is not None:
+    while not sites and inner is not None and (inner := wrapped(inner)) is not None:
         sites = _matches(walk(inner), matcher)
     if _wants_root(selector):
         sites.insert(0, Site("", model))
@@ -364,8 +365,7 @@ def _hits(matcher: PathPattern, paths: tuple[str, ...]) -> tuple[int, ...]:
     return tuple([at for at, path in enumerate(paths) if find(path) is not None])
 
 
-_site: Callable[[tuple[Any, ...]], Site] = partial(tuple.__new__, Site)
-"""``Site._make`` without a Python call."""
+_site: Callable[[tuple[Any, ...]], Site] = partial(tuple.__new__, Site)  # Site._make without a Python call
 
 
 def _wants_root(selector: Selector) -> bool:
@@ -376,7 +376,7 @@ def _wants_root(selector: Selector) -> bool:
 
 def _nothing_matches(model: nn.Module, selector: Selector, match: Match) -> SelectionError:
     names = [path for path, _ in walk(model)]
-    patterns = _patterns(selector)
+    patterns = patterns_of(selector)
     near = tuple(dict.fromkeys(name for pattern in patterns for name in near_misses(pattern, names)))
     what = f"pattern {patterns[0]!r}" if len(patterns) == 1 else f"selector {selector!r}"
     hint = f"; did you mean {listed(near, 3)}?" if near else f"; the paths are {listed(names)}" if names else ""
@@ -389,11 +389,12 @@ def _nothing_matches(model: nn.Module, selector: Selector, match: Match) -> Sele
     )
 
 
-def _patterns(selector: Selector) -> list[str]:
+def patterns_of(selector: Selector) -> list[str]:
+    """The patterns in a selector, as text."""
     if isinstance(selector, str):
         return [selector]
     if _is_compiled(selector):
         return [selector.pattern]
     if isinstance(selector, Sequence):
-        return [pattern for member in selector for pattern in _patterns(member)]
+        return [pattern for member in selector for pattern in patterns_of(member)]
     return []

@@ -15,8 +15,6 @@ LINES_PER_FUNCTION = 40
 # Over the cap for a reason: {"tdcache.module": "why"}, {"tdcache.module:Class.method": "why"}.
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {
-    "tdcache.harvesting.loop:harvest": "some thirty options, a line each in the signature and in the body",
-    "tdcache.harvesting.request:asked_for": "the options of harvest in the forms that they have inside, a line each",
     "tdcache.caching:ActivationCaching.__init__": "twenty options, a line each in the signature and in the body",
 }
 

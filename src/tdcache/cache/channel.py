@@ -17,7 +17,7 @@ from typing import Any, cast
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdcache.cache.keep import Keep, Transfers, detach_all, shares_memory
+from tdcache.cache.keep import Keep, Transfers, detach_all
 from tdcache.cache.ownership import Outside, own
 from tdcache.cache.positions import PositionFilter
 from tdcache.cache.reductions import Reductions
@@ -27,6 +27,7 @@ from tdcache.cache.target import EntryTarget
 from tdcache.errors import CaptureError
 from tdcache.hooks.directions import direction_row
 from tdcache.inplace import InplaceWatch, overwritten
+from tdcache.introspect import shares_memory
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Site
 from tdcache.transforms import escaped, in_transform, is_wrapped, transform_under_way, unwrapped
@@ -173,7 +174,7 @@ class Channel:
             for key in own(values):
                 self.versions.pop(key, None)
         if self.keep.hold != "live":
-            for key in detach_all(values):
+            for key in detach_all(values):  # parameters and inputs, which others write to
                 self.copies[key] = values[key].clone()
                 self._vacate(key)
 

@@ -1,18 +1,19 @@
-"""From the tensor that a hook sees to the one that is kept: slice, hold, cast, move."""
+"""From the tensor that a hook sees to the one that is kept: slice, detach or copy, cast, move."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from tdcache.errors import CaptureError
+from tdcache.introspect import shares_memory
 from tdcache.types import Hold, Index
 
-__all__ = ["Keep", "Transfers", "detach_all", "shares_memory"]
+__all__ = ["Keep", "Transfers", "detach_all"]
 
 
 class Transfers:
@@ -47,6 +48,8 @@ class Keep:
     """A ``torch.device``, also given by its name."""
 
     def __post_init__(self) -> None:
+        if self.hold not in get_args(Hold):
+            raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {self.hold!r}")
         given = self.dtype
         dtype = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
         if given is not None and not isinstance(dtype, torch.dtype):
@@ -119,13 +122,3 @@ def detach_all(values: dict[Any, Any]) -> list[Any]:
 
 _requires_grad = attrgetter("requires_grad")
 _is_leaf = attrgetter("is_leaf")
-
-
-def shares_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether writing to one tensor in place could change the other."""
-    if one is other:
-        return True
-    try:
-        return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() and one.device == other.device
-    except (NotImplementedError, RuntimeError):  # sparse, nested and wrapper tensors have no storage of their own
-        return True

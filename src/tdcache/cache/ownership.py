@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, UntypedStorage, nn
 
-from tdcache.introspect import held_tensors, storage_users
+from tdcache.introspect import held_tensors, storage_address, storage_users
 
-__all__ = ["Outside", "own", "shared_keys", "storage_of", "storages_of"]
+__all__ = ["Outside", "own", "shared_keys", "storages_of"]
 
 Key = TypeVar("Key")
 Outside = Callable[[], Collection[int]]
@@ -56,20 +56,12 @@ def shared_keys(values: Mapping[Key, Any], outside: Outside | None = None, *, ho
     return [
         key
         for (key, value), references, count in zip(values.items(), held, users, strict=True)
-        if references >= _HELD_ONCE + holders or (count > 1 and (written is None or storage_of(value) in written))
+        if references >= _HELD_ONCE + holders or (count > 1 and (written is None or storage_address(value) in written))
     ]
 
 
 _HELD_ONCE = next(map(getrefcount, {0: object()}.values()))
 """What ``getrefcount`` says of a value that a mapping alone holds; it counts its own argument as well."""
-
-
-def storage_of(tensor: Tensor) -> int:
-    """The address of a tensor's memory; 0 where it has none of its own (sparse, nested and wrapper tensors)."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):
-        return 0
 
 
 def storages_of(model: nn.Module) -> frozenset[int]:
@@ -78,7 +70,7 @@ def storages_of(model: nn.Module) -> frozenset[int]:
     try:
         found = set(map(_address, map(_storage, tensors)))
     except (NotImplementedError, RuntimeError):  # some have no memory of their own
-        found = set(map(storage_of, tensors))
+        found = set(map(storage_address, tensors))
     return frozenset(found - {0})
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tdcache.cache.channel import Channel
-from tdcache.cache.ownership import storage_of, storages_of
+from tdcache.cache.ownership import storages_of
 from tdcache.cache.target import CLOSED
 from tdcache.current_call import CurrentCall
 from tdcache.errors import CaptureError, RepeatedCallWarning, StopForward, UnfiredSiteWarning, listed, warn_user
@@ -27,6 +27,7 @@ from tdcache.introspect import (
     calls_on_stack,
     in_backward,
     keep_frames_out_of_graphs,
+    storage_address,
     why_not_called,
 )
 from tdcache.types import CacheKey
@@ -154,7 +155,7 @@ class Recorder(Transient):
         self._graph = is_grad_enabled()
         if self._graph:  # what the user has in hand of this forward, by its memory, so that nothing is held
             handed = (*args, output) if type(output) is Tensor else [each for _, each in leaves((args, output))]
-            self._outside = [storage_of(each) for each in handed if isinstance(each, Tensor)]
+            self._outside = [storage_address(each) for each in handed if isinstance(each, Tensor)]
         try:
             self.forwards += not raised
             with self._lock:
