@@ -32,7 +32,6 @@ __all__ = [
     "global_hooks",
     "has_stale_graph",
     "has_tensor_hooks",
-    "held_tensors",
     "hooks_always_called",
     "in_backward",
     "is_compiled",
@@ -92,22 +91,6 @@ def next_registration() -> int:
 def hooks_always_called(module: nn.Module) -> Any:
     """The dict of the registration numbers of forward hooks that are called also when the forward raises."""
     return module._forward_hooks_always_called
-
-
-def held_tensors(model: nn.Module) -> list[Tensor]:
-    """The parameters and buffers of a model; one that several modules have is there several times."""
-    held: list[Tensor | None] = []
-    seen: dict[nn.Module, None] = {model: None}
-    to_do = [model]
-    while to_do:
-        module = to_do.pop()
-        held += module._parameters.values()
-        held += module._buffers.values()
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen[child] = None
-                to_do.append(child)
-    return [tensor for tensor in held if tensor is not None]
 
 
 _tensor_hooks = count(1)

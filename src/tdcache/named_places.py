@@ -18,8 +18,8 @@ from torch import nn
 
 from tdcache.errors import CanonicalNameError, SelectionError, listed
 from tdcache.named_rows import columns, place_rows, refusal_rows
-from tdcache.paths import near_misses
-from tdcache.selection import walk, wrapped
+from tdcache.paths import near_misses, wrapped
+from tdcache.selection import walk
 from tdcache.types import Pick
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch import nn
 
 from tdcache.errors import PathError, listed
 
-__all__ = ["join", "near_misses", "resolve", "resolve_all", "walk"]
+__all__ = ["join", "near_misses", "resolve", "resolve_all", "walk", "wrapped"]
 
 # One step of a path: .name  <any name>  [0]  [-1]  ['key']
 _STEP = regex.compile(
@@ -146,3 +146,12 @@ def _scores(fuzzy: regex.Pattern[str], names: Iterable[str]) -> Iterable[tuple[i
             return
         if match is not None:
             yield sum(match.fuzzy_counts), name
+
+
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+
+
+def wrapped(model: nn.Module) -> nn.Module | None:
+    """The model inside a wrapper of torch's (``torch.compile``, the data-parallel ones); None of any other model."""
+    name = _WRAPPERS.get(type(model).__name__)
+    return None if name is None else model._modules.get(name)

@@ -24,12 +24,12 @@ from tdcache.cache.reductions import Reductions
 from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.stand_ins import ABSENT, CopyInGraph
 from tdcache.cache.target import EntryTarget
-from tdcache.errors import CaptureError, listed
+from tdcache.errors import CaptureError
 from tdcache.hooks.directions import direction_row
 from tdcache.inplace import InplaceWatch, overwritten, shares_memory
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Site
-from tdcache.transforms import in_transform, is_wrapped, transform_under_way, unwrapped
+from tdcache.transforms import escaped, in_transform, is_wrapped, transform_under_way, unwrapped
 from tdcache.types import CacheKey, HookDirection
 
 __all__ = ["Channel"]
@@ -158,6 +158,14 @@ class Channel:
         if self.reductions is not None:
             self.reductions.end_backward()
             return
+        self._settle_aliases(backward)
+        if self.copies or self.stack_by is not None or self.has_parts or len(self.values) != len(self.paths):
+            self._deliver_slowly()
+        else:
+            self.target.write(self.values, complete=True)
+
+    def _settle_aliases(self, backward: bool) -> None:
+        """Have no value hold a graph, the memory of a transform, or of a backward what others could write to."""
         values = self.values
         if transform_under_way() is not None or (backward and in_transform()):
             self._unwrap()
@@ -165,17 +173,9 @@ class Channel:
             for key in own(values):
                 self.versions.pop(key, None)
         if self.keep.hold != "live":
-            self._detach()
-        if self.copies or self.stack_by is not None or self.has_parts or len(values) != len(self.paths):
-            self._deliver_slowly()
-        else:
-            self.target.write(values, complete=True)
-
-    def _detach(self) -> None:
-        """Let go of the graphs; of parameters and inputs, which others write to, keep copies."""
-        for key in detach_all(self.values):
-            self.copies[key] = self.values[key].clone()
-            self._vacate(key)
+            for key in detach_all(values):  # parameters and inputs, which others write to
+                self.copies[key] = values[key].clone()
+                self._vacate(key)
 
     def _note_fired(self) -> None:
         if len(self.values) == len(self.paths) and not (self._idle or self.has_parts):
@@ -223,10 +223,9 @@ class Channel:
 
     def idle(self) -> None:
         """Give every key a value, so that hooks take the slow path until the next forward begins."""
-        values = self.values
-        absent = [path for path in self.paths if path not in values] if values else self.paths
+        absent = [path for path in self.paths if path not in self.values] if self.values else self.paths
         if absent:
-            values.update(dict.fromkeys(absent, ABSENT))
+            self.values.update(dict.fromkeys(absent, ABSENT))
             self._idle = True
 
     def mark_absent(self) -> None:
@@ -351,7 +350,7 @@ class Channel:
         if self._idle:
             values = {key: value for key, value in values.items() if value is not ABSENT}
         if any(map(is_wrapped, values.values())) and not in_transform():
-            raise self._escaped(values)
+            raise escaped([_path_of(key) for key, value in values.items() if is_wrapped(value)])
         if self.keep.hold == "live" or self.target.in_place:
             return
         if self._watch.seen:
@@ -361,15 +360,6 @@ class Channel:
         holders = 2 if values is self.values else 3  # the dicts here, and the cache
         for key in own(values, outside, holders=holders):
             self.target.put(key, values[key])
-
-    @staticmethod
-    def _escaped(values: Mapping[CacheKey, Any]) -> CaptureError:
-        escaped = [_path_of(key) for key, value in values.items() if is_wrapped(value)]
-        return CaptureError(
-            f"{listed(escaped)} ran inside a torch.func transform (vmap, grad, jvp) within the model's forward, "
-            "and what is kept has no meaning after it; keep a copy with hold='snapshot'",
-            paths=escaped,
-        )
 
     def _settle_watched(self, watched: set[int]) -> None:
         """Copy the aliases that reducers and a callback's TensorDicts keep."""

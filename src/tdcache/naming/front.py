@@ -15,7 +15,7 @@ from tdcache.naming.mapping import mapped
 from tdcache.naming.prove import proved
 from tdcache.naming.resolve import resolve
 from tdcache.naming.styles import STYLES, in_style
-from tdcache.selection import wrapped
+from tdcache.paths import wrapped
 
 __all__ = ["names"]
 
