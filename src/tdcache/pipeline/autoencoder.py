@@ -81,13 +81,13 @@ def as_autoencoder(given: Any) -> Autoencoder:
     return Autoencoder(encode, decode, pair is None and getattr(given, "needs_source", False) is True)
 
 
-def _summed(x: Tensor, plain: Tensor, reconstruction: Tensor, error: Tensor, *, is_edited: bool) -> Tensor:
+def _summed(x: Tensor, plain: Tensor, reconstruction: Tensor, error: Tensor) -> Tensor:
     """The sum of reconstruction and error, without what rounding would take from ``x``."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return x - ((plain - reconstruction) + ((x - plain) - error)) if is_edited else x.clone()
+        return x - ((plain - reconstruction) + ((x - plain) - error))
     total = reconstruction + error  # its graph is all that is wanted: of both, the gradient is that of the sum
     with torch.no_grad():
-        total.copy_(x - ((plain - reconstruction) + ((x - plain) - error)) if is_edited else x)
+        total.copy_(x - ((plain - reconstruction) + ((x - plain) - error)))
     return total
 
 
@@ -130,13 +130,10 @@ class Sites:
             latents = latents.clone()
         version = eager_version_of(latents)
         hooked = self.latents(latents)
-        same = untouched(latents, hooked, version)
-        decoded = plain.clone() if same and not graph else autoencoder.decoded(hooked, x, source)
-        missed = x - plain
-        versions = eager_version_of(decoded), eager_version_of(missed)
-        reconstruction, error = self.reconstruction(decoded), self.error(missed)
-        same = same and untouched(decoded, reconstruction, versions[0]) and untouched(missed, error, versions[1])
-        return _summed(x, plain, reconstruction, error, is_edited=not same)
+        same = not graph and untouched(latents, hooked, version)
+        reconstruction = self.reconstruction(plain.clone() if same else autoencoder.decoded(hooked, x, source))
+        error = self.error(x - plain)
+        return _summed(x, plain, reconstruction, error)
 
     def _reconstruct(self, x: Tensor, latents: Tensor, autoencoder: Autoencoder, source: Tensor | None) -> Tensor:
         if shares_memory(latents, x):
