@@ -23,6 +23,7 @@ from tdcache.function_calls.places import call_places, refuse_direction, split_s
 from tdcache.hooks import MultiHookHandle, attach, bracket
 from tdcache.modules import HookedModule
 from tdcache.reducers import Last, Reducer
+from tdcache.regions import Along, Heads, Region
 from tdcache.selection import Selection, as_matcher
 from tdcache.steps import Steps
 from tdcache.tokens import Positions
@@ -75,11 +76,18 @@ class ActivationCaching(HookingContextFactory):
             over them. None keeps all columns, padding included. See ``docs/positions.md``.
         mask_key: the name of the mask among the model's arguments, found by itself by default; None counts columns.
         position_dim: the axis of positions in the values.
+        rows: which rows of the batch are kept: an int (its axis is taken off), a slice, a sequence of ints, or a bool
+            mask ``(batch,)``. Rows are axis 0, or axis 1 where positions are axis 0.
+        units: which features, along ``unit_dim``: an int (its axis is taken off), a slice, or a sequence of ints.
+        heads: ``(n_heads, which)``, in place of ``units``: ``unit_dim`` holds that many heads side by side, as the
+            input of an attention's output projection does; those that are kept stay side by side.
+        unit_dim: the axis of units, counted from the end.
         steps: in which forwards of ``generate()`` values are kept: ``"prefill"``, ``"decode"``, or a predicate of a
             :class:`tdcache.Step`. The entries outlast the forwards that are left out. All by default.
 
     Raises:
         DirectionError: unknown direction, or a gradient with ``stop_early``.
+        EditError: rows, units or heads that cannot be used.
         SelectionError: an unusable selector; on entering, one that matches nothing.
 
     Example:
@@ -121,6 +129,10 @@ class ActivationCaching(HookingContextFactory):
         mask_key: Any = "auto",
         position_dim: int = 1,
         steps: Steps = None,
+        rows: Along = None,
+        units: Along = None,
+        heads: Heads | None = None,
+        unit_dim: int = -1,
     ) -> None:
         super().__init__()
         if isinstance(directions, str):
@@ -154,6 +166,7 @@ class ActivationCaching(HookingContextFactory):
             mask_key=mask_key,
             position_dim=position_dim,
             steps=steps,
+            region=Region(rows=rows, units=units, heads=heads, unit_dim=unit_dim, position_dim=position_dim),
         )
         self.key_pattern = key_pattern
 
@@ -234,6 +247,10 @@ class CachingOptions(TypedDict, total=False):
     mask_key: Any
     position_dim: int
     steps: Steps
+    rows: Along
+    units: Along
+    heads: Heads | None
+    unit_dim: int
 
 
 def cache_activations(

@@ -12,6 +12,7 @@ from torch import nn
 from tdcache.cache.call_taps import CallCapture
 from tdcache.cache.channel import Channel
 from tdcache.cache.keep import Keep
+from tdcache.cache.part import PartFilter
 from tdcache.cache.positions import PositionFilter
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.stacking import GrowingStackBy, StackBy
@@ -42,6 +43,7 @@ from tdcache.hooks.directions import direction_row
 from tdcache.hooks.factory import check_callback
 from tdcache.hooks.port import InputPort, OutputPort
 from tdcache.reducers import Last, Reducer
+from tdcache.regions import Region
 from tdcache.selection import Selection, Site
 from tdcache.steps import Steps, check_steps
 from tdcache.tokens import Positions, check_positions
@@ -71,6 +73,8 @@ class Capture:
     stop_early: bool
     prepend: bool
     check: Check
+    region: Region
+    """Rows, units and heads."""
     positions: Positions = None
     mask_key: Any = "auto"
     position_dim: int = 1
@@ -100,7 +104,7 @@ class Capture:
     def fits_graph(self) -> bool:
         """Whether a compiled graph can do it: the latest outputs, as they are."""
         asked = (self.callback, self.pick, self.positions, self.steps)
-        asks_more = any(each is not None for each in asked) or self.stop_early
+        asks_more = any(each is not None for each in asked) or self.stop_early or not self.region.whole
         return self.directions == ("fwd",) and self.keep == Keep() and isinstance(self.reducer, Last) and not asks_more
 
     def recorder(self, cache: TensorDictBase, selection: Selection, places: Sequence[CallPlace] = ()) -> Recorder:
@@ -118,18 +122,22 @@ class Capture:
             stack_by = StackBy(self.stack_by, selection)
         has_parts = self.pick == "all" or bool(places)
         by_value = self.check == "values"
-        chosen = None
-        if self.positions is not None:
-            chosen = PositionFilter(self.positions, self.mask_key, self.position_dim)
+        part = self._part()
         channels = []
         for direction in self.directions:
             target = Target(cache, direction if self.nested else None, self.batch_dims)
             target.ensure()
             if not has_parts:
                 target.check(selection.paths if stack_by is None else tuple(stack_by.members))
-            options = (stack_by, has_parts, chosen, self.steps is not None, by_value)
+            options = (stack_by, has_parts, part, self.steps is not None, by_value)
             channels.append(Channel(direction, selection.paths, keep, target, self.reducer, *options))
         return Recorder(channels, fits_graph=self.fits_graph and channels[0].takes_aliases)
+
+    def _part(self) -> PartFilter | None:
+        positions = None
+        if self.positions is not None:
+            positions = PositionFilter(self.positions, self.mask_key, self.position_dim)
+        return None if positions is None and self.region.whole else PartFilter(self.region, positions)
 
     def place_calls(
         self, root: nn.Module, places: Sequence[CallPlace], recorder: Recorder, handle: MultiHookHandle

@@ -20,6 +20,7 @@ from torch import Tensor
 from tdcache.cache.arrivals import Arrivals, update
 from tdcache.cache.keep import Keep, Transfers, shares_memory
 from tdcache.cache.ownership import own
+from tdcache.cache.part import PartFilter
 from tdcache.cache.positions import PositionFilter
 from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.target import EntryTarget
@@ -52,8 +53,8 @@ class Channel:
     stack_by: StackBy | None
     has_parts: bool = False
     """Whether a site may have any number of entries (``pick="all"``), or sites become known as they fire."""
-    positions: PositionFilter | None = None
-    """Which positions of each value are kept; None for all."""
+    part: PartFilter | None = None
+    """Which rows, positions, units and heads of each value are kept; None for all."""
     gated: bool = False
     """Whether some forwards are left out (``steps=``)."""
     by_value: bool = False
@@ -112,8 +113,13 @@ class Channel:
     @property
     def takes_aliases(self) -> bool:
         """Whether a hook may write the tensor itself into ``values``."""
-        plain = self.keep.plain and self.positions is None and not (self.target.in_place or self.gated)
+        plain = self.keep.plain and self.part is None and not (self.target.in_place or self.gated)
         return self.latest_only and plain and not self._checks_values
+
+    @property
+    def positions(self) -> PositionFilter | None:
+        """What has to know the masks of each call; None where positions are not chosen."""
+        return None if self.part is None else self.part.positions
 
     @property
     def _checks_values(self) -> bool:
@@ -276,8 +282,8 @@ class Channel:
         """
         self.fired.add(path)
         mask: Tensor | None = None
-        if self.positions is not None:
-            part = self.positions.of(path, tensor, self.reducer)
+        if self.part is not None:
+            part = self.part.of(path, tensor, self.reducer)
             if part is None:
                 return
             tensor, mask = part
@@ -304,7 +310,8 @@ class Channel:
             self.fired.add(path)
             raise self.positions.outside(path)
         if self.stack_by is not None:
-            kept, is_alias = self._keep(tensor, path)
+            part = None if self.part is None else self.part.of(path, tensor, self.reducer)
+            kept, is_alias = self._keep(tensor if part is None else part[0], path)
             self.fired.add(path)
             self.transfers.wait()
             self.waiting[key] = kept.clone() if is_alias else kept

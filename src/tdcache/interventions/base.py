@@ -25,7 +25,7 @@ from tdcache.interventions.options import (
     brief,
     signature_with_options,
 )
-from tdcache.interventions.regions import Along, Heads, at_call
+from tdcache.interventions.regions import Along, Heads, region_at
 from tdcache.interventions.unread import UnreadWatch
 from tdcache.modules import HookedModule
 from tdcache.paths import near_misses
@@ -187,7 +187,7 @@ class Intervention(HookingContextFactory):
         context: InterventionContext = module.hooking_context
 
         def make(site: Site, port: Port) -> EditTap:
-            return EditTap(port, self.edit_at(site, context), region=at_call(self.region, site.path), call=call)
+            return EditTap(port, self.edit_at(site, context), region=region_at(self.region, site.path), call=call)
 
         self._add_call_taps(module, handle, make, use="edit", order=Order.EDIT)
 

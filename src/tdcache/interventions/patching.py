@@ -17,7 +17,7 @@ from tdcache.interventions.edit_tap import Edit, RegionEdit
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords, WhereKeywords
 from tdcache.interventions.random_state import SharedRandomState
-from tdcache.interventions.regions import Along, Region, at_call
+from tdcache.interventions.regions import Along, Region, region_at
 from tdcache.interventions.sweep import Sweep
 from tdcache.interventions.trials import Metric, SweepOver, check_over
 from tdcache.modules import HookedModule
@@ -155,7 +155,7 @@ class _KeepAtCall(KeepPart):
     """The same at calls inside a forward, where an attention's heads and positions are axes of their own."""
 
     def __call__(self, path: str, value: Tensor) -> None:
-        KeepPart(self.memory, self.call, at_call(self.region, path))(path, value)
+        KeepPart(self.memory, self.call, region_at(self.region, path))(path, value)
 
 
 class ActivationPatching(Intervention):
