@@ -137,10 +137,6 @@ class ActivationCaching(HookingContextFactory):
         super().__init__()
         if isinstance(directions, str):
             raise DirectionError(f"directions is a sequence: write directions=[{directions!r}]")
-        if hold not in get_args(Hold):
-            raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {hold!r}")
-        if reducer is not None and not isinstance(reducer, Reducer) and not _is_reducer_class(reducer):
-            raise ValueError(f"reducer= is a Reducer such as Stack(), got {reducer!r}")
         if check not in get_args(Check):
             raise ValueError(f"check is one of {', '.join(map(repr, get_args(Check)))}, got {check!r}")
         if batch_dims < 0:
@@ -156,7 +152,7 @@ class ActivationCaching(HookingContextFactory):
             callback=callback,
             pick=pick,
             keep=Keep(hold=hold, index=index, dtype=dtype, device=device),
-            reducer=Last() if reducer is None else reducer() if isinstance(reducer, type) else reducer,
+            reducer=Last() if reducer is None else Reducer.of(reducer),
             batch_dims=batch_dims,
             stack_by=stack_by,
             stop_early=stop_early,
@@ -195,30 +191,26 @@ class ActivationCaching(HookingContextFactory):
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context: HookingContextWithCache = module.hooking_context
         root = module.model if self._relative else module
-        find = partial(context.select, root=root)
         options: Any = {"match": self._match, "allow_empty": self._allow_empty}
-        selection = Selection((), selector=self._key_pattern, model_name=type(module.model).__name__)
-        if self._modules is not None:
-            selection = find(self._modules, matcher=self._matcher, **options)
-        places = call_places(find, self._calls, **options)
+        if self._modules is None:
+            selection = Selection((), selector=self._key_pattern, model_name=type(module.model).__name__)
+        else:
+            selection = context.select(self._modules, root=root, matcher=self._matcher, **options)
+        places = call_places(partial(context.select, root=root), self._calls, **options) if self._calls else ()
         recorder = self._capture.recorder(context.cache, selection, places)
         handle = MultiHookHandle()
         with handle.installing():
             self._capture.place(selection, recorder, handle)
             self._capture.place_calls(module.model, places, recorder, handle)
-            positions = recorder.channels[0].positions
-            if positions is not None:
-                handle.add(attach(module.model, positions.on_call, "fwd_pre_kwargs", order=positions.order))
+            part = recorder.channels[0].part
+            if part is not None and part.positions is not None:
+                handle.add(attach(module.model, part.positions.on_call, "fwd_pre_kwargs", order=part.positions.order))
             if self._capture.steps is None:
                 bracket(module.model, recorder.begin, recorder.end, handle)
             else:
                 StepGate(module.model, self._capture.steps, recorder).attach(handle)
         context.record(recorder)
         return handle
-
-
-def _is_reducer_class(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, Reducer)
 
 
 class CachingOptions(TypedDict, total=False):

@@ -18,7 +18,7 @@ from torch import nn
 from tdcache.errors import StoreError, TdcacheError
 from tdcache.harvesting import harvest, preflight
 from tdcache.harvesting.capture import STORED_DTYPES
-from tdcache.harvesting.request import SHARD_BYTES
+from tdcache.harvesting.options import SHARD_BYTES
 from tdcache.harvesting.row_rule import RowKind, as_positions
 from tdcache.store import ActivationDataset
 from tdcache.store.dtypes import DTYPES

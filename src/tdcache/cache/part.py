@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from tdcache.cache.keep import shares_memory
 from tdcache.cache.positions import PositionFilter
 from tdcache.errors import CaptureError
-from tdcache.function_calls.sites import region_at
+from tdcache.function_calls.sites import at_call
+from tdcache.introspect import shares_memory
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
 from tdcache.regions import Region
@@ -51,7 +51,7 @@ class PartFilter:
                 "name one of its tensors by pick=",
                 paths=(path,),
             )
-        region = region_at(self.region, path)
+        region = at_call(self.region, path)
         kept, mask = replace(region, rows=None).take(value, path), None
         unit_axis = region.unit_dim % kept.ndim if kept.ndim else 0
         row_axis, taken_off = region.row_axis(kept), None
@@ -73,3 +73,17 @@ class PartFilter:
             axes.append(row_axis)
         kept = kept.squeeze(tuple(axes)) if axes else kept
         return (kept.clone() if shares_memory(kept, value) else kept), mask
+
+    def refuse_outside(self, path: str) -> None:
+        """Refuse a value that was seen outside a call of the model, where its positions cannot be counted.
+
+        Raises:
+            CaptureError: positions are chosen.
+        """
+        if self.positions is not None:
+            raise self.positions.outside(path)
+
+    def forget(self) -> None:
+        """Let go of the call."""
+        if self.positions is not None:
+            self.positions.forget()

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tdcache.arguments import forward_names, named_arguments
 from tdcache.errors import CaptureError
-from tdcache.function_calls.sites import region_at
-from tdcache.hooks.attach import Order
+from tdcache.function_calls.sites import at_call
+from tdcache.hooks.registrations import Order
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
 from tdcache.regions import Region
@@ -94,7 +94,7 @@ class PositionFilter:
 
     def _dim_at(self, path: str, value: Tensor) -> int:
         """The axis of positions at one site; heads come before it at the calls of an attention."""
-        dim = region_at(Region(position_dim=self.position_dim), path).position_dim
+        dim = at_call(Region(position_dim=self.position_dim), path).position_dim
         if not -value.dim() <= dim < value.dim():
             raise CaptureError(
                 f"the value at {path!r} has shape {tuple(value.shape)} and no axis {self.position_dim} of positions; "

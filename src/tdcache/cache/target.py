@@ -11,7 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from tdcache.errors import CacheWriteError, CaptureError, UnfiredSiteWarning, listed, warn_user
 from tdcache.types import CacheKey
 
-__all__ = ["ClosedTarget", "EntryTarget", "Target", "Written", "first_clash"]
+__all__ = ["CLOSED", "EntryTarget", "Target", "Written", "first_clash"]
 
 
 class Written(NamedTuple):
@@ -69,7 +69,7 @@ class EntryTarget(Protocol):
         """Make the direction's node exist."""
 
 
-class ClosedTarget:
+class _ClosedTarget:
     """Where entries go after the context has closed: nowhere."""
 
     cache = None
@@ -87,6 +87,9 @@ class ClosedTarget:
 
     def ensure(self) -> None:
         """Nothing is to be written here."""
+
+
+CLOSED = _ClosedTarget()
 
 
 class Target:

@@ -10,7 +10,7 @@ from tdcache.errors import SelectionError
 from tdcache.function_calls.names import DERIVED
 from tdcache.regions import Region
 
-__all__ = ["CallPattern", "CallSite", "is_call", "region_at"]
+__all__ = ["CallPattern", "CallSite", "at_call", "is_call"]
 
 _MARK = "::"
 _LABEL = regex.compile(r"(?P<name>[A-Za-z_]\w*)(?:\.(?P<ordinal>0|[1-9]\d*))?")
@@ -142,7 +142,7 @@ class CallPattern:
         return () if self.everything else tuple(name for name in DERIVED if self.takes(name))
 
 
-def region_at(region: Region, path: str) -> Region:
+def at_call(region: Region, path: str) -> Region:
     """The same part of a value at a call: in one of an attention call, heads and positions are axes of their own.
 
     Queries, keys, values, scores and patterns are ``(batch, heads, positions, ...)``; so is what their softmax returns.

@@ -229,6 +229,7 @@ class InputPort:
 
 
 Port = OutputPort | InputPort
+"""The two ports of a module: its output, or one of its inputs."""
 
 
 def port_at(path: str, direction: str, pick: Pick = None) -> Port:

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from tdcache.current_call import CurrentCall
-from tdcache.hooks.attach import Order
 from tdcache.hooks.port import Port
+from tdcache.hooks.registrations import Order
 from tdcache.hooks.values import check_fits
-from tdcache.interventions.regions import Region
+from tdcache.regions import Region
 
 __all__ = ["Edit", "EditTap", "ReadTap", "RegionEdit"]
 

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from tdcache.current_call import CurrentCall
 from tdcache.errors import EditError
+from tdcache.function_calls.sites import at_call
 from tdcache.hooks import MultiHookHandle
-from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of
+from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of, write_outputs
 from tdcache.interventions.edit_tap import Edit, RegionEdit
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords, WhereKeywords
 from tdcache.interventions.random_state import SharedRandomState
-from tdcache.interventions.regions import Along, Region, region_at
 from tdcache.interventions.sweep import Sweep
 from tdcache.interventions.trials import Metric, SweepOver, check_over
 from tdcache.modules import HookedModule
+from tdcache.regions import Along, Region
 from tdcache.selection import Site
 from tdcache.types import CacheKey, Selector
 
@@ -155,7 +156,7 @@ class _KeepAtCall(KeepPart):
     """The same at calls inside a forward, where an attention's heads and positions are axes of their own."""
 
     def __call__(self, path: str, value: Tensor) -> None:
-        KeepPart(self.memory, self.call, region_at(self.region, path))(path, value)
+        KeepPart(self.memory, self.call, at_call(self.region, path))(path, value)
 
 
 class ActivationPatching(Intervention):
@@ -315,8 +316,5 @@ class ActivationPatching(Intervention):
             forward(data)
         with memory.recalling(), random.run():
             forward(second)
-        inner = data.get(self.patch_key)
-        for key in out_keys:
-            if key != "_":
-                inner.set(key, second.get(key))
+        write_outputs(data, self.patch_key, second, out_keys)
         return data
