@@ -5,7 +5,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
-from tdcache import ActivationCaching, CaptureError, EditError, Last, Mean, Stack
+from tdcache import ActivationCaching, CaptureError, EditError, Last, Mean, Stack, names
 from tiny_transformers import gpt2
 
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
@@ -167,3 +167,19 @@ def test_parts_that_are_not_there_are_refused(built):
     message = r"rows=, units= and heads= choose from a tensor, and at '.*c_proj' there is a TensorDict; name one of its"
     with pytest.raises(CaptureError, match=message), ActivationCaching(path, callback=whole, rows=0).prepare(model):
         model(**batch)
+
+
+def test_at_canonical_names_heads_are_an_axis_of_their_own():
+    model, _ = gpt2()
+    ids, table = torch.randint(2, 20, (3, 5)), names(model)
+
+    def at(**options):
+        with (
+            torch.no_grad(),
+            ActivationCaching("blocks.0.attn.pattern", names=table, **options).prepare(model) as hooked,
+        ):
+            hooked(ids)
+        return hooked.cache["blocks.0.attn.pattern"]
+
+    assert torch.equal(at(heads=1), at()[:, [1]])
+    assert torch.equal(at(heads=[1, 0], positions=-1, rows=2), at()[2, [1, 0], -1])

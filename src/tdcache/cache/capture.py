@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -99,8 +99,18 @@ class Capture:
         asks_more = any(each is not None for each in asked) or self.stop_early or not self.region.whole
         return self.directions == ("fwd",) and self.keep == Keep() and isinstance(self.reducer, Last) and not asks_more
 
-    def recorder(self, cache: TensorDictBase, selection: Selection, places: Sequence[CallPlace] = ()) -> Recorder:
+    def recorder(
+        self,
+        cache: TensorDictBase,
+        selection: Selection,
+        places: Sequence[CallPlace] = (),
+        position_dims: Mapping[str, int] | None = None,
+        regions: Mapping[str, Region] | None = None,
+    ) -> Recorder:
         """The state of one open context: a channel per direction, each with its place in the cache.
+
+        ``position_dims`` and ``regions``: by path, the axis of positions where it is not ``position_dim``, and the part
+        that is kept where its axes are not those of ``region``.
 
         Raises:
             CacheWriteError: the cache is locked and lacks entries.
@@ -114,7 +124,7 @@ class Capture:
             stack_by = StackBy(self.stack_by, selection)
         has_parts = self.pick == "all" or bool(places)
         by_value = self.check == "values"
-        part = self._part()
+        part = self._part(position_dims, regions or {})
         channels = []
         for direction in self.directions:
             target = Target(cache, direction if self.nested else None, self.batch_dims)
@@ -125,11 +135,12 @@ class Capture:
             channels.append(Channel(direction, selection.paths, keep, target, self.reducer, *options))
         return Recorder(channels, fits_graph=self.fits_graph and channels[0].takes_aliases)
 
-    def _part(self) -> PartFilter | None:
+    def _part(self, position_dims: Mapping[str, int] | None, regions: Mapping[str, Region]) -> PartFilter | None:
         positions = None
         if self.positions is not None:
-            positions = PositionFilter(self.positions, self.mask_key, self.position_dim)
-        return None if positions is None and self.region.whole else PartFilter(self.region, positions)
+            positions = PositionFilter(self.positions, self.mask_key, self.position_dim, position_dims)
+        whole = self.region.whole and all(region.whole for region in regions.values())
+        return None if positions is None and whole else PartFilter(self.region, positions, regions)
 
     def place_calls(
         self, root: nn.Module, places: Sequence[CallPlace], recorder: Recorder, handle: MultiHookHandle
@@ -168,8 +179,8 @@ class Capture:
             for site in selection:
                 tap = InputGradientTap(InputPort(site.path, self.pick), channel, recorder, self.order)
                 handle.add(_Forgotten(tap))
-                handle.add(attach(site.module, tap.on_output, "fwd", order=self.order))
                 handle.add(attach(site.module, tap.on_input, "fwd_pre_kwargs", order=self.order))
+                handle.add(attach(site.module, tap.on_output, "fwd", order=self.order))
         elif channel.direction.startswith("fwd_pre"):
             taps = (ValueTap(InputPort(path, self.pick), channel, recorder, self.order) for path in selection.paths)
             pairs = ((site.module, tap) for site, tap in zip(selection, taps, strict=True))

@@ -145,6 +145,11 @@ class OutputAndGradientTap(OutputTap):
         self.values = channel.values
         self.gradient = PlainGradientTap(path, gradient_channel, recorder, order)
 
+    @property
+    def use(self) -> str:
+        """Both are taken: the gradient is followed."""
+        return "watch"
+
     def on_both(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Keep the output, and watch its gradient."""
         values = self.values

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -24,10 +25,12 @@ class PartFilter:
     Args:
         region: rows, units and heads; no positions.
         positions: which positions are kept; None for all columns.
+        regions: by path, the region where its axes are others.
     """
 
     region: Region
     positions: PositionFilter | None = None
+    regions: Mapping[str, Region] = field(default_factory=dict)
 
     def of(self, path: str, value: Tensor, reducer: Reducer) -> tuple[Tensor, Tensor | None] | None:
         """The part that is kept, and the mask of its rows for a reducer that takes one.
@@ -43,7 +46,8 @@ class PartFilter:
             EditError: the value has no such rows, units or heads.
             SelectionError: the mask does not fit, or a row lacks a position.
         """
-        if self.region.whole and self.positions is not None:
+        region = self.regions.get(path) or at_call(self.region, path)
+        if region.whole and self.positions is not None:
             return self.positions.of(path, value, reducer)
         if not isinstance(value, Tensor):
             raise CaptureError(
@@ -51,7 +55,6 @@ class PartFilter:
                 "name one of its tensors by pick=",
                 paths=(path,),
             )
-        region = at_call(self.region, path)
         kept, mask = replace(region, rows=None).take(value, path), None
         unit_axis = region.unit_dim % kept.ndim if kept.ndim else 0
         row_axis, taken_off = region.row_axis(kept), None
@@ -60,7 +63,7 @@ class PartFilter:
             if found is None:
                 return None
             if found[0].ndim < kept.ndim:
-                taken_off = region.position_dim % kept.ndim
+                taken_off = self.positions.dim_at(path, kept)
             kept, mask = found
         if taken_off is not None:
             unit_axis, row_axis = (axis - (axis > taken_off) for axis in (unit_axis, row_axis))

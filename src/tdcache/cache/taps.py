@@ -52,6 +52,11 @@ class Tap(Transient):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r})"
 
+    @property
+    def use(self) -> str:
+        """What the tap does with values that are derived from an attention call: reads them, or follows gradients."""
+        return "watch" if self.channel.is_gradient or self.channel.keep.hold == "live" else "read"
+
 
 class OutputTap(Tap):
     """Takes the output of a module as it is: the fast path, at the cost of a hook that writes a dict."""

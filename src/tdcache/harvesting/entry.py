@@ -15,6 +15,7 @@ from tdcache.harvesting.plan import Preflight
 from tdcache.harvesting.request import Request
 from tdcache.harvesting.row_rule import RowKind
 from tdcache.harvesting.workers import Share
+from tdcache.named_places import Names
 from tdcache.store.dataset import ActivationDataset
 from tdcache.store.files import Files
 from tdcache.types import Match, Pick, Selector
@@ -53,6 +54,7 @@ def harvest(
     recheck: bool = True,
     in_keys: Sequence[Any] | None = None,
     columns: Sequence[str] | Mapping[str, Any] | None = None,
+    names: Names | None = None,
     upload: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> ActivationDataset:
@@ -103,6 +105,8 @@ def harvest(
             are found by the names of its arguments.
         columns: numbers to store beside the rows, one per sample or one per token: names of entries of the batches, or
             ``{name: key, index or function(batch)}``.
+        names: the canonical names of the model, ``tdcache.names(model)``; ``select`` then means names, which the sites
+            are called by in the store.
         upload: a URL that fsspec knows, such as ``"s3://bucket/a.acts"`` (extra ``remote``), where each shard is sent
             when it is written. A copy that is behind is completed first.
         storage_options: for the file system of ``upload``: credentials, an endpoint.

@@ -20,7 +20,9 @@ from tdcache.harvesting.sharding import refuse_shards
 from tdcache.harvesting.sizes import as_bytes, as_count, dtype_name
 from tdcache.harvesting.source import Source
 from tdcache.harvesting.workers import Share
+from tdcache.named_places import spelled_place
 from tdcache.selection import select as select_sites
+from tdcache.stand_ins import named_selection
 from tdcache.store.spec import read_spec
 
 __all__ = ["Request"]
@@ -50,7 +52,10 @@ class Request:
             SelectionError: nothing selected, or an option that means nothing.
             StoreError: the order of the data is random.
         """
-        paths = select_sites(model, options.select, match=options.match).paths
+        if options.names is None:
+            paths = select_sites(model, options.select, match=options.match).paths
+        else:
+            paths = named_selection(model, options.names, options.select, match=options.match).paths
         return cls(
             folder=Path(path),
             options=options,
@@ -83,6 +88,8 @@ class Request:
         }
         if options.in_keys is not None:
             found["in_keys"] = [key if isinstance(key, str) else list(key) for key in options.in_keys]
+        if options.names is not None:
+            found["names"] = {path: spelled_place(options.names[path]) for path in self.paths}
         if self.columns.sources:
             found["columns_from"] = self.columns.identity(tag)
         return found
