@@ -15,16 +15,20 @@ import regex
 from torch import nn
 
 from tdcache.named_places import Names, Proof, ProvedIdentity
-from tdcache.naming.copies import working_copy
+from tdcache.naming.copies import WorkingCopy, in_best_dtype
 from tdcache.naming.inputs import like, own_inputs
+from tdcache.naming.prove_attention import check_attention
 from tdcache.naming.prove_bench import IdentityCheck, ProofBench
 from tdcache.naming.prove_stream import check_chain, check_ends, check_norms, check_sums
-from tdcache.naming.prove_sublayers import check_attention, check_mixing, check_mlp
+from tdcache.naming.prove_sublayers import check_mixing, check_mlp, check_outputs, check_routers
 from tdcache.naming.prove_values import read_places
 
 __all__ = ["Verdict", "prove", "proved", "verdict_of"]
 
-CHECKS = (check_chain, check_sums, check_norms, check_ends, check_attention, check_mixing, check_mlp)
+CHECKS = (
+    *(check_chain, check_sums, check_norms, check_ends),
+    *(check_attention, check_mixing, check_outputs, check_mlp, check_routers),
+)
 SEED = 1
 """Of the proof's input: not that of the forward that resolved the names."""
 NOISE = 0.3
@@ -72,7 +76,7 @@ def verdict_of(model: nn.Module, names: Names, inputs: Any = None, *, skip: Iter
     if key not in _verdicts:
         while len(_verdicts) >= _KEPT:
             _verdicts.pop(next(iter(_verdicts)))
-        _verdicts[key] = _verdict(model, names, inputs, skipped)
+        _verdicts[key] = in_best_dtype(model, NOISE, lambda copy: _verdict(copy, names, inputs, skipped))
     return _verdicts[key]
 
 
@@ -85,8 +89,7 @@ def _key(model: nn.Module, names: Names, inputs: Any, skipped: tuple[str, ...]) 
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _verdict(model: nn.Module, names: Names, inputs: Any, skipped: tuple[str, ...]) -> Verdict:
-    copy = working_copy(model, noise=NOISE)
+def _verdict(copy: WorkingCopy, names: Names, inputs: Any, skipped: tuple[str, ...]) -> Verdict:
     given = copy.fitted(own_inputs(copy.model, SEED) if inputs is None else like(inputs, SEED))
     places = {name: place for name, place in names.items() if name not in skipped}
     readings = read_places(copy.model, places, given)
@@ -106,14 +109,15 @@ def _verdict(model: nn.Module, names: Names, inputs: Any, skipped: tuple[str, ..
 
 
 def _contradicted(checks: list[IdentityCheck]) -> dict[str, str]:
-    """The names that an identity contradicts; of a sum that fails, those that no other sum confirms."""
-    confirmed = {name for check in checks if check.holds and len(check.names) > 1 for name in check.names}
+    """The names that an identity contradicts; of one that fails, those that none binds to the stream."""
+    bound = {name for check in checks if check.holds and check.strong for name in check.names}
     refused: dict[str, str] = {}
     for check in checks:
         if check.holds:
             continue
-        wrong = [name for name in check.names if name not in confirmed] or list(check.names)
-        for name in wrong if len(check.names) > 1 else check.names:
+        loose = tuple(name for name in check.names if name not in bound)
+        wrong = check.refuses or (check.names if len(check.names) == 1 else loose or check.names)
+        for name in wrong:
             refused.setdefault(name, check.why())
     return refused
 

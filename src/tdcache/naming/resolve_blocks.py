@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tdcache.naming.gradients import gradient_of
+from tdcache.naming.gradients import gradient_of, middle
 from tdcache.naming.trace import ForwardTrace, ModuleRun, TracedValue
 from tdcache.naming.trace_attention import AttentionCall, attentions
 from tdcache.naming.trace_flow import ADD, DataFlow, StreamStep, operands
@@ -48,6 +48,8 @@ class TracedBlock:
     call: ModuleRun
     given: TracedValue
     """The stream as the block is given it."""
+    made: TracedValue
+    """The stream as the block returns it."""
     steps: list[StreamStep]
     """The steps to what it returns; empty where there is no way by additions, norms and constants."""
     terms: list[StreamTerm] = field(default_factory=list)
@@ -58,11 +60,6 @@ class TracedBlock:
     def stream(self) -> list[TracedValue]:
         """The values of the stream, from the block's input to its output."""
         return [self.given, *(step.value for step in self.steps)]
-
-    @property
-    def made(self) -> TracedValue:
-        """What the block returns."""
-        return self.stream[-1]
 
 
 @dataclass(slots=True, eq=False)
@@ -124,7 +121,7 @@ def _block_of(call: ModuleRun, flow: DataFlow) -> TracedBlock | None:
             if given is not made and given.shape == made.shape and given.data.is_floating_point():
                 steps = flow.stream(given, made)
                 if steps:
-                    return TracedBlock(call, given, steps)
+                    return TracedBlock(call, given, made, steps)
     return None
 
 
@@ -132,9 +129,8 @@ def _broken(call: ModuleRun) -> TracedBlock | None:
     shapes = {given.shape: given for _, given in reversed(call.given) if given.data.is_floating_point()}
     for _, made in call.made:
         if made.shape in shapes:
-            steps = [StreamStep("scale", made)]
             fault = "what the block returns does not come from its input by additions, norms and constant factors"
-            return TracedBlock(call, shapes[made.shape], steps, fault=fault)
+            return TracedBlock(call, shapes[made.shape], made, [], fault=fault)
     return None
 
 
@@ -203,7 +199,7 @@ def mixed_axes(value: TracedValue, source: TracedValue) -> frozenset[int]:
     touched = reached(value, source)
     if touched is None:
         return frozenset()
-    at = _position(tuple(touched.shape))
+    at = middle(tuple(touched.shape))
     axes = []
     for axis, index in enumerate(at):
         others = torch.ones(touched.shape[axis], dtype=torch.bool)
@@ -216,12 +212,12 @@ def mixed_axes(value: TracedValue, source: TracedValue) -> frozenset[int]:
 def reached(value: TracedValue, source: TracedValue) -> Tensor | None:
     """Which positions of ``source`` the gradient of one position of ``value`` reaches; None if there is no graph.
 
-    Positions are all axes but the last. The one in question is the second half's first along each axis.
+    Positions are all axes but the last. The one in question is near the middle.
     """
     if value.edge is None or source.edge is None or value.data.numel() != source.data.numel():
         return None
     start = torch.zeros_like(value.data).reshape(source.shape)
-    start[_position(source.shape[:-1])] = torch.randn(
+    start[middle(source.shape[:-1])] = torch.randn(
         source.shape[-1], generator=torch.Generator().manual_seed(0), dtype=value.data.dtype
     ).to(start.device)
     start = start.reshape(value.shape)
@@ -230,7 +226,3 @@ def reached(value: TracedValue, source: TracedValue) -> Tensor | None:
         return None
     size = gradient.abs().amax(-1)
     return (size > 1e-9 * size.max()).cpu()
-
-
-def _position(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(size // 2 for size in shape)

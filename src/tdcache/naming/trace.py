@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from tdcache.function_calls.names import call_name
 from tdcache.hooks.attach import attach
 from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.values import leaves
+from tdcache.naming.gradients import edge_of
 
 __all__ = ["ForwardTrace", "ModuleRun", "TracedOp", "TracedValue", "call_model", "trace"]
 
@@ -170,7 +171,7 @@ class _TraceRecorder(TorchFunctionMode):
         if found is None:
             with torch.no_grad():
                 data = tensor.detach().clone()
-            edge = get_gradient_edge(tensor) if tensor.requires_grad else None
+            edge = edge_of(tensor)
             found = self.values[key] = TracedValue(tensor, data, edge)
             self.aliases.setdefault(_storage(tensor), []).append(tensor)
         return found

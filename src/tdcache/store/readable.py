@@ -60,7 +60,7 @@ class LocalFile:
         return self.status.st_dev, self.status.st_ino, self.status.st_size, self.status.st_mtime_ns
 
     def read_into(self, data: memoryview, offset: int) -> None:
-        """See :func:`tdcache.store.regular.read_into`."""
+        """Fill ``data`` with the bytes from ``offset`` on; see :func:`tdcache.store.regular.read_into`."""
         read_into(self.descriptor, data, offset, self.path)
 
     def map(self) -> Tensor | None:
@@ -78,7 +78,7 @@ class RemoteFile:
 
     @property
     def identity(self) -> Hashable:
-        """Its size."""
+        """Its size: a server is not asked for more."""
         return self.size
 
     def read_into(self, data: memoryview, offset: int) -> None:
