@@ -127,9 +127,7 @@ def test_positions_of_real_tokens(family):
             continue
         columns = [row.nonzero()[:, 0][[0, -1]].tolist() for row in mask]
         options = {**options, "positions": [0, -1], "position_dim": family.position_dim}
-        if (
-            "decoder_input_ids" in family.batch and value.shape[1] == 4 and "coder" not in site.path
-        ):  # its side is not known
+        if "decoder_input_ids" in family.batch and value.shape[1] == 4 and unsided(site.path):  # its side is not known
             options["mask_key"] = "decoder_attention_mask"
 
         def edit(value, change, columns=columns):
