@@ -10,7 +10,7 @@ from torch import Tensor
 from tdcache.cache.positions import PositionFilter
 from tdcache.errors import CaptureError
 from tdcache.function_calls.sites import at_call
-from tdcache.introspect import shares_memory
+from tdcache.inplace import shares_memory
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
 from tdcache.regions import Region
