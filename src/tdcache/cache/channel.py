@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tdcache.cache.keep import Keep, Transfers, detach_all
 from tdcache.cache.ownership import Outside, own
-from tdcache.cache.positions import PositionFilter
+from tdcache.cache.part import PartFilter
 from tdcache.cache.reductions import Reductions
 from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.stand_ins import ABSENT, CopyInGraph
@@ -49,8 +49,8 @@ class Channel:
     stack_by: StackBy | None
     has_parts: bool = False
     """Whether a site may have any number of entries (``pick="all"``), or sites become known as they fire."""
-    positions: PositionFilter | None = None
-    """Which positions of each value are kept; None for all."""
+    part: PartFilter | None = None
+    """Which rows, positions, units and heads of each value are kept; None for all."""
     gated: bool = False
     """Whether some forwards are left out (``steps=``)."""
     by_value: bool = False
@@ -93,7 +93,7 @@ class Channel:
         self.is_gradient = direction_row(self.direction).gradient
         self.latest_only = isinstance(self.reducer, Last)
         self._checks_values = self.by_value and not self.is_gradient  # gradients that others can write to are copied
-        plain = self.keep.plain and self.positions is None and not (self.target.in_place or self.gated)
+        plain = self.keep.plain and self.part is None and not (self.target.in_place or self.gated)
         self.takes_aliases = self.latest_only and plain and not self._checks_values
         self._watch = InplaceWatch(by_value=self.by_value)
         self.reductions = None if self.latest_only else Reductions(self.reducer, self._watch)
@@ -261,8 +261,8 @@ class Channel:
         """
         self.fired.add(path)
         mask: Tensor | None = None
-        if self.positions is not None:
-            part = self.positions.of(path, tensor, self.reducer)
+        if self.part is not None:
+            part = self.part.of(path, tensor, self.reducer)
             if part is None:
                 return
             tensor, mask = part
@@ -289,11 +289,12 @@ class Channel:
 
         With ``stack_by`` it waits for those that it is stacked with.
         """
-        if self.positions is not None:
+        if self.part is not None:
             self.fired.add(path)
-            raise self.positions.outside(path)
+            self.part.refuse_outside(path)
         if self.stack_by is not None:
-            kept, is_alias = self._keep(tensor, path)
+            part = None if self.part is None else self.part.of(path, tensor, self.reducer)
+            kept, is_alias = self._keep(tensor if part is None else part[0], path)
             self.fired.add(path)
             self.transfers.wait()
             self.waiting[key] = kept.clone() if is_alias else kept
@@ -385,8 +386,8 @@ class Channel:
         self._watch.clear()
         if self.reductions is not None:
             self.reductions.clear()
-        if self.positions is not None:
-            self.positions.forget()
+        if self.part is not None:
+            self.part.forget()
         self.number += 1
         self.accepting = -1
 
