@@ -9,7 +9,7 @@ from architecture.source_tree import PACKAGE, Source, imports_of, package_source
 
 FLOORS = (
     ("errors", "types"),
-    ("arguments", "inplace", "masks", "paths", "regions", "selection", "tokens"),
+    ("arguments", "inplace", "masks", "norms", "paths", "regions", "selection", "tokens"),
     ("current_call", "function_calls", "hooks", "introspect", "sequences", "steps", "transforms"),
     ("reducers", "cache", "store"),
     ("modules", "contexts", "points"),

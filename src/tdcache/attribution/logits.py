@@ -12,12 +12,12 @@ from tdcache.attribution.base import Attribution, SiteAttribution, Work
 from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.lrp.norms import FreezeNorm
-from tdcache.attribution.norms import NormForm
 from tdcache.attribution.place import Place
 from tdcache.attribution.point import Point, wide
 from tdcache.attribution.reductions import gradient_x_activation
 from tdcache.errors import AttributionError
 from tdcache.hooks.values import first_tensor
+from tdcache.norms import NormForm
 from tdcache.paths import resolve
 from tdcache.types import Match, Selector
 

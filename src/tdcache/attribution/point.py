@@ -6,13 +6,13 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from tdcache.attribution.place import Place
 from tdcache.attribution.rows import PointRows
 from tdcache.attribution.targets import Target
 from tdcache.hooks import MultiHookHandle
+from tdcache.norms import wide
 from tdcache.types import CacheKey
 
 __all__ = ["Ask", "Between", "Modifies", "Point", "View", "wide"]
@@ -128,8 +128,3 @@ class View:
         if self._rows is None:
             return tensor
         return self._rows.part(tensor, 0 if place.kind == "key" else self._rows.axis_at(place, tensor))
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In at least single precision: half-precision scores are accumulated and returned in float32."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
