@@ -15,6 +15,7 @@ from tdcache.contexts import (
 from tdcache.errors import (
     AttributionError,
     CacheWriteError,
+    CanonicalNameError,
     CaptureError,
     ContextError,
     DamagedError,
@@ -50,6 +51,7 @@ from tdcache.interventions import (
     save_intervention,
 )
 from tdcache.modules import HookedModule, HookedModuleRun
+from tdcache.named_places import NamedPlace, Names
 from tdcache.pipeline import Splice
 from tdcache.reducers import Concatenate, First, Last, Mean, Reducer, Stack, TopK, Variance
 from tdcache.selection import Selection, Site
@@ -73,6 +75,7 @@ __all__ = [
     "AttributionError",
     "CacheProxy",
     "CacheWriteError",
+    "CanonicalNameError",
     "CaptureError",
     "CausalTracing",
     "CompositeHookingContextFactory",
@@ -97,6 +100,8 @@ __all__ = [
     "Mean",
     "MultiHookHandle",
     "MultiHookManager",
+    "NamedPlace",
+    "Names",
     "PathError",
     "PathPatching",
     "Reducer",

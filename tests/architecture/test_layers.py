@@ -9,11 +9,11 @@ from architecture.source_tree import PACKAGE, Source, imports_of, package_source
 
 FLOORS = (
     ("errors", "types"),
-    ("arguments", "inplace", "masks", "norms", "paths", "regions", "selection", "tokens"),
+    ("arguments", "inplace", "masks", "named_places", "norms", "paths", "regions", "selection", "tokens"),
     ("current_call", "function_calls", "hooks", "introspect", "sequences", "steps", "transforms"),
     ("reducers", "cache", "store"),
     ("modules", "contexts", "points"),
-    ("caching", "pipeline", "interventions", "attribution"),
+    ("caching", "naming", "pipeline", "interventions", "attribution"),
     ("harvesting",),
     ("compat", "inspect", "plot", "cli", "__main__"),
 )
@@ -22,6 +22,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Who may import a neighbour on the same floor. Floor 5 has no entry: no method family imports another.
 NEIGHBOURS = {
     ("types", "errors"),
+    ("named_places", "paths"),
     ("selection", "paths"),
     ("hooks", "introspect"),
     ("steps", "introspect"),
