@@ -25,6 +25,7 @@ from tdcache.errors import (
     InplaceModificationError,
     PathError,
     RepeatedCallWarning,
+    ResidualError,
     SelectionError,
     SpecError,
     StopForward,
@@ -107,6 +108,7 @@ __all__ = [
     "Reducer",
     "Region",
     "RepeatedCallWarning",
+    "ResidualError",
     "ResumeFrom",
     "Selection",
     "SelectionError",
@@ -145,6 +147,7 @@ _PACKAGES = (
         "plot",
         "points",
         "reducers",
+        "residual",
         "store",
     ),
 )

@@ -13,7 +13,7 @@ FLOORS = (
     ("current_call", "function_calls", "hooks", "introspect", "sequences", "steps", "transforms"),
     ("reducers", "cache", "store"),
     ("modules", "contexts", "points"),
-    ("caching", "naming", "pipeline", "interventions", "attribution"),
+    ("caching", "naming", "pipeline", "interventions", "attribution", "residual", "residual"),
     ("harvesting",),
     ("compat", "inspect", "plot", "cli", "__main__"),
 )

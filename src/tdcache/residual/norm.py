@@ -1,0 +1,131 @@
+"""Norms applied to parts of a stream, with the scale of the whole: only then do the parts still sum to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdcache.errors import ResidualError
+from tdcache.named_places import Names, ResidualStream
+from tdcache.residual.columns import Columns
+from tdcache.residual.linear import FrozenNorm, deviation, run, tolerance
+from tdcache.residual.parts import Parts, tensors
+from tdcache.residual.stream import CachedStream, names_of
+from tdcache.tokens import Positions
+
+__all__ = ["apply_norm"]
+
+
+def apply_norm(
+    stack: TensorDictBase,
+    cache: TensorDictBase | None = None,
+    *,
+    norm: str | None = None,
+    at: str | None = None,
+    recompute: bool = False,
+    positions: Positions = None,
+    mask: Tensor | None = None,
+    names: Names | None = None,
+    prefix: str | None = None,
+) -> Parts:
+    """Send every entry of ``stack`` through a norm whose scale is frozen: ``weight * centre(part) / scale``.
+
+    The scale is that of the whole value, so that the norm is linear and what summed to its input sums to its output;
+    its bias, where it has one, is an entry of its own, ``"final_norm.bias"``.
+
+    Args:
+        stack: values ``(..., unit)`` by name, such as :func:`decompose` gives.
+        cache: where the whole value is kept; not needed for what the functions here return.
+        norm: canonical name of the norm, such as ``"blocks.3.ln1"``, or a module's path; the final norm by default.
+        at: the name of the value that the norm reads; by default the one that ``stack`` belongs to, else the last
+            ``resid_post`` that is kept.
+        recompute: normalise every entry by a scale of its own, with the bias: what a logit lens does.
+        positions: where ``stack`` holds some positions, the same ones, for the whole value in ``cache``.
+        mask: the attention mask, so that positions count real tokens; None counts columns.
+        names: the table of names, where neither ``stack`` nor ``cache`` carries it.
+        prefix: which stream of a model with several.
+
+    Returns:
+        Entries of the same names. A model without a final norm gives them unchanged.
+
+    Raises:
+        CanonicalNameError: the model has no such norm, or what precedes its logits is none.
+        ResidualError: the module is no norm, or the value it reads is not known.
+    """
+    table = names_of(stack if names is None and getattr(stack, "table", None) is not None else cache, names)
+    prefix = stack.prefix if prefix is None and isinstance(stack, Parts) else prefix
+    stream = CachedStream.of(Parts() if cache is None else cache, table, prefix, Columns(positions, mask))
+    path = final_norm(table, stream.stream) if norm is None else table[norm].path if norm in table else norm
+    facts: dict[str, Any] = {"of": getattr(stack, "of", None), "normed": True}
+    if path is None:
+        return Parts.made(tensors(stack), table, stream.stream.prefix, **facts)
+    (module,) = stream.modules(path)
+    name = norm or stream.name("final_norm")
+    if recompute:
+        like = next(module.parameters(), None)
+        found = {key: _fresh(module, part, like) for key, part in tensors(stack).items()}
+        return Parts.made(found, table, stream.stream.prefix, normed=True)
+    frozen = FrozenNorm.of(module, path, _whole(stack, stream, at))
+    found = {key: frozen(_fitting(part, key, frozen)) for key, part in tensors(stack).items()}
+    if stream.keeps(name):
+        _compare(stream, name, module, _whole(stack, stream, at))
+    if frozen.bias is not None:
+        found[f"{name}.bias"] = frozen.bias.expand_as(next(iter(found.values())))
+    return Parts.made(found, table, stream.stream.prefix, **facts)
+
+
+def final_norm(table: Names, stream: ResidualStream) -> str | None:
+    """The path of the final norm of a stream; None for a model that has none.
+
+    Raises:
+        CanonicalNameError: what stands there is no norm.
+    """
+    name = f"{stream.prefix}final_norm"
+    if stream.final_norm is None and name in table.refused:
+        raise table.error(name)
+    return stream.final_norm
+
+
+def _whole(stack: TensorDictBase, stream: CachedStream, at: str | None) -> Tensor:
+    """The value at which the scale is frozen."""
+    if at is not None:
+        return stream.value(at)
+    if isinstance(stack, Parts) and stack.at is not None:
+        return stack.at
+    if not stream.kept_posts():
+        raise ResidualError(
+            "the scale of a norm is that of the whole value, which this stack does not carry; pass the cache that "
+            "holds it, or recompute=True for a scale of each entry's own"
+        )
+    return stream.value(stream.last())
+
+
+def _fitting(part: Tensor, key: str, norm: FrozenNorm) -> Tensor:
+    rows = norm.inverse_scale.shape[:-1]
+    if part.shape[:-1] != rows:
+        raise ResidualError(
+            f"{key!r} is {tuple(part.shape)}, and the value whose scale is frozen is {(*rows, part.shape[-1])}; for "
+            "some positions pass positions=, for parts of another value at=",
+            names=[key],
+        )
+    return part
+
+
+def _fresh(module: torch.nn.Module, part: Tensor, like: Tensor | None) -> Tensor:
+    with torch.set_grad_enabled(torch.is_grad_enabled() and part.requires_grad):
+        return run(module, part if like is None else part.to(like.dtype)).to(part.dtype)
+
+
+def _compare(stream: CachedStream, name: str, module: torch.nn.Module, whole: Tensor) -> None:
+    """Hold the norm of the whole against what the norm returned, where that is kept."""
+    kept = stream.value(name)
+    found = run(module, whole.to(stream.cache.get(name).dtype)).to(kept.dtype)
+    if found.shape != kept.shape or not deviation(found, kept) <= tolerance(stream.cache.get(name)):
+        raise ResidualError(
+            f"{name!r} as it is kept is not the norm of the value whose scale was to be frozen; name what it reads "
+            "with at=",
+            names=[name],
+        )
