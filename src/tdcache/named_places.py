@@ -254,6 +254,43 @@ class Names(Mapping[str, NamedPlace]):
             )
         return self.streams[prefix]
 
+    def in_block(self, role: str, layer: int) -> str:
+        """The name of a role in one block: ``("attn.pattern", 3)`` gives ``"blocks.3.attn.pattern"``.
+
+        Negative layers count from the last block. Where no name is exactly that, the one that ends with the role is
+        meant, if there is one alone: ``("pattern", 3)`` is ``"blocks.3.attn.hook_pattern"`` in TransformerLens' spelling.
+
+        Raises:
+            CanonicalNameError: there is no such block or name, or several.
+        """
+        numbers: dict[str, int] = {}
+        for name in (*self, *self.refused):
+            prefix, found, rest = name.partition("blocks.")
+            number = rest.partition(".")[0]
+            if found and number.isdecimal():
+                numbers[prefix] = max(numbers.get(prefix, 0), int(number) + 1)
+        prefix = next((each for each in sorted(numbers, key=len, reverse=True) if role.startswith(each)), "")
+        count = numbers.get(prefix, 0)
+        if not -count <= layer < count:
+            raise CanonicalNameError(
+                f"({role!r}, {layer}) means nothing in {self.model_name or 'this model'}, which has {count} blocks",
+                selector=role,
+            )
+        block, role = f"{prefix}blocks.{layer % count}.", role.removeprefix(prefix)
+        if block + role in self or block + role in self.refused:
+            return self[block + role].name
+        spelled = {name: name.removeprefix(block).replace("hook_", "") for name in self if name.startswith(block)}
+        near = [name for name, part in spelled.items() if part == role] or [
+            name for name, part in spelled.items() if part.endswith(f".{role}")
+        ]
+        if len(near) == 1:
+            return near[0]
+        if near:
+            raise CanonicalNameError(
+                f"({role!r}, {layer}) may be {listed(near)}; give the whole name", selector=role, near=tuple(near)
+            )
+        raise self.error(block + role)
+
     def error(self, name: object) -> CanonicalNameError:
         """What is raised for a name that is not in the table: the reason where it is refused, else the nearest."""
         model = self.model_name or "this model"
