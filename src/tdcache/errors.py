@@ -165,7 +165,7 @@ class ResidualError(TdcacheError, RuntimeError):
     """A residual stream that cannot be taken apart as asked.
 
     Attributes:
-        names: the canonical names concerned: entries that the cache lacks, or values that are not the sum of their parts.
+        names: the canonical names concerned: what the cache lacks, or what is not the sum of its parts.
     """
 
     def __init__(self, message: str, *, names: Sequence[str] = ()) -> None:

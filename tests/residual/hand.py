@@ -29,10 +29,6 @@ class Case:
     inputs: torch.Tensor = field(default_factory=lambda: TOKENS)
 
 
-def spread(pattern, count, places):
-    return {f"blocks.{i}.{role}": path.format(i) for i in range(count) for role, path in places.items()}
-
-
 def places(count, heads, blocks, **ends):
     """A table's places from ``role: path`` with ``{}`` for the block; ``<path`` means the input of a module."""
     found = {name: _place(path) for name, path in ends.items()}
@@ -45,7 +41,9 @@ def places(count, heads, blocks, **ends):
 
 def _place(path, heads=None):
     side = "fwd_pre" if path.startswith("<") else "fwd"
-    return NamedPlace(path=path.lstrip("<"), side=side, heads=heads, axes=AXES if heads else ("batch", "position", "unit"))
+    return NamedPlace(
+        path=path.lstrip("<"), side=side, heads=heads, axes=AXES if heads else ("batch", "position", "unit")
+    )
 
 
 def capture(model, table, inputs):
@@ -119,7 +117,8 @@ def gpt2():
     found = places(3, 2, block, embed="transformer.wte", pos_embed="transformer.wpe", final_norm="transformer.ln_f")
     return finish(
         transformers.GPT2LMHeadModel(config), found, embeddings=("embed", "pos_embed"), final_norm="transformer.ln_f",
-        unembed="lm_head", out_projections="transformer.h.{}.attn.c_proj", down_projections="transformer.h.{}.mlp.c_proj",
+        unembed="lm_head", out_projections="transformer.h.{}.attn.c_proj",
+        down_projections="transformer.h.{}.mlp.c_proj",
     )  # fmt: skip
 
 
@@ -170,6 +169,24 @@ def mixtral():
         **WIDE, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, experts_implementation="eager"
     )
     return _llama_like(transformers.MixtralForCausalLM(config), down_projections=None)
+
+
+def granite():
+    """Scales wherever Granite has one; what it adds to the stream is a product in the forward of the block."""
+    torch.manual_seed(0)
+    config = transformers.GraniteConfig(
+        **WIDE, num_attention_heads=4, num_key_value_heads=2, residual_multiplier=0.22, logits_scaling=4.0,
+        embedding_multiplier=3.0, attention_multiplier=0.3,
+    )  # fmt: skip
+    case = _llama_like(transformers.GraniteForCausalLM(config), embeddings=(), logit_scale=0.25)
+    places = dict(case.table)
+    for i in range(3):
+        for role in ("attn", "mlp"):
+            name = f"blocks.{i}.{role}.contribution"
+            case.cache[name] = 0.22 * case.cache[name]
+            places[name] = NamedPlace(path=f"model.layers.{i}::mul" + (".1" if role == "mlp" else ""))
+    case.table = Names(places, streams=case.table.streams, model=case.model)
+    return case
 
 
 def bloom():
@@ -299,5 +316,5 @@ def own():
 
 FAMILIES = {
     "gpt2": gpt2, "llama": llama, "gemma2": gemma2, "mixtral": mixtral, "bloom": bloom, "neox": neox, "bert": bert,
-    "own": own,
+    "own": own, "granite": granite,
 }  # fmt: skip

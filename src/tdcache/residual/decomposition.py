@@ -9,7 +9,7 @@ from torch import Tensor
 from tdcache.errors import ResidualError
 from tdcache.named_places import Names
 from tdcache.residual.columns import Columns
-from tdcache.residual.linear import FrozenNorm, deviation, tolerance
+from tdcache.residual.linear import NormStep, deviation, tolerance
 from tdcache.residual.parts import Parts
 from tdcache.residual.pieces import Pieces, heads_of, neurons_of
 from tdcache.residual.stream import CachedStream
@@ -165,7 +165,7 @@ class _RunningSum:
         name = self._stream.name(role, block)
         path = self._stream.place(name).path
         (module,) = self._stream.modules(path)
-        norm = FrozenNorm.of(module, path, self.total)
+        norm = NormStep.of(module, path, self.total)
         self.parts = {key: norm(part) for key, part in self.parts.items()}
         if norm.bias is not None:
             self.parts[f"{name}.bias"] = norm.bias.expand_as(self.total)

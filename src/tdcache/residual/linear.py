@@ -1,7 +1,7 @@
 """What stands between a part and the stream: projections, scales and norms, as linear maps of this very forward.
 
 A decomposition is exact because all of it is linear once the scales of norms are held. Nothing is taken on trust: a
-module that is not affine is refused, and so is a passage that does not lead to the value that was kept.
+module that is not affine is refused, and so is a step that does not lead to the value that was kept.
 """
 
 from __future__ import annotations
@@ -17,14 +17,24 @@ from tdcache.errors import AttributionError, ResidualError
 from tdcache.hooks.values import first_tensor
 from tdcache.norms import NormForm, is_norm, wide
 
-__all__ = ["FrozenNorm", "LinearMap", "Passage", "deviation", "passage", "run", "tolerance"]
+__all__ = [
+    "LinearMap",
+    "LinearStep",
+    "NormStep",
+    "Scaled",
+    "Unchanged",
+    "deviation",
+    "run",
+    "step_between",
+    "tolerance",
+]
 
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """By how much a sum of parts may miss what was kept, beside its largest value: room for many layers of rounding, and
 for norms that compute in float32 inside of float64, and none for a missing term."""
 
 
-class Passage(Protocol):
+class LinearStep(Protocol):
     """A linear map from a projection's result to what is added to the stream, and what it adds of itself."""
 
     @property
@@ -39,15 +49,17 @@ class Passage(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Same:
+class Unchanged:
     """The projection's result is added as it is."""
 
     bias: None = None
 
     def __call__(self, part: Tensor) -> Tensor:
+        """The part itself."""
         return part
 
     def back(self, direction: Tensor) -> Tensor:
+        """The direction itself."""
         return direction
 
 
@@ -59,14 +71,16 @@ class Scaled:
     bias: None = None
 
     def __call__(self, part: Tensor) -> Tensor:
+        """The part, multiplied by the factor."""
         return part * self.factor
 
     def back(self, direction: Tensor) -> Tensor:
+        """The direction, multiplied by the factor."""
         return direction * self.factor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FrozenNorm:
+class NormStep:
     """A norm as the linear map that it is at one value: ``weight * centre(part) / scale``.
 
     Args:
@@ -79,14 +93,13 @@ class FrozenNorm:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, module: nn.Module, path: str, x: Tensor) -> FrozenNorm:
+    def of(cls, module: nn.Module, path: str, x: Tensor) -> NormStep:
         """The norm at ``x``.
 
         Raises:
             ResidualError: the module is no norm over the last axis.
         """
-        like = next((each.dtype for each in module.parameters()), x.dtype)
-        given = x.to(like)
+        given = x.to(_like(module, x))
         try:
             form = NormForm.of(module, path, given)
             found = form.inverse_scale(module, path, given, run(module, given))
@@ -94,21 +107,21 @@ class FrozenNorm:
             raise ResidualError(f"the scale of the norm {path!r} cannot be frozen: {error}") from None
         if form.axes != (-1,):
             raise ResidualError(f"the norm {path!r} works on axes {form.axes}, not on the units of the stream")
-        return cls(form, found)
+        form = NormForm(form.weight.reshape(-1).to(x), form.bias.reshape(-1).to(x), form.axes, form.centred)
+        return cls(form, found.to(x))
 
     @property
     def bias(self) -> Tensor | None:
         """What the norm returns for zeros; None where that is zero."""
-        bias = self.form.bias.reshape(-1)
-        return bias if bool(bias.any()) else None
+        return self.form.bias if bool(self.form.bias.any()) else None
 
     def __call__(self, part: Tensor) -> Tensor:
         """What becomes of a part ``(..., unit)``, without the bias."""
-        return self.form.weight.reshape(-1) * self.form.centre(part) * self._scale(part)
+        return self.form.weight * self.form.centre(part) * self._scale(part)
 
     def back(self, direction: Tensor) -> Tensor:
         """The direction before the norm that does what ``direction`` does after it, for each row."""
-        return self.form.centre(self.form.weight.reshape(-1) * direction) * self.inverse_scale
+        return self.form.centre(self.form.weight * direction) * self.inverse_scale
 
     def _scale(self, part: Tensor) -> Tensor:
         """The scale of the rows, also where the part has an axis of heads or units more."""
@@ -141,7 +154,7 @@ class LinearMap:
         Raises:
             ResidualError: it is not affine.
         """
-        like = next((each for each in module.parameters() if each.is_floating_point()), torch.empty(0))
+        like = _like(module, torch.empty(0))
         wave = torch.cos(1.7 * torch.arange(width, device=like.device) + 0.3).to(like.dtype)
         out = _probed(module, path, torch.stack([0 * wave, wave]))
         if out.ndim != 2 or len(out) != 2:
@@ -151,6 +164,10 @@ class LinearMap:
             if here <= tolerance(like):
                 return found
         raise _not_affine(module, path, f"differs by {here:.1e} from the map of its unit vectors")
+
+    def to(self, like: Tensor) -> LinearMap:
+        """The map in the dtype and on the device of ``like``."""
+        return LinearMap(self.weight.to(like), None if self.bias is None else self.bias.to(like))
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x @ weight + bias``."""
@@ -177,11 +194,19 @@ def _probed(module: nn.Module, path: str, rows: Tensor) -> Tensor:
 
 
 def run(module: nn.Module, value: Tensor) -> Tensor:
-    """What a module returns, without calling it: no hook sees the value."""
-    found = first_tensor(module.forward(value))
+    """What a module returns, without calling it: no hook sees the value.
+
+    It runs in its own dtype and on its own device; what it returns has the dtype and device of ``value``.
+    """
+    found = first_tensor(module.forward(value.to(_like(module, value))))
     if found is None:
         raise ResidualError(f"{type(module).__name__} returned no tensor")
-    return found
+    return found.to(value)
+
+
+def _like(module: nn.Module, default: Tensor) -> Tensor:
+    """A tensor of the dtype and on the device that a module computes with."""
+    return next((each for each in module.parameters() if each.is_floating_point()), default)
 
 
 def deviation(found: Tensor, wanted: Tensor) -> float:
@@ -197,7 +222,9 @@ def tolerance(*tensors: Tensor) -> float:
     return max(_TOLERANCES.get(tensor.dtype, 1e-3) for tensor in tensors)
 
 
-def passage(module: nn.Module | None, path: str, given: Tensor, added: Tensor, allowed: float) -> Passage | None:
+def step_between(
+    module: nn.Module | None, path: str, given: Tensor, added: Tensor, allowed: float
+) -> LinearStep | None:
     """The map from what a projection returned to what is added to the stream; None where there is none.
 
     Args:
@@ -208,15 +235,15 @@ def passage(module: nn.Module | None, path: str, given: Tensor, added: Tensor, a
         allowed: the largest deviation.
     """
     if deviation(given, added) <= allowed:
-        return Same()
+        return Unchanged()
     if module is not None and is_norm(path, module):
-        norm = FrozenNorm.of(module, path, given)
+        norm = NormStep.of(module, path, given)
         total = norm(given) if norm.bias is None else norm(given) + norm.bias
         return norm if deviation(total, added) <= allowed else None
     factors = [(given * added).sum() / given.square().sum()]
     if module is not None and not any(True for _ in module.children()):
         ones = torch.ones(given.shape[-1:]).to(given).reshape(*(1,) * (given.ndim - 1), -1)
-        factors.append(wide(run(module, ones)).reshape(-1))  # one number per unit
+        factors.append(run(module, ones).reshape(-1))  # one number per unit
     return next((Scaled(each.detach()) for each in factors if deviation(each * given, added) <= allowed), None)
 
 

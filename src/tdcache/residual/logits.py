@@ -167,8 +167,7 @@ class Readout:
         """Logits ``(..., vocabulary)`` of values ``(..., unit)``, in at least single precision."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and value.requires_grad):
             for step in self.steps:
-                like = next((each.dtype for each in step.parameters() if each.is_floating_point()), value.dtype)
-                value = run(step, value.to(like))
+                value = run(step, value)
         logits = wide(value) if self.scale == 1 else wide(value) * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -11,12 +9,12 @@ from torch import Tensor
 from tdcache.errors import ResidualError
 from tdcache.named_places import Names, ResidualStream
 from tdcache.residual.columns import Columns
-from tdcache.residual.linear import FrozenNorm, deviation, run, tolerance
+from tdcache.residual.linear import NormStep, deviation, run, tolerance
 from tdcache.residual.parts import Parts, tensors
 from tdcache.residual.stream import CachedStream, names_of
 from tdcache.tokens import Positions
 
-__all__ = ["apply_norm"]
+__all__ = ["apply_norm", "final_norm"]
 
 
 def apply_norm(
@@ -59,22 +57,21 @@ def apply_norm(
     prefix = stack.prefix if prefix is None and isinstance(stack, Parts) else prefix
     stream = CachedStream.of(Parts() if cache is None else cache, table, prefix, Columns(positions, mask))
     path = final_norm(table, stream.stream) if norm is None else table[norm].path if norm in table else norm
-    facts: dict[str, Any] = {"of": getattr(stack, "of", None), "normed": True}
+    of = stack.of if isinstance(stack, Parts) else None
     if path is None:
-        return Parts.made(tensors(stack), table, stream.stream.prefix, **facts)
+        return Parts.made(tensors(stack), table, stream.stream.prefix, of=of, normed=True)
     (module,) = stream.modules(path)
     name = norm or stream.name("final_norm")
     if recompute:
-        like = next(module.parameters(), None)
-        found = {key: _fresh(module, part, like) for key, part in tensors(stack).items()}
+        found = {key: _fresh(module, part) for key, part in tensors(stack).items()}
         return Parts.made(found, table, stream.stream.prefix, normed=True)
-    frozen = FrozenNorm.of(module, path, _whole(stack, stream, at))
+    frozen = NormStep.of(module, path, _whole(stack, stream, at))
     found = {key: frozen(_fitting(part, key, frozen)) for key, part in tensors(stack).items()}
     if stream.keeps(name):
         _compare(stream, name, module, _whole(stack, stream, at))
     if frozen.bias is not None:
         found[f"{name}.bias"] = frozen.bias.expand_as(next(iter(found.values())))
-    return Parts.made(found, table, stream.stream.prefix, **facts)
+    return Parts.made(found, table, stream.stream.prefix, of=of, normed=True)
 
 
 def final_norm(table: Names, stream: ResidualStream) -> str | None:
@@ -103,7 +100,7 @@ def _whole(stack: TensorDictBase, stream: CachedStream, at: str | None) -> Tenso
     return stream.value(stream.last())
 
 
-def _fitting(part: Tensor, key: str, norm: FrozenNorm) -> Tensor:
+def _fitting(part: Tensor, key: str, norm: NormStep) -> Tensor:
     rows = norm.inverse_scale.shape[:-1]
     if part.shape[:-1] != rows:
         raise ResidualError(
@@ -114,15 +111,15 @@ def _fitting(part: Tensor, key: str, norm: FrozenNorm) -> Tensor:
     return part
 
 
-def _fresh(module: torch.nn.Module, part: Tensor, like: Tensor | None) -> Tensor:
+def _fresh(module: torch.nn.Module, part: Tensor) -> Tensor:
     with torch.set_grad_enabled(torch.is_grad_enabled() and part.requires_grad):
-        return run(module, part if like is None else part.to(like.dtype)).to(part.dtype)
+        return run(module, part)
 
 
 def _compare(stream: CachedStream, name: str, module: torch.nn.Module, whole: Tensor) -> None:
     """Hold the norm of the whole against what the norm returned, where that is kept."""
     kept = stream.value(name)
-    found = run(module, whole.to(stream.cache.get(name).dtype)).to(kept.dtype)
+    found = run(module, whole)
     if found.shape != kept.shape or not deviation(found, kept) <= tolerance(stream.cache.get(name)):
         raise ResidualError(
             f"{name!r} as it is kept is not the norm of the value whose scale was to be frozen; name what it reads "

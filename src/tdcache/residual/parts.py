@@ -18,9 +18,8 @@ __all__ = ["Parts", "tensors"]
 class Parts(TensorDict):
     """Named values ``(..., unit)`` of one residual stream, each under one key, in the order they are written.
 
-    Where they are the parts of one value, ``sum(parts.values())`` is that value. Results of operations on it (views,
-    copies, arithmetic) are TensorDicts that no longer know ``table`` and ``of``; hand in ``cache=`` or ``names=`` with
-    them.
+    Where they are the parts of one value, ``sum(parts.values())`` is that value. Copies and selections know whose
+    parts they are; results of arithmetic and views do not, and are handed on with ``cache=`` or ``names=``.
 
     Example:
         >>> parts = Parts({"embed": torch.ones(2, 3), "blocks.0.attn.contribution": torch.ones(2, 3)})
@@ -40,12 +39,47 @@ class Parts(TensorDict):
     """The value of the stream at which a norm's scale is frozen."""
 
     @classmethod
-    def made(cls, values: Mapping[str, Tensor], table: Names, prefix: str, **facts: Any) -> Parts:
+    def made(
+        cls,
+        values: Mapping[str, Tensor],
+        table: Names,
+        prefix: str,
+        *,
+        of: str | None = None,
+        normed: bool = False,
+        at: Tensor | None = None,
+    ) -> Parts:
         """Parts of the stream ``prefix`` of the model of ``table``, with what else is known of them."""
         parts = cls(dict(values))
-        for name, fact in {"table": table, "prefix": prefix, **facts}.items():
-            setattr(parts, name, fact)
+        parts.table, parts.prefix, parts.of, parts.normed, parts.at = table, prefix, of, normed, at
         return parts
+
+    def select(self, *keys: Any, **kwargs: Any) -> Any:
+        """Some parts, which no longer sum to the whole."""
+        return self._carried(super().select(*keys, **kwargs), self.at, None)
+
+    def exclude(self, *keys: Any, **kwargs: Any) -> Any:
+        """All parts but some."""
+        return self._carried(super().exclude(*keys, **kwargs), self.at, None)
+
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        """A copy of the parts."""
+        return self._carried(super().clone(*args, **kwargs), self.at, self.of)
+
+    def detach(self) -> Any:
+        """The parts without graph."""
+        return self._carried(super().detach(), None if self.at is None else self.at.detach(), self.of)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """The parts on another device or in another dtype."""
+        return self._carried(
+            super().to(*args, **kwargs), None if self.at is None else self.at.to(*args, **kwargs), self.of
+        )
+
+    def _carried(self, found: Any, at: Tensor | None, of: str | None) -> Any:
+        if isinstance(found, Parts):
+            found.table, found.prefix, found.of, found.normed, found.at = self.table, self.prefix, of, self.normed, at
+        return found
 
     def total(self) -> Tensor:
         """The sum of all parts."""
@@ -57,8 +91,6 @@ class Parts(TensorDict):
         Raises:
             ResidualError: there are none.
         """
-        if not len(self.keys()):
-            raise ResidualError("there are no parts to stack")
         found = tensors(self)
         return torch.stack(list(found.values())), list(found)
 

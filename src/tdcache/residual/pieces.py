@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tdcache.errors import PathError, ResidualError
 from tdcache.paths import resolve
-from tdcache.residual.linear import LinearMap, Passage, deviation, passage, tolerance
+from tdcache.residual.linear import LinearMap, LinearStep, deviation, step_between, tolerance
 from tdcache.residual.stream import CachedStream
 
 __all__ = ["Pieces", "heads_of", "neurons_of"]
@@ -26,7 +26,7 @@ class Pieces:
         values: what the projection reads, ``(..., piece, unit)``.
         weight: its weight, ``(piece, unit, out)``.
         bias: what the projection adds, or None.
-        passage: what happens to the projection's result before it is added to the stream.
+        step: what happens to the projection's result before it is added to the stream.
     """
 
     name: str
@@ -34,15 +34,15 @@ class Pieces:
     values: Tensor
     weight: Tensor
     bias: Tensor | None
-    passage: Passage
+    step: LinearStep
 
     def parts(self, chosen: Sequence[int], *, onto: Tensor | None = None) -> dict[str, Tensor]:
         """The chosen pieces, by name; with ``onto`` their products with that direction."""
         values, weight = self.values[..., list(chosen), :], self.weight[list(chosen)]
         if onto is None:
-            found = self.passage(torch.einsum("...hi,hio->...ho", values, weight)).unbind(-2)
+            found = self.step(torch.einsum("...hi,hio->...ho", values, weight)).unbind(-2)
         else:
-            back = self.passage.back(onto.to(values))
+            back = self.step.back(onto.to(values))
             found = (values * torch.einsum("hio,...o->...hi", weight, back)).sum(-1).unbind(-1)
         return {f"{self.name}.{self.kind}.{number}": each for number, each in zip(chosen, found, strict=True)}
 
@@ -50,8 +50,8 @@ class Pieces:
         """All pieces, and the biases of the projection and of what follows it as a piece of their own."""
         found = self.parts(range(len(self.weight)))
         like = next(iter(found.values()))
-        biases = [] if self.bias is None else [self.passage(self.bias.expand_as(like))]
-        biases += [] if self.passage.bias is None else [self.passage.bias.expand_as(like)]
+        biases = [] if self.bias is None else [self.step(self.bias.expand_as(like))]
+        biases += [] if self.step.bias is None else [self.step.bias.expand_as(like)]
         return {**found, f"{self.name}.bias": torch.stack(biases).sum(0)} if biases else found
 
 
@@ -89,12 +89,12 @@ def _pieces(
         )
     (module,) = stream.modules(path)
     pieces, units = values.shape[-2:]
-    linear = LinearMap.of(module, path, pieces * units)
+    linear = LinearMap.of(module, path, pieces * units).to(values)
     added = stream.value(contribution)
     given = linear(values.flatten(-2))
     allowed = tolerance(stream.cache.get(contribution))
     way = (
-        passage(_module(stream, contribution), contribution, given, added, allowed)
+        step_between(_module(stream, contribution), contribution, given, added, allowed)
         if given.shape == added.shape
         else None
     )
