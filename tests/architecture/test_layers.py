@@ -9,7 +9,19 @@ from architecture.source_tree import PACKAGE, Source, imports_of, package_source
 
 FLOORS = (
     ("errors", "types"),
-    ("arguments", "inplace", "masks", "named_places", "norms", "paths", "regions", "selection", "tokens"),
+    (
+        "arguments",
+        "inplace",
+        "masks",
+        "named_places",
+        "norms",
+        "options",
+        "paths",
+        "regions",
+        "selection",
+        "tables",
+        "tokens",
+    ),
     ("current_call", "function_calls", "hooks", "introspect", "sequences", "steps", "transforms"),
     ("reducers", "cache", "store"),
     ("modules", "contexts", "points"),
@@ -23,7 +35,9 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 NEIGHBOURS = {
     ("types", "errors"),
     ("named_places", "paths"),
+    ("options", "paths"),
     ("selection", "paths"),
+    ("selection", "tables"),
     ("hooks", "introspect"),
     ("steps", "introspect"),
     ("function_calls", "hooks"),

@@ -76,7 +76,7 @@ class Intervention(HookingContextFactory):
     """Whether ``heads=`` may be an int."""
     _takes_calls: ClassVar[bool] = False
     """Whether the selector may mean calls inside a forward."""
-    __signature__: ClassVar[inspect.Signature]
+    __signature__: ClassVar[Any]
 
     options: EditOptions
     positions: Along
