@@ -55,11 +55,11 @@ class Unchanged:
     bias: None = None
 
     def __call__(self, part: Tensor) -> Tensor:
-        """The part itself."""
+        """Give the part as it is, since nothing stands between."""
         return part
 
     def back(self, direction: Tensor) -> Tensor:
-        """The direction itself."""
+        """Give the direction as it is, since nothing stands between."""
         return direction
 
 
