@@ -246,10 +246,13 @@ def bert():
         "ln1": f"{at}attention.output.LayerNorm",
         "ln2": f"{at}output.LayerNorm",
     }
+    parts = {"embed": "word", "pos_embed": "position", "type_embed": "token_type"}
+    ends = {name: f"bert.embeddings.{part}_embeddings" for name, part in parts.items()}
     why = "a dense layer and an activation stand between the stream and the logits"
     return finish(
-        transformers.BertForMaskedLM(config), places(3, 4, block, embed="bert.embeddings"),
-        refused={"final_norm": why, "unembed": why}, layouts=("post-norm",) * 3, embeddings=("embed",),
+        transformers.BertForMaskedLM(config), places(3, 4, block, **ends),
+        refused={"final_norm": why, "unembed": why}, layouts=("post-norm",) * 3,
+        embeddings=tuple(ends), embedding_norm="bert.embeddings.LayerNorm",
         out_projections=at + "attention.output.dense", down_projections=at + "output.dense",
     )  # fmt: skip
 

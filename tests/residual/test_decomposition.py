@@ -70,13 +70,18 @@ def layer_norm_of_a_part(norm, part, whole, *, bias):
 
 def test_in_a_post_norm_model_every_part_goes_through_every_norm_of_the_stream(case):
     this = case("bert")
-    cache, parts = this.cache, {}
+    cache, parts = (
+        this.cache,
+        {name: this.cache[name].expand(2, 5, 16) for name in ("embed", "pos_embed", "type_embed")},
+    )
+    norm, whole = this.model.bert.embeddings.LayerNorm, sum(parts.values())
+    parts = {key: layer_norm_of_a_part(norm, part, whole, bias=False) for key, part in parts.items()}
+    parts["embed_norm.bias"] = norm.bias.expand_as(whole)
     for i, layer in enumerate(this.model.bert.encoder.layer):
         for role, norm, name in (
             ("attn", layer.attention.output.LayerNorm, "ln1"),
             ("mlp", layer.output.LayerNorm, "ln2"),
         ):
-            parts = parts or {"embed": cache["embed"]}
             parts[f"blocks.{i}.{role}.contribution"] = cache[f"blocks.{i}.{role}.contribution"]
             whole = sum(parts.values())
             parts = {key: layer_norm_of_a_part(norm, part, whole, bias=False) for key, part in parts.items()}

@@ -128,7 +128,7 @@ def decompose(
     """
     stream = CachedStream.of(cache, names, prefix, Columns(positions, mask))
     of, last, role = stream.until(of)
-    sums = _RunningSum(stream, _embedded(stream))
+    sums = _embedded(stream)
     for block in range(last + 1):
         sums.compare("resid_pre", block)
         kinds = [] if block == last and role == "resid_pre" else stream.contributions(block)
@@ -137,7 +137,8 @@ def decompose(
                 break
             sums.add(block, kind, pieces=_pieces(stream, block, kind, heads, neurons))
             if stream.stream.layouts[block] == "post-norm":
-                sums.normalise(f"ln{number}", block)
+                norm = stream.name(f"ln{number}", block)
+                sums.normalise(stream.place(norm).path, norm)
             if number == len(kinds) - 1:
                 sums.compare("resid_mid", block)
         if len(kinds) and not (block == last and role == "resid_mid"):
@@ -160,10 +161,8 @@ class _RunningSum:
         self.parts.update({name: value} if pieces is None else pieces.all())
         self.total = self.total + value
 
-    def normalise(self, role: str, block: int) -> None:
-        """Send all parts through a norm that stands in the stream."""
-        name = self._stream.name(role, block)
-        path = self._stream.place(name).path
+    def normalise(self, path: str, name: str) -> None:
+        """Send all parts through a norm that stands in the stream, and call its bias by that name."""
         (module,) = self._stream.modules(path)
         norm = NormStep.of(module, path, self.total)
         self.parts = {key: norm(part) for key, part in self.parts.items()}
@@ -189,15 +188,19 @@ class _RunningSum:
             )
 
 
-def _embedded(stream: CachedStream) -> dict[str, Tensor]:
+def _embedded(stream: CachedStream) -> _RunningSum:
     """What the stream begins with: its embeddings, or their sum where these are not kept."""
     names, first = list(stream.stream.embeddings), stream.name("resid_pre", 0)
     if not names or (stream.keeps(first) and not all(map(stream.keeps, names))):
-        return {first: stream.value(first)}
+        return _RunningSum(stream, {first: stream.value(first)})
     stream.require(names)
     values = [stream.whole(name) for name in names]
     shape = torch.broadcast_shapes(*(value.shape for value in values))  # one row of positions serves all rows
-    return {name: stream.columns.of(value.expand(shape), name) for name, value in zip(names, values, strict=True)}
+    parts = {name: stream.columns.of(value.expand(shape), name) for name, value in zip(names, values, strict=True)}
+    sums = _RunningSum(stream, parts)
+    if stream.stream.embedding_norm is not None:
+        sums.normalise(stream.stream.embedding_norm, stream.name("embed_norm"))
+    return sums
 
 
 def _chained(stream: CachedStream, block: int) -> str:
