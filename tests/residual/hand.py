@@ -311,9 +311,10 @@ def own():
         "mlp.post": "<layers.{}.down",
         "mlp.contribution": "layers.{}.scale",
     }
+    why = "no norm reads the last resid_post"
     return finish(
-        OwnModel(), places(2, 3, block, embed="embed"), embeddings=("embed",), unembed="head",
-        out_projections="layers.{}.merge", down_projections="layers.{}.down",
+        OwnModel(), places(2, 3, block, embed="embed"), refused={"final_norm": why}, embeddings=("embed",),
+        unembed="head", out_projections="layers.{}.merge", down_projections="layers.{}.down",
     )  # fmt: skip
 
 

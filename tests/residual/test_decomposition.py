@@ -1,11 +1,14 @@
 """The stream as a sum, against formulas written out by hand for each family."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from residual.hand import FAMILIES, TOKENS
 from tdcache import residual
 from tdcache.errors import CanonicalNameError, ResidualError
+from tdcache.named_places import Names
 
 EXACT = 1e-9  # the sums are of a few float64 numbers of size 1 to 10
 FLOAT32_INSIDE = 2e-6  # Gemma2's norms compute in float32 whatever the model's dtype is
@@ -115,6 +118,18 @@ def test_heads_are_rows_of_the_output_projection_times_z(case, family):
             near(found[f"blocks.{block}.attn.head.{head}"], part)
         total = sum(found[f"blocks.{block}.attn.head.{head}"] for head in range(heads))
         near(total + (0 if bias is None else bias.detach()), this.cache[f"blocks.{block}.attn.contribution"])
+
+
+def test_heads_that_the_model_holds_with_the_rows_in_one_axis_are_told_apart(case):
+    this = case("bloom")
+    packed, places = this.cache.clone(), dict(this.table)
+    for i in range(3):
+        name = f"blocks.{i}.attn.z"
+        packed[name] = this.cache[name].transpose(1, 2).flatten(0, 1)  # as BLOOM multiplies them
+        places[name] = replace(places[name], axes=("batch*head", "query", "unit"), heads=None)
+    table = Names(places, streams=this.table.streams, model=this.model)
+    found, wanted = residual.head_results(packed, names=table), residual.head_results(this.cache, names=this.table)
+    assert all(torch.equal(found[key], part) for key, part in wanted.items())
 
 
 def test_the_heads_of_granite_are_scaled_as_the_model_scales_them(case):

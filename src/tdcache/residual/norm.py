@@ -75,13 +75,13 @@ def apply_norm(
 
 
 def final_norm(table: Names, stream: ResidualStream) -> str | None:
-    """The path of the final norm of a stream; None for a model that has none.
+    """The path of the final norm of a stream; None where the unembedding reads the stream itself.
 
     Raises:
-        CanonicalNameError: what stands there is no norm.
+        CanonicalNameError: something else stands between the stream and the logits.
     """
     name = f"{stream.prefix}final_norm"
-    if stream.final_norm is None and name in table.refused:
+    if stream.final_norm is None and stream.unembed is None and name in table.refused:
         raise table.error(name)
     return stream.final_norm
 

@@ -91,7 +91,7 @@ class CachedStream:
         Raises:
             ResidualError: its axes are not known.
         """
-        value, axes = self.whole(name), self.place(name).axes
+        value, axes = self._unpacked(name)
         if value.ndim != len(axes) or not {"head", "unit"} <= set(axes):
             raise ResidualError(
                 f"{name!r} is {tuple(value.shape)}, with axes {axes or 'that the table does not name'}; axes with "
@@ -100,6 +100,15 @@ class CachedStream:
             )
         rest = [axis for axis, what in enumerate(axes) if what not in ("head", "unit")]
         return self.columns.of(value.permute(*rest, axes.index("head"), axes.index("unit")), name, axis=-3)
+
+    def _unpacked(self, name: str) -> tuple[Tensor, tuple[str, ...]]:
+        """A kept value and its axes, with those apart that the model holds as one, ``"batch*head"``."""
+        value, axes = self.whole(name), self.place(name).axes
+        if "batch*head" in axes and value.ndim == len(axes):
+            at, rows = axes.index("batch*head"), len(self.whole(name.rpartition(".")[0] + ".contribution"))
+            if value.shape[at] % rows == 0:
+                return value.unflatten(at, (rows, -1)), (*axes[:at], "batch", "head", *axes[at + 1 :])
+        return value, axes
 
     def place(self, name: str) -> NamedPlace:
         """What the name stands for."""
