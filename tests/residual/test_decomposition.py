@@ -120,6 +120,31 @@ def test_heads_are_rows_of_the_output_projection_times_z(case, family):
         near(total + (0 if bias is None else bias.detach()), this.cache[f"blocks.{block}.attn.contribution"])
 
 
+def test_a_block_without_attention_is_taken_apart_although_its_attention_is_refused(case):
+    this = case("gpt2")
+    name = "blocks.1.attn.contribution"
+    places = {key.replace(name, "blocks.1.mixer.contribution"): place for key, place in this.table.items()}
+    cache = this.cache.exclude(name).set("blocks.1.mixer.contribution", this.cache[name])
+    why = "no attention call; nearest is 'blocks.1.mixer.contribution'"
+    table = Names(places, refused={name: why}, streams=this.table.streams, model=this.model)
+    parts = residual.decompose(cache, heads=True, names=table)
+    near(sum(parts.values()), this.cache["blocks.2.resid_post"])
+    assert "blocks.1.mixer.contribution" in list(parts.keys())
+
+
+def test_rows_and_positions_that_the_model_holds_in_one_axis_are_told_apart(case):
+    this = case("gpt2")
+    flat, places = this.cache.clone(), dict(this.table)
+    for i in range(3):
+        for role in ("contribution", "post"):
+            name = f"blocks.{i}.mlp.{role}"
+            flat[name] = this.cache[name].flatten(0, 1)  # as OPT adds them
+            places[name] = replace(places[name], axes=("position", "unit"))
+    table = Names(places, streams=this.table.streams, model=this.model)
+    parts = residual.decompose(flat, neurons=True, positions=-1, names=table)
+    near(sum(parts.values()), this.cache["blocks.2.resid_post"][:, -1])
+
+
 def test_heads_that_the_model_holds_with_the_rows_in_one_axis_are_told_apart(case):
     this = case("bloom")
     packed, places = this.cache.clone(), dict(this.table)

@@ -67,7 +67,8 @@ def test_a_refused_contribution_refuses_the_decomposition(case):
     with pytest.raises(CanonicalNameError, match=rf"'blocks.1.mlp.contribution' is refused for GPT2LMHeadModel: {why}"):
         residual.decompose(this.cache, names=table)
     with pytest.raises(CanonicalNameError, match=why):
-        residual.needed(table)
+        residual.decompose(this.cache.exclude("blocks.1.resid_post"), of="blocks.2.resid_post", names=table)
+    assert residual.decompose(this.cache, of="blocks.0.resid_post", names=table).of == "blocks.0.resid_post"
 
 
 @pytest.mark.parametrize("of", ["embed", "blocks.9.resid_post", "blocks.0.attn.z", "resid_post"])

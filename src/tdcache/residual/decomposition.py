@@ -173,14 +173,23 @@ class _RunningSum:
     def compare(self, role: str, block: int) -> None:
         """Hold the sum against the value that is kept, if one is.
 
+        A contribution that is refused is one that the block does not have if the sum holds without it.
+
         Raises:
-            ResidualError: they differ.
+            CanonicalNameError: the sum does not hold, or cannot be compared, and a contribution is refused.
+            ResidualError: it does not hold.
         """
-        name = self._stream.name(role, block)
+        name, refused = self._stream.name(role, block), self._stream.refused(block) if role == "resid_post" else []
         if not self._stream.keeps(name):
+            if refused:
+                raise self._stream.names.error(
+                    refused[0]
+                )  # a block without attention, or one whose attention is not seen
             return
         off = deviation(self.total, self._stream.value(name))
         if not off <= tolerance(self._stream.cache.get(name)):
+            if refused:
+                raise self._stream.names.error(refused[0])
             raise ResidualError(
                 f"{name!r} differs by {off:.1e} of its largest value from the sum of what was written before; the "
                 "cache holds values of several forwards, or the table is not this model's",

@@ -79,7 +79,20 @@ class CachedStream:
         value = self.cache.get(name)
         if not isinstance(value, Tensor):
             raise ResidualError(f"{name!r} is a {type(value).__name__}, not one tensor", names=[name])
-        return wide(value)
+        return wide(self._with_rows(value, self.place(name).axes))
+
+    def _with_rows(self, value: Tensor, axes: tuple[str, ...]) -> Tensor:
+        """``value``, with rows and positions apart that the model holds as one axis, ``("position", "unit")``."""
+        if axes[:1] != ("position",) or value.ndim != len(axes):
+            return value
+        both = ("batch", "position")
+        whole = [
+            each
+            for name, place in self.names.items()
+            if place.axes[:2] == both and self.keeps(name) and (each := self.cache.get(name)).ndim == len(place.axes)
+        ]
+        rows = next((each.shape[:2] for each in whole), None)
+        return value if rows is None or rows.numel() != len(value) else value.unflatten(0, rows)
 
     def value(self, name: str) -> Tensor:
         """The kept value ``(..., position, unit)`` at the wanted positions."""
@@ -132,16 +145,16 @@ class CachedStream:
             )
 
     def contributions(self, block: int) -> list[str]:
-        """What is added to the stream in one block, in the order of the table: ``["attn", "mlp"]``.
-
-        Raises:
-            CanonicalNameError: one of them is refused in this model.
-        """
-        pattern = regex.compile(rf"{regex.escape(self.name('', block))}(?P<kind>.+)\.contribution")
-        for name in self.names.refused:
-            if pattern.fullmatch(name):
-                raise self.names.error(name)
+        """What is added to the stream in one block, in the order of the table: ``["attn", "mlp"]``."""
+        pattern = self._contribution(block)
         return [found["kind"] for name in self.names if (found := pattern.fullmatch(name))]
+
+    def refused(self, block: int) -> list[str]:
+        """The contributions to one block that are refused: there is none, or one that cannot be read."""
+        return [name for name in self.names.refused if self._contribution(block).fullmatch(name)]
+
+    def _contribution(self, block: int) -> regex.Pattern[str]:
+        return regex.compile(rf"{regex.escape(self.name('', block))}(?P<kind>.+)\.contribution")
 
     def kept_posts(self) -> list[str]:
         """The names of the ``resid_post`` that the cache keeps, in the order of the blocks."""
