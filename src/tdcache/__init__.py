@@ -5,6 +5,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from tdcache.cache.named_cache import NamedCache
 from tdcache.caching import ActivationCaching, cache_activations
 from tdcache.contexts import (
     CompositeHookingContextFactory,
@@ -60,6 +61,7 @@ from tdcache.steps import Step
 
 if TYPE_CHECKING:
     from tdcache.harvesting import ActivationBuffer, ActivationDataset, harvest
+    from tdcache.naming import names
 
 try:
     __version__ = version("tdcache")
@@ -101,6 +103,7 @@ __all__ = [
     "Mean",
     "MultiHookHandle",
     "MultiHookManager",
+    "NamedCache",
     "NamedPlace",
     "Names",
     "PathError",
@@ -129,6 +132,7 @@ __all__ = [
     "calls",
     "harvest",
     "load_intervention",
+    "names",
     "resume_from",
     "save_intervention",
     "select",
@@ -136,13 +140,19 @@ __all__ = [
 
 
 # Loaded when asked for: they bring data loading, files or pictures with them, or are many.
-_LATER = {"ActivationBuffer": "harvesting", "ActivationDataset": "harvesting", "harvest": "harvesting"}
+_LATER = {
+    "ActivationBuffer": "harvesting",
+    "ActivationDataset": "harvesting",
+    "harvest": "harvesting",
+    "names": "naming",
+}
 _PACKAGES = (
     *(
         "attribution",
         "function_calls",
         "harvesting",
         "interventions",
+        "naming",
         "pipeline",
         "plot",
         "points",

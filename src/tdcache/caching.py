@@ -22,8 +22,10 @@ from tdcache.errors import DirectionError
 from tdcache.function_calls.places import call_places, refuse_direction, split_selector
 from tdcache.hooks import MultiHookHandle, attach, bracket
 from tdcache.modules import HookedModule
+from tdcache.named_places import Names
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Selection, as_matcher
+from tdcache.stand_ins import position_dims, refuse_at_names
 from tdcache.steps import Steps
 from tdcache.tokens import Positions
 from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector
@@ -32,7 +34,7 @@ __all__ = ["ActivationCaching", "CachingOptions", "cache_activations"]
 
 
 class ActivationCaching(HookingContextFactory):
-    """Keeps what flows through every selected module, in a TensorDict.
+    r"""Keeps what flows through every selected module, in a TensorDict.
 
     Entries are keyed by path: ``cache["layers.0.attn"]``, or ``cache["fwd", "layers.0.attn"]`` with several directions
     or ``use_nested_keys``. They are detached aliases by default, on the device they were computed on, valid as long as
@@ -77,6 +79,9 @@ class ActivationCaching(HookingContextFactory):
         position_dim: the axis of positions in the values.
         steps: in which forwards of ``generate()`` values are kept: ``"prefill"``, ``"decode"``, or a predicate of a
             :class:`tdcache.Step`. The entries outlast the forwards that are left out. All by default.
+        names: the canonical names of the model, ``tdcache.names(model)``. Then ``key_pattern`` means names, such as
+            ``r"blocks\.(?P<layer>\d+)\.attn\.pattern"``, and names are the keys; ``"fwd"`` is the value of a name and
+            ``"bwd"`` its gradient. The cache is a :class:`tdcache.NamedCache`.
 
     Raises:
         DirectionError: unknown direction, or a gradient with ``stop_early``.
@@ -121,8 +126,10 @@ class ActivationCaching(HookingContextFactory):
         mask_key: Any = "auto",
         position_dim: int = 1,
         steps: Steps = None,
+        names: Names | None = None,
     ) -> None:
         super().__init__()
+        self.names = names
         if isinstance(directions, str):
             raise DirectionError(f"directions is a sequence: write directions=[{directions!r}]")
         if hold not in get_args(Hold):
@@ -134,6 +141,7 @@ class ActivationCaching(HookingContextFactory):
         if batch_dims < 0:
             raise ValueError(f"batch_dims is a number of leading dimensions, got {batch_dims}")
         chosen = tuple(dict.fromkeys(directions or ("fwd",)))
+        refuse_at_names(names, chosen)
         self._hooking_context_kwargs = {"cache": cache, "clear_cache": clear_cache}
         self._match = match
         self._relative = relative
@@ -160,7 +168,7 @@ class ActivationCaching(HookingContextFactory):
     @property
     def fits_graph(self) -> bool:
         """Whether the hooks may become part of a compiled graph: those for plain outputs may."""
-        return self._capture.fits_graph and not self._calls
+        return self._capture.fits_graph and not self._calls and self.names is None
 
     @property
     def key_pattern(self) -> Selector:
@@ -170,7 +178,7 @@ class ActivationCaching(HookingContextFactory):
     @key_pattern.setter
     def key_pattern(self, selector: Selector) -> None:
         # An unusable selector is refused here, not on entering.
-        self._modules, self._calls = split_selector(selector)
+        self._modules, self._calls = split_selector(selector) if self.names is None else (selector, ())
         self._matcher = None if self._modules is None else as_matcher(self._modules, self._match)
         for direction in self._capture.directions:
             refuse_direction(self._calls, direction, callback=self._capture.callback is not None)
@@ -188,7 +196,8 @@ class ActivationCaching(HookingContextFactory):
         if self._modules is not None:
             selection = find(self._modules, matcher=self._matcher, **options)
         places = call_places(find, self._calls, **options)
-        recorder = self._capture.recorder(context.cache, selection, places)
+        dims = None if self.names is None else position_dims(self.names, selection)
+        recorder = self._capture.recorder(context.cache, selection, places, dims)
         handle = MultiHookHandle()
         with handle.installing():
             self._capture.place(selection, recorder, handle)

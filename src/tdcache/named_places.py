@@ -5,8 +5,9 @@ Nothing is found out here, and no name is proved here: a table is data, which :f
 
 from __future__ import annotations
 
+import hashlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from html import escape
 from types import MappingProxyType
@@ -16,16 +17,24 @@ import regex
 from torch import nn
 
 from tdcache.errors import CanonicalNameError, SelectionError, listed
+from tdcache.named_rows import columns, place_rows, refusal_rows
 from tdcache.paths import near_misses
+from tdcache.selection import walk, wrapped
 from tdcache.types import Pick
 
-__all__ = ["NamedPlace", "Names", "Proof", "ProvedIdentity", "ResidualStream", "Side"]
+__all__ = [
+    "NamedPlace",
+    "Names",
+    "Proof",
+    "ProvedIdentity",
+    "ResidualStream",
+    "Side",
+    "spelled_place",
+    "structure_of",
+]
 
 Side = Literal["fwd", "fwd_pre"]
 """Which side of a place a name means: what is returned, or what is given."""
-
-_NUMBER = regex.compile(r"(?<=\.)\d+(?=\.|$)")
-_I = "\0"  # stands for the number of a block where rows are merged; no name holds it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +155,7 @@ class Proof:
             (each.identity, f"{each.error:.1e}", f"{each.tolerance:.0e}", f"{len(each.names)}")
             for each in self.identities
         ]
-        table = _columns([("identity", "largest error", "allowed", "names"), *rows]) if rows else []
+        table = columns([("identity", "largest error", "allowed", "names"), *rows]) if rows else []
         skipped = [f"skipped: {', '.join(self.skipped)}"] if self.skipped else []
         return "\n".join([head, *table, *skipped])
 
@@ -167,6 +176,7 @@ class Names(Mapping[str, NamedPlace]):
         proof: what was checked; None where nothing was.
         style: whose spelling the names have; None for the canonical one.
         model: the model whose places these are.
+        made_for: in its place, the name of its class and its structure, as another table has them.
 
     Example:
         >>> table = Names({"embed": "wte", "blocks.0.mlp.out": NamedPlace(path="h.0.mlp")})
@@ -174,7 +184,7 @@ class Names(Mapping[str, NamedPlace]):
         'h.0.mlp'
     """
 
-    __slots__ = ("__weakref__", "_model", "_places", "model_name", "proof", "refused", "streams", "style")
+    __slots__ = ("__weakref__", "_model", "_places", "_structure", "model_name", "proof", "refused", "streams", "style")
 
     def __init__(
         self,
@@ -185,6 +195,7 @@ class Names(Mapping[str, NamedPlace]):
         proof: Proof | None = None,
         style: str | None = None,
         model: nn.Module | None = None,
+        made_for: tuple[str, str] = ("", ""),
     ) -> None:
         self._places = {name: _as_place(name, place) for name, place in places.items()}
         self.refused: Mapping[str, str] = MappingProxyType(dict(refused or {}))
@@ -196,8 +207,7 @@ class Names(Mapping[str, NamedPlace]):
         self.style = style
         """Whose spelling the names have; None for the canonical one."""
         self._model = None if model is None else weakref.ref(model)
-        self.model_name = "" if model is None else type(model).__name__
-        """The class of the model."""
+        self.model_name, self._structure = made_for if model is None else (type(model).__name__, structure_of(model))
 
     def __getitem__(self, name: str) -> NamedPlace:
         """The place of a name.
@@ -232,13 +242,50 @@ class Names(Mapping[str, NamedPlace]):
         return self.style == other.style and self._places == other._places
 
     def __reduce__(self) -> Any:
-        parts = (self._places, dict(self.refused), dict(self.streams), self.proof, self.style, self.model_name)
+        parts = (self._places, dict(self.refused), dict(self.streams), self.proof, self.style, self.made_for)
         return _unpickled, parts
+
+    @property
+    def made_for(self) -> tuple[str, str]:
+        """The class of the model, and what its structure comes to: models that agree in both have the same places."""
+        return self.model_name, self._structure
 
     @property
     def model(self) -> nn.Module | None:
         """The model whose places these are; None where it is gone, or was never given."""
         return None if self._model is None else self._model()
+
+    def root_in(self, model: nn.Module) -> nn.Module:
+        """The module that the paths of the table are relative to, where ``model`` is to be hooked.
+
+        That is ``model``, or what it wraps (``torch.compile``, ``DistributedDataParallel``, an adapter), or what wraps
+        it; or another model of the same structure.
+
+        Raises:
+            CanonicalNameError: the table was made for another model.
+        """
+        own = self.model
+        if own is model:
+            return model
+        if own is not None and (_holds(model, own) or _holds(own, model)):
+            return own
+        inner: nn.Module | None = model
+        while inner is not None:
+            if self._fits(inner):
+                return inner
+            inner = wrapped(inner)
+        what, other = self.model_name or "other modules", type(model).__name__
+        how = "another one: modules, shapes or numbers of heads differ" if what == other else other
+        raise CanonicalNameError(
+            f"these names were made for {what}, and this is {how}; make its own with tdcache.names(model)",
+            selector=self,
+        )
+
+    def _fits(self, model: nn.Module) -> bool:
+        if self._structure:
+            return self._structure == structure_of(model)
+        there = {"", *(path for path, _ in walk(model))}
+        return all(place.path.partition("::")[0] in there for place in self._places.values())
 
     def stream(self, prefix: str = "") -> ResidualStream:
         """What is known of the residual stream whose names begin with ``prefix``.
@@ -260,7 +307,7 @@ class Names(Mapping[str, NamedPlace]):
         """The name of a role in one block: ``("attn.pattern", 3)`` gives ``"blocks.3.attn.pattern"``.
 
         Negative layers count from the last block. Where no name is exactly that, the one that ends with the role is
-        meant, if there is one alone: ``("pattern", 3)`` is ``"blocks.3.attn.hook_pattern"`` in TransformerLens' spelling.
+        meant, if there is one alone: ``("pattern", 3)`` may be ``"blocks.3.attn.hook_pattern"``.
 
         Raises:
             CanonicalNameError: there is no such block or name, or several.
@@ -306,12 +353,12 @@ class Names(Mapping[str, NamedPlace]):
         )
 
     def __repr__(self) -> str:
-        return "\n".join([self._title(), *_columns([_HEAD, *_rows(self._places)]), *self._refusals()])
+        return "\n".join([self._title(), *columns([_HEAD, *place_rows(self._places)]), *self._refusals()])
 
     def _repr_html_(self) -> str:
         rows = "".join(
             "<tr>" + "".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in _rows(self._places)
+            for row in place_rows(self._places)
         )
         head = "".join(f"<th style='text-align:left'>{cell}</th>" for cell in _HEAD)
         refused = "".join(f"<li>{escape(line.strip())}</li>" for line in self._refusals()[1:])
@@ -325,7 +372,19 @@ class Names(Mapping[str, NamedPlace]):
         return f"{len(self)} names of {self.model_name or 'a model'}{style} ({proof})"
 
     def _refusals(self) -> list[str]:
-        return ["refused:", *_refusal_rows(self.refused)] if self.refused else []
+        return ["refused:", *refusal_rows(self.refused)] if self.refused else []
+
+
+def _holds(model: nn.Module, other: nn.Module) -> bool:
+    return any(module is other for module in model.modules())
+
+
+def spelled_place(place: NamedPlace) -> dict[str, Any]:
+    """What a place means, in JSON's types: one store or file can tell by it whether another means the same."""
+    said = {name: getattr(place, name) for name in ("path", "side", "pick", "call", "heads", "order")}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in said.items() if value is not None
+    }
 
 
 _HEAD = ("name", "place", "axes", "note")
@@ -344,50 +403,22 @@ def _as_place(name: str, place: object) -> NamedPlace:
 
 
 def _unpickled(
-    places: Any, refused: Any, streams: Any, proof: Proof | None, style: str | None, model_name: str
+    places: Any,
+    refused: Any,
+    streams: Any,
+    proof: Proof | None,
+    style: str | None,
+    made_for: tuple[str, str],
 ) -> Names:
-    table = Names(places, refused=refused, streams=streams, proof=proof, style=style)
-    table.model_name = model_name
-    return table
+    return Names(places, refused=refused, streams=streams, proof=proof, style=style, made_for=made_for)
 
 
-def _rows(places: Mapping[str, NamedPlace]) -> list[tuple[str, ...]]:
-    """A row per place; those that are equal but for the number of their block are one."""
-    merged: dict[tuple[str, ...], list[str]] = {}
-    for name, place in places.items():
-        template, number = _without_number(name)
-        heads = "" if place.heads is None else f", {place.heads[0]} heads"
-        where = place.where + heads if number is None else _put_aside(place.where + heads, number)
-        merged.setdefault((template, where, ", ".join(place.axes), place.note), []).append(number or "")
-    return [tuple(cell.replace(_I, _spread(numbers)) for cell in cells) for cells, numbers in merged.items()]
-
-
-def _refusal_rows(refused: Mapping[str, str]) -> list[str]:
-    merged: dict[tuple[str, str], list[str]] = {}
-    for name, reason in refused.items():
-        template, number = _without_number(name)
-        merged.setdefault((template, reason if number is None else _put_aside(reason, number)), []).append(number or "")
-    return [f"  {name}: {reason}".replace(_I, _spread(numbers)) for (name, reason), numbers in merged.items()]
-
-
-def _without_number(name: str) -> tuple[str, str | None]:
-    """A name with its first number put aside, and that number."""
-    found = _NUMBER.search(name)
-    return (name, None) if found is None else (_NUMBER.sub(_I, name, count=1), found[0])
-
-
-def _put_aside(text: str, number: str) -> str:
-    return regex.sub(rf"(?<=[.\s]){number}(?=[.:,\s\[]|$)", _I, text)
-
-
-def _spread(numbers: Sequence[str]) -> str:
-    """Which blocks a row speaks of: ``3``, ``{0..11}`` or ``{0,3,7}``."""
-    if len(numbers) == 1:
-        return numbers[0]
-    first, last = int(numbers[0]), int(numbers[-1])
-    return f"{{{first}..{last}}}" if last - first == len(numbers) - 1 else f"{{{','.join(numbers)}}}"
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+def structure_of(model: nn.Module) -> str:
+    """What two models have in common that one table fits: paths, classes, shapes of parameters, numbers of heads."""
+    lines = [type(model).__qualname__]
+    for path, module in walk(model):
+        shapes = [tuple(each.shape) for each in module.parameters(recurse=False)]
+        lines.append(f"{path} {type(module).__qualname__} {shapes}")
+    config = getattr(getattr(model, "config", None), "__dict__", {})
+    lines += [f"{key}={config[key]}" for key in sorted(config) if "head" in key and isinstance(config[key], int)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

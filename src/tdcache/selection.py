@@ -29,9 +29,11 @@ __all__ = [
     "as_matcher",
     "depends_on_names_only",
     "distinct_sites",
+    "patterns_of",
     "select",
     "select_matching",
     "walk",
+    "wrapped",
 ]
 
 _NO_GROUPS: Mapping[str, str] = {}
@@ -324,7 +326,7 @@ def select_matching(
     """:func:`select` with a matcher made from ``selector`` before and, if given, what ``walk(model)`` returned."""
     sites = _matches(walk(model) if tree is None else tree, matcher)
     inner: nn.Module | None = model
-    while not sites and inner is not None and (inner := _wrapped(inner)) is not None:
+    while not sites and inner is not None and (inner := wrapped(inner)) is not None:
         sites = _matches(walk(inner), matcher)
     if _wants_root(selector):
         sites.insert(0, Site("", model))
@@ -364,7 +366,8 @@ _site: Callable[[tuple[Any, ...]], Site] = partial(tuple.__new__, Site)
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 
 
-def _wrapped(model: nn.Module) -> nn.Module | None:
+def wrapped(model: nn.Module) -> nn.Module | None:
+    """What a wrapper of torch's wraps; None where ``model`` is none."""
     name = _WRAPPERS.get(type(model).__name__)
     return None if name is None else model._modules.get(name)
 
@@ -377,7 +380,7 @@ def _wants_root(selector: Selector) -> bool:
 
 def _nothing_matches(model: nn.Module, selector: Selector, match: Match) -> SelectionError:
     names = [path for path, _ in walk(model)]
-    patterns = _patterns(selector)
+    patterns = patterns_of(selector)
     near = tuple(dict.fromkeys(name for pattern in patterns for name in near_misses(pattern, names)))
     what = f"pattern {patterns[0]!r}" if len(patterns) == 1 else f"selector {selector!r}"
     hint = f"; did you mean {listed(near, 3)}?" if near else f"; the paths are {listed(names)}" if names else ""
@@ -390,11 +393,12 @@ def _nothing_matches(model: nn.Module, selector: Selector, match: Match) -> Sele
     )
 
 
-def _patterns(selector: Selector) -> list[str]:
+def patterns_of(selector: Selector) -> list[str]:
+    """The patterns in a selector, as text."""
     if isinstance(selector, str):
         return [selector]
     if _is_compiled(selector):
         return [selector.pattern]
     if isinstance(selector, Sequence):
-        return [pattern for member in selector for pattern in _patterns(member)]
+        return [pattern for member in selector for pattern in patterns_of(member)]
     return []

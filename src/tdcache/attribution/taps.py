@@ -45,6 +45,7 @@ class SiteTap:
     """
 
     order = Order.EDIT_GRADIENT  # after the edits, whose result counts, and before the captures, which see our alias
+    use = "watch"  # a value that is derived from an attention call gets a gradient
 
     def __init__(self, place: Place, rows: PointRows | None, *, snapshot: bool, live: bool) -> None:
         self.place = place

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,8 +103,16 @@ class Capture:
         asks_more = any(each is not None for each in asked) or self.stop_early
         return self.directions == ("fwd",) and self.keep == Keep() and isinstance(self.reducer, Last) and not asks_more
 
-    def recorder(self, cache: TensorDictBase, selection: Selection, places: Sequence[CallPlace] = ()) -> Recorder:
+    def recorder(
+        self,
+        cache: TensorDictBase,
+        selection: Selection,
+        places: Sequence[CallPlace] = (),
+        position_dims: Mapping[str, int] | None = None,
+    ) -> Recorder:
         """The state of one open context: a channel per direction, each with its place in the cache.
+
+        ``position_dims``: by path, the axis of positions where it is not ``position_dim``.
 
         Raises:
             CacheWriteError: the cache is locked and lacks entries.
@@ -120,7 +128,7 @@ class Capture:
         by_value = self.check == "values"
         chosen = None
         if self.positions is not None:
-            chosen = PositionFilter(self.positions, self.mask_key, self.position_dim)
+            chosen = PositionFilter(self.positions, self.mask_key, self.position_dim, position_dims)
         channels = []
         for direction in self.directions:
             target = Target(cache, direction if self.nested else None, self.batch_dims)
@@ -167,8 +175,8 @@ class Capture:
             for site in selection:
                 tap = InputGradientTap(InputPort(site.path, self.pick), channel, recorder, self.order)
                 handle.add(_Forgotten(tap))
-                handle.add(attach(site.module, tap.on_output, "fwd", order=self.order))
                 handle.add(attach(site.module, tap.on_input, "fwd_pre_kwargs", order=self.order))
+                handle.add(attach(site.module, tap.on_output, "fwd", order=self.order))
         elif channel.direction.startswith("fwd_pre"):
             taps = (ValueTap(InputPort(path, self.pick), channel, recorder, self.order) for path in selection.paths)
             pairs = ((site.module, tap) for site, tap in zip(selection, taps, strict=True))

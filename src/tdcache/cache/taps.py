@@ -59,6 +59,11 @@ class Tap(Transient):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r})"
 
+    @property
+    def use(self) -> str:
+        """What the tap does with values that are derived from an attention call: reads them, or follows gradients."""
+        return "watch" if self.channel.is_gradient or self.channel.keep.hold == "live" else "read"
+
 
 class OutputTap(Tap):
     """Takes the output of a module as it is: the fast path, at the cost of a hook that writes a dict."""
@@ -279,6 +284,11 @@ class OutputAndGradientTap(OutputTap):
     def __init__(self, path: str, channel: Channel, recorder: Recorder, order: int, gradient_channel: Channel) -> None:
         super().__init__(path, channel, recorder, order)
         self.gradient = PlainGradientTap(path, gradient_channel, recorder, order)
+
+    @property
+    def use(self) -> str:
+        """Both are taken: the gradient is followed."""
+        return "watch"
 
     def on_both(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Keep the output, and watch its gradient."""

@@ -8,6 +8,7 @@ from typing import Any
 from tensordict import TensorDict, TensorDictBase
 
 from tdcache.cache.channel import Carried
+from tdcache.cache.named_cache import NamedCache
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.target import Written, first_clash
 from tdcache.contexts.context import HookingContext
@@ -47,7 +48,7 @@ class HookingContextWithCache(HookingContext):
         if cache is not None and not isinstance(cache, TensorDictBase):
             raise ContextError(f"cache= is a TensorDict, got {type(cache).__name__}; TensorDict() makes an empty one")
         self.has_own_cache = cache is None
-        self._cache = TensorDict(batch_size=[]) if cache is None else cache
+        self._cache = self._new_cache() if cache is None else cache
         self._batch_size = self._cache.batch_size
         self._clear_cache = self._forgets = clear_cache
         self._was_left = False
@@ -57,6 +58,9 @@ class HookingContextWithCache(HookingContext):
         """Where the cache is not cleared: what the reducers hold between two entries."""
         self.recorder: Recorder | None = None
         """The state of the capture while the context is open, as the recipe has begun it."""
+
+    def _new_cache(self) -> TensorDictBase:
+        return TensorDict(batch_size=[]) if self.names is None else NamedCache.of(self.names)
 
     @property
     def cache(self) -> TensorDictBase:
@@ -130,7 +134,7 @@ class HookingContextWithCache(HookingContext):
         if self._clear_cache and not self._in_context:
             if self.has_own_cache and (self._was_left or len(self._cache.keys())):
                 # What the last block left stays with those who hold it.
-                self._cache = TensorDict(batch_size=[])
+                self._cache = self._new_cache()
                 self._carried = []
             elif not (self.has_own_cache or self._holds_data()):
                 self.clear()

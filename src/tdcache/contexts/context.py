@@ -20,7 +20,9 @@ from tdcache.hooks.threads import Fence, fencing
 from tdcache.introspect import may_be_compiled
 from tdcache.modules.call import ModelCall, holds_entries
 from tdcache.modules.hooked import HookedModule
+from tdcache.named_places import Names
 from tdcache.selection import Matcher, Selection, as_matcher, depends_on_names_only, select_matching, walk
+from tdcache.stand_ins import named_selection
 from tdcache.tables import html_note, html_table
 from tdcache.types import CacheKey, Match, Selector
 
@@ -31,6 +33,10 @@ Keys = list[CacheKey]
 
 class Recipe(Protocol):
     """What a context asks of its factory."""
+
+    @property
+    def names(self) -> Names | None:
+        """The canonical names that selectors mean; None for paths of modules."""
 
     @property
     def runs_module(self) -> bool:
@@ -114,6 +120,8 @@ class HookingContext:
         self.fence = Fence(set())
         self.is_child = False
         """Whether it belongs to a composite."""
+        self.names: Names | None = factory.names
+        """The canonical names that its selectors and keys are; None for paths of modules."""
 
     def __repr__(self) -> str:
         state = "open" if self._in_context else "closed"
@@ -298,9 +306,14 @@ class HookingContext:
             root: what paths are relative to; the user's own model by default.
             matcher: what was made of the selector before.
 
+        Where the context has canonical names, ``selector`` means these: see :mod:`tdcache.stand_ins`.
+
         Raises:
             ContextError: a site is inside a TorchScript module.
         """
+        if self.names is not None:
+            options: Any = {"match": match, "allow_empty": allow_empty, "matcher": matcher}
+            return named_selection(self.model, self.names, selector, **options)
         root = self.model if root is None else root
         tree = walk(root)
         key = (selector, match, id(root)) if isinstance(selector, Hashable) else None

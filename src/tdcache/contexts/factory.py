@@ -13,6 +13,7 @@ from tdcache.contexts.context import HookingContext
 from tdcache.errors import ContextError
 from tdcache.hooks.attach import MultiHookHandle
 from tdcache.modules.hooked import HookedModule
+from tdcache.named_places import Names
 from tdcache.options import InitSignature, option_names, refuse_unknown
 from tdcache.paths import join
 from tdcache.types import CacheKey
@@ -44,6 +45,9 @@ class HookingContextFactory:
     # Defaults for subclasses that do not call super().__init__(); instances get their own.
     _hooking_context_kwargs: Mapping[str, Any] = {}
     _hooked_module_kwargs: Mapping[str, Any] = {}
+
+    names: Names | None = None
+    """The canonical names that selectors mean, in place of paths of modules; None for paths."""
 
     _overrides_run: ClassVar[bool] = False
     _overrides_spawn: ClassVar[bool] = False

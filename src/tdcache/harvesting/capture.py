@@ -19,6 +19,7 @@ from tdcache.harvesting.row_rule import BatchRows, row_dims
 from tdcache.harvesting.sharding import whole_tensor
 from tdcache.hooks import port_at
 from tdcache.modules import HookedModule
+from tdcache.named_places import Names
 from tdcache.store.dtypes import DTYPES, count_lost
 from tdcache.types import HookDirection, Match, Pick, Selector
 
@@ -145,6 +146,7 @@ class BatchCapture:
         device: where batches are moved; by default where the model is.
         in_keys: the entries of a mapping or TensorDict that are the model's positional arguments.
         held_on: where rows are kept.
+        names: the canonical names that ``select`` means, where it means names.
     """
 
     def __init__(
@@ -161,6 +163,7 @@ class BatchCapture:
         device: torch.device | str | None = None,
         in_keys: Sequence[Any] | None = None,
         held_on: torch.device | str = "cpu",
+        names: Names | None = None,
     ) -> None:
         self.model = model
         self.taker = RowTaker(as_dtype(dtype), pick)
@@ -173,6 +176,7 @@ class BatchCapture:
             match=match,
             device=held_on,
             stop_early=stop_early,
+            names=names,
         )
         self._inputs = Inputs.of(model, in_keys)
 

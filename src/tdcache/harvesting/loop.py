@@ -26,6 +26,7 @@ from tdcache.harvesting.source import SourceBatch, Visit
 from tdcache.harvesting.workers import Share
 from tdcache.harvesting.writer_thread import WriterThread
 from tdcache.modules import HookedModule
+from tdcache.named_places import Names
 from tdcache.store.dataset import ActivationDataset
 from tdcache.store.dtypes import DTYPES
 from tdcache.store.files import Files
@@ -67,6 +68,7 @@ def harvest(
     recheck: bool = True,
     in_keys: Sequence[Any] | None = None,
     columns: Sequence[str] | Mapping[str, Any] | None = None,
+    names: Names | None = None,
 ) -> ActivationDataset:
     """Store what flows through the selected modules while ``data`` runs through ``model``; resumable at any instant.
 
@@ -115,6 +117,8 @@ def harvest(
             are found by the names of its arguments.
         columns: numbers to store beside the rows, one per sample or one per token: names of entries of the batches, or
             ``{name: key, index or function(batch)}``.
+        names: the canonical names of the model, ``tdcache.names(model)``; ``select`` then means names, which the sites
+            are called by in the store.
 
     Returns:
         The store, open for reading.
@@ -151,6 +155,7 @@ def harvest(
         tag=tag,
         in_keys=in_keys,
         columns=columns,
+        names=names,
     )
     share = Share.of(model, rank, world)
     spec, found = request.settled(capture, share)

@@ -20,7 +20,9 @@ from tdcache.harvesting.sharding import refuse_shards
 from tdcache.harvesting.sizes import as_bytes, as_count, dtype_name
 from tdcache.harvesting.source import Source
 from tdcache.harvesting.workers import Share
+from tdcache.named_places import Names, spelled_place
 from tdcache.selection import select as select_sites
+from tdcache.stand_ins import named_selection
 from tdcache.store.spec import read_spec
 from tdcache.types import Match, Pick, Selector
 
@@ -118,6 +120,7 @@ def asked_for(
     in_keys: Sequence[Any] | None = None,
     columns: Sequence[str] | Mapping[str, Any] | None = None,
     held_on: torch.device | str = "cpu",
+    names: Names | None = None,
 ) -> tuple[BatchCapture, Request]:
     """The options of :func:`tdcache.harvest` in the forms that they have inside; ``held_on`` is where rows are kept."""
     capture = BatchCapture(
@@ -132,8 +135,12 @@ def asked_for(
         device=device,
         in_keys=in_keys,
         held_on=held_on,
+        names=names,
     )
-    paths = select_sites(model, select, match=match).paths
+    if names is None:
+        paths = select_sites(model, select, match=match).paths
+    else:
+        paths = named_selection(model, names, select, match=match).paths
     own = OwnColumns.of(columns, paths)
     fixed = {
         "direction": direction,
@@ -145,6 +152,8 @@ def asked_for(
     }
     if in_keys is not None:
         fixed["in_keys"] = [key if isinstance(key, str) else list(key) for key in in_keys]
+    if names is not None:
+        fixed["names"] = {path: spelled_place(names[path]) for path in paths}
     if own.sources:
         fixed["columns_from"] = own.identity(tag)
     request = Request(

@@ -29,6 +29,7 @@ from tdcache.introspect import hooks_always_called, post_hooks, pre_hooks
 from tdcache.types import HookDirection, Removable
 
 __all__ = [
+    "AttachedElsewhere",
     "MultiHookHandle",
     "MutedHook",
     "Order",
@@ -57,6 +58,14 @@ class Order(IntEnum):
     EDIT_GRADIENT = 1
     CAPTURE = 2
     STOP = 3
+
+
+class AttachedElsewhere(nn.Module):
+    """Stands for a place that is no module: a hook that is registered on it is put there."""
+
+    def attach_hook(self, hook: Callable[..., Any], direction: HookDirection, order: int) -> Removable:
+        """Put a hook at the place; it is called as hooks of ``direction`` are."""
+        raise NotImplementedError
 
 
 _one_at_a_time = RLock()
@@ -119,13 +128,16 @@ class TransientGradInputHook(Transient, GradInputHook):
 def attach_gradient(module: nn.Module, watcher: GradOutputHook | GradInputHook) -> Removable:
     """Register the forward hooks of a gradient hook."""
     order = watcher.order
-    handles = [_register(module, watcher.on_output, "fwd", order)]
-    if isinstance(watcher, GradInputHook):
+    handles = []
+    if isinstance(watcher, GradInputHook):  # first: at a place that is no module, both stand in one row
         handles.append(_register(module, watcher.on_input, "fwd_pre_kwargs", order))
+    handles.append(_register(module, watcher.on_output, "fwd", order))
     return GradientHandle(watcher, handles)
 
 
-def _register(module: nn.Module, hook: Callable[..., Any], direction: str, order: int) -> Registration:
+def _register(module: nn.Module, hook: Callable[..., Any], direction: HookDirection, order: int) -> Removable:
+    if isinstance(module, AttachedElsewhere):
+        return module.attach_hook(hook, direction, order)
     prepend, with_kwargs = order == Order.FIRST, direction.endswith("kwargs")
     hook = _behind(current_fence(), hook)
     with _one_at_a_time:
@@ -160,6 +172,9 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
         handle.add(placed)
         taken_in = placed.dicts.append
         for module, hook in pairs:
+            if isinstance(module, AttachedElsewhere):
+                handle.add(module.attach_hook(hook, "fwd", order))
+                continue
             hooks = post_hooks(module)
             if not hooks and fence is None:  # the common case
                 hooks[number] = hook

@@ -132,7 +132,7 @@ class ActivationAddition(Intervention):
 
     def edit_at(self, site: Site, context: InterventionContext) -> Edit:
         """Add the vector, once there is one."""
-        units = Region(units=self.units, unit_dim=self.unit_dim)
+        units = Region(units=self.units, unit_dim=self.region_at(site.path).unit_dim)
         return _AddFitted(context.state, site.path, self.coefficient, units)
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
@@ -173,17 +173,18 @@ class ActivationAddition(Intervention):
         """The vector that a value becomes."""
         if self.pool == "batch" or value.ndim < 3:
             return value.mean(self.region.row_axis(value))
-        if -self.unit_dim > value.ndim:
-            raise EditError(f"unit_dim={self.unit_dim} is no axis of a value of shape {tuple(value.shape)}")
-        others = [dim for dim in range(value.ndim) if dim != self.unit_dim % value.ndim]
+        region = self.region_at(path)
+        if -region.unit_dim > value.ndim:
+            raise EditError(f"unit_dim={region.unit_dim} is no axis of a value of shape {tuple(value.shape)}")
+        others = [dim for dim in range(value.ndim) if dim != region.unit_dim % value.ndim]
         mask = call.further.get(self.mask_key) if self.pool == "tokens" else None
         if isinstance(mask, Tensor) and mask.ndim > 2 and mask.shape == tuple(value.shape[dim] for dim in others):
-            return self._mean(value, mask.to(value).unsqueeze(self.unit_dim), others)
-        at, unit, row = self.position_dim % value.ndim, self.unit_dim % value.ndim, self.region.row_axis(value)
+            return self._mean(value, mask.to(value).unsqueeze(region.unit_dim), others)
+        at, unit, row = region.position_dim % value.ndim, region.unit_dim % value.ndim, region.row_axis(value)
         tokens = None if at == unit else call.tokens_at(path, value.shape[row], value.shape[at], value.device)
         if self.pool == "last":
             if tokens is not None:
-                chosen = Region(positions=tokens.columns(-1), position_dim=self.position_dim)
+                chosen = Region(positions=tokens.columns(-1), position_dim=region.position_dim)
                 value = chosen.take(value, path).movedim(1, at)
             last = value.select(at, -1).mean(0)
             return last.unsqueeze(at - 1) if at > unit else last

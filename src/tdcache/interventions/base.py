@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
 from tensordict import TensorDictBase
@@ -25,11 +25,12 @@ from tdcache.interventions.options import (
     brief,
     signature_with_options,
 )
-from tdcache.interventions.regions import Along, Heads, at_call
+from tdcache.interventions.regions import Along, Heads, Region, at_call
 from tdcache.interventions.unread import UnreadWatch
 from tdcache.modules import HookedModule
 from tdcache.paths import near_misses
 from tdcache.selection import Selection, Site, as_matcher, distinct_sites
+from tdcache.stand_ins import region_in
 from tdcache.steps import Steps
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
@@ -76,12 +77,13 @@ class Intervention(HookingContextFactory):
     """Whether ``heads=`` may be an int."""
     _takes_calls: ClassVar[bool] = False
     """Whether the selector may mean calls inside a forward."""
+    _region_by_name: dict[str, Region]
     __signature__: ClassVar[Any]
 
     options: EditOptions
     positions: Along
     units: Along
-    heads: int | Heads | None
+    heads: int | Heads | Sequence[int] | None
     rows: Along
     calls: Calls
     direction: Side
@@ -100,12 +102,13 @@ class Intervention(HookingContextFactory):
         super().__init__()
         self.selector = selector
         self.options = EditOptions.of(type(self).__name__, options)
-        if isinstance(self.options.heads, int) and not self._sweeps_heads:
+        named = self.options.names is not None
+        if isinstance(self.options.heads, int) and not self._sweeps_heads and not named:
             raise EditError(f"heads={self.options.heads} does not say which: heads=(n_heads, which), such as (12, [3])")
         for name in OPTION_NAMES:
             setattr(self, name, getattr(self.options, name))
         # An unusable selector is refused here, not on entering.
-        self._modules, self._calls = split_selector(selector)
+        self._modules, self._calls = (selector, ()) if named else split_selector(selector)
         if not self._takes_calls and self._calls:
             raise SelectionError(
                 f"{type(self).__name__} changes modules, and {self._calls[0]!r} means calls inside a forward; "
@@ -116,6 +119,7 @@ class Intervention(HookingContextFactory):
             as_matcher(self._modules, self.options.match)
         refuse_direction(self._calls, self.options.direction)
         self.region = self.options.region
+        self._region_by_name = {}
 
     def __repr__(self) -> str:
         shown = []
@@ -141,6 +145,23 @@ class Intervention(HookingContextFactory):
         for place in found:
             modules.setdefault((place.selector, id(place.site.module)), place)
         return list(modules.values())
+
+    def region_at(self, path: str, region: Region | None = None) -> Region:
+        """The part of the value at one site that is meant: at a canonical name, along the axes that it has there.
+
+        Args:
+            path: the site.
+            region: what is meant, where it is not the recipe's own.
+        """
+        if self.names is None:
+            return self.region if region is None else region
+        swept = "head" in (getattr(self, "_over", None) or ())
+        heads = None if swept else [self.heads] if isinstance(self.heads, int) else self.heads
+        if region is not None:
+            return region_in(region, self.names[path], heads)
+        if path not in self._region_by_name:  # one object, by which a call remembers the columns that it found
+            self._region_by_name[path] = region_in(self.region, self.names[path], heads)
+        return self._region_by_name[path]
 
     def edit_at(self, site: Site, context: InterventionContext) -> Edit | RegionEdit:
         """What is done at one site; subclasses say."""
@@ -177,8 +198,9 @@ class Intervention(HookingContextFactory):
     ) -> None:
         """Put an edit on each site."""
         taps = [
-            (site.module, EditTap(port_at(site.path, self.direction, self.pick), edit, region=self.region, call=call))
+            (site.module, EditTap(port_at(site.path, self.direction, self.pick), edit, region=region, call=call))
             for site, edit in edits
+            for region in [self.region_at(site.path)]
         ]
         attach_ports(taps, self._hook_direction, handle, Order.EDIT)
 
@@ -203,7 +225,9 @@ class Intervention(HookingContextFactory):
         """Show the final value at each call to ``read(path, value)``."""
         self._add_call_taps(module, handle, lambda site, port: ReadTap(port, read), use="read", order=Order.CAPTURE)
 
-    def add_reads(self, handle: MultiHookHandle, selection: Selection, read: Callable[[str, Tensor], None]) -> None:
+    def add_reads(
+        self, handle: MultiHookHandle, selection: Iterable[Site], read: Callable[[str, Tensor], None]
+    ) -> None:
         """Show the final value at each site to ``read(path, value)``."""
         taps = [(site.module, ReadTap(port_at(site.path, self.direction, self.pick), read)) for site in selection]
         attach_ports(taps, self._hook_direction, handle, Order.CAPTURE)

@@ -92,6 +92,7 @@ class ReadTap:
     """Shows the final value at one port to a function ``(path, tensor)``."""
 
     __slots__ = ("order", "port", "read")
+    use = "read"  # of a value that is derived from an attention call
 
     def __init__(self, port: Port, read: Callable[[str, Tensor], None], *, order: int = Order.CAPTURE) -> None:
         self.port = port

@@ -13,7 +13,9 @@ from torch import Tensor
 from tdcache.errors import DirectionError, EditError
 from tdcache.hooks import direction_row
 from tdcache.interventions.regions import Along, Heads, Region
+from tdcache.named_places import Names
 from tdcache.options import refuse_unknown
+from tdcache.stand_ins import refuse_at_names
 from tdcache.steps import Steps, check_steps
 from tdcache.types import CacheKey, Match, Pick
 
@@ -38,7 +40,7 @@ Calls = int | slice | Sequence[int] | None
 class WhereKeywords(TypedDict, total=False):
     """The options of :class:`EditOptions` except ``positions`` and ``units``, for classes that take these by place."""
 
-    heads: int | Heads | None
+    heads: int | Heads | Sequence[int] | None
     rows: Along
     calls: Calls
     direction: Side
@@ -48,6 +50,7 @@ class WhereKeywords(TypedDict, total=False):
     match: Match
     position_dim: int
     unit_dim: int
+    names: Names | None
 
 
 class EditKeywords(WhereKeywords, total=False):
@@ -85,6 +88,9 @@ class EditOptions:
         match: how the selector's patterns are held against paths: ``"full"``, ``"prefix"`` or ``"search"``.
         position_dim: the axis of positions; 0 in a model of the layout ``(seq, batch, features)``.
         unit_dim: the axis of units, counted from the end; -3 for the channels of images.
+        names: the canonical names of the model, ``tdcache.names(model)``, which the selector then means. A name is one
+            value, so ``direction`` stays ``"fwd"``. Positions and units are along the axes that the table says they
+            are, and of a name with an axis of heads ``heads`` just says which: ``heads=[3, 7]``.
 
     Raises:
         DirectionError: another direction.
@@ -93,7 +99,7 @@ class EditOptions:
 
     positions: Along = None
     units: Along = None
-    heads: int | Heads | None = None
+    heads: int | Heads | Sequence[int] | None = None
     rows: Along = None
     calls: Calls = None
     direction: Side = "fwd"
@@ -103,9 +109,11 @@ class EditOptions:
     match: Match = "full"
     position_dim: int = 1
     unit_dim: int = -1
+    names: Names | None = None
 
     def __post_init__(self) -> None:
         direction_row(self.direction)
+        refuse_at_names(self.names, [self.direction])
         if self.direction not in get_args(Side):
             raise DirectionError(
                 f"an intervention changes outputs ('fwd') or inputs ('fwd_pre'), got {self.direction!r}"
@@ -136,7 +144,8 @@ class EditOptions:
         """The part of each value that is meant."""
         return Region(
             positions=self.positions, units=self.units, rows=self.rows, position_dim=self.position_dim,
-            heads=None if isinstance(self.heads, int) else self.heads, unit_dim=self.unit_dim,
+            heads=None if isinstance(self.heads, int) or self.names is not None else self.heads,
+            unit_dim=self.unit_dim,
         )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ class Sweep:
         if self.recording is not None:
             self.recording.reached(path)
         if self._call is not None:
-            region = self._call.region_at(path, value, self.recipe.options.region)
+            region = self._call.region_at(path, value, self.recipe.region_at(path))
             if not _same_columns(region, self._regions.setdefault(path, region)):
                 raise EditError(
                     f"positions={self.recipe.positions!r} are other columns in the source run than in the patched one "
@@ -172,7 +172,8 @@ class Sweep:
         return self._result(self._measured(trials, runs, seen))
 
     def _region_at(self, path: str) -> Region:
-        region = self._regions.get(path, self.recipe.options.region) if self._call else self.recipe.options.region
+        whole = self.recipe.region_at(path)
+        region = self._regions.get(path, whole) if self._call else whole
         if region is None:
             raise EditError(f"positions={self.recipe.positions!r} are none of the columns at {path!r}")
         return region

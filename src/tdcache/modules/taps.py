@@ -135,6 +135,11 @@ class GetTap(Transient):
         self.fired = self.warned = False
         self.seen = -1
 
+    @property
+    def use(self) -> str:
+        """What is done with a value that is derived from an attention call: its graph is followed, or it is read."""
+        return "watch" if self.row.gradient or self.keep.hold == "live" else "read"
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r}, {self.row.name!r})"
 

@@ -21,8 +21,10 @@ from tdcache.modules.directed_verbs import DirectedForms
 from tdcache.modules.run import HookedModuleRun
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
 from tdcache.modules.where import ValuePart, WhereOptions
+from tdcache.named_places import Names
 from tdcache.reducers import Reducer
 from tdcache.selection import Site
+from tdcache.stand_ins import refuse_at_names
 from tdcache.types import CacheKey, Hold, HookDirection, Pick, Removable
 
 __all__ = ["ModuleVerbs"]
@@ -39,6 +41,10 @@ class ModuleVerbs(DirectedForms):
         @property
         def model(self) -> nn.Module:
             """The user's own model."""
+
+        @property
+        def names(self) -> Names | None:
+            """The canonical names of the context."""
 
         @property
         def cache(self) -> TensorDictBase:
@@ -248,7 +254,11 @@ class ModuleVerbs(DirectedForms):
         elif direction == "fwd_pre":
             row = direction_row("fwd_pre_kwargs")  # the first tensor may be a keyword argument
         if not is_call(key):
-            return row, *self.find_site(key, relative)
+            path, module = self.find_site(key, relative)
+            if self.names is not None and key in self.names:
+                refuse_at_names(self.names, [direction])
+                row = direction_row("bwd_pre") if row.name == "bwd" and callback is None else row
+            return row, path, module
         site = CallSite.parse(key)
         if not site.path:
             return row, key, self.model

@@ -1,0 +1,19 @@
+"""Gradients between two values of one forward, by their places in the graph.
+
+A tensor that is overwritten after it was seen leads elsewhere in the graph; what was noted when it was seen does not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+__all__ = ["gradient_of"]
+
+
+def gradient_of(end: GradientEdge, start: GradientEdge, seed: Tensor) -> Tensor | None:
+    """The gradient of ``(seed * end).sum()`` at ``start``; None if no way leads there. The graph is kept."""
+    found: tuple[Tensor | None, ...]
+    found = torch.autograd.grad((end,), (start,), (seed,), retain_graph=True, allow_unused=True)
+    return found[0]
