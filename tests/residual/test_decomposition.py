@@ -8,7 +8,7 @@ import torch
 from residual.hand import FAMILIES, TOKENS
 from tdcache import residual
 from tdcache.errors import CanonicalNameError, ResidualError
-from tdcache.named_places import Names
+from tdcache.named_places import NamedPlace, Names
 
 EXACT = 1e-9  # the sums are of a few float64 numbers of size 1 to 10
 FLOAT32_INSIDE = 2e-6  # Gemma2's norms compute in float32 whatever the model's dtype is
@@ -163,6 +163,26 @@ def test_the_heads_of_granite_are_scaled_as_the_model_scales_them(case):
     weight, _ = w_o(this, 1)
     z = this.cache["blocks.1.attn.z"]
     near(found["blocks.1.attn.head.2"], 0.22 * z[..., 2, :] @ weight[8:12])
+
+
+@pytest.mark.parametrize("positions", [None, -1, slice(2, 4)])
+def test_heads_that_are_scaled_unit_by_unit_without_a_module_are_scaled(case, positions):
+    this = case("llama")
+    scaled, places = this.cache.clone(), dict(this.table)
+    scale = torch.linspace(0.1, 2, 16, dtype=torch.float64)
+    name = "blocks.1.attn.contribution"
+    scaled[name] = scale * this.cache[name]  # as BEiT multiplies by a parameter
+    places[name] = NamedPlace(path="model.layers.1::mul")
+    table = Names(places, streams=this.table.streams, model=this.model)
+    found = residual.head_results(scaled, layers=1, positions=positions, names=table)
+    wanted = residual.head_results(this.cache, layers=1, positions=positions, names=this.table)
+    for key, part in wanted.items():
+        near(found[key], scale * part)
+    one = scaled.apply(lambda value: value[:1, :1])
+    with pytest.raises(
+        ResidualError, match=r"'blocks.1.attn.contribution' is not what 'model.layers.1.self_attn.o_proj'"
+    ):
+        residual.head_results(one, layers=1, names=table)
 
 
 def test_the_heads_of_gemma2_go_through_the_norm_after_attention_with_its_scale_frozen(case):

@@ -241,6 +241,9 @@ def step_between(
         total = norm(given) if norm.bias is None else norm(given) + norm.bias
         return norm if deviation(total, added) <= allowed else None
     factors = [(given * added).sum() / given.square().sum()]
+    if given[..., 0].numel() > 1:  # of a single row any vector is a multiple, unit by unit
+        rows = tuple(range(given.ndim - 1))
+        factors.append((given * added).sum(rows) / given.square().sum(rows).clamp(min=torch.finfo(given.dtype).tiny))
     if module is not None and not any(True for _ in module.children()):
         ones = torch.ones(given.shape[-1:]).to(given).reshape(*(1,) * (given.ndim - 1), -1)
         factors.append(run(module, ones).reshape(-1))  # one number per unit

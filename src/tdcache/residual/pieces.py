@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tdcache.errors import PathError, ResidualError
 from tdcache.paths import resolve
-from tdcache.residual.linear import LinearMap, LinearStep, deviation, step_between, tolerance
+from tdcache.residual.linear import LinearMap, LinearStep, step_between, tolerance
 from tdcache.residual.stream import CachedStream
 
 __all__ = ["Pieces", "heads_of", "neurons_of"]
@@ -61,9 +61,7 @@ def heads_of(stream: CachedStream, block: int) -> Pieces:
     Raises:
         ResidualError: the cache lacks ``z`` or the contribution, or no projection leads from one to the other.
     """
-    stream.require([stream.name("attn.z", block), stream.name("attn.contribution", block)])
-    values = stream.split(stream.name("attn.z", block))
-    return _pieces(stream, block, "attn", "head", values, stream.stream.out_projections)
+    return _pieces(stream, block, "attn", stream.stream.out_projections)
 
 
 def neurons_of(stream: CachedStream, block: int) -> Pieces:
@@ -72,42 +70,47 @@ def neurons_of(stream: CachedStream, block: int) -> Pieces:
     Raises:
         ResidualError: the cache lacks ``mlp.post`` or the contribution, or no projection leads from one to the other.
     """
-    stream.require([stream.name("mlp.post", block), stream.name("mlp.contribution", block)])
-    values = stream.value(stream.name("mlp.post", block)).unsqueeze(-1)
-    return _pieces(stream, block, "mlp", "neuron", values, stream.stream.down_projections)
+    return _pieces(stream, block, "mlp", stream.stream.down_projections)
 
 
-def _pieces(
-    stream: CachedStream, block: int, role: str, kind: str, values: Tensor, projections: Sequence[str | None]
-) -> Pieces:
-    name, path = stream.name(role, block), projections[block] if block < len(projections) else None
-    contribution = f"{name}.contribution"
+def _read(stream: CachedStream, name: str) -> Tensor:
+    """What the projection after ``name`` reads, as ``(..., piece, unit)``."""
+    return stream.split(f"{name}.z") if name.endswith("attn") else stream.value(f"{name}.post").unsqueeze(-1)
+
+
+def _pieces(stream: CachedStream, block: int, role: str, projections: Sequence[str | None]) -> Pieces:
+    name, kind = stream.name(role, block), "head" if role == "attn" else "neuron"
+    stream.require([f"{name}.{'z' if role == 'attn' else 'post'}", f"{name}.contribution"])
+    path = projections[block] if block < len(projections) else None
     if path is None:
         raise ResidualError(
-            f"the table names no projection from {kind}s to {contribution!r}, so they cannot be told apart there",
-            names=[contribution],
+            f"the table names no projection from {kind}s to '{name}.contribution', so they cannot be told apart there",
+            names=[f"{name}.contribution"],
         )
-    (module,) = stream.modules(path)
+    values = _read(stream, name)
     pieces, units = values.shape[-2:]
+    (module,) = stream.modules(path)
     linear = LinearMap.of(module, path, pieces * units).to(values)
-    added = stream.value(contribution)
-    given = linear(values.flatten(-2))
-    allowed = tolerance(stream.cache.get(contribution))
-    way = (
-        step_between(_module(stream, contribution), contribution, given, added, allowed)
-        if given.shape == added.shape
-        else None
-    )
-    if way is None:
-        off = deviation(given, added) if given.shape == added.shape else float("inf")
+    # A scale for each unit cannot be told from few rows: all positions are asked where the wanted ones do not tell.
+    tried = (stream, stream.with_all_positions()) if stream.columns.positions is not None else (stream,)
+    found = next((step for each in tried if (step := _step_to_stream(each, name, linear)) is not None), None)
+    if found is None:
         raise ResidualError(
-            f"{contribution!r} is not what {path!r} makes of its {kind}s, nor that through one norm or scale (it "
-            f"differs by {off:.1e}); a model in training mode drops some of it, and a wrong table names another "
-            "projection",
-            names=[contribution],
+            f"'{name}.contribution' is not what {path!r} makes of its {kind}s, nor that through one norm or scale; a "
+            "model in training mode drops some of it, and a wrong table names another projection",
+            names=[f"{name}.contribution"],
         )
-    weight = linear.weight.reshape(pieces, units, -1)
-    return Pieces(name, kind, values, weight, linear.bias, way)
+    return Pieces(name, kind, values, linear.weight.reshape(pieces, units, -1), linear.bias, found)
+
+
+def _step_to_stream(stream: CachedStream, name: str, linear: LinearMap) -> LinearStep | None:
+    """What leads from the projection of ``name`` to its contribution; None for what does not."""
+    contribution = f"{name}.contribution"
+    given, added = linear(_read(stream, name).flatten(-2)), stream.value(contribution)
+    if given.shape != added.shape:
+        return None
+    module, allowed = _module(stream, contribution), tolerance(stream.cache.get(contribution))
+    return step_between(module, contribution, given, added, allowed)
 
 
 def _module(stream: CachedStream, name: str) -> nn.Module | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import regex
 from tensordict import TensorDictBase
@@ -58,6 +58,10 @@ class CachedStream:
         if prefix is None:
             prefix = next(iter(table.streams)) if len(table.streams) == 1 else ""
         return cls(cache, table, table.stream(prefix), columns or Columns())
+
+    def with_all_positions(self) -> CachedStream:
+        """The same stream, at every position that is kept."""
+        return replace(self, columns=Columns())
 
     def name(self, role: str, block: int | None = None) -> str:
         """The canonical name of a role, of one block or of the model."""
