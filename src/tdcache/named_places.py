@@ -89,6 +89,7 @@ class ResidualStream:
         prefix: what the names of the stack begin with: ``""``, ``"encoder."``, ``"vision."``.
         layouts: of each block, ``"pre-norm"``, ``"post-norm"``, ``"parallel"`` or ``"sandwich"``.
         embeddings: the names whose values sum to the first ``resid_pre``.
+        embedding_norm: the path of the norm that this sum goes through first; None if there is none.
         final_norm: the path of the norm after the last block; None if there is none.
         unembed: the path of the module that makes logits; None if there is none.
         out_projections: of each block, the path of what maps ``z`` back to the stream; None where there is none.
@@ -100,6 +101,7 @@ class ResidualStream:
     prefix: str = ""
     layouts: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
+    embedding_norm: str | None = None
     final_norm: str | None = None
     unembed: str | None = None
     out_projections: tuple[str | None, ...] = ()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["WorkingCopy", "working_copy"]
+__all__ = ["WorkingCopy", "in_best_dtype", "working_copy"]
+
+T = TypeVar("T")
 
 FLOAT64_PARAMETERS = 300_000_000
 """Models with more parameters are run in their own dtype."""
@@ -40,19 +42,33 @@ class WorkingCopy:
         return inputs.detach().to(device, self.dtype if inputs.is_floating_point() else inputs.dtype)
 
 
-def working_copy(model: nn.Module, *, noise: float = 0.0) -> WorkingCopy:
-    """Copy ``model`` for forwards with a graph: in float64 where it is small enough, in evaluation mode.
+def in_best_dtype(model: nn.Module, noise: float, use: Callable[[WorkingCopy], T]) -> T:
+    """What ``use`` makes of a copy in float64, or of one in the model's own dtype where it cannot run in float64.
+
+    Some models make masks for float32, whatever their dtype; large ones are not copied to twice their size.
+    """
+    if sum(parameter.numel() for parameter in model.parameters()) <= FLOAT64_PARAMETERS:
+        try:
+            return use(working_copy(model, noise=noise, double=True))
+        except (RuntimeError, TypeError, ValueError):
+            return use(working_copy(model, noise=noise, double=False))
+    return use(working_copy(model, noise=noise, double=False))
+
+
+def working_copy(model: nn.Module, *, noise: float = 0.0, double: bool = True) -> WorkingCopy:
+    """Copy ``model`` for forwards with a graph, in evaluation mode.
 
     Args:
         model: left alone; the copy shares nothing with it.
         noise: the standard deviation of what is added to each parameter of the copy, relative to its own. A fresh
             model has weights of one and biases of zero, which would let a wrong name pass.
+        double: whether the copy is one in float64.
     """
     twin = copy.deepcopy(model).eval().requires_grad_(True)
     config = getattr(twin, "config", None)
     if config is not None and hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"  # noqa: SLF001  # grouped products have no float64
-    if sum(parameter.numel() for parameter in twin.parameters()) <= FLOAT64_PARAMETERS:
+    if double:
         twin.double()
     dtype = next((each.dtype for each in twin.parameters() if each.is_floating_point()), torch.get_default_dtype())
     if noise:

@@ -7,9 +7,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-__all__ = ["gradient_of"]
+__all__ = ["edge_of", "gradient_of"]
+
+
+def edge_of(tensor: Tensor) -> GradientEdge | None:
+    """Where a gradient of ``tensor``, as it is now, can be asked for or started; None if it has no graph."""
+    try:
+        return get_gradient_edge(tensor) if tensor.requires_grad else None
+    except (AssertionError, RuntimeError):  # a leaf of a mode that records nothing
+        return None
 
 
 def gradient_of(end: GradientEdge, start: GradientEdge, seed: Tensor) -> Tensor | None:

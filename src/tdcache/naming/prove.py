@@ -15,7 +15,7 @@ import regex
 from torch import nn
 
 from tdcache.named_places import Names, Proof, ProvedIdentity
-from tdcache.naming.copies import working_copy
+from tdcache.naming.copies import WorkingCopy, in_best_dtype
 from tdcache.naming.inputs import like, own_inputs
 from tdcache.naming.prove_bench import IdentityCheck, ProofBench
 from tdcache.naming.prove_stream import check_chain, check_ends, check_norms, check_sums
@@ -72,7 +72,7 @@ def verdict_of(model: nn.Module, names: Names, inputs: Any = None, *, skip: Iter
     if key not in _verdicts:
         while len(_verdicts) >= _KEPT:
             _verdicts.pop(next(iter(_verdicts)))
-        _verdicts[key] = _verdict(model, names, inputs, skipped)
+        _verdicts[key] = in_best_dtype(model, NOISE, lambda copy: _verdict(copy, names, inputs, skipped))
     return _verdicts[key]
 
 
@@ -85,8 +85,7 @@ def _key(model: nn.Module, names: Names, inputs: Any, skipped: tuple[str, ...]) 
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _verdict(model: nn.Module, names: Names, inputs: Any, skipped: tuple[str, ...]) -> Verdict:
-    copy = working_copy(model, noise=NOISE)
+def _verdict(copy: WorkingCopy, names: Names, inputs: Any, skipped: tuple[str, ...]) -> Verdict:
     given = copy.fitted(own_inputs(copy.model, SEED) if inputs is None else like(inputs, SEED))
     places = {name: place for name, place in names.items() if name not in skipped}
     readings = read_places(copy.model, places, given)

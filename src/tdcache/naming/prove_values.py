@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from tdcache.errors import TdcacheError
 from tdcache.function_calls import CallSite, attach_attention, attach_call, is_call
 from tdcache.hooks.attach import MultiHookHandle, Order, attach
 from tdcache.hooks.port import port_at
 from tdcache.named_places import NamedPlace
+from tdcache.naming.gradients import edge_of
 from tdcache.naming.trace import call_model
 from tdcache.paths import resolve
 from tdcache.types import HookDirection, Removable
@@ -63,7 +64,7 @@ class _Take:
         if self.place.call is not None and at != self.place.call:
             return
         tensor = port_at(self.place.path, self.place.side, self.place.pick).read(module, args, rest)
-        edge = get_gradient_edge(tensor) if tensor.requires_grad else None
+        edge = edge_of(tensor)
         self.readings.values[self.name] = Reading(arranged(tensor.detach().clone(), self.place), edge)
 
     def of_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -83,24 +84,26 @@ def arranged(tensor: Tensor, place: NamedPlace) -> Tensor:
 
 
 def read_places(model: nn.Module, places: Mapping[str, NamedPlace], inputs: Any) -> Readings:
-    """Run ``model`` and copy the value at every place; scores and patterns in a forward of their own.
+    """Run ``model`` and copy the value at every place; places of attention calls in forwards of their own.
 
     A place that cannot be read is in ``missing`` with the reason. Nothing is raised for it.
+
+    Raises:
+        Exception: whatever the model raises when it is called.
     """
-    plain = {name: place for name, place in places.items() if not _is_computed(place)}
-    computed = {name: place for name, place in places.items() if _is_computed(place)}
     readings = Readings()
-    _read(model, plain, inputs, readings)
-    result = readings.result
+    sites = {name: _attention_place(place) for name, place in places.items()}
+    computed = {name: places[name] for name, site in sites.items() if site is not None and site.name in _COMPUTED}
+    plain = {name: place for name, place in places.items() if name not in computed}
     try:
-        _read(model, computed, inputs, readings)
+        _read(model, plain, inputs, readings)  # in one forward: gradients lead from one to another
     except (TdcacheError, RuntimeError, ValueError):
-        for path in {place.path.partition("::")[0] for place in computed.values()}:
-            own = {name: place for name, place in computed.items() if place.path.partition("::")[0] == path}
-            try:
-                _read(model, own, inputs, readings)
-            except (TdcacheError, RuntimeError, ValueError) as error:
-                readings.missing.update(dict.fromkeys(own, str(error)))
+        _read_in_parts(
+            model, {name: plain[name] for name, site in sites.items() if site and name in plain}, inputs, readings
+        )
+        _read(model, {name: place for name, place in plain.items() if name not in readings.missing}, inputs, readings)
+    result = readings.result
+    _read_in_parts(model, computed, inputs, readings)
     readings.result = result
     for name in places:
         if name not in readings.values:
@@ -108,13 +111,30 @@ def read_places(model: nn.Module, places: Mapping[str, NamedPlace], inputs: Any)
     return readings
 
 
-def _is_computed(place: NamedPlace) -> bool:
-    return is_call(place.path) and CallSite.parse(place.path).name in _COMPUTED
+def _attention_place(place: NamedPlace) -> CallSite | None:
+    site = CallSite.parse(place.path) if is_call(place.path) else None
+    return site if site is not None and site.derived else None
+
+
+def _read_in_parts(model: nn.Module, places: Mapping[str, NamedPlace], inputs: Any, readings: Readings) -> None:
+    """Read all in one forward; where that is refused, the places of each module alone, then each place alone."""
+    if not places:
+        return
+    try:
+        _read(model, places, inputs, readings)
+    except (TdcacheError, RuntimeError, ValueError) as error:
+        modules = {place.path.partition("::")[0] for place in places.values()}
+        if len(places) == 1:
+            readings.missing.update(dict.fromkeys(places, str(error)))
+            return
+        for module in modules:
+            own = {name: place for name, place in places.items() if place.path.partition("::")[0] == module}
+            parts = [own] if len(modules) > 1 else [{name: place} for name, place in own.items()]
+            for part in parts:
+                _read_in_parts(model, part, inputs, readings)
 
 
 def _read(model: nn.Module, places: Mapping[str, NamedPlace], inputs: Any, readings: Readings) -> None:
-    if not places and readings.result is not None:
-        return
     with MultiHookHandle(list(_hooks(model, places, readings))), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         readings.result = call_model(model, inputs)
 

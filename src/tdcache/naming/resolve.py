@@ -9,7 +9,7 @@ from torch import nn
 
 from tdcache.errors import CanonicalNameError
 from tdcache.named_places import Names, ResidualStream
-from tdcache.naming.copies import working_copy
+from tdcache.naming.copies import WorkingCopy, in_best_dtype
 from tdcache.naming.inputs import own_inputs
 from tdcache.naming.prove_values import read_places
 from tdcache.naming.resolve_axes import fit_axes
@@ -36,7 +36,10 @@ def resolve(model: nn.Module, inputs: Any = None) -> Names:
     Raises:
         CanonicalNameError: the model has no blocks, or an input for it cannot be made.
     """
-    copy = working_copy(model)
+    return in_best_dtype(model, 0.0, lambda copy: _resolved(copy, inputs, model))
+
+
+def _resolved(copy: WorkingCopy, inputs: Any, model: nn.Module) -> Names:
     given = copy.fitted(own_inputs(copy.model, seed=0) if inputs is None else inputs)
     names = names_of(trace(copy.model, given), model)
     return fit_axes(names, read_places(copy.model, names, given))
@@ -86,7 +89,7 @@ def _give_prefixes(stacks: list[BlockStack], flow: DataFlow) -> None:
     """Prefixes by what runs: a decoder reads an encoder by cross attention, a tower reads pixels or sound alone."""
     if len(stacks) == 1:
         return
-    crossing = [stack for stack in stacks if any(t.kind == "cross_attn" for b in stack.blocks for t in b.terms)]
+    crossing = [stack for stack in stacks if _crosses(stack) and any(_feeds(other, stack, flow) for other in stacks)]
     for stack in stacks:
         read = inputs_of(stack.blocks[0].given, flow)
         towers = {prefix for name, prefix in _TOWERS.items() if name in read}
@@ -102,8 +105,12 @@ def _give_prefixes(stacks: list[BlockStack], flow: DataFlow) -> None:
             stack.prefix = stack.path + "."
 
 
+def _crosses(stack: BlockStack) -> bool:
+    return any(term.kind == "cross_attn" for block in stack.blocks for term in block.terms)
+
+
 def _feeds(stack: BlockStack, other: BlockStack, flow: DataFlow) -> bool:
     """Whether the end of a stack is read inside the blocks of another, not at its beginning."""
     end = stack.blocks[-1].made
     first = other.blocks[0]
-    return not flow.depends(first.given, {end}) and flow.depends(first.made, {end})
+    return stack is not other and not flow.depends(first.given, {end}) and flow.depends(first.made, {end})

@@ -25,12 +25,20 @@ def _fitted(name: str, place: NamedPlace, readings: Readings) -> NamedPlace:
         return _fitted_heads(name, place, readings)
     if len(shape) == len(axes):
         return place
-    if len(shape) == len(axes) - 1 and axes[:2] == ("batch", "position"):
-        whole = readings[name.partition("blocks.")[0] + "blocks.0.resid_pre"].shape
-        together = shape[0] == whole[0] * whole[1]
-        note = "batch and position are one axis" if together else ""
-        return replace(place, axes=("position", *axes[2:]), note=place.note or note)
+    stream = _stream_of(name, readings)
+    if len(shape) == 2 and stream is not None and axes[:2] == ("batch", "position"):
+        if shape[0] == stream[0] * stream[1]:
+            return replace(place, axes=("position", *axes[2:]), note=place.note or "batch and position are one axis")
+        if shape[0] == stream[0]:
+            return replace(place, axes=("batch", *axes[2:]), note=place.note or "of one position")
     return replace(place, axes=("position",) * (len(shape) - 1) + axes[-1:])
+
+
+def _stream_of(name: str, readings: Readings) -> tuple[int, ...] | None:
+    """The shape of the stream that a name belongs to."""
+    prefix, found, _ = name.partition("blocks.")
+    first = (prefix if found else name.rpartition(".")[0] and name.rpartition(".")[0] + ".") + "blocks.0.resid_pre"
+    return tuple(readings[first].shape) if first in readings else None
 
 
 def _fitted_heads(name: str, place: NamedPlace, readings: Readings) -> NamedPlace:

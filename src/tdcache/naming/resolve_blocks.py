@@ -48,6 +48,8 @@ class TracedBlock:
     call: ModuleRun
     given: TracedValue
     """The stream as the block is given it."""
+    made: TracedValue
+    """The stream as the block returns it."""
     steps: list[StreamStep]
     """The steps to what it returns; empty where there is no way by additions, norms and constants."""
     terms: list[StreamTerm] = field(default_factory=list)
@@ -58,11 +60,6 @@ class TracedBlock:
     def stream(self) -> list[TracedValue]:
         """The values of the stream, from the block's input to its output."""
         return [self.given, *(step.value for step in self.steps)]
-
-    @property
-    def made(self) -> TracedValue:
-        """What the block returns."""
-        return self.stream[-1]
 
 
 @dataclass(slots=True, eq=False)
@@ -124,7 +121,7 @@ def _block_of(call: ModuleRun, flow: DataFlow) -> TracedBlock | None:
             if given is not made and given.shape == made.shape and given.data.is_floating_point():
                 steps = flow.stream(given, made)
                 if steps:
-                    return TracedBlock(call, given, steps)
+                    return TracedBlock(call, given, made, steps)
     return None
 
 
@@ -132,9 +129,8 @@ def _broken(call: ModuleRun) -> TracedBlock | None:
     shapes = {given.shape: given for _, given in reversed(call.given) if given.data.is_floating_point()}
     for _, made in call.made:
         if made.shape in shapes:
-            steps = [StreamStep("scale", made)]
             fault = "what the block returns does not come from its input by additions, norms and constant factors"
-            return TracedBlock(call, shapes[made.shape], steps, fault=fault)
+            return TracedBlock(call, shapes[made.shape], made, [], fault=fault)
     return None
 
 

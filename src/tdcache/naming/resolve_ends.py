@@ -118,7 +118,11 @@ def final_names(found: FoundNames, stack: BlockStack) -> tuple[str | None, Unemb
     normed = _norm_after(post, found.flow)
     call = None if normed is None else found.flow.norm_call(normed)
     if normed is None:
-        layout = " (post-norm: the last block ends in its own)" if stack.blocks[-1].steps[-1].kind == "norm" else ""
+        layout = (
+            " (post-norm: the last block ends in its own)"
+            if stack.blocks[-1].steps[-1:] and stack.blocks[-1].steps[-1].kind == "norm"
+            else ""
+        )
         found.refuse(prefix + "final_norm", f"no norm reads the last resid_post{layout}")
     else:
         found.put(prefix + "final_norm", norm_place(found, normed), axes=axes)

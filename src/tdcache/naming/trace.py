@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from tdcache.function_calls.names import call_name
 from tdcache.hooks.attach import MultiHookHandle, Order, attach
 from tdcache.hooks.values import leaves
+from tdcache.naming.gradients import edge_of
 
 __all__ = ["ForwardTrace", "ModuleRun", "TracedOp", "TracedValue", "call_model", "trace"]
 
@@ -169,7 +170,7 @@ class _TraceRecorder(TorchFunctionMode):
         if found is None:
             with torch.no_grad():
                 data = tensor.detach().clone()
-            edge = get_gradient_edge(tensor) if tensor.requires_grad else None
+            edge = edge_of(tensor)
             found = self.values[key] = TracedValue(tensor, data, edge)
             self.aliases.setdefault(_storage(tensor), []).append(tensor)
         return found
