@@ -31,7 +31,7 @@ from tdcache.named_places import NamedPlace, Names
 from tdcache.named_selection import select_names
 from tdcache.paths import resolve_all
 from tdcache.regions import Region
-from tdcache.selection import Matcher, Selection, Site, as_matcher
+from tdcache.selection import Matcher, Selection, Site, as_matcher, select
 from tdcache.types import HookDirection, Match, Pick, Selector
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "refuse_at_names",
     "region_in",
     "site_at",
+    "sites_of",
 ]
 
 
@@ -263,6 +264,20 @@ def named_selection(
     refuse_scripted(root, [(names[site.path].path, site.module) for site in found])
     sites = [Site(site.path, site_at(names[site.path], root, site.module), site.groups) for site in found]
     return Selection(sites, selector=selector, model_name=found.model_name)
+
+
+def sites_of(
+    model: nn.Module,
+    selector: Selector,
+    names: Names | None = None,
+    *,
+    match: Match = "full",
+    allow_empty: bool = False,
+) -> Selection:
+    """The sites that a selector means: of modules, or with ``names`` of canonical names."""
+    if names is None:
+        return select(model, selector, match=match, allow_empty=allow_empty)
+    return named_selection(model, names, selector, match=match, allow_empty=allow_empty)
 
 
 def site_at(place: NamedPlace, root: nn.Module, target: nn.Module) -> nn.Module:

@@ -36,13 +36,15 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Who may import a neighbour on the same floor. Floor 5 has no entry: no method family imports another.
 NEIGHBOURS = {
     ("types", "errors"),
+    ("named_models", "selection"),
+    ("named_places", "named_models"),
+    ("named_places", "named_roles"),
     ("named_places", "named_rows"),
     ("named_places", "paths"),
     ("options", "paths"),
     ("named_selection", "named_places"),
     ("named_selection", "paths"),
     ("named_selection", "selection"),
-    ("named_places", "selection"),
     ("stand_ins", "current_call"),
     ("stand_ins", "function_calls"),
     ("stand_ins", "hooks"),

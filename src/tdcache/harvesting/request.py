@@ -21,8 +21,7 @@ from tdcache.harvesting.sizes import as_bytes, as_count, dtype_name
 from tdcache.harvesting.source import Source
 from tdcache.harvesting.workers import Share
 from tdcache.named_places import Names, spelled_place
-from tdcache.selection import select as select_sites
-from tdcache.stand_ins import named_selection
+from tdcache.stand_ins import sites_of
 from tdcache.store.spec import read_spec
 from tdcache.types import Match, Pick, Selector
 
@@ -137,10 +136,7 @@ def asked_for(
         held_on=held_on,
         names=names,
     )
-    if names is None:
-        paths = select_sites(model, select, match=match).paths
-    else:
-        paths = named_selection(model, names, select, match=match).paths
+    paths = sites_of(model, select, names, match=match).paths
     own = OwnColumns.of(columns, paths)
     fixed = {
         "direction": direction,

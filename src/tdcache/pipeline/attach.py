@@ -22,11 +22,13 @@ from tdcache.hooks.values import check_fits, leaves
 from tdcache.inplace import NO_COUNTER
 from tdcache.introspect import add_tensor_hook, has_tensor_hooks, in_backward
 from tdcache.modules import HookedModule
+from tdcache.named_places import Names
 from tdcache.pipeline.collection import HookCollection
 from tdcache.pipeline.hooks import Hook, HookNode, Hooks
 from tdcache.pipeline.prepared import VARYING, HookStep, laid_out, run_steps
 from tdcache.pipeline.versions import version_of
 from tdcache.selection import Site, as_matcher, distinct_sites
+from tdcache.stand_ins import refuse_at_names
 from tdcache.steps import Steps, check_steps
 from tdcache.types import Match, Pick, Selector
 
@@ -168,6 +170,8 @@ class AttachedPipeline(HookingContextFactory):
         match: ``"full"``, ``"prefix"`` or ``"search"``.
         steps: in which forwards of ``generate()``: ``"prefill"``, ``"decode"``, or a predicate of a
             :class:`tdcache.Step`. All by default.
+        names: the canonical names of the model, ``tdcache.names(model)``, which selectors then mean; ``path`` is a
+            name.
 
     Raises:
         HookSignatureError: the pipeline cannot be called.
@@ -193,8 +197,11 @@ class AttachedPipeline(HookingContextFactory):
         pick: Pick = None,
         match: Match = "full",
         steps: Steps = None,
+        names: Names | None = None,
     ) -> None:
         super().__init__()
+        refuse_at_names(names, [direction] if direction in ("fwd", "fwd_pre") else ())
+        self.names = names
         self._steps = check_steps(steps)
         if direction not in ("fwd", "fwd_pre"):
             raise HookSignatureError(
