@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import regex
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -28,7 +29,7 @@ def needed(
         heads: also what :func:`head_results` needs.
         neurons: also what :func:`neuron_results` needs.
         mid: also the stream between attention and MLP.
-        prefix: which stream; None for the only one.
+        prefix: which stream of a model with several; by default the one that logits are made of.
 
     Raises:
         CanonicalNameError: the model has no such values, or they are refused there.
@@ -44,9 +45,11 @@ def needed(
     roles = [rf"{kind}\.contribution" for kind in kinds] + ["resid_post"]
     roles += [role for wanted, role in ((heads, r"attn\.z"), (neurons, r"mlp\.post"), (mid, "resid_mid")) if wanted]
     blocks = rf"blocks\.(0\.resid_pre|\d+\.({'|'.join(roles)}))"
-    prefix = stream.stream.prefix.replace(".", r"\.")
-    embeddings = [each.replace(".", r"\.") for each in stream.stream.embeddings]
-    return "|".join([*embeddings, f"{prefix}{blocks}"])
+    pattern = "|".join([*map(regex.escape, stream.stream.embeddings), regex.escape(stream.stream.prefix) + blocks])
+    if names.style is None:
+        return pattern
+    meant = [name for name in stream.canonical(refused=False) if regex.fullmatch(pattern, name)]
+    return "|".join(regex.escape(names.spelled(name)) for name in meant)
 
 
 def accumulated(
@@ -69,7 +72,7 @@ def accumulated(
         positions: which positions; see ``docs/positions.md``. None for all.
         mask: the attention mask, so that positions count real tokens; None counts columns.
         names: the table of names, where the cache does not carry it.
-        prefix: which stream of a model with several, such as ``"decoder."``.
+        prefix: which stream of a model with several, ``"encoder."``; by default the one that logits are made of.
 
     Returns:
         Values ``(batch, position, unit)`` by name; those of half precision in float32. They share memory and graph
@@ -116,7 +119,7 @@ def decompose(
         positions: which positions; see ``docs/positions.md``. None for all.
         mask: the attention mask, so that positions count real tokens; None counts columns.
         names: the table of names, where the cache does not carry it.
-        prefix: which stream of a model with several, such as ``"decoder."``.
+        prefix: which stream of a model with several, ``"encoder."``; by default the one that logits are made of.
 
     Returns:
         Values ``(batch, position, unit)`` by name; those of half precision in float32. Gradients flow through them
@@ -187,9 +190,9 @@ class _RunningSum:
                 )  # a block without attention, or one whose attention is not seen
             return
         off = deviation(self.total, self._stream.value(name))
-        if not off <= tolerance(self._stream.cache.get(name)):
+        if not off <= tolerance(self._stream.raw(name)):
             if refused:
-                raise self._stream.names.error(refused[0])
+                raise self._stream.error(refused[0])
             raise ResidualError(
                 f"{name!r} differs by {off:.1e} of its largest value from the sum of what was written before; the "
                 "cache holds values of several forwards, or the table is not this model's",

@@ -30,7 +30,7 @@ def token_directions(
         names: the table of the model.
         tokens: a token, or a tensor of them of any shape.
         incorrect: tokens whose directions are subtracted, for differences of logits.
-        prefix: which stream of a model with several.
+        prefix: which stream of a model with several; by default the one that logits are made of.
 
     Returns:
         ``(*tokens.shape, unit)``, in at least single precision.
@@ -70,7 +70,7 @@ def logit_attribution(
         positions: where ``stack`` holds some positions, the same ones, for the whole value in ``cache``.
         mask: the attention mask, so that positions count real tokens; None counts columns.
         names: the table of names, where neither ``stack`` nor ``cache`` carries it.
-        prefix: which stream of a model with several.
+        prefix: which stream of a model with several; by default the one that logits are made of.
 
     Returns:
         Scores ``(batch, position)`` by name.
@@ -125,7 +125,7 @@ def logit_lens(
         positions: which positions; None for all.
         mask: the attention mask, so that positions count real tokens; None counts columns.
         names: the table of names, where the cache does not carry it.
-        prefix: which stream of a model with several.
+        prefix: which stream of a model with several; by default the one that logits are made of.
 
     Returns:
         ``(batch, position, vocabulary)`` by name of the value; with ``tokens``, ``(batch, position)``.
@@ -160,7 +160,7 @@ class Readout:
     def of(cls, stream: CachedStream) -> Readout:
         """The readout of a stream."""
         facts = stream.stream
-        paths = (final_norm(stream.names, facts), _unembed(stream))
+        paths = (final_norm(stream), _unembed(stream))
         return cls(tuple(stream.modules(*paths)), facts.logit_scale, facts.logit_softcap)
 
     def __call__(self, value: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def _picked(logits: Tensor, tokens: int | Tensor, key: str) -> Tensor:
 def _unembed(stream: CachedStream) -> str:
     path = stream.stream.unembed
     if path is None:
-        raise stream.names.error(stream.name("unembed"))
+        raise stream.error(stream.name("unembed"))
     return path
 
 

@@ -7,7 +7,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.errors import ResidualError
-from tdcache.named_places import Names, ResidualStream
+from tdcache.named_places import Names
 from tdcache.residual.columns import Columns
 from tdcache.residual.linear import NormStep, deviation, run, tolerance
 from tdcache.residual.parts import Parts, tensors
@@ -44,7 +44,7 @@ def apply_norm(
         positions: where ``stack`` holds some positions, the same ones, for the whole value in ``cache``.
         mask: the attention mask, so that positions count real tokens; None counts columns.
         names: the table of names, where neither ``stack`` nor ``cache`` carries it.
-        prefix: which stream of a model with several.
+        prefix: which stream of a model with several; by default the one that logits are made of.
 
     Returns:
         Entries of the same names. A model without a final norm gives them unchanged.
@@ -56,7 +56,7 @@ def apply_norm(
     table = names_of(stack if names is None and getattr(stack, "table", None) is not None else cache, names)
     prefix = stack.prefix if prefix is None and isinstance(stack, Parts) else prefix
     stream = CachedStream.of(Parts() if cache is None else cache, table, prefix, Columns(positions, mask))
-    path = final_norm(table, stream.stream) if norm is None else table[norm].path if norm in table else norm
+    path = final_norm(stream) if norm is None else stream.path_of(norm)
     of = stack.of if isinstance(stack, Parts) else None
     if path is None:
         return Parts.made(tensors(stack), table, stream.stream.prefix, of=of, normed=True)
@@ -74,16 +74,16 @@ def apply_norm(
     return Parts.made(found, table, stream.stream.prefix, of=of, normed=True)
 
 
-def final_norm(table: Names, stream: ResidualStream) -> str | None:
+def final_norm(stream: CachedStream) -> str | None:
     """The path of the final norm of a stream; None where the unembedding reads the stream itself.
 
     Raises:
         CanonicalNameError: something else stands between the stream and the logits.
     """
-    name = f"{stream.prefix}final_norm"
-    if stream.final_norm is None and stream.unembed is None and name in table.refused:
-        raise table.error(name)
-    return stream.final_norm
+    name, facts = stream.name("final_norm"), stream.stream
+    if facts.final_norm is None and facts.unembed is None and name in stream.canonical(refused=True):
+        raise stream.error(name)
+    return facts.final_norm
 
 
 def _whole(stack: TensorDictBase, stream: CachedStream, at: str | None) -> Tensor:
@@ -120,7 +120,7 @@ def _compare(stream: CachedStream, name: str, module: torch.nn.Module, whole: Te
     """Hold the norm of the whole against what the norm returned, where that is kept."""
     kept = stream.value(name)
     found = run(module, whole)
-    if found.shape != kept.shape or not deviation(found, kept) <= tolerance(stream.cache.get(name)):
+    if found.shape != kept.shape or not deviation(found, kept) <= tolerance(stream.raw(name)):
         raise ResidualError(
             f"{name!r} as it is kept is not the norm of the value whose scale was to be frozen; name what it reads "
             "with at=",

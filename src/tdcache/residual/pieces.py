@@ -109,7 +109,7 @@ def _step_to_stream(stream: CachedStream, name: str, linear: LinearMap) -> Linea
     given, added = linear(_read(stream, name).flatten(-2)), stream.value(contribution)
     if given.shape != added.shape:
         return None
-    module, allowed = _module(stream, contribution), tolerance(stream.cache.get(contribution))
+    module, allowed = _module(stream, contribution), tolerance(stream.raw(contribution))
     return step_between(module, contribution, given, added, allowed)
 
 

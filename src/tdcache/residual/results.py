@@ -40,7 +40,7 @@ def head_results(
         positions: which positions; None for all.
         mask: the attention mask, so that positions count real tokens; None counts columns.
         names: the table of names, where the cache does not carry it.
-        prefix: which stream of a model with several.
+        prefix: which stream of a model with several; by default the one that logits are made of.
 
     Returns:
         ``blocks.0.attn.head.0`` and so on, ``(batch, position, unit)``.
@@ -81,7 +81,7 @@ def neuron_results(
         positions: which positions; None for all.
         mask: the attention mask, so that positions count real tokens; None counts columns.
         names: the table of names, where the cache does not carry it.
-        prefix: which stream of a model with several.
+        prefix: which stream of a model with several; by default the one that logits are made of.
 
     Returns:
         ``blocks.0.mlp.neuron.0`` and so on, ``(batch, position, unit)``.
@@ -114,7 +114,7 @@ def stack_activation(
         role: the name without its block.
         layers: which blocks; all whose value is kept by default.
         names: the table of names, where the cache does not carry it.
-        prefix: which stream of a model with several.
+        prefix: which stream of a model with several; by default the one that logits are made of.
 
     Raises:
         CanonicalNameError: the model has no such role.
@@ -126,7 +126,7 @@ def stack_activation(
     chosen = stream.blocks(layers) if layers is not None else kept or list(every)
     keys = [stream.name(role, block) for block in chosen]
     stream.require(keys)
-    return torch.stack([cache.get(key) for key in keys])
+    return torch.stack([stream.raw(key) for key in keys])
 
 
 def _results(stream: CachedStream, found: dict[str, Tensor], onto: Tensor | None, remainder: bool) -> Parts:

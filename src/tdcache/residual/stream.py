@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import regex
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from tdcache.errors import ResidualError, SelectionError, listed
+from tdcache.errors import CanonicalNameError, ResidualError, SelectionError, listed
 from tdcache.named_places import NamedPlace, Names, ResidualStream
 from tdcache.norms import wide
 from tdcache.paths import resolve
@@ -53,10 +54,16 @@ class CachedStream:
     def of(
         cls, cache: TensorDictBase, names: Names | None, prefix: str | None, columns: Columns | None = None
     ) -> CachedStream:
-        """The stream with that prefix; None for the only one, or the one without a prefix."""
+        """The stream with that prefix; None for the only one, or the one that logits are made of.
+
+        Raises:
+            CanonicalNameError: there is no such stream, or there are several of which none makes logits.
+        """
         table = names_of(cache, names)
         if prefix is None:
-            prefix = next(iter(table.streams)) if len(table.streams) == 1 else ""
+            streams = list(table.streams.values())
+            meant = streams if len(streams) == 1 else [each for each in streams if each.unembed is not None]
+            prefix = meant[-1].prefix if meant else ""
         return cls(cache, table, table.stream(prefix), columns or Columns())
 
     def with_all_positions(self) -> CachedStream:
@@ -69,7 +76,11 @@ class CachedStream:
 
     def keeps(self, name: str) -> bool:
         """Whether the cache has an entry of that name."""
-        return name in self.cache.keys()  # noqa: SIM118  # a TensorDict's own `in` takes a name for a nested key
+        return self.names.spelled(name) in self.cache.keys()  # noqa: SIM118  # `in` takes a name for a nested key
+
+    def raw(self, name: str) -> Any:
+        """What is kept under that name, as it is."""
+        return self.cache.get(self.names.spelled(name))
 
     def whole(self, name: str) -> Tensor:
         """The kept value of all positions, in at least single precision.
@@ -80,7 +91,7 @@ class CachedStream:
         """
         if not self.keeps(name):
             self.require([name])
-        value = self.cache.get(name)
+        value = self.raw(name)
         if not isinstance(value, Tensor):
             raise ResidualError(f"{name!r} is a {type(value).__name__}, not one tensor", names=[name])
         return wide(self._with_rows(value, self.place(name).axes))
@@ -92,8 +103,10 @@ class CachedStream:
         both = ("batch", "position")
         whole = [
             each
-            for name, place in self.names.items()
-            if place.axes[:2] == both and self.keeps(name) and (each := self.cache.get(name)).ndim == len(place.axes)
+            for name in self.canonical(refused=False)
+            if self.keeps(name)
+            and (place := self.place(name)).axes[:2] == both
+            and (each := self.raw(name)).ndim == len(place.axes)
         ]
         rows = next((each.shape[:2] for each in whole), None)
         return value if rows is None or rows.numel() != len(value) else value.unflatten(0, rows)
@@ -129,7 +142,12 @@ class CachedStream:
 
     def place(self, name: str) -> NamedPlace:
         """What the name stands for."""
-        return self.names[name]
+        return self.names[self.names.spelled(name)]
+
+    def path_of(self, name: str) -> str:
+        """The path of the module that a name stands for; of what is no name, the path that it is."""
+        spelled = self.names.spelled(name)
+        return self.names[spelled].path if spelled in self.names else name
 
     def require(self, names: Sequence[str]) -> None:
         """Refuse a cache that lacks any of the names.
@@ -138,9 +156,9 @@ class CachedStream:
             CanonicalNameError: one of them means nothing in this model.
             ResidualError: they were not kept.
         """
-        missing = [name for name in names if not self.keeps(name)]
+        missing = [self.names.spelled(name) for name in names if not self.keeps(name)]
         for name in missing:
-            self.place(name)
+            self.names[name]
         if missing:
             raise ResidualError(
                 f"the cache lacks {listed(missing, 4)}; keep what is needed: "
@@ -151,11 +169,20 @@ class CachedStream:
     def contributions(self, block: int) -> list[str]:
         """What is added to the stream in one block, in the order of the table: ``["attn", "mlp"]``."""
         pattern = self._contribution(block)
-        return [found["kind"] for name in self.names if (found := pattern.fullmatch(name))]
+        return [found["kind"] for name in self.canonical(refused=False) if (found := pattern.fullmatch(name))]
 
     def refused(self, block: int) -> list[str]:
         """The contributions to one block that are refused: there is none, or one that cannot be read."""
-        return [name for name in self.names.refused if self._contribution(block).fullmatch(name)]
+        return [name for name in self.canonical(refused=True) if self._contribution(block).fullmatch(name)]
+
+    def canonical(self, *, refused: bool) -> list[str]:
+        """The names that the table has, or those that it refuses, in their canonical spelling."""
+        names: Mapping[str, Any] = self.names.refused if refused else self.names
+        return [name for name, spelled in self.names.spelling.items() if spelled in names] or list(names)
+
+    def error(self, name: str) -> CanonicalNameError:
+        """What is raised for a name that the table does not have."""
+        return self.names.error(self.names.spelled(name))
 
     def _contribution(self, block: int) -> regex.Pattern[str]:
         return regex.compile(rf"{regex.escape(self.name('', block))}(?P<kind>.+)\.contribution")
@@ -184,7 +211,7 @@ class CachedStream:
         Raises:
             SelectionError: it is no value of the stream.
         """
-        of = self.last() if of is None else of
+        of = self.last() if of is None else self._canonical_of(of)
         found = regex.fullmatch(rf"{regex.escape(self.stream.prefix)}blocks\.(\d+)\.(resid_(?:pre|mid|post))", of)
         if found is None or int(found[1]) >= self.stream.blocks:
             raise SelectionError(
@@ -194,6 +221,9 @@ class CachedStream:
             )
         self.place(of)
         return of, int(found[1]), found[2]
+
+    def _canonical_of(self, name: str) -> str:
+        return next((each for each, spelled in self.names.spelling.items() if spelled == name), name)
 
     def blocks(self, layers: int | Sequence[int] | None) -> list[int]:
         """Numbers of blocks, counted from either end; None for those up to the last ``resid_post`` that is kept.

@@ -65,7 +65,7 @@ class TunedLens(nn.Module):
         Args:
             cache: canonical names to values, as :func:`tdcache.residual.accumulated` needs them.
             names: the table of names, where the cache does not carry it.
-            prefix: which stream of a model with several.
+            prefix: which stream of a model with several; by default the one that logits are made of.
         """
         stack = accumulated(cache, names=names, prefix=prefix)
         readout = Readout.of(CachedStream.of(stack, None, stack.prefix))
@@ -101,7 +101,7 @@ def tuned_lens(
         weight_decay: how strongly the maps are drawn to the identity.
         mid: also the values between attention and MLP.
         names: the table of names, where the caches do not carry it.
-        prefix: which stream of a model with several.
+        prefix: which stream of a model with several; by default the one that logits are made of.
 
     Returns:
         The lens, with the loss at every step in ``lens.losses``; ``print(lens)`` shows the first and the last.
