@@ -23,9 +23,9 @@ from tdcache.function_calls.places import call_places, refuse_direction, split_s
 from tdcache.hooks import MultiHookHandle, attach, bracket
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
+from tdcache.place_modules import position_dims, refuse_at_names
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Selection, as_matcher
-from tdcache.stand_ins import position_dims, refuse_at_names
 from tdcache.steps import Steps
 from tdcache.tokens import Positions
 from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector

@@ -29,7 +29,6 @@ __all__ = [
     "ProvedIdentity",
     "ResidualStream",
     "Side",
-    "spelled_place",
 ]
 
 Side = Literal["fwd", "fwd_pre"]
@@ -376,14 +375,6 @@ class Names(Mapping[str, NamedPlace]):
 
     def _refusals(self) -> list[str]:
         return ["refused:", *refusal_rows(self.refused)] if self.refused else []
-
-
-def spelled_place(place: NamedPlace) -> dict[str, Any]:
-    """What a place means, in JSON's types: one store or file can tell by it whether another means the same."""
-    said = {name: getattr(place, name) for name in ("path", "side", "pick", "call", "heads", "order")}
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in said.items() if value is not None
-    }
 
 
 _HEAD = ("name", "place", "axes", "note")

@@ -13,7 +13,7 @@ _NUMBER = regex.compile(r"(?<=\.)\d+(?=\.|$)")
 _I = "\0"  # stands for the number of a block where rows are merged; no name holds it
 
 
-class Shown(Protocol):
+class _ShownPlace(Protocol):
     """What is printed of a place."""
 
     @property
@@ -33,7 +33,7 @@ class Shown(Protocol):
         """What is to be said of it."""
 
 
-def place_rows(places: Mapping[str, Shown]) -> list[tuple[str, ...]]:
+def place_rows(places: Mapping[str, _ShownPlace]) -> list[tuple[str, ...]]:
     """A row per place; those that are equal but for the number of their block are one."""
     merged: dict[tuple[str, ...], list[str]] = {}
     for name, place in places.items():

@@ -27,8 +27,8 @@ from tdcache.errors import AttributionError, DirectionError, TdcacheError
 from tdcache.hooks import MultiHookHandle
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
+from tdcache.place_modules import refuse_at_names, sites_of
 from tdcache.selection import Selection, as_matcher
-from tdcache.stand_ins import refuse_at_names, sites_of
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
 __all__ = ["Attribution", "Scores", "SiteAttribution", "Work"]

@@ -21,7 +21,7 @@ from tdcache.errors import AttributionError
 from tdcache.hooks.values import first_tensor
 from tdcache.named_places import Names, ResidualStream
 from tdcache.paths import resolve
-from tdcache.stand_ins import module_behind, refuse_at_names
+from tdcache.place_modules import module_behind, refuse_at_names
 from tdcache.types import Match, Selector
 
 __all__ = ["DirectLogitAttribution", "LogitLens"]

@@ -19,8 +19,8 @@ from tdcache.hooks import MultiHookHandle, Order, OutputPort, attach
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
 from tdcache.paths import resolve_all
+from tdcache.place_modules import place_at, refuse_at_names, sites_of
 from tdcache.selection import as_matcher
-from tdcache.stand_ins import place_at, refuse_at_names, sites_of
 from tdcache.types import Index, Match, Pick, Selector
 
 __all__ = ["GradDrop", "GuidedReLU", "Installed", "Modifier", "ModifierHook", "ScaleGradient", "StopGradient"]

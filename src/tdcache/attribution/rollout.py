@@ -12,7 +12,7 @@ from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.point import wide
 from tdcache.attribution.reductions import attention_rollout
 from tdcache.named_places import Names
-from tdcache.stand_ins import refuse_at_names
+from tdcache.place_modules import refuse_at_names
 from tdcache.types import Pick, Selector
 
 __all__ = ["AttentionRollout"]

@@ -16,7 +16,7 @@ from tdcache.hooks import direction_row
 from tdcache.interventions.regions import Along, Heads, Region
 from tdcache.named_places import Names
 from tdcache.paths import near_misses
-from tdcache.stand_ins import refuse_at_names
+from tdcache.place_modules import refuse_at_names
 from tdcache.steps import Steps, check_steps
 from tdcache.types import CacheKey, Match, Pick
 

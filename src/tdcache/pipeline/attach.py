@@ -27,8 +27,8 @@ from tdcache.pipeline.collection import HookCollection
 from tdcache.pipeline.hooks import Hook, HookNode, Hooks
 from tdcache.pipeline.prepared import VARYING, HookStep, laid_out, run_steps
 from tdcache.pipeline.versions import version_of
+from tdcache.place_modules import refuse_at_names
 from tdcache.selection import Site, as_matcher, distinct_sites
-from tdcache.stand_ins import refuse_at_names
 from tdcache.steps import Steps, check_steps
 from tdcache.types import Match, Pick, Selector
 

@@ -17,8 +17,8 @@ from tdcache.named_places import Names
 from tdcache.pipeline.autoencoder import Autoencoder, Sites, as_autoencoder
 from tdcache.pipeline.shown_modules import plant
 from tdcache.pipeline.versions import version_of
+from tdcache.place_modules import refuse_at_names
 from tdcache.selection import Site, as_matcher, distinct_sites
-from tdcache.stand_ins import refuse_at_names
 from tdcache.types import Match, Pick, Selector
 
 __all__ = ["Splice", "SpliceContext", "SpliceSite", "sparse_latents"]

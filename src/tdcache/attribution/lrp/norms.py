@@ -12,8 +12,8 @@ from tdcache.attribution.point import wide
 from tdcache.attribution.rows import PointRows
 from tdcache.hooks import MultiHookHandle
 from tdcache.named_places import Names
+from tdcache.place_modules import sites_of
 from tdcache.selection import select
-from tdcache.stand_ins import sites_of
 from tdcache.types import Selector
 
 __all__ = ["FreezeNorm", "FrozenNorm"]
