@@ -22,10 +22,11 @@ from tdcache.function_calls.handlers import CallRule
 from tdcache.function_calls.places import parameters_of
 from tdcache.function_calls.roles import AttentionHook, Use
 from tdcache.function_calls.sites import CallSite, is_call
-from tdcache.hooks.attach import AttachedElsewhere, MultiHookHandle, attach
+from tdcache.hooks.attach import AttachedElsewhere, attach
 from tdcache.hooks.compiled import refuse_scripted
 from tdcache.hooks.gradient_hooks import GradInputHook
 from tdcache.hooks.port import InputPort, OutputPort, Port
+from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.hooks.transient import Transient
 from tdcache.named_places import NamedPlace, Names
 from tdcache.named_selection import select_names

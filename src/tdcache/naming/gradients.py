@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-__all__ = ["edge_of", "gradient_of"]
+__all__ = ["edge_of", "gradient_of", "middle"]
 
 
 def edge_of(tensor: Tensor) -> GradientEdge | None:
@@ -25,3 +25,8 @@ def gradient_of(end: GradientEdge, start: GradientEdge, seed: Tensor) -> Tensor 
     found: tuple[Tensor | None, ...]
     found = torch.autograd.grad((end,), (start,), (seed,), retain_graph=True, allow_unused=True)
     return found[0]
+
+
+def middle(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A position with others before and after it, and none of the padding that a model may add at the end."""
+    return tuple(min(size // 2, 3) for size in shape)

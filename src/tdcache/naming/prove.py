@@ -17,14 +17,18 @@ from torch import nn
 from tdcache.named_places import Names, Proof, ProvedIdentity
 from tdcache.naming.copies import WorkingCopy, in_best_dtype
 from tdcache.naming.inputs import like, own_inputs
+from tdcache.naming.prove_attention import check_attention
 from tdcache.naming.prove_bench import IdentityCheck, ProofBench
 from tdcache.naming.prove_stream import check_chain, check_ends, check_norms, check_sums
-from tdcache.naming.prove_sublayers import check_attention, check_mixing, check_mlp
+from tdcache.naming.prove_sublayers import check_mixing, check_mlp, check_outputs, check_routers
 from tdcache.naming.prove_values import read_places
 
 __all__ = ["Verdict", "prove", "proved", "verdict_of"]
 
-CHECKS = (check_chain, check_sums, check_norms, check_ends, check_attention, check_mixing, check_mlp)
+CHECKS = (
+    *(check_chain, check_sums, check_norms, check_ends),
+    *(check_attention, check_mixing, check_outputs, check_mlp, check_routers),
+)
 SEED = 1
 """Of the proof's input: not that of the forward that resolved the names."""
 NOISE = 0.3
@@ -105,14 +109,15 @@ def _verdict(copy: WorkingCopy, names: Names, inputs: Any, skipped: tuple[str, .
 
 
 def _contradicted(checks: list[IdentityCheck]) -> dict[str, str]:
-    """The names that an identity contradicts; of a sum that fails, those that no other sum confirms."""
-    confirmed = {name for check in checks if check.holds and len(check.names) > 1 for name in check.names}
+    """The names that an identity contradicts; of one that fails, those that none binds to the stream."""
+    bound = {name for check in checks if check.holds and check.strong for name in check.names}
     refused: dict[str, str] = {}
     for check in checks:
         if check.holds:
             continue
-        wrong = [name for name in check.names if name not in confirmed] or list(check.names)
-        for name in wrong if len(check.names) > 1 else check.names:
+        loose = tuple(name for name in check.names if name not in bound)
+        wrong = check.refuses or (check.names if len(check.names) == 1 else loose or check.names)
+        for name in wrong:
             refused.setdefault(name, check.why())
     return refused
 

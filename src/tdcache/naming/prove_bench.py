@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,10 @@ from tdcache.named_places import NamedPlace, ResidualStream
 from tdcache.naming.prove_values import Readings
 from tdcache.paths import resolve
 
-__all__ = ["FLOAT32_INSIDE", "IdentityCheck", "ProofBench", "deviation"]
+__all__ = ["FLOAT32_INSIDE", "IdentityCheck", "ProofBench", "apply_module", "deviation"]
 
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
-"""What sums may deviate by, relative to the largest value."""
+"""What sums may deviate by, relative to the largest value: a few additions in another order."""
 FLOAT32_INSIDE = {torch.float64: 3e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
 """The same where a float64 model computes in float32 inside: norms, softmax, a recurrent state."""
 
@@ -31,8 +32,10 @@ class IdentityCheck:
         names: the names that it speaks of.
         error: by how much it does not.
         tolerance: what is allowed.
-        refuses: the names that are wrong if it does not hold; by default all.
+        refuses: the names that are wrong if it does not hold; by default those of ``names`` that no strong identity
+            confirms.
         reason: what to say then; by default the identity and the error.
+        strong: whether it binds its names to the stream, so that another identity that fails is not their fault.
     """
 
     identity: str
@@ -41,6 +44,7 @@ class IdentityCheck:
     tolerance: float
     refuses: tuple[str, ...] = ()
     reason: str = ""
+    strong: bool = False
 
     @property
     def holds(self) -> bool:
@@ -49,7 +53,11 @@ class IdentityCheck:
 
     def why(self) -> str:
         """Why the names are refused."""
-        return self.reason or f"{self.identity} is off by {self.error:.1e} of the largest value"
+        if self.reason:
+            return self.reason
+        if self.tolerance == 0:
+            return f"it does not hold that {self.identity}"
+        return f"{self.identity} is off by {self.error:.1e} of the largest value"
 
 
 @dataclass(slots=True, eq=False)
@@ -79,15 +87,26 @@ class ProofBench:
     def __getitem__(self, name: str) -> Tensor:
         return self.readings[name]
 
-    def equal(self, identity: str, names: Sequence[str], one: Tensor, other: Tensor, *, inside: bool = False) -> None:
-        """IdentityCheck that two values agree; with ``inside`` only to what float32 gives."""
+    def compared(
+        self, identity: str, names: Sequence[str], one: Tensor, other: Tensor, *, inside: bool = False
+    ) -> IdentityCheck:
+        """The check that two values agree; with ``inside`` only to what float32 gives."""
         error = deviation(one, other)
         exact, loose = EXACT[self.dtype], FLOAT32_INSIDE[self.dtype]
-        self.checks.append(IdentityCheck(identity, tuple(names), error, loose if inside or error > exact else exact))
+        allowed = loose if inside or error > exact else exact
+        return IdentityCheck(identity, tuple(names), error, allowed, strong=True)
 
-    def true(self, identity: str, names: Sequence[str], holds: bool, reason: str = "") -> None:
-        """IdentityCheck something that holds or does not, such as where a gradient goes."""
-        self.checks.append(IdentityCheck(identity, tuple(names), 0.0 if holds else 1.0, 0.0, reason=reason))
+    def equal(self, identity: str, names: Sequence[str], one: Tensor, other: Tensor, *, inside: bool = False) -> None:
+        """Check that two values agree; with ``inside`` only to what float32 gives."""
+        self.checks.append(replace(self.compared(identity, names, one, other, inside=inside), strong=False))
+
+    def bound(self, identity: str, names: Sequence[str], one: Tensor, other: Tensor, *, inside: bool = False) -> None:
+        """Check that two values agree, in an identity that binds its names to the stream."""
+        self.checks.append(self.compared(identity, names, one, other, inside=inside))
+
+    def true(self, identity: str, names: Sequence[str], holds: bool, reason: str = "", **options: Any) -> None:
+        """Check something that holds or does not, such as where a gradient goes."""
+        self.checks.append(IdentityCheck(identity, tuple(names), 0.0 if holds else 1.0, 0.0, reason=reason, **options))
 
     def module(self, name: str) -> nn.Module | None:
         """The module whose output a name stands for; None if it stands for a call."""
@@ -137,3 +156,14 @@ def deviation(one: Tensor, other: Tensor) -> float:
     if one.numel() == 0 or not size > 0:
         return float("inf")
     return float((one.double() - other.double()).abs().max() / size)
+
+
+def apply_module(module: nn.Module, value: Tensor) -> Tensor | None:
+    """What a module makes of a value; None where it cannot be called with it alone."""
+    try:
+        with torch.no_grad():
+            made = module(value)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    found = made[0] if isinstance(made, tuple) else made
+    return found if isinstance(found, Tensor) else None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tdcache.naming.prove_bench import FLOAT32_INSIDE, IdentityCheck, ProofBench, deviation
+from tdcache.naming.prove_bench import FLOAT32_INSIDE, IdentityCheck, ProofBench, apply_module, deviation
+from tdcache.naming.prove_gradients import leads
 
 __all__ = ["check_chain", "check_ends", "check_norms", "check_sums"]
 
@@ -17,7 +18,7 @@ def check_chain(bench: ProofBench) -> None:
     for prefix, head, number, _ in bench.blocks():
         post, after = head + "resid_post", f"{prefix}blocks.{number + 1}.resid_pre"
         if bench.has(post, after):
-            bench.equal("resid_post == the next block's resid_pre", (post, after), bench[post], bench[after])
+            bench.bound("resid_post == the next block's resid_pre", (post, after), bench[post], bench[after])
 
 
 def check_sums(bench: ProofBench) -> None:
@@ -52,96 +53,83 @@ def _middles(bench: ProofBench, head: str, parts: Sequence[str]) -> dict[str, st
 
 def _check_sum(bench: ProofBench, head: str, names: list[str], layout: str, first: int = 0) -> None:
     start, *parts, end = names
-    value = bench[start]
-    short = [name.removeprefix(head) for name in names]
-    if layout == "post-norm":
-        identity = short[0]
-        for number, part in enumerate(parts, 1 + first):
-            norm = bench.module(f"{head}ln{number}")
-            if norm is None:
-                return
-            value = _apply(norm, value + bench[part].reshape(value.shape))
-            identity = f"ln{number}({identity} + {part.removeprefix(head)})"
-        bench.equal(f"{identity} == {short[-1]}", names, value, bench[end], inside=True)
-        return
-    for part in parts:
-        if bench[part].numel() != value.numel():
-            bench.true(
-                " + ".join(short[:-1]), (part,), False, f"its shape {tuple(bench[part].shape)} is not the stream's"
-            )
+    total: Tensor | None = bench[start]
+    words = start.removeprefix(head)
+    norms = []
+    for number, part in enumerate(parts, 1 + first):
+        if total is None or bench[part].numel() != total.numel():
+            reason = f"its shape {tuple(bench[part].shape)} is not the stream's"
+            bench.true("contributions have the stream's shape", (part,), False, reason)
             return
-        value = value + bench[part].reshape(value.shape)
-    bench.equal(f"{' + '.join(short[:-1])} == {short[-1]}", names, value, bench[end])
-
-
-@torch.no_grad()
-def _apply(module: nn.Module, value: Tensor) -> Tensor:
-    made: Tensor | tuple[Tensor, ...] = module(value)
-    return made if isinstance(made, Tensor) else made[0]
+        total = total + bench[part].reshape(total.shape)
+        words = f"{words} + {part.removeprefix(head)}"
+        if layout == "post-norm":
+            norm = f"{head}ln{number}"
+            module = bench.module(norm)
+            total = None if module is None else apply_module(module, total)
+            words = f"ln{number}({words})"
+            norms.append(norm)
+            if total is not None and bench.has(norm):
+                bench.bound(f"{words} == ln{number}", (*names[:-1], norm), total, bench[norm], inside=True)
+    if total is not None:
+        bench.bound(f"{words} == {end.removeprefix(head)}", names, total, bench[end], inside=bool(norms))
 
 
 def check_norms(bench: ProofBench) -> None:
     """A norm's name is what its module makes of the stream, or of what the sublayer returned."""
     for _, head, _, layout in bench.blocks():
+        labels = bench.labels(head, "contribution")
         for name in [each for each in bench.places if each.startswith(head + "ln") and bench.has(each)]:
-            module = bench.module(name)
-            if layout == "post-norm" and not name.endswith("_post"):
+            number, _, after = name.removeprefix(head + "ln").partition("_")
+            if not number.isdigit() or (layout == "post-norm" and not after):
                 continue  # part of the block's sum
-            if module is None:
-                bench.true("a norm is a module", (name,), False, "its place is no module whose norm could be applied")
-                continue
-            streams = (
-                "resid_pre",
-                "resid_mid",
-                "resid_mid_cross",
-                "attn.out",
-                "mlp.out",
-                "cross_attn.out",
-                "mixer.out",
-            )
-            errors = [
-                (_norm_error(module, bench[head + stream], bench[name]), head + stream)
-                for stream in streams
-                if bench.has(head + stream)
-            ]
-            error, nearest = min(errors, default=(float("inf"), ""))
-            identity = f"{name.removeprefix(head)} == norm({nearest.removeprefix(head)})"
-            bench.checks.append(IdentityCheck(identity, (name,), error, FLOAT32_INSIDE[bench.dtype]))
+            label = labels[int(number) - 1] if int(number) <= len(labels) else None
+            _check_norm(bench, head, name, _read_by(layout, int(number), label, after=bool(after)))
+            end = f"{head}{label}.contribution"
+            if not after and label is not None and bench.has(end):
+                reached = leads(bench.readings.values[name], bench.readings.values[end])
+                bench.true(f"ln{number} leads to {label}.contribution", (name,), reached)
 
 
-def _norm_error(module: nn.Module, given: Tensor, made: Tensor) -> float:
-    try:
-        return deviation(_apply(module, given), made)
-    except (RuntimeError, TypeError, ValueError):  # it normalises another width
-        return float("inf")
+def _read_by(layout: str, number: int, label: str | None, *, after: bool) -> tuple[str, ...]:
+    """What the norm of that number is applied to."""
+    if after:
+        return (f"{label}.out",)
+    if number == 1 or layout == "parallel":
+        return ("resid_pre",)
+    return ("resid_mid_cross", "resid_mid") if label != "cross_attn" else ("resid_mid",)
+
+
+def _check_norm(bench: ProofBench, head: str, name: str, streams: tuple[str, ...]) -> None:
+    module, short = bench.module(name), name.removeprefix(head)
+    source = next((stream for stream in streams if bench.has(head + stream)), None)
+    if source is None:
+        return
+    made = None if module is None else apply_module(module, bench[head + source])
+    error = float("inf") if made is None else deviation(made, bench[name])
+    check = IdentityCheck(f"{short} == norm({source})", (name,), error, FLOAT32_INSIDE[bench.dtype])
+    bench.checks.append(check)
 
 
 def check_ends(bench: ProofBench) -> None:
     """Embeddings sum to the first ``resid_pre``; the unembedding of the final norm gives the logits."""
     for prefix, stream in bench.streams.items():
-        _check_embeddings(bench, prefix, stream.embeddings)
+        _check_embeddings(bench, prefix)
         last = f"{prefix}blocks.{stream.blocks - 1}.resid_post"
         norm, unembed = prefix + "final_norm", prefix + "unembed"
         module = bench.module_at(stream.final_norm)
         if bench.has(norm, last) and module is not None:
-            bench.equal(
-                "final_norm == norm(last resid_post)",
-                (norm,),
-                *_cut(_apply(module, bench[last]), bench[norm]),
-                inside=True,
-            )
+            made = apply_module(module, bench[last])
+            if made is not None:
+                bench.equal("final_norm == norm(last resid_post)", (norm,), *_cut(made, bench[norm]), inside=True)
+        source = norm if bench.has(norm) else last
         projection = bench.module_at(stream.unembed)
-        if projection is not None and bench.has(unembed):
-            source = norm if bench.has(norm) else last
-            if bench.has(source):
-                made = _apply(projection, bench[source])
-                bench.equal(
-                    f"unembed({source.removeprefix(prefix)}) == unembed",
-                    (unembed,),
-                    *_cut(made, bench[unembed]),
-                    inside=True,
-                )
-            _check_logits(bench, prefix)
+        if projection is not None and bench.has(unembed, source):
+            made = apply_module(projection, bench[source])
+            if made is None:
+                bench.true("the unembedding can be applied", (unembed,), False, "its module takes another width")
+            else:
+                _check_logits(bench, prefix, made, source.removeprefix(prefix))
 
 
 def _cut(whole: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,30 +141,37 @@ def _cut(whole: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     return whole[:, -seen.shape[1] :], seen
 
 
-def _check_logits(bench: ProofBench, prefix: str) -> None:
-    result, stream = bench.readings.result, bench.streams[prefix]
-    logits = result.get("logits") if hasattr(result, "get") else result if isinstance(result, Tensor) else None
+def _check_logits(bench: ProofBench, prefix: str, made: Tensor, source: str) -> None:
+    stream, unembed = bench.streams[prefix], prefix + "unembed"
+    scaled = made * stream.logit_scale  # the factor may come before the map or after it
+    nearest = min((made, scaled), key=lambda each: deviation(*_cut(each, bench[unembed])))
+    bench.equal(f"unembed({source}) == unembed", (unembed,), *_cut(nearest, bench[unembed]), inside=True)
+    result = bench.readings.result
+    logits = result.get("logits") if hasattr(result, "get") else result
     if not isinstance(logits, Tensor):
         return
-    expected = bench[prefix + "unembed"] * stream.logit_scale
     words = "unembed" if stream.logit_scale == 1 else f"{stream.logit_scale:.4g} * unembed"
     if stream.logit_softcap is not None:
         cap = stream.logit_softcap
-        expected, words = cap * torch.tanh(expected / cap), f"{cap:.4g} * tanh({words} / {cap:.4g})"
-    bench.equal(f"{words} == logits", (prefix + "unembed",), expected, logits.detach(), inside=True)
+        scaled, words = cap * torch.tanh(scaled / cap), f"{cap:.4g} * tanh({words} / {cap:.4g})"
+    bench.equal(f"{words} == logits", (unembed,), *_cut(scaled, logits.detach()), inside=True)
 
 
-def _check_embeddings(bench: ProofBench, prefix: str, names: tuple[str, ...]) -> None:
-    first = f"{prefix}blocks.0.resid_pre"
+def _check_embeddings(bench: ProofBench, prefix: str) -> None:
+    stream, first = bench.streams[prefix], f"{prefix}blocks.0.resid_pre"
+    names = stream.embeddings
     if not names or not bench.has(first, *names):
         return
-    total = bench[names[0]]
+    total: Tensor | None = bench[names[0]]
     for name in names[1:]:
-        total = total + bench[name]
-    norm = bench.module_at(bench.places[names[0]].note.rpartition("N being ")[2] or None)
+        total = torch.as_tensor(total) + bench[name]
     words = " + ".join(name.removeprefix(prefix) for name in names)
-    if norm is not None:
-        total, words = _apply(norm, total), f"norm({words})"
+    norm = bench.module_at(stream.embedding_norm)
+    if norm is not None and total is not None:
+        total, words = apply_module(norm, total), f"norm({words})"
+    if total is None:
+        bench.true(f"{words} == first resid_pre", names, False, "the norm of the embeddings cannot be applied")
+        return
     if total.numel() < bench[first].numel():
         total = total.expand_as(bench[first])
-    bench.equal(f"{words} == first resid_pre", names, total, bench[first], inside=norm is not None)
+    bench.bound(f"{words} == first resid_pre", (*names, first), total, bench[first], inside=norm is not None)

@@ -61,13 +61,14 @@ def names_of(record: ForwardTrace, model: nn.Module) -> Names:
 
 
 def _stream(found: FoundNames, stack: BlockStack) -> ResidualStream:
-    embeddings = embedding_names(found, stack)
+    embeddings, embedding_norm = embedding_names(found, stack)
     rows = [block_names(found, stack, at) for at in range(len(stack.blocks))]
     norm, head = final_names(found, stack)
     return ResidualStream(
         prefix=stack.prefix,
         layouts=tuple(layout for layout, _, _ in rows),
         embeddings=embeddings,
+        embedding_norm=embedding_norm,
         final_norm=norm,
         unembed=None if head is None else head.call.path,
         out_projections=tuple(path for _, path, _ in rows),

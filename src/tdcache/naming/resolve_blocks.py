@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tdcache.naming.gradients import gradient_of
+from tdcache.naming.gradients import gradient_of, middle
 from tdcache.naming.trace import ForwardTrace, ModuleRun, TracedValue
 from tdcache.naming.trace_attention import AttentionCall, attentions
 from tdcache.naming.trace_flow import ADD, DataFlow, StreamStep, operands
@@ -199,7 +199,7 @@ def mixed_axes(value: TracedValue, source: TracedValue) -> frozenset[int]:
     touched = reached(value, source)
     if touched is None:
         return frozenset()
-    at = _position(tuple(touched.shape))
+    at = middle(tuple(touched.shape))
     axes = []
     for axis, index in enumerate(at):
         others = torch.ones(touched.shape[axis], dtype=torch.bool)
@@ -212,12 +212,12 @@ def mixed_axes(value: TracedValue, source: TracedValue) -> frozenset[int]:
 def reached(value: TracedValue, source: TracedValue) -> Tensor | None:
     """Which positions of ``source`` the gradient of one position of ``value`` reaches; None if there is no graph.
 
-    Positions are all axes but the last. The one in question is the second half's first along each axis.
+    Positions are all axes but the last. The one in question is near the middle.
     """
     if value.edge is None or source.edge is None or value.data.numel() != source.data.numel():
         return None
     start = torch.zeros_like(value.data).reshape(source.shape)
-    start[_position(source.shape[:-1])] = torch.randn(
+    start[middle(source.shape[:-1])] = torch.randn(
         source.shape[-1], generator=torch.Generator().manual_seed(0), dtype=value.data.dtype
     ).to(start.device)
     start = start.reshape(value.shape)
@@ -226,7 +226,3 @@ def reached(value: TracedValue, source: TracedValue) -> Tensor | None:
         return None
     size = gradient.abs().amax(-1)
     return (size > 1e-9 * size.max()).cpu()
-
-
-def _position(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(size // 2 for size in shape)

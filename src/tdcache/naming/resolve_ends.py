@@ -38,8 +38,8 @@ def inputs_of(value: TracedValue, flow: DataFlow) -> frozenset[str]:
     return frozenset(given[each] for each in flow.between(value, given)[1])
 
 
-def embedding_names(found: FoundNames, stack: BlockStack) -> tuple[str, ...]:
-    """Name what sums to the first block's input; gives the names."""
+def embedding_names(found: FoundNames, stack: BlockStack) -> tuple[tuple[str, ...], str | None]:
+    """Name what sums to the first block's input; gives the names and the path of the norm of their sum."""
     first, axes = stack.blocks[0].given, stream_axes(stack)
     parts, norm = _sum_of(first, found)
     note = "" if norm is None else f"the stream begins as N(sum of the embeddings), N being {norm.path}"
@@ -58,7 +58,7 @@ def embedding_names(found: FoundNames, stack: BlockStack) -> tuple[str, ...]:
         found.refuse(stack.prefix + "embed", f"no tokens or patches are embedded; nearest: {names[0]}")
     if stack.prefix + "pos_embed" not in names:
         found.refuse(stack.prefix + "pos_embed", "no embedding of positions is added to the stream")
-    return tuple(names)
+    return tuple(names), None if norm is None else norm.path
 
 
 def _sum_of(value: TracedValue, found: FoundNames) -> tuple[list[TracedValue], ModuleRun | None]:
@@ -163,44 +163,57 @@ def _head(flow: DataFlow, stream: TracedValue) -> tuple[UnembeddingHead | None, 
     for result in outputs:
         found = _back_to_linear(result)
         call = None if found is None else projection(found[0], flow.trace)
-        if found is None or call is None or not _comes_from(call.given[0][1], stream):
+        before = None if call is None else _scale_between(stream, call.given[0][1])
+        if found is None or call is None or before is None:
             continue
-        return UnembeddingHead(call, *found[1:]), ""
-    if logits is None:
+        plain = before == 1.0 or getattr(call.module, "bias", None) is None
+        if plain:
+            return UnembeddingHead(call, found[1] * before, found[2]), ""
+    if not outputs:
         return None, "the model returns no logits"
     return None, "the logits are no linear map of the last norm (or resid_post): other modules lie between"
 
 
-def _comes_from(value: TracedValue, stream: TracedValue) -> bool:
+def _scale_between(stream: TracedValue, value: TracedValue) -> float | None:
+    """The factor by which ``value`` is ``stream``, or a cut of it; None if something else acts in between."""
+    scale = 1.0
     while value is not stream:
-        given = main_operand(value.op) if value.op is not None and value.op.name in _CUTS else None
+        op = value.op
+        if op is not None and op.name in SCALE:
+            factor = _factor(op)
+            if factor is None:
+                return None
+            scale *= factor
+        elif op is None or op.name not in _CUTS:
+            return None
+        given = _other(op)
         if given is None:
-            return False
+            return None
         value = given
-    return True
+    return scale
 
 
 def _back_to_linear(value: TracedValue) -> tuple[TracedValue, float, float | None] | None:
-    """The result of the linear map that a value comes from, by factors and at most one cap."""
+    """The result of the linear map that a value comes from, by factors and at most one cap; its scale and the cap."""
     scale, cap, op = 1.0, None, value.op
     while op is not None:
         if op.name == "tanh":
-            outer, scale = scale, 1.0
-            cap = outer
+            cap, scale = scale, 1.0
         elif op.name in SCALE:
             factor = _factor(op)
             if factor is None:
                 return None
             scale *= factor
+        elif op.name in ADD:
+            if not any(isinstance(each, TracedValue) and each.op is None for each in op.args):
+                break
         elif op.name not in PASS:
             break
         given = _other(op)
         if given is None:
             return None
         value, op = given, given.op
-    if cap is not None:
-        scale *= cap
-    return value, scale, cap
+    return value, scale if cap is None else scale * cap, cap
 
 
 def _factor(op: TracedOp) -> float | None:
@@ -211,4 +224,5 @@ def _factor(op: TracedOp) -> float | None:
 
 
 def _other(op: TracedOp) -> TracedValue | None:
-    return next((each for each in op.args if isinstance(each, TracedValue) and each.data.numel() > 1), main_operand(op))
+    parts = [each for each in op.args if isinstance(each, TracedValue) and each.op is not None]
+    return next((each for each in parts if each.data.numel() > 1), main_operand(op))

@@ -12,7 +12,7 @@ from tdcache.naming.resolve_mlp import activation, base_of, projection, router
 from tdcache.naming.resolve_places import Placer
 from tdcache.naming.trace import TracedValue
 from tdcache.naming.trace_attention import AttentionCall
-from tdcache.naming.trace_flow import DataFlow
+from tdcache.naming.trace_flow import PASS, DataFlow, main_operand
 
 __all__ = ["FoundNames", "block_names", "norm_place", "stream_axes"]
 
@@ -63,10 +63,11 @@ def block_names(found: FoundNames, stack: BlockStack, at: int) -> tuple[str, str
     found.put(head + "resid_pre", found.placer.given(block.call, block.given), axes=axes)
     found.put(head + "resid_post", _returned(found, block), axes=axes)
     if block.fault:
-        for name in ("attn.contribution", "mlp.contribution", "resid_mid"):
-            found.refuse(head + name, f"{block.fault}; nearest: {head}resid_post")
-        return "unknown", None, None
+        return _refused(found, head, block)
     layout = _layout(found, block)
+    if layout == "unknown":
+        block.fault = f"the stream itself is changed between its sums ({', '.join(s.kind for s in block.steps)})"
+        return _refused(found, head, block)
     out: dict[str, str | None] = {}
     for label, term in _labelled(block.terms):
         out[label] = _sublayer(found, head, label, block, term, layout, axes)
@@ -76,6 +77,13 @@ def block_names(found: FoundNames, stack: BlockStack, at: int) -> tuple[str, str
         if kind not in out:
             found.refuse(f"{head}{kind}.contribution", _missing(kind, out, head))
     return layout, out.get("attn"), out.get("mlp")
+
+
+def _refused(found: FoundNames, head: str, block: TracedBlock) -> tuple[str, None, None]:
+    """Refuse what a block that is not understood would have."""
+    for name in ("attn.contribution", "mlp.contribution", "resid_mid"):
+        found.refuse(head + name, f"{block.fault}; nearest: {head}resid_post")
+    return "unknown", None, None
 
 
 def _missing(kind: str, labels: dict[str, str | None], head: str) -> str:
@@ -101,8 +109,11 @@ def _labelled(terms: list[StreamTerm]) -> list[tuple[str, StreamTerm]]:
 
 
 def _layout(found: FoundNames, block: TracedBlock) -> str:
-    if any(step.kind == "norm" for step in block.steps):
-        return "post-norm"
+    kinds_of_steps = [step.kind for step in block.steps]
+    if "norm" in kinds_of_steps:
+        return "post-norm" if kinds_of_steps == ["add", "norm"] * (len(kinds_of_steps) // 2) else "unknown"
+    if "scale" in kinds_of_steps:
+        return "unknown"
     kinds = {term.kind: term for term in block.terms}
     first, last = kinds.get("attn") or kinds.get("mixer"), kinds.get("mlp")
     if first is not None and last is not None and block.stream.index(last.reads) <= first.step:
@@ -143,7 +154,17 @@ def _attention(found: FoundNames, name: str, term: StreamTerm, base: TracedValue
         else:
             found.put(f"{name}.{place}", _at_attention(found, one, place), axes=_PATTERN_AXES[place])
     call = projection(base, found.flow.trace)
-    return None if call is None else call.path
+    return call.path if call is not None and one is not None and _is_z(call.given[0][1], one) else None
+
+
+def _is_z(value: TracedValue, attention: AttentionCall) -> bool:
+    """Whether a value is ``z`` in another shape: nothing, such as a gate, acts on it in between."""
+    while value is not attention.z:
+        given = main_operand(value.op) if value.op is not None and value.op.name in PASS else None
+        if given is None:
+            return False
+        value = given
+    return True
 
 
 def _at_attention(found: FoundNames, attention: AttentionCall, place: str) -> NamedPlace:

@@ -9,7 +9,7 @@ import regex
 
 from tdcache.named_places import NamedPlace, Names
 
-__all__ = ["STYLES", "in_style"]
+__all__ = ["in_style"]
 
 _TRANSFORMER_LENS = {
     "embed": "hook_embed",
