@@ -23,9 +23,9 @@ from tdcache.function_calls.places import call_places, refuse_direction, split_s
 from tdcache.hooks import MultiHookHandle, attach, bracket
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
+from tdcache.place_modules import position_dims, refuse_at_names
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Selection, as_matcher
-from tdcache.stand_ins import position_dims, refuse_at_names
 from tdcache.steps import Steps
 from tdcache.tokens import Positions
 from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector
@@ -132,10 +132,6 @@ class ActivationCaching(HookingContextFactory):
         self.names = names
         if isinstance(directions, str):
             raise DirectionError(f"directions is a sequence: write directions=[{directions!r}]")
-        if hold not in get_args(Hold):
-            raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {hold!r}")
-        if reducer is not None and not isinstance(reducer, Reducer) and not _is_reducer_class(reducer):
-            raise ValueError(f"reducer= is a Reducer such as Stack(), got {reducer!r}")
         if check not in get_args(Check):
             raise ValueError(f"check is one of {', '.join(map(repr, get_args(Check)))}, got {check!r}")
         if batch_dims < 0:
@@ -152,7 +148,7 @@ class ActivationCaching(HookingContextFactory):
             callback=callback,
             pick=pick,
             keep=Keep(hold=hold, index=index, dtype=dtype, device=device),
-            reducer=Last() if reducer is None else reducer() if isinstance(reducer, type) else reducer,
+            reducer=Last() if reducer is None else Reducer.of(reducer),
             batch_dims=batch_dims,
             stack_by=stack_by,
             stop_early=stop_early,
@@ -190,12 +186,12 @@ class ActivationCaching(HookingContextFactory):
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context: HookingContextWithCache = module.hooking_context
         root = module.model if self._relative else module
-        find = partial(context.select, root=root)
         options: Any = {"match": self._match, "allow_empty": self._allow_empty}
-        selection = Selection((), selector=self._key_pattern, model_name=type(module.model).__name__)
-        if self._modules is not None:
-            selection = find(self._modules, matcher=self._matcher, **options)
-        places = call_places(find, self._calls, **options)
+        if self._modules is None:
+            selection = Selection((), selector=self._key_pattern, model_name=type(module.model).__name__)
+        else:
+            selection = context.select(self._modules, root=root, matcher=self._matcher, **options)
+        places = call_places(partial(context.select, root=root), self._calls, **options) if self._calls else ()
         dims = None if self.names is None else position_dims(self.names, selection)
         recorder = self._capture.recorder(context.cache, selection, places, dims)
         handle = MultiHookHandle()
@@ -211,10 +207,6 @@ class ActivationCaching(HookingContextFactory):
                 StepGate(module.model, self._capture.steps, recorder).attach(handle)
         context.record(recorder)
         return handle
-
-
-def _is_reducer_class(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, Reducer)
 
 
 class CachingOptions(TypedDict, total=False):
@@ -243,6 +235,7 @@ class CachingOptions(TypedDict, total=False):
     mask_key: Any
     position_dim: int
     steps: Steps
+    names: Names | None
 
 
 def cache_activations(

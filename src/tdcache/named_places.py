@@ -8,7 +8,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from html import escape
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -18,8 +17,9 @@ from torch import nn
 from tdcache.errors import CanonicalNameError, SelectionError, listed
 from tdcache.named_models import root_among, structure_of
 from tdcache.named_roles import name_in_block, names_in_blocks
-from tdcache.named_rows import columns, place_rows, refusal_rows
+from tdcache.named_rows import place_rows, refusal_rows
 from tdcache.paths import near_misses
+from tdcache.tables import html_note, html_table, text_table
 from tdcache.types import Pick
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "ProvedIdentity",
     "ResidualStream",
     "Side",
-    "spelled_place",
 ]
 
 Side = Literal["fwd", "fwd_pre"]
@@ -154,7 +153,7 @@ class Proof:
             (each.identity, f"{each.error:.1e}", f"{each.tolerance:.0e}", f"{len(each.names)}")
             for each in self.identities
         ]
-        table = columns([("identity", "largest error", "allowed", "names"), *rows]) if rows else []
+        table = text_table(("identity", "largest error", "allowed", "names"), rows) if rows else []
         skipped = [f"skipped: {', '.join(self.skipped)}"] if self.skipped else []
         return "\n".join([head, *table, *skipped])
 
@@ -368,18 +367,11 @@ class Names(Mapping[str, NamedPlace]):
         )
 
     def __repr__(self) -> str:
-        return "\n".join([self._title(), *columns([_HEAD, *place_rows(self._places)]), *self._refusals()])
+        return "\n".join([self._title(), *text_table(_HEAD, place_rows(self._places)), *self._refusals()])
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            "<tr>" + "".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in place_rows(self._places)
-        )
-        head = "".join(f"<th style='text-align:left'>{cell}</th>" for cell in _HEAD)
-        refused = "".join(f"<li>{escape(line.strip())}</li>" for line in self._refusals()[1:])
-        return f"<p>{escape(self._title())}</p><table><tr>{head}</tr>{rows}</table>" + (
-            f"<p>refused</p><ul>{refused}</ul>" if refused else ""
-        )
+        refused = "".join(map(html_note, self._refusals()))
+        return html_table(self._title(), _HEAD, place_rows(self._places)) + refused
 
     def _title(self) -> str:
         style = "" if self.style is None else f", spelled as in {self.style}"
@@ -388,14 +380,6 @@ class Names(Mapping[str, NamedPlace]):
 
     def _refusals(self) -> list[str]:
         return ["refused:", *refusal_rows(self.refused)] if self.refused else []
-
-
-def spelled_place(place: NamedPlace) -> dict[str, Any]:
-    """What a place means, in JSON's types: one store or file can tell by it whether another means the same."""
-    said = {name: getattr(place, name) for name in ("path", "side", "pick", "call", "heads", "order")}
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in said.items() if value is not None
-    }
 
 
 _HEAD = ("name", "place", "axes", "note")

@@ -10,7 +10,7 @@ from tdcache.errors import CanonicalNameError, listed
 __all__ = ["name_in_block", "names_in_blocks"]
 
 
-class _Table(Protocol):
+class _NamesByRole(Protocol):
     model_name: str
     refused: Mapping[str, str]
     streams: Mapping[str, Any]
@@ -25,7 +25,7 @@ class _Table(Protocol):
         """What is raised for a name that is not there."""
 
 
-def name_in_block(names: _Table, role: str, layer: int) -> str:
+def name_in_block(names: _NamesByRole, role: str, layer: int) -> str:
     """The name of a role in one block; see :meth:`tdcache.Names.in_block`."""
     numbers: dict[str, int] = {}
     for name in (*names, *names.refused):
@@ -56,7 +56,7 @@ def name_in_block(names: _Table, role: str, layer: int) -> str:
     raise names.error(block + role)
 
 
-def names_in_blocks(names: _Table, roles: Sequence[str], prefix: str | None) -> list[str]:
+def names_in_blocks(names: _NamesByRole, roles: Sequence[str], prefix: str | None) -> list[str]:
     """The names of some roles in all blocks of one stack; see :meth:`tdcache.Names.in_blocks`."""
     if prefix is None:
         if len(names.streams) > 1:

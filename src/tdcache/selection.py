@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from time import monotonic
 from typing import Any, NamedTuple, Protocol, TypeGuard, overload
 
@@ -353,15 +353,21 @@ def distinct_sites(selection: Selection) -> list[Site]:
 def _matches(tree: list[tuple[str, nn.Module]], matcher: Matcher) -> list[Site]:
     if not isinstance(matcher, PathPattern):
         return [Site(path, module, groups) for path, module in tree if (groups := matcher(path, module)) is not None]
-    find = matcher.finder()  # the common case, without a Python call per module
     if matcher.pattern.groupindex:
+        find = matcher.finder()  # the common case, without a Python call per module
         return [Site(path, module, Groups(hit)) for path, module in tree if (hit := find(path)) is not None]
-    return [_site((path, module, _NO_GROUPS)) for path, module in tree if find(path) is not None]
+    return [_site((*tree[at], _NO_GROUPS)) for at in _hits(matcher, tuple([path for path, _ in tree]))]
+
+
+@lru_cache(maxsize=16)
+def _hits(matcher: PathPattern, paths: tuple[str, ...]) -> tuple[int, ...]:
+    """Which of these names a pattern matches; recipes are used again and again on models of one structure."""
+    find = matcher.finder()
+    return tuple([at for at, path in enumerate(paths) if find(path) is not None])
 
 
 _site: Callable[[tuple[Any, ...]], Site] = partial(tuple.__new__, Site)
 """``Site._make`` without a Python call."""
-
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 

@@ -27,8 +27,8 @@ from tdcache.errors import AttributionError, DirectionError, TdcacheError
 from tdcache.hooks import MultiHookHandle
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
+from tdcache.place_modules import refuse_at_names, sites_of
 from tdcache.selection import Selection, as_matcher
-from tdcache.stand_ins import refuse_at_names, sites_of
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
 __all__ = ["Attribution", "Scores", "SiteAttribution", "Work"]
@@ -47,12 +47,12 @@ class _Member:
     """One method that is open on one model."""
 
     factory: Attribution
-    hooked: HookedModule
+    model: nn.Module
     selections: Mapping[str, Selection]
 
     def remove(self) -> None:
         """Leave; a second call does nothing."""
-        crowd = _OPEN.get(self.hooked.model, [])
+        crowd = _OPEN.get(self.model, [])
         if self in crowd:
             crowd.remove(self)
 
@@ -81,6 +81,9 @@ class Attribution(HookingContextFactory):
         names: the canonical names of the model, ``tdcache.names(model)``. Selectors then mean names, and scores are
             keyed by names.
     """
+
+    reduce: int | Sequence[int] | None = None
+    """The axes of the scores that are summed; see :class:`SiteAttribution`."""
 
     def __init__(
         self,
@@ -124,13 +127,20 @@ class Attribution(HookingContextFactory):
         """Ask for points, reduce what is seen, and return the scores."""
         raise NotImplementedError
 
+    def _summed(self, scores: Tensor) -> Tensor:
+        """Sum the axes of ``reduce``."""
+        if self.reduce is None:
+            return scores
+        return scores.sum(dim=self.reduce if isinstance(self.reduce, int) else tuple(self.reduce))
+
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
+        model = module.model
         selections = {
-            role: sites_of(module.model, selector, self.names, match=match)
+            role: sites_of(model, selector, self.names, match=match)
             for role, (selector, match) in self.selectors_by_role().items()
         }
-        member = _Member(self, module, selections)
-        _OPEN.setdefault(module.model, []).append(member)
+        member = _Member(self, model, selections)
+        _OPEN.setdefault(model, []).append(member)
         return MultiHookHandle([member])
 
     def _run_module(
@@ -206,12 +216,6 @@ class SiteAttribution(Attribution):
             return [Place(kind, path, self.pick, self.call) for path in paths]
         parts = {pick: tuple(map(str, pick if isinstance(pick, tuple) else (pick,))) for pick in self.pick}
         return [Place(kind, path, pick, self.call, part) for path in paths for pick, part in parts.items()]
-
-    def _summed(self, scores: Tensor) -> Tensor:
-        """Sum the axes of ``reduce``."""
-        if self.reduce is None:
-            return scores
-        return scores.sum(dim=self.reduce if isinstance(self.reduce, int) else tuple(self.reduce))
 
 
 def _any_batch(module: HookedModule, data: TensorDictBase, forward: Forward, crowd: list[_Member]) -> TensorDictBase:

@@ -13,14 +13,14 @@ import regex
 import torch
 from torch import Tensor, nn
 
-from tdcache.attribution.rows import PointRows
+from tdcache.attribution.point import PointRows
 from tdcache.contexts import HookingContextFactory
 from tdcache.hooks import MultiHookHandle, Order, OutputPort, attach
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
 from tdcache.paths import resolve_all
+from tdcache.place_modules import place_at, refuse_at_names, sites_of
 from tdcache.selection import as_matcher
-from tdcache.stand_ins import place_at, refuse_at_names, sites_of
 from tdcache.types import Index, Match, Pick, Selector
 
 __all__ = ["GradDrop", "GuidedReLU", "Installed", "Modifier", "ModifierHook", "ScaleGradient", "StopGradient"]

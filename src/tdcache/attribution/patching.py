@@ -19,7 +19,7 @@ from tdcache.attribution.place import Place
 from tdcache.attribution.point import Ask, wide
 from tdcache.attribution.reductions import difference_x_gradient
 from tdcache.errors import AttributionError
-from tdcache.stand_ins import sites_of
+from tdcache.place_modules import sites_of
 from tdcache.types import Selector
 
 __all__ = ["AttributionPatching"]

@@ -8,11 +8,11 @@ import regex
 
 from tdcache.attribution.base import SiteAttribution, Work
 from tdcache.attribution.frame import Frame
-from tdcache.attribution.gradients import Seen, key_of
+from tdcache.attribution.gradients import Seen, key_of, one_backward
 from tdcache.attribution.point import wide
 from tdcache.attribution.reductions import attention_rollout
 from tdcache.named_places import Names
-from tdcache.stand_ins import refuse_at_names
+from tdcache.place_modules import refuse_at_names
 from tdcache.types import Pick, Selector
 
 __all__ = ["AttentionRollout"]
@@ -61,11 +61,8 @@ class AttentionRollout(SiteAttribution):
             yield [frame.ask(frame.base, seen, values=places)]
             patterns = [wide(seen.values[place]) for place in places]
             return {key_of(self.name, None, "rollout"): attention_rollout(patterns, residual=self.residual)}
-        each = {name: Seen(places) for name in frame.targets}
-        yield [
-            frame.ask(frame.base, each[name], target, values=places, grads=places)
-            for name, target in frame.targets.items()
-        ]
+        each, asks = one_backward(frame, places)
+        yield asks
         return {
             key_of(self.name, name, "rollout"): attention_rollout(
                 [wide(seen.values[place]) for place in places],

@@ -7,14 +7,14 @@ from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
 
-from tdcache.cache.channel import Carried
 from tdcache.cache.named_cache import NamedCache
 from tdcache.cache.recorder import Recorder
+from tdcache.cache.reductions import Carried
 from tdcache.cache.target import Written, first_clash
 from tdcache.contexts.context import HookingContext
 from tdcache.contexts.opened import open_contexts
 from tdcache.errors import CacheWriteError, ContextError, StopForward, UnfiredSiteWarning, warn_user
-from tdcache.hooks.attach import MultiHookHandle
+from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.modules.call import holds_entries
 from tdcache.modules.hooked import HookedModule
 
@@ -54,7 +54,7 @@ class HookingContextWithCache(HookingContext):
         self._was_left = False
         self._empty_because = _NEVER_ENTERED if cache is None else ""
         """What reading the cache warns of, once, while the context is closed."""
-        self._carried: list[Carried] = []
+        self._carried: list[Carried | None] = []
         """Where the cache is not cleared: what the reducers hold between two entries."""
         self.recorder: Recorder | None = None
         """The state of the capture while the context is open, as the recipe has begun it."""
@@ -95,7 +95,8 @@ class HookingContextWithCache(HookingContext):
         if self._clear_cache and self._holds_data() and not self._cache.is_locked:
             self._drop_written(recorder)
         for channel, carried in zip(recorder.channels, self._carried, strict=False):
-            channel.resume(carried)
+            if channel.reductions is not None and carried is not None:
+                channel.reductions.resume(carried)
         self._carried = []
 
     def share(self, cache: TensorDictBase) -> None:
@@ -109,7 +110,7 @@ class HookingContextWithCache(HookingContext):
         if isinstance(before, HookingContextWithCache) and before.factory is self.factory and not self._forgets:
             self._carried = before.hand_over()
 
-    def hand_over(self) -> list[Carried]:
+    def hand_over(self) -> list[Carried | None]:
         """What the reducers held when the context was left, for another context of the same recipe."""
         carried, self._carried = self._carried, []
         return carried
@@ -218,6 +219,6 @@ class HookingContextWithCache(HookingContext):
                     self._empty_because = _NO_FORWARD
             recorder.settle(self.model)
             if not self._forgets:
-                self._carried = [channel.carry() for channel in recorder.channels]
+                self._carried = [each.reductions.carry() if each.reductions else None for each in recorder.channels]
         finally:
             recorder.close()

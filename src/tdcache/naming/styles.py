@@ -33,7 +33,7 @@ _POSITIONS_FIRST = ("batch", "position", "head", "unit")
 
 
 def _transformer_lens(prefix: str, block: str, role: str) -> str:
-    """``blocks.0.attn.hook_pattern``, ``blocks.0.hook_resid_pre``, ``ln_final.hook_normalized``."""
+    """The name as TransformerLens has it, for instance ``blocks.0.attn.hook_pattern``."""
     head = _STACKS.get(prefix, prefix) + block
     if role in _TRANSFORMER_LENS:
         return head + _TRANSFORMER_LENS[role]
