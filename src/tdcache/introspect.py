@@ -50,9 +50,7 @@ __all__ = [
     "remove_hooks",
     "scripted_ancestor",
     "set_eval_frame",
-    "shares_memory",
     "skip_frame",
-    "storage_address",
     "storage_users",
     "why_not_called",
 ]
@@ -158,22 +156,6 @@ def storage_users(tensors: Collection[Tensor]) -> list[int]:
     except (NotImplementedError, RuntimeError):  # sparse, nested or wrapper tensors among them
         return [2] * len(tensors) if len(tensors) == 1 else [storage_users((each,))[0] for each in tensors]
     return [count - 1 for count in counts]  # the storage object that is asked counts as well
-
-
-def storage_address(tensor: Tensor) -> int:
-    """The address of a tensor's memory; 0 where it has none of its own (sparse, nested, wrapper and empty tensors)."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):
-        return 0
-
-
-def shares_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether writing to one tensor in place could change the other; True where torch does not say."""
-    if one is other:
-        return True
-    mine, its = storage_address(one), storage_address(other)
-    return not (mine and its) or (mine == its and one.device == other.device)
 
 
 class HookEntry(NamedTuple):

@@ -13,7 +13,7 @@ import regex
 from torch import nn
 
 from tdcache.errors import SelectionError, listed
-from tdcache.paths import near_misses
+from tdcache.paths import near_misses, walk
 from tdcache.tables import html_table, shorten, text_table
 from tdcache.types import Match, Selector
 
@@ -205,28 +205,6 @@ def _recompile(pattern: Any) -> regex.Pattern[str]:
     # Compiled by re, which has no timeout. These bits mean the same in both, re.ASCII (256) has another in regex.
     flags = pattern.flags & (regex.IGNORECASE | regex.MULTILINE | regex.DOTALL | regex.VERBOSE)
     return _compile(pattern.pattern, flags | (regex.ASCII if pattern.flags & re.ASCII else 0))
-
-
-def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Paths and modules below ``model``, as ``named_modules(remove_duplicate=False)`` has them, without the root.
-
-    Three times faster than that method, and a module that contains itself ends the walk there instead of recursing.
-    """
-    found: list[tuple[str, nn.Module]] = []
-    _walk_below(model, "", (model,), found)
-    return found
-
-
-def _walk_below(
-    parent: nn.Module, prefix: str, lineage: tuple[nn.Module, ...], found: list[tuple[str, nn.Module]]
-) -> None:
-    for name, child in parent._modules.items():
-        if child is None or child in lineage:
-            continue
-        path = prefix + name
-        found.append((path, child))
-        if child._modules:
-            _walk_below(child, path + ".", (*lineage, child), found)
 
 
 class Selection(Sequence[Site]):

@@ -26,8 +26,7 @@ from tdcache.cache.stand_ins import ABSENT, CopyInGraph
 from tdcache.cache.target import EntryTarget
 from tdcache.errors import CaptureError, listed
 from tdcache.hooks.directions import direction_row
-from tdcache.inplace import InplaceWatch, overwritten
-from tdcache.introspect import shares_memory
+from tdcache.inplace import InplaceWatch, overwritten, shares_memory
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Site
 from tdcache.transforms import in_transform, is_wrapped, transform_under_way, unwrapped

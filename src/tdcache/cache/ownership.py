@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, UntypedStorage, nn
 
-from tdcache.introspect import held_tensors, storage_address, storage_users
+from tdcache.inplace import storage_address
+from tdcache.introspect import held_tensors, storage_users
 
 __all__ = ["Outside", "own", "shared_keys", "storages_of"]
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from tdcache.current_call import CurrentCall
 from tdcache.function_calls.names import DERIVED
 from tdcache.function_calls.sites import CallSite
+from tdcache.hooks.attach import attach
 from tdcache.hooks.port import Port
-from tdcache.hooks.registrations import Order
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.values import check_fits
 from tdcache.regions import Region
 
-__all__ = ["Edit", "EditTap", "ReadTap", "RegionEdit", "at_call"]
+__all__ = ["Edit", "EditTap", "ReadTap", "RegionEdit", "at_call", "attach_taps"]
 
 
 class Edit(Protocol):
@@ -108,6 +109,12 @@ class ReadTap:
     def on_call(self, module: nn.Module, args: Any, rest: Any) -> None:
         """Show the value to the reader."""
         self.read(self.port.path, self.port.read(module, args, rest))
+
+
+def attach_taps(module: nn.Module, handle: MultiHookHandle, *taps: EditTap | ReadTap) -> None:
+    """Put taps on one module, each at its port and in its order."""
+    for tap in taps:
+        handle.add(attach(module, tap.on_call, tap.port.direction, order=tap.order))
 
 
 def at_call(region: Region, path: str) -> Region:
