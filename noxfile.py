@@ -24,6 +24,7 @@ PEER_TESTS = (
     "tests/harvesting/test_ray_fleet.py",
     "tests/harvesting/test_sources.py",
     "tests/points/test_transformer_lens.py",
+    "tests/residual/test_transformer_lens.py",
     "tests/store/test_dataset.py",
     "tests/store/test_repack.py",
 )

@@ -23,10 +23,10 @@ from tdcache.function_calls.places import call_places, refuse_direction, split_s
 from tdcache.hooks import MultiHookHandle, attach, bracket
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
+from tdcache.place_modules import position_dims, refuse_at_names, region_in
 from tdcache.reducers import Last, Reducer
 from tdcache.regions import Along, Region
 from tdcache.selection import Selection, as_matcher
-from tdcache.stand_ins import position_dims, refuse_at_names, region_in
 from tdcache.steps import Steps
 from tdcache.tokens import Positions
 from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector

@@ -29,9 +29,9 @@ from tdcache.interventions.options import (
 from tdcache.interventions.unread import UnreadWatch
 from tdcache.modules import HookedModule
 from tdcache.paths import near_misses
+from tdcache.place_modules import region_in
 from tdcache.regions import Along, Heads, Region
 from tdcache.selection import Selection, Site, as_matcher, distinct_sites
-from tdcache.stand_ins import region_in
 from tdcache.steps import Steps
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
