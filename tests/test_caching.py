@@ -12,33 +12,17 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
-from small_models import MLP, by_hand
+from small_models import MLP, assert_same, by_hand
 from tdcache import (
     ActivationCaching,
     HookingContextFactory,
     Stack,
     cache_activations,
 )
+from tdcache.caching import CachingOptions
 
 LAYERS = ["layers.0", "layers.1", "layers.2"]
 ONE_LAYER = r"layers\.\d+"
-
-
-@pytest.fixture
-def model():
-    return MLP()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
-def assert_same(found, wanted):
-    """Bit for bit: an alias of the very tensor cannot differ by rounding."""
-    assert set(found) == set(wanted)
-    for path, value in wanted.items():
-        assert torch.equal(found[path], value), path
 
 
 def test_the_positional_order_of_the_arguments_is_fixed():
@@ -251,3 +235,10 @@ def test_a_repeated_direction_counts_once(model, x):
     with ActivationCaching("head", directions=["fwd", "fwd"]).prepare(model) as hooked:
         y = hooked(x)
     assert torch.equal(hooked.cache["head"], y)
+
+
+def test_the_options_of_cache_activations_are_those_of_the_recipe():
+    parameters = inspect.signature(ActivationCaching.__init__).parameters
+    assert set(CachingOptions.__annotations__) == set(parameters) - {"self", "key_pattern"}
+    spelled = {name: each.__forward_arg__ for name, each in CachingOptions.__annotations__.items()}
+    assert spelled == {name: parameters[name].annotation for name in spelled}

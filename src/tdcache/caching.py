@@ -7,9 +7,9 @@ context that it is bound to holds all state; entering it calls ``_hook_module``,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, TypedDict, Unpack, cast, get_args
 
 import torch
 from tensordict import TensorDictBase
@@ -23,14 +23,14 @@ from tdcache.function_calls.places import call_places, refuse_direction, split_s
 from tdcache.hooks import MultiHookHandle, attach, bracket
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
+from tdcache.place_modules import position_dims, refuse_at_names
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Selection, as_matcher
-from tdcache.stand_ins import position_dims, refuse_at_names
 from tdcache.steps import Steps
 from tdcache.tokens import Positions
 from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector
 
-__all__ = ["ActivationCaching", "cache_activations"]
+__all__ = ["ActivationCaching", "CachingOptions", "cache_activations"]
 
 
 class ActivationCaching(HookingContextFactory):
@@ -132,10 +132,6 @@ class ActivationCaching(HookingContextFactory):
         self.names = names
         if isinstance(directions, str):
             raise DirectionError(f"directions is a sequence: write directions=[{directions!r}]")
-        if hold not in get_args(Hold):
-            raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {hold!r}")
-        if reducer is not None and not isinstance(reducer, Reducer) and not _is_reducer_class(reducer):
-            raise ValueError(f"reducer= is a Reducer such as Stack(), got {reducer!r}")
         if check not in get_args(Check):
             raise ValueError(f"check is one of {', '.join(map(repr, get_args(Check)))}, got {check!r}")
         if batch_dims < 0:
@@ -152,7 +148,7 @@ class ActivationCaching(HookingContextFactory):
             callback=callback,
             pick=pick,
             keep=Keep(hold=hold, index=index, dtype=dtype, device=device),
-            reducer=Last() if reducer is None else reducer() if isinstance(reducer, type) else reducer,
+            reducer=Last() if reducer is None else Reducer.of(reducer),
             batch_dims=batch_dims,
             stack_by=stack_by,
             stop_early=stop_early,
@@ -190,12 +186,12 @@ class ActivationCaching(HookingContextFactory):
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context: HookingContextWithCache = module.hooking_context
         root = module.model if self._relative else module
-        find = partial(context.select, root=root)
         options: Any = {"match": self._match, "allow_empty": self._allow_empty}
-        selection = Selection((), selector=self._key_pattern, model_name=type(module.model).__name__)
-        if self._modules is not None:
-            selection = find(self._modules, matcher=self._matcher, **options)
-        places = call_places(find, self._calls, **options)
+        if self._modules is None:
+            selection = Selection((), selector=self._key_pattern, model_name=type(module.model).__name__)
+        else:
+            selection = context.select(self._modules, root=root, matcher=self._matcher, **options)
+        places = call_places(partial(context.select, root=root), self._calls, **options) if self._calls else ()
         dims = None if self.names is None else position_dims(self.names, selection)
         recorder = self._capture.recorder(context.cache, selection, places, dims)
         handle = MultiHookHandle()
@@ -213,12 +209,38 @@ class ActivationCaching(HookingContextFactory):
         return handle
 
 
-def _is_reducer_class(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, Reducer)
+class CachingOptions(TypedDict, total=False):
+    """The options of :class:`ActivationCaching`, so that editors complete them on :func:`cache_activations`."""
+
+    relative: bool
+    cache: TensorDictBase | None
+    callback: Callable[..., Any] | None
+    directions: Sequence[HookDirection] | None
+    use_nested_keys: bool
+    clear_cache: bool
+    match: Match
+    pick: Pick
+    index: Index
+    hold: Hold
+    dtype: torch.dtype | str | None
+    device: torch.device | str | None
+    reducer: Reducer | type[Reducer] | None
+    batch_dims: int
+    stack_by: str | Sequence[str] | None
+    stop_early: bool
+    allow_empty: bool
+    prepend: bool
+    check: Check
+    positions: Positions
+    mask_key: Any
+    position_dim: int
+    steps: Steps
+    names: Names | None
 
 
-@contextmanager
-def cache_activations(model: nn.Module, pattern: Selector, **options: Any) -> Iterator[TensorDictBase]:
+def cache_activations(
+    model: nn.Module, pattern: Selector, **options: Unpack[CachingOptions]
+) -> AbstractContextManager[TensorDictBase]:
     """Cache what a block runs, in one line; inside it the model is called as usual.
 
     Args:
@@ -226,8 +248,12 @@ def cache_activations(model: nn.Module, pattern: Selector, **options: Any) -> It
         pattern: which modules; see :class:`ActivationCaching`, which also has the ``options``.
         **options: keyword arguments of :class:`ActivationCaching`.
 
-    Yields:
-        The cache itself, current after each forward and backward (after the block with a gathering ``reducer``).
+    Returns:
+        What ``with`` enters; it gives the cache itself, current after each forward and backward (after the block with
+        a gathering ``reducer``).
+
+    Raises:
+        TypeError: a misspelt option, at the call.
 
     Example:
         >>> import torch
@@ -237,5 +263,11 @@ def cache_activations(model: nn.Module, pattern: Selector, **options: Any) -> It
         >>> cache["0"].shape
         torch.Size([5, 3])
     """
-    with ActivationCaching(pattern, **options).prepare(model) as hooked:
+    return _cache_of(cast(HookingContextWithCache, ActivationCaching(pattern, **options).prepare(model)))
+
+
+@contextmanager
+def _cache_of(context: HookingContextWithCache) -> Iterator[TensorDictBase]:
+    with context as hooked:
         yield hooked.cache
+    context.report_empty()

@@ -56,7 +56,14 @@ __all__ = [
 
 
 class TdcacheError(Exception):
-    """Base of every error that tdcache raises on purpose."""
+    """Base of every error that tdcache raises on purpose. A traceback ends with the page that explains it."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        known = next(
+            kind for kind in type(self).__mro__ if kind.__module__ == __name__
+        )  # a user's subclass has no page
+        self.add_note(f"what it means, with wrong and right code: docs/errors/{known.__name__}.md")
 
 
 class SelectionError(TdcacheError, ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from time import monotonic
 from typing import Any, NamedTuple, Protocol, TypeGuard, overload
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from tdcache.errors import SelectionError, listed
 from tdcache.paths import near_misses
+from tdcache.tables import html_table, shorten, text_table
 from tdcache.types import Match, Selector
 
 __all__ = [
@@ -176,9 +177,13 @@ def as_matcher(selector: Selector, match: Match = "full") -> Matcher:
         return AnyOf(tuple(as_matcher(member, match) for member in selector))
     if callable(selector) and not isinstance(selector, type | nn.Module):
         return Where(selector)
+    if isinstance(selector, nn.Module):
+        got = f"the module {type(selector).__name__} itself; the model comes first, then the pattern"
+    else:
+        got = f"{shorten(repr(selector), 120)} ({type(selector).__name__})"
     raise SelectionError(
         "a selector is a regex string, a compiled pattern, a module class, a predicate (path, module) -> bool, "
-        f"or a sequence of these; got {selector!r} ({type(selector).__name__})",
+        f"or a sequence of these; got {got}",
         selector=selector,
     )
 
@@ -253,11 +258,22 @@ class Selection(Sequence[Site]):
         return iter(self._sites)
 
     def __repr__(self) -> str:
+        head, rows = self._cells()
+        return "\n".join([self._title, *text_table(head, rows, right=_RIGHT)])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title, *self._cells(), right=_RIGHT)
+
+    @property
+    def _title(self) -> str:
+        return f"{len(self)} sites of {self.model_name} selected by {self.selector!r}"
+
+    def _cells(self) -> tuple[Sequence[str], list[Sequence[str]]]:
         columns = 4 if any(site.groups for site in self._sites) else 3
-        head = ("path", "class", "parameters", "groups")[:columns]
-        rows = [_row(site)[:columns] for site in self._sites]
-        title = f"{len(rows)} sites of {self.model_name} selected by {self.selector!r}"
-        return "\n".join([title, *_table(head, rows)])
+        return _HEAD[:columns], [_row(site)[:columns] for site in self._sites]
+
+
+_HEAD, _RIGHT = ("path", "class", "parameters", "groups"), ("parameters",)
 
 
 def _row(site: Site) -> tuple[str, ...]:
@@ -270,18 +286,6 @@ def _parameter_count(module: nn.Module) -> int:
 
 def _spell(groups: Mapping[str, str | None]) -> str:
     return ", ".join(f"{name}={value}" for name, value in groups.items() if value is not None)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    right = head.index("parameters")
-    return [
-        "  ".join(
-            cell.rjust(width) if at == right else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (head, *rows)
-    ]
 
 
 def select(model: nn.Module, selector: Selector, *, match: Match = "full", allow_empty: bool = False) -> Selection:
@@ -349,15 +353,21 @@ def distinct_sites(selection: Selection) -> list[Site]:
 def _matches(tree: list[tuple[str, nn.Module]], matcher: Matcher) -> list[Site]:
     if not isinstance(matcher, PathPattern):
         return [Site(path, module, groups) for path, module in tree if (groups := matcher(path, module)) is not None]
-    find = matcher.finder()  # the common case, without a Python call per module
     if matcher.pattern.groupindex:
+        find = matcher.finder()  # the common case, without a Python call per module
         return [Site(path, module, Groups(hit)) for path, module in tree if (hit := find(path)) is not None]
-    return [_site((path, module, _NO_GROUPS)) for path, module in tree if find(path) is not None]
+    return [_site((*tree[at], _NO_GROUPS)) for at in _hits(matcher, tuple([path for path, _ in tree]))]
+
+
+@lru_cache(maxsize=16)
+def _hits(matcher: PathPattern, paths: tuple[str, ...]) -> tuple[int, ...]:
+    """Which of these names a pattern matches; recipes are used again and again on models of one structure."""
+    find = matcher.finder()
+    return tuple([at for at, path in enumerate(paths) if find(path) is not None])
 
 
 _site: Callable[[tuple[Any, ...]], Site] = partial(tuple.__new__, Site)
 """``Site._make`` without a Python call."""
-
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tdcache.attribution.place import Place
-from tdcache.attribution.rows import PointRows, UnstackableError
+from tdcache.attribution.point import PointRows
+from tdcache.attribution.rows import UnstackableError
 from tdcache.errors import AttributionError
 from tdcache.hooks import Order
 from tdcache.hooks.gradients import watch_made

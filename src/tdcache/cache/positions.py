@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tdcache.arguments import forward_names, named_arguments
 from tdcache.errors import CaptureError
-from tdcache.hooks.attach import Order
+from tdcache.hooks.registrations import Order
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
 from tdcache.sequences import Sequences

@@ -12,7 +12,7 @@ from tdcache.cache.named_cache import new_node
 from tdcache.errors import CacheWriteError, CaptureError, UnfiredSiteWarning, listed, warn_user
 from tdcache.types import CacheKey
 
-__all__ = ["ClosedTarget", "EntryTarget", "Target", "Written", "first_clash"]
+__all__ = ["CLOSED", "EntryTarget", "Target", "Written", "first_clash"]
 
 
 class Written(NamedTuple):
@@ -70,7 +70,7 @@ class EntryTarget(Protocol):
         """Make the direction's node exist."""
 
 
-class ClosedTarget:
+class _ClosedTarget:
     """Where entries go after the context has closed: nowhere."""
 
     cache = None
@@ -88,6 +88,9 @@ class ClosedTarget:
 
     def ensure(self) -> None:
         """Nothing is to be written here."""
+
+
+CLOSED = _ClosedTarget()
 
 
 class Target:

@@ -7,18 +7,27 @@ from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
 
-from tdcache.cache.channel import Carried
 from tdcache.cache.named_cache import NamedCache
 from tdcache.cache.recorder import Recorder
+from tdcache.cache.reductions import Carried
 from tdcache.cache.target import Written, first_clash
 from tdcache.contexts.context import HookingContext
 from tdcache.contexts.opened import open_contexts
-from tdcache.errors import CacheWriteError, ContextError, StopForward
-from tdcache.hooks.attach import MultiHookHandle
+from tdcache.errors import CacheWriteError, ContextError, StopForward, UnfiredSiteWarning, warn_user
+from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.modules.call import holds_entries
 from tdcache.modules.hooked import HookedModule
 
 __all__ = ["HookingContextWithCache"]
+
+_NEVER_ENTERED = (
+    "this context was never entered, so its cache is empty; write `with context as hooked:` and call the model inside "
+    "the block"
+)
+_NO_FORWARD = (
+    "no forward of the model was completed while this context was open, so its cache is empty; call the hooked module, "
+    "or the model itself, inside the block"
+)
 
 
 class HookingContextWithCache(HookingContext):
@@ -43,7 +52,9 @@ class HookingContextWithCache(HookingContext):
         self._batch_size = self._cache.batch_size
         self._clear_cache = self._forgets = clear_cache
         self._was_left = False
-        self._carried: list[Carried] = []
+        self._empty_because = _NEVER_ENTERED if cache is None else ""
+        """What reading the cache warns of, once, while the context is closed."""
+        self._carried: list[Carried | None] = []
         """Where the cache is not cleared: what the reducers hold between two entries."""
         self.recorder: Recorder | None = None
         """The state of the capture while the context is open, as the recipe has begun it."""
@@ -60,7 +71,15 @@ class HookingContextWithCache(HookingContext):
         """
         if self.recorder is not None:
             self.recorder.refresh()
+        elif self._empty_because and not self._in_context:
+            self.report_empty()
         return self._cache
+
+    def report_empty(self) -> None:
+        """Warn, once, if the cache is empty because the context was never entered, or because no forward ran in it."""
+        if self._empty_because:
+            why, self._empty_because = self._empty_because, ""
+            warn_user(why, UnfiredSiteWarning)
 
     @property
     def _fits_graph(self) -> bool:
@@ -76,7 +95,8 @@ class HookingContextWithCache(HookingContext):
         if self._clear_cache and self._holds_data() and not self._cache.is_locked:
             self._drop_written(recorder)
         for channel, carried in zip(recorder.channels, self._carried, strict=False):
-            channel.resume(carried)
+            if channel.reductions is not None and carried is not None:
+                channel.reductions.resume(carried)
         self._carried = []
 
     def share(self, cache: TensorDictBase) -> None:
@@ -90,7 +110,7 @@ class HookingContextWithCache(HookingContext):
         if isinstance(before, HookingContextWithCache) and before.factory is self.factory and not self._forgets:
             self._carried = before.hand_over()
 
-    def hand_over(self) -> list[Carried]:
+    def hand_over(self) -> list[Carried | None]:
         """What the reducers held when the context was left, for another context of the same recipe."""
         carried, self._carried = self._carried, []
         return carried
@@ -188,14 +208,17 @@ class HookingContextWithCache(HookingContext):
     def _finish(self, error: BaseException | None) -> None:
         self._was_left = True
         recorder, self.recorder = self.recorder, None
+        self._empty_because = ""
         if recorder is None:
             return
         try:
             recorder.refresh()
             if error is None:
                 recorder.report_unfired(self.model)
+                if self.has_own_cache and recorder.saw_nothing and self._cache.is_empty():
+                    self._empty_because = _NO_FORWARD
             recorder.settle(self.model)
             if not self._forgets:
-                self._carried = [channel.carry() for channel in recorder.channels]
+                self._carried = [each.reductions.carry() if each.reductions else None for each in recorder.channels]
         finally:
             recorder.close()

@@ -41,6 +41,11 @@ class CompositeHookingContext(HookingContextWithCache):
                 child.recorder.refresh()
         return self._cache
 
+    @property
+    def selected_sites(self) -> dict[str, str]:
+        """The paths that the children selected when they were last entered, with the classes of their modules."""
+        return {path: kind for child in self.children for path, kind in child.selected_sites.items()}
+
     def clear(self) -> None:
         """Empty the cache of every child, and forget what their reducers hold."""
         for child in self._caching_children():
@@ -54,8 +59,8 @@ class CompositeHookingContext(HookingContextWithCache):
     def _caching_children(self) -> list[HookingContextWithCache]:
         return [child for child in self.children if isinstance(child, HookingContextWithCache)]
 
-    def _enter_inner(self, undo: ExitStack) -> TensorDictModuleBase:
-        working = super()._enter_inner(undo)
+    def _enter_inner(self) -> TensorDictModuleBase:
+        working = super()._enter_inner()
         children: list[HookingContext] = []
         before = dict(enumerate(self.children))
         for number, factory in enumerate(self.factory.factories):
@@ -64,7 +69,7 @@ class CompositeHookingContext(HookingContextWithCache):
                 child.belong(before.get(number))
                 if child.has_own_cache:
                     child.share(self._cache)
-            hooked = undo.enter_context(child)
+            hooked = self._to_undo().enter_context(child)
             children.append(child)
             # Its way of running the model, and what it added to its hooked module, are part of ours.
             if hooked.td_module is not working or child.runs_module or factory.spawns:
@@ -145,6 +150,8 @@ class CompositeHookingContextFactory(HookingContextFactory):
         if strangers:
             raise ContextError(f"a composite is made of factories such as ActivationCaching(...), got {strangers[0]!r}")
         self.factories: Sequence[HookingContextFactory] = factories
+        tables = {id(factory.names): factory.names for factory in factories if factory.names is not None}
+        self.names = next(iter(tables.values())) if len(tables) == 1 else None
         self._hooked_module_class = _joined([factory.hooked_module_class for factory in factories])
         for factory in factories:
             own = {name: value for name, value in factory.hooked_module_kwargs.items() if name != "relative_path"}

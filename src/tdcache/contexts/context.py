@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import get_ident
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -14,15 +14,16 @@ from torch import nn
 
 from tdcache.contexts.opened import begin_opening, closed
 from tdcache.errors import ContextError, StopForward
-from tdcache.hooks.attach import MultiHookHandle
 from tdcache.hooks.compiled import refuse_scripted, running_eagerly
-from tdcache.hooks.threads import Fence, fencing
+from tdcache.hooks.registrations import MultiHookHandle
+from tdcache.hooks.threads import Fence, current_fence, fencing
 from tdcache.introspect import may_be_compiled
 from tdcache.modules.call import ModelCall, holds_entries
 from tdcache.modules.hooked import HookedModule
 from tdcache.named_places import Names
+from tdcache.place_modules import named_selection
 from tdcache.selection import Matcher, Selection, as_matcher, depends_on_names_only, select_matching, walk
-from tdcache.stand_ins import named_selection
+from tdcache.tables import html_note, html_table
 from tdcache.types import CacheKey, Match, Selector
 
 __all__ = ["HookingContext", "Recipe"]
@@ -44,6 +45,10 @@ class Recipe(Protocol):
     @property
     def fits_graph(self) -> bool:
         """Whether the hooks may become part of a compiled graph."""
+
+    @property
+    def prepares_module(self) -> bool:
+        """Whether :meth:`_prepare_module` does something, which :meth:`_restore_module` undoes."""
 
     def _prepare_module(
         self, module: TensorDictModuleBase, in_keys: Keys, out_keys: Keys, extra_relative_path: str
@@ -109,6 +114,8 @@ class HookingContext:
         self._paused = False
         self._managed = True
         self._remembered: dict[Hashable, _Remembered] = {}
+        self._selected: list[Selection] = []
+        """What the last entry selected, to be shown."""
         self._hooked_module: HookedModule | None = None
         self._handle = MultiHookHandle()
         self._undo: ExitStack | None = None
@@ -124,8 +131,27 @@ class HookingContext:
         state = "open" if self._in_context else "closed"
         return f"<{state} {type(self).__name__} of {self.factory!r} on {type(self.model).__name__}>"
 
+    def _repr_html_(self) -> str:
+        if not self.selected_sites:
+            return html_note(f"{self!r}; its sites are selected when it is entered")
+        rows = [(path or "(root)", kind) for path, kind in self.selected_sites.items()]
+        return html_table(f"{self!r}: {len(rows)} sites", ("path", "class"), rows)
+
+    @property
+    def selected_sites(self) -> dict[str, str]:
+        """The paths that were selected when the context was last entered, with the classes of their modules."""
+        return {site.path: type(site.module).__name__ for selection in self._selected for site in selection}
+
     def __enter__(self) -> HookedModule:
         return self._enter()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the hooked module is what is called.
+
+        Raises:
+            ContextError: always.
+        """
+        raise ContextError("a context is entered, not called: `with context as hooked: hooked(...)`")
 
     def open(self) -> HookedModule:
         """Enter without a ``with`` block; the hooked module's ``restore()`` leaves."""
@@ -139,15 +165,17 @@ class HookingContext:
                 "this context is open already; it can be entered again after it was left, not inside itself: "
                 "prepare a second one for nesting"
             )
-        self._undo = undo = ExitStack()
+        self._selected = []
         try:
-            self._wrapped = working = self._enter_inner(undo)
+            self._wrapped = working = self._enter_inner()
             extra = working.relative_path if isinstance(working, HookedModule) else self._extra_relative_path
             keys: tuple[Any, ...] = (self._in_keys, self._out_keys, extra)
             prepared = self.factory._prepare_module(working, *keys)
-            undo.callback(self.factory._restore_module, prepared, *keys)
+            if self.factory.prepares_module:
+                self._to_undo().callback(self.factory._restore_module, prepared, *keys)
             if may_be_compiled(self.model):
-                undo.enter_context(running_eagerly(self.model, fits_graph=self._fits_graph, tell=not self.runs_module))
+                eagerly = running_eagerly(self.model, fits_graph=self._fits_graph, tell=not self.runs_module)
+                self._to_undo().enter_context(eagerly)
             hooked: HookedModule = self.factory._spawn_hooked_module(prepared, self, extra)
             self._hooked_module = hooked
             self._in_context = self._managed = True
@@ -157,9 +185,15 @@ class HookingContext:
             raise
         return hooked
 
-    def _enter_inner(self, undo: ExitStack) -> TensorDictModuleBase:
+    def _enter_inner(self) -> TensorDictModuleBase:
         """The module that is wrapped."""
         return self._module
+
+    def _to_undo(self) -> ExitStack:
+        """What is undone on leaving, once the hooks are removed."""
+        if self._undo is None:
+            self._undo = ExitStack()
+        return self._undo
 
     @property
     def _fits_graph(self) -> bool:
@@ -171,8 +205,11 @@ class HookingContext:
         """Install the recipe's hooks, all or none."""
         handle: MultiHookHandle
         fence = begin_opening(self)
-        with fencing(fence):
+        if fence is None and current_fence() is None:  # the usual case
             handle = self.factory._hook_module(hooked)
+        else:
+            with fencing(fence):
+                handle = self.factory._hook_module(hooked)
         if fence is None and self.fence.others:  # another thread opened a context meanwhile
             handle.put_behind(self.fence)
         return handle
@@ -207,14 +244,16 @@ class HookingContext:
         undo, self._undo = self._undo, None
         closed(self)
         try:
-            with ExitStack() if undo is None else undo as undo:
+            if undo is None:  # the usual case
                 self._handle.remove()
-                if error is not None:
-                    undo.__exit__(type(error), error, error.__traceback__)
+            else:
+                with undo:
+                    self._handle.remove()
+                    if error is not None:
+                        undo.__exit__(type(error), error, error.__traceback__)
         finally:
             self._in_context = False
             self._hooked_module = None
-            self._handle = MultiHookHandle()
 
     def _finish(self, error: BaseException | None) -> None:
         """What is left to do when the model is restored; ``error`` is the body's."""
@@ -283,7 +322,7 @@ class HookingContext:
             root: what paths are relative to; the user's own model by default.
             matcher: what was made of the selector before.
 
-        Where the context has canonical names, ``selector`` means these: see :mod:`tdcache.stand_ins`.
+        Where the context has canonical names, ``selector`` means these: see :mod:`tdcache.place_modules`.
 
         Raises:
             ContextError: a site is inside a TorchScript module.
@@ -296,10 +335,12 @@ class HookingContext:
         key = (selector, match, id(root)) if isinstance(selector, Hashable) else None
         remembered = self._remembered.get(key)
         if remembered is not None and remembered.tree == tree:
+            self._selected.append(remembered.selection)
             return remembered.selection
         matcher = as_matcher(selector, match) if matcher is None else matcher
         selection = select_matching(root, matcher, selector, match=match, allow_empty=allow_empty, tree=tree)
         refuse_scripted(root, selection)
+        self._selected.append(selection)
         if key is not None and depends_on_names_only(matcher):
             self._remembered[key] = _Remembered(tree, selection)
         return selection

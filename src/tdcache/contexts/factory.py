@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar, Literal, Self, cast, overload
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -11,9 +11,10 @@ from torch import nn
 
 from tdcache.contexts.context import HookingContext
 from tdcache.errors import ContextError
-from tdcache.hooks.attach import MultiHookHandle
+from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.modules.hooked import HookedModule
 from tdcache.named_places import Names
+from tdcache.options import InitSignature, option_names, refuse_unknown
 from tdcache.paths import join
 from tdcache.types import CacheKey
 
@@ -50,16 +51,33 @@ class HookingContextFactory:
 
     _overrides_run: ClassVar[bool] = False
     _overrides_spawn: ClassVar[bool] = False
+    _overrides_prepare: ClassVar[bool] = False
+
+    __signature__: ClassVar[Any] = InitSignature()
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuse misspelt options by name, before any constructor runs."""
+        known = option_names(cast(Any, cls)) if options else None
+        if known is not None:
+            refuse_unknown(cls.__name__, options, known)
+        return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls._overrides_run = cls._run_module is not HookingContextFactory._run_module
         cls._overrides_spawn = cls._spawn_hooked_module is not HookingContextFactory._spawn_hooked_module
+        base = (HookingContextFactory._prepare_module, HookingContextFactory._restore_module)
+        cls._overrides_prepare = (cls._prepare_module, cls._restore_module) != base
 
     @property
     def runs_module(self) -> bool:
         """Whether :meth:`_run_module` carries out calls, so that they need a TensorDict."""
         return self._overrides_run
+
+    @property
+    def prepares_module(self) -> bool:
+        """Whether :meth:`_prepare_module` does something, which :meth:`_restore_module` undoes."""
+        return self._overrides_prepare
 
     @property
     def fits_graph(self) -> bool:

@@ -24,9 +24,9 @@ from tdcache.function_calls.overlay import INTERFACE, global_functions
 from tdcache.function_calls.roles import AttentionHook, Use
 from tdcache.function_calls.scope import ForwardScope
 from tdcache.function_calls.sites import CallPattern, CallSite, is_call
-from tdcache.hooks.attach import MultiHookHandle, Order
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.port import InputPort, OutputPort, Port
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.threads import Fence
 from tdcache.hooks.values import leaves
 from tdcache.selection import Selection, Site

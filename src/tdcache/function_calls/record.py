@@ -23,7 +23,7 @@ from tdcache.function_calls.handlers import Call
 from tdcache.function_calls.names import DERIVED
 from tdcache.function_calls.overlay import INTERFACE
 from tdcache.function_calls.sites import CallPattern, CallSite, is_call
-from tdcache.hooks.attach import Order
+from tdcache.hooks.registrations import Order
 from tdcache.hooks.values import leaves
 from tdcache.named_places import Names
 from tdcache.named_selection import select_names

@@ -16,12 +16,13 @@ from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle
 from tdcache.interventions.base import Intervention, InterventionContext, with_inputs_of
 from tdcache.interventions.edit_tap import Edit
+from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords
 from tdcache.interventions.random_state import SharedRandomState
-from tdcache.interventions.regions import Region
 from tdcache.interventions.steering import AddVector
 from tdcache.introspect import in_backward
 from tdcache.modules import HookedModule
+from tdcache.regions import Region
 from tdcache.selection import Site
 from tdcache.types import CacheKey, Selector
 
@@ -34,21 +35,17 @@ class _Fit:
     """The vectors of a bound model, and the run that brings them."""
 
     def __init__(self) -> None:
-        self.recording = False
         self.vectors: dict[str, Tensor] = {}
-        self.pooled: dict[str, list[Tensor]] = {}
-        """What each site gave in the run that is being recorded, call by call."""
+        self.pooled = Memory("fitting")
 
     def means_of(self, run: Callable[[], Any]) -> dict[str, Tensor]:
         """The mean over the calls of each site in one run."""
-        self.pooled.clear()
-        self.recording = True
         try:
-            run()
-            return {path: torch.stack(values).mean(0) for path, values in self.pooled.items()}
+            with self.pooled.recording():
+                run()
+            return {path: torch.stack(values).mean(0) for path, values in self.pooled.values.items()}
         finally:
-            self.recording = False
-            self.pooled.clear()
+            self.pooled.values = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +57,8 @@ class _Pooling:
     call: CurrentCall
 
     def __call__(self, path: str, value: Tensor) -> None:
-        if self.fit.recording and not in_backward():
-            self.fit.pooled.setdefault(path, []).append(self.recipe.pooled(path, value, self.call))
+        if self.fit.pooled.mode == "record" and not in_backward():
+            self.fit.pooled.record(path, self.recipe.pooled(path, value, self.call))
 
 
 @dataclass(slots=True)
@@ -77,7 +74,7 @@ class _AddFitted:
     def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
         """The steered part; None while vectors are being made, and before there are any."""
         vector = self.fit.vectors.get(self.path)
-        if vector is None or self.fit.recording:
+        if vector is None or self.fit.pooled.mode == "record":
             return None
         return AddVector(self.path, self.units.take(vector, self.path), self.coefficient)(part, full)
 

@@ -13,9 +13,9 @@ from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.current_call import CurrentCall
 from tdcache.errors import ContextError, EditError, SelectionError, UnfiredSiteWarning, warn_user
 from tdcache.function_calls.places import CallPlace, CallTaps, MakeTap, call_places, refuse_direction, split_selector
-from tdcache.hooks import MultiHookHandle, Order, attach_ports, direction_row, port_at
+from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach_ports, direction_row, port_at
 from tdcache.hooks.port import Port
-from tdcache.interventions.edit_tap import Edit, EditTap, ReadTap, RegionEdit
+from tdcache.interventions.edit_tap import Edit, EditTap, ReadTap, RegionEdit, at_call
 from tdcache.interventions.options import (
     OPTION_NAMES,
     Calls,
@@ -25,16 +25,16 @@ from tdcache.interventions.options import (
     brief,
     signature_with_options,
 )
-from tdcache.interventions.regions import Along, Heads, Region, at_call
 from tdcache.interventions.unread import UnreadWatch
 from tdcache.modules import HookedModule
 from tdcache.paths import near_misses
+from tdcache.place_modules import region_in
+from tdcache.regions import Along, Heads, Region
 from tdcache.selection import Selection, Site, as_matcher, distinct_sites
-from tdcache.stand_ins import region_in
 from tdcache.steps import Steps
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
-__all__ = ["Intervention", "InterventionContext", "entry_of", "with_inputs_of"]
+__all__ = ["Intervention", "InterventionContext", "entry_of", "with_inputs_of", "write_outputs"]
 
 
 class InterventionContext(HookingContext):
@@ -78,7 +78,7 @@ class Intervention(HookingContextFactory):
     _takes_calls: ClassVar[bool] = False
     """Whether the selector may mean calls inside a forward."""
     _region_by_name: dict[str, Region]
-    __signature__: ClassVar[inspect.Signature]
+    __signature__: ClassVar[Any]
 
     options: EditOptions
     positions: Along
@@ -101,7 +101,7 @@ class Intervention(HookingContextFactory):
     def __init__(self, selector: Selector, **options: Unpack[EditKeywords]) -> None:
         super().__init__()
         self.selector = selector
-        self.options = EditOptions.of(type(self).__name__, options)
+        self.options = EditOptions(**options)
         named = self.options.names is not None
         if isinstance(self.options.heads, int) and not self._sweeps_heads and not named:
             raise EditError(f"heads={self.options.heads} does not say which: heads=(n_heads, which), such as (12, [3])")
@@ -117,7 +117,8 @@ class Intervention(HookingContextFactory):
             )
         if self._modules is not None:
             as_matcher(self._modules, self.options.match)
-        refuse_direction(self._calls, self.options.direction)
+        if self._calls:
+            refuse_direction(self._calls, self.options.direction)
         self.region = self.options.region
         self._region_by_name = {}
 
@@ -178,7 +179,8 @@ class Intervention(HookingContextFactory):
         with handle.installing():
             context.current_call = call = self.follow_calls(module, handle)
             self.add_edits(handle, edits, call)
-            self.add_call_edits(module, handle, call)
+            if self._calls:
+                self.add_call_edits(module, handle, call)
             if self.pick not in (None, 0):
                 watch = UnreadWatch(self.pick)
                 watch.attach(module.model, handle)
@@ -234,7 +236,7 @@ class Intervention(HookingContextFactory):
 
     @property
     def _hook_direction(self) -> HookDirection:
-        return port_at("", self.direction).direction
+        return (OutputPort if self.direction == "fwd" else InputPort).direction
 
 
 Intervention.__signature__ = signature_with_options(Intervention)
@@ -265,6 +267,14 @@ def _get(source: Any, key: CacheKey) -> Any:
         return source.get(key)
     node = source.get(key[0])
     return node.get(key[1]) if isinstance(node, Mapping | TensorDictBase) else None
+
+
+def write_outputs(data: TensorDictBase, key: CacheKey, ran: TensorDictBase, out_keys: list[CacheKey]) -> None:
+    """Write the outputs of a run on the inputs below ``key`` back to where these are."""
+    inner: Any = data.get(key)
+    for name in out_keys:
+        if name != "_":
+            inner.set(name, ran.get(name))
 
 
 def with_inputs_of(data: TensorDictBase, key: CacheKey, in_keys: list[CacheKey], owner: Any) -> TensorDictBase:

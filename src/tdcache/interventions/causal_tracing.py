@@ -18,10 +18,10 @@ from tdcache.interventions.blocks import repeated, rows_of
 from tdcache.interventions.edit_tap import EditTap, ReadTap
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords
-from tdcache.interventions.regions import Along, Region
 from tdcache.interventions.sweep import Sweep
 from tdcache.interventions.trials import Metric, SweepOver, check_over
 from tdcache.modules import HookedModule
+from tdcache.regions import Along, Region
 from tdcache.types import Selector
 
 __all__ = ["CausalTracing"]

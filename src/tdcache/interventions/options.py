@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, get_args
 
-import regex
 from torch import Tensor
 
 from tdcache.errors import DirectionError, EditError
 from tdcache.hooks import direction_row
-from tdcache.interventions.regions import Along, Heads, Region
 from tdcache.named_places import Names
-from tdcache.paths import near_misses
-from tdcache.stand_ins import refuse_at_names
+from tdcache.place_modules import refuse_at_names
+from tdcache.regions import Along, Heads, Region
 from tdcache.steps import Steps, check_steps
 from tdcache.types import CacheKey, Match, Pick
 
@@ -111,50 +109,36 @@ class EditOptions:
     position_dim: int = 1
     unit_dim: int = -1
     names: Names | None = None
+    region: Region = field(init=False, repr=False, compare=False)
+    """The part of each value that is meant."""
 
     def __post_init__(self) -> None:
-        direction_row(self.direction)
         refuse_at_names(self.names, [self.direction])
         if self.direction not in get_args(Side):
+            direction_row(self.direction)
             raise DirectionError(
                 f"an intervention changes outputs ('fwd') or inputs ('fwd_pre'), got {self.direction!r}"
             )
         if callable(self.pick) or self.pick == "all":
             raise EditError(f"pick={self.pick!r} cannot say where to put a new value; use an index or a key")
-        check_steps(self.steps)
+        if self.steps is not None:
+            check_steps(self.steps)
         _check_calls(self.calls)
-        _ = self.region  # an unusable region is refused here
-
-    @classmethod
-    def of(cls, owner: str, given: Mapping[str, Any]) -> EditOptions:
-        """From the keyword arguments that ``owner`` was called with.
-
-        Raises:
-            TypeError: one of them is no option; the message names what is near.
-        """
-        for name in given:
-            if name not in OPTION_NAMES:
-                near = near_misses(regex.escape(name), OPTION_NAMES)
-                hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(OPTION_NAMES)}"
-                raise TypeError(f"{owner}() has no argument {name!r}; {hint}")
-        return cls(**given)
+        region = Region(
+            positions=self.positions, units=self.units, rows=self.rows, position_dim=self.position_dim,
+            heads=None if isinstance(self.heads, int) or self.names is not None else self.heads,
+            unit_dim=self.unit_dim,
+        )  # fmt: skip
+        object.__setattr__(self, "region", region)
 
     @property
     def asks_for_call(self) -> bool:
         """Whether an edit has to know the forward that it takes part in."""
         return self.positions is not None or self.steps is not None or self.calls is not None
 
-    @property
-    def region(self) -> Region:
-        """The part of each value that is meant."""
-        return Region(
-            positions=self.positions, units=self.units, rows=self.rows, position_dim=self.position_dim,
-            heads=None if isinstance(self.heads, int) or self.names is not None else self.heads,
-            unit_dim=self.unit_dim,
-        )  # fmt: skip
 
-
-OPTION_NAMES = tuple(field.name for field in dataclasses.fields(EditOptions))
+_OPTIONS = tuple(each for each in dataclasses.fields(EditOptions) if each.init)
+OPTION_NAMES = tuple(each.name for each in _OPTIONS)
 
 
 def _check_calls(calls: Any) -> None:
@@ -183,9 +167,9 @@ def signature_with_options(kind: type) -> inspect.Signature:
         return inspect.Signature(inner)
     named = {each.name for each in inner}
     options = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in dataclasses.fields(EditOptions)
-        if field.name not in named
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+        for each in _OPTIONS
+        if each.name not in named
     ]
     return inspect.Signature([*inner[:-1], *options])
 

@@ -12,15 +12,15 @@ from torch import Tensor
 from tdcache.current_call import CurrentCall
 from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle
-from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of
-from tdcache.interventions.edit_tap import Edit, RegionEdit
+from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of, write_outputs
+from tdcache.interventions.edit_tap import Edit, RegionEdit, at_call
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords, WhereKeywords
 from tdcache.interventions.random_state import SharedRandomState
-from tdcache.interventions.regions import Along, Region, at_call
 from tdcache.interventions.sweep import Sweep
 from tdcache.interventions.trials import Metric, SweepOver, check_over
 from tdcache.modules import HookedModule
+from tdcache.regions import Along, Region
 from tdcache.selection import Site
 from tdcache.types import CacheKey, Selector
 
@@ -323,8 +323,5 @@ class ActivationPatching(Intervention):
             forward(data)
         with memory.recalling(), random.run():
             forward(second)
-        inner = data.get(self.patch_key)
-        for key in out_keys:
-            if key != "_":
-                inner.set(key, second.get(key))
+        write_outputs(data, self.patch_key, second, out_keys)
         return data

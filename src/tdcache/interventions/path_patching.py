@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Unpack
+from typing import Unpack
 
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle, attach, port_at
-from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of
+from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of, write_outputs
 from tdcache.interventions.edit_tap import EditTap, ReadTap, RegionEdit
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords, Side
 from tdcache.interventions.patching import KeepPart, Paste, Recalled
 from tdcache.interventions.random_state import SharedRandomState
-from tdcache.interventions.regions import Region
 from tdcache.modules import HookedModule
+from tdcache.regions import Region
 from tdcache.selection import Selection, Site
 from tdcache.types import CacheKey, Selector
 
@@ -141,10 +141,7 @@ class PathPatching(Intervention):
         with state.received.recalling(), random.run():
             forward(base)
         if self.source is None:
-            inner: Any = data.get(self.patch_key)
-            for key in out_keys:
-                if key != "_":
-                    inner.set(key, base.get(key))
+            write_outputs(data, self.patch_key, base, out_keys)
         return data
 
 

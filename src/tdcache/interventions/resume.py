@@ -18,12 +18,12 @@ from tdcache.hooks.replaced_forward import replace_forward
 from tdcache.hooks.values import first_tensor, is_entries
 from tdcache.interventions.base import entry_of
 from tdcache.interventions.edit_tap import EditTap
-from tdcache.interventions.regions import Region
 from tdcache.interventions.resume_check import check_once
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
 from tdcache.paths import resolve, resolve_all
-from tdcache.stand_ins import is_module_output, refuse_at_names
+from tdcache.place_modules import is_module_output, refuse_at_names
+from tdcache.regions import Region
 
 __all__ = ["ResumeFrom", "Skipped", "resume_from"]
 

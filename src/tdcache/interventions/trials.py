@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdcache.errors import EditError
 from tdcache.interventions.options import EditOptions
-from tdcache.interventions.regions import Heads, Region
+from tdcache.regions import Heads, Region
 
 __all__ = ["Metric", "SweepOver", "SweepRecipe", "Trial", "check_over", "chunks_of", "trials_at", "windows_of"]
 
@@ -23,19 +23,10 @@ Metric = Callable[[TensorDictBase], Any]
 class SweepRecipe(Protocol):
     """What a sweep asks of the recipe it belongs to; see :class:`tdcache.ActivationPatching`."""
 
-    direction: Any
-    pick: Any
-    positions: Any
-    units: Any
-    position_dim: int
-    unit_dim: int
     source: Any
     patch_fn: Any
     patch_key: Any
     metric: Any
-    heads: Any
-    rows: Any
-    calls: Any
     options: EditOptions
     chunk: int
     replay: bool
@@ -114,7 +105,7 @@ def trials_at(
     if "position" in over:
         positions = _choices(positions[0], shape, whole.position_dim, name)
     if "head" in over:
-        heads = _each_head(_counted(recipe.heads, shape, whole.head_dim, name))
+        heads = _each_head(_counted(recipe.options.heads, shape, whole.head_dim, name))
     for at, position in enumerate(positions):
         for head, which in enumerate(heads):
             region = replace(whole, positions=position, heads=which)

@@ -19,7 +19,8 @@ from tdcache.modules.call import ModelCall, entries_of, holds_entries, init_modu
 from tdcache.modules.verbs import ModuleVerbs
 from tdcache.named_places import Names
 from tdcache.paths import resolve, resolve_all
-from tdcache.stand_ins import place_at
+from tdcache.place_modules import place_at
+from tdcache.tables import html_note
 from tdcache.types import CacheKey, HookDirection, Removable
 
 __all__ = ["HookedModule", "OwningContext"]
@@ -221,3 +222,9 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
     def __repr__(self) -> str:
         fields = f"td_module={self.td_module},\nin_keys={self.in_keys},\nout_keys={self.out_keys}"
         return f"{type(self).__name__}(\n{indent(fields, 4 * ' ')})"
+
+    def _repr_html_(self) -> str:
+        of = type(self.model).__name__
+        keys = html_note(f"{type(self).__name__} of {of}: reads {self.in_keys}, writes {self.out_keys}")
+        context = self._hooking_context
+        return keys if context is None else keys + context._repr_html_()

@@ -12,16 +12,16 @@ from tdcache.cache.keep import Keep, Transfers
 from tdcache.cache.target import Target
 from tdcache.current_call import CurrentCall
 from tdcache.errors import CaptureError, EditError, RepeatedCallWarning, warn_user
-from tdcache.hooks.attach import Order
 from tdcache.hooks.directions import Direction
 from tdcache.hooks.factory import CacheProxy, read_at, write_at
 from tdcache.hooks.port import port_at
+from tdcache.hooks.registrations import Order
 from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import exchanged, leaves, pick_tensor, tensor_only
 from tdcache.inplace import InplaceWatch
 from tdcache.introspect import in_backward
 from tdcache.modules.lazy import Lazy, NoValueYet, resolved
-from tdcache.modules.where import ValuePart
+from tdcache.modules.value_part import ValuePart
 from tdcache.reducers import Reducer
 from tdcache.types import CacheKey, Hold, Pick
 

@@ -12,8 +12,9 @@ from torch.autograd.graph import GradientEdge
 
 from tdcache.errors import TdcacheError
 from tdcache.function_calls import CallSite, attach_attention, attach_call, is_call
-from tdcache.hooks.attach import MultiHookHandle, Order, attach
+from tdcache.hooks.attach import attach
 from tdcache.hooks.port import port_at
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.named_places import NamedPlace
 from tdcache.naming.gradients import edge_of
 from tdcache.naming.trace import call_model

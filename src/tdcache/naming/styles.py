@@ -33,7 +33,7 @@ _POSITIONS_FIRST = ("batch", "position", "head", "unit")
 
 
 def _transformer_lens(prefix: str, block: str, role: str) -> str:
-    """``blocks.0.attn.hook_pattern``, ``blocks.0.hook_resid_pre``, ``ln_final.hook_normalized``."""
+    """The name as TransformerLens has it, for instance ``blocks.0.attn.hook_pattern``."""
     head = _STACKS.get(prefix, prefix) + block
     if role in _TRANSFORMER_LENS:
         return head + _TRANSFORMER_LENS[role]
@@ -63,18 +63,15 @@ def in_style(names: Names, style: str) -> Names:
     spell, lay_out = STYLES[style]
     places = {_spelled(name, spell): lay_out(place) for name, place in names.items()}
     refused = {_spelled(name, spell): reason for name, reason in names.refused.items()}
-    streams = {
-        prefix: replace(stream, embeddings=tuple(_spelled(name, spell) for name in stream.embeddings))
-        for prefix, stream in names.streams.items()
-    }
     return Names(
         {name: replace(place, name=name) for name, place in places.items()},
         refused=refused,
-        streams=streams,
+        streams=names.streams,
         proof=names.proof,
         style=style,
         model=names.model,
         made_for=names.made_for,
+        spelling={name: _spelled(name, spell) for name in (*names, *names.refused)},
     )
 
 

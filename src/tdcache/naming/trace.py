@@ -16,7 +16,8 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from tdcache.function_calls.names import call_name
-from tdcache.hooks.attach import MultiHookHandle, Order, attach
+from tdcache.hooks.attach import attach
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.values import leaves
 from tdcache.naming.gradients import edge_of
 
