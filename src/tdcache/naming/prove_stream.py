@@ -70,7 +70,8 @@ def _check_sum(bench: ProofBench, head: str, names: list[str], layout: str, firs
             words = f"ln{number}({words})"
             norms.append(norm)
             if total is not None and bench.has(norm):
-                bench.bound(f"{words} == ln{number}", (*names[:-1], norm), total, bench[norm], inside=True)
+                so_far = (start, *parts[: number - first], norm)
+                bench.bound(f"{words} == ln{number}", so_far, total, bench[norm], inside=True)
     if total is not None:
         bench.bound(f"{words} == {end.removeprefix(head)}", names, total, bench[end], inside=bool(norms))
 

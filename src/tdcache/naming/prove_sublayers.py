@@ -26,6 +26,10 @@ def check_mixing(bench: ProofBench) -> None:
                 bench.true(f"{label}.contribution leaves positions of {short} apart", (name,), mixing is False)
             elif kind in ("attn", "mixer"):
                 bench.true(f"{label}.contribution mixes positions of {short}", (name,), mixing is True)
+                if label == kind and bench.has(head + "resid_mid") and len(labels) > 1:
+                    values = bench.readings.values
+                    before = not leads(values[head + "resid_mid"], values[name])
+                    bench.true(f"{label}.contribution is there before resid_mid", (name,), before)
             elif kind == "cross_attn":
                 bench.true(f"{label}.contribution leaves positions of {short} apart", (name,), mixing is False)
 
