@@ -12,6 +12,7 @@ from tdcache.modules.call import ModelCall
 from tdcache.modules.hooked import HookedModule
 from tdcache.named_places import NamedPlace, Names
 from tdcache.naming.mapping import mapped
+from tdcache.naming.projections import before_rotation
 from tdcache.naming.prove import proved
 from tdcache.naming.resolve import resolve
 from tdcache.naming.styles import STYLES, in_style
@@ -74,6 +75,8 @@ def names(
     if prove is not False:
         skip = () if prove is True else (prove,) if isinstance(prove, str) else tuple(prove)
         table = proved(model, table, inputs, skip=skip)
+    if style == "transformer_lens":
+        table = before_rotation(model, table, inputs)
     return table if style is None else in_style(table, style)
 
 

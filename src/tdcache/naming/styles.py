@@ -29,7 +29,6 @@ _TRANSFORMER_LENS = {
 """What is spelled otherwise than by ``hook_`` before its last part."""
 _NORM = regex.compile(r"ln\d(?:_post)?")
 _STACKS = {"encoder.": "encoder_", "decoder.": "decoder_"}
-_POSITIONS_FIRST = ("batch", "position", "head", "unit")
 
 
 def _transformer_lens(prefix: str, block: str, role: str) -> str:
@@ -62,7 +61,8 @@ def in_style(names: Names, style: str) -> Names:
     """The same table in another spelling; values are views in the layout of that style, read and written."""
     spell, lay_out = STYLES[style]
     places = {_spelled(name, spell): lay_out(place) for name, place in names.items()}
-    refused = {_spelled(name, spell): reason for name, reason in names.refused.items()}
+    spelling = {name: _spelled(names.spelled(name), spell) for name in (*names, *names.refused, *names.spelling)}
+    refused = {_spelled(name, spell): _in_words(reason, spelling) for name, reason in names.refused.items()}
     return Names(
         {name: replace(place, name=name) for name, place in places.items()},
         refused=refused,
@@ -71,8 +71,13 @@ def in_style(names: Names, style: str) -> Names:
         style=style,
         model=names.model,
         made_for=names.made_for,
-        spelling={name: _spelled(name, spell) for name in (*names, *names.refused)},
+        spelling=spelling,
     )
+
+
+def _in_words(reason: str, spelling: Mapping[str, str]) -> str:
+    """A reason with the names in it spelled as the table spells them."""
+    return regex.sub(r"[\w.]+", lambda word: spelling.get(word[0], word[0]), reason)
 
 
 def _spelled(name: str, spell: Callable[[str, str, str], str]) -> str:
