@@ -91,6 +91,20 @@ def kills(session):
     session.run("python", "tests/kills.py", *(session.posargs or ("--kills", "1000")), env=OFFLINE)
 
 
+@nox.session
+def names_zoo(session):
+    """Find and prove canonical names in 190 families of transformers; writes docs/names_table.md."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "tests/names_zoo.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def names_lies(session):
+    """Plant wrong names in 190 families of transformers; every one has to be refused."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "tests/names_lies.py", *session.posargs, env=OFFLINE)
+
+
 @nox.session(venv_backend="none")
 def other_cpu(session):
     """Run ``tests`` with the kernels of the oldest CPU: what asks for too many equal bits fails here."""
