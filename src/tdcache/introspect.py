@@ -31,7 +31,9 @@ __all__ = [
     "global_hooks",
     "has_stale_graph",
     "has_tensor_hooks",
+    "hook_dicts",
     "hooks_always_called",
+    "hooks_with_kwargs",
     "in_backward",
     "is_compiled",
     "is_optimized_module",
@@ -47,6 +49,7 @@ __all__ = [
     "remove_hooks",
     "scripted_ancestor",
     "set_eval_frame",
+    "set_hook_dicts",
     "skip_frame",
     "storage_users",
     "why_not_called",
@@ -80,6 +83,21 @@ def post_hooks(module: nn.Module) -> Any:
 def pre_hooks(module: nn.Module) -> Any:
     """The ordered dict of a module's forward pre-hooks, by registration number."""
     return module._forward_pre_hooks
+
+
+def hook_dicts(module: nn.Module) -> tuple[Any, Any]:
+    """Both ordered dicts of a module's hooks: those before its forward, and those after."""
+    return module._forward_pre_hooks, module._forward_hooks
+
+
+def set_hook_dicts(module: nn.Module, before: Any, after: Any) -> None:
+    """Give a module that has no hooks yet other dicts to keep them in."""
+    module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def hooks_with_kwargs(module: nn.Module, *, before: bool) -> Any:
+    """The dict of the registration numbers of hooks that are called with keyword arguments as well."""
+    return module._forward_pre_hooks_with_kwargs if before else module._forward_hooks_with_kwargs
 
 
 def hooks_always_called(module: nn.Module) -> Any:

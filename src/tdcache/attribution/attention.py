@@ -15,7 +15,8 @@ from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.place import Place
 from tdcache.attribution.point import wide
 from tdcache.errors import AttributionError
-from tdcache.selection import as_matcher
+from tdcache.function_calls.sites import is_call
+from tdcache.function_calls.stand_in import check_selector
 from tdcache.types import Match, Pick, Selector
 
 __all__ = ["Mask", "QKAttributionPatching"]
@@ -68,7 +69,7 @@ class QKAttributionPatching(Attribution):
         super().__init__(**options)
         self.selectors = {"query": query, "key": key, "pattern": pattern}
         for selector in self.selectors.values():
-            as_matcher(selector, match)
+            check_selector(selector, match)
         self.match: Match = match
         self.heads = heads
         self.scale = scale
@@ -122,7 +123,8 @@ class QKAttributionPatching(Attribution):
             if parts == 0 or value.shape[-1] % parts:
                 raise AttributionError(f"{path!r} gives {value.shape[-1]} features, not those of {self.heads} heads")
             value = value.unflatten(-1, (parts, -1))
-        value = value.transpose(1, 2)
+        if not is_call(path):  # as attention sees them, heads come before positions
+            value = value.transpose(1, 2)
         fits = value.shape[1] == self.heads if width is None else self.heads % value.shape[1] == 0
         if not fits or value.shape[-1] != (width or value.shape[-1]):
             raise AttributionError(

@@ -24,9 +24,10 @@ from tdcache.attribution.survey import Survey
 from tdcache.attribution.targets import TargetLike
 from tdcache.contexts import HookingContextFactory
 from tdcache.errors import AttributionError, DirectionError, TdcacheError
+from tdcache.function_calls.stand_in import check_selector, select_sites
 from tdcache.hooks import MultiHookHandle
 from tdcache.modules import HookedModule
-from tdcache.selection import Selection, as_matcher, select
+from tdcache.selection import Selection
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
 __all__ = ["Attribution", "Scores", "SiteAttribution", "Work"]
@@ -119,7 +120,7 @@ class Attribution(HookingContextFactory):
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         selections = {
-            role: select(module.model, selector, match=match)
+            role: select_sites(module.model, selector, match=match)
             for role, (selector, match) in self.selectors_by_role().items()
         }
         member = _Member(self, module, selections)
@@ -169,7 +170,7 @@ class SiteAttribution(Attribution):
     ) -> None:
         super().__init__(**options)
         if selector is not None:
-            as_matcher(selector, match)  # an unusable selector is refused here, not on entering
+            check_selector(selector, match)  # an unusable selector is refused here, not on entering
         if direction not in ("fwd", "fwd_pre"):
             raise DirectionError(
                 f"attribution explains what modules return, 'fwd', or read, 'fwd_pre'; got {direction!r}"

@@ -15,7 +15,7 @@ from tdcache.attribution.place import Place
 from tdcache.attribution.point import Ask, Between, Point, wide
 from tdcache.attribution.quadrature import quadrature
 from tdcache.errors import AttributionError
-from tdcache.selection import as_matcher
+from tdcache.function_calls.stand_in import check_selector
 from tdcache.types import Match, Selector
 
 __all__ = ["EdgeAttributionPatching"]
@@ -62,7 +62,7 @@ class EdgeAttributionPatching(Attribution):
         if embeddings is not None:
             self.selectors["embeddings"] = embeddings
         for selector in self.selectors.values():
-            as_matcher(selector, match)
+            check_selector(selector, match)
         self.match: Match = match
         self.nodes = None if n_steps is None else quadrature(method, n_steps)
         self.edges = edges

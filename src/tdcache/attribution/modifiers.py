@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from tdcache.attribution.rows import PointRows
 from tdcache.contexts import HookingContextFactory
+from tdcache.function_calls.stand_in import check_selector, resolve_site, select_sites
 from tdcache.hooks import MultiHookHandle, Order, OutputPort, attach
 from tdcache.modules import HookedModule
-from tdcache.paths import resolve_all
-from tdcache.selection import as_matcher, select
 from tdcache.types import Index, Match, Pick, Selector
 
 __all__ = ["GradDrop", "GuidedReLU", "Installed", "Modifier", "ModifierHook", "ScaleGradient", "StopGradient"]
@@ -50,7 +49,7 @@ class Modifier(Installed):
 
     def __init__(self, selector: Selector, *, match: Match = "full", pick: Pick = None, index: Index = None) -> None:
         super().__init__()
-        as_matcher(selector, match)
+        check_selector(selector, match)
         self.selector = selector
         self.match: Match = match
         self.pick = pick
@@ -70,7 +69,7 @@ class Modifier(Installed):
             handle.add(attach(module, hook.on_call, order=hook.order))
 
     def _sites(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        return [(path, module) for path, module, _ in select(model, self.selector, match=self.match)]
+        return [(path, module) for path, module, _ in select_sites(model, self.selector, match=self.match)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +166,11 @@ class GradDrop(StopGradient):
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
-        super().__init__("|".join(map(regex.escape, paths)))
+        super().__init__([regex.escape(path) for path in paths])
         self.paths = tuple(paths)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({list(self.paths)!r})"
 
     def _sites(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        return [resolve_all(model, path) for path in self.paths]  # an unknown one is an error
+        return [resolve_site(model, path) for path in self.paths]  # an unknown one is an error

@@ -19,7 +19,7 @@ from tdcache.attribution.place import Place
 from tdcache.attribution.point import Ask, wide
 from tdcache.attribution.reductions import difference_x_gradient
 from tdcache.errors import AttributionError
-from tdcache.selection import select
+from tdcache.function_calls.stand_in import select_sites
 from tdcache.types import Selector
 
 __all__ = ["AttributionPatching"]
@@ -82,7 +82,7 @@ class AttributionPatching(SiteAttribution):
     def _dropping(self, frame: Frame) -> list[Any]:
         """One point per layer, whose backward leaves that layer's contribution out."""
         layers: dict[str, list[str]] = {}
-        for path, _, groups in select(frame.model, self.drop or ""):
+        for path, _, groups in select_sites(frame.model, self.drop or ""):
             if "layer" not in groups:
                 raise AttributionError(
                     f"drop={self.drop!r} has no group 'layer'; write e.g. r'layers\\.(?P<layer>\\d+)\\.(attn|mlp)'"

@@ -97,6 +97,12 @@ class Capture:
         return Order.FIRST if self.prepend else Order.CAPTURE
 
     @property
+    def needs_places(self) -> bool:
+        """Whether the places must be known before the model runs: where gradients are watched on the way in."""
+        with_callback = self.callback is not None and any(direction_row(each).gradient for each in self.directions)
+        return "grad_in" in self.directions or with_callback
+
+    @property
     def fits_graph(self) -> bool:
         """Whether a compiled graph can do it: the latest outputs, as they are."""
         asked = (self.callback, self.pick, self.positions, self.steps)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import regex
 
 from tdcache.errors import SelectionError
 from tdcache.function_calls.names import DERIVED
+from tdcache.selection import Selection
+from tdcache.types import Match, Selector
 
-__all__ = ["CallPattern", "CallSite", "is_call"]
+__all__ = ["CallPattern", "CallSite", "FindModules", "has_heads_first", "is_call", "split_selector"]
 
 _MARK = "::"
 _LABEL = regex.compile(r"(?P<name>[A-Za-z_]\w*)(?:\.(?P<ordinal>0|[1-9]\d*))?")
@@ -22,6 +26,11 @@ _PLACES = regex.compile(rf"\(?(?:\?:)?{_PLACE}(?:\|{_PLACE})*\)?")
 def is_call(text: object) -> bool:
     """Whether a selector or key speaks of calls: it holds ``::``."""
     return isinstance(text, str) and _MARK in text
+
+
+def has_heads_first(path: str) -> bool:
+    """Whether the values of a call are ``(batch, heads, positions, ...)``, as attention and its softmax have them."""
+    return is_call(path) and CallSite.parse(path).name in (*DERIVED, "softmax")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +131,16 @@ class CallPattern:
         return label if _LABEL.fullmatch(label) else None
 
     @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The labels that are meant, if B spells them out: one, or several between bars; None if it does not."""
+        text = self.inside.pattern.replace("\\.", ".")
+        for opening in ("(?:", "("):
+            if text.startswith(opening) and text.endswith(")"):
+                text = text[len(opening) : -1]
+        found = tuple(dict.fromkeys(text.split("|")))
+        return found if all(map(_LABEL.fullmatch, found)) else None
+
+    @property
     def attention_only(self) -> bool:
         """Whether nothing but places of attention calls is meant, so that no other call need be seen."""
         literal = self.literal
@@ -139,3 +158,28 @@ class CallPattern:
     def derived(self) -> tuple[str, ...]:
         """The places of an attention call that are meant."""
         return () if self.everything else tuple(name for name in DERIVED if self.takes(name))
+
+
+class FindModules(Protocol):
+    """What finds modules in one model, as :func:`tdcache.selection.select` does."""
+
+    def __call__(self, selector: Selector, *, match: Match, allow_empty: bool) -> Selection:
+        """The sites that ``selector`` means."""
+
+
+def split_selector(selector: Selector) -> tuple[Selector | None, tuple[str, ...]]:
+    """The part of a selector that speaks of modules (None if there is none), and the selectors of calls in it.
+
+    Raises:
+        SelectionError: a selector of calls is not well formed.
+    """
+    if isinstance(selector, str):
+        if not is_call(selector):
+            return selector, ()
+        CallPattern.parse(selector)
+        return None, (selector,)
+    if not isinstance(selector, Sequence) or isinstance(selector, bytes):
+        return selector, ()
+    parts = [split_selector(member) for member in selector]
+    calls = tuple(call for _, found in parts for call in found)
+    return ([part for part, _ in parts if part is not None] or None) if calls else selector, calls

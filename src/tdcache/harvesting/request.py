@@ -20,7 +20,6 @@ from tdcache.harvesting.sharding import refuse_shards
 from tdcache.harvesting.sizes import as_bytes, as_count, dtype_name
 from tdcache.harvesting.source import Source
 from tdcache.harvesting.workers import Share
-from tdcache.selection import select as select_sites
 from tdcache.store.spec import read_spec
 from tdcache.types import Match, Pick, Selector
 
@@ -133,7 +132,7 @@ def asked_for(
         in_keys=in_keys,
         held_on=held_on,
     )
-    paths = select_sites(model, select, match=match).paths
+    paths = capture.paths
     own = OwnColumns.of(columns, paths)
     fixed = {
         "direction": direction,

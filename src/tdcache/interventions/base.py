@@ -11,8 +11,10 @@ from torch import Tensor
 
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.current_call import CurrentCall
-from tdcache.errors import ContextError, EditError, SelectionError, UnfiredSiteWarning, warn_user
-from tdcache.function_calls.places import CallPlace, CallTaps, MakeTap, call_places, refuse_direction, split_selector
+from tdcache.errors import ContextError, EditError, UnfiredSiteWarning, warn_user
+from tdcache.function_calls.places import CallPlace, CallTaps, MakeTap, call_places, refuse_direction
+from tdcache.function_calls.sites import split_selector
+from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import MultiHookHandle, Order, attach_ports, direction_row, port_at
 from tdcache.hooks.port import Port
 from tdcache.interventions.edit_tap import Edit, EditTap, ReadTap, RegionEdit
@@ -29,7 +31,7 @@ from tdcache.interventions.regions import Along, Heads, at_call
 from tdcache.interventions.unread import UnreadWatch
 from tdcache.modules import HookedModule
 from tdcache.paths import near_misses
-from tdcache.selection import Selection, Site, as_matcher, distinct_sites
+from tdcache.selection import Selection, Site, distinct_sites
 from tdcache.steps import Steps
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
@@ -74,8 +76,8 @@ class Intervention(HookingContextFactory):
     _hooking_context_class: ClassVar[type[HookingContext]] = InterventionContext
     _sweeps_heads: ClassVar[bool] = False
     """Whether ``heads=`` may be an int."""
-    _takes_calls: ClassVar[bool] = False
-    """Whether the selector may mean calls inside a forward."""
+    _finds_calls: bool = False
+    """Whether calls inside forwards are found as they are made; where not, their names must be spelled out."""
     __signature__: ClassVar[inspect.Signature]
 
     options: EditOptions
@@ -106,15 +108,11 @@ class Intervention(HookingContextFactory):
             setattr(self, name, getattr(self.options, name))
         # An unusable selector is refused here, not on entering.
         self._modules, self._calls = split_selector(selector)
-        if not self._takes_calls and self._calls:
-            raise SelectionError(
-                f"{type(self).__name__} changes modules, and {self._calls[0]!r} means calls inside a forward; "
-                "Ablation, SteeringVectors and ActivationPatching (without a sweep) change those",
-                selector=selector,
-            )
-        if self._modules is not None:
-            as_matcher(self._modules, self.options.match)
         refuse_direction(self._calls, self.options.direction)
+        if self._calls and not self._finds_calls:
+            self._modules, self._calls = selector, ()
+        if self._modules is not None:
+            check_selector(self._modules, self.options.match)
         self.region = self.options.region
 
     def __repr__(self) -> str:
@@ -177,8 +175,11 @@ class Intervention(HookingContextFactory):
     ) -> None:
         """Put an edit on each site."""
         taps = [
-            (site.module, EditTap(port_at(site.path, self.direction, self.pick), edit, region=self.region, call=call))
-            for site, edit in edits
+            (
+                module,
+                EditTap(port_at(path, self.direction, self.pick), edit, region=at_call(self.region, path), call=call),
+            )
+            for (path, module, _), edit in edits
         ]
         attach_ports(taps, self._hook_direction, handle, Order.EDIT)
 

@@ -9,6 +9,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.errors import EditError
+from tdcache.function_calls.sites import CallSite, is_call
+from tdcache.function_calls.stand_in import check_selector, select_sites
 from tdcache.hooks import MultiHookHandle, attach, port_at
 from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of
 from tdcache.interventions.edit_tap import EditTap, ReadTap, RegionEdit
@@ -18,7 +20,7 @@ from tdcache.interventions.patching import KeepPart, Paste, Recalled
 from tdcache.interventions.random_state import SharedRandomState
 from tdcache.interventions.regions import Region
 from tdcache.modules import HookedModule
-from tdcache.selection import Selection, Site, select
+from tdcache.selection import Selection, Site
 from tdcache.types import CacheKey, Selector
 
 __all__ = ["PathPatching"]
@@ -74,6 +76,8 @@ class PathPatching(Intervention):
         super().__init__(sender, **options)
         if self.steps is not None or self.calls is not None:
             raise EditError("path patching calls the model itself, and patches every call; leave steps= and calls= out")
+        for each in (receiver, freeze):
+            check_selector(each, self.match)
         self.sender = sender
         self.receiver = receiver
         self.freeze = freeze
@@ -92,10 +96,10 @@ class PathPatching(Intervention):
             state.sent.values = {
                 path: [entry_of(self.source, path, self.direction, "source=")] for path in senders.paths
             }
-        held = select(module.model, self.freeze, match=self.match)
-        receivers = select(module.model, self.receiver, match=self.match)
+        held = select_sites(module.model, self.freeze, match=self.match)
+        receivers = select_sites(module.model, self.receiver, match=self.match)
         ends = (*senders.paths, *(receivers.paths if self.receiver_direction == "fwd" else ()))
-        loose = [site for site in held if not any(f"{path}.".startswith(f"{site.path}.") for path in ends)]
+        loose = [site for site in held if not any(_is_part(path, site.path) for path in ends)]
         held = Selection(loose, selector=self.freeze, model_name=held.model_name)
         handle = self.hook_sites(module, senders)
         with handle.installing():
@@ -138,3 +142,11 @@ class PathPatching(Intervention):
                 if key != "_":
                     inner.set(key, base.get(key))
         return data
+
+
+def _is_part(path: str, whole: str) -> bool:
+    """Whether ``path`` is ``whole`` or within it; a call is within its module, and within no other call."""
+    if is_call(whole):
+        return path == whole
+    host = CallSite.parse(path).path if is_call(path) else path
+    return f"{host}.".startswith(f"{whole}.")

@@ -26,7 +26,7 @@ from tdcache.interventions.blocks import PatchBlocks, SweepState, block_of, repe
 from tdcache.interventions.edit_tap import EditTap, ReadTap
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.random_state import SharedRandomState
-from tdcache.interventions.regions import Region
+from tdcache.interventions.regions import Region, at_call
 from tdcache.interventions.replay import Recording
 from tdcache.interventions.trials import SweepOver, SweepRecipe, Trial, chunks_of, trials_at, windows_of
 from tdcache.selection import Selection, Site
@@ -98,7 +98,7 @@ class Sweep:
         if self.recording is not None:
             self.recording.reached(path)
         if self._call is not None:
-            region = self._call.region_at(path, value, self.recipe.options.region)
+            region = self._call.region_at(path, value, at_call(self.recipe.options.region, path))
             if not _same_columns(region, self._regions.setdefault(path, region)):
                 raise EditError(
                     f"positions={self.recipe.positions!r} are other columns in the source run than in the patched one "
@@ -175,7 +175,7 @@ class Sweep:
         region = self._regions.get(path, self.recipe.options.region) if self._call else self.recipe.options.region
         if region is None:
             raise EditError(f"positions={self.recipe.positions!r} are none of the columns at {path!r}")
-        return region
+        return at_call(region, path)
 
     def _record(self, base: TensorDictBase, forward: Forward) -> TensorDictBase:
         """Run once without a patch, to know what ran before what, and what it gave."""
@@ -247,7 +247,7 @@ class Sweep:
         assigned: dict[str, list[tuple[int, Region]]] = {}
         for block, trial in enumerate(chunk):
             for site in trial.sites:
-                assigned.setdefault(site, []).append((block, trial.region))
+                assigned.setdefault(site, []).append((block, at_call(trial.region, site)))
         stack = ExitStack()
         self.state.assigned, self.state.calls, self.state.blocks = assigned, {}, len(chunk)
         stack.callback(setattr, self.state, "assigned", {})

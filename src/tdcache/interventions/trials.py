@@ -107,7 +107,7 @@ def trials_at(
     positions: Sequence[Any] = [whole.positions]
     heads: Sequence[Any] = [recipe.heads]
     if "position" in over:
-        positions = _choices(positions[0], shape, recipe.position_dim, name)
+        positions = _choices(positions[0], shape, whole.position_dim, name)
     if "head" in over:
         heads = _each_head(recipe.heads)
     for at, position in enumerate(positions):

@@ -13,11 +13,12 @@ from tensordict.nn import TensorDictModuleBase, TensorDictModuleWrapper
 from torch import Tensor, nn
 
 from tdcache.errors import ContextError, StopForward, TdcacheWarning
+from tdcache.function_calls.stand_in import resolve_site
 from tdcache.hooks.attach import register_hook_to_module
 from tdcache.hooks.compiled import refuse_scripted
 from tdcache.modules.call import ModelCall, entries_of, holds_entries, init_module
 from tdcache.modules.verbs import ModuleVerbs
-from tdcache.paths import resolve, resolve_all
+from tdcache.paths import resolve
 from tdcache.types import CacheKey, HookDirection, Removable
 
 __all__ = ["HookedModule", "OwningContext"]
@@ -173,7 +174,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
         context = self._hooking_context
         if context is not None and not context._in_context:
             raise ContextError("this hooked module's context is closed; enter it again before adding hooks through it")
-        path, module = resolve_all(self.model if relative else self, key)
+        path, module = resolve_site(self.model if relative else self, key)
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             warnings.warn(
                 f"{key!r} is a {type(module).__name__}, which is never called; hook its members instead",
