@@ -19,6 +19,7 @@ from tdcache import (
     Stack,
     cache_activations,
 )
+from tdcache.caching import CachingOptions
 
 LAYERS = ["layers.0", "layers.1", "layers.2"]
 ONE_LAYER = r"layers\.\d+"
@@ -251,3 +252,10 @@ def test_a_repeated_direction_counts_once(model, x):
     with ActivationCaching("head", directions=["fwd", "fwd"]).prepare(model) as hooked:
         y = hooked(x)
     assert torch.equal(hooked.cache["head"], y)
+
+
+def test_the_options_of_cache_activations_are_those_of_the_recipe():
+    parameters = inspect.signature(ActivationCaching.__init__).parameters
+    assert set(CachingOptions.__annotations__) == set(parameters) - {"self", "key_pattern"}
+    spelled = {name: each.__forward_arg__ for name, each in CachingOptions.__annotations__.items()}
+    assert spelled == {name: parameters[name].annotation for name in spelled}

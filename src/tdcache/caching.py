@@ -7,9 +7,9 @@ context that it is bound to holds all state; entering it calls ``_hook_module``,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, TypedDict, Unpack, cast, get_args
 
 import torch
 from tensordict import TensorDictBase
@@ -30,7 +30,7 @@ from tdcache.steps import Steps
 from tdcache.tokens import Positions
 from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector
 
-__all__ = ["ActivationCaching", "cache_activations"]
+__all__ = ["ActivationCaching", "CachingOptions", "cache_activations"]
 
 
 class ActivationCaching(HookingContextFactory):
@@ -215,8 +215,37 @@ def _is_reducer_class(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, Reducer)
 
 
-@contextmanager
-def cache_activations(model: nn.Module, pattern: Selector, **options: Any) -> Iterator[TensorDictBase]:
+class CachingOptions(TypedDict, total=False):
+    """The options of :class:`ActivationCaching`, so that editors complete them on :func:`cache_activations`."""
+
+    relative: bool
+    cache: TensorDictBase | None
+    callback: Callable[..., Any] | None
+    directions: Sequence[HookDirection] | None
+    use_nested_keys: bool
+    clear_cache: bool
+    match: Match
+    pick: Pick
+    index: Index
+    hold: Hold
+    dtype: torch.dtype | str | None
+    device: torch.device | str | None
+    reducer: Reducer | type[Reducer] | None
+    batch_dims: int
+    stack_by: str | Sequence[str] | None
+    stop_early: bool
+    allow_empty: bool
+    prepend: bool
+    check: Check
+    positions: Positions
+    mask_key: Any
+    position_dim: int
+    steps: Steps
+
+
+def cache_activations(
+    model: nn.Module, pattern: Selector, **options: Unpack[CachingOptions]
+) -> AbstractContextManager[TensorDictBase]:
     """Cache what a block runs, in one line; inside it the model is called as usual.
 
     Args:
@@ -224,8 +253,12 @@ def cache_activations(model: nn.Module, pattern: Selector, **options: Any) -> It
         pattern: which modules; see :class:`ActivationCaching`, which also has the ``options``.
         **options: keyword arguments of :class:`ActivationCaching`.
 
-    Yields:
-        The cache itself, current after each forward and backward (after the block with a gathering ``reducer``).
+    Returns:
+        What ``with`` enters; it gives the cache itself, current after each forward and backward (after the block with
+        a gathering ``reducer``).
+
+    Raises:
+        TypeError: a misspelt option, at the call.
 
     Example:
         >>> import torch
@@ -235,5 +268,11 @@ def cache_activations(model: nn.Module, pattern: Selector, **options: Any) -> It
         >>> cache["0"].shape
         torch.Size([5, 3])
     """
-    with ActivationCaching(pattern, **options).prepare(model) as hooked:
+    return _cache_of(cast(HookingContextWithCache, ActivationCaching(pattern, **options).prepare(model)))
+
+
+@contextmanager
+def _cache_of(context: HookingContextWithCache) -> Iterator[TensorDictBase]:
+    with context as hooked:
         yield hooked.cache
+    context.report_empty()

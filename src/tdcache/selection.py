@@ -14,6 +14,7 @@ from torch import nn
 
 from tdcache.errors import SelectionError, listed
 from tdcache.paths import near_misses
+from tdcache.tables import html_table, shorten, text_table
 from tdcache.types import Match, Selector
 
 __all__ = [
@@ -174,9 +175,13 @@ def as_matcher(selector: Selector, match: Match = "full") -> Matcher:
         return AnyOf(tuple(as_matcher(member, match) for member in selector))
     if callable(selector) and not isinstance(selector, type | nn.Module):
         return Where(selector)
+    if isinstance(selector, nn.Module):
+        got = f"the module {type(selector).__name__} itself; the model comes first, then the pattern"
+    else:
+        got = f"{shorten(repr(selector), 120)} ({type(selector).__name__})"
     raise SelectionError(
         "a selector is a regex string, a compiled pattern, a module class, a predicate (path, module) -> bool, "
-        f"or a sequence of these; got {selector!r} ({type(selector).__name__})",
+        f"or a sequence of these; got {got}",
         selector=selector,
     )
 
@@ -251,11 +256,22 @@ class Selection(Sequence[Site]):
         return iter(self._sites)
 
     def __repr__(self) -> str:
+        head, rows = self._cells()
+        return "\n".join([self._title, *text_table(head, rows, right=_RIGHT)])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title, *self._cells(), right=_RIGHT)
+
+    @property
+    def _title(self) -> str:
+        return f"{len(self)} sites of {self.model_name} selected by {self.selector!r}"
+
+    def _cells(self) -> tuple[Sequence[str], list[Sequence[str]]]:
         columns = 4 if any(site.groups for site in self._sites) else 3
-        head = ("path", "class", "parameters", "groups")[:columns]
-        rows = [_row(site)[:columns] for site in self._sites]
-        title = f"{len(rows)} sites of {self.model_name} selected by {self.selector!r}"
-        return "\n".join([title, *_table(head, rows)])
+        return _HEAD[:columns], [_row(site)[:columns] for site in self._sites]
+
+
+_HEAD, _RIGHT = ("path", "class", "parameters", "groups"), ("parameters",)
 
 
 def _row(site: Site) -> tuple[str, ...]:
@@ -268,18 +284,6 @@ def _parameter_count(module: nn.Module) -> int:
 
 def _spell(groups: Mapping[str, str | None]) -> str:
     return ", ".join(f"{name}={value}" for name, value in groups.items() if value is not None)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    right = head.index("parameters")
-    return [
-        "  ".join(
-            cell.rjust(width) if at == right else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (head, *rows)
-    ]
 
 
 def select(model: nn.Module, selector: Selector, *, match: Match = "full", allow_empty: bool = False) -> Selection:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tdcache.arguments import CACHE_NAMES, Cached, cached_in, forward_names, named_arguments, tokens_fed
 from tdcache.errors import ContextError, SelectionError, listed
 from tdcache.introspect import in_backward
+from tdcache.tables import html_table
 
 __all__ = ["Clock", "Step", "Steps", "check_steps"]
 
@@ -38,6 +39,10 @@ class Step(NamedTuple):
     def is_prefill(self) -> bool:
         """Whether it reads a prompt, or a chunk of one; so does every forward of a model that does not generate."""
         return self.decoded == 0
+
+    def _repr_html_(self) -> str:
+        phase = "prefill" if self.is_prefill else "decode"
+        return html_table(f"Step ({phase})", self._fields, [[str(value) for value in self]], right=self._fields)
 
 
 Steps = Literal["prefill", "decode"] | Callable[[Step], bool] | None

@@ -9,7 +9,7 @@ from architecture.source_tree import PACKAGE, Source, imports_of, package_source
 
 FLOORS = (
     ("errors", "types"),
-    ("arguments", "inplace", "masks", "paths", "regions", "selection", "tokens"),
+    ("arguments", "inplace", "masks", "options", "paths", "regions", "selection", "tables", "tokens"),
     ("current_call", "function_calls", "hooks", "introspect", "sequences", "steps", "transforms"),
     ("reducers", "cache", "store"),
     ("modules", "contexts", "points"),
@@ -22,7 +22,9 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Who may import a neighbour on the same floor. Floor 5 has no entry: no method family imports another.
 NEIGHBOURS = {
     ("types", "errors"),
+    ("options", "paths"),
     ("selection", "paths"),
+    ("selection", "tables"),
     ("hooks", "introspect"),
     ("steps", "introspect"),
     ("function_calls", "hooks"),

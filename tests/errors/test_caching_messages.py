@@ -8,7 +8,16 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from tdcache import ActivationCaching, CompositeHookingContextFactory, HookedModule, HookingContextFactory
+from tdcache import (
+    ActivationCaching,
+    CaptureError,
+    CompositeHookingContextFactory,
+    ContextError,
+    HookedModule,
+    HookingContextFactory,
+    UnfiredSiteWarning,
+    cache_activations,
+)
 
 X = torch.ones(1, 2)
 
@@ -379,3 +388,64 @@ def test_a_warning_says(odd, text):
 def test_an_option_of_the_wrong_kind_is_refused_at_once(make, text):
     with pytest.raises(ValueError, match=text):
         make()
+
+
+def test_the_cache_of_a_context_that_was_never_entered_warns_once():
+    model = linears()
+    context = ActivationCaching("0").prepare(model)
+    with pytest.warns(UnfiredSiteWarning, match=r"was never entered, so its cache is empty; write `with context as"):
+        assert context.cache.is_empty()
+    assert context.cache.is_empty()
+
+
+def test_the_cache_of_a_block_without_a_forward_warns_when_it_is_read():
+    context = ActivationCaching("0").prepare(linears())
+    with context as hooked:
+        assert hooked.cache.is_empty()
+    with pytest.warns(UnfiredSiteWarning, match="no forward of the model was completed while this context was open"):
+        hooked.cache  # noqa: B018
+    with context as hooked:
+        hooked(X)
+    assert list(hooked.cache.keys()) == ["0"]
+
+
+def test_a_block_that_raised_says_nothing_of_its_empty_cache():
+    context = ActivationCaching("0").prepare(linears())
+    with pytest.raises(KeyError), context:
+        raise KeyError
+    assert context.cache.is_empty()
+
+
+def test_a_given_cache_may_be_empty():
+    cache = TensorDict()
+    assert ActivationCaching("0", cache=cache).prepare(linears()).cache is cache
+
+
+@pytest.mark.parametrize("index", [(slice(None), 9), (0, 0, 0)])
+def test_an_index_that_does_not_fit_names_the_site_and_its_shape(index):
+    with pytest.raises(CaptureError) as raised:
+        run(linears(), index=index)
+    said = f"index={index!r} does not fit the value at '0', of shape (1, 2): "
+    assert str(raised.value).startswith(said)
+    assert raised.value.paths == ("0",)
+
+
+def test_a_device_that_torch_does_not_know_is_refused_before_anything_runs():
+    with pytest.raises(ValueError, match=r"device= is a torch.device or the name of one, such as 'cuda:0', got 'gpu'$"):
+        ActivationCaching("0", device="gpu")
+
+
+def test_a_context_that_is_called_says_how_it_is_entered():
+    with pytest.raises(ContextError, match=r"a context is entered, not called: `with context as hooked: hooked\("):
+        ActivationCaching("0").prepare(linears())(X)
+
+
+@pytest.mark.parametrize("make", [ActivationCaching, lambda p, **k: cache_activations(linears(), p, **k)])
+def test_a_misspelt_option_is_refused_at_the_call(make):
+    with pytest.raises(TypeError, match=r"\(\) has no argument 'direction'; did you mean 'directions'\?"):
+        make("0", direction=["fwd"])
+
+
+def test_a_block_of_cache_activations_without_a_forward_warns():
+    with pytest.warns(UnfiredSiteWarning, match="no forward of the model"), cache_activations(linears(), "0"):
+        pass

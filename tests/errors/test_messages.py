@@ -82,7 +82,7 @@ MESSAGES = {
     "a class that is no module's": (lambda: select(MODEL, int), "got <class 'int'> (type)"),
     "a module instead of its path": (
         lambda: select(MODEL, MODEL.encoder),
-        "got Linear(in_features=2, out_features=2, bias=True) (Linear)",
+        "got the module Linear itself; the model comes first, then the pattern",
     ),
     "bytes": (lambda: select(MODEL, b"encoder"), "got b'encoder' (bytes)"),
     "no way to match": (

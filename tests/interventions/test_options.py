@@ -47,7 +47,7 @@ def test_every_option_is_an_attribute_and_in_the_repr(name):
 def test_a_misspelt_option_is_refused_with_the_one_that_is_near(name):
     with pytest.raises(TypeError, match=r"\w+\(\) has no argument 'positons'; did you mean 'positions'\?"):
         MAKERS[name](positons=1)
-    with pytest.raises(TypeError, match=r"has no argument 'zzzzzzzzzz'; options are positions, units, heads"):
+    with pytest.raises(TypeError, match=r"has no argument 'zzzzzzzzzz'; options are .*units, .*heads"):
         MAKERS[name](zzzzzzzzzz=1)
 
 

@@ -324,7 +324,13 @@ class Channel:
             return self.keep(unwrapped(value), self.transfers), False
         if isinstance(value, TensorDictBase):
             return value.apply(lambda leaf: self._keep_leaf(leaf, path)), False
-        kept = self.keep(value, self.transfers)
+        try:
+            kept = self.keep(value, self.transfers)
+        except IndexError as error:
+            raise CaptureError(
+                f"index={self.keep.index!r} does not fit the value at {path!r}, of shape {tuple(value.shape)}: {error}",
+                paths=(path,),
+            ) from error
         return kept, not value.is_inference() and shares_memory(kept, value)
 
     def _keep_leaf(self, leaf: Tensor, path: str) -> Tensor:

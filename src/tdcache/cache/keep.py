@@ -51,7 +51,13 @@ class Keep:
         if given is not None and not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype= is a torch.dtype or the name of one, such as 'float16', got {given!r}")
         object.__setattr__(self, "dtype", dtype)
-        object.__setattr__(self, "device", None if self.device is None else torch.device(self.device))
+        try:
+            device = None if self.device is None else torch.device(self.device)
+        except RuntimeError as error:  # torch lists twenty kinds of devices
+            raise ValueError(
+                f"device= is a torch.device or the name of one, such as 'cuda:0', got {self.device!r}"
+            ) from error
+        object.__setattr__(self, "device", device)
 
     @property
     def plain(self) -> bool:

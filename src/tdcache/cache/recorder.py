@@ -314,6 +314,11 @@ class Recorder(Transient):
         self.calls.clear()
         self._root = None
 
+    @property
+    def saw_nothing(self) -> bool:
+        """Whether no forward was completed and no site fired, so that there is nothing to report about any site."""
+        return not (self.forwards or self.left_out or any(channel.fired for channel in self.channels))
+
     def report_unfired(self, model: nn.Module) -> None:
         """Warn of the selected sites that saw nothing, by name, if a forward was completed."""
         for channel in self.channels:

@@ -12,12 +12,21 @@ from tdcache.cache.recorder import Recorder
 from tdcache.cache.target import Written, first_clash
 from tdcache.contexts.context import HookingContext
 from tdcache.contexts.opened import open_contexts
-from tdcache.errors import CacheWriteError, ContextError, StopForward
+from tdcache.errors import CacheWriteError, ContextError, StopForward, UnfiredSiteWarning, warn_user
 from tdcache.hooks.attach import MultiHookHandle
 from tdcache.modules.call import holds_entries
 from tdcache.modules.hooked import HookedModule
 
 __all__ = ["HookingContextWithCache"]
+
+_NEVER_ENTERED = (
+    "this context was never entered, so its cache is empty; write `with context as hooked:` and call the model inside "
+    "the block"
+)
+_NO_FORWARD = (
+    "no forward of the model was completed while this context was open, so its cache is empty; call the hooked module, "
+    "or the model itself, inside the block"
+)
 
 
 class HookingContextWithCache(HookingContext):
@@ -42,6 +51,8 @@ class HookingContextWithCache(HookingContext):
         self._batch_size = self._cache.batch_size
         self._clear_cache = self._forgets = clear_cache
         self._was_left = False
+        self._empty_because = _NEVER_ENTERED if cache is None else ""
+        """What reading the cache warns of, once, while the context is closed."""
         self._carried: list[Carried] = []
         """Where the cache is not cleared: what the reducers hold between two entries."""
         self.recorder: Recorder | None = None
@@ -56,7 +67,15 @@ class HookingContextWithCache(HookingContext):
         """
         if self.recorder is not None:
             self.recorder.refresh()
+        elif self._empty_because and not self._in_context:
+            self.report_empty()
         return self._cache
+
+    def report_empty(self) -> None:
+        """Warn, once, if the cache is empty because the context was never entered, or because no forward ran in it."""
+        if self._empty_because:
+            why, self._empty_because = self._empty_because, ""
+            warn_user(why, UnfiredSiteWarning)
 
     @property
     def _fits_graph(self) -> bool:
@@ -184,12 +203,15 @@ class HookingContextWithCache(HookingContext):
     def _finish(self, error: BaseException | None) -> None:
         self._was_left = True
         recorder, self.recorder = self.recorder, None
+        self._empty_because = ""
         if recorder is None:
             return
         try:
             recorder.refresh()
             if error is None:
                 recorder.report_unfired(self.model)
+                if self.has_own_cache and recorder.saw_nothing and self._cache.is_empty():
+                    self._empty_because = _NO_FORWARD
             recorder.settle(self.model)
             if not self._forgets:
                 self._carried = [channel.carry() for channel in recorder.channels]

@@ -41,6 +41,11 @@ class CompositeHookingContext(HookingContextWithCache):
                 child.recorder.refresh()
         return self._cache
 
+    @property
+    def selected_sites(self) -> dict[str, str]:
+        """The paths that the children selected when they were last entered, with the classes of their modules."""
+        return {path: kind for child in self.children for path, kind in child.selected_sites.items()}
+
     def clear(self) -> None:
         """Empty the cache of every child, and forget what their reducers hold."""
         for child in self._caching_children():

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import get_ident
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -24,6 +24,7 @@ from tdcache.introspect import may_be_compiled
 from tdcache.modules.call import ModelCall, holds_entries
 from tdcache.modules.hooked import HookedModule
 from tdcache.selection import Matcher, Selection, as_matcher, depends_on_names_only, select_matching, walk
+from tdcache.tables import html_note, html_table
 from tdcache.types import CacheKey, Match, Selector
 
 __all__ = ["HookingContext", "Recipe"]
@@ -106,6 +107,8 @@ class HookingContext:
         self._paused = False
         self._managed = True
         self._remembered: dict[Hashable, _Remembered] = {}
+        self._selected: list[Selection] = []
+        """What the last entry selected, to be shown."""
         self._hooked_module: HookedModule | None = None
         self._handle = MultiHookHandle()
         self._undo: ExitStack | None = None
@@ -119,8 +122,27 @@ class HookingContext:
         state = "open" if self._in_context else "closed"
         return f"<{state} {type(self).__name__} of {self.factory!r} on {type(self.model).__name__}>"
 
+    def _repr_html_(self) -> str:
+        if not self.selected_sites:
+            return html_note(f"{self!r}; its sites are selected when it is entered")
+        rows = [(path or "(root)", kind) for path, kind in self.selected_sites.items()]
+        return html_table(f"{self!r}: {len(rows)} sites", ("path", "class"), rows)
+
+    @property
+    def selected_sites(self) -> dict[str, str]:
+        """The paths that were selected when the context was last entered, with the classes of their modules."""
+        return {site.path: type(site.module).__name__ for selection in self._selected for site in selection}
+
     def __enter__(self) -> HookedModule:
         return self._enter()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the hooked module is what is called.
+
+        Raises:
+            ContextError: always.
+        """
+        raise ContextError("a context is entered, not called: `with context as hooked: hooked(...)`")
 
     def open(self) -> HookedModule:
         """Enter without a ``with`` block; the hooked module's ``restore()`` leaves."""
@@ -135,6 +157,7 @@ class HookingContext:
                 "prepare a second one for nesting"
             )
         self._undo = undo = ExitStack()
+        self._selected = []
         try:
             self._wrapped = working = self._enter_inner(undo)
             extra = working.relative_path if isinstance(working, HookedModule) else self._extra_relative_path
@@ -283,16 +306,20 @@ class HookingContext:
         """
         root = self.model if root is None else root
         if split_selector(selector)[1]:
-            find = partial(self.select, root=root)
-            return select_sites(root, selector, match=match, allow_empty=allow_empty, find=find)
+            find, shown = partial(self.select, root=root), len(self._selected)
+            found = select_sites(root, selector, match=match, allow_empty=allow_empty, find=find)
+            self._selected[shown:] = [found]  # the calls, and not the modules that make them
+            return found
         tree = walk(root)
         key = (selector, match, id(root)) if isinstance(selector, Hashable) else None
         remembered = self._remembered.get(key)
         if remembered is not None and remembered.tree == tree:
+            self._selected.append(remembered.selection)
             return remembered.selection
         matcher = as_matcher(selector, match) if matcher is None else matcher
         selection = select_matching(root, matcher, selector, match=match, allow_empty=allow_empty, tree=tree)
         refuse_scripted(root, selection)
+        self._selected.append(selection)
         if key is not None and depends_on_names_only(matcher):
             self._remembered[key] = _Remembered(tree, selection)
         return selection

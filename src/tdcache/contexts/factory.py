@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar, Literal, Self, cast, overload
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -13,6 +13,7 @@ from tdcache.contexts.context import HookingContext
 from tdcache.errors import ContextError
 from tdcache.hooks.attach import MultiHookHandle
 from tdcache.modules.hooked import HookedModule
+from tdcache.options import InitSignature, option_names, refuse_unknown
 from tdcache.paths import join
 from tdcache.types import CacheKey
 
@@ -46,6 +47,15 @@ class HookingContextFactory:
 
     _overrides_run: ClassVar[bool] = False
     _overrides_spawn: ClassVar[bool] = False
+
+    __signature__: ClassVar[Any] = InitSignature()
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuse misspelt options by name, before any constructor runs."""
+        known = option_names(cast(Any, cls)) if options else None
+        if known is not None:
+            refuse_unknown(cls.__name__, options, known)
+        return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -78,7 +78,7 @@ class Intervention(HookingContextFactory):
     """Whether ``heads=`` may be an int."""
     _finds_calls: bool = False
     """Whether calls inside forwards are found as they are made; where not, their names must be spelled out."""
-    __signature__: ClassVar[inspect.Signature]
+    __signature__: ClassVar[Any]
 
     options: EditOptions
     positions: Along

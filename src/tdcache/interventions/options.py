@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_args
 
-import regex
 from torch import Tensor
 
 from tdcache.errors import DirectionError, EditError
 from tdcache.hooks import direction_row
 from tdcache.interventions.regions import Along, Heads, Region
-from tdcache.paths import near_misses
+from tdcache.options import refuse_unknown
 from tdcache.steps import Steps, check_steps
 from tdcache.types import CacheKey, Match, Pick
 
@@ -124,11 +123,7 @@ class EditOptions:
         Raises:
             TypeError: one of them is no option; the message names what is near.
         """
-        for name in given:
-            if name not in OPTION_NAMES:
-                near = near_misses(regex.escape(name), OPTION_NAMES)
-                hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(OPTION_NAMES)}"
-                raise TypeError(f"{owner}() has no argument {name!r}; {hint}")
+        refuse_unknown(owner, given, OPTION_NAMES)
         return cls(**given)
 
     @property

@@ -19,6 +19,7 @@ from tdcache.hooks.compiled import refuse_scripted
 from tdcache.modules.call import ModelCall, entries_of, holds_entries, init_module
 from tdcache.modules.verbs import ModuleVerbs
 from tdcache.paths import resolve
+from tdcache.tables import html_note
 from tdcache.types import CacheKey, HookDirection, Removable
 
 __all__ = ["HookedModule", "OwningContext"]
@@ -210,3 +211,9 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
     def __repr__(self) -> str:
         fields = f"td_module={self.td_module},\nin_keys={self.in_keys},\nout_keys={self.out_keys}"
         return f"{type(self).__name__}(\n{indent(fields, 4 * ' ')})"
+
+    def _repr_html_(self) -> str:
+        of = type(self.model).__name__
+        keys = html_note(f"{type(self).__name__} of {of}: reads {self.in_keys}, writes {self.out_keys}")
+        context = self._hooking_context
+        return keys if context is None else keys + context._repr_html_()

@@ -13,6 +13,7 @@ from tdcache.hooks.gradient_hooks import GradInputHook, GradOutputHook
 from tdcache.introspect import HookEntry, global_hooks, module_hooks
 from tdcache.points.hook_point import PointHook, hook_name
 from tdcache.selection import walk
+from tdcache.tables import html_note, html_table, text_table
 
 __all__ = ["HookReport", "HookRow", "list_hooks"]
 
@@ -71,24 +72,24 @@ class HookReport(Sequence[HookRow]):
         return HookReport([row for row in self if row.owner == FOREIGN], self.model_name)
 
     def __repr__(self) -> str:
-        if not self:
-            return f"no hooks on {self.model_name}"
-        head = ("path", "kind", "#", "owner", "hook", "")
-        rows = [
-            (
-                row.path or "(root)",
-                row.kind,
-                str(row.position),
-                row.owner,
-                row.name,
-                "permanent" if row.permanent else "",
-            )
-            for row in self
+        return "\n".join([self._title, *text_table(_HEAD, self._cells())]) if self else self._title
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title, _HEAD, self._cells()) if self else html_note(self._title)
+
+    @property
+    def _title(self) -> str:
+        count = {0: "no hooks", 1: "1 hook"}.get(len(self), f"{len(self)} hooks")
+        return f"{count} on {self.model_name}"
+
+    def _cells(self) -> list[Sequence[str]]:
+        return [
+            (r.path or "(root)", r.kind, str(r.position), r.owner, r.name, "permanent" if r.permanent else "")
+            for r in self
         ]
-        widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)]
-        count = "1 hook" if len(self) == 1 else f"{len(self)} hooks"
-        return "\n".join([f"{count} on {self.model_name}", *lines])
+
+
+_HEAD = ("path", "kind", "#", "owner", "hook", "")
 
 
 def list_hooks(model: nn.Module) -> HookReport:

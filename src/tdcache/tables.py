@@ -1,0 +1,58 @@
+"""Tables for a terminal and for a notebook, of what the library prints: selections, contexts, hook points.
+
+One file, so that what is printed looks the same everywhere, and so that no name of a user's reaches a notebook as HTML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from html import escape
+
+__all__ = ["html_note", "html_table", "shorten", "text_table"]
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[str] = ()) -> list[str]:
+    r"""One line for the heads and each row, columns as wide as their widest cell.
+
+    Args:
+        head: the names of the columns.
+        rows: cells, as many as there are names.
+        right: the names of the columns that are set to the right.
+
+    >>> print(*text_table(("path", "n"), [("a.b", "1"), ("c", "10")], right=("n",)), sep="\n")
+    path   n
+    a.b    1
+    c     10
+    """
+    widths = [max(len(row[at]) for row in (head, *rows)) for at in range(len(head))]
+    pad = [str.rjust if name in right else str.ljust for name in head]
+    return [
+        "  ".join(to(cell, width) for to, cell, width in zip(pad, row, widths, strict=True)).rstrip()
+        for row in (head, *rows)
+    ]
+
+
+def html_table(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[str] = (), limit: int = 60
+) -> str:
+    """The same as HTML for a notebook; every cell is escaped, and rows past ``limit`` are counted instead of shown."""
+    styles = [f"text-align:{'right' if name in right else 'left'}" for name in head]
+    lines = [_row("th", head, styles), *(_row("td", row, styles) for row in rows[:limit])]
+    if len(rows) > limit:
+        lines.append(f'<tr><td colspan="{len(head)}">and {len(rows) - limit} more</td></tr>')
+    return f"<div>{html_note(title)}<table>{''.join(lines)}</table></div>"
+
+
+def html_note(text: str) -> str:
+    """A paragraph of plain text."""
+    return f"<p>{escape(text)}</p>"
+
+
+def _row(tag: str, cells: Sequence[str], styles: Sequence[str]) -> str:
+    inner = "".join(f'<{tag} style="{style}">{escape(cell)}</{tag}>' for cell, style in zip(cells, styles, strict=True))
+    return f"<tr>{inner}</tr>"
+
+
+def shorten(text: str, limit: int) -> str:
+    """At most ``limit`` characters, so that the repr of what a user passed does not fill a message."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
