@@ -8,7 +8,7 @@ from call_twins import data, inputs, pair, twin_name, twin_selector
 from model_state import state_of
 from tdcache import Ablation, ActivationCaching, Splice
 from tdcache.attribution import GradientXActivation
-from tdcache.errors import SelectionError
+from tdcache.errors import SelectionError, UnfiredSiteWarning
 from tdcache.pipeline import AttachedPipeline, FwdBwdHooks, Hooks, attach
 
 SITES = [r"layers\.\d::gelu", r"layers\.\d\.attn::pattern", r"layers\.\d::add\.1", r"layers\.0\.attn::(q|k)"]
@@ -142,3 +142,24 @@ def test_a_call_of_the_root_is_spliced():
     assert torch.equal(y, basis.decode(basis.encode(hidden)) * 2)
     assert torch.equal(hooked.cache["relu/sae.latents"], basis.encode(hidden))
     assert list(dict(model.named_modules())) == ["", "lin"]
+
+
+def test_a_pipeline_at_a_call_that_is_not_made_is_reported_with_what_is_called():
+    model, _ = pair()
+    context = attach(model, r"layers\.0::gelo", lambda x: x)
+    said = r"'layers.0::gelo' means a call that its module did not make: layers.0 calls 'gelu'"
+    with pytest.warns(UnfiredSiteWarning, match=said), context:
+        model(inputs())
+
+
+def test_a_pipeline_that_did_not_run_reports_nothing():
+    model, _ = pair()
+    with attach(model, r"layers\.0::gelo", lambda x: x):
+        pass
+
+
+def test_an_exception_is_not_followed_by_a_report():
+    model, _ = pair()
+    context = attach(model, r"layers\.0::(gelo|gelu)", lambda x: x / 0 if isinstance(x, int) else 1 // 0)
+    with pytest.raises(ZeroDivisionError), context:
+        model(inputs())

@@ -27,7 +27,7 @@ from tdcache.hooks.values import leaves
 from tdcache.selection import Site
 from tdcache.types import HookDirection, Match, Pick
 
-__all__ = ["CallPlace", "CallTaps", "MakeTap", "call_places", "port_of", "refuse_direction"]
+__all__ = ["CallPlace", "CallTaps", "MakeTap", "call_places", "port_of", "refuse_direction", "what_is_called"]
 
 
 class _AnyTap(Protocol):
@@ -183,9 +183,10 @@ class CallTaps:
             if place.selector not in self._fired:
                 silent.setdefault(place.selector, []).append(place)
         for selector, places in silent.items():
-            made = ((place.site.path, _called_in(place.site.module)) for place in places)
-            said = [f"{path or '(root)'} calls {listed(_nearest(selector, names), 8)}" for path, names in made if names]
-            known = "; ".join(said[:3]) or "select(model, pattern, inputs) shows what they call"
+            made = (what_is_called(selector, place.site.path, place.site.module) for place in places)
+            known = (
+                "; ".join([said for said in made if said][:3]) or "select(model, pattern, inputs) shows what they call"
+            )
             yield f"{selector!r} means a call that none of its {len(places)} modules made: {known}"
 
     def mute(self) -> None:
@@ -254,6 +255,12 @@ class _AtPlace:
             return hook(module, args, kwargs, output)
         # All arguments as positional ones: what is handed on is looked for among them.
         return hook(module, (*args, *kwargs.values()), output)
+
+
+def what_is_called(selector: str, path: str, module: nn.Module) -> str:
+    """What the forward of a module was seen to call, nearest to ``selector`` first; nothing if it did not run."""
+    names = _called_in(module)
+    return f"{path or '(root)'} calls {listed(_nearest(selector, names), 8)}" if names else ""
 
 
 def _called_in(module: nn.Module) -> list[str]:

@@ -6,6 +6,7 @@ for ``"path::function"`` is a :class:`CallModule`: no module of the model, but h
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,10 +14,11 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
-from tdcache.errors import ContextError, DirectionError, SelectionError
+from tdcache.errors import ContextError, DirectionError, SelectionError, UnfiredSiteWarning, warn_user
 from tdcache.function_calls.attach import OneCall, attach_rules, refuse_recomputed, set_output
 from tdcache.function_calls.handlers import Call, CallRule
 from tdcache.function_calls.overlay import parameters_of
+from tdcache.function_calls.places import what_is_called
 from tdcache.function_calls.roles import AttentionHook
 from tdcache.function_calls.sites import CallPattern, CallSite, FindModules, is_call, split_selector
 from tdcache.hooks.attach import Order
@@ -43,6 +45,8 @@ class CallModule(OnDemandPlace):
         self.site = site
         self._host = ref(host)
         self._root: Callable[[], nn.Module | None] = ref(host)
+        self.fired = False
+        """Whether the call was made since the place was installed."""
 
     @classmethod
     def of(cls, root: nn.Module, host: nn.Module, site: CallSite) -> CallModule:
@@ -90,15 +94,34 @@ class CallModule(OnDemandPlace):
             rule = AttentionHook(self.site, self.offer, "watch", Order.EDIT_GRADIENT)
         else:
             rule = _SteadyCall(self.site, _Around(self))
-        return attach_rules(root, [(host, rule)], fenced=False)
+        self.fired = False
+        return _Reporting(self, host, attach_rules(root, [(host, rule)], fenced=False))
 
     def offer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) -> Tensor | None:
         """Show a value of an attention call to the hooks; gives what they put in its place, or None."""
+        self.fired = True
         instead = self.__dict__.get("forward")
         self.run_before((), {})
         given = value if instead is None else instead(value)
         new: Tensor = self.run_after(_positional(args, kwargs), kwargs, given)
         return None if new is value else new
+
+
+class _Reporting:
+    """Takes a place out again, and says so if its call was never made although the module ran."""
+
+    def __init__(self, place: CallModule, host: nn.Module, installed: Removable) -> None:
+        self.place = place
+        self.host = host
+        self.installed = installed
+
+    def remove(self) -> None:
+        """Take the place out; where an exception is under way it is the one that the user is to see."""
+        site = self.place.site
+        said = "" if self.place.fired else what_is_called(str(site), site.path, self.host)
+        self.installed.remove()
+        if said and sys.exc_info()[0] is None:
+            warn_user(f"{str(site)!r} means a call that its module did not make: {said}", UnfiredSiteWarning)
 
 
 class _SteadyCall(OneCall):
@@ -122,6 +145,7 @@ class _Around:
 
     def before(self, call: Call) -> None:
         """Show the arguments to the pre-hooks; they may replace them, and a ``forward`` of the place the function."""
+        self.place.fired = True
         args, kwargs = self.place.run_before(call.args, call.kwargs)
         if args is not call.args or kwargs is not call.kwargs:
             refuse_recomputed(call)
