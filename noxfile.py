@@ -76,6 +76,14 @@ def fuzz(session):
 
 
 @nox.session
+def matrix(session):
+    """Every module of twenty families of models under every method, against hooks written by hand."""
+    install_group(session, "tests", "-e", ".[examples]")
+    env = {**OFFLINE, "TDCACHE_MATRIX": "all"}
+    session.run("python", "-m", "pytest", "tests/models/test_matrix.py", *session.posargs, env=env)
+
+
+@nox.session
 def kills(session):
     """Kill a thousand processes that write stores, copies and states, and hold what is left against one whole run."""
     install(session, "-e", ".")

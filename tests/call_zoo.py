@@ -36,7 +36,7 @@ def run(model, inputs, **options):
 def built(name, kind):
     """A model with that attention, or, where the family has none of the kind, None."""
     try:
-        return families.build(name, kind)
+        return families.build(name, attn_implementation=kind)
     except ValueError as error:
         if "attention implementation" in str(error) or "does not support" in str(error):
             return None

@@ -1,149 +1,120 @@
-"""Tiny models of the families of ``transformers``: one configuration each, shrunk by the names of its settings.
+"""Tiny random models of many families of transformers: ``build("gpt2")``, and an input for each.
 
-A family is a model type of ``AutoConfig``. Most settings go by a few names (``hidden_size``, ``d_model``,
-``n_embd``), so that a table of names shrinks most families; what a family needs beside that is in ``SETTINGS``. Of a
-family that does not become small, ``build`` says so.
+A family's configuration is its class's default with every size that it has shrunk by one table, and a few settings of
+its own where these do not fit each other.
 """
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
 
 import torch
 import transformers
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from torch import nn
 
-MOST_PARAMETERS = 5_000_000
-WIDTH, HEADS, VOCABULARY = 32, 4, 60
+logging.getLogger("transformers").setLevel(logging.CRITICAL)
 
-# A size, and the names of the settings that get it.
-_SMALL = {
-    WIDTH: "hidden_size d_model n_embd dim embed_dim embedding_size word_embed_proj_dim d_embed projection_dim "
-    "attention_hidden_size encoder_hidden_size decoder_hidden_size cross_attention_hidden_size embedding_dim "
-    "hidden_dim_vision encoder_dim decoder_dim lru_width rotary_emb_base_dim conv_dim_out",
-    48: "intermediate_size d_ff ffn_dim d_inner encoder_ffn_dim decoder_ffn_dim hidden_dim encoder_intermediate_size "
-    "decoder_intermediate_size ffn_hidden_size shared_expert_intermediate_size expert_ffn_hidden_size "
-    "dense_intermediate_size mlp_dim intermediate_size_mlp",
-    16: "moe_intermediate_size kv_lora_rank q_lora_rank expert_dim num_mel_bins max_source_positions feat_extract_dim "
-    "mamba_d_head mamba_d_state state_size ssm_state_size n_channels time_step_rank num_buckets",
-    HEADS: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads nhead "
-    "num_decoder_attention_heads num_encoder_attention_heads decoder_num_attention_heads num_global_attention_heads "
-    "encoder_num_attention_heads num_experts num_local_experts n_routed_experts moe_num_experts num_key_value_heads "
-    "num_attention_heads_per_layer mamba_n_heads mamba_num_heads",
-    8: "head_dim d_kv qk_nope_head_dim qk_rope_head_dim v_head_dim attention_head_dim kv_channels attention_head_size "
-    "global_head_dim relative_attention_num_buckets",
-    2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
-    "num_encoder_layers encoder_num_hidden_layers decoder_num_hidden_layers num_block num_experts_per_tok "
-    "moe_top_k num_experts_per_token n_groups mamba_n_groups depth num_hidden_groups num_blocks",
-    1: "n_shared_experts n_group topk_group first_k_dense_replace moe_num_shared_experts",
-    64: "max_position_embeddings n_positions max_target_positions n_ctx max_seq_len max_sequence_length",
-    VOCABULARY: "vocab_size src_vocab_size tgt_vocab_size decoder_vocab_size text_vocab_size",
-    0: "pad_token_id",
+WIDTH, HEADS, LAYERS, HIDDEN, VOCABULARY = 32, 4, 2, 48, 60
+
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "model_dim", "emb_dim"), WIDTH),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers"), LAYERS),
+    **dict.fromkeys(("decoder_layers", "num_decoder_layers", "num_encoder_layers"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"), HEADS),
+    **dict.fromkeys(("decoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads"), HEADS),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num"), 2),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim"), HIDDEN),
+    **dict.fromkeys(("ffn_hidden_size", "d_inner", "moe_intermediate_size", "shared_expert_intermediate_size"), HIDDEN),
+    **dict.fromkeys(("head_dim", "attention_head_size", "d_kv", "attention_head_dim", "kv_channels", "d_head"), 8),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"), 64),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "experts_per_token", "moe_top_k"), 2),
+    **dict.fromkeys(("embedding_size", "word_embed_proj_dim"), WIDTH),
+    **dict.fromkeys(("mamba_d_state", "state_size", "mamba_n_heads", "n_shared_experts"), 4),
+    **dict.fromkeys(("pad_token_id", "pad_idx"), 0),
+    **dict.fromkeys(("bos_token_id", "decoder_start_token_id", "cls_token_id"), 1),
+    **dict.fromkeys(("eos_token_id", "sep_token_id", "mask_token_id"), 2),
+    **dict.fromkeys(("qk_nope_head_dim", "v_head_dim", "qk_rope_head_dim", "qk_head_dim", "rotary_dim"), 8),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "q_lora_dim"), 16),
+    "vocab_size": VOCABULARY,
+    "type_vocab_size": 2,
+    "image_size": 16,
+    "patch_size": 4,
+    "num_mel_bins": 8,
+    "max_source_positions": 12,
+    "max_target_positions": 20,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "sliding_window": None,
+    "tubelet_size": 2,
+    "num_frames": 4,
+    "conv_dim": (16, 16, 16),
+    "conv_kernel": (8, 3, 3),
+    "conv_stride": (4, 2, 2),
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "num_feat_extract_layers": 3,
 }
-SMALL = {name: size for size, names in _SMALL.items() for name in names.split()}
-TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "sep_token_id": 2, "cls_token_id": 1}
-IMAGE, PATCH = 16, 8
+"""What a setting is where a configuration has it."""
 
-SETTINGS = {
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "gptj": {"rotary_dim": 4},
-    "codegen": {"rotary_dim": 4},
-    "gpt_oss": {"num_key_value_heads": 2},
-    "xlnet": {"d_inner": 48},
-    "deberta": {"relative_attention": True, "max_relative_positions": 8},
-    "deberta-v2": {"relative_attention": True, "max_relative_positions": 8},
-    "whisper": {"max_source_positions": 10},
-    "transfo-xl": {"cutoffs": []},
+OWN: dict[str, dict[str, Any]] = {
+    "albert": {"num_hidden_groups": 1, "inner_group_num": 1},
+    "bamba": {"attn_layer_indices": [1], "mamba_expand": 2, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
+    "biogpt": {"vocab_size": VOCABULARY},
+    "bloom": {"hidden_size": WIDTH},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8},
+    "deberta_v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8},
+    "falcon": {"multi_query": True, "new_decoder_architecture": False},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    "granitemoe": {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    "mpt": {"max_seq_len": 64, "expansion_ratio": 2},
+    "swin": {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 2, "image_size": 16, "patch_size": 2},
+    "swinv2": {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 2, "image_size": 16, "patch_size": 2},
+    "xglm": {"num_layers": 2, "attention_heads": HEADS},
 }
-"""What a family needs beside the names that are shrunk everywhere."""
+
+TEXT = ["afmoe", "albert", "apertus", "arcee", "bamba", "bart", "bert", "bert_generation", "big_bird", "bigbird_pegasus", "biogpt", "bitnet", "blenderbot", "blenderbot_small", "bloom", "camembert", "code_llama", "codegen", "cohere", "cohere2", "convbert", "cpmant", "ctrl", "data2vec-text", "dbrx", "deberta", "deberta_v2", "deepseek_v2", "deepseek_v3", "diffllama", "distilbert", "doge", "dots1", "electra", "ernie", "ernie4_5", "ernie4_5_moe", "esm", "eurobert", "exaone4", "falcon", "falcon_h1", "falcon_mamba", "flaubert", "flex_olmo", "fnet", "fsmt", "funnel", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gpt_oss", "gptj", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "ibert", "jamba", "jetmoe", "layoutlm", "led", "lfm2", "lfm2_moe", "lilt", "llama", "llama4_text", "longformer", "longt5", "luke", "m2m_100", "mamba", "mamba2", "marian", "markuplm", "mbart", "megatron-bert", "minimax", "ministral", "mistral", "mixtral", "mobilebert", "modernbert", "modernbert-decoder", "moshi", "mpnet", "mpt", "mt5", "mvp", "nemotron", "nemotron_h", "nllb-moe", "nystromformer", "olmo", "olmo2", "olmo3", "olmoe", "openai-gpt", "opt", "pegasus", "pegasus_x", "persimmon", "phi", "phi3", "phimoe", "plbart", "prophetnet", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "recurrent_gemma", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "rwkv", "seed_oss", "smollm3", "splinter", "squeezebert", "stablelm", "starcoder2", "switch_transformers", "t5", "t5gemma", "umt5", "vaultgemma", "xglm", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xlstm", "xmod", "yoso", "zamba", "zamba2"]
+SEEING = ["aimv2_vision_model", "beit", "bit", "chinese_clip_vision_model", "clip_vision_model", "clip", "clipseg", "convnext", "data2vec-vision", "deit", "detr", "dinat", "dinov2", "dinov2_with_registers", "dinov3_vit", "dpt", "focalnet", "hiera", "ijepa", "levit", "pvt", "segformer", "siglip", "siglip_vision_model", "siglip2_vision_model", "swin", "swinv2", "timesformer", "videomae", "vit", "vit_mae", "vit_msn", "vitdet", "vivit", "yolos"]
+HEARING = ["audio-spectrogram-transformer", "data2vec-audio", "hubert", "moonshine", "sew", "speech_to_text", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-bert", "wav2vec2-conformer", "wavlm", "whisper"]
+FAMILIES = (*TEXT, *SEEING, *HEARING)
+
+_CLASSES = (
+    transformers.AutoModelForSpeechSeq2Seq,
+    transformers.AutoModelForSeq2SeqLM,
+    transformers.AutoModelForMaskedLM,
+    transformers.AutoModelForCausalLM,
+    transformers.AutoModel,
+)
 
 
-def tiny_config(name, **more):
-    """The configuration of a family, with every size that has a known name made small."""
-    config = _config_class(name)()
-    shrink(config)
-    for key, value in {**SETTINGS.get(name, {}), **more}.items():
-        setattr(config, key, value)
-    return config
+def tiny_config(family: str) -> Any:
+    """The configuration of a family with every size shrunk."""
+    default = transformers.AutoConfig.for_model(family)
+    settings = {name: value for name, value in SIZES.items() if _has(default, name)}
+    if isinstance(getattr(default, "sliding_window", None), int):
+        settings["sliding_window"] = 16
+    settings |= OWN.get(family, {})
+    for name, part in vars(default).items():
+        if isinstance(part, transformers.PretrainedConfig):
+            settings[name] = {key: value for key, value in SIZES.items() if _has(part, key)}
+    return transformers.AutoConfig.for_model(family, **settings)
 
 
-def _config_class(name):
-    return CONFIG_MAPPING[name]
+def _has(config: Any, name: str) -> bool:
+    return hasattr(config, name) and getattr(config, name) is not None
 
 
-def shrink(config):
-    """Make every known size of a configuration, and of those in it, small."""
-    known = {**config.to_dict(), **vars(config)}
-    kv_grouped = _grouped(known)
-    for key, value in list(known.items()):
-        at = {v: k for k, v in type(config).attribute_map.items()}.get(key, key)
-        if isinstance(value, transformers.PreTrainedConfig):
-            shrink(value)
-        elif key == "num_key_value_heads" and isinstance(value, int):
-            setattr(config, key, 2 if kv_grouped else HEADS)
-        elif key in SMALL and type(value) is int:
-            setattr(config, key, SMALL[key])
-        elif key in TOKENS and value is not None:
-            setattr(config, key, TOKENS[key])
-        elif key == "image_size" and value is not None:
-            setattr(config, key, IMAGE if isinstance(value, int) else type(value)([IMAGE] * len(value)))
-        elif key == "patch_size" and value is not None:
-            setattr(config, key, PATCH if isinstance(value, int) else type(value)([PATCH] * len(value)))
-        elif key in ("layer_types", "mlp_layer_types", "layers_block_type") and value:
-            setattr(config, key, _two_kinds(list(value)))
-        elif "dropout" in key and isinstance(value, float) and at == key:
-            setattr(config, key, 0.0)
-
-
-def _grouped(known):
-    heads = known.get("num_attention_heads") or known.get("n_head")
-    return isinstance(known.get("num_key_value_heads"), int) and known["num_key_value_heads"] != heads
-
-
-def _two_kinds(kinds):
-    """Two layers, of two kinds where there are."""
-    other = next((kind for kind in kinds if kind != kinds[0]), kinds[0])
-    return [kinds[0], other]
-
-
-def build(name, kind="sdpa", **more):
-    """The base model of a family with random weights, in eval mode.
-
-    Raises:
-        ValueError: it would have more than ``MOST_PARAMETERS`` parameters; and whatever the family itself raises.
-    """
-    config = tiny_config(name, **more)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in transformers.AutoModel.from_config(config, attn_implementation=kind).parameters())
-    if size > MOST_PARAMETERS:
-        raise ValueError(f"{name} has {size:,} parameters with the sizes that have known names")
+def build(family: str, **settings: Any) -> nn.Module:
+    """A random model of a family, in evaluation mode: with a language head where it has one."""
     torch.manual_seed(0)
-    model = transformers.AutoModel.from_config(tiny_config(name, **more), attn_implementation=kind).eval()
-    return model.float()
-
-
-def inputs_for(model, rows=2, length=6):
-    """What the base model is called with: random tokens, images or sound, by the name of its main input."""
-    generator = torch.Generator().manual_seed(1)
-    config, main = model.config, model.main_input_name
-    ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
-    text = getattr(config, "text_config", config)
-    given = {}
-    if main == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        size = getattr(vision, "image_size", IMAGE) or IMAGE
-        height, width = (size, size) if isinstance(size, int) else size[-2:]
-        channels = getattr(vision, "num_channels", 3)
-        given["pixel_values"] = torch.randn(rows, channels, height, width, generator=generator)
-    elif main == "input_values":
-        given["input_values"] = torch.randn(rows, 1600, generator=generator)
-    elif main == "input_features":
-        frames = 2 * getattr(config, "max_source_positions", 10)
-        given["input_features"] = torch.randn(rows, getattr(config, "num_mel_bins", 16), frames, generator=generator)
-    else:
-        given["input_ids"] = ids
-    if getattr(config, "is_encoder_decoder", False):
-        given["decoder_input_ids"] = ids[:, :4]
-    elif main != "input_ids" and hasattr(config, "text_config") and hasattr(text, "vocab_size"):
-        given["input_ids"] = ids
-    return given
-
-
-FAMILIES = tuple(sorted(CONFIG_MAPPING.keys()))
-"""Every family that there is; many of them do not become small, or want inputs of their own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = tiny_config(family)
+        for kind in _CLASSES:
+            if type(config) in kind._model_mapping:
+                return kind.from_config(config, **settings).eval()
+    raise ValueError(f"no model of transformers is {family!r}")

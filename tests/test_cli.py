@@ -268,3 +268,26 @@ def test_info_shows_losses_and_checks_on_demand(tmp_path, capsys):
     assert "1,234 values too large for it, 7 that became zero" in out
     assert "beside each row: seq, pos, tok" in out
     assert "every checksum fits" in out
+
+
+def test_a_store_is_sent_elsewhere_and_read_there(tmp_path, capsys):
+    pytest.importorskip("fsspec")
+    write_units(tmp_path / "a.acts")
+    here, url = str(tmp_path / "a.acts"), f"memory://cli-{tmp_path.name}/a.acts"
+    assert main(["upload", here, url]) == 0
+    assert main(["info", url, "--check"]) == 0
+    assert main(["repack", url, str(tmp_path / "b.acts")]) == 0
+    assert main(["export", url, str(tmp_path / "c.pt")]) == 0
+    out = capsys.readouterr().out
+    assert f"<complete ActivationDataset '{url}': 2 sites, 72 rows" in out
+    assert "every checksum fits" in out
+    assert len(ActivationDataset.open(tmp_path / "b.acts")) == 72
+    assert main(["info", "memory://cli-nothing"]) == 1
+    assert "memory://cli-nothing is no activation store" in capsys.readouterr().err
+
+
+def test_a_harvest_sends_its_shards_elsewhere(here, capsys):
+    pytest.importorskip("fsspec")
+    url = f"memory://cli-{here.name}/a.acts"
+    assert main(["harvest", "recipe_for_cli:make", "a.acts", "--select", "0", "--quiet", "--upload", url]) == 0
+    assert len(ActivationDataset.open(url)) == len(ActivationDataset.open("a.acts"))

@@ -24,8 +24,10 @@ from tdcache.function_calls.sites import split_selector
 from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import MultiHookHandle, attach, bracket
 from tdcache.modules import HookedModule
+from tdcache.named_places import Names
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Matcher, Selection, as_matcher
+from tdcache.stand_ins import position_dims, refuse_at_names
 from tdcache.steps import Steps
 from tdcache.tokens import Positions
 from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector
@@ -34,7 +36,7 @@ __all__ = ["ActivationCaching", "CachingOptions", "cache_activations"]
 
 
 class ActivationCaching(HookingContextFactory):
-    """Keeps what flows through every selected module, in a TensorDict.
+    r"""Keeps what flows through every selected module, in a TensorDict.
 
     Entries are keyed by path: ``cache["layers.0.attn"]``, or ``cache["fwd", "layers.0.attn"]`` with several directions
     or ``use_nested_keys``. They are detached aliases by default, on the device they were computed on, valid as long as
@@ -79,6 +81,9 @@ class ActivationCaching(HookingContextFactory):
         position_dim: the axis of positions in the values.
         steps: in which forwards of ``generate()`` values are kept: ``"prefill"``, ``"decode"``, or a predicate of a
             :class:`tdcache.Step`. The entries outlast the forwards that are left out. All by default.
+        names: the canonical names of the model, ``tdcache.names(model)``. Then ``key_pattern`` means names, such as
+            ``r"blocks\.(?P<layer>\d+)\.attn\.pattern"``, and names are the keys; ``"fwd"`` is the value of a name and
+            ``"bwd"`` its gradient. The cache is a :class:`tdcache.NamedCache`.
 
     Raises:
         DirectionError: unknown direction, or a gradient with ``stop_early``.
@@ -123,19 +128,18 @@ class ActivationCaching(HookingContextFactory):
         mask_key: Any = "auto",
         position_dim: int = 1,
         steps: Steps = None,
+        names: Names | None = None,
     ) -> None:
         super().__init__()
+        self.names = names
         if isinstance(directions, str):
             raise DirectionError(f"directions is a sequence: write directions=[{directions!r}]")
-        if hold not in get_args(Hold):
-            raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {hold!r}")
-        if reducer is not None and not isinstance(reducer, Reducer) and not _is_reducer_class(reducer):
-            raise ValueError(f"reducer= is a Reducer such as Stack(), got {reducer!r}")
         if check not in get_args(Check):
             raise ValueError(f"check is one of {', '.join(map(repr, get_args(Check)))}, got {check!r}")
         if batch_dims < 0:
             raise ValueError(f"batch_dims is a number of leading dimensions, got {batch_dims}")
         chosen = tuple(dict.fromkeys(directions or ("fwd",)))
+        refuse_at_names(names, chosen)
         self._hooking_context_kwargs = {"cache": cache, "clear_cache": clear_cache}
         self._match = match
         self._relative = relative
@@ -146,7 +150,7 @@ class ActivationCaching(HookingContextFactory):
             callback=callback,
             pick=pick,
             keep=Keep(hold=hold, index=index, dtype=dtype, device=device),
-            reducer=Last() if reducer is None else reducer() if isinstance(reducer, type) else reducer,
+            reducer=Last() if reducer is None else Reducer.of(reducer),
             batch_dims=batch_dims,
             stack_by=stack_by,
             stop_early=stop_early,
@@ -162,7 +166,7 @@ class ActivationCaching(HookingContextFactory):
     @property
     def fits_graph(self) -> bool:
         """Whether the hooks may become part of a compiled graph: those for plain outputs may."""
-        return self._capture.fits_graph and not self._calls
+        return self._capture.fits_graph and not self._calls and self.names is None
 
     @property
     def key_pattern(self) -> Selector:
@@ -172,7 +176,7 @@ class ActivationCaching(HookingContextFactory):
     @key_pattern.setter
     def key_pattern(self, selector: Selector) -> None:
         # An unusable selector is refused here, not on entering.
-        self._modules, self._calls = split_selector(selector)
+        self._modules, self._calls = split_selector(selector) if self.names is None else (selector, ())
         for direction in self._capture.directions:
             refuse_direction(self._calls, direction)
         self._matcher: Matcher | None = None
@@ -189,13 +193,14 @@ class ActivationCaching(HookingContextFactory):
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context: HookingContextWithCache = module.hooking_context
         root = module.model if self._relative else module
-        find = partial(context.select, root=root)
         options: Any = {"match": self._match, "allow_empty": self._allow_empty}
-        selection = Selection((), selector=self._key_pattern, model_name=type(module.model).__name__)
-        if self._modules is not None:
-            selection = find(self._modules, matcher=self._matcher, **options)
-        places = call_places(find, self._calls, **options)
-        recorder = self._capture.recorder(context.cache, selection, places)
+        if self._modules is None:
+            selection = Selection((), selector=self._key_pattern, model_name=type(module.model).__name__)
+        else:
+            selection = context.select(self._modules, root=root, matcher=self._matcher, **options)
+        places = call_places(partial(context.select, root=root), self._calls, **options) if self._calls else ()
+        dims = None if self.names is None else position_dims(self.names, selection)
+        recorder = self._capture.recorder(context.cache, selection, places, dims)
         handle = MultiHookHandle()
         with handle.installing():
             self._capture.place(selection, recorder, handle)
@@ -209,10 +214,6 @@ class ActivationCaching(HookingContextFactory):
                 StepGate(module.model, self._capture.steps, recorder).attach(handle)
         context.record(recorder)
         return handle
-
-
-def _is_reducer_class(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, Reducer)
 
 
 class CachingOptions(TypedDict, total=False):
@@ -241,6 +242,7 @@ class CachingOptions(TypedDict, total=False):
     mask_key: Any
     position_dim: int
     steps: Steps
+    names: Names | None
 
 
 def cache_activations(

@@ -1,4 +1,4 @@
-"""The command line: ``tdcache harvest``, ``info``, ``verify``, ``repack``, ``merge`` and ``export``."""
+"""The command line: ``tdcache harvest``, ``info``, ``verify``, ``repack``, ``merge``, ``export`` and ``upload``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 from tdcache.errors import StoreError, TdcacheError
 from tdcache.harvesting import harvest, preflight
 from tdcache.harvesting.capture import STORED_DTYPES
-from tdcache.harvesting.request import SHARD_BYTES
+from tdcache.harvesting.options import SHARD_BYTES
 from tdcache.harvesting.row_rule import RowKind, as_positions
 from tdcache.store import ActivationDataset
 from tdcache.store.dtypes import DTYPES
@@ -26,6 +26,8 @@ from tdcache.store.verify import find_damage
 from tdcache.types import Match
 
 __all__ = ["main"]
+
+_PLACE = "the store's folder, or its URL"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,16 +93,17 @@ def _parser() -> argparse.ArgumentParser:
     take.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help="how big a file is, about")
     take.add_argument("--batch-size", type=int, default=32, metavar="N")
     take.add_argument("--device", help="where the model runs")
+    take.add_argument("--upload", metavar="URL", help="where each shard is sent as well, such as s3://bucket/a.acts")
     take.add_argument("--no-stop-early", action="store_true", help="run each forward to its end")
     take.add_argument("--dry-run", action="store_true", help="print what would be stored, and stop")
     take.add_argument("--quiet", action="store_true", help="print no progress")
     take.set_defaults(run=_harvest)
     info = commands.add_parser("info", help="what a store holds", description=_info.__doc__)
-    info.add_argument("path", type=Path)
+    info.add_argument("path", help=_PLACE)
     info.add_argument("--check", action="store_true", help="compare every byte with its checksum as well")
     info.set_defaults(run=_info)
     verify = commands.add_parser("verify", help="read every byte of a store", description=_verify.__doc__)
-    verify.add_argument("path", type=Path)
+    verify.add_argument("path", help=_PLACE)
     verify.set_defaults(run=_verify)
     _add_copies(commands)
     return parser
@@ -116,7 +119,7 @@ def _version() -> str:
 def _add_copies(commands: Any) -> None:
     """The commands that make a store, or files, of stores."""
     pack = commands.add_parser("repack", help="write a store anew", description=_repack.__doc__)
-    pack.add_argument("path", type=Path)
+    pack.add_argument("path", help=_PLACE)
     pack.add_argument("target", type=Path, help="the new store's folder; one that was begun is continued")
     pack.add_argument("--shuffle", action="store_true", help="mix the rows once and for all")
     pack.add_argument("--seed", type=int, default=0, metavar="N", help="of the shuffle")
@@ -125,14 +128,18 @@ def _add_copies(commands: Any) -> None:
     pack.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help="how big a file is, about")
     pack.set_defaults(run=_repack)
     join = commands.add_parser("merge", help="join stores of one model", description=_merge.__doc__)
-    join.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="in the order of their rows")
+    join.add_argument("paths", nargs="+", metavar="PATH", help="in the order of their rows")
     join.add_argument("--to", type=Path, required=True, metavar="TARGET", help="the new store's folder")
     join.set_defaults(run=_merge)
     out = commands.add_parser("export", help="write the rows in another format", description=_export.__doc__)
-    out.add_argument("path", type=Path)
+    out.add_argument("path", help=_PLACE)
     out.add_argument("target", type=Path, help="a file or folder that is not there")
     out.add_argument("--kind", choices=("npz", "pt", "memmap", "hf"), help="by default what the suffix says")
     out.set_defaults(run=_export)
+    send = commands.add_parser("upload", help="send a store elsewhere", description=_upload.__doc__)
+    send.add_argument("path", type=Path)
+    send.add_argument("url", help="such as s3://bucket/a.acts; an upload that was begun is continued")
+    send.set_defaults(run=_upload)
 
 
 def _positions(text: str) -> Any:
@@ -164,6 +171,7 @@ def _harvest(options: argparse.Namespace) -> int:
         print(preflight(model, data, options.path, **asked))
         return 0
     asked |= {"overflow": options.overflow, "stop_early": not options.no_stop_early, "progress": not options.quiet}
+    asked["upload"] = options.upload
     print(harvest(model, data, options.path, **asked))
     return 0
 
@@ -279,4 +287,10 @@ def _merge(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     """Write the rows for numpy.load, torch.load, TensorDict.load_memmap or datasets.load_from_disk."""
     print(ActivationDataset.open(options.path).export(options.target, options.kind))
+    return 0
+
+
+def _upload(options: argparse.Namespace) -> int:
+    """Send the shards of a store that are not at a URL yet, and its index."""
+    print(ActivationDataset.open(options.path).upload(options.url))
     return 0

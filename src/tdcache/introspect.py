@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "CALL_IMPL",
@@ -31,7 +32,7 @@ __all__ = [
     "global_hooks",
     "has_stale_graph",
     "has_tensor_hooks",
-    "hook_dicts",
+    "held_tensors",
     "hooks_always_called",
     "hooks_with_kwargs",
     "in_backward",
@@ -42,6 +43,7 @@ __all__ = [
     "keyword_arguments",
     "may_be_compiled",
     "module_hooks",
+    "next_registration",
     "pop_function_mode",
     "post_hooks",
     "pre_hooks",
@@ -50,7 +52,9 @@ __all__ = [
     "scripted_ancestor",
     "set_eval_frame",
     "set_hook_dicts",
+    "shares_memory",
     "skip_frame",
+    "storage_address",
     "storage_users",
     "why_not_called",
 ]
@@ -75,19 +79,18 @@ def skip_frame(code: CodeType) -> None:
         dynamo.skip_code(code)
 
 
-def post_hooks(module: nn.Module) -> Any:
-    """The ordered dict of a module's forward hooks, by registration number."""
-    return module._forward_hooks
+post_hooks: Callable[[nn.Module], Any] = attrgetter("_forward_hooks")
+"""The ordered dict of a module's forward hooks, by registration number."""
+
+pre_hooks: Callable[[nn.Module], Any] = attrgetter("_forward_pre_hooks")
+"""The ordered dict of a module's forward pre-hooks, by registration number."""
 
 
-def pre_hooks(module: nn.Module) -> Any:
-    """The ordered dict of a module's forward pre-hooks, by registration number."""
-    return module._forward_pre_hooks
-
-
-def hook_dicts(module: nn.Module) -> tuple[Any, Any]:
-    """Both ordered dicts of a module's hooks: those before its forward, and those after."""
-    return module._forward_pre_hooks, module._forward_hooks
+def next_registration() -> int:
+    """A number for hooks of modules that no other has had; ask under a lock, for torch's counter is not atomic."""
+    number = RemovableHandle.next_id
+    RemovableHandle.next_id = number + 1
+    return number
 
 
 def set_hook_dicts(module: nn.Module, before: Any, after: Any) -> None:
@@ -103,6 +106,22 @@ def hooks_with_kwargs(module: nn.Module, *, before: bool) -> Any:
 def hooks_always_called(module: nn.Module) -> Any:
     """The dict of the registration numbers of forward hooks that are called also when the forward raises."""
     return module._forward_hooks_always_called
+
+
+def held_tensors(model: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a model; one that several modules have is there several times."""
+    held: list[Tensor | None] = []
+    seen: dict[nn.Module, None] = {model: None}
+    to_do = [model]
+    while to_do:
+        module = to_do.pop()
+        held += module._parameters.values()
+        held += module._buffers.values()
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen[child] = None
+                to_do.append(child)
+    return [tensor for tensor in held if tensor is not None]
 
 
 _tensor_hooks = count(1)
@@ -151,6 +170,22 @@ def storage_users(tensors: Collection[Tensor]) -> list[int]:
     except (NotImplementedError, RuntimeError):  # sparse, nested or wrapper tensors among them
         return [2] * len(tensors) if len(tensors) == 1 else [storage_users((each,))[0] for each in tensors]
     return [count - 1 for count in counts]  # the storage object that is asked counts as well
+
+
+def storage_address(tensor: Tensor) -> int:
+    """The address of a tensor's memory; 0 where it has none of its own (sparse, nested, wrapper and empty tensors)."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
+def shares_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether writing to one tensor in place could change the other; True where torch does not say."""
+    if one is other:
+        return True
+    mine, its = storage_address(one), storage_address(other)
+    return not (mine and its) or (mine == its and one.device == other.device)
 
 
 class HookEntry(NamedTuple):

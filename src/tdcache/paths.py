@@ -12,7 +12,7 @@ from torch import nn
 
 from tdcache.errors import PathError, listed
 
-__all__ = ["canonical_path", "join", "near_misses", "resolve", "resolve_all"]
+__all__ = ["join", "near_misses", "resolve", "resolve_all"]
 
 # One step of a path: .name  <any name>  [0]  [-1]  ['key']
 _STEP = regex.compile(
@@ -38,13 +38,8 @@ def resolve(root: nn.Module, path: str) -> nn.Module:
     return resolve_all(root, path)[1]
 
 
-def canonical_path(root: nn.Module, path: str) -> str:
-    """The name in ``named_modules()`` of the module that ``path`` names: ``"layers[-1]"`` becomes ``"layers.11"``."""
-    return resolve_all(root, path)[0]
-
-
 def resolve_all(root: nn.Module, path: str) -> tuple[str, nn.Module]:
-    """Canonical name and module of ``path``, below ``root``; see :func:`resolve`."""
+    """Canonical name (``"layers.11"`` for ``"layers[-1]"``) and module of a path, as :func:`resolve` understands it."""
     if not isinstance(path, str):
         raise PathError(f"a path is a string such as 'layers.0', got {path!r} ({type(path).__name__})", selector=path)
     module, names, end = root, [], 0

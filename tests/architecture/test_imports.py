@@ -13,9 +13,9 @@ from architecture.source_tree import PACKAGE, REPOSITORY, Source, imports_of, pa
 REQUIRED = frozenset({"regex", "tensordict", "torch"})
 
 # Imported inside functions or under TYPE_CHECKING only: numpy comes with torch and tensordict, the others are extras.
-OPTIONAL = frozenset({"datasets", "isal", "matplotlib", "numpy", "ray", "tqdm", "transformers"})
+OPTIONAL = frozenset({"datasets", "fsspec", "isal", "matplotlib", "numpy", "ray", "tqdm", "transformers"})
 
-HEAVY = frozenset({"captum", "datasets", "matplotlib", "ray", "scipy", "sklearn", "tqdm", "transformers"})
+HEAVY = frozenset({"captum", "datasets", "fsspec", "matplotlib", "ray", "scipy", "sklearn", "tqdm", "transformers"})
 
 
 def foreign_imports(source: Source) -> list[str]:

@@ -8,7 +8,6 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 
 from model_state import state_of
-from small_models import MLP
 from tdcache import (
     CacheProxy,
     CompositeHookingContextFactory,
@@ -22,16 +21,6 @@ from tdcache import (
     MultiHookHandle,
     MultiHookManager,
 )
-
-
-@pytest.fixture
-def model():
-    return MLP()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
 
 
 class RootHook(HookingContextFactory):

@@ -6,8 +6,7 @@ transformers = pytest.importorskip("transformers")
 
 import call_zoo  # noqa: E402 - it needs transformers
 
-FAMILIES = """
-""".split()
+FAMILIES = []
 
 
 @pytest.mark.filterwarnings("default")

@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from tdcache import harvest
 from tdcache.errors import TdcacheError
 from tdcache.harvesting.capture import BatchCapture
+from tdcache.harvesting.options import HarvestOptions
 from tdcache.harvesting.row_rule import RowRule
 
 
@@ -74,7 +75,7 @@ def alone(folder, data):
 
 def captured(model, batch, mesh):
     """Hooks first, parallel layers second."""
-    capture = BatchCapture(model, "up|down", stop_early=False)
+    capture = BatchCapture(model, HarvestOptions(select="up|down", stop_early=False))
     with capture.open() as hooked:
         parallelize_module(model, mesh, plan())
         rows = RowRule(kind="samples")(batch, first=0)

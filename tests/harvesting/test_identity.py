@@ -11,8 +11,8 @@ from torch import nn
 
 from tdcache import harvest
 from tdcache.errors import CaptureError, SpecError
+from tdcache.harvesting.entry import ActivationDataset
 from tdcache.harvesting.identity import identity_of
-from tdcache.harvesting.loop import ActivationDataset
 
 SCALE = 2.0
 

@@ -1,6 +1,8 @@
 """Options that are refused before anything is written, the index of several processes, and what is said on the way."""
 
+import dataclasses
 import gc
+import inspect
 from typing import ClassVar
 
 import pytest
@@ -12,10 +14,11 @@ from harvesting.harvest_data import Counting
 from model_state import state_of
 from small_models import MLP
 from store.faulty_files import contents
-from tdcache import ActivationDataset, harvest
+from tdcache import ActivationBuffer, ActivationDataset, harvest
 from tdcache.compat import collector
 from tdcache.errors import SelectionError, SpecError, TdcacheWarning
 from tdcache.harvesting import ActivationStore, collect_activations_from_dataloader, loop, preflight
+from tdcache.harvesting.options import HarvestOptions
 from tdcache.harvesting.progress import Progress
 from tdcache.harvesting.workers import Share
 from tdcache.store.layout import StorePaths
@@ -209,3 +212,18 @@ def test_a_limit_cannot_be_lowered(tmp_path):
     harvest(Counting(), X, tmp_path / "a.acts", select="first", max_rows=9)
     with pytest.raises(SpecError, match=r"holds 9 rows, and at most 5 are asked for now; a limit can be raised later"):
         harvest(Counting(), X, tmp_path / "a.acts", select="first", max_rows=5)
+
+
+def test_the_options_are_those_of_the_signature_with_the_same_defaults():
+    spelled = inspect.signature(harvest).parameters
+    inside = [each for each in dataclasses.fields(HarvestOptions) if each.name != "held_on"]
+    assert {each.name for each in inside} <= spelled.keys()
+    for each in inside:
+        missing = each.default is dataclasses.MISSING
+        assert spelled[each.name].default is (inspect.Parameter.empty if missing else each.default), each.name
+        assert spelled[each.name].annotation == each.type, each.name
+
+
+def test_a_buffer_names_an_option_that_it_does_not_have():
+    with pytest.raises(TypeError, match="ActivationBuffer has no option 'dytpe'; there are 'match', 'direction'"):
+        ActivationBuffer(Counting(), X, select="first", rows=8, batch_size=4, dytpe=torch.bfloat16)

@@ -143,7 +143,7 @@ class _Layer:
     pattern: Tensor
     visible: Tensor
     frozen: Tensor
-    """PointRows that see no key, whose pattern depends on no query: ``(batch, heads, query, 1)``."""
+    """Rows that see no key, whose pattern depends on no query: ``(batch, heads, query, 1)``."""
     scale: float
 
     @classmethod

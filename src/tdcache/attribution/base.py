@@ -46,12 +46,12 @@ class _Member:
     """One method that is open on one model."""
 
     factory: Attribution
-    hooked: HookedModule
+    model: nn.Module
     selections: Mapping[str, Selection]
 
     def remove(self) -> None:
         """Leave; a second call does nothing."""
-        crowd = _OPEN.get(self.hooked.model, [])
+        crowd = _OPEN.get(self.model, [])
         if self in crowd:
             crowd.remove(self)
 
@@ -78,6 +78,9 @@ class Attribution(HookingContextFactory):
         allow_unused: what the target does not depend on has scores of zero, and modules that do not run have none,
             instead of being errors.
     """
+
+    reduce: int | Sequence[int] | None = None
+    """The axes of the scores that are summed; see :class:`SiteAttribution`."""
 
     def __init__(
         self,
@@ -118,13 +121,20 @@ class Attribution(HookingContextFactory):
         """Ask for points, reduce what is seen, and return the scores."""
         raise NotImplementedError
 
+    def _summed(self, scores: Tensor) -> Tensor:
+        """Sum the axes of ``reduce``."""
+        if self.reduce is None:
+            return scores
+        return scores.sum(dim=self.reduce if isinstance(self.reduce, int) else tuple(self.reduce))
+
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
+        model = module.model
         selections = {
-            role: select_sites(module.model, selector, match=match)
+            role: select_sites(model, selector, match=match)
             for role, (selector, match) in self.selectors_by_role().items()
         }
-        member = _Member(self, module, selections)
-        _OPEN.setdefault(module.model, []).append(member)
+        member = _Member(self, model, selections)
+        _OPEN.setdefault(model, []).append(member)
         return MultiHookHandle([member])
 
     def _run_module(
@@ -199,12 +209,6 @@ class SiteAttribution(Attribution):
             return [Place(kind, path, self.pick, self.call) for path in paths]
         parts = {pick: tuple(map(str, pick if isinstance(pick, tuple) else (pick,))) for pick in self.pick}
         return [Place(kind, path, pick, self.call, part) for path in paths for pick, part in parts.items()]
-
-    def _summed(self, scores: Tensor) -> Tensor:
-        """Sum the axes of ``reduce``."""
-        if self.reduce is None:
-            return scores
-        return scores.sum(dim=self.reduce if isinstance(self.reduce, int) else tuple(self.reduce))
 
 
 def _any_batch(module: HookedModule, data: TensorDictBase, forward: Forward, crowd: list[_Member]) -> TensorDictBase:

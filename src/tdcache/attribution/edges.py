@@ -10,7 +10,7 @@ from torch import Tensor
 from tdcache.attribution.base import Attribution, Work
 from tdcache.attribution.frame import Frame, nothing
 from tdcache.attribution.gradients import Seen, key_of
-from tdcache.attribution.integrated import WeightedSum
+from tdcache.attribution.integrated import WeightedSum, WeightedTerm
 from tdcache.attribution.place import Place
 from tdcache.attribution.point import Ask, Between, Point, wide
 from tdcache.attribution.quadrature import quadrature
@@ -112,7 +112,7 @@ class EdgeAttributionPatching(Attribution):
         self, frame: Frame, sums: dict[str | None, WeightedSum], points: list[tuple[Point, float]], readers: list[Place]
     ) -> list[Ask]:
         return [
-            frame.ask(point, sums[name].sink(weight, readers), target, grads=readers)
+            frame.ask(point, WeightedTerm(sums[name], weight, readers), target, grads=readers)
             for name, target in frame.targets.items()
             for point, weight in points
         ]

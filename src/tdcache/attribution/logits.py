@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tdcache.attribution.base import Attribution, SiteAttribution, Work
 from tdcache.attribution.frame import Frame
-from tdcache.attribution.gradients import Seen, key_of
+from tdcache.attribution.gradients import Seen, key_of, one_backward
 from tdcache.attribution.lrp.norms import FreezeNorm
 from tdcache.attribution.norms import NormForm
 from tdcache.attribution.place import Place
@@ -73,30 +73,22 @@ class DirectLogitAttribution(Attribution):
             raise AttributionError(f"norm={self.norm!r} means {len(norm)} modules; give the final norm alone")
         stream = norm[0]
         outputs = Seen(writers, with_grads=False)
-        seen = {name: Seen([stream]) for name in frame.targets}
-        yield [
-            frame.ask(frame.base, outputs, values=writers),
-            *(
-                frame.ask(frame.base, each, frame.targets[name], values=[stream], grads=[stream])
-                for name, each in seen.items()
-            ),
-        ]
+        seen, asks = one_backward(frame, [stream])
+        yield [frame.ask(frame.base, outputs, values=writers), *asks]
         start = {name: Seen((), with_values=False, with_grads=False) for name in frame.targets}
         at_zero = self._without_stream(frame, stream, next(iter(seen.values())).values[stream])
         yield [frame.ask(at_zero, each, frame.targets[name]) for name, each in start.items()]
         scores: dict[tuple[Any, ...], Tensor] = {}
         for name, each in seen.items():
-            grad, value = wide(each.grads[stream]), each.target
+            grad = wide(each.grads[stream])
             for place in writers:
                 product = gradient_x_activation(self._fitting(outputs.values[place], grad, place), grad)
-                scores[key_of(self.name, name, place)] = product if self.reduce is None else product.sum(self.reduce)
-            bias = start[name].target
-            if value is None or bias is None:
-                raise AttributionError("the target was not computed")
+                scores[key_of(self.name, name, place)] = self._summed(product)
+            bias = wide(start[name].needed_target())
             whole = gradient_x_activation(wide(each.values[stream]), grad)
             key = key_of(self.name, name, "bias")
-            scores[key] = wide(bias)
-            scores["gap", *key[1:]] = frame.completeness_gap({stream: whole}, wide(value) - wide(bias))
+            scores[key] = bias
+            scores["gap", *key[1:]] = frame.completeness_gap({stream: whole}, wide(each.needed_target()) - bias)
         return scores
 
     def _without_stream(self, frame: Frame, stream: Place, value: Tensor) -> Point:

@@ -13,7 +13,7 @@ import regex
 import torch
 from torch import Tensor, nn
 
-from tdcache.attribution.rows import PointRows
+from tdcache.attribution.point import PointRows
 from tdcache.contexts import HookingContextFactory
 from tdcache.function_calls.stand_in import check_selector, resolve_site, select_sites
 from tdcache.hooks import MultiHookHandle, Order, OutputPort, attach

@@ -6,7 +6,7 @@ from typing import Any
 
 from tdcache.attribution.base import SiteAttribution, Work
 from tdcache.attribution.frame import Frame
-from tdcache.attribution.gradients import Seen, key_of
+from tdcache.attribution.gradients import Seen, key_of, one_backward
 from tdcache.attribution.point import wide
 from tdcache.attribution.reductions import attention_rollout
 from tdcache.types import Pick, Selector
@@ -43,11 +43,8 @@ class AttentionRollout(SiteAttribution):
             yield [frame.ask(frame.base, seen, values=places)]
             patterns = [wide(seen.values[place]) for place in places]
             return {key_of(self.name, None, "rollout"): attention_rollout(patterns, residual=self.residual)}
-        each = {name: Seen(places) for name in frame.targets}
-        yield [
-            frame.ask(frame.base, each[name], target, values=places, grads=places)
-            for name, target in frame.targets.items()
-        ]
+        each, asks = one_backward(frame, places)
+        yield asks
         return {
             key_of(self.name, name, "rollout"): attention_rollout(
                 [wide(seen.values[place]) for place in places],

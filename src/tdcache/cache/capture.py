@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -11,26 +11,16 @@ from torch import nn
 
 from tdcache.cache.call_taps import CallCapture
 from tdcache.cache.channel import Channel
+from tdcache.cache.gradient_taps import GradientTap, InputGradientTap, OutputAndGradientTap, PlainGradientTap
 from tdcache.cache.keep import Keep
 from tdcache.cache.positions import PositionFilter
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.stacking import GrowingStackBy, StackBy
-from tdcache.cache.taps import (
-    CallbackTap,
-    GradientTap,
-    InputGradientTap,
-    OutputAndGradientTap,
-    OutputTap,
-    PlainGradientTap,
-    StopTap,
-    ValueTap,
-)
+from tdcache.cache.taps import CallbackTap, OutputTap, StopTap, ValueTap
 from tdcache.cache.target import Target
 from tdcache.errors import CaptureError, DirectionError
 from tdcache.function_calls.places import CallPlace
 from tdcache.hooks.attach import (
-    MultiHookHandle,
-    Order,
     TransientGradInputHook,
     TransientGradOutputHook,
     attach,
@@ -41,6 +31,7 @@ from tdcache.hooks.attach import (
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.factory import check_callback
 from tdcache.hooks.port import InputPort, OutputPort
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Selection, Site
 from tdcache.steps import Steps, check_steps
@@ -75,8 +66,11 @@ class Capture:
     mask_key: Any = "auto"
     position_dim: int = 1
     steps: Steps = None
+    fits_graph: bool = field(init=False)
+    """Whether a compiled graph can do it: the latest outputs, as they are."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "fits_graph", self._fits_graph())
         check_positions(self.positions)
         check_steps(self.steps)
         if self.stack_by is not None and self.pick == "all":
@@ -102,15 +96,21 @@ class Capture:
         with_callback = self.callback is not None and any(direction_row(each).gradient for each in self.directions)
         return "grad_in" in self.directions or with_callback
 
-    @property
-    def fits_graph(self) -> bool:
-        """Whether a compiled graph can do it: the latest outputs, as they are."""
+    def _fits_graph(self) -> bool:
         asked = (self.callback, self.pick, self.positions, self.steps)
         asks_more = any(each is not None for each in asked) or self.stop_early
         return self.directions == ("fwd",) and self.keep == Keep() and isinstance(self.reducer, Last) and not asks_more
 
-    def recorder(self, cache: TensorDictBase, selection: Selection, places: Sequence[CallPlace] = ()) -> Recorder:
+    def recorder(
+        self,
+        cache: TensorDictBase,
+        selection: Selection,
+        places: Sequence[CallPlace] = (),
+        position_dims: Mapping[str, int] | None = None,
+    ) -> Recorder:
         """The state of one open context: a channel per direction, each with its place in the cache.
+
+        ``position_dims``: by path, the axis of positions where it is not ``position_dim``.
 
         Raises:
             CacheWriteError: the cache is locked and lacks entries.
@@ -126,7 +126,7 @@ class Capture:
         by_value = self.check == "values"
         chosen = None
         if self.positions is not None:
-            chosen = PositionFilter(self.positions, self.mask_key, self.position_dim)
+            chosen = PositionFilter(self.positions, self.mask_key, self.position_dim, position_dims)
         channels = []
         for direction in self.directions:
             target = Target(cache, direction if self.nested else None, self.batch_dims)
@@ -151,10 +151,11 @@ class Capture:
         if self._takes_pairs(channels):
             output, gradient = channels.pop(0), channels.pop(0)
             order = self.order
-            taps = (OutputAndGradientTap(path, output, recorder, order, gradient) for path in selection.paths)
-            attach_outputs(
-                ((site.module, tap.on_both) for site, tap in zip(selection, taps, strict=True)), handle, order
-            )
+            pairs = [
+                (module, OutputAndGradientTap(path, output, recorder, order, gradient).on_both)
+                for path, module, _ in selection
+            ]
+            attach_outputs(pairs, handle, order)
         for channel in channels:
             self._place_one(selection, channel, recorder, handle)
         if self.stop_early:
@@ -173,8 +174,8 @@ class Capture:
             for site in selection:
                 tap = InputGradientTap(InputPort(site.path, self.pick), channel, recorder, self.order)
                 handle.add(_Forgotten(tap))
-                handle.add(attach(site.module, tap.on_output, "fwd", order=self.order))
                 handle.add(attach(site.module, tap.on_input, "fwd_pre_kwargs", order=self.order))
+                handle.add(attach(site.module, tap.on_output, "fwd", order=self.order))
         elif channel.direction.startswith("fwd_pre"):
             taps = (ValueTap(InputPort(path, self.pick), channel, recorder, self.order) for path in selection.paths)
             pairs = ((site.module, tap) for site, tap in zip(selection, taps, strict=True))
@@ -189,8 +190,9 @@ class Capture:
         if as_it_is and not channel.is_gradient:
             return [(module, OutputTap(path, channel, recorder, order).on_output) for path, module, _ in selection]
         if as_it_is and not self.prepend:
-            taps = [PlainGradientTap(path, channel, recorder, order) for path in selection.paths]
-            return [(site.module, tap.on_plain) for site, tap in zip(selection, taps, strict=True)]
+            return [
+                (module, PlainGradientTap(path, channel, recorder, order).on_plain) for path, module, _ in selection
+            ]
         kind: Any = GradientTap if channel.is_gradient else ValueTap
         return [
             (module, kind(OutputPort(path, self.pick), channel, recorder, order).on_call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from tdcache.arguments import forward_names, named_arguments
 from tdcache.errors import CaptureError
 from tdcache.function_calls.sites import has_heads_first
-from tdcache.hooks.attach import Order
+from tdcache.hooks.registrations import Order
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
 from tdcache.sequences import Sequences
@@ -26,16 +27,20 @@ class PositionFilter:
         positions: see :class:`tdcache.ActivationCaching`.
         mask_key: the name of the mask among the arguments; see :class:`tdcache.sequences.Sequences`.
         position_dim: the axis of positions in values; the batch is axis 0.
+        dims: by path, where it is another one.
     """
 
     order = Order.FIRST
 
-    def __init__(self, positions: Positions, mask_key: Any, position_dim: int) -> None:
+    def __init__(
+        self, positions: Positions, mask_key: Any, position_dim: int, dims: Mapping[str, int] | None = None
+    ) -> None:
         self.positions = check_positions(positions)
         self.single = not isinstance(positions, Tensor) and hasattr(positions, "__index__")
         """Whether one number was given, which takes its axis off, as indexing does."""
         self.mask_key = mask_key
         self.position_dim = position_dim
+        self.dims = dims or {}
         self._sequences: Sequences | None = None
 
     def __repr__(self) -> str:
@@ -69,7 +74,8 @@ class PositionFilter:
             CaptureError: there is no call to take a mask from, or rows keep different numbers of positions.
             SelectionError: the mask does not fit, or a row lacks a position.
         """
-        dim = 2 if self.position_dim == 1 and has_heads_first(path) and value.dim() > 3 else self.position_dim
+        of_call = 2 if self.position_dim == 1 and has_heads_first(path) and value.dim() > 3 else self.position_dim
+        dim = self.dims.get(path, of_call)
         tokens, moved = self._tokens_of(path, value, dim)
         mask = tokens.select(self.positions)
         if not bool(mask.any()):

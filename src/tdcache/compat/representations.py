@@ -16,6 +16,7 @@ from tdcache.caching import ActivationCaching
 from tdcache.compat.hook_names import is_called, literal_first
 from tdcache.errors import SelectionError, UnfiredSiteWarning
 from tdcache.harvesting.capture import BatchCapture
+from tdcache.harvesting.options import HarvestOptions
 from tdcache.hooks.values import first_tensor
 from tdcache.modules import HookedModule
 from tdcache.reducers import Concatenate
@@ -176,7 +177,7 @@ def extract_representations(
         raise SelectionError(f"max_samples is at least 1, got {max_samples}", selector=max_samples)
     if len(dataset) == 0:
         raise SelectionError("the dataset holds no sample, so there is nothing to extract")
-    capture = BatchCapture(model, literal_first(model, layers), device=device, stop_early=True)
+    capture = BatchCapture(model, HarvestOptions(select=literal_first(model, layers), device=device))
     gathered: dict[str, Concatenate] = {}
     total = len(dataset) if max_samples is None else min(max_samples, len(dataset))
     with capture.open() as hooked:

@@ -19,9 +19,9 @@ from tdcache.function_calls.overlay import INTERFACE, parameters_of
 from tdcache.function_calls.roles import AttentionHook, Use
 from tdcache.function_calls.scope import ForwardScope
 from tdcache.function_calls.sites import CallPattern, CallSite, FindModules, is_call
-from tdcache.hooks.attach import MultiHookHandle, Order
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.port import InputPort, Port, port_at
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.threads import Fence
 from tdcache.hooks.values import leaves
 from tdcache.selection import Site

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tdcache.harvesting.buffer import ActivationBuffer
-from tdcache.harvesting.loop import harvest, preflight
+from tdcache.harvesting.entry import harvest, preflight
 from tdcache.harvesting.plan import Preflight
 from tdcache.harvesting.ray_fleet import harvest_with_ray
 from tdcache.store import ActivationDataset

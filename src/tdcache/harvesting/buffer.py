@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from tdcache.errors import SelectionError, SpecError
 from tdcache.harvesting.ahead import made_ahead
 from tdcache.harvesting.capture import Losses
+from tdcache.harvesting.options import HarvestOptions
 from tdcache.harvesting.plan import row_bytes
 from tdcache.harvesting.recheck import check_like, refuse_overflow
-from tdcache.harvesting.request import asked_for
+from tdcache.harvesting.request import Request
 from tdcache.harvesting.row_rule import BatchRows
 from tdcache.harvesting.source import SourceBatch, Visit
 from tdcache.harvesting.workers import Share
@@ -72,7 +73,8 @@ class ActivationBuffer:
         rank: which share of the forwards is run here; by default torchrun's.
         world: how many shares there are.
         **options: as for :func:`tdcache.harvest`: ``match``, ``direction``, ``pick``, ``dtype``, ``drop``,
-            ``positions``, ``max_rows``, ``max_bytes``, ``collate``, ``forward``, ``device``, ``columns``, ``in_keys``.
+            ``positions``, ``max_rows``, ``max_bytes``, ``collate``, ``forward``, ``device``, ``columns``, ``in_keys``,
+            ``names``.
 
     Raises:
         SelectionError: nothing selected, nothing in the data, or sizes below 1.
@@ -103,17 +105,15 @@ class ActivationBuffer:
         world: int | None = None,
         **options: Any,
     ) -> None:
-        if overflow not in ("raise", "count"):
-            raise SelectionError(f"overflow is 'raise' or 'count', got {overflow!r}", selector=overflow)
         if not 1 <= batch_size <= rows:
             raise SelectionError(f"a buffer needs 1 <= batch_size <= rows, got {batch_size=}, {rows=}", selector=rows)
-        self._asked = (model, data, {"select": select, "rows": per, "batch_size": samples, **options})
-        self._refuse, self._ahead = overflow == "raise", ahead
+        own = {"select": select, "rows": per, "batch_size": samples, "overflow": overflow, "held_on": held_on}
+        self._request = Request.of(model, data, ".", HarvestOptions.of("ActivationBuffer", own | options))
+        self._data, self._ahead = data, ahead
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self._device = torch.device(held_on)
         self._share = Share.of(model, rank, world)
-        self._capture, self._request = asked_for(model, data, ".", held_on=held_on, **self._asked[2])
-        self.spec, _ = self._request.settled(self._capture, self._share, new=True)
+        self.spec, _ = self._request.settled(self._share, new=True)
         """What the rows are, of which model, and how; the spec of a store of them."""
         self.epoch = 0
         """The number of the epoch that runs, or ran last."""
@@ -140,14 +140,13 @@ class ActivationBuffer:
         """Go through the data from its beginning again."""
         if self._steps is None:
             return
-        model, data, options = self._asked
-        if isinstance(data, Iterator):
+        if isinstance(self._data, Iterator):
             raise SelectionError(
-                f"the data is an iterator ({type(data).__name__}), which can be gone through once; give the buffer a "
+                f"the data is an iterator ({type(self._data).__name__}), which can be gone through once; give a "
                 "loader, a dataset or a list for several epochs, or make a new buffer over a new iterator"
             )
-        self._capture, self._request = asked_for(model, data, ".", held_on=self._device, **options)
-        self._steps = None
+        asked = self._request
+        self._request, self._steps = Request.of(asked.capture.model, self._data, ".", asked.options), None
 
     @property
     def statistics(self) -> dict[str, SiteStatistics]:
@@ -223,13 +222,14 @@ class ActivationBuffer:
         if self._steps is None:
             self._steps = self._walk(self._made, self._made_seen)
         self._failed = True
-        with self._capture.open() as hooked:
+        capture = self._request.capture
+        with capture.open() as hooked:
             for step, rows, seen in self._steps:
-                values = self._capture.run(hooked, step.batch, rows)
-                lost = self._capture.losses()
+                values = capture.run(hooked, step.batch, rows)
+                lost = capture.losses()
                 check_like(values, self.spec["sites"], step.number)
-                if self._refuse:
-                    refuse_overflow(lost, self._capture.taker.dtype, step.number)
+                if self._request.options.overflow == "raise":
+                    refuse_overflow(lost, capture.taker.dtype, step.number)
                 own = self._request.columns(step.batch, rows, self.spec.get("columns"))
                 beside = rows.columns() | {name.removeprefix("col/"): value for name, value in own.items()}
                 piece = dict(values) | {name: value.to(self._device) for name, value in beside.items()}

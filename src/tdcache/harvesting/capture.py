@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,11 +18,13 @@ from tdcache.function_calls.places import port_of
 from tdcache.function_calls.sites import has_heads_first
 from tdcache.function_calls.stand_in import select_sites
 from tdcache.harvesting.calling import Inputs, as_evaluated, call_model, model_device, to_device
+from tdcache.harvesting.options import HarvestOptions
 from tdcache.harvesting.row_rule import BatchRows, row_dims
 from tdcache.harvesting.sharding import whole_tensor
 from tdcache.modules import HookedModule
+from tdcache.stand_ins import named_selection
 from tdcache.store.dtypes import DTYPES, count_lost
-from tdcache.types import HookDirection, Match, Pick, Selector
+from tdcache.types import Pick
 
 __all__ = [
     "BatchCapture",
@@ -135,51 +137,33 @@ class Look:
 
 
 class BatchCapture:
-    """A model with takers at its sites, called batch by batch. A context manager.
+    """A model with takers at its sites, called batch by batch without gradients, in eval mode.
 
     Args:
-        model: run without gradients, in eval mode; every module's own flag is put back.
-        select: the sites.
-        match: how patterns are held against paths.
-        direction: ``"fwd"`` (outputs) or ``"fwd_pre"`` (inputs).
-        pick: which tensor of a structured value.
-        dtype: of the rows; None keeps the model's.
-        stop_early: end each forward once every site has fired.
-        forward: ``forward(model, batch)``, where the model is called in a way of its own.
-        device: where batches are moved; by default where the model is.
-        in_keys: the entries of a mapping or TensorDict that are the model's positional arguments.
-        held_on: where rows are kept.
+        model: every module's own training flag is put back.
+        options: which sites, and what is taken there.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        select: Selector,
-        *,
-        match: Match = "full",
-        direction: HookDirection = "fwd",
-        pick: Pick = None,
-        dtype: torch.dtype | str | None = None,
-        stop_early: bool = True,
-        forward: Callable[[Any, Any], Any] | None = None,
-        device: torch.device | str | None = None,
-        in_keys: Sequence[Any] | None = None,
-        held_on: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, model: nn.Module, options: HarvestOptions) -> None:
         self.model = model
-        self.taker = RowTaker(as_dtype(dtype), pick)
-        self.device = model_device(model) if device is None else torch.device(device)
-        self._forward = forward
+        self.taker = RowTaker(as_dtype(options.dtype), options.pick)
+        self.device = model_device(model) if options.device is None else torch.device(options.device)
+        self._forward = options.forward
         self._factory = ActivationCaching(
-            select,
+            options.select,
             callback=self.taker,
-            directions=["fwd_pre_kwargs" if direction == "fwd_pre" else direction],
-            match=match,
-            device=held_on,
-            stop_early=stop_early,
+            directions=["fwd_pre_kwargs" if options.direction == "fwd_pre" else options.direction],
+            match=options.match,
+            device=options.held_on,
+            stop_early=options.stop_early and options.forward is None,
+            names=options.names,
         )
-        self._inputs = Inputs.of(model, in_keys)
-        self.paths = select_sites(model, select, match=match).paths
+        self._inputs = Inputs.of(model, options.in_keys)
+        if options.names is None:
+            selection = select_sites(model, options.select, match=options.match)
+        else:
+            selection = named_selection(model, options.names, options.select, match=options.match)
+        self.paths = selection.paths
         """The paths of the selected sites, in the order of the model."""
 
     @contextmanager

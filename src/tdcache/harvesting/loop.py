@@ -2,196 +2,37 @@
 
 from __future__ import annotations
 
-import inspect
-import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Self
 
 import tensordict
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tdcache.errors import SelectionError, SpecError, StoreError, listed
-from tdcache.harvesting.capture import BatchCapture
-from tdcache.harvesting.plan import Preflight, Probe, probe, row_bytes
+from tdcache.errors import SpecError, StoreError
+from tdcache.harvesting.plan import Probe, row_bytes
 from tdcache.harvesting.progress import Progress
 from tdcache.harvesting.recheck import check_like, refuse_overflow, run_again
-from tdcache.harvesting.request import SHARD_BYTES, Request, asked_for
-from tdcache.harvesting.row_rule import BatchRows, RowKind, batch_length
+from tdcache.harvesting.request import Request
+from tdcache.harvesting.row_rule import BatchRows, batch_length
 from tdcache.harvesting.source import SourceBatch, Visit
 from tdcache.harvesting.workers import Share
 from tdcache.harvesting.writer_thread import WriterThread
 from tdcache.modules import HookedModule
-from tdcache.store.dataset import ActivationDataset
 from tdcache.store.dtypes import DTYPES
 from tdcache.store.files import Files
 from tdcache.store.shard import Shard
+from tdcache.store.upload import StoreUpload
 from tdcache.store.writer import StoreWriter, site_column
-from tdcache.types import Match, Pick, Selector
 
-__all__ = ["harvest", "preflight"]
+__all__ = ["HarvestRun"]
 
-
-def harvest(
-    model: nn.Module,
-    data: Any,
-    path: str | os.PathLike[str],
-    *,
-    select: Selector,
-    match: Match = "full",
-    direction: Literal["fwd", "fwd_pre"] = "fwd",
-    pick: Pick = None,
-    dtype: torch.dtype | str | None = None,
-    drop: str | Sequence[str] | None = "pad",
-    positions: slice | int | Sequence[int] | None = None,
-    rows: RowKind | None = None,
-    max_rows: int | None = None,
-    max_bytes: int | str | None = None,
-    overflow: Literal["raise", "count"] = "raise",
-    resume: bool = True,
-    stop_early: bool = True,
-    progress: bool = False,
-    batch_size: int = 32,
-    collate: Callable[[list[Any]], Any] | None = None,
-    forward: Callable[[Any, Any], Any] | None = None,
-    device: torch.device | str | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    rank: int | None = None,
-    world: int | None = None,
-    files: Files | None = None,
-    tag: str | None = None,
-    recheck: bool = True,
-    in_keys: Sequence[Any] | None = None,
-    columns: Sequence[str] | Mapping[str, Any] | None = None,
-) -> ActivationDataset:
-    """Store what flows through the selected modules while ``data`` runs through ``model``; resumable at any instant.
-
-    The data is cut into units, fixed ranges of samples; each becomes one file that is there whole or not at all. Run
-    again after a crash, with any number of processes, it runs the units that are missing, and the files are byte for
-    byte those of one uninterrupted run (on the same device). A finished harvest run again does
-    no forward but the one that compares its first rows. The same call under ``torchrun`` deals the units to the ranks.
-    The model is run without gradients in eval mode and left as it was.
-
-    Args:
-        model: any module. Batches that are mappings become keyword arguments, of those that it takes; tuples and lists
-            begin with the inputs.
-        data: a ``DataLoader`` that does not shuffle, a map-style dataset of samples (of any library; a tensor or
-            TensorDict is one of its rows), or any iterable of batches, as a list of them.
-        path: the store's folder.
-        select: which modules; see :class:`tdcache.ActivationCaching`.
-        match: how patterns are held against paths.
-        direction: ``"fwd"`` (outputs) or ``"fwd_pre"`` (inputs).
-        pick: which tensor of a structured value.
-        dtype: of the stored values, also by name (``"bfloat16"``); None keeps the model's.
-        drop: ``"pad"`` (by the attention mask), ``"bos"`` (each sample's first token), ``"pad|bos"``, or None.
-        positions: the places among a sample's own tokens that are kept: a number, several, or a slice.
-        rows: ``"tokens"`` or ``"samples"``; by default tokens where the batches have token ids or a mask.
-        max_rows: the most rows, exactly: those of the first samples, the same for all sites. Run again with more, a
-            harvest goes on from there.
-        max_bytes: the most bytes of all columns together, also as ``"20GB"``.
-        overflow: ``"raise"`` refuses values that ``dtype`` cannot hold (finite ones, and infinities where it has none),
-            ``"count"`` stores how many there were. Values that become zero are stored and counted with either.
-        resume: continue a store that is there; False refuses one.
-        stop_early: end each forward once every site has fired; of a module that would run again, it is the first call.
-            Ignored with ``forward``.
-        progress: print what will be stored, then rows per second and the time left, to the standard error stream.
-        batch_size: samples per batch, where ``data`` is a dataset.
-        collate: makes a batch of samples, where ``data`` is a dataset.
-        forward: ``forward(model, batch)``, where the model is called in a way of its own.
-        device: where batches are moved; by default where the model is.
-        shard_bytes: how big a shard should be, about; three of them are held in memory.
-        rank: which share of the units is run here; by default torchrun's.
-        world: how many shares there are.
-        files: how files are written.
-        tag: a name for the computation, where ``forward``, ``collate`` or a callable ``pick`` depends on something
-            that cannot be told apart from another in a later process.
-        recheck: of a store that is there, run its first batch again and compare the rows; what the spec does not tell
-            apart shows itself here. False spares that forward.
-        in_keys: the entries of a mapping or TensorDict that are the model's positional arguments; by default entries
-            are found by the names of its arguments.
-        columns: numbers to store beside the rows, one per sample or one per token: names of entries of the batches, or
-            ``{name: key, index or function(batch)}``.
-
-    Returns:
-        The store, open for reading.
-
-    Raises:
-        SelectionError: nothing selected, nothing in the data, a budget below one row, or an unusable option.
-        SpecError: the store there holds something else; the fields that differ are named. Or an option depends on
-            something without a spelling, and there is no ``tag``.
-        CaptureError: values without rows in common, values that ``dtype`` cannot hold, or a bare shard of one.
-        StoreError: a unit could not be written; the message names it and its path.
-    """
-    if overflow not in ("raise", "count"):
-        raise SelectionError(f"overflow is 'raise' or 'count', got {overflow!r}", selector=overflow)
-    capture, request = asked_for(
-        model,
-        data,
-        path,
-        select=select,
-        match=match,
-        direction=direction,
-        pick=pick,
-        dtype=dtype,
-        drop=drop,
-        positions=positions,
-        rows=rows,
-        max_rows=max_rows,
-        max_bytes=max_bytes,
-        stop_early=stop_early,
-        batch_size=batch_size,
-        collate=collate,
-        forward=forward,
-        device=device,
-        shard_bytes=shard_bytes,
-        tag=tag,
-        in_keys=in_keys,
-        columns=columns,
-    )
-    share = Share.of(model, rank, world)
-    spec, found = request.settled(capture, share)
-    expected: int | None = None
-    if found is not None:
-        ahead = request.preflight(found)  # a budget that holds no row is refused before anything is written
-        expected = ahead.rows
-        if progress and share.rank == 0 and share.writes:
-            print(ahead, file=sys.stderr)
-    if not resume and (request.folder / "spec.json").exists():
-        raise SpecError(f"{request.folder} holds a store already, and resume=False", path=request.folder)
-    made_by = {"torch": torch.__version__, "tensordict": str(tensordict.__version__)}
-    writer = StoreWriter(request.folder, spec, made_by=made_by, files=files)
-    run = _HarvestRun(
-        capture, request, writer, share, overflow == "raise", shown=progress, found=found, expected=expected
-    )
-    run.go(recheck=recheck)
-    return ActivationDataset.open(request.folder)
-
-
-def preflight(
-    model: nn.Module, data: Any, path: str | os.PathLike[str], *, select: Selector, **options: Any
-) -> Preflight:
-    """What :func:`harvest` would store with these arguments; one forward runs, nothing is written.
-
-    Args:
-        model: as there.
-        data: as there.
-        path: as there.
-        select: as there.
-        **options: those that say what is stored, as there: ``match``, ``dtype``, ``rows``, ``max_rows`` and the like.
-    """
-    known = [name for name in inspect.signature(asked_for).parameters if name not in _NO_OPTIONS]
-    unknown = sorted(options.keys() - set(known))
-    if unknown:
-        raise TypeError(f"preflight has no option {unknown[0]!r}; there are {listed(known, 20)}")
-    capture, request = asked_for(model, data, path, select=select, **options)
-    return request.preflight(probe(capture, request.source, request.rule, request.kind, request.paths))
-
-
-_NO_OPTIONS = ("model", "data", "path", "select", "held_on")
+Upload = tuple[str, Mapping[str, Any] | None]
+"""A URL, and the options of its file system."""
 
 
 @dataclass(slots=True)
@@ -211,15 +52,14 @@ class _UnitRows:
 
 
 @dataclass(slots=True)
-class _HarvestRun:
+class HarvestRun:
     """One process's share of a harvest."""
 
-    capture: BatchCapture
     request: Request
     writer: StoreWriter
     share: Share
-    refuse_overflow: bool
     shown: bool
+    upload: StoreUpload | None
     found: Probe | None
     """The first batch, where it was run already; let go once its turn has come."""
     expected: int | None
@@ -231,29 +71,63 @@ class _HarvestRun:
     rows_before: int = 0
     counted: int = 0
 
+    @classmethod
+    def begun(
+        cls, request: Request, share: Share, *, resume: bool, shown: bool, files: Files | None, upload: Upload | None
+    ) -> Self:
+        """Make the store, or find the one that is there.
+
+        Args:
+            request: what was asked for.
+            share: of this process.
+            resume: whether a store may be there.
+            shown: whether progress is printed.
+            files: how files are written.
+            upload: where a copy is sent, by URL, and the options of its file system.
+
+        Raises:
+            SpecError: the store there holds something else, or there is one and ``resume`` is False.
+        """
+        spec, found = request.settled(share)
+        ahead = None if found is None else request.preflight(found)  # refused before anything is written
+        if ahead is not None and shown and share.rank == 0 and share.writes:
+            print(ahead, file=sys.stderr)
+        if not resume and (request.folder / "spec.json").exists():
+            raise SpecError(f"{request.folder} holds a store already, and resume=False", path=request.folder)
+        made_by = {"torch": torch.__version__, "tensordict": str(tensordict.__version__)}
+        writer = StoreWriter(request.folder, spec, made_by=made_by, files=files)
+        sent = StoreUpload(writer.layout, *upload) if upload is not None and share.writes else None
+        return cls(request, writer, share, shown, sent, found, None if ahead is None else ahead.rows)
+
     def go(self, *, recheck: bool) -> None:
         """Run the units that are missing, and write the index: at once, and again when the others have written."""
         committed = self.writer.committed()
         agreed = self.share.agree(frozenset(committed))
         one_asks = self.share.rank == 0 or self.share.sharded
         if recheck and one_asks and self.found is None and 0 in agreed and 0 in committed:
-            run_again(
-                self.capture, self.request.source, self.request.row_rule(self.writer.spec), committed[0], self.writer
-            )
+            rule = self.request.row_rule(self.writer.spec)
+            run_again(self.request.capture, self.request.source, rule, committed[0], self.writer)
         self._prepare()
         committed = self._uncut(committed)
         self.there = {unit: committed[unit].rows for unit in agreed & committed.keys()}
+        if self.upload is not None:
+            self.upload.send_missing(unit for unit in committed if self.share.has(unit))
         ended = any(shard.row.end for shard in committed.values())
         if not (ended and len(committed) == max(committed) + 1):
             if self.shown and committed and self.share.writes:
                 rows = sum(self.there.values())
                 print(f"going on with {self.writer.folder}: {len(self.there)} units, {rows:,} rows", file=sys.stderr)
             self._walk()
+        self._write_index()
+        self.share.wait()
+        if self.share.rank == 0 and self.share.world > 1:
+            self._write_index()
+
+    def _write_index(self) -> None:
         if self.share.writes:
             self.writer.finish()
-        self.share.wait()
-        if self.share.writes and self.share.rank == 0 and self.share.world > 1:
-            self.writer.finish()
+            if self.upload is not None:
+                self.upload.finish()
 
     def _prepare(self) -> None:
         spec = self.writer.spec
@@ -304,7 +178,7 @@ class _HarvestRun:
         with (
             Progress(shown=self.shown and self.share.writes, total=self._rows_to_run()) as progress,
             WriterThread() as thread,
-            self.capture.open() as hooked,
+            self.request.capture.open() as hooked,
         ):
             for step in self.request.source.walk(spec["batches_per_unit"], self._visit):
                 self._begin(step)
@@ -341,11 +215,11 @@ class _HarvestRun:
             values = {path: value[: len(rows)].clone() if cut else value for path, value in found.values.items()}
             lost = found.lost
         else:
-            values = dict(self.capture.run(hooked, step.batch, rows))
-            lost = self.capture.losses()
+            values = dict(self.request.capture.run(hooked, step.batch, rows))
+            lost = self.request.capture.losses()
             check_like(values, self.writer.spec["sites"], step.number)
-        if self.refuse_overflow:
-            refuse_overflow(lost, self.capture.taker.dtype, step.number)
+        if self.request.options.overflow == "raise":
+            refuse_overflow(lost, self.request.capture.taker.dtype, step.number)
         unit.overflow.update(lost.overflow)
         unit.underflow.update(lost.underflow)
         own = self.request.columns(step.batch, rows, self.writer.spec.get("columns"))
@@ -358,7 +232,7 @@ class _HarvestRun:
             behind = int(unit.columns["seq"][-1][-1]) + 1 if self._cut(unit) else step.first + batch_length(step.batch)
             thread.submit(
                 partial(
-                    self.writer.write,
+                    self._write,
                     unit.number,
                     unit.columns,
                     samples=(unit.first, max(behind, unit.first)),
@@ -368,6 +242,11 @@ class _HarvestRun:
                     underflow=unit.underflow,
                 )
             )
+
+    def _write(self, unit: int, columns: Mapping[str, list[Tensor]], **told: Any) -> None:
+        self.writer.write(unit, columns, **told)
+        if self.upload is not None:
+            self.upload.send(unit)
 
     def _cut(self, unit: _UnitRows) -> bool:
         reached = self.limit is not None and self.rows_before + self.counted >= self.limit

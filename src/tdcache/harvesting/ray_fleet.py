@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from tdcache.errors import StoreError, TdcacheWarning, warn_user
-from tdcache.harvesting.loop import harvest
+from tdcache.harvesting.entry import harvest
 from tdcache.store.dataset import ActivationDataset
 
 __all__ = ["harvest_with_ray"]

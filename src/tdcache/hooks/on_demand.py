@@ -13,7 +13,7 @@ from weakref import ref
 
 from torch import nn
 
-from tdcache.introspect import hook_dicts, hooks_with_kwargs, post_hooks, pre_hooks, set_hook_dicts
+from tdcache.introspect import hooks_with_kwargs, post_hooks, pre_hooks, set_hook_dicts
 from tdcache.types import Removable
 
 __all__ = ["OnDemandPlace"]
@@ -41,7 +41,7 @@ class OnDemandPlace(nn.Module):
 
     def settle(self) -> None:
         """Install the place if anything is registered, else take it out."""
-        if any(map(len, hook_dicts(self))) or "forward" in self.__dict__:
+        if pre_hooks(self) or post_hooks(self) or "forward" in self.__dict__:
             if self._installed is None:
                 self._installed = self.install()
         elif self._installed is not None:

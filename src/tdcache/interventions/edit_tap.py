@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from tdcache.current_call import CurrentCall
-from tdcache.hooks.attach import Order
+from tdcache.function_calls.sites import has_heads_first
 from tdcache.hooks.port import Port
+from tdcache.hooks.registrations import Order
 from tdcache.hooks.values import check_fits
-from tdcache.interventions.regions import Region
+from tdcache.regions import Region
 
-__all__ = ["Edit", "EditTap", "ReadTap", "RegionEdit"]
+__all__ = ["Edit", "EditTap", "ReadTap", "RegionEdit", "at_call"]
 
 
 class Edit(Protocol):
@@ -92,6 +94,7 @@ class ReadTap:
     """Shows the final value at one port to a function ``(path, tensor)``."""
 
     __slots__ = ("order", "port", "read")
+    use = "read"  # of a value that is derived from an attention call
 
     def __init__(self, port: Port, read: Callable[[str, Tensor], None], *, order: int = Order.CAPTURE) -> None:
         self.port = port
@@ -104,3 +107,14 @@ class ReadTap:
     def on_call(self, module: nn.Module, args: Any, rest: Any) -> None:
         """Show the value to the reader."""
         self.read(self.port.path, self.port.read(module, args, rest))
+
+
+def at_call(region: Region, path: str) -> Region:
+    """The same part of a value at a call: in one of an attention call, heads and positions are axes of their own.
+
+    Queries, keys, values, scores and patterns are ``(batch, heads, positions, ...)``; so is what their softmax returns.
+    """
+    if not has_heads_first(path):
+        return region
+    unit_dim = -3 if region.heads is not None and region.unit_dim == -1 else region.unit_dim
+    return replace(region, unit_dim=unit_dim, position_dim=-2 if region.position_dim == 1 else region.position_dim)

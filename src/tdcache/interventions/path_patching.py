@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Unpack
+from typing import Unpack
 
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.errors import EditError
 from tdcache.function_calls.sites import CallSite, is_call
-from tdcache.function_calls.stand_in import check_selector, select_sites
+from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import MultiHookHandle, attach, port_at
-from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of
+from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of, write_outputs
 from tdcache.interventions.edit_tap import EditTap, ReadTap, RegionEdit
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords, Side
 from tdcache.interventions.patching import KeepPart, Paste, Recalled
 from tdcache.interventions.random_state import SharedRandomState
-from tdcache.interventions.regions import Region
 from tdcache.modules import HookedModule
+from tdcache.regions import Region
 from tdcache.selection import Selection, Site
 from tdcache.types import CacheKey, Selector
 
@@ -52,7 +52,8 @@ class PathPatching(Intervention):
             changed. What is not held lets indirect paths through.
         source: a cache by path with the sender's value, in place of a first input.
         patch_key: where the second input is.
-        receiver_direction: ``"fwd_pre"`` to change the receiver's input, ``"fwd"`` its output.
+        receiver_direction: ``"fwd_pre"`` to change the receiver's input, ``"fwd"`` its output. With ``names=`` the
+            value of the receiver's name is changed.
         **options: which part of the sender's value is sent: ``positions``, ``heads`` (with ``direction="fwd_pre"`` at
             the projection after the heads) and the others of :class:`tdcache.EditOptions`, without ``steps`` and
             ``calls``. ``pick`` and ``match`` hold for all sites.
@@ -96,18 +97,25 @@ class PathPatching(Intervention):
             state.sent.values = {
                 path: [entry_of(self.source, path, self.direction, "source=")] for path in senders.paths
             }
-        held = select_sites(module.model, self.freeze, match=self.match)
-        receivers = select_sites(module.model, self.receiver, match=self.match)
-        ends = (*senders.paths, *(receivers.paths if self.receiver_direction == "fwd" else ()))
-        loose = [site for site in held if not any(_is_part(path, site.path) for path in ends)]
+        held = context.select(self.freeze, match=self.match)
+        receivers = context.select(self.receiver, match=self.match)
+        side: Side = self.receiver_direction if self.names is None else "fwd"  # a name is one value
+        ends = [self._module_path(path) for path in (*senders.paths, *(receivers.paths if side == "fwd" else ()))]
+        loose = [site for site in held if not any(_is_part(path, self._module_path(site.path)) for path in ends)]
         held = Selection(loose, selector=self.freeze, model_name=held.model_name)
         handle = self.hook_sites(module, senders)
         with handle.installing():
             if self.source is None:
-                self.add_reads(handle, senders, KeepPart(state.sent, context.current_call, self.region))
+                for site in senders:
+                    part = KeepPart(state.sent, context.current_call, self.region_at(site.path))
+                    self.add_reads(handle, [site], part)
             self._hold(handle, held, state.frozen, "fwd")
-            self._hold(handle, receivers, state.received, self.receiver_direction)
+            self._hold(handle, receivers, state.received, side)
         return handle
+
+    def _module_path(self, path: str) -> str:
+        """The path of the module at a site, or in whose forward a name's value is."""
+        return path if self.names is None else self.names[path].path.partition("::")[0]
 
     def _hold(self, handle: MultiHookHandle, sites: Selection, memory: Memory, side: Side) -> None:
         """Let the values at the sites be recorded in one run and put in place in another."""
@@ -137,10 +145,7 @@ class PathPatching(Intervention):
         with state.received.recalling(), random.run():
             forward(base)
         if self.source is None:
-            inner: Any = data.get(self.patch_key)
-            for key in out_keys:
-                if key != "_":
-                    inner.set(key, base.get(key))
+            write_outputs(data, self.patch_key, base, out_keys)
         return data
 
 

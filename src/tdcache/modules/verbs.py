@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Unpack
 
 from tensordict import TensorDictBase
 from torch import nn
@@ -11,15 +11,18 @@ from torch import nn
 from tdcache.errors import TdcacheWarning, warn_user
 from tdcache.function_calls.places import refuse_direction
 from tdcache.function_calls.sites import is_call
-from tdcache.hooks.attach import Order, attach
+from tdcache.hooks.attach import attach
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.factory import HookFactory, check_callback
+from tdcache.hooks.registrations import Order
 from tdcache.introspect import has_stale_graph
 from tdcache.modules.directed_verbs import DirectedForms
 from tdcache.modules.run import HookedModuleRun
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
-from tdcache.modules.where import ValuePart, WhereOptions
+from tdcache.modules.value_part import ValuePart, WhereOptions
+from tdcache.named_places import Names
 from tdcache.reducers import Reducer
+from tdcache.stand_ins import refuse_at_names
 from tdcache.types import CacheKey, Hold, HookDirection, Pick, Removable
 
 __all__ = ["ModuleVerbs"]
@@ -36,6 +39,10 @@ class ModuleVerbs(DirectedForms):
         @property
         def model(self) -> nn.Module:
             """The user's own model."""
+
+        @property
+        def names(self) -> Names | None:
+            """The canonical names of the context."""
 
         @property
         def cache(self) -> TensorDictBase:
@@ -156,7 +163,7 @@ class ModuleVerbs(DirectedForms):
         return self.get(self.cache if cache is None else cache, module_key, cache_key, **options)
 
     def stop(self, key: str) -> Removable:
-        """End every forward behind the module at ``key``, until the handle is removed."""
+        """End every forward after the module at ``key``, until the handle is removed."""
         self._warn_if_skipped(key)
         path, module = self.find_site(key)
         return attach(module, HookFactory.make_stopping_hook(path), "fwd", order=Order.STOP)
@@ -200,16 +207,12 @@ class ModuleVerbs(DirectedForms):
         ``forwards`` lets it tell a second call from a second forward, ``reducer`` gathers over all of them, and
         ``where`` says which part of a value is meant.
         """
-        if hold not in get_args(Hold):
-            raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {hold!r}")
         row, path, module = self._place(module_key, direction, callback, relative, "key")
         proxy = ValueProxy(cache_key or f"{module_key}_{row.noun}", cache, path)
         order = Order.FIRST if prepend else Order.CAPTURE
-        if reducer is not None and not isinstance(reducer, Reducer):
-            raise ValueError(f"reducer= is a Reducer such as Stack(), got {reducer!r}")
         tap = GetTap(
             proxy, row, callback=callback, pick=pick, hold=hold, forwards=forwards, order=order,
-            where=ValuePart(**where), reducer=None if reducer is None else reducer.fresh(),
+            where=ValuePart(**where), reducer=None if reducer is None else Reducer.of(reducer).fresh(),
         )  # fmt: skip
         return tap, module
 
@@ -226,7 +229,10 @@ class ModuleVerbs(DirectedForms):
         elif direction == "fwd_pre":
             row = direction_row("fwd_pre_kwargs")  # the first tensor may be a keyword argument
         path, module = self.find_site(key, relative)
-        if is_call(path):  # what a hook of 'bwd' returns is the gradient of the arguments
+        if self.names is not None and key in self.names:
+            refuse_at_names(self.names, [direction])
+            row = direction_row("bwd_pre") if row.name == "bwd" and callback is None else row
+        elif is_call(path):  # what a hook of 'bwd' returns is the gradient of the arguments
             refuse_direction((path,), "grad_in" if row.name == "bwd" and extra == "value" else row.name)
         return row, path, module
 

@@ -13,10 +13,10 @@ from tdcache.errors import CaptureError, ContextError, InplaceModificationError,
 from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach_ports, direction_row
 from tdcache.hooks.values import first_tensor
+from tdcache.inplace import eager_version_of
 from tdcache.modules import HookedModule
 from tdcache.pipeline.autoencoder import Autoencoder, Sites, as_autoencoder
 from tdcache.pipeline.shown_modules import plant, shown_path
-from tdcache.pipeline.versions import version_of
 from tdcache.selection import Site, distinct_sites
 from tdcache.types import Match, Pick, Selector
 
@@ -76,12 +76,12 @@ class _SourceTap:
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the first tensor of the input; of a TensorDict, the first that the module reads."""
         source = self.port.read(module, args, kwargs)
-        self.noted.append((source, version_of(source)))
+        self.noted.append((source, eager_version_of(source)))
 
     def taken(self) -> Tensor:
         """The input of the latest call."""
         source, version = self.noted.pop()
-        if version_of(source) != version:
+        if eager_version_of(source) != version:
             raise InplaceModificationError(
                 f"{self.port.path!r} writes into its input, which is to be encoded; splice with reads='output', or on "
                 "another module",

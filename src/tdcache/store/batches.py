@@ -9,8 +9,8 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from tensordict import TensorDict
@@ -21,7 +21,7 @@ from tdcache.store.reader import StoreReader
 from tdcache.store.rows import joined, pick_rows
 from tdcache.store.spans import Span
 
-__all__ = ["Batches", "Shuffle", "generator_of"]
+__all__ = ["Batches", "EpochOrder", "Shuffle", "generator_of"]
 
 Shuffle = Literal[False, "block", "rows"]
 
@@ -29,7 +29,35 @@ Shuffle = Literal[False, "block", "rows"]
 # so that the memory of two pools has a bound however narrow the others are.
 _BLOCK_BYTES = 1 << 20
 _BLOCKS_PER_POOL = 16
-_READERS = 4  # threads: some reads that wait keep a disk busy
+_READERS = 8  # threads: some reads that wait keep a disk busy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochOrder:
+    """Which rows follow which, and whose they are; the arguments of :meth:`ActivationDataset.batches`.
+
+    Raises:
+        ValueError: there is no such order.
+    """
+
+    size: int
+    shuffle: Shuffle = False
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    block: int | None = None
+    pool: int | None = None
+
+    def __post_init__(self) -> None:
+        size, rank, world = self.size, self.rank, self.world
+        if size < 1 or not 0 <= rank < world:
+            raise ValueError(f"batches needs size >= 1 and 0 <= rank < world, got {size=}, {rank=}, {world=}")
+        if self.shuffle not in (False, "block", "rows"):
+            raise ValueError(f"shuffle is False, 'block' or 'rows', got {self.shuffle!r}")
+
+    def within(self, number: int, count: int) -> Self:
+        """The order of one of ``count`` processes that have this one's rows between them."""
+        return replace(self, rank=self.rank * count + number, world=self.world * count)
 
 
 class _Stream(Protocol):
@@ -154,26 +182,12 @@ class Batches:
         DamagedError: from an iterator, when rows cannot be read; the same rows come next when they can.
     """
 
-    def __init__(
-        self,
-        dataset: StoreReader,
-        size: int,
-        *,
-        shuffle: Shuffle = False,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        block: int | None = None,
-        pool: int | None = None,
-    ) -> None:
-        if size < 1 or not 0 <= rank < world:
-            raise ValueError(f"batches needs size >= 1 and 0 <= rank < world, got size={size}, {rank=}, {world=}")
-        if shuffle not in (False, "block", "rows"):
-            raise ValueError(f"shuffle is False, 'block' or 'rows', got {shuffle!r}")
-        self.dataset = dataset
-        self.size, self.shuffle, self.seed, self.rank, self.world = size, shuffle, seed, rank, world
-        self.block = block or _default_block(dataset)
-        self.pool = pool or _BLOCKS_PER_POOL * self.block
+    def __init__(self, dataset: StoreReader, order: EpochOrder) -> None:
+        self.dataset, self.order = dataset, order
+        self.block = order.block or _default_block(dataset)
+        """Rows that are read at a time."""
+        self.pool = order.pool or _BLOCKS_PER_POOL * self.block
+        """Rows that are mixed at a time."""
         self.epoch = 0
         """The number of the epoch that runs, or comes next."""
         self.position = 0
@@ -182,10 +196,11 @@ class Batches:
         """The store as it was when the epoch began."""
 
     def __repr__(self) -> str:
-        return f"Batches({self.dataset!r}, {self.size}, shuffle={self.shuffle!r}, rank={self.rank}/{self.world})"
+        order = self.order
+        return f"Batches({self.dataset!r}, {order.size}, shuffle={order.shuffle!r}, rank={order.rank}/{order.world})"
 
     def __len__(self) -> int:
-        return math.ceil(self._stream().rows / self.size)
+        return math.ceil(self._stream().rows / self.order.size)
 
     def __iter__(self) -> Iterator[TensorDict]:
         stream = self._stream()
@@ -194,7 +209,7 @@ class Batches:
             stream = self._stream()
         with ThreadPoolExecutor(_READERS, thread_name_prefix="tdcache-reader") as readers:
             while self.position < stream.rows:
-                here = self.epoch, min(self.position + self.size, stream.rows)
+                here = self.epoch, min(self.position + self.order.size, stream.rows)
                 rows = stream.take(self.position, here[1], readers)
                 self.position = here[1]  # only now: rows that could not be read were not handed out
                 yield rows
@@ -216,22 +231,22 @@ class Batches:
 
     def _stream(self) -> _Stream:
         dataset = self._rows_of_epoch()
-        rows, per_pool = len(dataset), max(1, self.pool // self.block)
-        if self.shuffle is False:
-            first, last = (rows * share // self.world for share in (self.rank, self.rank + 1))
+        order, rows, per_pool = self.order, len(dataset), max(1, self.pool // self.block)
+        if order.shuffle is False:
+            first, last = (rows * share // order.world for share in (order.rank, order.rank + 1))
             begins = torch.arange(first, last, self.block)
             return _Pools(dataset, torch.stack([begins, (begins + self.block).clamp(max=last)], 1), per_pool, None)
-        generator = generator_of(self.seed, self.epoch)
-        if self.shuffle == "rows":
-            return _SingleRows(dataset, torch.randperm(rows, generator=generator)[self.rank :: self.world])
+        generator = generator_of(order.seed, self.epoch)
+        if order.shuffle == "rows":
+            return _SingleRows(dataset, torch.randperm(rows, generator=generator)[order.rank :: order.world])
         blocks = _blocks(dataset, self.block)
-        order = torch.randperm(len(blocks), generator=generator)[self.rank :: self.world]
-        return _Pools(dataset, blocks[order], per_pool, (self.seed, self.epoch, self.rank))
+        own = torch.randperm(len(blocks), generator=generator)[order.rank :: order.world]
+        return _Pools(dataset, blocks[own], per_pool, (order.seed, self.epoch, order.rank))
 
     def _identity(self) -> dict[str, Any]:
-        names = ("size", "shuffle", "seed", "rank", "world", "block", "pool")
         dataset = self._rows_of_epoch()
-        found = {"store": dataset.id, "rows": len(dataset), **{name: getattr(self, name) for name in names}}
+        found = {"store": dataset.id, "rows": len(dataset)}
+        found |= asdict(replace(self.order, block=self.block, pool=self.pool))
         return found | ({"view": dataset.view} if dataset.view else {})
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,15 +11,18 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from tdcache.store.batches import Batches, Shuffle
+from tdcache.errors import StoreError
+from tdcache.store.batches import Batches, EpochOrder, Shuffle
 from tdcache.store.choice import rows_where, split_rows
 from tdcache.store.export import export_rows
 from tdcache.store.iterable import RowIterable
+from tdcache.store.layout import StorePaths
 from tdcache.store.reader import StoreReader
 from tdcache.store.repack import merge, repack
 from tdcache.store.rows import joined
 from tdcache.store.scaling import Normalisation, Scaling
 from tdcache.store.statistics import SiteStatistics
+from tdcache.store.upload import StoreUpload
 from tdcache.store.verify import find_damage
 
 __all__ = ["ActivationDataset", "Column"]
@@ -84,23 +87,32 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
     """
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, keys: Sequence[str] | None = None, check: bool = False) -> Self:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        keys: Sequence[str] | None = None,
+        check: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> Self:
         """Open a store.
 
         Only the index is read, and the size of every shard compared with it. A shard is opened when something is read
         from it, and has to be the one that the index names.
 
         Args:
-            path: its folder.
+            path: its folder, or a URL that fsspec knows (extra ``remote``): ``s3://``, ``gs://``, ``https://``. Then
+                ranges are requested, small ones through 64 MiB of pages that are kept.
             keys: the sites to read; all by default.
             check: compare each mebibyte with its checksum when it is read for the first time.
+            storage_options: for the file system of a URL: credentials, an endpoint.
 
         Raises:
             SpecError: there is no store.
             DamagedError: a shard's size, or the header of one that the index does not know, is not what was written;
                 :meth:`verify` looks at everything.
         """
-        return cls(path, keys=keys, check=check)
+        return cls(path, keys=keys, check=check, storage_options=storage_options)
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else "unfinished"
@@ -199,7 +211,8 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
                 most 32 MiB per site (more where a row is wider than a mebibyte): one is handed out while the next is
                 read.
         """
-        return Batches(self, size, shuffle=shuffle, seed=seed, rank=rank, world=world, block=block, pool=pool)
+        order = EpochOrder(size=size, shuffle=shuffle, seed=seed, rank=rank, world=world, block=block, pool=pool)
+        return Batches(self, order)
 
     def iterable(
         self,
@@ -217,7 +230,8 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
         The arguments are those of :meth:`batches`; the workers of the loader share what its rank has. A batch is a dict
         of tensors, one per column.
         """
-        return RowIterable(self, size, shuffle=shuffle, seed=seed, rank=rank, world=world, block=block, pool=pool)
+        order = EpochOrder(size=size, shuffle=shuffle, seed=seed, rank=rank, world=world, block=block, pool=pool)
+        return RowIterable(self, order)
 
     def verify(self) -> None:
         """Read every byte of the store and compare the checksums.
@@ -241,6 +255,27 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
     def repack(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Self:
         """Write the rows to another store, shuffled, fewer sites, another dtype; see :mod:`tdcache.store.repack`."""
         return type(self).open(repack(self, path, **options))
+
+    def upload(self, url: str, *, storage_options: Mapping[str, Any] | None = None) -> Self:
+        """Send a store to a URL that fsspec knows (extra ``remote``); gives the copy, opened.
+
+        Shards that are there already are not sent again, so that an interrupted upload is run again and continues.
+        ``harvest(..., upload=url)`` sends each shard when it is written.
+
+        Args:
+            url: of the copy, such as ``"s3://bucket/a.acts"``.
+            storage_options: for its file system: credentials, an endpoint.
+
+        Raises:
+            SpecError: another store is there.
+            StoreError: the copy cannot be written, or these rows are not a store on a disk.
+        """
+        if self.view or not isinstance(self.path, Path):
+            raise StoreError(f"{self!r} is no store on a disk; repack() it to one, and upload that", path=self.path)
+        upload = StoreUpload(StorePaths(self.path), url, storage_options)
+        upload.send_missing(shard.row.unit for shard in self.shards)
+        upload.finish()
+        return type(self).open(url, storage_options=storage_options)
 
     def merge(self, *others: StoreReader, path: str | os.PathLike[str] | None = None) -> Self:
         """Write the rows of this store and of others to a new one, in order; see :mod:`tdcache.store.repack`."""

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from tdcache.store.batches import Batches, Shuffle
+from tdcache.store.batches import Batches, EpochOrder
 from tdcache.store.reader import StoreReader
+from tdcache.store.transport import SentBatch
 
 __all__ = ["RowIterable"]
-
-_ALIGN = 64  # bytes
 
 
 @dataclass(eq=False)
@@ -32,26 +29,17 @@ class RowIterable(IterableDataset[dict[str, Tensor]]):
     """
 
     dataset: StoreReader
-    size: int
-    shuffle: Shuffle = False
-    seed: int = 0
-    rank: int = 0
-    world: int = 1
-    block: int | None = None
-    pool: int | None = None
+    order: EpochOrder
     epoch: int = 0
     _batches: Batches | None = field(default=None, init=False, repr=False)
     _state: Mapping[str, Any] | None = field(default=None, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._share(1, 0)  # what cannot be is refused here, not in a worker
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_batches": None}  # another process has another share
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         batches = self._current()
-        pack = dict if get_worker_info() is None else _in_one_storage
+        pack = dict if get_worker_info() is None else SentBatch
         for rows in batches:
             yield pack(rows.to_dict())
         self.epoch = batches.epoch
@@ -80,25 +68,9 @@ class RowIterable(IterableDataset[dict[str, Tensor]]):
         info = get_worker_info()
         count, number = (1, 0) if info is None else (info.num_workers, info.id)
         if self._batches is None:
-            self._batches = self._share(count, number)
+            self._batches = Batches(self.dataset, self.order.within(number, count))
             self._batches.epoch = self.epoch
         if self._state is not None:
             self._batches.load_state_dict(self._state)
             self._state = None
         return self._batches
-
-    def _share(self, count: int, number: int) -> Batches:
-        share = {"rank": self.rank * count + number, "world": self.world * count}
-        return Batches(
-            self.dataset, self.size, shuffle=self.shuffle, seed=self.seed, block=self.block, pool=self.pool, **share
-        )
-
-
-def _in_one_storage(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors in one piece of memory: sending it to another process costs the same for one and for many."""
-    places = list(itertools.accumulate((-(-each.nbytes // _ALIGN) * _ALIGN for each in batch.values()), initial=0))
-    memory, found = torch.empty(places[-1], dtype=torch.uint8), {}
-    for place, (key, each) in zip(places, batch.items(), strict=False):
-        found[key] = memory[place : place + each.nbytes].view(each.dtype).view(each.shape)
-        found[key].copy_(each)
-    return found

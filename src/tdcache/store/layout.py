@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tdcache.errors import DamagedError, StoreError
@@ -21,13 +21,14 @@ from tdcache.store.atomic import draft_file, sweep
 from tdcache.store.checksums import crc32
 from tdcache.store.files import Files
 from tdcache.store.regular import is_folder, read_bounded
+from tdcache.store.remote import Place, RemotePath
 from tdcache.store.shard import Shard, ShardCache
 from tdcache.store.shard_header import Contract, IndexRow
 from tdcache.store.spec import canonical
 from tdcache.store.statistics import SiteStatistics
 from tdcache.store.summary import packed_summary, parsed_summary, summarised
 
-__all__ = ["StorePaths"]
+__all__ = ["StoreFiles", "StorePaths"]
 
 _NAME = re.compile(r"u(\d{8,})\.safetensors")
 _PER_FOLDER = 1000
@@ -39,60 +40,76 @@ def _names(unit: int) -> tuple[str, str]:
     return f"{unit // _PER_FOLDER:03d}", f"u{unit:08d}.safetensors"
 
 
-class StorePaths:
-    """The names in one store's folder.
+def _unit_of(folder: str = "", name: str = "", *below: str) -> int | None:
+    """The unit whose shard has these names; None for any others."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match and not below and _names(int(match[1])) == (folder, name) else None
+
+
+def _units_on_disk(shards: Path) -> dict[int, int]:
+    found: dict[int, int] = {}
+    if not shards.is_dir():
+        return found
+    with os.scandir(shards) as folders:
+        for folder in [each for each in folders if each.is_dir(follow_symlinks=False)]:
+            with os.scandir(folder.path) as entries:
+                for entry in entries:
+                    if (unit := _unit_of(folder.name, entry.name)) is not None:
+                        status = entry.stat(follow_symlinks=False)
+                        found[unit] = status.st_size if stat.S_ISREG(status.st_mode) else -1
+    return found
+
+
+def _check_folders(store: Path) -> None:
+    """Refuse links in the places of the store's own folders.
+
+    Raises:
+        StoreError: what would be read, written or removed there is not in the store.
+    """
+    for folder in (store / "shards", store / ".tmp"):
+        if os.path.lexists(folder) and not is_folder(folder):
+            raise StoreError(f"{folder} is no folder of the store's own; put a folder in its place", path=folder)
+
+
+class StoreFiles:
+    """What a reader finds in one store's folder, on a disk or elsewhere.
 
     Args:
-        folder: of the store; a relative one is that of now, whatever the working directory is later.
+        folder: of the store.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder).absolute()
-        self.shards = self.folder / "shards"
-        self.scratch = self.folder / ".tmp"
-        self.index = self.folder / "index.json"
+    def __init__(self, folder: Place) -> None:
+        self.folder: Place = folder
+        self.index: Place = folder / "index.json"
 
     def __repr__(self) -> str:
-        return f"StorePaths({str(self.folder)!r})"
+        return f"{type(self).__name__}({str(self.folder)!r})"
 
-    def prepare(self, files: Files) -> None:
-        """Make the folders.
-
-        Raises:
-            StoreError: a link leads out of the store.
-        """
-        for folder in (self.folder, self.shards, self.scratch):
-            files.make_folder(folder)
-        self.check_folders()
-
-    def check_folders(self) -> None:
-        """Refuse links in the places of the store's own folders.
-
-        Raises:
-            StoreError: what would be read, written or removed there is not in the store.
-        """
-        for folder in (self.shards, self.scratch):
-            if os.path.lexists(folder) and not is_folder(folder):
-                raise StoreError(f"{folder} is no folder of the store's own; put a folder in its place", path=folder)
-
-    def shard(self, unit: int) -> Path:
+    def shard(self, unit: int) -> Place:
         """The name of a unit's shard."""
-        return self.shards.joinpath(*_names(unit))
+        return self.folder.joinpath("shards", *_names(unit))
 
-    def units(self) -> dict[int, os.stat_result]:
-        """The status of each shard that is there, by unit, in order; foreign names and links are ignored."""
-        self.check_folders()
-        if not self.shards.is_dir():
-            return {}
-        found = {}
-        with os.scandir(self.shards) as folders:
-            for folder in [each for each in folders if each.is_dir(follow_symlinks=False)]:
-                with os.scandir(folder.path) as entries:
-                    for entry in entries:
-                        match = _NAME.fullmatch(entry.name)
-                        if match and _names(int(match[1])) == (folder.name, entry.name):
-                            found[int(match[1])] = entry.stat(follow_symlinks=False)
+    def units(self) -> dict[int, int]:
+        """The size of each shard that is there, by unit, in order; -1 where it is no regular file.
+
+        Foreign names and links are ignored. Elsewhere the index says what there is, because a server may list nothing.
+        """
+        if isinstance(self.folder, RemotePath):
+            found = self._units_elsewhere(self.folder)
+        else:
+            _check_folders(self.folder)
+            found = _units_on_disk(self.folder / "shards")
         return dict(sorted(found.items()))
+
+    def _units_elsewhere(self, folder: RemotePath) -> dict[int, int]:
+        try:
+            indexed = self.read_index() or {}
+        except DamagedError:
+            indexed = {}
+        if indexed:
+            return {unit: row.size for unit, row in indexed.items()}
+        sizes = ((PurePosixPath(name).parts, size) for name, size in (folder / "shards").listed().items())
+        return {unit: size for names, size in sizes if (unit := _unit_of(*names)) is not None}
 
     def open_shards(
         self, contract: Contract, cache: ShardCache, known: Mapping[int, Shard] | None = None
@@ -111,9 +128,9 @@ class StorePaths:
         if set(units) - set(rows):
             rows = self._indexed(contract.spec) | rows
         found: dict[int, Shard] = {}
-        for unit, status in units.items():
+        for unit, size in units.items():
             row, path = rows.get(unit), self.shard(unit)
-            if row is not None and stat.S_ISREG(status.st_mode) and status.st_size == row.size:
+            if row is not None and size == row.size:
                 found[unit] = Shard(path, row, contract, cache)
                 continue
             found[unit] = Shard.opened(path, contract, cache)
@@ -126,25 +143,6 @@ class StorePaths:
             return self.read_index(spec) or {}
         except DamagedError:
             return {}  # it says what the shards say as well
-
-    def write_index(self, contract: Contract, shards: Iterable[Shard], files: Files) -> None:
-        """Write what the shards say of themselves into one file, over one that says something else."""
-        shards = tuple(shards)
-        if self.read_statistics(contract, shards) is not None:
-            return
-        document = {
-            "columns": list(IndexRow.__annotations__),
-            "shards": [list(each.row) for each in shards],
-            "sites": packed_summary(summarised(contract, shards)),
-            "spec": contract.spec,
-        }
-        data = canonical({**document, "crc32": f"{crc32(canonical(document)):08x}"}) + b"\n"
-        files.make_folder(self.scratch)
-        with draft_file(self.scratch, "index", files) as (descriptor, temporary):
-            files.write(descriptor, memoryview(data), 0)
-            files.sync(descriptor)
-            files.replace(temporary, self.index)
-            files.sync_folder(self.folder)
 
     def read_statistics(self, contract: Contract, shards: Sequence[Shard]) -> dict[str, SiteStatistics] | None:
         """The statistics of each site that the index holds; None unless they are of exactly these shards."""
@@ -190,7 +188,56 @@ class StorePaths:
             )
         return document, rows
 
+
+class StorePaths(StoreFiles):
+    """The names in one store's folder on a disk, to write to as well.
+
+    Args:
+        folder: of the store; a relative one is that of now, whatever the working directory is later.
+    """
+
+    folder: Path
+    index: Path
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        super().__init__(Path(folder).absolute())
+        self.shards = self.folder / "shards"
+        self.scratch = self.folder / ".tmp"
+
+    def shard(self, unit: int) -> Path:
+        """The name of a unit's shard."""
+        return self.shards.joinpath(*_names(unit))
+
+    def prepare(self, files: Files) -> None:
+        """Make the folders.
+
+        Raises:
+            StoreError: a link leads out of the store.
+        """
+        for folder in (self.folder, self.shards, self.scratch):
+            files.make_folder(folder)
+        _check_folders(self.folder)
+
+    def write_index(self, contract: Contract, shards: Iterable[Shard], files: Files) -> None:
+        """Write what the shards say of themselves into one file, over one that says something else."""
+        shards = tuple(shards)
+        if self.read_statistics(contract, shards) is not None:
+            return
+        document = {
+            "columns": list(IndexRow.__annotations__),
+            "shards": [list(each.row) for each in shards],
+            "sites": packed_summary(summarised(contract, shards)),
+            "spec": contract.spec,
+        }
+        data = canonical({**document, "crc32": f"{crc32(canonical(document)):08x}"}) + b"\n"
+        files.make_folder(self.scratch)
+        with draft_file(self.scratch, "index", files) as (descriptor, temporary):
+            files.write(descriptor, memoryview(data), 0)
+            files.sync(descriptor)
+            files.replace(temporary, self.index)
+            files.sync_folder(self.folder)
+
     def sweep(self, files: Files) -> None:
         """Remove files without a name whose writer is dead."""
-        self.check_folders()
+        _check_folders(self.folder)
         sweep(self.scratch, files)

@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from tdcache.errors import SpecError, listed
 from tdcache.paths import near_misses
-from tdcache.store.layout import StorePaths
+from tdcache.store.layout import StoreFiles
+from tdcache.store.remote import Place, as_place
 from tdcache.store.rows import ROW_COLUMNS, by_shard, put_rows, row_numbers
 from tdcache.store.scaling import Scaling
 from tdcache.store.shard import Shard, ShardCache
@@ -38,15 +38,21 @@ class StoreReader:
     """Rows of a store, in the order of the samples, as copies on the CPU. It never writes.
 
     Args:
-        folder: of the store.
+        folder: of the store, or its URL.
         keys: the sites to read; all by default.
         check: whether each block is compared with its checksum when it is read for the first time.
+        storage_options: for the file system of a URL.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], *, keys: Sequence[str] | None = None, check: bool = False
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        keys: Sequence[str] | None = None,
+        check: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        self._layout, self._name = StorePaths(folder), os.fspath(folder)
+        self._layout, self._name = StoreFiles(as_place(folder, storage_options)), os.fspath(folder)
         self.spec: dict[str, Any] = read_spec(self._layout.folder)
         """What is stored, of which model, and how."""
         self.id = spec_id(self.spec)
@@ -108,8 +114,8 @@ class StoreReader:
         return found
 
     @property
-    def path(self) -> Path:
-        """The absolute path of the folder of the store."""
+    def path(self) -> Place:
+        """The absolute path of the folder of the store, or its URL."""
         return self._layout.folder
 
     @property

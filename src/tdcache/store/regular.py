@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tdcache.errors import DamagedError
+from tdcache.store.remote import Place, RemotePath
 
 __all__ = ["is_folder", "open_regular", "parse_json", "read_bounded", "read_into"]
 
@@ -55,13 +56,15 @@ def is_folder(path: Path) -> bool:
         return False
 
 
-def read_bounded(path: Path, *, most: int) -> bytes:
+def read_bounded(path: Place, *, most: int) -> bytes:
     """The content of a regular file of at most ``most`` bytes.
 
     Raises:
         FileNotFoundError: nothing has that name.
         DamagedError: it is no regular file, larger, or cannot be read.
     """
+    if isinstance(path, RemotePath):
+        return path.read_bounded(most)
     with open_regular(path) as (descriptor, status):
         if status.st_size > most:
             raise DamagedError(f"{path} has {status.st_size} bytes, more than the {most} it may have", path=path)
@@ -70,7 +73,7 @@ def read_bounded(path: Path, *, most: int) -> bytes:
         return bytes(data)
 
 
-def parse_json(raw: bytes, path: Path) -> Any:
+def parse_json(raw: bytes, path: Place) -> Any:
     """A JSON document in which no more than 64 lists and mappings are nested.
 
     Raises:
@@ -84,7 +87,7 @@ def parse_json(raw: bytes, path: Path) -> Any:
     return document
 
 
-def _check_depth(document: Any, path: Path) -> None:
+def _check_depth(document: Any, path: Place) -> None:
     level = [document]
     for _ in range(_DEPTH):
         inside = [each for each in level if isinstance(each, dict | list)]

@@ -150,7 +150,13 @@ def _columns(rows: TensorDict, source: StoreReader, dtype: torch.dtype | None = 
 
 
 def _beside(store: StoreReader, word: str) -> Path:
-    """Return a path beside the store: ``runs/a.acts`` becomes ``runs/a-word.acts``."""
+    """Return a path beside the store: ``runs/a.acts`` becomes ``runs/a-word.acts``.
+
+    Raises:
+        StoreError: the store is not on a disk.
+    """
+    if not isinstance(store.path, Path):
+        raise StoreError(f"{store.path} is not on this machine; say where the new store is to be, with path=")
     return store.path.with_name(f"{store.path.stem}-{word}{store.path.suffix}")
 
 

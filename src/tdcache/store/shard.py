@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +15,9 @@ from torch import Tensor
 from tdcache.errors import DamagedError
 from tdcache.store.checksums import BLOCK
 from tdcache.store.header import Header
+from tdcache.store.readable import LocalFile, ReadableFile, RemoteFile
 from tdcache.store.regular import open_regular
+from tdcache.store.remote import Pages, Place, RemotePath
 from tdcache.store.rows import pick_rows
 from tdcache.store.shard_file import ShardFile, bytes_of
 from tdcache.store.shard_header import (
@@ -35,7 +36,6 @@ _HEADERS, _MAPS = 4096, 64  # kept by a dataset
 _FEW = 16  # rows of a shard that are sooner read one by one than through a map
 
 _Kept = TypeVar("_Kept")
-_Identity = tuple[int, int, int, int]
 
 
 class ShardCache:
@@ -49,9 +49,10 @@ class ShardCache:
 
     def __init__(self, *, check: bool = False) -> None:
         self.check = check
-        self.headers: OrderedDict[Path, tuple[_Identity, Header, ShardInfo]] = OrderedDict()
-        self.maps: OrderedDict[Path, Tensor] = OrderedDict()
-        self.checked: dict[Path, dict[str, bytearray]] = {}
+        self.headers: OrderedDict[Place, tuple[Hashable, Header, ShardInfo]] = OrderedDict()
+        self.maps: OrderedDict[Place, Tensor] = OrderedDict()
+        self.checked: dict[Place, dict[str, bytearray]] = {}
+        self.pages = Pages()
 
     def __repr__(self) -> str:
         return f"ShardCache(check={self.check}, {len(self.headers)} headers, {len(self.maps)} maps)"
@@ -59,7 +60,7 @@ class ShardCache:
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty_cache, (self.check,)  # another process opens and checks for itself
 
-    def forget(self, path: Path) -> None:
+    def forget(self, path: Place) -> None:
         """Let go of what is known of a file."""
         self.headers.pop(path, None)
         self.maps.pop(path, None)
@@ -70,7 +71,7 @@ def _empty_cache(check: bool) -> ShardCache:
     return ShardCache(check=check)
 
 
-def _keep(kept: OrderedDict[Path, _Kept], path: Path, value: _Kept, most: int) -> _Kept:
+def _keep(kept: OrderedDict[Place, _Kept], path: Place, value: _Kept, most: int) -> _Kept:
     kept[path] = value
     while len(kept) > most:
         with suppress(KeyError):  # another thread was faster
@@ -86,24 +87,24 @@ class Shard:
     same header, and so the same checksums.
     """
 
-    path: Path
+    path: Place
     row: IndexRow
     """What the index says of it."""
     contract: Contract = field(repr=False)
     cache: ShardCache = field(repr=False, compare=False)
 
     @classmethod
-    def opened(cls, path: Path, contract: Contract, cache: ShardCache) -> Shard:
+    def opened(cls, path: Place, contract: Contract, cache: ShardCache) -> Shard:
         """A shard that no index knows.
 
         Raises:
             DamagedError: the file is truncated, forged or damaged in its header, or no shard.
             StoreError: it belongs to another spec.
         """
-        with _open_shard(path) as (descriptor, status):
-            header, info, crc = read_shard_header(descriptor, status.st_size, path)
+        with _open_shard(path, cache.pages) as file:
+            header, info, crc = read_shard_header(file, path)
         contract.check(path, info, header)
-        return cls(path, IndexRow.of(header, info, status.st_size, crc), contract, cache)
+        return cls(path, IndexRow.of(header, info, file.size, crc), contract, cache)
 
     @property
     def rows(self) -> int:
@@ -174,10 +175,9 @@ class Shard:
             for name in columns:
                 if self.cache.check:
                     self._check(file, name, _blocks_of(numbers, file.width(name)))
-                few = numbers.numel() <= _FEW
-                found.append(
-                    file.pick(name, numbers) if few else pick_rows(file.column(name, self._map(file)), numbers)
-                )
+                mapped = self._map(file) if numbers.numel() > _FEW else None
+                picked = file.pick(name, numbers) if mapped is None else pick_rows(file.column(name, mapped), numbers)
+                found.append(picked)
         return found
 
     def statistics(self) -> dict[str, SiteStatistics]:
@@ -211,21 +211,20 @@ class Shard:
 
     @contextmanager
     def _file(self) -> Iterator[ShardFile]:
-        with _open_shard(self.path) as (descriptor, status):
-            identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        with _open_shard(self.path, self.cache.pages, self.size) as file:
             known = self.cache.headers.get(self.path)
-            if known is None or known[0] != identity:
+            if known is None or known[0] != file.identity:
                 self.cache.forget(self.path)
-                header, info = self._read_header(descriptor, status.st_size)
-                known = _keep(self.cache.headers, self.path, (identity, header, info), _HEADERS)
-            yield ShardFile(self.path, descriptor, status.st_size, known[1], known[2])
+                header, info = self._read_header(file)
+                known = _keep(self.cache.headers, self.path, (file.identity, header, info), _HEADERS)
+            yield ShardFile(self.path, file, known[1], known[2])
 
-    def _read_header(self, descriptor: int, size: int) -> tuple[Header, ShardInfo]:
-        if size < self.size:
-            raise DamagedError(f"{self.path}: the file ends at byte {size}; it is truncated", path=self.path)
-        header, info, crc = read_shard_header(descriptor, size, self.path)
+    def _read_header(self, file: ReadableFile) -> tuple[Header, ShardInfo]:
+        if file.size < self.size:
+            raise DamagedError(f"{self.path}: the file ends at byte {file.size}; it is truncated", path=self.path)
+        header, info, crc = read_shard_header(file, self.path)
         self.contract.check(self.path, info, header)
-        found = IndexRow.of(header, info, size, crc)
+        found = IndexRow.of(header, info, file.size, crc)
         if found != self.row:
             raise DamagedError(
                 f"{self.path} is not the shard that was known: it says {tuple(found)} of itself, the index says "
@@ -235,9 +234,11 @@ class Shard:
             )
         return header, info
 
-    def _map(self, file: ShardFile) -> Tensor:
+    def _map(self, file: ShardFile) -> Tensor | None:
         found = self.cache.maps.get(self.path)
-        return _keep(self.cache.maps, self.path, file.map(), _MAPS) if found is None else found
+        if found is None and (made := file.file.map()) is not None:
+            return _keep(self.cache.maps, self.path, made, _MAPS)
+        return found
 
     def _check(
         self, file: ShardFile, name: str, blocks: Iterable[int], data: memoryview | None = None, begin: int = 0
@@ -264,10 +265,13 @@ class Shard:
 
 
 @contextmanager
-def _open_shard(path: Path) -> Iterator[tuple[int, Any]]:
+def _open_shard(path: Place, pages: Pages, size: int | None = None) -> Iterator[ReadableFile]:
     try:
-        with open_regular(path) as opened:
-            yield opened
+        if isinstance(path, RemotePath):
+            yield RemoteFile(path, path.size() if size is None else size, pages)
+            return
+        with open_regular(path) as (descriptor, status):
+            yield LocalFile(path, descriptor, status)
     except FileNotFoundError:
         raise DamagedError(f"{path}: the shard is missing", path=path) from None
 

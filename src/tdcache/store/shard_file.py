@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +11,8 @@ from torch import Tensor
 from tdcache.errors import DamagedError
 from tdcache.store.checksums import BLOCK, block_count, crc32, expected_sum
 from tdcache.store.header import Header
-from tdcache.store.regular import read_into
+from tdcache.store.readable import ReadableFile
+from tdcache.store.remote import Place
 from tdcache.store.shard_header import ShardInfo, rows_of
 
 __all__ = ["ShardFile", "bytes_of"]
@@ -29,9 +28,8 @@ def bytes_of(tensor: Tensor) -> memoryview:
 class ShardFile:
     """A shard's file while it is open; it is closed by whoever opened it."""
 
-    path: Path
-    descriptor: int
-    size: int
+    path: Place
+    file: ReadableFile
     header: Header
     info: ShardInfo
 
@@ -46,7 +44,7 @@ class ShardFile:
             DamagedError: the file ends before the rows do.
         """
         begin = self.header.tensors[name].begin + first * self.width(name)
-        read_into(self.descriptor, data, self.header.data_start + begin, self.path)
+        self.file.read_into(data, self.header.data_start + begin)
 
     def pick(self, name: str, numbers: Tensor) -> Tensor:
         """Some rows of a column, each read on its own."""
@@ -57,13 +55,13 @@ class ShardFile:
             self.read(name, number, data[place * width : (place + 1) * width])
         return found
 
-    def map(self) -> Tensor:
-        """The whole file as bytes, in a private map: whoever writes to it changes this process's copy of a page."""
-        return torch.frombuffer(mmap.mmap(self.descriptor, self.size, access=mmap.ACCESS_COPY), dtype=torch.uint8)
-
-    def column(self, name: str, mapped: Tensor) -> Tensor:
-        """A column of the mapped file, ``(rows, *features)``."""
+    def column(self, name: str, mapped: Tensor | None) -> Tensor:
+        """A column, ``(rows, *features)``: a view of the mapped file, or read where it has no map."""
         entry = self.header.tensors[name]
+        if mapped is None:
+            found = torch.empty(entry.shape, dtype=entry.dtype)
+            self.read(name, 0, bytes_of(found))
+            return found
         begin = self.header.data_start + entry.begin
         return mapped[begin : begin + entry.nbytes].view(entry.dtype).view(entry.shape)
 
@@ -87,7 +85,7 @@ class ShardFile:
         length = min(BLOCK, entry.end - begin)
         if data is None:
             data = memoryview(bytearray(length))
-            read_into(self.descriptor, data, self.header.data_start + begin, self.path)
+            self.file.read_into(data, self.header.data_start + begin)
         found, expected = f"{crc32(data):08x}", expected_sum(self.info.sums[name], block)
         if found != expected:
             raise DamagedError(

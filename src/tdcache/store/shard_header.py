@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +13,8 @@ from tdcache.errors import DamagedError, StoreError
 from tdcache.store.checksums import DIGITS, block_count, crc32
 from tdcache.store.dtypes import DTYPES
 from tdcache.store.header import Header, header_length, pack_header, parse_header
-from tdcache.store.regular import read_into
+from tdcache.store.readable import ReadableFile
+from tdcache.store.remote import Place
 
 __all__ = [
     "Contract",
@@ -141,7 +140,7 @@ class Contract:
         """The paths of the sites."""
         return tuple(name.removeprefix("act/") for name in self.columns if name.startswith("act/"))
 
-    def check(self, path: Path, info: ShardInfo, header: Header) -> None:
+    def check(self, path: Place, info: ShardInfo, header: Header) -> None:
         """Refuse a shard that is another store's, or whose columns are not those of the spec.
 
         Raises:
@@ -192,19 +191,22 @@ def with_sum(raw: bytes, digits: str) -> bytes:
     return raw[:at] + digits.encode() + raw[at + len(_NO_SUM) :]
 
 
-def read_shard_header(descriptor: int, size: int, path: Path) -> tuple[Header, ShardInfo, str]:
+def read_shard_header(file: ReadableFile, path: Place) -> tuple[Header, ShardInfo, str]:
     """Header, info and the header's own checksum of an open file.
 
     Raises:
         DamagedError: the file is truncated, forged or damaged in its header, or no shard.
     """
-    raw = os.pread(descriptor, _ALIGN, 0)
-    length = header_length(raw, size, path) + 8
+    raw = bytearray(min(_ALIGN, file.size))
+    file.read_into(memoryview(raw), 0)
+    length = header_length(bytes(raw), file.size, path) + 8
     if length > len(raw):
-        rest = bytearray(length)
-        read_into(descriptor, memoryview(rest), 0, path)
-        raw = bytes(rest)
-    raw = raw[:length]
+        raw = bytearray(length)
+        file.read_into(memoryview(raw), 0)
+    return _parsed(bytes(raw[:length]), file.size, path)
+
+
+def _parsed(raw: bytes, size: int, path: Place) -> tuple[Header, ShardInfo, str]:
     header = parse_header(raw, size, path)
     expected = header.metadata.get(_SUM)
     if expected is None or _INFO not in header.metadata:
@@ -215,7 +217,7 @@ def read_shard_header(descriptor: int, size: int, path: Path) -> tuple[Header, S
     return header, _read_info(header, path), found
 
 
-def _read_info(header: Header, path: Path) -> ShardInfo:
+def _read_info(header: Header, path: Place) -> ShardInfo:
     try:
         info = ShardInfo(**json.loads(header.metadata[_INFO]))
         sound = (

@@ -16,6 +16,7 @@ from tdcache.store.checksums import crc32
 from tdcache.store.dtypes import DTYPES
 from tdcache.store.files import Files
 from tdcache.store.regular import parse_json, read_bounded
+from tdcache.store.remote import Place
 
 __all__ = ["FORMAT", "canonical", "differing", "read_spec", "spec_id", "write_spec"]
 
@@ -99,7 +100,7 @@ def _at(spec: Any, field: str) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-def read_spec(folder: Path) -> dict[str, Any]:
+def read_spec(folder: Place) -> dict[str, Any]:
     """The spec of a store.
 
     Raises:

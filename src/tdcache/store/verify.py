@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from tdcache.errors import DamagedError, StoreError
-from tdcache.store.layout import StorePaths
+from tdcache.store.layout import StoreFiles
+from tdcache.store.remote import as_place
 from tdcache.store.shard import Shard, ShardCache
 from tdcache.store.shard_header import Contract, IndexRow
 from tdcache.store.spec import read_spec, spec_id
@@ -25,7 +26,7 @@ def find_damage(folder: str | os.PathLike[str]) -> list[StoreError]:
         SpecError: there is no store.
         DamagedError: the spec itself is damaged, so that nothing else can be judged.
     """
-    layout = StorePaths(folder)
+    layout = StoreFiles(as_place(folder))
     spec = read_spec(layout.folder)
     contract, cache = Contract.of(spec_id(spec), spec), ShardCache()
     found: list[StoreError] = []

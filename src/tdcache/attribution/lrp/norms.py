@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tdcache.attribution.lrp.replaced import ModuleCall, ReplacedBackward, install_replaced
+from tdcache.attribution.lrp.replaced_backward import ModuleCall, ReplacedBackward, install_replaced
 from tdcache.attribution.modifiers import Installed
 from tdcache.attribution.norms import NormForm, is_norm, refuse_no_norm
-from tdcache.attribution.point import wide
-from tdcache.attribution.rows import PointRows
+from tdcache.attribution.point import PointRows, wide
 from tdcache.hooks import MultiHookHandle
 from tdcache.selection import select
 from tdcache.types import Selector
