@@ -19,14 +19,16 @@ from tdcache.cache import Capture, Keep
 from tdcache.cache.step_gate import StepGate
 from tdcache.contexts import HookingContext, HookingContextFactory, HookingContextWithCache
 from tdcache.errors import DirectionError
-from tdcache.function_calls.places import call_places, refuse_direction, split_selector
+from tdcache.function_calls.places import call_places, refuse_direction
+from tdcache.function_calls.sites import split_selector
+from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import MultiHookHandle, attach, bracket
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
 from tdcache.place_modules import position_dims, refuse_at_names, region_in
 from tdcache.reducers import Last, Reducer
 from tdcache.regions import Along, Region
-from tdcache.selection import Selection, as_matcher
+from tdcache.selection import Matcher, Selection, as_matcher
 from tdcache.steps import Steps
 from tdcache.tokens import Positions
 from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector
@@ -196,9 +198,14 @@ class ActivationCaching(HookingContextFactory):
     def key_pattern(self, selector: Selector) -> None:
         # An unusable selector is refused here, not on entering.
         self._modules, self._calls = split_selector(selector) if self.names is None else (selector, ())
-        self._matcher = None if self._modules is None else as_matcher(self._modules, self._match)
         for direction in self._capture.directions:
-            refuse_direction(self._calls, direction, callback=self._capture.callback is not None)
+            refuse_direction(self._calls, direction)
+        self._matcher: Matcher | None = None
+        if self._calls and self._capture.needs_places:
+            check_selector(selector, self._match)
+            self._modules, self._calls = selector, ()
+        elif self._modules is not None:
+            self._matcher = as_matcher(self._modules, self._match)
         self._key_pattern = selector
 
     def __repr__(self) -> str:

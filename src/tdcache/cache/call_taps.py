@@ -68,13 +68,13 @@ class CallCapture:
 
     def _attach_stops(self, root: nn.Module, places: Sequence[CallPlace], handle: MultiHookHandle) -> None:
         for place in places:
-            if place.pattern.literal is None:
+            if place.pattern.labels is None:
                 raise CaptureError(
                     f"stop_early=True ends the forward after the last site, and which calls {place.selector!r} means "
-                    "is not known before the forward has run; write the name of one function after '::', or leave "
-                    "stop_early= out"
+                    "is not known before the forward has run; spell the names out, as in '::softmax' or '::(q|k)', or "
+                    "leave stop_early= out"
                 )
-        paths = frozenset(f"{place.site.path}::{place.pattern.literal}" for place in places)
+        paths = frozenset(f"{place.site.path}::{label}" for place in places for label in place.pattern.labels or ())
         self.recorder.stop_after |= paths
         before = all(channel.direction.startswith("fwd_pre") for channel in self.recorder.channels)
         direction = self.recorder.channels[0].direction if before else "fwd"

@@ -94,6 +94,12 @@ class Capture:
         """Where the taps stand among the hooks of a site."""
         return Order.FIRST if self.prepend else Order.CAPTURE
 
+    @property
+    def needs_places(self) -> bool:
+        """Whether the places must be known before the model runs: where gradients are watched on the way in."""
+        with_callback = self.callback is not None and any(direction_row(each).gradient for each in self.directions)
+        return "grad_in" in self.directions or with_callback
+
     def _fits_graph(self) -> bool:
         asked = (self.callback, self.pick, self.positions, self.steps)
         asks_more = any(each is not None for each in asked) or self.stop_early or not self.region.whole

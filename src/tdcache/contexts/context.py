@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from threading import get_ident
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -14,6 +15,8 @@ from torch import nn
 
 from tdcache.contexts.opened import begin_opening, closed
 from tdcache.errors import ContextError, StopForward
+from tdcache.function_calls.sites import split_selector
+from tdcache.function_calls.stand_in import select_sites
 from tdcache.hooks.compiled import refuse_scripted, running_eagerly
 from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.hooks.threads import Fence, current_fence, fencing
@@ -331,6 +334,11 @@ class HookingContext:
             options: Any = {"match": match, "allow_empty": allow_empty, "matcher": matcher}
             return named_selection(self.model, self.names, selector, **options)
         root = self.model if root is None else root
+        if split_selector(selector)[1]:
+            find, shown = partial(self.select, root=root), len(self._selected)
+            found = select_sites(root, selector, match=match, allow_empty=allow_empty, find=find)
+            self._selected[shown:] = [found]  # the calls, and not the modules that make them
+            return found
         tree = walk(root)
         key = (selector, match, id(root)) if isinstance(selector, Hashable) else None
         remembered = self._remembered.get(key)

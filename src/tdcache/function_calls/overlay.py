@@ -15,10 +15,22 @@ from functools import lru_cache
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
+from torch import nn
+
 from tdcache.function_calls.handlers import Call, Handlers, Run, Scope
 from tdcache.function_calls.mode import CallMode, owning_frame, thread
+from tdcache.function_calls.names import parameters_of_function, parameters_of_torch
 
-__all__ = ["INTERFACE", "PythonCall", "Registry", "global_functions", "innermost", "is_registry", "overlaid"]
+__all__ = [
+    "INTERFACE",
+    "PythonCall",
+    "Registry",
+    "global_functions",
+    "innermost",
+    "is_registry",
+    "overlaid",
+    "parameters_of",
+]
 
 
 _NOTHING = nullcontext()
@@ -48,6 +60,12 @@ def global_functions(function: Any) -> dict[str, Any]:
                 if is_registry(value) or (isinstance(value, FunctionType) and value.__module__ not in _SEEN_ANYWAY):
                     found[name] = value
     return found
+
+
+def parameters_of(name: str, module: nn.Module) -> tuple[str, ...]:
+    """The names of the parameters, by position, of a function that the forward of ``module`` calls; () if unknown."""
+    function = global_functions(type(module).forward).get(name)
+    return parameters_of_torch(name) if function is None else parameters_of_function(function)
 
 
 def overlaid(function: Any, replacements: Mapping[str, Any]) -> Any:
@@ -193,7 +211,7 @@ class PythonCall:
         with aside:
             for handler in handlers:
                 handler.before(call)
-        call.output = self.made(mode, run, call.args, call.kwargs)
+        call.output = self.made(mode, run, call.args, call.kwargs, call.instead)
         with aside:
             for handler in handlers:
                 handler.after(call)
@@ -213,8 +231,10 @@ class PythonCall:
         call.frame = frame
         return call
 
-    def made(self, mode: CallMode, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the function, with the mode on if the sites inside need it."""
+    def made(self, mode: CallMode, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], instead: Any = None) -> Any:
+        """Call the function, or ``instead``, with the mode on if the sites inside need it."""
+        if instead is not None:
+            return instead(*args, **kwargs)
         if self.name is not INTERFACE:
             return self.function(*args, **kwargs)
         run.inside = True

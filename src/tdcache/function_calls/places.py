@@ -5,34 +5,29 @@ Which calls a selector means is known once they are made, so a tap is made when 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import lru_cache
 from typing import Any, Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tdcache.errors import DirectionError, listed
 from tdcache.function_calls.attach import AtCall, CallsLike, OneCall, attach_rules
 from tdcache.function_calls.handlers import CallRule
-from tdcache.function_calls.names import is_torch_name
-from tdcache.function_calls.overlay import INTERFACE, global_functions
+from tdcache.function_calls.overlay import INTERFACE, parameters_of
 from tdcache.function_calls.roles import AttentionHook, Use
 from tdcache.function_calls.scope import ForwardScope
-from tdcache.function_calls.sites import CallPattern, CallSite, is_call
+from tdcache.function_calls.sites import CallPattern, CallSite, FindModules, is_call
 from tdcache.hooks.directions import Direction, direction_row
-from tdcache.hooks.port import InputPort, OutputPort, Port
+from tdcache.hooks.port import InputPort, Port, port_at
 from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.threads import Fence
 from tdcache.hooks.values import leaves
-from tdcache.selection import Selection, Site
-from tdcache.types import HookDirection, Match, Pick, Selector
+from tdcache.selection import Site
+from tdcache.types import HookDirection, Match, Pick
 
-__all__ = ["CallPlace", "CallTaps", "MakeTap", "call_places", "parameters_of", "refuse_direction", "split_selector"]
+__all__ = ["CallPlace", "CallTaps", "MakeTap", "call_places", "port_of", "refuse_direction", "what_is_called"]
 
 
 class _AnyTap(Protocol):
@@ -56,29 +51,7 @@ class CallPlace:
     selector: str
 
 
-class _Selecting(Protocol):
-    def __call__(self, selector: Selector, *, match: Match, allow_empty: bool) -> Selection: ...
-
-
-def split_selector(selector: Selector) -> tuple[Selector | None, tuple[str, ...]]:
-    """The part of a selector that speaks of modules (None if there is none), and the selectors of calls in it.
-
-    Raises:
-        SelectionError: a selector of calls is not well formed.
-    """
-    if isinstance(selector, str):
-        if not is_call(selector):
-            return selector, ()
-        CallPattern.parse(selector)
-        return None, (selector,)
-    if not isinstance(selector, Sequence) or isinstance(selector, bytes):
-        return selector, ()
-    parts = [split_selector(member) for member in selector]
-    calls = tuple(call for _, found in parts for call in found)
-    return ([part for part, _ in parts if part is not None] or None) if calls else selector, calls
-
-
-def call_places(select: _Selecting, selectors: Iterable[str], *, match: Match, allow_empty: bool) -> list[CallPlace]:
+def call_places(select: FindModules, selectors: Iterable[str], *, match: Match, allow_empty: bool) -> list[CallPlace]:
     """What selectors of calls may mean, by ``select``, which finds the modules.
 
     Raises:
@@ -92,25 +65,28 @@ def call_places(select: _Selecting, selectors: Iterable[str], *, match: Match, a
     return places
 
 
-def refuse_direction(selectors: Iterable[str], direction: HookDirection, *, callback: bool = False) -> None:
+def refuse_direction(selectors: Iterable[str], direction: HookDirection) -> None:
     """Refuse what cannot be seen at a call.
 
     Raises:
-        DirectionError: the gradient of arguments, a gradient for a callback, or the arguments of a derived place.
+        DirectionError: the arguments of a place of an attention call, or their gradient.
     """
     row = direction_row(direction)
     for selector in selectors:
-        if direction == "grad_in" or (callback and row.gradient):
-            raise DirectionError(
-                f"{selector!r} is inside a forward, where the gradients are those of results ('bwd'), without callback="
-                f"; got {direction!r}"
-            )
         pattern = CallPattern.parse(selector)
-        if row.value == "args" and any(pattern.attention()):
+        if (row.value == "args" or direction == "grad_in") and any(pattern.attention()):
             raise DirectionError(
                 f"{selector!r} is a value inside an attention call and has no arguments of its own: direction "
-                f"'fwd' is the value itself, got {direction!r}"
+                f"'fwd' is the value itself and 'bwd_pre' its gradient, got {direction!r}"
             )
+
+
+def port_of(path: str, direction: str, pick: Pick, module: nn.Module) -> Port:
+    """:func:`tdcache.hooks.port.port_at`, also at a call of ``module``, where it knows the parameters' names."""
+    port = port_at(path, direction, pick)
+    if is_call(path) and isinstance(port, InputPort):
+        return InputPort(path, pick, parameters_of(CallSite.parse(path).name, module))
+    return port
 
 
 class CallTaps:
@@ -192,8 +168,7 @@ class CallTaps:
         if self._served.setdefault(path, at) is not at:
             return None
         module, groups = at.place.site.module, at.place.site.groups
-        names = parameters_of(at.site.name, module) if self.before else ()
-        port: Port = InputPort(path, self.pick, names) if self.before else OutputPort(path, self.pick)
+        port = port_of(path, "fwd_pre" if self.before else "fwd", self.pick, module)
         return self.make(Site(path, module, groups), port).on_call
 
     def remove(self) -> None:
@@ -208,9 +183,10 @@ class CallTaps:
             if place.selector not in self._fired:
                 silent.setdefault(place.selector, []).append(place)
         for selector, places in silent.items():
-            made = ((place.site.path, _called_in(place.site.module)) for place in places)
-            said = [f"{path or '(root)'} calls {listed(_nearest(selector, names), 8)}" for path, names in made if names]
-            known = "; ".join(said[:3]) or "select(model, pattern, inputs) shows what they call"
+            made = (what_is_called(selector, place.site.path, place.site.module) for place in places)
+            known = (
+                "; ".join([said for said in made if said][:3]) or "select(model, pattern, inputs) shows what they call"
+            )
             yield f"{selector!r} means a call that none of its {len(places)} modules made: {known}"
 
     def mute(self) -> None:
@@ -281,6 +257,12 @@ class _AtPlace:
         return hook(module, (*args, *kwargs.values()), output)
 
 
+def what_is_called(selector: str, path: str, module: nn.Module) -> str:
+    """What the forward of a module was seen to call, nearest to ``selector`` first; nothing if it did not run."""
+    names = _called_in(module)
+    return f"{path or '(root)'} calls {listed(_nearest(selector, names), 8)}" if names else ""
+
+
 def _called_in(module: nn.Module) -> list[str]:
     """The functions that a module with sites inside was seen to call, or looks up by name."""
     scope = module.__dict__.get("forward")
@@ -300,28 +282,3 @@ def _code_names(module: nn.Module) -> tuple[str, ...]:
 def _nearest(selector: str, names: list[str]) -> list[str]:
     wanted = selector.partition("::")[2]
     return sorted(names, key=lambda name: -SequenceMatcher(None, wanted, name).ratio())
-
-
-def parameters_of(name: str, module: nn.Module) -> tuple[str, ...]:
-    """The names of a function's parameters by position; empty where nothing says them."""
-    function = global_functions(type(module).forward).get(name)
-    return _names_of(function) if function is not None else _torch_parameters(name)
-
-
-@lru_cache(maxsize=1024)
-def _torch_parameters(name: str) -> tuple[str, ...]:
-    if not is_torch_name(name):
-        return ()
-    described = torch.overrides.get_testing_overrides()
-    for holder in (F, torch, torch.Tensor):
-        function = getattr(holder, name, None)
-        if function is not None:
-            return _names_of(described.get(function, function))
-    return ()
-
-
-def _names_of(function: Any) -> tuple[str, ...]:
-    try:
-        return tuple(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return ()

@@ -21,7 +21,7 @@ from tdcache.function_calls.handlers import CallRule, HandlersOf, Need, by_order
 from tdcache.function_calls.mode import run_forward
 from tdcache.function_calls.overlay import PythonCall, Registry, global_functions, is_registry, overlaid
 
-__all__ = ["ForwardScope", "OwnForward", "frontier"]
+__all__ = ["ForwardScope", "OwnForward", "frontier", "has_rules"]
 
 _FORWARD = "forward"
 
@@ -190,3 +190,9 @@ def frontier(module: nn.Module) -> Iterator[nn.Module]:
         elif child._modules or not type(child).forward.__module__.startswith("torch.nn."):
             # torch's own leaves make one call: closing the mode for that costs as much as letting it through
             yield child
+
+
+def has_rules(module: nn.Module) -> bool:
+    """Whether somebody looks on inside the forward of a module."""
+    scope = module.__dict__.get(_FORWARD)
+    return isinstance(scope, ForwardScope) and bool(scope.rules)

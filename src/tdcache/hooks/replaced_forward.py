@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from tdcache.hooks.on_demand import OnDemandPlace
+
 __all__ = ["ReplacedForward", "replace_forward", "skip_module"]
 
 
@@ -37,6 +39,8 @@ class _ForwardStack:
             module.__dict__.pop("forward", None)
         else:
             module.__dict__["forward"] = forward
+        if isinstance(module, OnDemandPlace):
+            module.settle()
 
 
 _STACKS: WeakKeyDictionary[nn.Module, _ForwardStack] = WeakKeyDictionary()
