@@ -27,9 +27,9 @@ def test_a_splice_encodes_the_value_of_a_name():
     basis = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0]
     pair = (lambda x: x @ basis, lambda latents: latents @ basis.T)
     names, plain = table(model), model(ids())
-    with Splice("blocks.1.attn.z", {"blocks.1.attn.z": pair}, names=names).prepare(model):
-        with ActivationCaching(r".*/sae\.latents").prepare(model) as hooked:
-            assert torch.equal(model(ids()), plain)  # with the error term it is the identity
+    splice = Splice("blocks.1.attn.z", {"blocks.1.attn.z": pair}, names=names)
+    with splice.prepare(model), ActivationCaching(r".*/sae\.latents").prepare(model) as hooked:
+        assert torch.equal(model(ids()), plain)  # with the error term it is the identity
     with ActivationCaching("blocks.1.attn.z", names=names).prepare(model) as whole:
         model(ids())
     assert torch.equal(hooked.cache["blocks.1.attn.z/sae.latents"], whole.cache["attn.z", 1] @ basis)

@@ -47,9 +47,9 @@ def save_intervention(intervention: Intervention | ResumeFrom, directory: str | 
 
     One that is there is replaced at once: whatever fails, the directory holds the old one or the new one.
 
-    What cannot be data stays out: a function (``patch_fn``, ``steer_fn``, ``metric``, a predicate) and a table of names,
-    which is one model's, have to be given again to :func:`load_intervention`, and a selector has to be a regex, or a
-    sequence of these.
+    What cannot be data stays out: a function (``patch_fn``, ``steer_fn``, ``metric``, a predicate) and a table of
+    names, which is one model's, have to be given again to :func:`load_intervention`, and a selector has to be a regex,
+    or a sequence of these.
 
     Raises:
         StoreError: an argument that is not data; or a subclass of one's own, which could not be found again.
@@ -69,9 +69,8 @@ def save_intervention(intervention: Intervention | ResumeFrom, directory: str | 
     again: list[str] = []
     for name, parameter in inspect.signature(type(intervention)).parameters.items():
         value = getattr(intervention, name)
-        if isinstance(value, Names) or (
-            callable(value) and not isinstance(value, Tensor | TensorDictBase) and name != "selector"
-        ):
+        is_function = callable(value) and not isinstance(value, Tensor | TensorDictBase) and name != "selector"
+        if is_function or isinstance(value, Names):
             again.append(name)
         elif value is not parameter.default:
             arguments[name] = _as_data(value, name, tensors)
