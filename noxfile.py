@@ -24,6 +24,7 @@ PEER_TESTS = (
     "tests/harvesting/test_ray_fleet.py",
     "tests/harvesting/test_sources.py",
     "tests/points/test_transformer_lens.py",
+    "tests/residual/test_transformer_lens.py",
     "tests/store/test_dataset.py",
     "tests/store/test_repack.py",
 )
@@ -88,6 +89,20 @@ def kills(session):
     """Kill a thousand processes that write stores, copies and states, and hold what is left against one whole run."""
     install(session, "-e", ".")
     session.run("python", "tests/kills.py", *(session.posargs or ("--kills", "1000")), env=OFFLINE)
+
+
+@nox.session
+def names_zoo(session):
+    """Find and prove canonical names in 190 families of transformers; writes docs/names_table.md."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "tests/names_zoo.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def names_lies(session):
+    """Plant wrong names in 190 families of transformers; every one has to be refused."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "tests/names_lies.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session(venv_backend="none")

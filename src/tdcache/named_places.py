@@ -268,6 +268,18 @@ class Names(Mapping[str, NamedPlace]):
         """The model whose places these are; None where it is gone, or was never given."""
         return None if self._model is None else self._model()
 
+    def bound_to(self, model: nn.Module) -> Names:
+        """The same table, of the model that is hooked with it: ``self`` where it is the one that the names are from.
+
+        Raises:
+            CanonicalNameError: the table was made for another model.
+        """
+        root = self.root_in(model)
+        if root is self.model:
+            return self
+        known: dict[str, Any] = {"refused": self.refused, "streams": self.streams, "spelling": self.spelling}
+        return Names(self._places, **known, proof=self.proof, style=self.style, model=root)
+
     def root_in(self, model: nn.Module) -> nn.Module:
         """The module that the paths of the table are relative to, where ``model`` is to be hooked.
 

@@ -31,7 +31,7 @@ from tdcache.place_modules import refuse_at_names, sites_of
 from tdcache.selection import Selection, as_matcher
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
-__all__ = ["Attribution", "Scores", "SiteAttribution", "Work"]
+__all__ = ["Attribution", "RoleAttribution", "Scores", "SiteAttribution", "Work"]
 
 Scores: TypeAlias = Mapping[tuple[Any, ...], Any]
 """What is written: full key to tensor, such as ``("attr", "layers.0")``."""
@@ -216,6 +216,24 @@ class SiteAttribution(Attribution):
             return [Place(kind, path, self.pick, self.call) for path in paths]
         parts = {pick: tuple(map(str, pick if isinstance(pick, tuple) else (pick,))) for pick in self.pick}
         return [Place(kind, path, pick, self.call, part) for path in paths for pick, part in parts.items()]
+
+
+class RoleAttribution(Attribution):
+    """Base of the methods that select modules in several roles; they call :meth:`select_by` when they are made."""
+
+    selectors: Mapping[str, Selector]
+    """The selectors by role."""
+    match: Match
+
+    def select_by(self, match: Match, **selectors: Selector) -> None:
+        """Keep the selectors of the roles; an unusable one is refused here, not on entering."""
+        for selector in selectors.values():
+            as_matcher(selector, match)
+        self.selectors, self.match = selectors, match
+
+    def selectors_by_role(self) -> Mapping[str, tuple[Selector, Match]]:
+        """The selectors of the method by role."""
+        return {role: (selector, self.match) for role, selector in self.selectors.items()}
 
 
 def _any_batch(module: HookedModule, data: TensorDictBase, forward: Forward, crowd: list[_Member]) -> TensorDictBase:

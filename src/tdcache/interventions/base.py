@@ -13,9 +13,10 @@ from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.current_call import CurrentCall
 from tdcache.errors import ContextError, EditError, SelectionError, UnfiredSiteWarning, warn_user
 from tdcache.function_calls.places import CallPlace, CallTaps, MakeTap, call_places, refuse_direction, split_selector
+from tdcache.function_calls.sites import at_call
 from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach_ports, direction_row, port_at
 from tdcache.hooks.port import Port
-from tdcache.interventions.edit_tap import Edit, EditTap, ReadTap, RegionEdit, at_call
+from tdcache.interventions.edit_tap import Edit, EditTap, ReadTap, RegionEdit
 from tdcache.interventions.options import (
     OPTION_NAMES,
     Calls,

@@ -18,8 +18,8 @@ from tdcache.hooks import MultiHookHandle, Order, OutputPort, Port, port_at
 from tdcache.hooks import attach as attach_hook
 from tdcache.hooks.gradients import handed_on
 from tdcache.hooks.values import check_fits, leaves
-from tdcache.inplace import NO_COUNTER, eager_version_of
-from tdcache.introspect import add_tensor_hook, has_tensor_hooks, in_backward, shares_memory
+from tdcache.inplace import NO_COUNTER, eager_version_of, shares_memory
+from tdcache.introspect import add_tensor_hook, has_tensor_hooks, in_backward
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
 from tdcache.pipeline.collection import HookCollection
