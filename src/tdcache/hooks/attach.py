@@ -54,6 +54,13 @@ class AttachedElsewhere(nn.Module):
 
     def attach_hook(self, hook: Callable[..., Any], direction: HookDirection, order: int) -> Removable:
         """Put a hook at the place; it is called as hooks of ``direction`` are."""
+        return self.attach_hooks([(self, hook)], direction, order)
+
+    @classmethod
+    def attach_hooks(
+        cls, pairs: Iterable[tuple[Any, Callable[..., Any]]], direction: HookDirection, order: int
+    ) -> Removable:
+        """Put a hook at each of several places."""
         raise NotImplementedError
 
 
@@ -150,9 +157,10 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
         placed = NumberedRegistrations(number)
         handle.add(placed)
         taken_in = placed.dicts.append
+        elsewhere: list[tuple[AttachedElsewhere, Callable[..., Any]]] = []
         for module, hook in pairs:
             if isinstance(module, AttachedElsewhere):
-                handle.add(module.attach_hook(hook, "fwd", order))
+                elsewhere.append((module, hook))
                 continue
             hooks = post_hooks(module)
             if not hooks and fence is None:  # the common case
@@ -168,6 +176,8 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
                 hooks.move_to_end(number, last=False)
             else:
                 settle(hooks, order)
+        if elsewhere:
+            handle.add(elsewhere[0][0].attach_hooks(elsewhere, "fwd", order))
 
 
 def attach_ports(

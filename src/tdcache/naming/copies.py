@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tdcache.errors import TdcacheError
+
 __all__ = ["WorkingCopy", "in_best_dtype", "working_copy"]
 
 T = TypeVar("T")
@@ -50,6 +52,8 @@ def in_best_dtype(model: nn.Module, noise: float, use: Callable[[WorkingCopy], T
     if sum(parameter.numel() for parameter in model.parameters()) <= FLOAT64_PARAMETERS:
         try:
             return use(working_copy(model, noise=noise, double=True))
+        except TdcacheError:  # said of the model, whatever its dtype
+            raise
         except (RuntimeError, TypeError, ValueError):
             return use(working_copy(model, noise=noise, double=False))
     return use(working_copy(model, noise=noise, double=False))
