@@ -46,6 +46,7 @@ class HarvestOptions:
     tag: str | None = None
     in_keys: Sequence[Any] | None = None
     columns: Sequence[str] | Mapping[str, Any] | None = None
+    tokenizer: Any = None
     held_on: torch.device | str = "cpu"
     """Where rows are kept until they are used; files are written from the CPU."""
 
