@@ -82,6 +82,13 @@ def kills(session):
     session.run("python", "tests/kills.py", *(session.posargs or ("--kills", "1000")), env=OFFLINE)
 
 
+@nox.session
+def soak(session):
+    """Take fifty million rows through everything that reads and writes them: each is checked, memory is measured."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "benchmarks/soak.py", *(session.posargs or ("--rows", "50000000")), env=OFFLINE)
+
+
 @nox.session(venv_backend="none")
 def other_cpu(session):
     """Run ``tests`` with the kernels of the oldest CPU: what asks for too many equal bits fails here."""
