@@ -180,11 +180,6 @@ class Pages:
                         self._kept.popitem(last=False)
             yield memoryview(page)[max(offset - begin, 0) : offset + size - begin]
 
-    def forget(self, path: RemotePath) -> None:
-        """Let go of what was read of a file."""
-        for key in [key for key in tuple(self._kept) if key[0] == path.url]:
-            self._kept.pop(key, None)
-
 
 def _range_of(path: RemotePath, begin: int, end: int, whole: int) -> bytes:
     """Bytes of a file; a server that knows no ranges answers with all of it, which is not what was asked for."""
