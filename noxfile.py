@@ -24,6 +24,7 @@ PEER_TESTS = (
     "tests/harvesting/test_ray_fleet.py",
     "tests/harvesting/test_sources.py",
     "tests/points/test_transformer_lens.py",
+    "tests/residual/test_transformer_lens.py",
     "tests/store/test_dataset.py",
     "tests/store/test_repack.py",
 )
@@ -76,6 +77,14 @@ def fuzz(session):
 
 
 @nox.session
+def matrix(session):
+    """Every module of twenty families of models under every method, against hooks written by hand."""
+    install_group(session, "tests", "-e", ".[examples]")
+    env = {**OFFLINE, "TDCACHE_MATRIX": "all"}
+    session.run("python", "-m", "pytest", "tests/models/test_matrix.py", *session.posargs, env=env)
+
+
+@nox.session
 def kills(session):
     """Kill a thousand processes that write stores, copies and states, and hold what is left against one whole run."""
     install(session, "-e", ".")
@@ -87,6 +96,20 @@ def soak(session):
     """Take fifty million rows through everything that reads and writes them: each is checked, memory is measured."""
     install(session, "-e", ".[examples]")
     session.run("python", "benchmarks/soak.py", *(session.posargs or ("--rows", "50000000")), env=OFFLINE)
+
+
+@nox.session
+def names_zoo(session):
+    """Find and prove canonical names in 190 families of transformers; writes docs/names_table.md."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "tests/names_zoo.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def names_lies(session):
+    """Plant wrong names in 190 families of transformers; every one has to be refused."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "tests/names_lies.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session(venv_backend="none")

@@ -1,6 +1,10 @@
 """Sphinx configuration; the build is strict, offline, and executes every file of examples/."""
 
+from importlib import import_module
 from importlib.metadata import version as installed_version
+from pathlib import Path
+
+from sphinx.util import logging
 
 project = "tdcache"
 author = "tdcache contributors"
@@ -42,3 +46,17 @@ sphinx_gallery_conf = {
     "run_stale_examples": True,  # an example that did not change may still be broken by a change in src/
     "show_signature": False,
 }
+
+
+def every_public_name_is_documented(app, env):
+    """Warn, which fails a strict build, of each name in a package's ``__all__`` that no page describes."""
+    described = {name.rpartition(".")[2] for name in env.domaindata["py"]["objects"]}
+    for page in ("tdcache", *sorted(path.stem for path in Path(app.srcdir, "reference").glob("*.md"))):
+        name = page if page == "tdcache" else f"tdcache.{page}"
+        for missing in [] if page == "index" else sorted(set(import_module(name).__all__) - described):
+            logging.getLogger(__name__).warning("%s.%s is on no page of the reference", name, missing)
+
+
+def setup(app):
+    """Hold the reference against the package when every page has been read."""
+    app.connect("env-check-consistency", every_public_name_is_documented)

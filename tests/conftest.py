@@ -13,6 +13,8 @@ import hypothesis
 import pytest
 import torch
 
+from small_models import MLP
+
 if os.environ.get("TDCACHE_OTHER_CPU"):
     import other_cpu
 
@@ -44,3 +46,15 @@ def no_graph_is_left():
 def seeded():
     """Give each test the same random numbers, whichever tests ran before it in this process."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def model():
+    """The usual small model; a file of tests may have another."""
+    return MLP()
+
+
+@pytest.fixture
+def x():
+    """A batch for it."""
+    return torch.randn(5, 4)

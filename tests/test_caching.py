@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
-from small_models import MLP, by_hand
+from small_models import MLP, assert_same, by_hand
 from tdcache import (
     ActivationCaching,
     HookingContextFactory,
@@ -23,23 +23,6 @@ from tdcache.caching import CachingOptions
 
 LAYERS = ["layers.0", "layers.1", "layers.2"]
 ONE_LAYER = r"layers\.\d+"
-
-
-@pytest.fixture
-def model():
-    return MLP()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
-def assert_same(found, wanted):
-    """Bit for bit: an alias of the very tensor cannot differ by rounding."""
-    assert set(found) == set(wanted)
-    for path, value in wanted.items():
-        assert torch.equal(found[path], value), path
 
 
 def test_the_positional_order_of_the_arguments_is_fixed():

@@ -5,7 +5,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
-from small_models import MLP, Pair, by_hand, input_gradients, output_gradients
+from small_models import Pair, assert_same, by_hand, input_gradients, output_gradients
 from tdcache import (
     ActivationCaching,
     CaptureError,
@@ -20,23 +20,6 @@ from tdcache import (
 
 LAYERS = ["layers.0", "layers.1", "layers.2"]
 ONE_LAYER = r"layers\.\d+"
-
-
-@pytest.fixture
-def model():
-    return MLP()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
-def assert_same(found, wanted):
-    """Bit for bit: an alias of the very tensor cannot differ by rounding."""
-    assert set(found) == set(wanted)
-    for path, value in wanted.items():
-        assert torch.equal(found[path], value), path
 
 
 # Directions

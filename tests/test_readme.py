@@ -1,15 +1,22 @@
 """Every Python block of the README and of docs/ runs, in order, in one namespace per file; so does the quickstart."""
 
 import runpy
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import regex
+import torch
 
 import tdcache
+from tdcache import errors, points
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [
+    REPOSITORY / "README.md",
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+    *sorted((REPOSITORY / "docs" / "errors").glob("*.md")),
+]
 # A block may stand in a list or an admonition: its indentation is taken off every line.
 FENCE = regex.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^(?P=indent)```$", regex.MULTILINE | regex.DOTALL)
 
@@ -64,6 +71,44 @@ def test_the_api_page_names_every_public_name():
     page = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
     documented = regex.findall(r"\.\. auto(?:class|data|exception|function):: (\w+)", page)
     assert sorted(documented) == sorted(tdcache.__all__)
+
+
+def test_every_error_and_warning_has_a_page_of_its_own():
+    pages = {path.stem for path in (REPOSITORY / "docs" / "errors").glob("*.md")} - {"index"}
+    assert pages == {name for name in errors.__all__ if name[0].isupper()}
+
+
+def test_a_traceback_names_the_page():
+    with pytest.raises(errors.SelectionError) as raised:
+        tdcache.select(torch.nn.Sequential(torch.nn.ReLU()), "nothing")
+    assert raised.value.__notes__ == ["what it means, with wrong and right code: docs/errors/SelectionError.md"]
+
+
+def test_a_users_own_error_names_the_page_of_the_class_it_derives_from():
+    class Mine(errors.CaptureError):
+        pass
+
+    assert "docs/errors/CaptureError.md" in Mine("no").__notes__[0]
+
+
+REFERENCE = sorted(path for path in (REPOSITORY / "docs" / "reference").glob("*.md") if path.stem != "index")
+
+
+@pytest.mark.parametrize("page", REFERENCE, ids=lambda page: page.stem)
+def test_a_page_of_the_reference_leaves_out_only_what_another_describes(page):
+    text = page.read_text(encoding="utf-8")
+    package = import_module(f"tdcache.{page.stem}")
+    assert f".. automodule:: tdcache.{page.stem}\n   :members:\n" in text  # which goes by __all__
+    left_out = {name for names in regex.findall(r":exclude-members: (.*)", text) for name in names.split(", ")}
+    elsewhere = {*tdcache.__all__, *(points.__all__ if page.stem == "compat" else ())}
+    assert left_out == set(package.__all__) & elsewhere
+
+
+def test_the_reference_has_a_page_for_every_subpackage():
+    pages = {page.stem for page in REFERENCE}
+    assert set(tdcache._PACKAGES) <= pages
+    index = (REPOSITORY / "docs" / "reference" / "index.md").read_text(encoding="utf-8")
+    assert pages <= set(index.splitlines())
 
 
 def test_the_architecture_page_names_every_file():

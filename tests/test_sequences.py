@@ -261,3 +261,33 @@ def test_a_square_mask_beside_a_cache_needs_position_ids_that_agree():
         assert tokens.select(-1).int().tolist() == [[1], [1]]
         with pytest.raises(SelectionError, match=r"positions from the beginning need the number of cached tokens"):
             tokens.select(2)
+
+
+def test_a_mask_that_is_named_belongs_to_its_own_sequence():
+    both = {
+        "input_ids": torch.zeros(2, 5, dtype=torch.long),
+        "attention_mask": torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]),
+        "decoder_input_ids": torch.zeros(2, 3, dtype=torch.long),
+        "decoder_attention_mask": torch.tensor([[1, 1, 0], [0, 1, 1]]),
+    }
+    decoder = Sequences(both, mask_key="decoder_attention_mask").at("lm_head", batch=2, length=3)
+    assert decoder.place.tolist() == [[0, 1, -1], [-1, 0, 1]]
+    encoder = Sequences(both, mask_key="attention_mask").at("shared", batch=2, length=5)
+    assert encoder.place.tolist() == [[-1, 0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    states = {
+        "input_ids": both["input_ids"], "encoder_hidden_states": torch.zeros(2, 3, 4),
+        "encoder_attention_mask": both["decoder_attention_mask"],
+    }  # fmt: skip
+    cross = Sequences(states, mask_key="encoder_attention_mask").at("crossattention.key", batch=2, length=3)
+    assert cross.place.tolist() == [[0, 1, -1], [-1, 0, 1]]
+
+
+def test_the_norm_before_cross_attention_is_in_the_decoders_stream():
+    speech = {
+        "input_features": torch.zeros(2, 7, 12), "decoder_input_ids": torch.zeros(2, 3, dtype=torch.long),
+        "decoder_attention_mask": torch.tensor([[1, 1, 0], [0, 1, 1]]),
+    }  # fmt: skip
+    found = Sequences(speech).at("decoder.layers.0.encoder_attn_layer_norm", batch=2, length=3)
+    assert found.place.tolist() == [[0, 1, -1], [-1, 0, 1]]
+    with pytest.raises(SelectionError, match="the length of more than one sequence of this call"):
+        Sequences(speech).at("decoder.layers.0.encoder_attn.k_proj", batch=2, length=3)

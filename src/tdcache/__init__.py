@@ -5,6 +5,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from tdcache.cache.named_cache import NamedCache
 from tdcache.caching import ActivationCaching, cache_activations
 from tdcache.contexts import (
     CompositeHookingContextFactory,
@@ -15,6 +16,7 @@ from tdcache.contexts import (
 from tdcache.errors import (
     AttributionError,
     CacheWriteError,
+    CanonicalNameError,
     CaptureError,
     ContextError,
     DamagedError,
@@ -24,6 +26,7 @@ from tdcache.errors import (
     InplaceModificationError,
     PathError,
     RepeatedCallWarning,
+    ResidualError,
     SelectionError,
     SpecError,
     StopForward,
@@ -50,6 +53,7 @@ from tdcache.interventions import (
     save_intervention,
 )
 from tdcache.modules import HookedModule, HookedModuleRun
+from tdcache.named_places import NamedPlace, Names
 from tdcache.pipeline import Splice
 from tdcache.reducers import Concatenate, First, Last, Mean, Reducer, Stack, TopK, Variance
 from tdcache.selection import Selection, Site
@@ -57,6 +61,7 @@ from tdcache.steps import Step
 
 if TYPE_CHECKING:
     from tdcache.harvesting import ActivationBuffer, ActivationDataset, harvest
+    from tdcache.naming import names
 
 try:
     __version__ = version("tdcache")
@@ -73,6 +78,7 @@ __all__ = [
     "AttributionError",
     "CacheProxy",
     "CacheWriteError",
+    "CanonicalNameError",
     "CaptureError",
     "CausalTracing",
     "CompositeHookingContextFactory",
@@ -97,11 +103,15 @@ __all__ = [
     "Mean",
     "MultiHookHandle",
     "MultiHookManager",
+    "NamedCache",
+    "NamedPlace",
+    "Names",
     "PathError",
     "PathPatching",
     "Reducer",
     "Region",
     "RepeatedCallWarning",
+    "ResidualError",
     "ResumeFrom",
     "Selection",
     "SelectionError",
@@ -122,6 +132,7 @@ __all__ = [
     "calls",
     "harvest",
     "load_intervention",
+    "names",
     "resume_from",
     "save_intervention",
     "select",
@@ -129,17 +140,24 @@ __all__ = [
 
 
 # Loaded when asked for: they bring data loading, files or pictures with them, or are many.
-_LATER = {"ActivationBuffer": "harvesting", "ActivationDataset": "harvesting", "harvest": "harvesting"}
+_LATER = {
+    "ActivationBuffer": "harvesting",
+    "ActivationDataset": "harvesting",
+    "harvest": "harvesting",
+    "names": "naming",
+}
 _PACKAGES = (
     *(
         "attribution",
         "function_calls",
         "harvesting",
         "interventions",
+        "naming",
         "pipeline",
         "plot",
         "points",
         "reducers",
+        "residual",
         "store",
     ),
 )

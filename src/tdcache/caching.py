@@ -22,7 +22,10 @@ from tdcache.errors import DirectionError
 from tdcache.function_calls.places import call_places, refuse_direction, split_selector
 from tdcache.hooks import MultiHookHandle, attach, bracket
 from tdcache.modules import HookedModule
+from tdcache.named_places import Names
+from tdcache.place_modules import position_dims, refuse_at_names, region_in
 from tdcache.reducers import Last, Reducer
+from tdcache.regions import Along, Region
 from tdcache.selection import Selection, as_matcher
 from tdcache.steps import Steps
 from tdcache.tokens import Positions
@@ -32,7 +35,7 @@ __all__ = ["ActivationCaching", "CachingOptions", "cache_activations"]
 
 
 class ActivationCaching(HookingContextFactory):
-    """Keeps what flows through every selected module, in a TensorDict.
+    r"""Keeps what flows through every selected module, in a TensorDict.
 
     Entries are keyed by path: ``cache["layers.0.attn"]``, or ``cache["fwd", "layers.0.attn"]`` with several directions
     or ``use_nested_keys``. They are detached aliases by default, on the device they were computed on, valid as long as
@@ -75,11 +78,22 @@ class ActivationCaching(HookingContextFactory):
             over them. None keeps all columns, padding included. See ``docs/positions.md``.
         mask_key: the name of the mask among the model's arguments, found by itself by default; None counts columns.
         position_dim: the axis of positions in the values.
+        rows: which rows of the batch are kept: an int (its axis is taken off), a slice, a sequence of ints, or a bool
+            mask ``(batch,)``. Rows are axis 0, or axis 1 where positions are axis 0.
+        units: which features, along ``unit_dim``: an int (its axis is taken off), a slice, or a sequence of ints.
+        heads: ``(n_heads, which)``, in place of ``units``: ``unit_dim`` holds that many heads side by side, as the
+            input of an attention's output projection does; those that are kept stay side by side. At ``names=`` with an
+            axis of heads just which.
+        unit_dim: the axis of units, counted from the end.
         steps: in which forwards of ``generate()`` values are kept: ``"prefill"``, ``"decode"``, or a predicate of a
             :class:`tdcache.Step`. The entries outlast the forwards that are left out. All by default.
+        names: the canonical names of the model, ``tdcache.names(model)``. Then ``key_pattern`` means names, such as
+            ``r"blocks\.(?P<layer>\d+)\.attn\.pattern"``, and names are the keys; ``"fwd"`` is the value of a name and
+            ``"bwd"`` its gradient. The cache is a :class:`tdcache.NamedCache`.
 
     Raises:
         DirectionError: unknown direction, or a gradient with ``stop_early``.
+        EditError: rows, units or heads that cannot be used.
         SelectionError: an unusable selector; on entering, one that matches nothing.
 
     Example:
@@ -121,19 +135,23 @@ class ActivationCaching(HookingContextFactory):
         mask_key: Any = "auto",
         position_dim: int = 1,
         steps: Steps = None,
+        rows: Along = None,
+        units: Along = None,
+        heads: Any = None,
+        unit_dim: int = -1,
+        names: Names | None = None,
     ) -> None:
         super().__init__()
+        self.names = names
+        self._heads = heads
         if isinstance(directions, str):
             raise DirectionError(f"directions is a sequence: write directions=[{directions!r}]")
-        if hold not in get_args(Hold):
-            raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {hold!r}")
-        if reducer is not None and not isinstance(reducer, Reducer) and not _is_reducer_class(reducer):
-            raise ValueError(f"reducer= is a Reducer such as Stack(), got {reducer!r}")
         if check not in get_args(Check):
             raise ValueError(f"check is one of {', '.join(map(repr, get_args(Check)))}, got {check!r}")
         if batch_dims < 0:
             raise ValueError(f"batch_dims is a number of leading dimensions, got {batch_dims}")
         chosen = tuple(dict.fromkeys(directions or ("fwd",)))
+        refuse_at_names(names, chosen)
         self._hooking_context_kwargs = {"cache": cache, "clear_cache": clear_cache}
         self._match = match
         self._relative = relative
@@ -144,7 +162,7 @@ class ActivationCaching(HookingContextFactory):
             callback=callback,
             pick=pick,
             keep=Keep(hold=hold, index=index, dtype=dtype, device=device),
-            reducer=Last() if reducer is None else reducer() if isinstance(reducer, type) else reducer,
+            reducer=Last() if reducer is None else Reducer.of(reducer),
             batch_dims=batch_dims,
             stack_by=stack_by,
             stop_early=stop_early,
@@ -154,13 +172,20 @@ class ActivationCaching(HookingContextFactory):
             mask_key=mask_key,
             position_dim=position_dim,
             steps=steps,
+            region=Region(
+                rows=rows,
+                units=units,
+                unit_dim=unit_dim,
+                position_dim=position_dim,
+                heads=None if names is not None else heads,
+            ),
         )
         self.key_pattern = key_pattern
 
     @property
     def fits_graph(self) -> bool:
         """Whether the hooks may become part of a compiled graph: those for plain outputs may."""
-        return self._capture.fits_graph and not self._calls
+        return self._capture.fits_graph and not self._calls and self.names is None
 
     @property
     def key_pattern(self) -> Selector:
@@ -170,7 +195,7 @@ class ActivationCaching(HookingContextFactory):
     @key_pattern.setter
     def key_pattern(self, selector: Selector) -> None:
         # An unusable selector is refused here, not on entering.
-        self._modules, self._calls = split_selector(selector)
+        self._modules, self._calls = split_selector(selector) if self.names is None else (selector, ())
         self._matcher = None if self._modules is None else as_matcher(self._modules, self._match)
         for direction in self._capture.directions:
             refuse_direction(self._calls, direction, callback=self._capture.callback is not None)
@@ -179,33 +204,37 @@ class ActivationCaching(HookingContextFactory):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._key_pattern!r}, directions={list(self._capture.directions)!r})"
 
+    def _named_axes(self, selection: Selection) -> tuple[dict[str, int], dict[str, Region]]:
+        """By canonical name, the axis of positions, and the part that is kept."""
+        if self.names is None:
+            return {}, {}
+        regions = {at.path: region_in(self._capture.region, self.names[at.path], self._heads) for at in selection}
+        return position_dims(self.names, selection), regions
+
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context: HookingContextWithCache = module.hooking_context
         root = module.model if self._relative else module
-        find = partial(context.select, root=root)
         options: Any = {"match": self._match, "allow_empty": self._allow_empty}
-        selection = Selection((), selector=self._key_pattern, model_name=type(module.model).__name__)
-        if self._modules is not None:
-            selection = find(self._modules, matcher=self._matcher, **options)
-        places = call_places(find, self._calls, **options)
-        recorder = self._capture.recorder(context.cache, selection, places)
+        if self._modules is None:
+            selection = Selection((), selector=self._key_pattern, model_name=type(module.model).__name__)
+        else:
+            selection = context.select(self._modules, root=root, matcher=self._matcher, **options)
+        places = call_places(partial(context.select, root=root), self._calls, **options) if self._calls else ()
+        dims, regions = self._named_axes(selection)
+        recorder = self._capture.recorder(context.cache, selection, places, dims, regions)
         handle = MultiHookHandle()
         with handle.installing():
             self._capture.place(selection, recorder, handle)
             self._capture.place_calls(module.model, places, recorder, handle)
-            positions = recorder.channels[0].positions
-            if positions is not None:
-                handle.add(attach(module.model, positions.on_call, "fwd_pre_kwargs", order=positions.order))
+            part = recorder.channels[0].part
+            if part is not None and part.positions is not None:
+                handle.add(attach(module.model, part.positions.on_call, "fwd_pre_kwargs", order=part.positions.order))
             if self._capture.steps is None:
                 bracket(module.model, recorder.begin, recorder.end, handle)
             else:
                 StepGate(module.model, self._capture.steps, recorder).attach(handle)
         context.record(recorder)
         return handle
-
-
-def _is_reducer_class(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, Reducer)
 
 
 class CachingOptions(TypedDict, total=False):
@@ -234,6 +263,11 @@ class CachingOptions(TypedDict, total=False):
     mask_key: Any
     position_dim: int
     steps: Steps
+    rows: Along
+    units: Along
+    heads: Any
+    unit_dim: int
+    names: Names | None
 
 
 def cache_activations(

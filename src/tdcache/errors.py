@@ -2,7 +2,8 @@
 
     TdcacheError
     ├── SelectionError(ValueError)         a selector matches nothing, or cannot be used
-    │   └── PathError                      an explicit path that no module has
+    │   ├── PathError                      an explicit path that no module has
+    │   └── CanonicalNameError(KeyError)   a canonical name that a model does not have, or that is refused for it
     ├── DirectionError(ValueError)         an unknown direction, or one that cannot be used here
     ├── HookSignatureError(ValueError)     a hook or callback with the wrong parameters
     ├── ContextError(RuntimeError)         a context used in a state that does not allow it
@@ -11,6 +12,7 @@
     │   └── CacheWriteError                the cache cannot take the value
     ├── EditError(RuntimeError)            a replacement that does not fit
     ├── AttributionError(RuntimeError)     scores that cannot be computed as asked
+    ├── ResidualError(RuntimeError)        a residual stream that cannot be taken apart as asked
     └── StoreError(RuntimeError)           stored tensors that cannot be written or read
         ├── DamagedError                   bytes that are not those that were written
         └── SpecError                      a store that was made of something else, or another way
@@ -32,6 +34,7 @@ from collections.abc import Sequence
 __all__ = [
     "AttributionError",
     "CacheWriteError",
+    "CanonicalNameError",
     "CaptureError",
     "ContextError",
     "DamagedError",
@@ -41,6 +44,7 @@ __all__ = [
     "InplaceModificationError",
     "PathError",
     "RepeatedCallWarning",
+    "ResidualError",
     "SelectionError",
     "SpecError",
     "StopForward",
@@ -54,7 +58,14 @@ __all__ = [
 
 
 class TdcacheError(Exception):
-    """Base of every error that tdcache raises on purpose."""
+    """Base of every error that tdcache raises on purpose. A traceback ends with the page that explains it."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        known = next(
+            kind for kind in type(self).__mro__ if kind.__module__ == __name__
+        )  # a user's subclass has no page
+        self.add_note(f"what it means, with wrong and right code: docs/errors/{known.__name__}.md")
 
 
 class SelectionError(TdcacheError, ValueError):
@@ -73,6 +84,20 @@ class SelectionError(TdcacheError, ValueError):
 
 class PathError(SelectionError):
     """An explicit path that names no module; ``near`` holds the closest names."""
+
+
+class CanonicalNameError(SelectionError, KeyError):
+    """A canonical name that a model does not have, or that would not mean there what it says.
+
+    Attributes:
+        reason: why the name is refused; empty where there is no such name.
+    """
+
+    __str__ = Exception.__str__  # KeyError shows the repr of its message
+
+    def __init__(self, message: str, *, selector: object = None, near: Sequence[str] = (), reason: str = "") -> None:
+        super().__init__(message, selector=selector, near=near)
+        self.reason = reason
 
 
 class DirectionError(TdcacheError, ValueError):
@@ -141,6 +166,18 @@ class SpecError(StoreError):
 
 class AttributionError(TdcacheError, RuntimeError):
     """Scores that cannot be computed: a target that is not one scalar per row, or a site that gets no gradient."""
+
+
+class ResidualError(TdcacheError, RuntimeError):
+    """A residual stream that cannot be taken apart as asked.
+
+    Attributes:
+        names: the canonical names concerned: what the cache lacks, or what is not the sum of its parts.
+    """
+
+    def __init__(self, message: str, *, names: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
 
 
 class StopForward(BaseException):

@@ -17,7 +17,17 @@ from torch import Tensor
 
 from tdcache.errors import InplaceModificationError, listed
 
-__all__ = ["InplaceWatch", "NO_COUNTER", "checksum", "overwritten", "version_of"]
+__all__ = [
+    "InplaceWatch",
+    "NO_COUNTER",
+    "checksum",
+    "eager_version_of",
+    "overwritten",
+    "shares_memory",
+    "storage_address",
+    "untouched",
+    "version_of",
+]
 
 NO_COUNTER = -1
 
@@ -27,6 +37,44 @@ def version_of(value: Any) -> int:
     if not isinstance(value, Tensor) or value.is_inference():
         return NO_COUNTER
     return value._version
+
+
+def eager_version_of(value: Any) -> int:
+    """:func:`version_of`, but none while a graph is traced, where nothing may branch on it."""
+    return NO_COUNTER if torch.compiler.is_compiling() else version_of(value)
+
+
+def untouched(before: Tensor, after: Any, version: int) -> bool:
+    """Whether ``after`` is ``before``, or a view of all of it, and neither was written to since ``version``.
+
+    In doubt (tensors without a version counter) the answer is no.
+    """
+    if version == NO_COUNTER or version_of(before) != version:
+        return False
+    if after is before:
+        return True
+    # A gradient hook on a tensor that a module passes on is set on a view of it.
+    if not isinstance(after, Tensor) or after._base is None:
+        return False
+    base = before if before._base is None else before._base
+    places = [(each.shape, each.stride(), each.storage_offset(), each.dtype) for each in (before, after)]
+    return after._base is base and places[0] == places[1] and after.requires_grad == before.requires_grad
+
+
+def storage_address(tensor: Tensor) -> int:
+    """The address of a tensor's memory; 0 where it has none of its own (sparse, nested, wrapper and empty tensors)."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
+def shares_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether writing to one tensor in place could change the other; True where torch does not say."""
+    if one is other:
+        return True
+    mine, its = storage_address(one), storage_address(other)
+    return not (mine and its) or (mine == its and one.device == other.device)
 
 
 def checksum(tensor: Tensor) -> int:

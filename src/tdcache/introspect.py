@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "CALL_IMPL",
@@ -40,6 +41,7 @@ __all__ = [
     "keyword_arguments",
     "may_be_compiled",
     "module_hooks",
+    "next_registration",
     "pop_function_mode",
     "post_hooks",
     "pre_hooks",
@@ -72,14 +74,18 @@ def skip_frame(code: CodeType) -> None:
         dynamo.skip_code(code)
 
 
-def post_hooks(module: nn.Module) -> Any:
-    """The ordered dict of a module's forward hooks, by registration number."""
-    return module._forward_hooks
+post_hooks: Callable[[nn.Module], Any] = attrgetter("_forward_hooks")
+"""The ordered dict of a module's forward hooks, by registration number."""
+
+pre_hooks: Callable[[nn.Module], Any] = attrgetter("_forward_pre_hooks")
+"""The ordered dict of a module's forward pre-hooks, by registration number."""
 
 
-def pre_hooks(module: nn.Module) -> Any:
-    """The ordered dict of a module's forward pre-hooks, by registration number."""
-    return module._forward_pre_hooks
+def next_registration() -> int:
+    """A number for hooks of modules that no other has had; ask under a lock, for torch's counter is not atomic."""
+    number = RemovableHandle.next_id
+    RemovableHandle.next_id = number + 1
+    return number
 
 
 def hooks_always_called(module: nn.Module) -> Any:

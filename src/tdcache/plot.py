@@ -236,10 +236,11 @@ def edge_graph(
     """
     import matplotlib.pyplot as plt
 
+    writers: Any = edges.items()
     found = {
         (writer, reader): float(value)
-        for writer, each in _items(edges)
-        for reader, value in _items(each)
+        for writer, each in writers
+        for reader, value in each.items()
         if not abs(float(value)) <= threshold  # NaN, too, is drawn
     }
     places = _places(order)
@@ -259,10 +260,6 @@ def edge_graph(
     axes.set(xlim=(-width, width), ylim=(-0.4, len(order) - 0.6))
     axes.set_axis_off()
     return axes
-
-
-def _items(mapping: Any) -> Any:
-    return mapping.items()
 
 
 def _places(order: Sequence[str]) -> dict[str, tuple[float, float]]:

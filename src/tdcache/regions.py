@@ -46,6 +46,7 @@ class Region:
         rows: of the batch: an int, a slice, a sequence of ints, or a bool mask ``(batch,)``.
         position_dim: the axis of positions. Rows are axis 0, or axis 1 where positions are axis 0.
         unit_dim: the axis of units, counted from the end; a convolution's channels are at ``-3``.
+        head_dim: the axis of heads, where they have one of their own; ``heads`` may then be ``(None, which)``.
     """
 
     positions: Any = None
@@ -54,6 +55,7 @@ class Region:
     rows: Any = None
     position_dim: int = 1
     unit_dim: int = -1
+    head_dim: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "positions", as_index(self.positions, "positions"))
@@ -67,10 +69,12 @@ class Region:
             self._check_heads()
 
     def _check_heads(self) -> None:
-        if self.units is not None:
+        own_axis = self.head_dim is not None
+        if self.units is not None and not own_axis:
             raise EditError("heads= and units= choose along the same axis; give one of them")
         pair = self.heads if isinstance(self.heads, tuple | list) else ()
-        if len(pair) != 2 or type(pair[0]) is not int or pair[0] < 1 or pair[1] is None:
+        counted = len(pair) == 2 and ((type(pair[0]) is int and pair[0] > 0) or (own_axis and pair[0] is None))
+        if not counted or pair[1] is None:
             raise EditError(f"heads is (n_heads, which), such as (12, [3, 7]), got {self.heads!r}")
         object.__setattr__(self, "heads", (pair[0], as_index(pair[1], "which heads")))
 
@@ -161,6 +165,14 @@ class Region:
 
     def _heads_in(self, tensor: Tensor, path: str) -> tuple[Tensor, Any]:
         count, which = self.heads
+        if self.head_dim is not None:
+            there = tensor.shape[self.head_dim] if -tensor.ndim <= self.head_dim < tensor.ndim else 0
+            if count not in (None, there):
+                raise EditError(
+                    f"heads=({count}, ...) is not the number of heads at {path!r}, whose value has {there}: shape "
+                    f"{tuple(tensor.shape)}"
+                )
+            return tensor, _along(tensor, self.head_dim, which, path, "heads")
         size = tensor.shape[self.unit_dim] if -self.unit_dim <= tensor.ndim else 0
         if size % count or not size:
             raise EditError(

@@ -27,7 +27,8 @@ Role = Literal["", "encoder", "decoder"]
 _MASKS = ("attention_mask", "src_key_padding_mask", "key_padding_mask", "mask")
 _TORCH = ("src_key_padding_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "key_padding_mask")
 _IDS = ("input_ids", "inputs_embeds", "src", "tgt", "hidden_states", "input_values")
-_CROSS = regex.compile(r"(?i).*(cross_?att|encoder_attn|encdecattention|multihead_attn|crossattention).*")
+_CROSS = regex.compile(r"(?i).*(cross_?att|encoder_attn|encdecattention|multihead_attn|crossattention)(?!.*norm).*")
+"""Where a value may be of either sequence: cross-attention, its norms apart, which are in the decoder's stream."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,7 +141,7 @@ class Sequences:
         if mask_key is None:
             self.fed = (Fed("", None),)
         elif mask_key != "auto":
-            self.fed = (_single(given, _named(given, mask_key), mask_key),)
+            self.fed = (_chosen(given, arguments, mask_key),)
         else:
             self.fed = _found(given, arguments)
 
@@ -197,6 +198,13 @@ def _single(given: Mapping[Any, Any], mask: Any, name: Any) -> Fed:
     return Fed("", length, mask, name, cached.length, cached.cache is not None, given.get("position_ids"))
 
 
+def _chosen(given: Mapping[Any, Any], arguments: Mapping[Any, Any], key: Any) -> Fed:
+    """The sequence that the mask of this name belongs to: of an encoder and a decoder, the one whose mask it is."""
+    mask = _named(given, key)
+    sides = _sides(given, arguments)
+    return next((each for each in sides if each.name == key), None) or _single(given, mask, key)
+
+
 def _length_in(given: Mapping[Any, Any], names: Sequence[str]) -> int | None:
     """The second size of the first tensor of two axes or more among these arguments."""
     found = (given.get(name) for name in names)
@@ -204,16 +212,24 @@ def _length_in(given: Mapping[Any, Any], names: Sequence[str]) -> int | None:
 
 
 def _found(given: Mapping[Any, Any], arguments: Mapping[Any, Any]) -> tuple[Fed, ...]:
+    sides = _sides(given, arguments)
+    if len(sides) == 2:
+        return sides
+    own = _single(given, *_auto(given))
+    return (replace(own, role="decoder"), *sides) if sides else (own,)
+
+
+def _sides(given: Mapping[Any, Any], arguments: Mapping[Any, Any]) -> tuple[Fed, ...]:
+    """Encoder and decoder of a call that feeds both; the encoder alone of a call with its states; else nothing."""
     if "decoder_input_ids" in arguments or "decoder_inputs_embeds" in arguments:
         return _encoder_decoder(given)
     if "src" in given and "tgt" in given:
         return _of_torch("encoder", given, "src_key_padding_mask"), _of_torch("decoder", given, "tgt_key_padding_mask")
-    own = _single(given, *_auto(given))
     states = given.get("encoder_hidden_states")
     if states is None:
-        return (own,)
-    other = Fed("encoder", length_of_first(states), given.get("encoder_attention_mask"), "encoder_attention_mask")
-    return (replace(own, role="decoder"), other)
+        return ()
+    name = "encoder_attention_mask"
+    return (Fed("encoder", length_of_first(states), given.get(name), name),)
 
 
 def _of_torch(role: Role, given: Mapping[Any, Any], name: str) -> Fed:

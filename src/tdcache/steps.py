@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tdcache.arguments import CACHE_NAMES, Cached, cached_in, forward_names, named_arguments, tokens_fed
 from tdcache.errors import ContextError, SelectionError, listed
+from tdcache.inplace import storage_address
 from tdcache.introspect import in_backward
 from tdcache.tables import html_table
 
@@ -307,7 +308,7 @@ class _Forward:
         """Whether a mask or position ids are the next part of the tensor that those before were a part of."""
         for name, view in self.views.items():
             before = sequence.views.get(name)
-            if before is None or before.untyped_storage().data_ptr() != view.untyped_storage().data_ptr():
+            if before is None or storage_address(before) != storage_address(view):
                 continue
             end = view.storage_offset() + view.shape[1]
             if before.storage_offset() + before.shape[1] + self.fed == end:

@@ -9,11 +9,14 @@ from architecture.source_tree import PACKAGE, Source, imports_of, package_source
 
 FLOORS = (
     ("errors", "types"),
-    ("arguments", "inplace", "masks", "options", "paths", "regions", "selection", "tables", "tokens"),
-    ("current_call", "function_calls", "hooks", "introspect", "sequences", "steps", "transforms"),
+    (
+        *("arguments", "inplace", "masks", "named_models", "named_places", "named_roles", "named_rows"),
+        *("named_selection", "norms", "options", "paths", "regions", "selection", "tables", "tokens"),
+    ),
+    ("current_call", "function_calls", "hooks", "introspect", "place_modules", "sequences", "steps", "transforms"),
     ("reducers", "cache", "store"),
     ("modules", "contexts", "points"),
-    ("caching", "pipeline", "interventions", "attribution"),
+    ("caching", "naming", "pipeline", "interventions", "attribution", "residual"),
     ("harvesting",),
     ("compat", "inspect", "plot", "cli", "__main__"),
 )
@@ -22,7 +25,19 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Who may import a neighbour on the same floor. Floor 5 has no entry: no method family imports another.
 NEIGHBOURS = {
     ("types", "errors"),
+    ("named_models", "selection"),
+    ("named_places", "named_models"),
+    ("named_places", "named_roles"),
     ("options", "paths"),
+    ("named_places", "named_rows"),
+    ("named_places", "paths"),
+    ("named_places", "tables"),
+    ("named_selection", "named_places"),
+    ("named_selection", "paths"),
+    ("named_selection", "selection"),
+    ("place_modules", "current_call"),
+    ("place_modules", "function_calls"),
+    ("place_modules", "hooks"),
     ("selection", "paths"),
     ("selection", "tables"),
     ("hooks", "introspect"),

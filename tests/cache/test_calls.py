@@ -11,11 +11,6 @@ from stable_ids import stable_id
 from tdcache import ActivationCaching, Concatenate, First, Last, RepeatedCallWarning, Stack, UnfiredSiteWarning
 
 
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
 class Looped(nn.Module):
     """Calls its one layer as often as it is told."""
 

@@ -15,11 +15,6 @@ def model():
     return nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 2))
 
 
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
 def test_the_given_cache_is_the_one_that_is_written(model, x):
     cache = TensorDict()
     with ActivationCaching("2", cache=cache).prepare(model) as hooked:

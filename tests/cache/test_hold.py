@@ -19,11 +19,6 @@ def model():
     return nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 2))
 
 
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
 def test_by_default_an_alias_without_graph_is_kept(model, x):
     with ActivationCaching("2").prepare(model) as hooked:
         y = hooked(x)

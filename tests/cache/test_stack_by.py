@@ -26,11 +26,6 @@ def model():
     return nn.Sequential(*[Block(4) for _ in range(11)])
 
 
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
 PATTERN = r"(?P<layer>\d+)\.(?P<kind>attn|mlp)"
 
 

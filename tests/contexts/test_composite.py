@@ -6,7 +6,6 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleWrapper
 
 from model_state import state_of
-from small_models import MLP
 from tdcache import (
     ActivationCaching,
     CacheWriteError,
@@ -20,16 +19,7 @@ from tdcache import (
     Stack,
     UnfiredSiteWarning,
 )
-
-
-@pytest.fixture
-def model():
-    return MLP()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
+from user_recipes import TwoRuns
 
 
 class Doubling(HookingContextFactory):
@@ -52,16 +42,6 @@ class Norms(HookingContextFactory):
             return HookFactory.make_caching_hook(("norms", path), cache, callback=lambda output, **rest: output.norm())
 
         return MultiHookManager(r"layers\.\d").register_hook(module, norm, relative_path=module.relative_path)
-
-
-class TwoRuns(HookingContextFactory):
-    """A user's recipe that runs the model twice and adds."""
-
-    def _run_module(self, module, data, forward):
-        first = forward(data.copy())["output"]
-        data = forward(data)
-        data["output"] = first + data["output"]
-        return data
 
 
 class Calls(TensorDictModuleWrapper):

@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from model_state import state_of
-from small_models import MLP, by_hand
+from small_models import by_hand
 from stable_ids import stable_id
 from tdcache import (
     ActivationCaching,
@@ -21,16 +21,6 @@ from tdcache import (
     MultiHookManager,
     Stack,
 )
-
-
-@pytest.fixture
-def model():
-    return MLP()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
 
 
 class Scaling(HookingContextFactory):

@@ -15,6 +15,7 @@ from tdcache import (
     HookingContextFactory,
     MultiHookManager,
 )
+from user_recipes import TwoRuns
 
 
 class Edit(HookingContextFactory):
@@ -27,16 +28,6 @@ class Edit(HookingContextFactory):
     def _hook_module(self, module):
         hook = HookFactory.make_setting_hook(None, callback=lambda output, **rest: self.function(output))
         return MultiHookManager("0").register_hook(module, lambda path: hook, relative_path=module.relative_path)
-
-
-class TwoRuns(HookingContextFactory):
-    """Runs the model twice and adds."""
-
-    def _run_module(self, module, data, forward):
-        first = forward(data.copy())["output"]
-        data = forward(data)
-        data["output"] = first + data["output"]
-        return data
 
 
 class OtherHead(HookingContextFactory):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from small_models import MLP
 from tdcache import (
     ActivationCaching,
     CompositeHookingContextFactory,
@@ -13,16 +12,6 @@ from tdcache import (
     StopForward,
     cache_activations,
 )
-
-
-@pytest.fixture
-def model():
-    return MLP()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
 
 
 @pytest.fixture

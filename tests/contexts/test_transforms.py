@@ -5,13 +5,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from small_models import MLP
 from tdcache import ActivationCaching, CaptureError, Last, Mean, Stack
-
-
-@pytest.fixture
-def model():
-    return MLP()
 
 
 @pytest.fixture

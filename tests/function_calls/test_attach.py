@@ -17,7 +17,7 @@ from model_state import state_of
 from tdcache.errors import CaptureError, EditError, PathError, StopForward
 from tdcache.function_calls.attach import AtCall, CallsLike, OneCall, attach_call, attach_rules
 from tdcache.function_calls.sites import CallPattern, CallSite
-from tdcache.hooks.attach import MultiHookHandle, Order
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.introspect import function_mode_count
 
 

@@ -16,7 +16,7 @@ from tdcache.function_calls.attach import attach_call
 from tdcache.function_calls.attention import derive_attention, prove
 from tdcache.function_calls.roles import attach_attention
 from tdcache.function_calls.sites import CallSite
-from tdcache.hooks.attach import MultiHookHandle, Order
+from tdcache.hooks.registrations import MultiHookHandle, Order
 
 PLACES = ("q", "k", "v", "scores", "pattern", "z")
 # Products in another order of summation than the kernel's.

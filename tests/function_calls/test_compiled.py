@@ -13,7 +13,7 @@ from call_models import Attention, Chain
 from tdcache.function_calls.attach import attach_call
 from tdcache.function_calls.roles import attach_attention
 from tdcache.function_calls.sites import CallSite
-from tdcache.hooks.attach import MultiHookHandle
+from tdcache.hooks.registrations import MultiHookHandle
 
 
 def helper(x):

@@ -14,7 +14,7 @@ from tdcache.function_calls.overlay import global_functions
 from tdcache.function_calls.record import calls
 from tdcache.function_calls.roles import attach_attention
 from tdcache.function_calls.sites import CallSite
-from tdcache.hooks.attach import MultiHookHandle
+from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.introspect import function_mode_count
 
 FACTOR = 3

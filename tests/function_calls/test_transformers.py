@@ -11,7 +11,7 @@ from tdcache.function_calls.attach import CallsLike, attach_call, attach_rules
 from tdcache.function_calls.record import calls
 from tdcache.function_calls.roles import attach_attention
 from tdcache.function_calls.sites import CallPattern, CallSite
-from tdcache.hooks.attach import MultiHookHandle
+from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.introspect import function_mode_count
 from tdcache.selection import select
 

@@ -72,7 +72,7 @@ def test_all_damage_is_reported_and_not_the_first_alone(folder, capsys):
         path.write_bytes(raw)
     with pytest.raises(DamagedError, match=r"u00000000") as failure:
         ActivationDataset.open(folder).verify()
-    assert "u00000002" in failure.value.__notes__[0]
+    assert "u00000002" in failure.value.__notes__[-1]
     assert main(["verify", str(folder)]) == 1
     assert capsys.readouterr().err.count("has crc32") == 2
 

@@ -7,18 +7,7 @@ from torch import nn
 
 from interventions.hand import edited, pasted
 from model_state import state_of
-from small_models import MLP
 from tdcache import Ablation, ActivationCaching, EditError, Mean, cache_activations
-
-
-@pytest.fixture
-def model():
-    return MLP()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
 
 
 def test_zero(model, x):

@@ -4,20 +4,16 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+import tiny_transformers as tiny
 from interventions.hand import edited, pasted, values
 from model_state import state_of
 from small_models import Tied
 from tdcache import CausalTracing, EditError
 
-transformers = pytest.importorskip("transformers")
-
 
 @pytest.fixture
 def model():
-    config = transformers.GPT2Config(
-        n_layer=3, n_head=2, n_embd=8, vocab_size=20, n_positions=16, bos_token_id=0, eos_token_id=1
-    )
-    return transformers.GPT2LMHeadModel(config).eval().double()
+    return tiny.gpt2(n_layer=3)[0].double()
 
 
 @pytest.fixture

@@ -21,16 +21,6 @@ from tdcache import (
 
 
 @pytest.fixture
-def model():
-    return MLP()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
-@pytest.fixture
 def y():
     return torch.randn(5, 4)
 

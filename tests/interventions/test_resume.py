@@ -5,6 +5,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
+import tiny_transformers as tiny
 from model_state import state_of
 from small_models import MLP
 from tdcache import EditError, PathError, ResumeFrom, cache_activations, resume_from
@@ -13,18 +14,11 @@ transformers = pytest.importorskip("transformers")
 
 
 def gpt2():
-    config = transformers.GPT2Config(
-        n_layer=4, n_head=2, n_embd=8, vocab_size=20, n_positions=16, bos_token_id=0, eos_token_id=1
-    )
-    return transformers.GPT2LMHeadModel(config).eval(), "transformer.h"
+    return tiny.gpt2(n_layer=4)[0], "transformer.h"
 
 
 def llama():
-    config = transformers.LlamaConfig(
-        hidden_size=8, intermediate_size=16, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=20, max_position_embeddings=32,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval(), "model.layers"
+    return tiny.llama(num_hidden_layers=4)[0], "model.layers"
 
 
 def bert():

@@ -6,35 +6,23 @@ from tensordict import TensorDict
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import tiny_transformers as tiny
 from interventions.hand import edited, pasted, values
 from small_models import MLP
 from tdcache import Ablation, ActivationPatching, EditError, SteeringVectors, cache_activations
 from tdcache.interventions import Region
 
-transformers = pytest.importorskip("transformers")
-
 
 def gpt2():
-    config = transformers.GPT2Config(
-        n_layer=3, n_head=2, n_embd=8, vocab_size=20, n_positions=16, bos_token_id=0, eos_token_id=1
-    )
-    return transformers.GPT2LMHeadModel(config).eval()
+    return tiny.gpt2(n_layer=3)[0]
 
 
 def llama():
-    config = transformers.LlamaConfig(
-        hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=20, max_position_embeddings=32,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
+    return tiny.llama(num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1)[0]
 
 
 def bert():
-    config = transformers.BertConfig(
-        hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, vocab_size=20,
-        max_position_embeddings=32,
-    )  # fmt: skip
-    return transformers.BertModel(config).eval()
+    return tiny.bert(num_hidden_layers=3)[0]
 
 
 MODELS = {

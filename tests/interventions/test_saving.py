@@ -29,16 +29,6 @@ from tdcache.errors import DamagedError, StoreError
 from tdcache.store.files import Files
 
 
-@pytest.fixture
-def model():
-    return MLP()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
 def metric(data):
     return data["output"].sum()
 

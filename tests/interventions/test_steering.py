@@ -18,16 +18,6 @@ from tdcache import (
 )
 
 
-@pytest.fixture
-def model():
-    return MLP()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
 def test_one_vector_for_all_sites(model, x):
     vector = torch.randn(4)
     with SteeringVectors(r"layers\.[01]", vector, coefficient=2.5).prepare(model) as hooked:

@@ -5,29 +5,21 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
+import tiny_transformers as tiny
 from interventions.hand import sweep, values
 from model_state import state_of
 from small_models import MLP, Residual, Tied
 from tdcache import ActivationPatching, EditError, SteeringVectors, TdcacheWarning, cache_activations
 
-transformers = pytest.importorskip("transformers")
-
 TOLERANCE = {"rtol": 0, "atol": 1e-10}  # float64: rows of one matrix product may be summed in another order
 
 
 def gpt2():
-    config = transformers.GPT2Config(
-        n_layer=3, n_head=2, n_embd=8, vocab_size=20, n_positions=16, bos_token_id=0, eos_token_id=1
-    )
-    return transformers.GPT2LMHeadModel(config).eval().double()
+    return tiny.gpt2(n_layer=3)[0].double()
 
 
 def llama():
-    config = transformers.LlamaConfig(
-        hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=20, max_position_embeddings=32,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval().double()
+    return tiny.llama(num_hidden_layers=3)[0].double()
 
 
 def logit(data):

@@ -4,21 +4,17 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+import tiny_transformers as tiny
 from rounding import assert_same_but_rounding
 from small_models import by_hand, output_gradients
 from tdcache import ActivationCaching, Concatenate, Stack
-
-transformers = pytest.importorskip("transformers")
 
 BLOCKS = [f"transformer.h.{layer}" for layer in range(2)]
 
 
 @pytest.fixture
 def model():
-    config = transformers.GPT2Config(
-        n_layer=2, n_head=2, n_embd=8, vocab_size=20, n_positions=16, bos_token_id=0, eos_token_id=1, resid_pdrop=0.0
-    )
-    return transformers.GPT2LMHeadModel(config).eval()
+    return tiny.gpt2(resid_pdrop=0.0)[0]
 
 
 @pytest.fixture

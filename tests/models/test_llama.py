@@ -4,24 +4,14 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+import tiny_transformers as tiny
 from small_models import by_hand
 from tdcache import ActivationCaching, Concatenate, Mean, Stack
-
-transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture
 def model():
-    config = transformers.LlamaConfig(
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=20,
-        max_position_embeddings=32,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return tiny.llama(num_hidden_layers=3)[0]
 
 
 @pytest.fixture

@@ -10,11 +10,6 @@ from stable_ids import stable_id
 from tdcache import ActivationCaching, UnfiredSiteWarning
 
 
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions.*:UserWarning")
 def test_a_dynamically_quantised_model_is_kept_and_restored(x):

@@ -22,11 +22,6 @@ def model():
     return Residual()
 
 
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
 def test_aliases_that_the_relu_overwrites_are_all_named(model, x):
     with pytest.raises(InplaceModificationError) as caught, ActivationCaching("first|second").prepare(model) as hooked:
         hooked(x)

@@ -10,11 +10,6 @@ from small_models import Tied, by_hand
 from tdcache import ActivationCaching, RepeatedCallWarning, Stack, select
 
 
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
 def test_a_tied_module_is_a_site_under_each_of_its_names():
     assert select(Tied(), ".*").paths == ("encode", "decode")
 

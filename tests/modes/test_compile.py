@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 from model_state import state_of
-from small_models import MLP
+from small_models import MLP, UserModel
 from tdcache import ActivationCaching, TdcacheWarning, cache_activations
 
 # Both are torch's own, while it traces.
@@ -18,17 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
-
-
-class UserModel(nn.Module):
-    """What a user defines: torch traces its forward and those of its parts."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.second(torch.relu(self.first(x)))
 
 
 def sequential():
@@ -46,11 +35,6 @@ def fresh_dynamo():
     counters.clear()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
 
 
 def eager_cache(model, pattern, x):

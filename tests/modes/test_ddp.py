@@ -19,11 +19,6 @@ def wrapped(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
 def test_the_paths_are_those_of_the_users_own_model(wrapped, x):
     with ActivationCaching(r"layers\.\d|head").prepare(wrapped) as hooked:
         y = hooked(x)

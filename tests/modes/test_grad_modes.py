@@ -8,16 +8,6 @@ from small_models import MLP, Residual, by_hand
 from tdcache import ActivationCaching, UnfiredSiteWarning
 
 
-@pytest.fixture
-def model():
-    return MLP()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("inside", [True, False])
 def test_values_are_kept_in_every_grad_mode(model, x, mode, inside):

@@ -4,18 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from small_models import UserModel
 from tdcache import ActivationCaching, ContextError, HookedModule, SteeringVectors, cache_activations
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-
-
-class UserModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.second(torch.relu(self.first(x)))
 
 
 def traced(model):

@@ -6,18 +6,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from small_models import MLP
 from tdcache import ActivationCaching, ContextError, HookedModule, HookSignatureError, PathError, TdcacheWarning
-
-
-@pytest.fixture
-def model():
-    return MLP()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
 
 
 def test_a_tensordict_in_gives_the_same_tensordict_out(model, x):

@@ -4,23 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from small_models import MLP
 from tdcache import ContextError, EditError, HookedModule, InplaceModificationError
-
-
-@pytest.fixture
-def model():
-    return MLP()
 
 
 @pytest.fixture
 def hooked(model):
     return HookedModule.from_module(model)
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
 
 
 BIAS = torch.arange(4.0)
@@ -145,7 +134,7 @@ def test_an_expression_that_fails_names_itself(hooked, x):
     with pytest.raises(RuntimeError, match="shapes") as caught:
         wrong.resolve()
     expression = "matmul(CacheProxy('head_output'), Tensor(3, 3))"
-    assert caught.value.__notes__ == [f"while {expression} was computed from the values of a run"]
+    assert caught.value.__notes__[-1:] == [f"while {expression} was computed from the values of a run"]
 
 
 def test_a_value_that_was_overwritten_is_refused_in_an_expression(hooked, x):

@@ -7,7 +7,8 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 
 from small_models import MLP
-from tdcache import ActivationCaching, HookedModule, HookFactory, HookingContextFactory
+from tdcache import ActivationCaching, HookedModule, HookFactory
+from user_recipes import TwoRuns
 
 
 @pytest.fixture
@@ -71,14 +72,6 @@ class Batch:
 
     input: Tensor
     output: Tensor
-
-
-class TwoRuns(HookingContextFactory):
-    def _run_module(self, module, data, forward):
-        first = forward(data.copy())["output"]
-        data = forward(data)
-        data["output"] = first + data["output"]
-        return data
 
 
 @pytest.mark.parametrize(("factory", "times"), [(ActivationCaching("head"), 1), (TwoRuns(), 2)])

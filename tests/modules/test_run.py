@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from model_state import state_of
-from small_models import MLP, Pair, Residual, Tied, by_hand, input_gradients, output_gradients
+from small_models import Pair, Residual, Tied, by_hand, input_gradients, output_gradients
 from tdcache import (
     ActivationCaching,
     CacheProxy,
@@ -27,18 +27,8 @@ from tdcache import (
 
 
 @pytest.fixture
-def model():
-    return MLP()
-
-
-@pytest.fixture
 def hooked(model):
     return HookedModule.from_module(model, in_keys=["input"], out_keys=["output"])
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
 
 
 def backward(hooked, data):

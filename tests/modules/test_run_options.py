@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import tiny_transformers as tiny
 from model_state import state_of
 from small_models import MLP, Pair
 from tdcache import (
@@ -19,36 +20,22 @@ from tdcache import (
 )
 from tdcache.reducers import Last, Mean, Stack
 
-transformers = pytest.importorskip("transformers")
-
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
 LEFT = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
 RIGHT = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
 
 
 def gpt2():
-    config = transformers.GPT2Config(
-        n_layer=2, n_head=2, n_embd=8, vocab_size=20, n_positions=32, bos_token_id=0, eos_token_id=1
-    )
-    return transformers.GPT2LMHeadModel(config).eval(), "transformer.h.0", "attn"
+    return *tiny.gpt2(), "attn"
 
 
 def llama():
-    config = transformers.LlamaConfig(
-        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=20, max_position_embeddings=32,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval(), "model.layers.0", "self_attn"
+    return *tiny.llama(num_attention_heads=2, num_key_value_heads=1), "self_attn"
 
 
 @pytest.fixture(params=[gpt2, llama])
 def built(request):
     return request.param()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
 
 
 def generate(hooked, data):

@@ -7,23 +7,13 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from model_state import state_of
-from small_models import MLP, by_hand
+from small_models import by_hand
 from tdcache import ActivationCaching, ContextError, DirectionError, HookedModule, HookingContextFactory, PathError
-
-
-@pytest.fixture
-def model():
-    return MLP()
 
 
 @pytest.fixture
 def hooked(model):
     return HookedModule.from_module(model)
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
 
 
 def test_a_value_is_set_until_the_handle_is_removed(hooked, model, x):

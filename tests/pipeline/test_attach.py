@@ -41,16 +41,6 @@ def double(x):
     return 2 * x
 
 
-@pytest.fixture
-def model():
-    return MLP()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
 def test_a_pipeline_reads_and_edits_outputs_and_gradients_in_order(model, x):
     forward, backward = Save(), Save()
     pipeline = FwdBwdHooks().append_fwd(double).append_fwd(forward).append_bwd(double).append_bwd(backward)

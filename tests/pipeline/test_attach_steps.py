@@ -3,10 +3,9 @@
 import pytest
 import torch
 
+import tiny_transformers as tiny
 from tdcache import ContextError, SelectionError
 from tdcache.pipeline import attach
-
-transformers = pytest.importorskip("transformers")
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
 PATH = "transformer.h.0.mlp"
@@ -14,10 +13,7 @@ PATH = "transformer.h.0.mlp"
 
 @pytest.fixture
 def model():
-    config = transformers.GPT2Config(
-        n_layer=2, n_head=2, n_embd=8, vocab_size=20, n_positions=32, bos_token_id=0, eos_token_id=1
-    )
-    return transformers.GPT2LMHeadModel(config).eval()
+    return tiny.gpt2()[0]
 
 
 def generated(model):

@@ -23,6 +23,7 @@ from tdcache.pipeline import (
     When,
     grad_hook_wrapper,
 )
+from tdcache.pipeline.conditions import Condition
 
 
 def zero(x):
@@ -179,6 +180,21 @@ def test_answers_of_numpy_and_scalar_tensors_count(x):
     numpy = pytest.importorskip("numpy")
     assert ConditionalHooks(lambda x: numpy.True_, zero)(3) == 0
     assert ConditionalHooks(lambda x: torch.tensor(False), zero)(3) == 3
+
+
+def test_what_a_condition_of_ones_own_answers_is_not_lost_among_others(x):
+    numpy = pytest.importorskip("numpy")
+
+    class Own(Condition):
+        def __init__(self, answer):
+            self.answer = answer
+
+        def __call__(self, x, /, *args, **kwargs):
+            return self.answer
+
+    no, yes = Own(numpy.False_), Own(numpy.True_)
+    assert ConditionalHooks(Own(True) & no & Own(True), zero)(3) == 3
+    assert ConditionalHooks(Own(False) | yes | Own(False), zero)(3) == 0
 
 
 def test_what_hooks_make_of_a_part_must_fit_it(x):

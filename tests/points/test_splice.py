@@ -12,16 +12,6 @@ from tdcache import ActivationCaching, CaptureError, ContextError, EditError, Pa
 from tdcache.points import HookPoint, hook_root, insert_hook_point, list_hooks
 
 
-@pytest.fixture
-def model():
-    return MLP()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 4)
-
-
 def doubled(tensor, hook):
     return 2 * tensor
 

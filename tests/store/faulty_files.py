@@ -135,3 +135,8 @@ class ForkServer:
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
+
+
+def identities(batches):
+    """The numbers of the rows that batches hold, one by one."""
+    return [int(number) for batch in batches for number in batch["seq"] * 100 + batch["pos"]]

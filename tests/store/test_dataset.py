@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from torch.utils.data import DataLoader
 
 from stable_ids import stable_id
-from store.faulty_files import contents, unit_columns, write_units
+from store.faulty_files import contents, identities, unit_columns, write_units
 from tdcache.errors import CaptureError, DamagedError, SpecError, StoreError
 from tdcache.store import ActivationDataset
 
@@ -134,10 +134,6 @@ def test_a_dataset_travels_to_another_process_without_its_rows(dataset):
     sent = pickle.dumps(dataset)
     assert len(sent) < 20_000
     assert torch.equal(pickle.loads(sent)[3]["layers.0"], dataset[3]["layers.0"])
-
-
-def identities(batches):
-    return [int(number) for batch in batches for number in batch["seq"] * 100 + batch["pos"]]
 
 
 @given(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from store.faulty_files import unit_columns, write_units
+from store.faulty_files import identities, unit_columns, write_units
 from tdcache.errors import ContextError, DamagedError
 from tdcache.store import ActivationDataset, StoreWriter
 
@@ -18,10 +18,6 @@ def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("epochs") / "a.acts"
     write_units(folder)
     return ActivationDataset.open(folder)
-
-
-def identities(batches):
-    return [int(number) for batch in batches for number in batch["seq"] * 100 + batch["pos"]]
 
 
 @pytest.mark.parametrize("shuffle", KINDS)

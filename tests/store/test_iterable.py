@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from store.faulty_files import write_units
+from store.faulty_files import identities, write_units
 from tdcache.errors import SpecError
 from tdcache.store import ActivationDataset, StoreWriter
 
@@ -18,10 +18,6 @@ def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("iterable") / "a.acts"
     write_units(folder)
     return ActivationDataset.open(folder)
-
-
-def identities(batches):
-    return [int(number) for batch in batches for number in batch["seq"] * 100 + batch["pos"]]
 
 
 def all_of(dataset):

@@ -10,8 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.attribution.place import Place
-from tdcache.attribution.point import Ask
-from tdcache.attribution.rows import PointRows
+from tdcache.attribution.point import Ask, PointRows
 from tdcache.attribution.taps import SiteTap
 from tdcache.attribution.targets import At, Target, Unit, row_values
 from tdcache.errors import AttributionError, listed
@@ -48,7 +47,10 @@ class Targets:
             whole = row_values(target, target(self.after), self.after.batch_size)
         for ask, part in entries:
             if (id(target), part) not in self.found:
-                value = self._at(target, part) if whole is None else whole if part is None else part.part(whole, 0)
+                if whole is None:
+                    value = self._at(target, part)
+                else:
+                    value = whole if part is None else whole[part.start : part.stop]
                 self.found[id(target), part] = value
                 if any(ask.grads for ask, other in entries if other == part):
                     self.seeds.setdefault(id(target), []).append(value)

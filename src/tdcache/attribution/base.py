@@ -26,10 +26,12 @@ from tdcache.contexts import HookingContextFactory
 from tdcache.errors import AttributionError, DirectionError, TdcacheError
 from tdcache.hooks import MultiHookHandle
 from tdcache.modules import HookedModule
-from tdcache.selection import Selection, as_matcher, select
+from tdcache.named_places import Names
+from tdcache.place_modules import refuse_at_names, sites_of
+from tdcache.selection import Selection, as_matcher
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
-__all__ = ["Attribution", "Scores", "SiteAttribution", "Work"]
+__all__ = ["Attribution", "RoleAttribution", "Scores", "SiteAttribution", "Work"]
 
 Scores: TypeAlias = Mapping[tuple[Any, ...], Any]
 """What is written: full key to tensor, such as ``("attr", "layers.0")``."""
@@ -45,12 +47,12 @@ class _Member:
     """One method that is open on one model."""
 
     factory: Attribution
-    hooked: HookedModule
+    model: nn.Module
     selections: Mapping[str, Selection]
 
     def remove(self) -> None:
         """Leave; a second call does nothing."""
-        crowd = _OPEN.get(self.hooked.model, [])
+        crowd = _OPEN.get(self.model, [])
         if self in crowd:
             crowd.remove(self)
 
@@ -76,7 +78,12 @@ class Attribution(HookingContextFactory):
             floating-point inputs by default.
         allow_unused: what the target does not depend on has scores of zero, and modules that do not run have none,
             instead of being errors.
+        names: the canonical names of the model, ``tdcache.names(model)``. Selectors then mean names, and scores are
+            keyed by names.
     """
+
+    reduce: int | Sequence[int] | None = None
+    """The axes of the scores that are summed; see :class:`SiteAttribution`."""
 
     def __init__(
         self,
@@ -89,8 +96,11 @@ class Attribution(HookingContextFactory):
         snapshot: bool | None = None,
         inputs: Sequence[CacheKey] | None = None,
         allow_unused: bool = False,
+        names: Names | None = None,
     ) -> None:
         super().__init__()
+        refuse_at_names(names, ())
+        self.names = names
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is the number of points in one forward, at least 1; got {chunk}")
         self.target = target
@@ -117,13 +127,20 @@ class Attribution(HookingContextFactory):
         """Ask for points, reduce what is seen, and return the scores."""
         raise NotImplementedError
 
+    def _summed(self, scores: Tensor) -> Tensor:
+        """Sum the axes of ``reduce``."""
+        if self.reduce is None:
+            return scores
+        return scores.sum(dim=self.reduce if isinstance(self.reduce, int) else tuple(self.reduce))
+
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
+        model = module.model
         selections = {
-            role: select(module.model, selector, match=match)
+            role: sites_of(model, selector, self.names, match=match)
             for role, (selector, match) in self.selectors_by_role().items()
         }
-        member = _Member(self, module, selections)
-        _OPEN.setdefault(module.model, []).append(member)
+        member = _Member(self, model, selections)
+        _OPEN.setdefault(model, []).append(member)
         return MultiHookHandle([member])
 
     def _run_module(
@@ -174,6 +191,7 @@ class SiteAttribution(Attribution):
             raise DirectionError(
                 f"attribution explains what modules return, 'fwd', or read, 'fwd_pre'; got {direction!r}"
             )
+        refuse_at_names(self.names, [direction])
         if pick == "all":
             raise ValueError("pick='all' does not say how many scores there are; give a list, such as pick=[0, 1]")
         self.selector = selector
@@ -199,11 +217,23 @@ class SiteAttribution(Attribution):
         parts = {pick: tuple(map(str, pick if isinstance(pick, tuple) else (pick,))) for pick in self.pick}
         return [Place(kind, path, pick, self.call, part) for path in paths for pick, part in parts.items()]
 
-    def _summed(self, scores: Tensor) -> Tensor:
-        """Sum the axes of ``reduce``."""
-        if self.reduce is None:
-            return scores
-        return scores.sum(dim=self.reduce if isinstance(self.reduce, int) else tuple(self.reduce))
+
+class RoleAttribution(Attribution):
+    """Base of the methods that select modules in several roles; they call :meth:`select_by` when they are made."""
+
+    selectors: Mapping[str, Selector]
+    """The selectors by role."""
+    match: Match
+
+    def select_by(self, match: Match, **selectors: Selector) -> None:
+        """Keep the selectors of the roles; an unusable one is refused here, not on entering."""
+        for selector in selectors.values():
+            as_matcher(selector, match)
+        self.selectors, self.match = selectors, match
+
+    def selectors_by_role(self) -> Mapping[str, tuple[Selector, Match]]:
+        """The selectors of the method by role."""
+        return {role: (selector, self.match) for role, selector in self.selectors.items()}
 
 
 def _any_batch(module: HookedModule, data: TensorDictBase, forward: Forward, crowd: list[_Member]) -> TensorDictBase:

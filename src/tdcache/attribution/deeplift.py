@@ -14,9 +14,8 @@ from tdcache.attribution.frame import Baseline, Frame
 from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.integrated import gap_key
 from tdcache.attribution.lrp.linear import ELEMENTWISE
-from tdcache.attribution.lrp.replaced import ModuleCall, ReplacedBackward, ReplacedRule, install_replaced
-from tdcache.attribution.point import wide
-from tdcache.attribution.rows import PointRows
+from tdcache.attribution.lrp.replaced_backward import ModuleCall, ReplacedBackward, ReplacedRule, install_replaced
+from tdcache.attribution.point import PointRows, wide
 from tdcache.errors import AttributionError
 from tdcache.hooks import MultiHookHandle
 from tdcache.inplace import InplaceWatch
@@ -257,14 +256,11 @@ class DeepLift(Attribution):
         yield [frame.ask(point, seen[name], target, grads=places) for name, target in frame.targets.items()]
         scores: dict[tuple[Any, ...], Tensor] = {}
         for name, each in seen.items():
-            values, bottom = each.target, low[name].target
-            if values is None or bottom is None:
-                raise AttributionError("the target was not computed")
             steps = {place: wide(frame.data.get(place.name) - start[place.name]) for place in places}
             grads = {place: each.grad(place, step) for place, step in steps.items()}
             # A masked logit has no multiplier, and its step is infinite or undefined.
             parts = {place: torch.where(grads[place] == 0, 0, grads[place] * step) for place, step in steps.items()}
-            gap = frame.completeness_gap(parts, wide(values - bottom))
+            gap = frame.completeness_gap(parts, wide(each.needed_target() - low[name].needed_target()))
             for place, part in parts.items():
                 scores[key_of(self.name, name, place)] = part if self.multiply_by_inputs else grads[place]
                 scores[gap_key(self.name, name, place)] = gap

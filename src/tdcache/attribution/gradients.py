@@ -13,11 +13,21 @@ from tdcache.attribution.base import Attribution, SiteAttribution, Work
 from tdcache.attribution.frame import Frame
 from tdcache.attribution.modifiers import GuidedReLU
 from tdcache.attribution.place import Place
-from tdcache.attribution.point import View, wide
+from tdcache.attribution.point import Ask, View, wide
 from tdcache.attribution.reductions import grad_cam, gradient_x_activation
+from tdcache.errors import AttributionError
 from tdcache.types import Selector
 
-__all__ = ["GradCAM", "GradientXActivation", "GuidedBackpropagation", "InputXGradient", "Saliency", "Seen", "key_of"]
+__all__ = [
+    "GradCAM",
+    "GradientXActivation",
+    "GuidedBackpropagation",
+    "InputXGradient",
+    "Saliency",
+    "Seen",
+    "key_of",
+    "one_backward",
+]
 
 
 def key_of(name: str | None, target: str | None, place: Place | str) -> tuple[Any, ...]:
@@ -49,38 +59,49 @@ class Seen:
             self.grads = {place: view.grad(place) for place in self.places if view.reached(place)}
         self.target = view.target
 
+    def needed_target(self) -> Tensor:
+        """The target's values.
+
+        Raises:
+            AttributionError: there are none.
+        """
+        if self.target is None:
+            raise AttributionError("the target was not computed")
+        return self.target
+
     def grad(self, place: Place, like: Tensor) -> Tensor:
         """The gradient, or zeros, in at least single precision."""
         return wide(self.grads[place]) if place in self.grads else torch.zeros_like(wide(like))
 
 
-class _InputMethod(Attribution):
-    """A method that scores the model's floating-point inputs from one gradient."""
+def one_backward(frame: Frame, places: Sequence[Place]) -> tuple[dict[str | None, Seen], list[Ask]]:
+    """For each target what is seen of the user's own rows, values and gradients, and the asks that bring it."""
+    seen = {name: Seen(places) for name in frame.targets}
+    asks = [
+        frame.ask(frame.base, seen[name], target, values=places, grads=places) for name, target in frame.targets.items()
+    ]
+    return seen, asks
 
-    values = True
+
+class _OneGradient(Attribution):
+    """A method that scores the model's floating-point inputs, or the selected sites, from one gradient."""
 
     def work(self, frame: Frame) -> Work:
         """Ask for what the scores need, and compute them."""
-        places = frame.explained()
-        seen = {name: Seen(places, with_values=self.values) for name in frame.targets}
-        values = places if self.values else ()
-        yield [
-            frame.ask(frame.base, seen[name], target, values=values, grads=places)
-            for name, target in frame.targets.items()
-        ]
+        places = frame.subjects()
+        seen, asks = one_backward(frame, places)
+        yield asks
         return {
-            key_of(self.name, name, place): self._score(
-                each.values.get(place), each.grad(place, frame.data.get(place.name))
-            )
+            key_of(self.name, name, place): self._summed(self._score(wide(value), each.grad(place, value)))
             for name, each in seen.items()
-            for place in places
+            for place, value in each.values.items()
         }
 
-    def _score(self, value: Any, grad: Tensor) -> Tensor:
+    def _score(self, value: Tensor, grad: Tensor) -> Tensor:
         raise NotImplementedError
 
 
-class Saliency(_InputMethod):
+class Saliency(_OneGradient):
     """The gradient of the target with respect to the inputs (Simonyan et al. 2014, arXiv:1312.6034).
 
     Args:
@@ -97,21 +118,19 @@ class Saliency(_InputMethod):
         True
     """
 
-    values = False
-
     def __init__(self, *, absolute: bool = True, **options: Any) -> None:
         super().__init__(**options)
         self.absolute = absolute
 
-    def _score(self, value: Any, grad: Tensor) -> Tensor:
+    def _score(self, value: Tensor, grad: Tensor) -> Tensor:
         return grad.abs() if self.absolute else grad
 
 
-class InputXGradient(_InputMethod):
+class InputXGradient(_OneGradient):
     """The gradient times the input, elementwise (Shrikumar et al. 2016, arXiv:1605.01713)."""
 
-    def _score(self, value: Any, grad: Tensor) -> Tensor:
-        return gradient_x_activation(wide(value), grad)
+    def _score(self, value: Tensor, grad: Tensor) -> Tensor:
+        return gradient_x_activation(value, grad)
 
 
 class GuidedBackpropagation(Saliency):
@@ -130,28 +149,7 @@ class GuidedBackpropagation(Saliency):
         super().__init__(absolute=absolute, modifiers=modifiers, **options)
 
 
-class _SiteMethod(SiteAttribution):
-    """A method that scores what modules return from one gradient."""
-
-    def work(self, frame: Frame) -> Work:
-        """Ask for what the scores need, and compute them."""
-        places = frame.sites()
-        seen = {name: Seen(places) for name in frame.targets}
-        yield [
-            frame.ask(frame.base, seen[name], target, values=places, grads=places)
-            for name, target in frame.targets.items()
-        ]
-        return {
-            key_of(self.name, name, place): self._summed(self._score(wide(value), each.grad(place, value)))
-            for name, each in seen.items()
-            for place, value in each.values.items()
-        }
-
-    def _score(self, value: Tensor, grad: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class GradientXActivation(_SiteMethod):
+class GradientXActivation(_OneGradient, SiteAttribution):
     r"""The gradient times the activation at every selected module, all of them in one forward and one backward.
 
     Args:
@@ -177,7 +175,7 @@ class GradientXActivation(_SiteMethod):
         return gradient_x_activation(value, grad) if self.multiply_by_inputs else grad
 
 
-class GradCAM(_SiteMethod):
+class GradCAM(_OneGradient, SiteAttribution):
     """Channels weighted by their mean gradient and summed (Selvaraju et al. 2017, arXiv:1610.02391).
 
     Scores have shape ``(batch, 1, *space)`` of the selected modules' outputs ``(batch, channels, *space)``.

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from tdcache.attribution.base import SiteAttribution, Work
 from tdcache.attribution.frame import Baseline, Frame
-from tdcache.attribution.gradients import Seen, key_of
-from tdcache.attribution.integrated import WeightedSum, gap_key
+from tdcache.attribution.gradients import key_of
+from tdcache.attribution.integrated import PathEnds, WeightedSum, WeightedTerm, gap_key
 from tdcache.attribution.place import Place
 from tdcache.attribution.point import Ask, View, wide
 from tdcache.attribution.quadrature import quadrature
-from tdcache.errors import AttributionError
 from tdcache.types import Selector
 
 __all__ = ["Conductance", "InternalInfluence"]
@@ -59,7 +58,7 @@ class InternalInfluence(_PathMethod):
         path = frame.path(self.baseline)
         sums = {name: WeightedSum() for name in frame.targets}
         yield [
-            frame.ask(path(node), sums[name].sink(weight, places), target, grads=places)
+            frame.ask(path(node), WeightedTerm(sums[name], weight, places), target, grads=places)
             for name, target in frame.targets.items()
             for node, weight in self.nodes
         ]
@@ -97,23 +96,21 @@ class Conductance(_PathMethod):
         frame.explained()
         path = frame.path(self.baseline)
         steps = {name: _Steps(places, len(self.nodes), self.method == "trapezoid") for name in frame.targets}
-        ends = {name: (Seen(()), Seen(())) for name in frame.targets}
+        ends = {name: PathEnds() for name in frame.targets}
         asks: list[Ask] = []
         for name, target in frame.targets.items():
             asks += [
-                frame.ask(path(node), steps[name].sink(at), target, values=places, grads=places)
+                frame.ask(path(node), _StepSink(steps[name], at), target, values=places, grads=places)
                 for at, (node, _) in enumerate(self.nodes)
             ]
-            asks += [frame.ask(path(0.0), ends[name][0], target), frame.ask(frame.base, ends[name][1], target)]
+            asks += ends[name].asks(frame, path, target)
         yield asks
         scores = {}
         for name, total in steps.items():
-            low, high = (seen.target for seen in ends[name])
-            if low is None or high is None:
-                raise AttributionError("the target was not computed at both ends of the path")
+            rise = ends[name].rise()
             for place, found in total.sums.items():
                 scores[key_of(self.name, name, place)] = self._summed(found)
-                scores[gap_key(self.name, name, place)] = frame.completeness_gap({place: found}, wide(high - low))
+                scores[gap_key(self.name, name, place)] = frame.completeness_gap({place: found}, rise)
         return scores
 
 
@@ -127,10 +124,6 @@ class _Steps:
         self.sums: dict[Place, Tensor] = {}
         self.waiting: dict[int, dict[Place, tuple[Tensor, Tensor]]] = {}
         self.done: set[int] = set()
-
-    def sink(self, at: int) -> _TrainingStep:
-        """The sink of the point number ``at``."""
-        return _TrainingStep(self, at)
 
     def add(self, low: int) -> None:
         """Add the step from point ``low`` to the next."""
@@ -148,7 +141,9 @@ class _Steps:
 
 
 @dataclass(frozen=True, slots=True)
-class _TrainingStep:
+class _StepSink:
+    """The sink of the point number ``at``."""
+
     steps: _Steps
     at: int
 

@@ -15,10 +15,11 @@ from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.place import Place
 from tdcache.attribution.point import Ask, Between, Point, View, wide
 from tdcache.attribution.quadrature import quadrature
+from tdcache.attribution.targets import Target
 from tdcache.errors import AttributionError
 from tdcache.types import Selector
 
-__all__ = ["IntegratedGradients", "WeightedSum", "gap_key"]
+__all__ = ["IntegratedGradients", "PathEnds", "WeightedSum", "WeightedTerm", "gap_key"]
 
 
 def gap_key(name: str | None, target: str | None, place: Place) -> tuple[Any, ...]:
@@ -32,22 +33,21 @@ class WeightedSum:
     def __init__(self) -> None:
         self.sums: dict[Place, Tensor] = {}
 
-    def sink(self, weight: float, places: list[Place]) -> _Term:
-        """The sink of one point."""
-        return _Term(self, weight, places)
-
     def at(self, place: Place, like: Tensor) -> Tensor:
         """The sum, or zeros where no gradient came."""
         return self.sums[place] if place in self.sums else torch.zeros_like(wide(like))
 
 
 @dataclass(frozen=True, slots=True)
-class _Term:
+class WeightedTerm:
+    """The sink of one point: adds its gradients to a sum."""
+
     total: WeightedSum
     weight: float
     places: list[Place]
 
     def __call__(self, view: View) -> None:
+        """Add the gradient of each place that one reached."""
         sums = self.total.sums
         for place in self.places:
             if not view.reached(place):
@@ -144,11 +144,9 @@ class IntegratedGradients(SiteAttribution):
         asks: list[Ask] = []
         for name, target in frame.targets.items():
             total = integrals[name]
-            asks += [
-                frame.ask(path(node), total.sum.sink(weight, total.places), target, grads=total.places, unused=unused)
-                for node, weight in self.nodes
-            ]
-            asks += [frame.ask(path(0.0), total.low, target), frame.ask(frame.base, total.high, target)]
+            terms = [(node, WeightedTerm(total.sum, weight, total.places)) for node, weight in self.nodes]
+            asks += [frame.ask(path(node), term, target, grads=term.places, unused=unused) for node, term in terms]
+            asks += total.asks(frame, path, target)
         return asks
 
     def _start(self, frame: Frame) -> tuple[Point, bool]:
@@ -190,20 +188,35 @@ class IntegratedGradients(SiteAttribution):
         return scores
 
 
-class _Integral:
-    """The gradients of one target along one path, and its values at both ends."""
+class PathEnds:
+    """The values of one target at both ends of a path."""
 
-    def __init__(self, places: list[Place]) -> None:
-        self.places = places
-        self.sum = WeightedSum()
+    def __init__(self) -> None:
         self.high = Seen((), with_values=False)
         self.low = Seen((), with_values=False)
 
+    def asks(self, frame: Frame, path: Callable[[float], Point], target: Target) -> list[Ask]:
+        """Ask for the target at the path's beginning, and at the user's own rows."""
+        return [frame.ask(path(0.0), self.low, target), frame.ask(frame.base, self.high, target)]
+
     def rise(self) -> Tensor:
-        """By how much the target rises along the path."""
+        """By how much the target rises along the path.
+
+        Raises:
+            AttributionError: the model did not run at one of them.
+        """
         if self.high.target is None or self.low.target is None:
             raise AttributionError("the target was not computed at both ends of the path")
         return wide(self.high.target) - wide(self.low.target)
+
+
+class _Integral(PathEnds):
+    """The gradients of one target along one path, and its values at both ends."""
+
+    def __init__(self, places: list[Place]) -> None:
+        super().__init__()
+        self.places = places
+        self.sum = WeightedSum()
 
 
 @dataclass(frozen=True, slots=True)

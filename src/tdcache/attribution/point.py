@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tdcache.attribution.place import Place
-from tdcache.attribution.rows import PointRows
+from tdcache.attribution.rows import RowAxes, UnstackableError
 from tdcache.attribution.targets import Target
-from tdcache.hooks import MultiHookHandle
+from tdcache.hooks import MultiHookHandle, Port
+from tdcache.norms import wide
 from tdcache.types import CacheKey
 
-__all__ = ["Ask", "Between", "Modifies", "Point", "View", "wide"]
+__all__ = ["Ask", "Between", "Modifies", "Point", "PointRows", "View", "giving_own_outputs", "wide"]
 
 
 _Key = TypeVar("_Key")
@@ -28,18 +29,16 @@ class Modifies(Protocol):
         """Add hooks to ``model`` and their handles to ``handle``; ``rows`` None means all."""
 
 
+@dataclass(frozen=True, eq=False, slots=True)
 class Between(Mapping[_Key, Tensor]):
     """Tensors on the straight line from ``low`` to ``high``, computed when they are asked for.
 
     A path has many points, of which only those of one chunk are to be in memory.
     """
 
-    __slots__ = ("high", "low", "node")
-
-    def __init__(self, low: Mapping[_Key, Tensor], high: Mapping[_Key, Tensor], node: float) -> None:
-        self.low = low
-        self.high = high
-        self.node = node
+    low: Mapping[_Key, Tensor]
+    high: Mapping[_Key, Tensor]
+    node: float
 
     def __getitem__(self, key: _Key) -> Tensor:
         low = self.low[key]
@@ -92,6 +91,51 @@ class Ask:
     base_follows: bool = False
 
 
+def giving_own_outputs(points: Sequence[Point], *, modified: bool) -> set[Hashable]:
+    """The labels of the points whose outputs are those of the user's own rows.
+
+    Args:
+        points: the points of a pass.
+        modified: those with modifiers count as well: they change no value, only the backward.
+    """
+    return {each.label for each in points if not (each.inputs or each.replace or (each.modifiers and not modified))}
+
+
+class PointRows(NamedTuple):
+    """The rows of one point among those of the forward it takes part in."""
+
+    start: int
+    stop: int
+    total: int
+    axes: RowAxes | None = None
+
+    def axis_at(self, place: Place, tensor: Tensor) -> int | None:
+        """The axis of a place's value that holds the rows; None if all rows share it."""
+        return 0 if self.axes is None else self.axes.at(place, tensor.shape, self.total, str(place.name))
+
+    def axis_in(self, port: Port, module: nn.Module, args: Any, rest: Any, tensor: Tensor) -> int:
+        """The axis of one of the tensors at a port.
+
+        Raises:
+            UnstackableError: all rows share it.
+        """
+        steps = next((steps for steps, each in port.parts(module, args, rest) if each is tensor), None)
+        key = (port.direction, port.path, steps)
+        axis = None if self.axes is None else self.axes.at(key, tensor.shape, self.total, port.path)
+        if axis is None:
+            raise UnstackableError(f"all rows share the value at {port.path!r}", paths=(port.path,))
+        return axis
+
+    def part(self, tensor: Tensor, axis: int | None) -> Tensor:
+        """These rows of ``tensor``; all of it where all rows share it."""
+        return tensor if axis is None else tensor.narrow(axis, self.start, self.stop - self.start)
+
+    def change(self, tensor: Tensor, axis: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """``tensor`` with ``change`` applied to these rows, out of place and differentiable."""
+        before, own, after = tensor.split([self.start, self.stop - self.start, self.total - self.stop], axis)
+        return torch.cat([before, change(own), after], axis)
+
+
 class View:
     """What a sink sees: the rows of its point."""
 
@@ -128,8 +172,3 @@ class View:
         if self._rows is None:
             return tensor
         return self._rows.part(tensor, 0 if place.kind == "key" else self._rows.axis_at(place, tensor))
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In at least single precision: half-precision scores are accumulated and returned in float32."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,4 +1,4 @@
-"""Where rows are: which of a stacked forward are one point's, and along which axis of a tensor they lie.
+"""Along which axis of a tensor the rows of a batch lie.
 
 A site's tensor need not have its rows in front (sequence-first layouts), nor have any (position embeddings), and
 lengths that happen to agree say nothing. So the model runs once on a batch of another size: the axis that grew holds
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +21,7 @@ from tdcache.errors import CaptureError, listed
 from tdcache.hooks import MultiHookHandle, Order, Port, attach, port_at
 from tdcache.selection import walk
 
-__all__ = ["PointRows", "RowAxes", "UnstackableError"]
+__all__ = ["RowAxes", "UnstackableError"]
 
 _Key = Place | tuple[Any, ...]
 
@@ -137,38 +137,3 @@ class _Noting:
 def _same_random_state(data: TensorDictBase) -> Any:
     devices = {value.device for value in data.values(include_nested=True, leaves_only=True)}
     return torch.random.fork_rng(devices=[each.index or 0 for each in devices if each and each.type == "cuda"])
-
-
-class PointRows(NamedTuple):
-    """The rows of one point among those of the forward it takes part in."""
-
-    start: int
-    stop: int
-    total: int
-    axes: RowAxes | None = None
-
-    def axis_at(self, place: Place, tensor: Tensor) -> int | None:
-        """The axis of a place's value that holds the rows; None if all rows share it."""
-        return 0 if self.axes is None else self.axes.at(place, tensor.shape, self.total, str(place.name))
-
-    def axis_in(self, port: Port, module: nn.Module, args: Any, rest: Any, tensor: Tensor) -> int:
-        """The axis of one of the tensors at a port.
-
-        Raises:
-            UnstackableError: all rows share it.
-        """
-        steps = next((steps for steps, each in port.parts(module, args, rest) if each is tensor), None)
-        key = (port.direction, port.path, steps)
-        axis = None if self.axes is None else self.axes.at(key, tensor.shape, self.total, port.path)
-        if axis is None:
-            raise UnstackableError(f"all rows share the value at {port.path!r}", paths=(port.path,))
-        return axis
-
-    def part(self, tensor: Tensor, axis: int | None) -> Tensor:
-        """These rows of ``tensor``; all of it where all rows share it."""
-        return tensor if axis is None else tensor.narrow(axis, self.start, self.stop - self.start)
-
-    def change(self, tensor: Tensor, axis: int, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """``tensor`` with ``change`` applied to these rows, out of place and differentiable."""
-        before, own, after = tensor.split([self.start, self.stop - self.start, self.total - self.stop], axis)
-        return torch.cat([before, change(own), after], axis)

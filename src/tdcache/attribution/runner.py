@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from tdcache.attribution.backward import Targets, gradients
 from tdcache.attribution.place import Place
-from tdcache.attribution.point import Ask, Point, View
-from tdcache.attribution.rows import PointRows, RowAxes, UnstackableError
+from tdcache.attribution.point import Ask, Point, PointRows, View, giving_own_outputs
+from tdcache.attribution.rows import RowAxes, UnstackableError
 from tdcache.attribution.survey import Survey
 from tdcache.attribution.taps import Replacement, SiteTap, check_unchanged
 from tdcache.attribution.targets import Target, Unit
@@ -83,7 +83,10 @@ class Runner:
         self._snapshot = survey.inplace if snapshot is None else snapshot
         self._stacks = data.batch_dims > 0 and not watched and not survey.statistics
         self._chunk = (chunk or 1 << 30) if self._stacks else 1
+        self._modified = not (watched or create_graph)
         self._base: Point | None = None
+        self._giving: set[Any] = set()
+        """The labels of the points whose outputs are those of the user's rows."""
         self._last: Point | None = None
         self._calls: dict[Place, int] = {}
 
@@ -94,7 +97,8 @@ class Runner:
             by_label.setdefault(ask.point.label, []).append(ask)
         groups = list(by_label.values())
         self._base = base
-        given = any(self._gives_outputs(group[0].point) or group[0].base_follows for group in groups)
+        self._giving = giving_own_outputs([group[0].point for group in groups], modified=self._modified)
+        given = self._giving or any(group[0].base_follows for group in groups)
         if self._stacks and self.final is None and not given:
             groups.append([_only_run(base)])  # so that the outputs need no forward of their own
         if self.watched:
@@ -118,6 +122,7 @@ class Runner:
 
     def finish(self, base: Point) -> TensorDictBase:
         """The TensorDict after a forward of the user's own rows; the last forward, where something looks on."""
+        self._base = base
         if self.final is None or (self.watched and self._last is not None and self._last.label != base.label):
             self._run_chunk([[_only_run(base)]])
         if self.final is None:
@@ -140,16 +145,10 @@ class Runner:
         except UnstackableError:
             return None
 
-    def _gives_outputs(self, point: Point) -> bool:
-        """Whether the point's outputs are those of the user's rows; modifiers change no value, only the backward."""
-        if point.modifiers and (self.watched or self._create_graph):
-            return False
-        return not (point.inputs or point.replace)
-
     def _is_final(self, point: Point) -> bool:
         if self._base is not None and point.label == self._base.label:
             return True
-        return self.final is None and self._gives_outputs(point)
+        return self.final is None and point.label in self._giving
 
     def _run_chunk(self, groups: list[list[Ask]]) -> None:
         asks = [ask for group in groups for ask in group]
@@ -231,7 +230,7 @@ class Runner:
             self._attach({place: tap for place, tap in taps.items() if not tap.sees_arguments}, handle, SiteTap.order)
             for place, tap in taps.items():
                 if tap.sees_arguments:
-                    handle.add(attach(self._module(place), tap.on_output, "fwd_kwargs", order=SiteTap.order))
+                    handle.add(attach(self.module_at(place), tap.on_output, "fwd_kwargs", order=SiteTap.order))
         return taps, handle
 
     def _call(self, place: Place) -> int | None:
@@ -239,11 +238,12 @@ class Runner:
 
     def _attach(self, hooks: Mapping[Place, Any], handle: MultiHookHandle, order: int) -> None:
         for kind, direction in (("out", "fwd"), ("in", "fwd_pre_kwargs")):
-            found = [(self._module(place), hook) for place, hook in hooks.items() if place.kind == kind]
+            found = [(self.module_at(place), hook) for place, hook in hooks.items() if place.kind == kind]
             if found:
                 attach_ports(found, direction, handle, order)  # type: ignore[arg-type]
 
-    def _module(self, place: Place) -> nn.Module:
+    def module_at(self, place: Place) -> nn.Module:
+        """The module that is hooked for a place."""
         path = str(place.name)
         if path not in self._modules:
             self._modules[path] = resolve(self.model, path)

@@ -9,7 +9,7 @@ import torch
 from tdcache.attribution.base import Attribution, Work
 from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import key_of
-from tdcache.attribution.integrated import WeightedSum
+from tdcache.attribution.integrated import WeightedSum, WeightedTerm
 from tdcache.attribution.point import Ask, wide
 
 __all__ = ["SmoothGrad"]
@@ -55,7 +55,7 @@ class SmoothGrad(Attribution):
         ]
         sums = {name: WeightedSum() for name in frame.targets}
         asks: list[Ask] = [
-            frame.ask(point, sums[name].sink(1 / self.n_samples, places), target, grads=places)
+            frame.ask(point, WeightedTerm(sums[name], 1 / self.n_samples, places), target, grads=places)
             for name, target in frame.targets.items()
             for point in points
         ]

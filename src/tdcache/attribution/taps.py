@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tdcache.attribution.place import Place
-from tdcache.attribution.rows import PointRows, UnstackableError
+from tdcache.attribution.point import PointRows
+from tdcache.attribution.rows import UnstackableError
 from tdcache.errors import AttributionError
 from tdcache.hooks import Order
 from tdcache.hooks.gradients import watch_made
@@ -45,6 +46,7 @@ class SiteTap:
     """
 
     order = Order.EDIT_GRADIENT  # after the edits, whose result counts, and before the captures, which see our alias
+    use = "watch"  # a value that is derived from an attention call gets a gradient
 
     def __init__(self, place: Place, rows: PointRows | None, *, snapshot: bool, live: bool) -> None:
         self.place = place

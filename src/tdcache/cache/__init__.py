@@ -2,10 +2,11 @@
 
 from tdcache.cache.capture import Capture
 from tdcache.cache.channel import Channel
+from tdcache.cache.gradient_taps import GradientTap, OutputAndGradientTap
 from tdcache.cache.keep import Keep, Transfers
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.stacking import StackBy
-from tdcache.cache.taps import CallbackTap, GradientTap, OutputAndGradientTap, OutputTap, StopTap, ValueTap
+from tdcache.cache.taps import CallbackTap, OutputTap, StopTap, ValueTap
 from tdcache.cache.target import EntryTarget, Target
 
 __all__ = [

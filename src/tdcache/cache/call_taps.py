@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 
 from tdcache.cache.channel import Channel
+from tdcache.cache.gradient_taps import GradientTap
 from tdcache.cache.recorder import Recorder
-from tdcache.cache.taps import CallbackTap, GradientTap, StopTap, ValueTap
+from tdcache.cache.taps import CallbackTap, StopTap, ValueTap
 from tdcache.errors import CaptureError
 from tdcache.function_calls.places import CallPlace, CallTaps
-from tdcache.hooks.attach import MultiHookHandle, Order
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.port import OutputPort, Port
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.selection import Site
 from tdcache.types import Pick
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -11,26 +11,17 @@ from torch import nn
 
 from tdcache.cache.call_taps import CallCapture
 from tdcache.cache.channel import Channel
+from tdcache.cache.gradient_taps import GradientTap, InputGradientTap, OutputAndGradientTap, PlainGradientTap
 from tdcache.cache.keep import Keep
+from tdcache.cache.part import PartFilter
 from tdcache.cache.positions import PositionFilter
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.stacking import GrowingStackBy, StackBy
-from tdcache.cache.taps import (
-    CallbackTap,
-    GradientTap,
-    InputGradientTap,
-    OutputAndGradientTap,
-    OutputTap,
-    PlainGradientTap,
-    StopTap,
-    ValueTap,
-)
+from tdcache.cache.taps import CallbackTap, OutputTap, StopTap, ValueTap
 from tdcache.cache.target import Target
 from tdcache.errors import CaptureError, DirectionError
 from tdcache.function_calls.places import CallPlace
 from tdcache.hooks.attach import (
-    MultiHookHandle,
-    Order,
     TransientGradInputHook,
     TransientGradOutputHook,
     attach,
@@ -41,7 +32,9 @@ from tdcache.hooks.attach import (
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.factory import check_callback
 from tdcache.hooks.port import InputPort, OutputPort
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.reducers import Last, Reducer
+from tdcache.regions import Region
 from tdcache.selection import Selection, Site
 from tdcache.steps import Steps, check_steps
 from tdcache.tokens import Positions, check_positions
@@ -71,12 +64,17 @@ class Capture:
     stop_early: bool
     prepend: bool
     check: Check
+    region: Region
+    """Rows, units and heads."""
     positions: Positions = None
     mask_key: Any = "auto"
     position_dim: int = 1
     steps: Steps = None
+    fits_graph: bool = field(init=False)
+    """Whether a compiled graph can do it: the latest outputs, as they are."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "fits_graph", self._fits_graph())
         check_positions(self.positions)
         check_steps(self.steps)
         if self.stack_by is not None and self.pick == "all":
@@ -96,15 +94,23 @@ class Capture:
         """Where the taps stand among the hooks of a site."""
         return Order.FIRST if self.prepend else Order.CAPTURE
 
-    @property
-    def fits_graph(self) -> bool:
-        """Whether a compiled graph can do it: the latest outputs, as they are."""
+    def _fits_graph(self) -> bool:
         asked = (self.callback, self.pick, self.positions, self.steps)
-        asks_more = any(each is not None for each in asked) or self.stop_early
+        asks_more = any(each is not None for each in asked) or self.stop_early or not self.region.whole
         return self.directions == ("fwd",) and self.keep == Keep() and isinstance(self.reducer, Last) and not asks_more
 
-    def recorder(self, cache: TensorDictBase, selection: Selection, places: Sequence[CallPlace] = ()) -> Recorder:
+    def recorder(
+        self,
+        cache: TensorDictBase,
+        selection: Selection,
+        places: Sequence[CallPlace] = (),
+        position_dims: Mapping[str, int] | None = None,
+        regions: Mapping[str, Region] | None = None,
+    ) -> Recorder:
         """The state of one open context: a channel per direction, each with its place in the cache.
+
+        ``position_dims`` and ``regions``: by path, the axis of positions where it is not ``position_dim``, and the part
+        that is kept where its axes are not those of ``region``.
 
         Raises:
             CacheWriteError: the cache is locked and lacks entries.
@@ -118,18 +124,23 @@ class Capture:
             stack_by = StackBy(self.stack_by, selection)
         has_parts = self.pick == "all" or bool(places)
         by_value = self.check == "values"
-        chosen = None
-        if self.positions is not None:
-            chosen = PositionFilter(self.positions, self.mask_key, self.position_dim)
+        part = self._part(position_dims, regions or {})
         channels = []
         for direction in self.directions:
             target = Target(cache, direction if self.nested else None, self.batch_dims)
             target.ensure()
             if not has_parts:
                 target.check(selection.paths if stack_by is None else tuple(stack_by.members))
-            options = (stack_by, has_parts, chosen, self.steps is not None, by_value)
+            options = (stack_by, has_parts, part, self.steps is not None, by_value)
             channels.append(Channel(direction, selection.paths, keep, target, self.reducer, *options))
         return Recorder(channels, fits_graph=self.fits_graph and channels[0].takes_aliases)
+
+    def _part(self, position_dims: Mapping[str, int] | None, regions: Mapping[str, Region]) -> PartFilter | None:
+        positions = None
+        if self.positions is not None:
+            positions = PositionFilter(self.positions, self.mask_key, self.position_dim, position_dims)
+        whole = self.region.whole and all(region.whole for region in regions.values())
+        return None if positions is None and whole else PartFilter(self.region, positions, regions)
 
     def place_calls(
         self, root: nn.Module, places: Sequence[CallPlace], recorder: Recorder, handle: MultiHookHandle
@@ -145,10 +156,11 @@ class Capture:
         if self._takes_pairs(channels):
             output, gradient = channels.pop(0), channels.pop(0)
             order = self.order
-            taps = (OutputAndGradientTap(path, output, recorder, order, gradient) for path in selection.paths)
-            attach_outputs(
-                ((site.module, tap.on_both) for site, tap in zip(selection, taps, strict=True)), handle, order
-            )
+            pairs = [
+                (module, OutputAndGradientTap(path, output, recorder, order, gradient).on_both)
+                for path, module, _ in selection
+            ]
+            attach_outputs(pairs, handle, order)
         for channel in channels:
             self._place_one(selection, channel, recorder, handle)
         if self.stop_early:
@@ -167,8 +179,8 @@ class Capture:
             for site in selection:
                 tap = InputGradientTap(InputPort(site.path, self.pick), channel, recorder, self.order)
                 handle.add(_Forgotten(tap))
-                handle.add(attach(site.module, tap.on_output, "fwd", order=self.order))
                 handle.add(attach(site.module, tap.on_input, "fwd_pre_kwargs", order=self.order))
+                handle.add(attach(site.module, tap.on_output, "fwd", order=self.order))
         elif channel.direction.startswith("fwd_pre"):
             taps = (ValueTap(InputPort(path, self.pick), channel, recorder, self.order) for path in selection.paths)
             pairs = ((site.module, tap) for site, tap in zip(selection, taps, strict=True))
@@ -183,8 +195,9 @@ class Capture:
         if as_it_is and not channel.is_gradient:
             return [(module, OutputTap(path, channel, recorder, order).on_output) for path, module, _ in selection]
         if as_it_is and not self.prepend:
-            taps = [PlainGradientTap(path, channel, recorder, order) for path in selection.paths]
-            return [(site.module, tap.on_plain) for site, tap in zip(selection, taps, strict=True)]
+            return [
+                (module, PlainGradientTap(path, channel, recorder, order).on_plain) for path, module, _ in selection
+            ]
         kind: Any = GradientTap if channel.is_gradient else ValueTap
         return [
             (module, kind(OutputPort(path, self.pick), channel, recorder, order).on_call)

@@ -8,7 +8,7 @@ plain tensor of a site (a second call, a tuple, a slice) takes the slow path.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
@@ -17,27 +17,24 @@ from typing import Any, cast
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdcache.cache.arrivals import Arrivals, update
-from tdcache.cache.keep import Keep, Transfers, shares_memory
-from tdcache.cache.ownership import own
-from tdcache.cache.positions import PositionFilter
+from tdcache.cache.keep import Keep, Transfers, detach_all
+from tdcache.cache.ownership import Outside, own
+from tdcache.cache.part import PartFilter
+from tdcache.cache.reductions import Reductions
 from tdcache.cache.stacking import GrowingStackBy, StackBy
+from tdcache.cache.stand_ins import ABSENT, CopyInGraph
 from tdcache.cache.target import EntryTarget
-from tdcache.errors import CaptureError, listed
+from tdcache.errors import CaptureError
 from tdcache.hooks.directions import direction_row
-from tdcache.inplace import InplaceWatch, overwritten
+from tdcache.inplace import InplaceWatch, overwritten, shares_memory
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Site
-from tdcache.transforms import in_transform, is_wrapped, transform_under_way, unwrapped
+from tdcache.transforms import escaped, in_transform, is_wrapped, transform_under_way, unwrapped
 from tdcache.types import CacheKey, HookDirection
 
-__all__ = ["Carried", "Channel", "CopyInGraph"]
-
-Carried = tuple[dict[CacheKey, Reducer], dict[CacheKey, list[tuple[Any, Tensor | None]]]]
+__all__ = ["Channel"]
 
 _version = attrgetter("_version")
-_requires_grad = attrgetter("requires_grad")
-_is_leaf = attrgetter("is_leaf")
 
 
 @dataclass(slots=True)
@@ -52,8 +49,8 @@ class Channel:
     stack_by: StackBy | None
     has_parts: bool = False
     """Whether a site may have any number of entries (``pick="all"``), or sites become known as they fire."""
-    positions: PositionFilter | None = None
-    """Which positions of each value are kept; None for all."""
+    part: PartFilter | None = None
+    """Which rows, positions, units and heads of each value are kept; None for all."""
     gated: bool = False
     """Whether some forwards are left out (``steps=``)."""
     by_value: bool = False
@@ -76,26 +73,30 @@ class Channel:
     """Of a gradient channel: the forward whose gradients are current."""
     accepting: int = -1
     """Of a gradient channel: ``number`` while a backward is under way whose end will deliver, else -1."""
-    reducers: dict[CacheKey, Reducer] = field(default_factory=dict)
+    reductions: Reductions | None = field(init=False)
+    """What reducers hold; None where each forward replaces the entries of the one before."""
     fired: set[str] = field(default_factory=set)
     """The paths that saw a value since the context was entered."""
     is_gradient: bool = field(init=False)
     """Whether values arrive in the backward."""
     latest_only: bool = field(init=False)
     """Whether each forward replaces the entries of the one before."""
+    takes_aliases: bool = field(init=False)
+    """Whether a hook may write the tensor itself into ``values``."""
+    _checks_values: bool = field(init=False)
     _watch: InplaceWatch = field(init=False)
     """The aliases that reducers and parts of the cache keep."""
-    _arrivals: Arrivals = field(init=False)
-    """Gradients that are put in the order of their calls."""
-    _dirty: bool = False
     _idle: bool = False
     """Whether some of ``values`` only stand for sites without a value."""
 
     def __post_init__(self) -> None:
         self.is_gradient = direction_row(self.direction).gradient
         self.latest_only = isinstance(self.reducer, Last)
-        self._arrivals = Arrivals(self.reducer)
+        self._checks_values = self.by_value and not self.is_gradient  # gradients that others can write to are copied
+        plain = self.keep.plain and self.part is None and not (self.target.in_place or self.gated)
+        self.takes_aliases = self.latest_only and plain and not self._checks_values
         self._watch = InplaceWatch(by_value=self.by_value)
+        self.reductions = None if self.latest_only else Reductions(self.reducer, self._watch)
 
     @property
     def top_keys(self) -> tuple[str, ...]:
@@ -108,16 +109,6 @@ class Channel:
     def entry_keys(self) -> tuple[str, ...]:
         """The keys of the entries in their node of the cache."""
         return self.paths if self.stack_by is None else tuple(self.stack_by.members)
-
-    @property
-    def takes_aliases(self) -> bool:
-        """Whether a hook may write the tensor itself into ``values``."""
-        plain = self.keep.plain and self.positions is None and not (self.target.in_place or self.gated)
-        return self.latest_only and plain and not self._checks_values
-
-    @property
-    def _checks_values(self) -> bool:
-        return self.by_value and not self.is_gradient  # gradients that others can write to are copied
 
     def admit(self, site: Site) -> None:
         """Take in a site that is known only now."""
@@ -152,7 +143,7 @@ class Channel:
 
     def has(self, key: CacheKey) -> bool:
         """Whether the running forward gave a value for this key."""
-        return key in self.copies or self.values.get(key, _ABSENT) is not _ABSENT
+        return key in self.copies or self.values.get(key, ABSENT) is not ABSENT
 
     def deliver(self, *, backward: bool = False) -> None:
         """A forward (or a backward) is over: check the aliases, detach them, and write the entries to the cache."""
@@ -164,9 +155,17 @@ class Channel:
         if self.has_copies:
             self._unwrap_copies()
         self.check()
-        if not self.latest_only:
-            self._arrivals.own()
+        if self.reductions is not None:
+            self.reductions.end_backward()
             return
+        self._settle_aliases(backward)
+        if self.copies or self.stack_by is not None or self.has_parts or len(self.values) != len(self.paths):
+            self._deliver_slowly()
+        else:
+            self.target.write(self.values, complete=True)
+
+    def _settle_aliases(self, backward: bool) -> None:
+        """Have no value hold a graph, the memory of a transform, or of a backward what others could write to."""
         values = self.values
         if transform_under_way() is not None or (backward and in_transform()):
             self._unwrap()
@@ -174,11 +173,9 @@ class Channel:
             for key in own(values):
                 self.versions.pop(key, None)
         if self.keep.hold != "live":
-            self._detach(values)
-        if self.copies or self.stack_by is not None or self.has_parts or len(values) != len(self.paths):
-            self._deliver_slowly()
-        else:
-            self.target.write(values, complete=True)
+            for key in detach_all(values):  # parameters and inputs, which others write to
+                self.copies[key] = values[key].clone()
+                self._vacate(key)
 
     def _note_fired(self) -> None:
         if len(self.values) == len(self.paths) and not (self._idle or self.has_parts):
@@ -195,7 +192,7 @@ class Channel:
 
     def _unwrap(self) -> None:
         for key, value in list(self.values.items()):
-            if value is not _ABSENT:
+            if value is not ABSENT:
                 self.copies[key] = unwrapped(value)
                 self._vacate(key)
 
@@ -205,27 +202,14 @@ class Channel:
         if self.is_gradient:
             self.values.pop(key, None)
         elif key in self.values:
-            self.values[key] = _ABSENT
+            self.values[key] = ABSENT
             self._idle = True
-
-    def _detach(self, values: dict[CacheKey, Any]) -> None:
-        needing = list(map(_requires_grad, values.values()))
-        if True not in needing:
-            return
-        of_leaf: Sequence[CacheKey] = ()
-        if any(map(_is_leaf, values.values())):  # a parameter or an input, which the optimiser or the user writes to
-            of_leaf = [key for key, value in values.items() if value.requires_grad and value.is_leaf]
-        if False not in needing:
-            values.update(zip(values, map(Tensor.detach, values.values()), strict=True))
-        else:
-            values.update({key: value.detach() for key, value in values.items() if value.requires_grad})
-        for key in of_leaf:
-            self.copies[key] = values[key].clone()
-            self._vacate(key)
 
     def _deliver_slowly(self) -> None:
         self.transfers.wait()
-        entries = {key: value for key, value in {**self.values, **self.copies}.items() if value is not _ABSENT}
+        entries = {**self.values, **self.copies}
+        if self._idle:
+            entries = {key: value for key, value in entries.items() if value is not ABSENT}
         self.target.write(self._stacked(entries), complete=False)
         if not self.is_gradient:
             # A graph is made for an empty one; a callback's TensorDicts, which fit no graph, are settled at the end.
@@ -239,15 +223,15 @@ class Channel:
 
     def idle(self) -> None:
         """Give every key a value, so that hooks take the slow path until the next forward begins."""
-        for path in self.paths:
-            if path not in self.values:
-                self.values[path] = _ABSENT
-                self._idle = True
+        absent = [path for path in self.paths if path not in self.values] if self.values else self.paths
+        if absent:
+            self.values.update(dict.fromkeys(absent, ABSENT))
+            self._idle = True
 
     def mark_absent(self) -> None:
         """Have every hook of the forward take the slow path, also those of other threads."""
         if not self.is_gradient:
-            self.values.update(dict.fromkeys((*self.values, *self.paths), _ABSENT))
+            self.values.update(dict.fromkeys((*self.values, *self.paths), ABSENT))
             self._idle = True
 
     def check(self) -> None:
@@ -263,7 +247,8 @@ class Channel:
                 raise overwritten(changed)
         if self._watch.seen:
             self._watch.check()
-        self._arrivals.check()
+        if self.reductions is not None:
+            self.reductions.check()
 
     def take(self, key: CacheKey, path: str, tensor: Any, *, serial: int | None = None) -> None:
         """Keep a value on the slow path.
@@ -276,13 +261,17 @@ class Channel:
         """
         self.fired.add(path)
         mask: Tensor | None = None
-        if self.positions is not None:
-            part = self.positions.of(path, tensor, self.reducer)
+        if self.part is not None:
+            part = self.part.of(path, tensor, self.reducer)
             if part is None:
                 return
             tensor, mask = part
-        if not self.latest_only:
-            self._reduce(key, path, tensor, serial, mask)
+        if self.reductions is not None:
+            if self.reductions.wants(key, serial):
+                kept, is_alias = self._keep(tensor, path)
+                if not self.reductions.keeps_aliases:
+                    self.transfers.wait()
+                self.reductions.add(key, path, kept, mask, serial=serial, is_alias=is_alias)
             return
         kept, is_alias = self._keep(tensor, path)
         if is_alias:
@@ -300,11 +289,12 @@ class Channel:
 
         With ``stack_by`` it waits for those that it is stacked with.
         """
-        if self.positions is not None:
+        if self.part is not None:
             self.fired.add(path)
-            raise self.positions.outside(path)
+            self.part.refuse_outside(path)
         if self.stack_by is not None:
-            kept, is_alias = self._keep(tensor, path)
+            part = None if self.part is None else self.part.of(path, tensor, self.reducer)
+            kept, is_alias = self._keep(tensor if part is None else part[0], path)
             self.fired.add(path)
             self.transfers.wait()
             self.waiting[key] = kept.clone() if is_alias else kept
@@ -339,88 +329,48 @@ class Channel:
             self._watch.add(path, kept)
         return cast(Tensor, kept)
 
-    def _reduce(self, key: CacheKey, path: str, value: Any, serial: int | None, mask: Tensor | None) -> None:
-        if serial is not None and self.reducer.ordered:
-            self._dirty = True
-            kept, is_alias = self._keep(value, path)
-            self._arrivals.add(key, path, serial, kept, mask, is_alias=is_alias)
-            return
-        reducer = self.reducers.get(key)
-        if reducer is None:
-            reducer = self.reducers[key] = self.reducer.fresh()
-        if reducer.full:
-            return
-        self._dirty = True
-        kept, is_alias = self._keep(value, path)
-        if not reducer.aliases:
-            self.transfers.wait()
-        elif is_alias:
-            self._watch.add(path, kept)
-        update(reducer, kept, mask)
-
     def compute(self) -> None:
         """Write what the reducers hold to the cache."""
-        if self.latest_only or not self._dirty:
+        if self.reductions is None or not self.reductions.dirty:
             return
         self.transfers.wait()
         self.check()
-        entries: dict[CacheKey, Any] = {key: reducer.compute() for key, reducer in self.reducers.items()}
-        entries.update(self._arrivals.reduced())
-        self.target.write(self._stacked(entries), complete=False)
-        self._dirty = False
+        self.target.write(self._stacked(self.reductions.computed()), complete=False)
+        self.reductions.dirty = False
 
-    def settle(self, outside: Collection[int] | None) -> None:
+    def settle(self, outside: Outside | None) -> None:
         """The context is left: copy what others could still write to, so that what is kept stays what was seen.
 
         Args:
-            outside: the storages that can be written to. Where a graph is alive it has the memory of all that it saved,
-                which nobody can write to; then only these count. None: whoever has the memory counts.
+            outside: see :func:`tdcache.cache.ownership.shared_keys`.
 
         Raises:
             CaptureError: a value only had a meaning inside a ``torch.func`` transform, which has ended.
         """
-        values = {key: value for key, value in self.values.items() if value is not _ABSENT}
+        values = self.values
+        if self._idle:
+            values = {key: value for key, value in values.items() if value is not ABSENT}
         if any(map(is_wrapped, values.values())) and not in_transform():
-            raise self._escaped(values)
+            raise escaped([_path_of(key) for key, value in values.items() if is_wrapped(value)])
         if self.keep.hold == "live" or self.target.in_place:
             return
         if self._watch.seen:
             self._settle_watched({id(each.tensor) for each in self._watch.seen})
         if not self.latest_only or self.stack_by is not None or not values:
             return
-        for key in own(values, outside, holders=3):  # this dict, the channel's, the cache
+        holders = 2 if values is self.values else 3  # the dicts here, and the cache
+        for key in own(values, outside, holders=holders):
             self.target.put(key, values[key])
-
-    @staticmethod
-    def _escaped(values: Mapping[CacheKey, Any]) -> CaptureError:
-        escaped = [_path_of(key) for key, value in values.items() if is_wrapped(value)]
-        return CaptureError(
-            f"{listed(escaped)} ran inside a torch.func transform (vmap, grad, jvp) within the model's forward, "
-            "and what is kept has no meaning after it; keep a copy with hold='snapshot'",
-            paths=escaped,
-        )
 
     def _settle_watched(self, watched: set[int]) -> None:
         """Copy the aliases that reducers and a callback's TensorDicts keep."""
         copied = partial(_copy_of, watched)
-        for reducer in self.reducers.values() if self.reducer.aliases else ():
-            reducer.own(copied)
-            self._dirty = True
+        if self.reductions is not None:
+            self.reductions.own(copied)
         self.compute()
         for key, value in self.copies.items():
             if isinstance(value, TensorDictBase) and self.stack_by is None:
                 self.target.put(key, value.apply(copied))
-
-    def carry(self) -> Carried:
-        """What reducers hold, for the next entry of a context whose cache is not cleared."""
-        return dict(self.reducers), self._arrivals.carry()
-
-    def resume(self, carried: Carried) -> None:
-        """Go on where an earlier entry ended."""
-        reducers, arrivals = carried
-        self.reducers.update(reducers)
-        self._arrivals.resume(arrivals)
-        self._dirty = bool(reducers)
 
     def forget(self) -> None:
         """Drop every value and every entry that was written."""
@@ -431,15 +381,15 @@ class Channel:
 
     def release(self) -> None:
         """Let go of everything but what is in the cache; gradients still on their way are no longer wanted."""
-        for held in (self.values, self.versions, self.copies, self.waiting, self.arrived, self.reducers):
+        for held in (self.values, self.versions, self.copies, self.waiting, self.arrived):
             held.clear()
         self._watch.clear()
-        self._arrivals.clear()
-        if self.positions is not None:
-            self.positions.forget()
+        if self.reductions is not None:
+            self.reductions.clear()
+        if self.part is not None:
+            self.part.forget()
         self.number += 1
         self.accepting = -1
-        self._dirty = False
 
 
 def _path_of(key: CacheKey) -> str:
@@ -448,24 +398,3 @@ def _path_of(key: CacheKey) -> str:
 
 def _copy_of(watched: set[int], tensor: Tensor) -> Tensor:
     return tensor.clone() if id(tensor) in watched else tensor
-
-
-class CopyInGraph:
-    """A copy that a compiled graph made of a value; answers to what is asked of the tensors beside it."""
-
-    _version = 0
-    requires_grad = False
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-class _Absent:
-    """Stands for a site without a value; answers to what is asked of the tensors beside it."""
-
-    _version = 0
-    requires_grad = False
-    is_leaf = False
-
-
-_ABSENT = _Absent()

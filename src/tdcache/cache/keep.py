@@ -1,17 +1,19 @@
-"""From the tensor that a hook sees to the one that is kept: slice, hold, cast, move."""
+"""From the tensor that a hook sees to the one that is kept: slice, detach or copy, cast, move."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from tdcache.errors import CaptureError
+from tdcache.inplace import shares_memory
 from tdcache.types import Hold, Index
 
-__all__ = ["Keep", "Transfers", "shares_memory"]
+__all__ = ["Keep", "Transfers", "detach_all"]
 
 
 class Transfers:
@@ -46,6 +48,8 @@ class Keep:
     """A ``torch.device``, also given by its name."""
 
     def __post_init__(self) -> None:
+        if self.hold not in get_args(Hold):
+            raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {self.hold!r}")
         given = self.dtype
         dtype = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
         if given is not None and not isinstance(dtype, torch.dtype):
@@ -97,11 +101,24 @@ class Keep:
         return kept.clone() if shares_memory(kept, of) else kept
 
 
-def shares_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether writing to one tensor in place could change the other."""
-    if one is other:
-        return True
-    try:
-        return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() and one.device == other.device
-    except (NotImplementedError, RuntimeError):  # sparse, nested and wrapper tensors have no storage of their own
-        return True
+def detach_all(values: dict[Any, Any]) -> list[Any]:
+    """Let go of the graphs of ``values``, by detaching in place those that require grad.
+
+    Returns:
+        The keys of the leaves among those: parameters and inputs, which the optimiser or the user writes to.
+    """
+    needing = list(map(_requires_grad, values.values()))
+    if True not in needing:
+        return []
+    leaves = []
+    if any(map(_is_leaf, values.values())):
+        leaves = [key for key, value in values.items() if value.requires_grad and value.is_leaf]
+    if False not in needing:
+        values.update(zip(values, map(Tensor.detach, values.values()), strict=True))
+    else:
+        values.update({key: value.detach() for key, value in values.items() if value.requires_grad})
+    return leaves
+
+
+_requires_grad = attrgetter("requires_grad")
+_is_leaf = attrgetter("is_leaf")

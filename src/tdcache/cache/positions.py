@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 
 from tdcache.arguments import forward_names, named_arguments
 from tdcache.errors import CaptureError
-from tdcache.hooks.attach import Order
+from tdcache.function_calls.sites import at_call
+from tdcache.hooks.registrations import Order
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
+from tdcache.regions import Region
 from tdcache.sequences import Sequences
 from tdcache.tokens import Positions, Tokens, check_positions
 
@@ -25,16 +28,20 @@ class PositionFilter:
         positions: see :class:`tdcache.ActivationCaching`.
         mask_key: the name of the mask among the arguments; see :class:`tdcache.sequences.Sequences`.
         position_dim: the axis of positions in values; the batch is axis 0.
+        dims: by path, where it is another one.
     """
 
     order = Order.FIRST
 
-    def __init__(self, positions: Positions, mask_key: Any, position_dim: int) -> None:
+    def __init__(
+        self, positions: Positions, mask_key: Any, position_dim: int, dims: Mapping[str, int] | None = None
+    ) -> None:
         self.positions = check_positions(positions)
         self.single = not isinstance(positions, Tensor) and hasattr(positions, "__index__")
         """Whether one number was given, which takes its axis off, as indexing does."""
         self.mask_key = mask_key
         self.position_dim = position_dim
+        self.dims = dims or {}
         self._sequences: Sequences | None = None
 
     def __repr__(self) -> str:
@@ -68,16 +75,17 @@ class PositionFilter:
             CaptureError: there is no call to take a mask from, or rows keep different numbers of positions.
             SelectionError: the mask does not fit, or a row lacks a position.
         """
-        tokens, moved = self._tokens_of(path, value)
+        dim = self.dim_at(path, value)
+        tokens, moved = self._tokens_of(path, value, dim)
         mask = tokens.select(self.positions)
         if not bool(mask.any()):
             return None
         if isinstance(reducer, RowReducer) and _rows_cover_positions(reducer):
-            return value, mask if self.position_dim == 1 else self._mask_in_place(mask, value)
+            return value, mask if dim == 1 else _mask_in_place(mask, value, dim)
         if self._is_numbers() and bool((mask.sum(1) > 0).all()):
             columns = tokens.columns(self.positions)  # type: ignore[arg-type]
             kept = moved[torch.arange(len(moved), device=value.device)[:, None], columns.to(value.device)]
-            return (kept[:, 0] if self.single else kept.movedim(1, self.position_dim)), None
+            return (kept[:, 0] if self.single else kept.movedim(1, dim)), None
         counts = mask.sum(1)
         if int(counts.min()) != int(counts.max()):
             raise CaptureError(
@@ -87,31 +95,37 @@ class PositionFilter:
                 paths=(path,),
             )
         kept = moved[mask.to(value.device)].unflatten(0, (len(moved), -1))
-        return kept.movedim(1, self.position_dim), None
+        return kept.movedim(1, dim), None
 
-    def _tokens_of(self, path: str, value: Tensor) -> tuple[Tokens, Tensor]:
-        if self._sequences is None:
-            raise self.outside(path)
-        if value.dim() <= self.position_dim:
+    def dim_at(self, path: str, value: Tensor) -> int:
+        """The axis of positions at one site; heads come before it at the calls of an attention."""
+        dim = self.dims.get(path, at_call(Region(position_dim=self.position_dim), path).position_dim)
+        if not -value.dim() <= dim < value.dim():
             raise CaptureError(
-                f"the value at {path!r} has shape {tuple(value.shape)} and no axis {self.position_dim} of positions; "
+                f"the value at {path!r} has shape {tuple(value.shape)} and no axis {dim} of positions; "
                 "choose position_dim=, or other sites",
                 paths=(path,),
             )
-        moved = value.movedim(self.position_dim, 1)
+        return dim % value.dim()
+
+    def _tokens_of(self, path: str, value: Tensor, dim: int) -> tuple[Tokens, Tensor]:
+        if self._sequences is None:
+            raise self.outside(path)
+        moved = value.movedim(dim, 1)
         batch, length = moved.shape[:2]
         return self._sequences.at(path, batch=batch, length=length, device=value.device), moved
-
-    def _mask_in_place(self, mask: Tensor, value: Tensor) -> Tensor:
-        """The mask with axes up to the one of positions, as the value has them."""
-        shape = [1] * (self.position_dim + 1)
-        shape[0], shape[self.position_dim] = mask.shape
-        return mask.reshape(shape).expand(value.shape[: self.position_dim + 1])
 
     def _is_numbers(self) -> bool:
         return isinstance(self.positions, tuple) or (
             isinstance(self.positions, Tensor) and self.positions.dtype != torch.bool
         )
+
+
+def _mask_in_place(mask: Tensor, value: Tensor, dim: int) -> Tensor:
+    """The mask with axes up to the one of positions, as the value has them."""
+    shape = [1] * (dim + 1)
+    shape[0], shape[dim] = mask.shape
+    return mask.reshape(shape).expand(value.shape[: dim + 1])
 
 
 def _rows_cover_positions(reducer: RowReducer) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterable
+from functools import partial
 from threading import RLock, get_ident
 from typing import Any
 
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from tdcache.cache.channel import Channel
-from tdcache.cache.ownership import storage_of, storages_of
-from tdcache.cache.target import ClosedTarget
+from tdcache.cache.ownership import storages_of
+from tdcache.cache.target import CLOSED
 from tdcache.current_call import CurrentCall
 from tdcache.errors import CaptureError, RepeatedCallWarning, StopForward, UnfiredSiteWarning, listed, warn_user
 from tdcache.function_calls.places import CallTaps
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import leaves
+from tdcache.inplace import storage_address
 from tdcache.introspect import (
     NO_TASK,
     backward_task,
@@ -79,6 +81,7 @@ class Recorder(Transient):
         """Whether the latest forward made a graph."""
         self._outside: list[int] = []
         """Where a graph was made: the storages of what went in and came out."""
+        self._written: Collection[int] | None = None
         self._root: nn.Module | None = None
         self._warned: set[str] = set()
         self._to_stop: set[str] = set()
@@ -152,7 +155,7 @@ class Recorder(Transient):
         self._graph = is_grad_enabled()
         if self._graph:  # what the user has in hand of this forward, by its memory, so that nothing is held
             handed = (*args, output) if type(output) is Tensor else [each for _, each in leaves((args, output))]
-            self._outside = [storage_of(each) for each in handed if isinstance(each, Tensor)]
+            self._outside = [storage_address(each) for each in handed if isinstance(each, Tensor)]
         try:
             self.forwards += not raised
             with self._lock:
@@ -295,11 +298,15 @@ class Recorder(Transient):
 
     def settle(self, model: nn.Module) -> None:
         """The context is left: copy what could still be written to."""
-        outside: Collection[int] | None = None
-        if self._graph:
-            outside = storages_of(model).union(self._outside)
+        outside = partial(self._written_outside, model) if self._graph else None
         for channel in self.channels:
             channel.settle(outside)
+
+    def _written_outside(self, model: nn.Module) -> Collection[int]:
+        """The storages that somebody can write to: the model's, and those of what went in and came out."""
+        if self._written is None:
+            self._written = storages_of(model).union(self._outside)
+        return self._written
 
     def close(self) -> None:
         """Take nothing any more and let go of everything but what is in the cache.
@@ -310,7 +317,7 @@ class Recorder(Transient):
         self.open = False
         for channel in self.channels:
             channel.release()
-            channel.target = ClosedTarget()
+            channel.target = CLOSED
         self.calls.clear()
         self._root = None
 
@@ -335,11 +342,10 @@ class Recorder(Transient):
                 "nothing was kept; a forward without a cache is prefill",
                 UnfiredSiteWarning,
             )
-        for channel in self.channels if self.forwards else ():
+        incomplete = [each for each in self.channels if not each.fired.issuperset(each.paths)]
+        for channel in incomplete if self.forwards else ():
             silent = [path for path in channel.paths if path not in channel.fired]
-            if silent:
-                warn_user(self._unfired_message(model, channel, silent), UnfiredSiteWarning)
-
+            warn_user(self._unfired_message(model, channel, silent), UnfiredSiteWarning)
         said = dict.fromkeys(each for taps in self.calls for each in taps.unfired)
         for sentence in said if self.forwards else ():
             warn_user(sentence, UnfiredSiteWarning)

@@ -12,7 +12,8 @@ from torch import nn
 
 from tdcache.cache.recorder import Recorder
 from tdcache.current_call import CurrentCall, InSteps
-from tdcache.hooks.attach import MultiHookHandle, bracket
+from tdcache.hooks.attach import bracket
+from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.steps import Steps
 
 __all__ = ["StepGate"]

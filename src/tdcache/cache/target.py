@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 
+from tdcache.cache.named_cache import new_node
 from tdcache.errors import CacheWriteError, CaptureError, UnfiredSiteWarning, listed, warn_user
 from tdcache.types import CacheKey
 
-__all__ = ["ClosedTarget", "EntryTarget", "Target", "Written", "first_clash"]
+__all__ = ["CLOSED", "EntryTarget", "Target", "Written", "first_clash"]
 
 
 class Written(NamedTuple):
@@ -69,7 +70,7 @@ class EntryTarget(Protocol):
         """Make the direction's node exist."""
 
 
-class ClosedTarget:
+class _ClosedTarget:
     """Where entries go after the context has closed: nowhere."""
 
     cache = None
@@ -87,6 +88,9 @@ class ClosedTarget:
 
     def ensure(self) -> None:
         """Nothing is to be written here."""
+
+
+CLOSED = _ClosedTarget()
 
 
 class Target:
@@ -224,7 +228,7 @@ class Target:
         node = None if self.node is None else self.cache.get(self.node, None)
         if node is not None and not self.written and len(node.keys()) == len(self._complete):
             # Ours alone, as after most forwards: a new node costs less than emptying this one.
-            self.cache[self.node] = TensorDict(batch_size=self.cache.batch_size, device=self.cache.device)
+            self.cache[self.node] = new_node(self.cache, self.cache.batch_size)
         else:
             for key in dict.fromkeys((*self._complete, *self.written)):
                 self._drop(key)
@@ -241,8 +245,7 @@ class Target:
             return self.cache
         node = self.cache.get(self.node, None)
         if node is None:
-            node = TensorDict(batch_size=[], device=self.cache.device)
-            self.cache[self.node] = node
+            self.cache[self.node] = new_node(self.cache)
             node = self.cache.get(self.node)
         return cast(TensorDictBase, node)
 

@@ -14,18 +14,69 @@ from torch import Tensor, nn
 
 from tdcache.caching import ActivationCaching
 from tdcache.compat.activation_files import SUFFIXES, load_activations, save_activations
-from tdcache.compat.hook_names import Exactly, Layout, resolve_hook_points
-from tdcache.compat.site_rows import SiteRows
+from tdcache.compat.hook_names import Exactly, HookSite, Layout, resolve_hook_points
 from tdcache.errors import CaptureError, ContextError, SelectionError, listed
 from tdcache.harvesting.calling import Inputs, as_evaluated, call_model, model_device, to_device
 from tdcache.harvesting.progress import Progress
 from tdcache.harvesting.source import length_of
+from tdcache.hooks import port_at
+from tdcache.reducers import Concatenate
 
 __all__ = ["ActivationCollector", "collect_activations_from_dataloader"]
 
 
 def _file_in(path: Path) -> Path:
     return path if path.suffix in SUFFIXES else path / "activations.safetensors"
+
+
+class _SiteRows:
+    """The callback at one hook point, and the rows that it has kept.
+
+    Args:
+        site: the hook point.
+        max_rows: the most rows that are kept, exactly.
+        device: where they are kept.
+    """
+
+    def __init__(self, site: HookSite, max_rows: int, device: torch.device | str) -> None:
+        self.site = site
+        self.kept = Concatenate(max_rows=max_rows)
+        self.seen = 0
+        """Rows so far, those beyond the budget as well."""
+        self._max_rows = max_rows
+        self._device = device
+
+    def __repr__(self) -> str:
+        return f"{self.kept.rows:,} rows of {self.site.name!r}"
+
+    def __call__(self, *, module: nn.Module, key: Any, **hooked: Any) -> Tensor:
+        """Keep the output; before the forward the first tensor of the arguments, positional ones first."""
+        port = port_at(self.site.path, "fwd" if "output" in hooked else "fwd_pre")
+        self.take(port.read(module, hooked["args"], hooked["output"] if "output" in hooked else hooked["kwargs"]))
+        return torch.empty(0)
+
+    def take(self, value: Tensor) -> None:
+        """Copy the rows of ``(batch, features)`` or ``(batch, tokens, features)``, within the budget.
+
+        Raises:
+            CaptureError: a value of another shape, of which it is not known what its rows are.
+        """
+        if not 2 <= value.dim() <= 3:
+            name, shape = self.site.name, tuple(value.shape)
+            more = "put an nn.Flatten behind it and collect that one's output, or " if value.dim() > 3 else ""
+            raise CaptureError(
+                f"{name!r} gives values of shape {shape}; rows are made of (batch, features) or (batch, tokens, "
+                f"features): {more}use tdcache.harvest, which stores each sample's value in its own shape",
+                paths=(name,),
+            )
+        rows = value.detach().flatten(0, -2)
+        self.kept.update(rows.to(self._device))
+        self.seen += len(rows)
+
+    def clear(self) -> None:
+        """Forget all rows, and start counting again."""
+        self.kept = Concatenate(max_rows=self._max_rows)
+        self.seen = 0
 
 
 class ActivationCollector:
@@ -61,7 +112,7 @@ class ActivationCollector:
         self.max_activations = max_activations
         self.save_path = None if save_path is None else Path(save_path)
         self._sites = resolve_hook_points(model, hook_points, layout=layout)
-        self._rows = {site.name: SiteRows(site, max_activations, device) for site in self._sites}
+        self._rows = {site.name: _SiteRows(site, max_activations, device) for site in self._sites}
         self._undo: ExitStack | None = None
 
     def __repr__(self) -> str:

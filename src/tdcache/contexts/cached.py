@@ -7,13 +7,14 @@ from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
 
-from tdcache.cache.channel import Carried
+from tdcache.cache.named_cache import NamedCache
 from tdcache.cache.recorder import Recorder
+from tdcache.cache.reductions import Carried
 from tdcache.cache.target import Written, first_clash
 from tdcache.contexts.context import HookingContext
 from tdcache.contexts.opened import open_contexts
 from tdcache.errors import CacheWriteError, ContextError, StopForward, UnfiredSiteWarning, warn_user
-from tdcache.hooks.attach import MultiHookHandle
+from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.modules.call import holds_entries
 from tdcache.modules.hooked import HookedModule
 
@@ -47,16 +48,19 @@ class HookingContextWithCache(HookingContext):
         if cache is not None and not isinstance(cache, TensorDictBase):
             raise ContextError(f"cache= is a TensorDict, got {type(cache).__name__}; TensorDict() makes an empty one")
         self.has_own_cache = cache is None
-        self._cache = TensorDict(batch_size=[]) if cache is None else cache
+        self._cache = self._new_cache() if cache is None else cache
         self._batch_size = self._cache.batch_size
         self._clear_cache = self._forgets = clear_cache
         self._was_left = False
         self._empty_because = _NEVER_ENTERED if cache is None else ""
         """What reading the cache warns of, once, while the context is closed."""
-        self._carried: list[Carried] = []
+        self._carried: list[Carried | None] = []
         """Where the cache is not cleared: what the reducers hold between two entries."""
         self.recorder: Recorder | None = None
         """The state of the capture while the context is open, as the recipe has begun it."""
+
+    def _new_cache(self) -> TensorDictBase:
+        return TensorDict(batch_size=[]) if self.names is None else NamedCache.of(self.names.bound_to(self.model))
 
     @property
     def cache(self) -> TensorDictBase:
@@ -91,7 +95,8 @@ class HookingContextWithCache(HookingContext):
         if self._clear_cache and self._holds_data() and not self._cache.is_locked:
             self._drop_written(recorder)
         for channel, carried in zip(recorder.channels, self._carried, strict=False):
-            channel.resume(carried)
+            if channel.reductions is not None and carried is not None:
+                channel.reductions.resume(carried)
         self._carried = []
 
     def share(self, cache: TensorDictBase) -> None:
@@ -105,7 +110,7 @@ class HookingContextWithCache(HookingContext):
         if isinstance(before, HookingContextWithCache) and before.factory is self.factory and not self._forgets:
             self._carried = before.hand_over()
 
-    def hand_over(self) -> list[Carried]:
+    def hand_over(self) -> list[Carried | None]:
         """What the reducers held when the context was left, for another context of the same recipe."""
         carried, self._carried = self._carried, []
         return carried
@@ -130,7 +135,7 @@ class HookingContextWithCache(HookingContext):
         if self._clear_cache and not self._in_context:
             if self.has_own_cache and (self._was_left or len(self._cache.keys())):
                 # What the last block left stays with those who hold it.
-                self._cache = TensorDict(batch_size=[])
+                self._cache = self._new_cache()
                 self._carried = []
             elif not (self.has_own_cache or self._holds_data()):
                 self.clear()
@@ -214,6 +219,6 @@ class HookingContextWithCache(HookingContext):
                     self._empty_because = _NO_FORWARD
             recorder.settle(self.model)
             if not self._forgets:
-                self._carried = [channel.carry() for channel in recorder.channels]
+                self._carried = [each.reductions.carry() if each.reductions else None for each in recorder.channels]
         finally:
             recorder.close()

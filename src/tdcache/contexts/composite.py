@@ -59,8 +59,8 @@ class CompositeHookingContext(HookingContextWithCache):
     def _caching_children(self) -> list[HookingContextWithCache]:
         return [child for child in self.children if isinstance(child, HookingContextWithCache)]
 
-    def _enter_inner(self, undo: ExitStack) -> TensorDictModuleBase:
-        working = super()._enter_inner(undo)
+    def _enter_inner(self) -> TensorDictModuleBase:
+        working = super()._enter_inner()
         children: list[HookingContext] = []
         before = dict(enumerate(self.children))
         for number, factory in enumerate(self.factory.factories):
@@ -69,7 +69,7 @@ class CompositeHookingContext(HookingContextWithCache):
                 child.belong(before.get(number))
                 if child.has_own_cache:
                     child.share(self._cache)
-            hooked = undo.enter_context(child)
+            hooked = self._to_undo().enter_context(child)
             children.append(child)
             # Its way of running the model, and what it added to its hooked module, are part of ours.
             if hooked.td_module is not working or child.runs_module or factory.spawns:
@@ -150,6 +150,8 @@ class CompositeHookingContextFactory(HookingContextFactory):
         if strangers:
             raise ContextError(f"a composite is made of factories such as ActivationCaching(...), got {strangers[0]!r}")
         self.factories: Sequence[HookingContextFactory] = factories
+        tables = {id(factory.names): factory.names for factory in factories if factory.names is not None}
+        self.names = next(iter(tables.values())) if len(tables) == 1 else None
         self._hooked_module_class = _joined([factory.hooked_module_class for factory in factories])
         for factory in factories:
             own = {name: value for name, value in factory.hooked_module_kwargs.items() if name != "relative_path"}

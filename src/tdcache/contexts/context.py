@@ -14,12 +14,14 @@ from torch import nn
 
 from tdcache.contexts.opened import begin_opening, closed
 from tdcache.errors import ContextError, StopForward
-from tdcache.hooks.attach import MultiHookHandle
 from tdcache.hooks.compiled import refuse_scripted, running_eagerly
-from tdcache.hooks.threads import Fence, fencing
+from tdcache.hooks.registrations import MultiHookHandle
+from tdcache.hooks.threads import Fence, current_fence, fencing
 from tdcache.introspect import may_be_compiled
 from tdcache.modules.call import ModelCall, holds_entries
 from tdcache.modules.hooked import HookedModule
+from tdcache.named_places import Names
+from tdcache.place_modules import named_selection
 from tdcache.selection import Matcher, Selection, as_matcher, depends_on_names_only, select_matching, walk
 from tdcache.tables import html_note, html_table
 from tdcache.types import CacheKey, Match, Selector
@@ -33,12 +35,20 @@ class Recipe(Protocol):
     """What a context asks of its factory."""
 
     @property
+    def names(self) -> Names | None:
+        """The canonical names that selectors mean; None for paths of modules."""
+
+    @property
     def runs_module(self) -> bool:
         """Whether calls are carried out by :meth:`_run_module`."""
 
     @property
     def fits_graph(self) -> bool:
         """Whether the hooks may become part of a compiled graph."""
+
+    @property
+    def prepares_module(self) -> bool:
+        """Whether :meth:`_prepare_module` does something, which :meth:`_restore_module` undoes."""
 
     def _prepare_module(
         self, module: TensorDictModuleBase, in_keys: Keys, out_keys: Keys, extra_relative_path: str
@@ -114,6 +124,8 @@ class HookingContext:
         self.fence = Fence(set())
         self.is_child = False
         """Whether it belongs to a composite."""
+        self.names: Names | None = factory.names
+        """The canonical names that its selectors and keys are; None for paths of modules."""
 
     def __repr__(self) -> str:
         state = "open" if self._in_context else "closed"
@@ -153,16 +165,17 @@ class HookingContext:
                 "this context is open already; it can be entered again after it was left, not inside itself: "
                 "prepare a second one for nesting"
             )
-        self._undo = undo = ExitStack()
         self._selected = []
         try:
-            self._wrapped = working = self._enter_inner(undo)
+            self._wrapped = working = self._enter_inner()
             extra = working.relative_path if isinstance(working, HookedModule) else self._extra_relative_path
             keys: tuple[Any, ...] = (self._in_keys, self._out_keys, extra)
             prepared = self.factory._prepare_module(working, *keys)
-            undo.callback(self.factory._restore_module, prepared, *keys)
+            if self.factory.prepares_module:
+                self._to_undo().callback(self.factory._restore_module, prepared, *keys)
             if may_be_compiled(self.model):
-                undo.enter_context(running_eagerly(self.model, fits_graph=self._fits_graph, tell=not self.runs_module))
+                eagerly = running_eagerly(self.model, fits_graph=self._fits_graph, tell=not self.runs_module)
+                self._to_undo().enter_context(eagerly)
             hooked: HookedModule = self.factory._spawn_hooked_module(prepared, self, extra)
             self._hooked_module = hooked
             self._in_context = self._managed = True
@@ -172,9 +185,15 @@ class HookingContext:
             raise
         return hooked
 
-    def _enter_inner(self, undo: ExitStack) -> TensorDictModuleBase:
+    def _enter_inner(self) -> TensorDictModuleBase:
         """The module that is wrapped."""
         return self._module
+
+    def _to_undo(self) -> ExitStack:
+        """What is undone on leaving, once the hooks are removed."""
+        if self._undo is None:
+            self._undo = ExitStack()
+        return self._undo
 
     @property
     def _fits_graph(self) -> bool:
@@ -186,8 +205,11 @@ class HookingContext:
         """Install the recipe's hooks, all or none."""
         handle: MultiHookHandle
         fence = begin_opening(self)
-        with fencing(fence):
+        if fence is None and current_fence() is None:  # the usual case
             handle = self.factory._hook_module(hooked)
+        else:
+            with fencing(fence):
+                handle = self.factory._hook_module(hooked)
         if fence is None and self.fence.others:  # another thread opened a context meanwhile
             handle.put_behind(self.fence)
         return handle
@@ -222,14 +244,16 @@ class HookingContext:
         undo, self._undo = self._undo, None
         closed(self)
         try:
-            with ExitStack() if undo is None else undo as undo:
+            if undo is None:  # the usual case
                 self._handle.remove()
-                if error is not None:
-                    undo.__exit__(type(error), error, error.__traceback__)
+            else:
+                with undo:
+                    self._handle.remove()
+                    if error is not None:
+                        undo.__exit__(type(error), error, error.__traceback__)
         finally:
             self._in_context = False
             self._hooked_module = None
-            self._handle = MultiHookHandle()
 
     def _finish(self, error: BaseException | None) -> None:
         """What is left to do when the model is restored; ``error`` is the body's."""
@@ -298,9 +322,14 @@ class HookingContext:
             root: what paths are relative to; the user's own model by default.
             matcher: what was made of the selector before.
 
+        Where the context has canonical names, ``selector`` means these: see :mod:`tdcache.place_modules`.
+
         Raises:
             ContextError: a site is inside a TorchScript module.
         """
+        if self.names is not None:
+            options: Any = {"match": match, "allow_empty": allow_empty, "matcher": matcher}
+            return named_selection(self.model, self.names, selector, **options)
         root = self.model if root is None else root
         tree = walk(root)
         key = (selector, match, id(root)) if isinstance(selector, Hashable) else None

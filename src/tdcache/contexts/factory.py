@@ -11,8 +11,9 @@ from torch import nn
 
 from tdcache.contexts.context import HookingContext
 from tdcache.errors import ContextError
-from tdcache.hooks.attach import MultiHookHandle
+from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.modules.hooked import HookedModule
+from tdcache.named_places import Names
 from tdcache.options import InitSignature, option_names, refuse_unknown
 from tdcache.paths import join
 from tdcache.types import CacheKey
@@ -45,8 +46,12 @@ class HookingContextFactory:
     _hooking_context_kwargs: Mapping[str, Any] = {}
     _hooked_module_kwargs: Mapping[str, Any] = {}
 
+    names: Names | None = None
+    """The canonical names that selectors mean, in place of paths of modules; None for paths."""
+
     _overrides_run: ClassVar[bool] = False
     _overrides_spawn: ClassVar[bool] = False
+    _overrides_prepare: ClassVar[bool] = False
 
     __signature__: ClassVar[Any] = InitSignature()
 
@@ -61,11 +66,18 @@ class HookingContextFactory:
         super().__init_subclass__(**kwargs)
         cls._overrides_run = cls._run_module is not HookingContextFactory._run_module
         cls._overrides_spawn = cls._spawn_hooked_module is not HookingContextFactory._spawn_hooked_module
+        base = (HookingContextFactory._prepare_module, HookingContextFactory._restore_module)
+        cls._overrides_prepare = (cls._prepare_module, cls._restore_module) != base
 
     @property
     def runs_module(self) -> bool:
         """Whether :meth:`_run_module` carries out calls, so that they need a TensorDict."""
         return self._overrides_run
+
+    @property
+    def prepares_module(self) -> bool:
+        """Whether :meth:`_prepare_module` does something, which :meth:`_restore_module` undoes."""
+        return self._overrides_prepare
 
     @property
     def fits_graph(self) -> bool:

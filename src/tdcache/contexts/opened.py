@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from tdcache.hooks.attach import MultiHookHandle
+from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.hooks.threads import Fence
 
 __all__ = ["Opened", "begin_opening", "closed", "open_contexts"]

@@ -16,7 +16,7 @@ from tdcache.function_calls.mode import run_forward
 from tdcache.function_calls.names import is_torch_name
 from tdcache.function_calls.scope import ForwardScope, frontier
 from tdcache.function_calls.sites import CallPattern, CallSite
-from tdcache.hooks.attach import MultiHookHandle, Order
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.threads import Fence, current_fence
 from tdcache.introspect import skip_frame
 from tdcache.paths import resolve_all

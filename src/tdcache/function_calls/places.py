@@ -24,15 +24,15 @@ from tdcache.function_calls.overlay import INTERFACE, global_functions
 from tdcache.function_calls.roles import AttentionHook, Use
 from tdcache.function_calls.scope import ForwardScope
 from tdcache.function_calls.sites import CallPattern, CallSite, is_call
-from tdcache.hooks.attach import MultiHookHandle, Order
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.port import InputPort, OutputPort, Port
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.threads import Fence
 from tdcache.hooks.values import leaves
 from tdcache.selection import Selection, Site
 from tdcache.types import HookDirection, Match, Pick, Selector
 
-__all__ = ["CallPlace", "CallTaps", "MakeTap", "call_places", "refuse_direction", "split_selector"]
+__all__ = ["CallPlace", "CallTaps", "MakeTap", "call_places", "parameters_of", "refuse_direction", "split_selector"]
 
 
 class _AnyTap(Protocol):
@@ -192,7 +192,7 @@ class CallTaps:
         if self._served.setdefault(path, at) is not at:
             return None
         module, groups = at.place.site.module, at.place.site.groups
-        names = _parameters(at.site.name, module) if self.before else ()
+        names = parameters_of(at.site.name, module) if self.before else ()
         port: Port = InputPort(path, self.pick, names) if self.before else OutputPort(path, self.pick)
         return self.make(Site(path, module, groups), port).on_call
 
@@ -302,7 +302,7 @@ def _nearest(selector: str, names: list[str]) -> list[str]:
     return sorted(names, key=lambda name: -SequenceMatcher(None, wanted, name).ratio())
 
 
-def _parameters(name: str, module: nn.Module) -> tuple[str, ...]:
+def parameters_of(name: str, module: nn.Module) -> tuple[str, ...]:
     """The names of a function's parameters by position; empty where nothing says them."""
     function = global_functions(type(module).forward).get(name)
     return _names_of(function) if function is not None else _torch_parameters(name)

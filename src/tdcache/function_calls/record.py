@@ -23,9 +23,11 @@ from tdcache.function_calls.handlers import Call
 from tdcache.function_calls.names import DERIVED
 from tdcache.function_calls.overlay import INTERFACE
 from tdcache.function_calls.sites import CallPattern, CallSite, is_call
-from tdcache.hooks.attach import Order
+from tdcache.hooks.registrations import Order
 from tdcache.hooks.values import leaves
-from tdcache.selection import Selection, Site
+from tdcache.named_places import Names
+from tdcache.named_selection import select_names
+from tdcache.selection import Selection, Site, as_matcher
 from tdcache.selection import select as select_modules
 from tdcache.types import Match, Selector
 
@@ -217,14 +219,32 @@ class CallSelection(Selection):
 
 @overload
 def select(
-    model: nn.Module, selector: Selector, inputs: None = None, *, match: Match = "full", allow_empty: bool = False
+    model: nn.Module,
+    selector: Selector,
+    inputs: None = None,
+    *,
+    match: Match = "full",
+    allow_empty: bool = False,
+    names: Names | None = None,
 ) -> Selection: ...
 @overload
 def select(
-    model: nn.Module, selector: Selector, inputs: Any, *, match: Match = "full", allow_empty: bool = False
+    model: nn.Module,
+    selector: Selector,
+    inputs: Any,
+    *,
+    match: Match = "full",
+    allow_empty: bool = False,
+    names: Names | None = None,
 ) -> CallTable: ...
 def select(
-    model: nn.Module, selector: Selector, inputs: Any = None, *, match: Match = "full", allow_empty: bool = False
+    model: nn.Module,
+    selector: Selector,
+    inputs: Any = None,
+    *,
+    match: Match = "full",
+    allow_empty: bool = False,
+    names: Names | None = None,
 ) -> Selection | CallTable:
     r"""The sites of ``model`` that ``selector`` means, to be printed; nothing stays hooked.
 
@@ -241,10 +261,13 @@ def select(
             tuple of arguments, a mapping of keyword arguments, or a TensorDict.
         match: ``"full"`` (the pattern covers the whole path), ``"prefix"`` or ``"search"``.
         allow_empty: return an empty selection where nothing matches.
+        names: the canonical names of the model, ``tdcache.names(model)``; the selector then means these. A site's path
+            is its name, and its module the one at the place.
 
     Raises:
         SelectionError: nothing matches (the nearest names are in the message), the selector is not one, or its
             pattern backtracks for more than a second; ``inputs`` for a selector of modules.
+        CanonicalNameError: the names are those of another model, or a pattern means only refused ones.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
@@ -253,7 +276,10 @@ def select(
         >>> select(model, r"1::.*", torch.zeros(1, 2)).sites
         ('1::relu',)
     """
-    if not isinstance(selector, str) or not is_call(selector):
+    if names is not None or not isinstance(selector, str) or not is_call(selector):
+        if names is not None and inputs is None:
+            matcher, root = as_matcher(selector, match), names.root_in(model)
+            return select_names(names, root, matcher, selector, match=match, allow_empty=allow_empty)
         if inputs is None:
             return select_modules(model, selector, match=match, allow_empty=allow_empty)
         raise SelectionError(

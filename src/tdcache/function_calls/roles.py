@@ -22,7 +22,7 @@ from tdcache.function_calls.handlers import Call, CallRule, Handler, Need
 from tdcache.function_calls.names import DERIVED
 from tdcache.function_calls.overlay import INTERFACE
 from tdcache.function_calls.sites import CallSite
-from tdcache.hooks.attach import Order
+from tdcache.hooks.registrations import Order
 from tdcache.hooks.values import check_fits
 from tdcache.types import Removable
 

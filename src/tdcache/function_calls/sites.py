@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import regex
 
 from tdcache.errors import SelectionError
 from tdcache.function_calls.names import DERIVED
+from tdcache.regions import Region
 
-__all__ = ["CallPattern", "CallSite", "is_call"]
+__all__ = ["CallPattern", "CallSite", "at_call", "is_call"]
 
 _MARK = "::"
 _LABEL = regex.compile(r"(?P<name>[A-Za-z_]\w*)(?:\.(?P<ordinal>0|[1-9]\d*))?")
@@ -139,3 +140,14 @@ class CallPattern:
     def derived(self) -> tuple[str, ...]:
         """The places of an attention call that are meant."""
         return () if self.everything else tuple(name for name in DERIVED if self.takes(name))
+
+
+def at_call(region: Region, path: str) -> Region:
+    """The same part of a value at a call: in one of an attention call, heads and positions are axes of their own.
+
+    Queries, keys, values, scores and patterns are ``(batch, heads, positions, ...)``; so is what their softmax returns.
+    """
+    if not is_call(path) or CallSite.parse(path).name not in (*DERIVED, "softmax"):
+        return region
+    unit_dim = -3 if region.heads is not None and region.unit_dim == -1 else region.unit_dim
+    return replace(region, unit_dim=unit_dim, position_dim=-2 if region.position_dim == 1 else region.position_dim)

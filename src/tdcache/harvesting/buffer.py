@@ -73,7 +73,8 @@ class ActivationBuffer:
         rank: which share of the forwards is run here; by default torchrun's.
         world: how many shares there are.
         **options: as for :func:`tdcache.harvest`: ``match``, ``direction``, ``pick``, ``dtype``, ``drop``,
-            ``positions``, ``max_rows``, ``max_bytes``, ``collate``, ``forward``, ``device``, ``columns``, ``in_keys``.
+            ``positions``, ``max_rows``, ``max_bytes``, ``collate``, ``forward``, ``device``, ``columns``, ``in_keys``,
+            ``names``.
 
     Raises:
         SelectionError: nothing selected, nothing in the data, or sizes below 1.

@@ -151,6 +151,7 @@ class BatchCapture:
             match=options.match,
             device=options.held_on,
             stop_early=options.stop_early and options.forward is None,
+            names=options.names,
         )
         self._inputs = Inputs.of(model, options.in_keys)
 

@@ -15,6 +15,7 @@ from tdcache.harvesting.plan import Preflight
 from tdcache.harvesting.request import Request
 from tdcache.harvesting.row_rule import RowKind
 from tdcache.harvesting.workers import Share
+from tdcache.named_places import Names
 from tdcache.store.dataset import ActivationDataset
 from tdcache.store.files import Files
 from tdcache.types import Match, Pick, Selector
@@ -54,6 +55,7 @@ def harvest(
     in_keys: Sequence[Any] | None = None,
     columns: Sequence[str] | Mapping[str, Any] | None = None,
     tokenizer: Any = None,
+    names: Names | None = None,
     upload: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> ActivationDataset:
@@ -106,6 +108,8 @@ def harvest(
             ``{name: key, index or function(batch)}``.
         tokenizer: of the token ids, a tokenizer or the name that it is loaded by; the name is stored, for
             :meth:`ActivationDataset.text`.
+        names: the canonical names of the model, ``tdcache.names(model)``; ``select`` then means names, which the sites
+            are called by in the store.
         upload: a URL that fsspec knows, such as ``"s3://bucket/a.acts"`` (extra ``remote``), where each shard is sent
             when it is written. A copy that is behind is completed first.
         storage_options: for the file system of ``upload``: credentials, an endpoint.

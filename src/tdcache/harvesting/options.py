@@ -10,6 +10,7 @@ import torch
 
 from tdcache.errors import SelectionError, listed
 from tdcache.harvesting.row_rule import RowKind
+from tdcache.named_places import Names
 from tdcache.types import Match, Pick, Selector
 
 __all__ = ["HarvestOptions", "SHARD_BYTES"]
@@ -47,6 +48,7 @@ class HarvestOptions:
     in_keys: Sequence[Any] | None = None
     columns: Sequence[str] | Mapping[str, Any] | None = None
     tokenizer: Any = None
+    names: Names | None = None
     held_on: torch.device | str = "cpu"
     """Where rows are kept until they are used; files are written from the CPU."""
 

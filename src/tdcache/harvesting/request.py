@@ -13,7 +13,7 @@ from torch import nn
 from tdcache.errors import SelectionError
 from tdcache.harvesting.capture import BatchCapture
 from tdcache.harvesting.columns import OwnColumns
-from tdcache.harvesting.identity import identity_of, spelled_positions
+from tdcache.harvesting.identity import identity_of, spelled_place, spelled_positions
 from tdcache.harvesting.options import HarvestOptions
 from tdcache.harvesting.plan import Budget, Preflight, Probe, batches_per_unit, model_fingerprint, probe
 from tdcache.harvesting.row_rule import RowKind, RowRule, as_drops, as_kind, as_positions
@@ -21,7 +21,7 @@ from tdcache.harvesting.sharding import refuse_shards
 from tdcache.harvesting.sizes import as_bytes, as_count, dtype_name
 from tdcache.harvesting.source import Source
 from tdcache.harvesting.workers import Share
-from tdcache.selection import select as select_sites
+from tdcache.place_modules import sites_of
 from tdcache.store.spec import read_spec
 
 __all__ = ["Request"]
@@ -51,7 +51,7 @@ class Request:
             SelectionError: nothing selected, or an option that means nothing.
             StoreError: the order of the data is random.
         """
-        paths = select_sites(model, options.select, match=options.match).paths
+        paths = sites_of(model, options.select, options.names, match=options.match).paths
         return cls(
             folder=Path(path),
             options=options,
@@ -86,6 +86,8 @@ class Request:
             found["in_keys"] = [key if isinstance(key, str) else list(key) for key in options.in_keys]
         if options.tokenizer is not None:
             found["tokenizer"] = _name_of(options.tokenizer)
+        if options.names is not None:
+            found["names"] = {path: spelled_place(options.names[path]) for path in self.paths}
         if self.columns.sources:
             found["columns_from"] = self.columns.identity(tag)
         return found

@@ -7,13 +7,8 @@ that a capture sees the final value, and a stop after both. ``prepend=True`` put
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from enum import IntEnum
-from threading import RLock
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -23,17 +18,23 @@ from torch.utils.hooks import RemovableHandle
 from tdcache.errors import HookSignatureError
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.gradient_hooks import GradientHandle, GradInputHook, GradOutputHook
-from tdcache.hooks.threads import Fence, Fenced, current_fence
+from tdcache.hooks.registrations import (
+    MultiHookHandle,
+    NumberedRegistrations,
+    Order,
+    Registration,
+    behind,
+    one_at_a_time,
+    order_of,
+)
+from tdcache.hooks.threads import current_fence
 from tdcache.hooks.transient import Transient
-from tdcache.introspect import hooks_always_called, post_hooks, pre_hooks
+from tdcache.introspect import hooks_always_called, next_registration, post_hooks, pre_hooks
 from tdcache.types import HookDirection, Removable
 
 __all__ = [
-    "MultiHookHandle",
-    "MutedHook",
-    "Order",
+    "AttachedElsewhere",
     "PortHook",
-    "Registration",
     "TransientGradInputHook",
     "TransientGradOutputHook",
     "UserHook",
@@ -48,25 +49,12 @@ __all__ = [
 ]
 
 
-class Order(IntEnum):
-    """Where a hook stands among ours at one site."""
+class AttachedElsewhere(nn.Module):
+    """Stands for a place that is no module: a hook that is registered on it is put there."""
 
-    FIRST = -1
-    """Registered with ``prepend=True``: stays in front."""
-    EDIT = 0
-    EDIT_GRADIENT = 1
-    CAPTURE = 2
-    STOP = 3
-
-
-_one_at_a_time = RLock()
-"""Held while the hooks of a module are changed: two threads may open contexts on one model."""
-
-
-def _behind(fence: Fence | None, hook: Any) -> Any:
-    if fence is None or isinstance(hook, Fenced):
-        return hook
-    return Fenced(hook, _order_of(hook), fence)
+    def attach_hook(self, hook: Callable[..., Any], direction: HookDirection, order: int) -> Removable:
+        """Put a hook at the place; it is called as hooks of ``direction`` are."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +107,19 @@ class TransientGradInputHook(Transient, GradInputHook):
 def attach_gradient(module: nn.Module, watcher: GradOutputHook | GradInputHook) -> Removable:
     """Register the forward hooks of a gradient hook."""
     order = watcher.order
-    handles = [_register(module, watcher.on_output, "fwd", order)]
-    if isinstance(watcher, GradInputHook):
+    handles = []
+    if isinstance(watcher, GradInputHook):  # first: at a place that is no module, both stand in one row
         handles.append(_register(module, watcher.on_input, "fwd_pre_kwargs", order))
+    handles.append(_register(module, watcher.on_output, "fwd", order))
     return GradientHandle(watcher, handles)
 
 
-def _register(module: nn.Module, hook: Callable[..., Any], direction: str, order: int) -> Registration:
+def _register(module: nn.Module, hook: Callable[..., Any], direction: HookDirection, order: int) -> Removable:
+    if isinstance(module, AttachedElsewhere):
+        return module.attach_hook(hook, direction, order)
     prepend, with_kwargs = order == Order.FIRST, direction.endswith("kwargs")
-    hook = _behind(current_fence(), hook)
-    with _one_at_a_time:
+    hook = behind(current_fence(), hook)
+    with one_at_a_time:
         register: Callable[..., RemovableHandle]
         if direction.startswith("fwd_pre"):
             register = _registering(module).register_forward_pre_hook
@@ -154,12 +145,15 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
     is needed, only the dicts to remove it from.
     """
     fence = current_fence()
-    with _one_at_a_time:  # torch's counter is not safe with threads either: one number twice would lose a hook
-        number = RemovableHandle(OrderedDict()).id
-        placed = _Numbered(number)
+    with one_at_a_time:  # torch's counter is not safe with threads either: one number twice would lose a hook
+        number = next_registration()
+        placed = NumberedRegistrations(number)
         handle.add(placed)
         taken_in = placed.dicts.append
         for module, hook in pairs:
+            if isinstance(module, AttachedElsewhere):
+                handle.add(module.attach_hook(hook, "fwd", order))
+                continue
             hooks = post_hooks(module)
             if not hooks and fence is None:  # the common case
                 hooks[number] = hook
@@ -168,7 +162,7 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
             if number in hooks:  # the module has several names, and a hook for each
                 handle.add(attach(module, hook, "fwd", order=order))
                 continue
-            hooks[number] = _behind(fence, hook)
+            hooks[number] = behind(fence, hook)
             taken_in(hooks)
             if order == Order.FIRST:
                 hooks.move_to_end(number, last=False)
@@ -194,111 +188,17 @@ class PortHook(Protocol):
         """See the value; what is returned, if not None, takes its place."""
 
 
-class MutedHook(Transient):
-    """Stands where a muted hook stands, so that it keeps its place."""
-
-    __slots__ = ("hook", "order")
-
-    def __init__(self, hook: Any) -> None:
-        self.hook = hook
-        self.order = _order_of(hook)
-
-    def __call__(self, *args: Any) -> None:
-        """Do nothing while the hook is muted."""
-
-
-def _mute(hooks: Any, number: int) -> None:
-    hook = hooks.get(number)
-    if hook is not None and not isinstance(hook, MutedHook):
-        hooks[number] = MutedHook(hook)
-
-
-def _unmute(hooks: Any, number: int) -> None:
-    hook = hooks.get(number)
-    if isinstance(hook, MutedHook):
-        hooks[number] = hook.hook
-
-
-def _fence_off(hooks: Any, number: int, fence: Fence) -> None:
-    hook = hooks.get(number)
-    if isinstance(hook, MutedHook):
-        hook.hook = _behind(fence, hook.hook)
-    elif hook is not None:
-        hooks[number] = _behind(fence, hook)
-
-
-class Registration:
-    """One hook of torch's: removed, or muted in its place. torch counts the hook as there while it is muted."""
-
-    __slots__ = ("_handle",)
-
-    def __init__(self, handle: RemovableHandle) -> None:
-        self._handle = handle
-
-    def remove(self) -> None:
-        """Remove it; a second call does nothing."""
-        with _one_at_a_time:
-            self._handle.remove()
-
-    def mute(self) -> None:
-        """Silence it without giving up its place."""
-        _mute(self._handle.hooks_dict_ref() or {}, self._handle.id)
-
-    def unmute(self) -> None:
-        """Let it act again."""
-        _unmute(self._handle.hooks_dict_ref() or {}, self._handle.id)
-
-    def put_behind(self, fence: Fence) -> None:
-        """Have it act in no thread that is fenced off."""
-        _fence_off(self._handle.hooks_dict_ref() or {}, self._handle.id, fence)
-
-
-class _Numbered:
-    """The registrations of one number in many modules."""
-
-    __slots__ = ("always_called", "dicts", "number")
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.dicts: list[Any] = []
-        self.always_called: dict[int, bool] = {}
-
-    def remove(self) -> None:
-        """Remove them; a second call does nothing."""
-        number = self.number
-        with _one_at_a_time:
-            for hooks in self.dicts:
-                hooks.pop(number, None)
-            self.dicts.clear()
-            self.always_called.pop(number, None)
-
-    def mute(self) -> None:
-        """Silence them without giving up their places."""
-        for hooks in self.dicts:
-            _mute(hooks, self.number)
-
-    def unmute(self) -> None:
-        """Let them act again."""
-        for hooks in self.dicts:
-            _unmute(hooks, self.number)
-
-    def put_behind(self, fence: Fence) -> None:
-        """Have them act in no thread that is fenced off."""
-        for hooks in self.dicts:
-            _fence_off(hooks, self.number, fence)
-
-
 def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None], handle: MultiHookHandle) -> None:
     """Call ``begin`` before and ``end`` after every forward of ``root``, also one that raises."""
     fence = current_fence()
-    with _one_at_a_time:
-        number = RemovableHandle(OrderedDict()).id
-        placed = _Numbered(number)
+    with one_at_a_time:
+        number = next_registration()
+        placed = NumberedRegistrations(number)
         handle.add(placed)
         before, after = placed.dicts = [pre_hooks(root), post_hooks(root)]
-        before[number] = _behind(fence, begin)
+        before[number] = behind(fence, begin)
         before.move_to_end(number, last=False)
-        after[number] = _behind(fence, end)
+        after[number] = behind(fence, end)
         placed.always_called = hooks_always_called(root)
         placed.always_called[number] = True
 
@@ -307,15 +207,10 @@ def settle(hooks: Any, order: int) -> None:
     """Move our hooks that come after ``order`` behind the one that was just added to the ordered dict ``hooks``."""
     if len(hooks) < 2:
         return
-    ranked = [(_order_of(hook), key) for key, hook in hooks.items()]
+    ranked = [(order_of(hook), key) for key, hook in hooks.items()]
     later = sorted((rank, at) for at, (rank, _) in enumerate(ranked) if rank > order)
     for _, at in later:
         hooks.move_to_end(ranked[at][1])
-
-
-def _order_of(hook: Any) -> int:
-    order = getattr(getattr(hook, "__self__", hook), "order", None)
-    return order if isinstance(order, int) else Order.FIRST  # a foreign hook stays where it is
 
 
 def register_hook_to_module(
@@ -358,107 +253,3 @@ def check_signature(hook: Callable[..., Any], row: Direction) -> None:
             f"a hook of direction {row.name!r} is called as hook({', '.join(row.params)}), "
             f"but {getattr(hook, '__name__', hook)!r} takes {signature}"
         ) from None
-
-
-class _Installing:
-    """Removes what a handle has taken in if the block raises."""
-
-    __slots__ = ("_handle",)
-
-    def __init__(self, handle: MultiHookHandle) -> None:
-        self._handle = handle
-
-    def __enter__(self) -> MultiHookHandle:
-        return self._handle
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._handle.remove()
-
-
-class MultiHookHandle:
-    """Several registrations that are undone together, last first; adding two handles gives one over both.
-
-    Example:
-        >>> handle = MultiHookHandle()
-        >>> with handle.installing():  # all of what the block adds, or none
-        ...     handle.add(attach(nn.ReLU(), lambda module, args, output: None))
-        >>> len(handle)
-        1
-    """
-
-    def __init__(self, handles: Iterable[Removable] | None = None) -> None:
-        self._handles = list(handles or ())
-        self.add = self._handles.append
-        """Take one more registration in."""
-
-    def installing(self) -> AbstractContextManager[MultiHookHandle, None]:
-        """Add registrations in a block; if it raises, every registration is removed."""
-        return _Installing(self)
-
-    def remove(self) -> None:
-        """Undo every registration, also when one of them fails; the first failure is raised at the end.
-
-        A second call does nothing.
-        """
-        failure: BaseException | None = None
-        while self._handles:
-            try:
-                self._handles.pop().remove()
-            except BaseException as error:  # noqa: BLE001  (raised again below)
-                failure = failure or error
-        if failure is not None:
-            raise failure
-
-    @contextmanager
-    def muted(self) -> Iterator[None]:
-        """Silence every registration inside a block; each keeps its place among the hooks of its site.
-
-        Of others than torch's and this library's, those with ``mute()`` and ``unmute()`` of their own.
-        """
-        self.mute()
-        try:
-            yield
-        finally:
-            self.unmute()
-
-    def mute(self) -> None:
-        """Silence every registration until :meth:`unmute`."""
-        for handle in self._able("mute"):
-            handle.mute()
-
-    def unmute(self) -> None:
-        """Let every registration act again."""
-        for handle in self._able("unmute"):
-            handle.unmute()
-
-    def put_behind(self, fence: Fence) -> None:
-        """Have no registration act in a thread that is fenced off, from now on."""
-        with _one_at_a_time:
-            for handle in self._able("put_behind"):
-                handle.put_behind(fence)
-
-    def _able(self, what: str) -> Iterator[Any]:
-        for handle in self._handles:
-            able = Registration(handle) if isinstance(handle, RemovableHandle) else handle
-            if hasattr(able, what):
-                yield able
-
-    def __len__(self) -> int:
-        return len(self._handles)
-
-    def __enter__(self) -> MultiHookHandle:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.remove()
-
-    def __add__(self, other: object) -> MultiHookHandle:
-        if not isinstance(other, MultiHookHandle):
-            raise TypeError(f"a MultiHookHandle can be added to another, not to {type(other).__name__}")
-        return MultiHookHandle([*self._handles, *other._handles])
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self)} handles)"

@@ -73,6 +73,7 @@ DIRECTIONS: Mapping[str, Direction] = {
         ),
     )
 }
+"""The table of directions, by name: what a hook is called with, what is taken, and what a return replaces."""
 
 
 def direction_row(direction: object) -> Direction:

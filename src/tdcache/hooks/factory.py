@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from tdcache.errors import CaptureError, EditError, HookSignatureError, StopForward
-from tdcache.hooks.attach import Order
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.port import Port, port_at
+from tdcache.hooks.registrations import Order
 from tdcache.hooks.values import check_fits, first_tensor, is_entries, leaves, replace_tensor
 from tdcache.types import CacheKey, HookDirection
 

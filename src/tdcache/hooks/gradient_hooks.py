@@ -43,6 +43,8 @@ class _GradHook:
         for_call: gives the hook of one call, where it differs from call to call.
     """
 
+    use = "watch"  # at a value that is derived from an attention call: the output is made to depend on it
+
     def __init__(self, hook: Callable[..., Any], order: int, path: str = "", for_call: ForCall | None = None) -> None:
         self.hook = hook
         self.order = order

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from tdcache.errors import SelectionError
-from tdcache.hooks.attach import MultiHookHandle, register_hook_to_module
+from tdcache.hooks.attach import register_hook_to_module
 from tdcache.hooks.directions import direction_row
+from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.paths import resolve
 from tdcache.selection import Selection, select
 from tdcache.types import HookDirection, Match, Selector

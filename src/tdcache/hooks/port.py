@@ -189,11 +189,13 @@ class InputPort:
         alias = self.alias(module, tensor, on_grad, tap=tap)
         if alias is tensor:
             return None, alias, None
-        wanted = None if callable(self.pick) or self.pick is None else self._steps(module, args, kwargs)
-        new = [
-            alias if each is tensor and (wanted is None or _leads_to(wanted, steps)) else None
-            for steps, each in leaves((args, kwargs))
-        ]
+        wanted = None if callable(self.pick) else self._steps(module, args, kwargs)
+        new: list[Tensor | None] = []
+        for steps, each in leaves((args, kwargs)):
+            meant = each is tensor and (wanted is None or _leads_to(wanted, steps))
+            if meant and self.pick is None:  # of attention(x, x, x) the first, which is also what an edit changes
+                meant = all(other is None for other in new)
+            new.append(alias if meant else None)
         args, kwargs, loan = lend(args, kwargs, iter(new))
         return (args, kwargs), alias, loan
 
@@ -227,6 +229,7 @@ class InputPort:
 
 
 Port = OutputPort | InputPort
+"""The two ports of a module: its output, or one of its inputs."""
 
 
 def port_at(path: str, direction: str, pick: Pick = None) -> Port:

@@ -7,10 +7,10 @@ from tdcache.interventions.causal_tracing import CausalTracing
 from tdcache.interventions.options import EditOptions
 from tdcache.interventions.patching import ActivationPatching
 from tdcache.interventions.path_patching import PathPatching
-from tdcache.interventions.regions import Region
 from tdcache.interventions.resume import ResumeFrom, resume_from
 from tdcache.interventions.saving import load_intervention, save_intervention
 from tdcache.interventions.steering import SteeringVectors
+from tdcache.regions import Region
 
 __all__ = [
     "Ablation",

@@ -14,7 +14,7 @@ from tdcache.errors import EditError
 from tdcache.interventions.base import Intervention, InterventionContext, entry_of
 from tdcache.interventions.edit_tap import Edit, RegionEdit
 from tdcache.interventions.options import EditKeywords
-from tdcache.interventions.regions import Region
+from tdcache.regions import Region
 from tdcache.selection import Site
 from tdcache.types import Selector
 

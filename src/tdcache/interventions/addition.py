@@ -16,12 +16,13 @@ from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle
 from tdcache.interventions.base import Intervention, InterventionContext, with_inputs_of
 from tdcache.interventions.edit_tap import Edit
+from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords
 from tdcache.interventions.random_state import SharedRandomState
-from tdcache.interventions.regions import Region
 from tdcache.interventions.steering import AddVector
 from tdcache.introspect import in_backward
 from tdcache.modules import HookedModule
+from tdcache.regions import Region
 from tdcache.selection import Site
 from tdcache.types import CacheKey, Selector
 
@@ -34,21 +35,17 @@ class _Fit:
     """The vectors of a bound model, and the run that brings them."""
 
     def __init__(self) -> None:
-        self.recording = False
         self.vectors: dict[str, Tensor] = {}
-        self.pooled: dict[str, list[Tensor]] = {}
-        """What each site gave in the run that is being recorded, call by call."""
+        self.pooled = Memory("fitting")
 
     def means_of(self, run: Callable[[], Any]) -> dict[str, Tensor]:
         """The mean over the calls of each site in one run."""
-        self.pooled.clear()
-        self.recording = True
         try:
-            run()
-            return {path: torch.stack(values).mean(0) for path, values in self.pooled.items()}
+            with self.pooled.recording():
+                run()
+            return {path: torch.stack(values).mean(0) for path, values in self.pooled.values.items()}
         finally:
-            self.recording = False
-            self.pooled.clear()
+            self.pooled.values = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +57,8 @@ class _Pooling:
     call: CurrentCall
 
     def __call__(self, path: str, value: Tensor) -> None:
-        if self.fit.recording and not in_backward():
-            self.fit.pooled.setdefault(path, []).append(self.recipe.pooled(path, value, self.call))
+        if self.fit.pooled.mode == "record" and not in_backward():
+            self.fit.pooled.record(path, self.recipe.pooled(path, value, self.call))
 
 
 @dataclass(slots=True)
@@ -77,7 +74,7 @@ class _AddFitted:
     def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
         """The steered part; None while vectors are being made, and before there are any."""
         vector = self.fit.vectors.get(self.path)
-        if vector is None or self.fit.recording:
+        if vector is None or self.fit.pooled.mode == "record":
             return None
         return AddVector(self.path, self.units.take(vector, self.path), self.coefficient)(part, full)
 
@@ -132,7 +129,7 @@ class ActivationAddition(Intervention):
 
     def edit_at(self, site: Site, context: InterventionContext) -> Edit:
         """Add the vector, once there is one."""
-        units = Region(units=self.units, unit_dim=self.unit_dim)
+        units = Region(units=self.units, unit_dim=self.region_at(site.path).unit_dim)
         return _AddFitted(context.state, site.path, self.coefficient, units)
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
@@ -173,17 +170,18 @@ class ActivationAddition(Intervention):
         """The vector that a value becomes."""
         if self.pool == "batch" or value.ndim < 3:
             return value.mean(self.region.row_axis(value))
-        if -self.unit_dim > value.ndim:
-            raise EditError(f"unit_dim={self.unit_dim} is no axis of a value of shape {tuple(value.shape)}")
-        others = [dim for dim in range(value.ndim) if dim != self.unit_dim % value.ndim]
+        region = self.region_at(path)
+        if -region.unit_dim > value.ndim:
+            raise EditError(f"unit_dim={region.unit_dim} is no axis of a value of shape {tuple(value.shape)}")
+        others = [dim for dim in range(value.ndim) if dim != region.unit_dim % value.ndim]
         mask = call.further.get(self.mask_key) if self.pool == "tokens" else None
         if isinstance(mask, Tensor) and mask.ndim > 2 and mask.shape == tuple(value.shape[dim] for dim in others):
-            return self._mean(value, mask.to(value).unsqueeze(self.unit_dim), others)
-        at, unit, row = self.position_dim % value.ndim, self.unit_dim % value.ndim, self.region.row_axis(value)
+            return self._mean(value, mask.to(value).unsqueeze(region.unit_dim), others)
+        at, unit, row = region.position_dim % value.ndim, region.unit_dim % value.ndim, region.row_axis(value)
         tokens = None if at == unit else call.tokens_at(path, value.shape[row], value.shape[at], value.device)
         if self.pool == "last":
             if tokens is not None:
-                chosen = Region(positions=tokens.columns(-1), position_dim=self.position_dim)
+                chosen = Region(positions=tokens.columns(-1), position_dim=region.position_dim)
                 value = chosen.take(value, path).movedim(1, at)
             last = value.select(at, -1).mean(0)
             return last.unsqueeze(at - 1) if at > unit else last

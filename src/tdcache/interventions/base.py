@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
 from tensordict import TensorDictBase
@@ -13,7 +13,8 @@ from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.current_call import CurrentCall
 from tdcache.errors import ContextError, EditError, SelectionError, UnfiredSiteWarning, warn_user
 from tdcache.function_calls.places import CallPlace, CallTaps, MakeTap, call_places, refuse_direction, split_selector
-from tdcache.hooks import MultiHookHandle, Order, attach_ports, direction_row, port_at
+from tdcache.function_calls.sites import at_call
+from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach_ports, direction_row, port_at
 from tdcache.hooks.port import Port
 from tdcache.interventions.edit_tap import Edit, EditTap, ReadTap, RegionEdit
 from tdcache.interventions.options import (
@@ -25,15 +26,16 @@ from tdcache.interventions.options import (
     brief,
     signature_with_options,
 )
-from tdcache.interventions.regions import Along, Heads, at_call
 from tdcache.interventions.unread import UnreadWatch
 from tdcache.modules import HookedModule
 from tdcache.paths import near_misses
+from tdcache.place_modules import region_in
+from tdcache.regions import Along, Heads, Region
 from tdcache.selection import Selection, Site, as_matcher, distinct_sites
 from tdcache.steps import Steps
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
-__all__ = ["Intervention", "InterventionContext", "entry_of", "with_inputs_of"]
+__all__ = ["Intervention", "InterventionContext", "entry_of", "with_inputs_of", "write_outputs"]
 
 
 class InterventionContext(HookingContext):
@@ -76,12 +78,13 @@ class Intervention(HookingContextFactory):
     """Whether ``heads=`` may be an int."""
     _takes_calls: ClassVar[bool] = False
     """Whether the selector may mean calls inside a forward."""
+    _region_by_name: dict[str, Region]
     __signature__: ClassVar[Any]
 
     options: EditOptions
     positions: Along
     units: Along
-    heads: int | Heads | None
+    heads: int | Heads | Sequence[int] | None
     rows: Along
     calls: Calls
     direction: Side
@@ -99,13 +102,14 @@ class Intervention(HookingContextFactory):
     def __init__(self, selector: Selector, **options: Unpack[EditKeywords]) -> None:
         super().__init__()
         self.selector = selector
-        self.options = EditOptions.of(type(self).__name__, options)
-        if isinstance(self.options.heads, int) and not self._sweeps_heads:
+        self.options = EditOptions(**options)
+        named = self.options.names is not None
+        if isinstance(self.options.heads, int) and not self._sweeps_heads and not named:
             raise EditError(f"heads={self.options.heads} does not say which: heads=(n_heads, which), such as (12, [3])")
         for name in OPTION_NAMES:
             setattr(self, name, getattr(self.options, name))
         # An unusable selector is refused here, not on entering.
-        self._modules, self._calls = split_selector(selector)
+        self._modules, self._calls = (selector, ()) if named else split_selector(selector)
         if not self._takes_calls and self._calls:
             raise SelectionError(
                 f"{type(self).__name__} changes modules, and {self._calls[0]!r} means calls inside a forward; "
@@ -114,8 +118,10 @@ class Intervention(HookingContextFactory):
             )
         if self._modules is not None:
             as_matcher(self._modules, self.options.match)
-        refuse_direction(self._calls, self.options.direction)
+        if self._calls:
+            refuse_direction(self._calls, self.options.direction)
         self.region = self.options.region
+        self._region_by_name = {}
 
     def __repr__(self) -> str:
         shown = []
@@ -142,6 +148,23 @@ class Intervention(HookingContextFactory):
             modules.setdefault((place.selector, id(place.site.module)), place)
         return list(modules.values())
 
+    def region_at(self, path: str, region: Region | None = None) -> Region:
+        """The part of the value at one site that is meant: at a canonical name, along the axes that it has there.
+
+        Args:
+            path: the site.
+            region: what is meant, where it is not the recipe's own.
+        """
+        if self.names is None:
+            return self.region if region is None else region
+        swept = "head" in (getattr(self, "_over", None) or ())
+        heads = None if swept else [self.heads] if isinstance(self.heads, int) else self.heads
+        if region is not None:
+            return region_in(region, self.names[path], heads)
+        if path not in self._region_by_name:  # one object, by which a call remembers the columns that it found
+            self._region_by_name[path] = region_in(self.region, self.names[path], heads)
+        return self._region_by_name[path]
+
     def edit_at(self, site: Site, context: InterventionContext) -> Edit | RegionEdit:
         """What is done at one site; subclasses say."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it does at {site.path!r}: define edit_at")
@@ -157,7 +180,8 @@ class Intervention(HookingContextFactory):
         with handle.installing():
             context.current_call = call = self.follow_calls(module, handle)
             self.add_edits(handle, edits, call)
-            self.add_call_edits(module, handle, call)
+            if self._calls:
+                self.add_call_edits(module, handle, call)
             if self.pick not in (None, 0):
                 watch = UnreadWatch(self.pick)
                 watch.attach(module.model, handle)
@@ -177,8 +201,9 @@ class Intervention(HookingContextFactory):
     ) -> None:
         """Put an edit on each site."""
         taps = [
-            (site.module, EditTap(port_at(site.path, self.direction, self.pick), edit, region=self.region, call=call))
+            (site.module, EditTap(port_at(site.path, self.direction, self.pick), edit, region=region, call=call))
             for site, edit in edits
+            for region in [self.region_at(site.path)]
         ]
         attach_ports(taps, self._hook_direction, handle, Order.EDIT)
 
@@ -203,14 +228,16 @@ class Intervention(HookingContextFactory):
         """Show the final value at each call to ``read(path, value)``."""
         self._add_call_taps(module, handle, lambda site, port: ReadTap(port, read), use="read", order=Order.CAPTURE)
 
-    def add_reads(self, handle: MultiHookHandle, selection: Selection, read: Callable[[str, Tensor], None]) -> None:
+    def add_reads(
+        self, handle: MultiHookHandle, selection: Iterable[Site], read: Callable[[str, Tensor], None]
+    ) -> None:
         """Show the final value at each site to ``read(path, value)``."""
         taps = [(site.module, ReadTap(port_at(site.path, self.direction, self.pick), read)) for site in selection]
         attach_ports(taps, self._hook_direction, handle, Order.CAPTURE)
 
     @property
     def _hook_direction(self) -> HookDirection:
-        return port_at("", self.direction).direction
+        return (OutputPort if self.direction == "fwd" else InputPort).direction
 
 
 Intervention.__signature__ = signature_with_options(Intervention)
@@ -241,6 +268,14 @@ def _get(source: Any, key: CacheKey) -> Any:
         return source.get(key)
     node = source.get(key[0])
     return node.get(key[1]) if isinstance(node, Mapping | TensorDictBase) else None
+
+
+def write_outputs(data: TensorDictBase, key: CacheKey, ran: TensorDictBase, out_keys: list[CacheKey]) -> None:
+    """Write the outputs of a run on the inputs below ``key`` back to where these are."""
+    inner: Any = data.get(key)
+    for name in out_keys:
+        if name != "_":
+            inner.set(name, ran.get(name))
 
 
 def with_inputs_of(data: TensorDictBase, key: CacheKey, in_keys: list[CacheKey], owner: Any) -> TensorDictBase:

@@ -12,8 +12,8 @@ from torch import Tensor
 from tdcache.current_call import among
 from tdcache.errors import EditError
 from tdcache.hooks.values import check_fits
-from tdcache.interventions.regions import Region
 from tdcache.interventions.replay import expanded
+from tdcache.regions import Region
 from tdcache.types import CacheKey
 
 __all__ = ["PatchBlocks", "SweepState", "block_of", "repeated", "rows_of"]

@@ -12,17 +12,16 @@ from torch import Tensor
 
 from tdcache.current_call import CurrentCall
 from tdcache.errors import EditError
-from tdcache.hooks import MultiHookHandle, OutputPort, attach
+from tdcache.hooks import MultiHookHandle, OutputPort
 from tdcache.interventions.base import Intervention
 from tdcache.interventions.blocks import repeated, rows_of
-from tdcache.interventions.edit_tap import EditTap, ReadTap
+from tdcache.interventions.edit_tap import EditTap, ReadTap, attach_taps
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords
-from tdcache.interventions.regions import Along, Region
 from tdcache.interventions.sweep import Sweep
 from tdcache.interventions.trials import Metric, SweepOver, check_over
 from tdcache.modules import HookedModule
-from tdcache.selection import select
+from tdcache.regions import Along, Region
 from tdcache.types import Selector
 
 __all__ = ["CausalTracing"]
@@ -127,7 +126,8 @@ class CausalTracing(Intervention):
         self.embedding, self.subject, self.metric = embedding, subject, metric
         self.noise, self.samples, self.seed, self.window = noise, samples, seed, window
         self.sweep, self.chunk, self.replay, self.stack_by = sweep, chunk, replay, stack_by
-        self._over = check_over(sweep or True, metric, self.heads, chunk, region=self.region) or ()
+        named = self.names is not None
+        self._over = check_over(sweep or True, metric, self.heads, chunk, region=self.region, named=named) or ()
         self._subject = Region(positions=subject, position_dim=self.position_dim)
 
     def value_at(self, path: str) -> Any:
@@ -135,7 +135,7 @@ class CausalTracing(Intervention):
         return None
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
-        embeddings = select(module.model, self.embedding, match=self.match)
+        embeddings = module.hooking_context.select(self.embedding, match=self.match)
         if len(embeddings) > 1:
             raise EditError(f"embedding={self.embedding!r} selects {len(embeddings)} modules; name one")
         site = embeddings[0]
@@ -147,8 +147,8 @@ class CausalTracing(Intervention):
         with handle.installing():
             call.wants_tokens = True
             call.attach(handle)
-            for tap in (EditTap(port, state.noise, region=Region()), ReadTap(port, _Embedded(state, self._subject))):
-                handle.add(attach(site.module, tap.on_call, order=tap.order))
+            edit, read = EditTap(port, state.noise, region=Region()), ReadTap(port, _Embedded(state, self._subject))
+            attach_taps(site.module, handle, edit, read)
         module.hooking_context.state = state
         return handle
 

@@ -8,12 +8,13 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from tdcache.current_call import CurrentCall
-from tdcache.hooks.attach import Order
+from tdcache.hooks.attach import attach
 from tdcache.hooks.port import Port
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.values import check_fits
-from tdcache.interventions.regions import Region
+from tdcache.regions import Region
 
-__all__ = ["Edit", "EditTap", "ReadTap", "RegionEdit"]
+__all__ = ["Edit", "EditTap", "ReadTap", "RegionEdit", "attach_taps"]
 
 
 class Edit(Protocol):
@@ -92,6 +93,7 @@ class ReadTap:
     """Shows the final value at one port to a function ``(path, tensor)``."""
 
     __slots__ = ("order", "port", "read")
+    use = "read"  # of a value that is derived from an attention call
 
     def __init__(self, port: Port, read: Callable[[str, Tensor], None], *, order: int = Order.CAPTURE) -> None:
         self.port = port
@@ -104,3 +106,9 @@ class ReadTap:
     def on_call(self, module: nn.Module, args: Any, rest: Any) -> None:
         """Show the value to the reader."""
         self.read(self.port.path, self.port.read(module, args, rest))
+
+
+def attach_taps(module: nn.Module, handle: MultiHookHandle, *taps: EditTap | ReadTap) -> None:
+    """Put taps on one module, each at its port and in its order."""
+    for tap in taps:
+        handle.add(attach(module, tap.on_call, tap.port.direction, order=tap.order))

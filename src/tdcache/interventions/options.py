@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, get_args
 
 from torch import Tensor
 
 from tdcache.errors import DirectionError, EditError
 from tdcache.hooks import direction_row
-from tdcache.interventions.regions import Along, Heads, Region
-from tdcache.options import refuse_unknown
+from tdcache.named_places import Names
+from tdcache.place_modules import refuse_at_names
+from tdcache.regions import Along, Heads, Region
 from tdcache.steps import Steps, check_steps
 from tdcache.types import CacheKey, Match, Pick
 
@@ -38,7 +39,7 @@ Calls = int | slice | Sequence[int] | None
 class WhereKeywords(TypedDict, total=False):
     """The options of :class:`EditOptions` except ``positions`` and ``units``, for classes that take these by place."""
 
-    heads: int | Heads | None
+    heads: int | Heads | Sequence[int] | None
     rows: Along
     calls: Calls
     direction: Side
@@ -48,6 +49,7 @@ class WhereKeywords(TypedDict, total=False):
     match: Match
     position_dim: int
     unit_dim: int
+    names: Names | None
 
 
 class EditKeywords(WhereKeywords, total=False):
@@ -85,6 +87,9 @@ class EditOptions:
         match: how the selector's patterns are held against paths: ``"full"``, ``"prefix"`` or ``"search"``.
         position_dim: the axis of positions; 0 in a model of the layout ``(seq, batch, features)``.
         unit_dim: the axis of units, counted from the end; -3 for the channels of images.
+        names: the canonical names of the model, ``tdcache.names(model)``, which the selector then means. A name is one
+            value, so ``direction`` stays ``"fwd"``. Positions and units are along the axes that the table says they
+            are, and of a name with an axis of heads ``heads`` just says which: ``heads=[3, 7]``.
 
     Raises:
         DirectionError: another direction.
@@ -93,7 +98,7 @@ class EditOptions:
 
     positions: Along = None
     units: Along = None
-    heads: int | Heads | None = None
+    heads: int | Heads | Sequence[int] | None = None
     rows: Along = None
     calls: Calls = None
     direction: Side = "fwd"
@@ -103,44 +108,37 @@ class EditOptions:
     match: Match = "full"
     position_dim: int = 1
     unit_dim: int = -1
+    names: Names | None = None
+    region: Region = field(init=False, repr=False, compare=False)
+    """The part of each value that is meant."""
 
     def __post_init__(self) -> None:
-        direction_row(self.direction)
+        refuse_at_names(self.names, [self.direction])
         if self.direction not in get_args(Side):
+            direction_row(self.direction)
             raise DirectionError(
                 f"an intervention changes outputs ('fwd') or inputs ('fwd_pre'), got {self.direction!r}"
             )
         if callable(self.pick) or self.pick == "all":
             raise EditError(f"pick={self.pick!r} cannot say where to put a new value; use an index or a key")
-        check_steps(self.steps)
+        if self.steps is not None:
+            check_steps(self.steps)
         _check_calls(self.calls)
-        _ = self.region  # an unusable region is refused here
-
-    @classmethod
-    def of(cls, owner: str, given: Mapping[str, Any]) -> EditOptions:
-        """From the keyword arguments that ``owner`` was called with.
-
-        Raises:
-            TypeError: one of them is no option; the message names what is near.
-        """
-        refuse_unknown(owner, given, OPTION_NAMES)
-        return cls(**given)
+        region = Region(
+            positions=self.positions, units=self.units, rows=self.rows, position_dim=self.position_dim,
+            heads=None if isinstance(self.heads, int) or self.names is not None else self.heads,
+            unit_dim=self.unit_dim,
+        )  # fmt: skip
+        object.__setattr__(self, "region", region)
 
     @property
     def asks_for_call(self) -> bool:
         """Whether an edit has to know the forward that it takes part in."""
         return self.positions is not None or self.steps is not None or self.calls is not None
 
-    @property
-    def region(self) -> Region:
-        """The part of each value that is meant."""
-        return Region(
-            positions=self.positions, units=self.units, rows=self.rows, position_dim=self.position_dim,
-            heads=None if isinstance(self.heads, int) else self.heads, unit_dim=self.unit_dim,
-        )  # fmt: skip
 
-
-OPTION_NAMES = tuple(field.name for field in dataclasses.fields(EditOptions))
+_OPTIONS = tuple(each for each in dataclasses.fields(EditOptions) if each.init)
+OPTION_NAMES = tuple(each.name for each in _OPTIONS)
 
 
 def _check_calls(calls: Any) -> None:
@@ -169,9 +167,9 @@ def signature_with_options(kind: type) -> inspect.Signature:
         return inspect.Signature(inner)
     named = {each.name for each in inner}
     options = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in dataclasses.fields(EditOptions)
-        if field.name not in named
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+        for each in _OPTIONS
+        if each.name not in named
     ]
     return inspect.Signature([*inner[:-1], *options])
 

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from tdcache.current_call import CurrentCall
 from tdcache.errors import EditError
+from tdcache.function_calls.sites import at_call
 from tdcache.hooks import MultiHookHandle
-from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of
+from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of, write_outputs
 from tdcache.interventions.edit_tap import Edit, RegionEdit
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords, WhereKeywords
 from tdcache.interventions.random_state import SharedRandomState
-from tdcache.interventions.regions import Along, Region, at_call
 from tdcache.interventions.sweep import Sweep
 from tdcache.interventions.trials import Metric, SweepOver, check_over
 from tdcache.modules import HookedModule
+from tdcache.regions import Along, Region
 from tdcache.selection import Site
 from tdcache.types import CacheKey, Selector
 
@@ -246,7 +247,8 @@ class ActivationPatching(Intervention):
                 f"a sweep patches modules, and {self._calls[0]!r} means calls inside a forward; patch them one after "
                 "the other, with source= the cache of a clean run"
             )
-        self._over = check_over(sweep, metric, self.heads, chunk, region=self.region)
+        named = self.names is not None
+        self._over = check_over(sweep, metric, self.heads, chunk, region=self.region, named=named)
 
     @property
     def runs_module(self) -> bool:
@@ -256,7 +258,12 @@ class ActivationPatching(Intervention):
     def edit_at(self, site: Site, context: InterventionContext) -> Edit | RegionEdit:
         """Paste the source's value."""
         value: Any = Recalled(context.state, site.path) if self.source is None else self.value_at(site.path)
-        if isinstance(value, Given) and self.region.whole and self.patch_fn is None and self.source_positions is None:
+        if (
+            isinstance(value, Given)
+            and self.region_at(site.path).whole
+            and self.patch_fn is None
+            and self.source_positions is None
+        ):
             return PasteWhole(site.path, value.tensor, self.region)
         return Paste(site.path, value, self.patch_fn, self.source_positions, is_part=self.source is None)
 
@@ -296,7 +303,9 @@ class ActivationPatching(Intervention):
             whole = (
                 self.region if self.source_positions is None else replace(self.region, positions=self.source_positions)
             )
-            self.add_reads(handle, selection, KeepPart(context.state, context.current_call, whole))
+            for site in selection:
+                part = KeepPart(context.state, context.current_call, self.region_at(site.path, whole))
+                self.add_reads(handle, [site], part)
             self.add_call_reads(module, handle, _KeepAtCall(context.state, context.current_call, whole))
         return handle
 
@@ -315,8 +324,5 @@ class ActivationPatching(Intervention):
             forward(data)
         with memory.recalling(), random.run():
             forward(second)
-        inner = data.get(self.patch_key)
-        for key in out_keys:
-            if key != "_":
-                inner.set(key, second.get(key))
+        write_outputs(data, self.patch_key, second, out_keys)
         return data

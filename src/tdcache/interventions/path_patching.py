@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Unpack
+from typing import Unpack
 
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.errors import EditError
-from tdcache.hooks import MultiHookHandle, attach, port_at
-from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of
-from tdcache.interventions.edit_tap import EditTap, ReadTap, RegionEdit
+from tdcache.hooks import MultiHookHandle, port_at
+from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of, write_outputs
+from tdcache.interventions.edit_tap import EditTap, ReadTap, RegionEdit, attach_taps
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords, Side
 from tdcache.interventions.patching import KeepPart, Paste, Recalled
 from tdcache.interventions.random_state import SharedRandomState
-from tdcache.interventions.regions import Region
 from tdcache.modules import HookedModule
-from tdcache.selection import Selection, Site, select
+from tdcache.regions import Region
+from tdcache.selection import Selection, Site
 from tdcache.types import CacheKey, Selector
 
 __all__ = ["PathPatching"]
@@ -50,7 +50,8 @@ class PathPatching(Intervention):
             changed. What is not held lets indirect paths through.
         source: a cache by path with the sender's value, in place of a first input.
         patch_key: where the second input is.
-        receiver_direction: ``"fwd_pre"`` to change the receiver's input, ``"fwd"`` its output.
+        receiver_direction: ``"fwd_pre"`` to change the receiver's input, ``"fwd"`` its output. With ``names=`` the
+            value of the receiver's name is changed.
         **options: which part of the sender's value is sent: ``positions``, ``heads`` (with ``direction="fwd_pre"`` at
             the projection after the heads) and the others of :class:`tdcache.EditOptions`, without ``steps`` and
             ``calls``. ``pick`` and ``match`` hold for all sites.
@@ -92,27 +93,32 @@ class PathPatching(Intervention):
             state.sent.values = {
                 path: [entry_of(self.source, path, self.direction, "source=")] for path in senders.paths
             }
-        held = select(module.model, self.freeze, match=self.match)
-        receivers = select(module.model, self.receiver, match=self.match)
-        ends = (*senders.paths, *(receivers.paths if self.receiver_direction == "fwd" else ()))
-        loose = [site for site in held if not any(f"{path}.".startswith(f"{site.path}.") for path in ends)]
+        held = context.select(self.freeze, match=self.match)
+        receivers = context.select(self.receiver, match=self.match)
+        side: Side = self.receiver_direction if self.names is None else "fwd"  # a name is one value
+        ends = [self._module_path(path) for path in (*senders.paths, *(receivers.paths if side == "fwd" else ()))]
+        loose = [site for site in held if not any(_is_part(path, self._module_path(site.path)) for path in ends)]
         held = Selection(loose, selector=self.freeze, model_name=held.model_name)
         handle = self.hook_sites(module, senders)
         with handle.installing():
             if self.source is None:
-                self.add_reads(handle, senders, KeepPart(state.sent, context.current_call, self.region))
+                for site in senders:
+                    part = KeepPart(state.sent, context.current_call, self.region_at(site.path))
+                    self.add_reads(handle, [site], part)
             self._hold(handle, held, state.frozen, "fwd")
-            self._hold(handle, receivers, state.received, self.receiver_direction)
+            self._hold(handle, receivers, state.received, side)
         return handle
+
+    def _module_path(self, path: str) -> str:
+        """The path of the module at a site, or in whose forward a name's value is."""
+        return path if self.names is None else self.names[path].path.partition("::")[0]
 
     def _hold(self, handle: MultiHookHandle, sites: Selection, memory: Memory, side: Side) -> None:
         """Let the values at the sites be recorded in one run and put in place in another."""
         for site in sites:
             paste = Paste(site.path, Recalled(memory, site.path))
             port = port_at(site.path, side, self.pick)
-            edit, read = EditTap(port, paste, region=Region()), ReadTap(port, memory.record)
-            for tap in (edit, read):
-                handle.add(attach(site.module, tap.on_call, port.direction, order=tap.order))
+            attach_taps(site.module, handle, EditTap(port, paste, region=Region()), ReadTap(port, memory.record))
 
     def _run_module(
         self, module: HookedModule, data: TensorDictBase, forward: Callable[[TensorDictBase], TensorDictBase]
@@ -133,8 +139,9 @@ class PathPatching(Intervention):
         with state.received.recalling(), random.run():
             forward(base)
         if self.source is None:
-            inner: Any = data.get(self.patch_key)
-            for key in out_keys:
-                if key != "_":
-                    inner.set(key, base.get(key))
+            write_outputs(data, self.patch_key, base, out_keys)
         return data
+
+
+def _is_part(path: str, whole: str) -> bool:
+    return f"{path}.".startswith(f"{whole}.")

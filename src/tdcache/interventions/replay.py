@@ -6,7 +6,7 @@ are recorded: see :class:`SideChannels`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,11 @@ from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle, Order, attach
 from tdcache.hooks.replaced_forward import replace_forward
 from tdcache.hooks.values import children, is_entries, leaves, with_parts
+from tdcache.inplace import storage_address
 from tdcache.selection import walk
 from tdcache.types import CacheKey
 
-__all__ = ["ModuleOutput", "Recording", "SideChannels", "chain_members", "expanded"]
+__all__ = ["MemberTap", "ModuleOutput", "Recording", "SideChannels", "chain_members", "expanded"]
 
 
 def chain_members(model: nn.Module) -> dict[str, nn.Module]:
@@ -89,10 +90,8 @@ def _written_into(func: Any, args: Any, kwargs: Any) -> list[Any]:
 
 def _storages(value: Any) -> Iterator[StorageWeakRef]:
     for _, tensor in leaves(value):
-        try:
+        if storage_address(tensor):
             yield StorageWeakRef(tensor.untyped_storage())
-        except (NotImplementedError, RuntimeError):  # sparse tensors and wrappers have none
-            continue
 
 
 class Recording:
@@ -119,22 +118,14 @@ class Recording:
         """Record what runs inside the block."""
         with MultiHookHandle() as handle:
             for path, module in self.members.items():
-                tap = _MemberTap(self, path)
-                handle.add(attach(module, tap.on_input, "fwd_pre_kwargs", order=Order.FIRST))
-                handle.add(attach(module, tap.on_output, "fwd", order=Order.FIRST))
+                MemberTap(path, self._channels, self._keep).attach(module, handle)
             with self._channels:
                 yield
 
-    def enter(self, path: str) -> None:
-        """Note that a member begins to run, so that what it calls counts as part of it."""
-        self._channels.running.append(path)
-
-    def take(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
-        """A member is through; gives what is passed on: a copy, for what comes next may write into it."""
+    def _keep(self, path: str, output: ModuleOutput) -> None:
         if path in self.outputs:
             self._repeated.add(path)
-        self.outputs[path] = kept = ModuleOutput(module, args, output)
-        return self._channels.leave(path, kept, args)
+        self.outputs[path] = output
 
     def reached(self, path: str) -> None:
         """Note which members were through when a site fired first."""
@@ -156,18 +147,39 @@ class Recording:
             yield
 
 
-class _MemberTap:
+class MemberTap:
+    """Tells when a layer runs, and passes a copy of its output on, for what comes next may write into it.
+
+    Args:
+        path: the layer.
+        channels: what watches for anything else that it hands on.
+        keep: shown the output, by path.
+    """
+
     order = Order.FIRST
 
-    def __init__(self, recording: Recording, path: str) -> None:
-        self.recording = recording
+    def __init__(
+        self, path: str, channels: SideChannels, keep: Callable[[str, ModuleOutput], None] | None = None
+    ) -> None:
         self.path = path
+        self.channels = channels
+        self.keep = keep
+
+    def attach(self, module: nn.Module, handle: MultiHookHandle) -> None:
+        """Put the tap on both sides of the layer."""
+        handle.add(attach(module, self.on_input, "fwd_pre_kwargs", order=self.order))
+        handle.add(attach(module, self.on_output, "fwd", order=self.order))
 
     def on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.recording.enter(self.path)
+        """The layer begins to run, so that what it calls counts as part of it."""
+        self.channels.running.append(self.path)
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self.recording.take(self.path, module, args, output)
+        """The layer is through."""
+        kept = ModuleOutput(module, args, output)
+        if self.keep is not None:
+            self.keep(self.path, kept)
+        return self.channels.leave(self.path, kept, args)
 
 
 class ModuleOutput:

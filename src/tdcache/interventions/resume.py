@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import EditError
-from tdcache.hooks import InputPort, MultiHookHandle, Order, attach
+from tdcache.hooks import InputPort, MultiHookHandle, Order
 from tdcache.hooks.replaced_forward import replace_forward
 from tdcache.hooks.values import first_tensor, is_entries
 from tdcache.interventions.base import entry_of
-from tdcache.interventions.edit_tap import EditTap
-from tdcache.interventions.regions import Region
+from tdcache.interventions.edit_tap import EditTap, attach_taps
 from tdcache.interventions.resume_check import check_once
 from tdcache.modules import HookedModule
+from tdcache.named_places import Names
 from tdcache.paths import resolve, resolve_all
+from tdcache.place_modules import is_module_output, refuse_at_names
+from tdcache.regions import Region
 
 __all__ = ["ResumeFrom", "Skipped", "resume_from"]
 
@@ -120,9 +122,12 @@ class ResumeFrom(HookingContextFactory):
         path: the layer whose output is given.
         source: the value: a tensor, or a cache by path; for a TensorDict module that writes several entries, a
             TensorDict of them under its path.
+        names: the canonical names of the model, ``tdcache.names(model)``; ``path`` is then the name of what a layer
+            returns, such as ``"blocks.3.resid_post"``.
 
     Raises:
         PathError: no such path.
+        CanonicalNameError: no such name.
         EditError: the layer is no member of a list, or the last one of a ``ModuleList``; when the model runs, a value
             that does not fit the inputs, or a model that is not sequential there.
 
@@ -138,8 +143,12 @@ class ResumeFrom(HookingContextFactory):
 
     _hooking_context_class: ClassVar[type[HookingContext]] = HookingContext
 
-    def __init__(self, path: str, source: Tensor | TensorDictBase | Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, path: str, source: Tensor | TensorDictBase | Mapping[str, Tensor], *, names: Names | None = None
+    ) -> None:
         super().__init__()
+        refuse_at_names(names, ())
+        self.names = names
         self.path = path
         self.source = source
 
@@ -150,10 +159,11 @@ class ResumeFrom(HookingContextFactory):
         return self.source if isinstance(self.source, Tensor) else entry_of(self.source, path, "fwd", "source=")
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
-        path, _ = resolve_all(module.model, self.path)
-        value = self._value_at(path)
+        model = module.model if self.names is None else self.names.root_in(module.model)
+        path, _ = resolve_all(model, self._layer_path())
+        value = self._value_at(path if self.names is None else self.path)
         parent_path, _, name = path.rpartition(".")
-        parent = resolve(module.model, parent_path)
+        parent = resolve(model, parent_path)
         if not isinstance(parent, nn.ModuleList | nn.Sequential) or not path:
             raise EditError(
                 f"{path!r} is no member of a ModuleList or Sequential but of {type(parent).__name__}, "
@@ -162,7 +172,7 @@ class ResumeFrom(HookingContextFactory):
             )
         names = [name for name, _ in parent.named_children()]
         done = {f"{parent_path}.{name}" if parent_path else name for name in names[: names.index(name) + 1]}
-        skipped = {each: resolve(module.model, each) for each in sorted(done)}
+        skipped = {each: resolve(model, each) for each in sorted(done)}
         handle = MultiHookHandle()
         with handle.installing():
             if all(isinstance(each, TensorDictModuleBase) for each in skipped.values()):
@@ -176,6 +186,18 @@ class ResumeFrom(HookingContextFactory):
                 handle.add(each)
             check_once(module.model, path, skipped, replaced, handle)
         return handle
+
+    def _layer_path(self) -> str:
+        """The path of the layer whose output is given."""
+        if self.names is None:
+            return self.path
+        place = self.names[self.path]
+        if not is_module_output(place):
+            raise EditError(
+                f"{self.path!r} is the {place.where}, and a model can be resumed from what a layer returns; give "
+                "the name of that, such as 'blocks.3.resid_post'"
+            )
+        return place.path
 
     @staticmethod
     def _stand_ins(
@@ -200,7 +222,7 @@ class ResumeFrom(HookingContextFactory):
         after = names[names.index(name) + 1]
         enter = _Enter(f"{parent_path}.{after}", path, value)
         tap = EditTap(InputPort(enter.path), enter, region=Region(), order=Order.FIRST)
-        handle.add(attach(children[after], tap.on_call, InputPort.direction, order=Order.FIRST))
+        attach_taps(children[after], handle, tap)
         return stubs
 
 
@@ -242,8 +264,12 @@ class _SkipEntries:
 
 @contextmanager
 def resume_from(
-    model: nn.Module, path: str, source: Tensor | TensorDictBase | Mapping[str, Tensor]
+    model: nn.Module,
+    path: str,
+    source: Tensor | TensorDictBase | Mapping[str, Tensor],
+    *,
+    names: Names | None = None,
 ) -> Iterator[HookedModule]:
     """:class:`ResumeFrom` in one line: ``with ...: y = model(x)`` inside runs the layers after ``path`` only."""
-    with ResumeFrom(path, source).prepare(model) as hooked:
+    with ResumeFrom(path, source, names=names).prepare(model) as hooked:
         yield hooked

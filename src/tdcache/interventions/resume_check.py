@@ -16,7 +16,7 @@ from tdcache.hooks import MultiHookHandle, Order, attach
 from tdcache.hooks.replaced_forward import ReplacedForward
 from tdcache.hooks.values import is_entries
 from tdcache.interventions.random_state import SharedRandomState
-from tdcache.interventions.replay import ModuleOutput, SideChannels
+from tdcache.interventions.replay import MemberTap, SideChannels
 from tdcache.introspect import post_hooks, pre_hooks
 
 __all__ = ["check_once"]
@@ -61,15 +61,13 @@ class _Check:
 
     def _leaking(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[str, ...]:
         channels = SideChannels()
-        taps = [_Passed(channels, path) for path in self.skipped]
         with _as_it_is(model), torch.no_grad():
             for each in self.replaced:
                 each.mute()
             handle = MultiHookHandle()
             try:
-                for tap, module in zip(taps, self.skipped.values(), strict=True):
-                    handle.add(attach(module, tap.on_input, "fwd_pre_kwargs"))
-                    handle.add(attach(module, tap.on_output, "fwd"))
+                for path, module in self.skipped.items():
+                    MemberTap(path, channels).attach(module, handle)
                 with channels:
                     model.forward(
                         *map(_of_ones_own, args), **{name: _of_ones_own(each) for name, each in kwargs.items()}
@@ -79,22 +77,6 @@ class _Check:
                 for each in self.replaced:
                     each.unmute()
         return tuple(sorted(channels.leaking))
-
-
-class _Passed:
-    """Tells when a layer runs, and passes a copy of its output on."""
-
-    order = Order.EDIT
-
-    def __init__(self, channels: SideChannels, path: str) -> None:
-        self.channels = channels
-        self.path = path
-
-    def on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.channels.running.append(self.path)
-
-    def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self.channels.leave(self.path, ModuleOutput(module, args, output), args)
 
 
 def _of_ones_own(argument: Any) -> Any:

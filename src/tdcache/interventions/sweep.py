@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from tdcache.cache.stacking import StackBy
 from tdcache.current_call import CurrentCall
 from tdcache.errors import ContextError, EditError, TdcacheWarning, warn_user
-from tdcache.hooks import MultiHookHandle, attach, port_at
+from tdcache.hooks import MultiHookHandle, port_at
 from tdcache.interventions.base import with_inputs_of
 from tdcache.interventions.blocks import PatchBlocks, SweepState, block_of, repeated, rows_of
-from tdcache.interventions.edit_tap import EditTap, ReadTap
+from tdcache.interventions.edit_tap import EditTap, ReadTap, attach_taps
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.random_state import SharedRandomState
-from tdcache.interventions.regions import Region
 from tdcache.interventions.replay import Recording
 from tdcache.interventions.trials import SweepOver, SweepRecipe, Trial, chunks_of, trials_at, windows_of
+from tdcache.regions import Region
 from tdcache.selection import Selection, Site
 from tdcache.types import CacheKey
 
@@ -77,7 +77,7 @@ class Sweep:
             paths = () if self.recipe.source is None else self.selection.paths
             given = {path: self.recipe.value_at(path) for path in paths}
             self._given = {path: value for path, value in given.items() if value is not None}
-            if self.recipe.positions is not None:
+            if self.recipe.options.positions is not None:
                 self._call = CurrentCall(model, self.recipe.options)
                 self._call.attach(handle)
             for site in self.selection:
@@ -85,11 +85,10 @@ class Sweep:
         return handle
 
     def _attach_one(self, handle: MultiHookHandle, site: Site) -> None:
-        port = port_at(site.path, self.recipe.direction, self.recipe.pick)
+        port = port_at(site.path, self.recipe.options.direction, self.recipe.options.pick)
         value = _ValueOf(self, site.path)
-        edit = PatchBlocks(site.path, self.state, value, self.recipe.patch_fn, self.recipe.calls)
-        for tap in (EditTap(port, edit, region=Region()), ReadTap(port, self._read)):
-            handle.add(attach(site.module, tap.on_call, port.direction, order=tap.order))
+        edit = PatchBlocks(site.path, self.state, value, self.recipe.patch_fn, self.recipe.options.calls)
+        attach_taps(site.module, handle, EditTap(port, edit, region=Region()), ReadTap(port, self._read))
 
     def _read(self, path: str, value: Tensor) -> None:
         self.memory.record(path, value)
@@ -98,11 +97,11 @@ class Sweep:
         if self.recording is not None:
             self.recording.reached(path)
         if self._call is not None:
-            region = self._call.region_at(path, value, self.recipe.options.region)
+            region = self._call.region_at(path, value, self.recipe.region_at(path))
             if not _same_columns(region, self._regions.setdefault(path, region)):
                 raise EditError(
-                    f"positions={self.recipe.positions!r} are other columns in the source run than in the patched one "
-                    f"at {path!r}: a sweep patches columns, so pad both alike, or patch without sweep="
+                    f"positions={self.recipe.options.positions!r} are other columns in the source run than in the "
+                    f"patched one at {path!r}: a sweep patches columns, so pad both alike, or patch without sweep="
                 )
 
     def value_of(self, path: str, call: int) -> Tensor:
@@ -172,9 +171,10 @@ class Sweep:
         return self._result(self._measured(trials, runs, seen))
 
     def _region_at(self, path: str) -> Region:
-        region = self._regions.get(path, self.recipe.options.region) if self._call else self.recipe.options.region
+        whole = self.recipe.region_at(path)
+        region = self._regions.get(path, whole) if self._call else whole
         if region is None:
-            raise EditError(f"positions={self.recipe.positions!r} are none of the columns at {path!r}")
+            raise EditError(f"positions={self.recipe.options.positions!r} are none of the columns at {path!r}")
         return region
 
     def _record(self, base: TensorDictBase, forward: Forward) -> TensorDictBase:

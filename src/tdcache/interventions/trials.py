@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdcache.errors import EditError
 from tdcache.interventions.options import EditOptions
-from tdcache.interventions.regions import Heads, Region
+from tdcache.regions import Heads, Region
 
 __all__ = ["Metric", "SweepOver", "SweepRecipe", "Trial", "check_over", "chunks_of", "trials_at", "windows_of"]
 
@@ -23,38 +23,34 @@ Metric = Callable[[TensorDictBase], Any]
 class SweepRecipe(Protocol):
     """What a sweep asks of the recipe it belongs to; see :class:`tdcache.ActivationPatching`."""
 
-    direction: Any
-    pick: Any
-    positions: Any
-    units: Any
-    position_dim: int
-    unit_dim: int
     source: Any
     patch_fn: Any
     patch_key: Any
     metric: Any
-    heads: Any
-    rows: Any
-    calls: Any
     options: EditOptions
     chunk: int
     replay: bool
     stack_by: str | None
+
+    def region_at(self, path: str) -> Region:
+        """The part of the value at one site that is meant."""
 
     def value_at(self, path: str) -> Any:
         """Where the value for one site comes from."""
 
 
 def check_over(
-    sweep: Any, metric: Metric | None, heads: int | Heads | None, chunk: int, *, region: Region
+    sweep: Any, metric: Metric | None, heads: Any, chunk: int, *, region: Region, named: bool = False
 ) -> tuple[SweepOver, ...] | None:
     """What a sweep goes over beside sites, or None where there is no sweep.
+
+    ``named``: whether canonical names are swept, whose values may have an axis of heads.
 
     Raises:
         EditError: options that do not go together.
     """
     if sweep is False or sweep is None:
-        if isinstance(heads, int):
+        if isinstance(heads, int) and not named:
             raise EditError(f"heads={heads} is for sweep='head'; to patch some heads, give heads=(n_heads, which)")
         return None
     over = () if sweep is True else (sweep,) if isinstance(sweep, str) else tuple(sweep)
@@ -62,9 +58,9 @@ def check_over(
         raise EditError(f"sweep is True, 'position', 'head' or both of them, got {unknown[0]!r}")
     if not callable(metric):
         raise EditError("a sweep needs metric=, a function of the TensorDict with the patched outputs: data -> scalar")
-    if "head" in over and (heads is None or (isinstance(heads, int) and heads < 1)):
+    if "head" in over and not named and (heads is None or (isinstance(heads, int) and heads < 1)):
         raise EditError("a sweep over heads needs heads=, into how many parts the last axis falls")
-    if "head" not in over and isinstance(heads, int):
+    if "head" not in over and isinstance(heads, int) and not named:
         raise EditError(f"heads={heads} is for sweep='head'; to patch some heads, give heads=(n_heads, which)")
     if "head" in over and region.units is not None:
         raise EditError("a sweep over heads chooses the units itself; leave units= out")
@@ -105,11 +101,11 @@ def trials_at(
     ``whole`` is the region that the recipe means there, with positions as columns.
     """
     positions: Sequence[Any] = [whole.positions]
-    heads: Sequence[Any] = [recipe.heads]
+    heads: Sequence[Any] = [whole.heads]
     if "position" in over:
-        positions = _choices(positions[0], shape, recipe.position_dim, name)
+        positions = _choices(positions[0], shape, whole.position_dim, name)
     if "head" in over:
-        heads = _each_head(recipe.heads)
+        heads = _each_head(_counted(recipe.options.heads, shape, whole.head_dim, name))
     for at, position in enumerate(positions):
         for head, which in enumerate(heads):
             region = replace(whole, positions=position, heads=which)
@@ -158,10 +154,22 @@ def _listed(positions: Tensor, size: int, path: str) -> list[Any]:
     return [int(at) for at in chosen.flatten().tolist()]
 
 
-def _each_head(heads: int | Heads) -> list[Heads]:
-    """Each head that is swept, alone."""
+def _counted(heads: Any, shape: torch.Size, dim: int | None, path: str) -> Heads:
+    """The number of heads, and which of them are swept; ``dim`` is their own axis, where they have one."""
     if isinstance(heads, int):
-        return [(heads, head) for head in range(heads)]
+        return heads, slice(heads)
+    if isinstance(heads, tuple) and len(heads) == 2:
+        return heads
+    if dim is None:
+        raise EditError(
+            f"a sweep over heads needs heads=, into how many parts the units of {path!r} fall; or a name whose "
+            "value has an axis of heads"
+        )
+    return shape[dim], slice(None) if heads is None else heads
+
+
+def _each_head(heads: Heads) -> list[Heads]:
+    """Each head that is swept, alone."""
     count, which = heads
     chosen = range(count)[which] if isinstance(which, slice) else which
     if isinstance(chosen, int | Tensor):

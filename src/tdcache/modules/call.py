@@ -20,14 +20,16 @@ __all__ = ["ModelCall", "entries_of", "holds_entries", "init_module"]
 
 def init_module(module: nn.Module) -> None:
     """``nn.Module.__init__(module)``, at a third of the cost; the state is the same, in the same order."""
-    vars(module).update([(name, value if kind is None else kind()) for name, value, kind in _BLANK])
+    state = module.__dict__
+    state.update(_BLANK)
+    for name, kind in _CONTAINERS:
+        state[name] = kind()
 
 
-_CONTAINERS = (dict, OrderedDict, set)
-_BLANK = [
-    (name, value, type(value) if type(value) in _CONTAINERS else None) for name, value in vars(nn.Module()).items()
-]
-"""The state of a new module: name, value, and of containers what makes an empty one."""
+_BLANK = vars(nn.Module())
+"""The state of a new module."""
+_CONTAINERS = [(name, type(value)) for name, value in _BLANK.items() if type(value) in (dict, OrderedDict, set)]
+"""What each module has one of its own of: name, and what makes an empty one."""
 
 
 def holds_entries(value: Any) -> TypeGuard[TensorDictBase]:

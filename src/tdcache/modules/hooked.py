@@ -17,7 +17,9 @@ from tdcache.hooks.attach import register_hook_to_module
 from tdcache.hooks.compiled import refuse_scripted
 from tdcache.modules.call import ModelCall, entries_of, holds_entries, init_module
 from tdcache.modules.verbs import ModuleVerbs
+from tdcache.named_places import Names
 from tdcache.paths import resolve, resolve_all
+from tdcache.place_modules import place_at
 from tdcache.tables import html_note
 from tdcache.types import CacheKey, HookDirection, Removable
 
@@ -29,6 +31,7 @@ class OwningContext(Protocol):
 
     _in_context: bool
     model: nn.Module
+    names: Names | None
 
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call of the hooked module."""
@@ -96,6 +99,12 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
         if isinstance(called, ModelCall) and self._relative_path == "td_module.module":
             return called.module  # the usual case, without looking a path up
         return resolve(self, self._relative_path)
+
+    @property
+    def names(self) -> Names | None:
+        """The canonical names that the context was opened with; None where keys are paths of modules."""
+        context = self._hooking_context
+        return None if context is None else context.names
 
     @property
     def cache(self) -> TensorDictBase:
@@ -174,6 +183,9 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
         context = self._hooking_context
         if context is not None and not context._in_context:
             raise ContextError("this hooked module's context is closed; enter it again before adding hooks through it")
+        names = self.names
+        if names is not None and (key in names or key in names.refused):
+            return place_at(names, self.model, key)
         path, module = resolve_all(self.model if relative else self, key)
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             warnings.warn(

@@ -14,9 +14,10 @@ from torch import nn
 
 from tdcache.current_call import CurrentCall
 from tdcache.errors import ContextError, StopForward, UnfiredSiteWarning, listed, warn_user
-from tdcache.hooks.attach import MultiHookHandle, Order, attach
+from tdcache.hooks.attach import attach
 from tdcache.hooks.compiled import running_eagerly
 from tdcache.hooks.directions import direction_row
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.replaced_forward import skip_module
 from tdcache.introspect import why_not_called
 from tdcache.modules.directed_verbs import DirectedForms
@@ -171,17 +172,11 @@ class HookedModuleRun(DirectedForms):
         relative: bool = True,
         **options: Any,
     ) -> None:
-        """Replace a value in this run; see :meth:`HookedModule.set`.
+        """Replace a value in this run; the arguments are those of :meth:`HookedModule.set`.
 
-        Args:
-            key: the path.
-            value: a tensor, a whole value of the type that is there, or a proxy, computed with or inside a tuple too.
-            callback: returns the new value.
-            direction: which value.
-            prepend: in front of the hooks that are there.
-            relative: with False, the path is relative to the hooked module.
-            **options: ``pick=``, and those of :class:`tdcache.modules.where.ValuePart`: ``positions=`` and ``units=``
-                for part of the value, ``steps=`` for some forwards of ``generate()``.
+        The value may hold proxies, also computed with, or inside a tuple. Options are ``pick=`` and those of
+        :class:`~tdcache.modules.value_part.ValuePart`: ``positions=`` and ``units=`` for part of the value, ``steps=``
+        for some forwards of ``generate()``.
         """
         self._needs_block("set", direction)
         tap, module = self._module.declare_set(
@@ -200,18 +195,11 @@ class HookedModuleRun(DirectedForms):
         relative: bool = True,
         **options: Any,
     ) -> ValueProxy:
-        """Have a value written to the run's own cache; see :meth:`HookedModule.get`.
+        """Have a value written to the run's own cache; the arguments are those of :meth:`HookedModule.get`.
 
-        Args:
-            key: the path.
-            cache_key: the key.
-            callback: returns what is written.
-            direction: which value.
-            prepend: see the value before edits at the same path.
-            relative: with False, the path is relative to the hooked module.
-            **options: ``pick=``, ``hold=``; ``positions=``, ``units=`` and ``steps=`` as in :meth:`set`; and
-                ``reducer=``, what is kept of several calls: ``Stack()`` for every step of ``generate()``. Without one
-                the last is kept, with a warning. What is gathered is there when the run has ended.
+        Options are ``pick=``, ``hold=``; ``positions=``, ``units=`` and ``steps=`` as in :meth:`set`; and ``reducer=``,
+        what is kept of several calls: ``Stack()`` for every step of ``generate()``. Without one the last is kept, with
+        a warning. What is gathered is there when the run has ended.
 
         Returns:
             A proxy of the value.

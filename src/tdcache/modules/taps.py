@@ -12,16 +12,16 @@ from tdcache.cache.keep import Keep, Transfers
 from tdcache.cache.target import Target
 from tdcache.current_call import CurrentCall
 from tdcache.errors import CaptureError, EditError, RepeatedCallWarning, warn_user
-from tdcache.hooks.attach import Order
 from tdcache.hooks.directions import Direction
 from tdcache.hooks.factory import CacheProxy, read_at, write_at
 from tdcache.hooks.port import port_at
+from tdcache.hooks.registrations import Order
 from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import exchanged, leaves, pick_tensor, tensor_only
 from tdcache.inplace import InplaceWatch
 from tdcache.introspect import in_backward
 from tdcache.modules.lazy import Lazy, NoValueYet, resolved
-from tdcache.modules.where import ValuePart
+from tdcache.modules.value_part import ValuePart
 from tdcache.reducers import Reducer
 from tdcache.types import CacheKey, Hold, Pick
 
@@ -134,6 +134,11 @@ class GetTap(Transient):
         self.order = order
         self.fired = self.warned = False
         self.seen = -1
+
+    @property
+    def use(self) -> str:
+        """What is done with a value that is derived from an attention call: its graph is followed, or it is read."""
+        return "watch" if self.row.gradient or self.keep.hold == "live" else "read"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r}, {self.row.name!r})"

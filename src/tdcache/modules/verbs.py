@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Unpack
 
 from tensordict import TensorDictBase
 from torch import nn
@@ -12,15 +12,18 @@ from tdcache.errors import DirectionError, TdcacheWarning, warn_user
 from tdcache.function_calls.places import CallPlace, CallTaps, refuse_direction
 from tdcache.function_calls.roles import Use
 from tdcache.function_calls.sites import CallPattern, CallSite, is_call
-from tdcache.hooks.attach import MultiHookHandle, Order, attach
+from tdcache.hooks.attach import attach
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.factory import HookFactory, check_callback
 from tdcache.hooks.port import Port
+from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.introspect import has_stale_graph
 from tdcache.modules.directed_verbs import DirectedForms
 from tdcache.modules.run import HookedModuleRun
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
-from tdcache.modules.where import ValuePart, WhereOptions
+from tdcache.modules.value_part import ValuePart, WhereOptions
+from tdcache.named_places import Names
+from tdcache.place_modules import refuse_at_names
 from tdcache.reducers import Reducer
 from tdcache.selection import Site
 from tdcache.types import CacheKey, Hold, HookDirection, Pick, Removable
@@ -39,6 +42,10 @@ class ModuleVerbs(DirectedForms):
         @property
         def model(self) -> nn.Module:
             """The user's own model."""
+
+        @property
+        def names(self) -> Names | None:
+            """The canonical names of the context."""
 
         @property
         def cache(self) -> TensorDictBase:
@@ -159,7 +166,7 @@ class ModuleVerbs(DirectedForms):
         return self.get(self.cache if cache is None else cache, module_key, cache_key, **options)
 
     def stop(self, key: str) -> Removable:
-        """End every forward behind the module at ``key``, until the handle is removed."""
+        """End every forward after the module at ``key``, until the handle is removed."""
         self._warn_if_skipped(key)
         path, module = self.find_site(key)
         return attach(module, HookFactory.make_stopping_hook(path), "fwd", order=Order.STOP)
@@ -204,17 +211,13 @@ class ModuleVerbs(DirectedForms):
         ``forwards`` lets it tell a second call from a second forward, ``reducer`` gathers over all of them, and
         ``where`` says which part of a value is meant.
         """
-        if hold not in get_args(Hold):
-            raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {hold!r}")
         row, path, module = self._place(module_key, direction, callback, relative, "key")
         proxy = ValueProxy(cache_key or f"{module_key}_{row.noun}", cache, path)
         order = Order.FIRST if prepend else Order.CAPTURE
-        if reducer is not None and not isinstance(reducer, Reducer):
-            raise ValueError(f"reducer= is a Reducer such as Stack(), got {reducer!r}")
         self._refuse_at_call(path, row)
         tap = GetTap(
             proxy, row, callback=callback, pick=pick, hold=hold, forwards=forwards, order=order,
-            where=ValuePart(**where), reducer=None if reducer is None else reducer.fresh(),
+            where=ValuePart(**where), reducer=None if reducer is None else Reducer.of(reducer).fresh(),
         )  # fmt: skip
         return tap, module
 
@@ -248,7 +251,11 @@ class ModuleVerbs(DirectedForms):
         elif direction == "fwd_pre":
             row = direction_row("fwd_pre_kwargs")  # the first tensor may be a keyword argument
         if not is_call(key):
-            return row, *self.find_site(key, relative)
+            path, module = self.find_site(key, relative)
+            if self.names is not None and key in self.names:
+                refuse_at_names(self.names, [direction])
+                row = direction_row("bwd_pre") if row.name == "bwd" and callback is None else row
+            return row, path, module
         site = CallSite.parse(key)
         if not site.path:
             return row, key, self.model

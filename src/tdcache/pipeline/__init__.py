@@ -10,7 +10,7 @@ from tdcache.pipeline.dictionary_files import load_dictionary, save_dictionary
 from tdcache.pipeline.gradients import GradientHook, grad_hook_wrapper, stop_gradient
 from tdcache.pipeline.hooks import Hooks, WrapperHooks
 from tdcache.pipeline.splice import Splice, sparse_latents
-from tdcache.pipeline.trees import (
+from tdcache.pipeline.transformer_hooks import (
     AttentionHooks,
     MLPHooks,
     NormalizationHooks,

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdcache.cache.keep import shares_memory
 from tdcache.errors import EditError, HookSignatureError
-from tdcache.inplace import NO_COUNTER
+from tdcache.inplace import NO_COUNTER, eager_version_of, shares_memory, untouched
 from tdcache.pipeline.calling import spell
 from tdcache.pipeline.collection import FwdBwdHooks, HookCollection
-from tdcache.pipeline.versions import untouched, version_of
 
 __all__ = ["Autoencoder", "AutoencoderHooks", "Sites", "as_autoencoder"]
 
@@ -130,7 +128,7 @@ class Sites:
         graph = torch.is_grad_enabled() and latents.requires_grad
         if graph or shares_memory(latents, x) or (source is not None and shares_memory(latents, source)):
             latents = latents.clone()
-        version = version_of(latents)
+        version = eager_version_of(latents)
         hooked = self.latents(latents)
         same = not graph and untouched(latents, hooked, version)
         reconstruction = self.reconstruction(plain.clone() if same else autoencoder.decoded(hooked, x, source))
@@ -142,7 +140,7 @@ class Sites:
             latents = latents.clone()
         reconstruction = self.reconstruction(autoencoder.decoded(self.latents(latents), x, source))
         missed = x - reconstruction
-        version = version_of(missed)
+        version = eager_version_of(missed)
         if version != NO_COUNTER and not untouched(missed, self.error(missed), version):
             raise EditError(
                 "the error was edited, or given a gradient hook, but it is no part of the output; use add_error=True"

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tdcache.errors import SelectionError
 from tdcache.hooks.values import check_fits
+from tdcache.inplace import eager_version_of, untouched
 from tdcache.pipeline.conditions import Calls, Layers, Positions, Rows, as_condition, checked
 from tdcache.pipeline.hooks import Hook, Hooks, run
-from tdcache.pipeline.versions import untouched, version_of
 
 __all__ = ["AtCalls", "AtLayers", "AtPositions", "AtRows", "ConditionalHooks"]
 
@@ -59,7 +59,7 @@ class ConditionalHooks(Hooks):
         if where is None:
             return x
         part = x[where]
-        version = version_of(part)
+        version = eager_version_of(part)
         new = run(self._calls, part, args, scope)
         if untouched(part, new, version):
             return x

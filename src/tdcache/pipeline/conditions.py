@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -192,53 +192,45 @@ class When(Condition):
 
 
 @dataclass(frozen=True, slots=True, init=False)
-class All(Condition):
+class _Joined(Condition):
+    """Several conditions as one; asked in order, until one of them decides."""
+
+    members: tuple[Condition, ...]
+    deciding: ClassVar[bool]
+    """The answer of a member after which the rest is not asked."""
+    sign: ClassVar[str]
+
+    def __init__(self, *members: Condition) -> None:
+        object.__setattr__(self, "members", members)
+
+    def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> Answer:
+        """Ask the members in order."""
+        join = torch.logical_or if self.deciding else torch.logical_and
+        neutral = not self.deciding
+        found: Any = neutral
+        for member in self.members:
+            answer: Any = member(x, *args, **kwargs)
+            if answer is self.deciding:
+                return not neutral
+            found = answer if found is neutral else found if answer is neutral else join(*_aligned(found, answer))
+        return cast(Answer, found)
+
+    def __repr__(self) -> str:
+        return f" {self.sign} ".join(map(_in_brackets, self.members))
+
+
+class All(_Joined):
     """Where all members apply; after the first no, the rest is not asked."""
 
-    members: tuple[Condition, ...]
-
-    def __init__(self, *members: Condition) -> None:
-        object.__setattr__(self, "members", members)
-
-    def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> Answer:
-        """Ask the members in order."""
-        found: Answer = True
-        for member in self.members:
-            answer = member(x, *args, **kwargs)
-            if answer is False:
-                return False
-            found = (
-                answer if found is True else found if answer is True else torch.logical_and(*_aligned(found, answer))
-            )
-        return found
-
-    def __repr__(self) -> str:
-        return " & ".join(map(_in_brackets, self.members))
+    __slots__ = ()
+    deciding, sign = False, "&"
 
 
-@dataclass(frozen=True, slots=True, init=False)
-class Either(Condition):
+class Either(_Joined):
     """Where any member applies; after the first yes, the rest is not asked."""
 
-    members: tuple[Condition, ...]
-
-    def __init__(self, *members: Condition) -> None:
-        object.__setattr__(self, "members", members)
-
-    def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> Answer:
-        """Ask the members in order."""
-        found: Answer = False
-        for member in self.members:
-            answer = member(x, *args, **kwargs)
-            if answer is True:
-                return True
-            found = (
-                answer if found is False else found if answer is False else torch.logical_or(*_aligned(found, answer))
-            )
-        return found
-
-    def __repr__(self) -> str:
-        return " | ".join(map(_in_brackets, self.members))
+    __slots__ = ()
+    deciding, sign = True, "|"
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +249,7 @@ class Not(Condition):
 
 
 def _in_brackets(member: Condition) -> str:
-    return f"({member!r})" if isinstance(member, All | Either) else repr(member)
+    return f"({member!r})" if isinstance(member, _Joined) else repr(member)
 
 
 def _aligned(one: Any, other: Any) -> tuple[Tensor, Tensor]:

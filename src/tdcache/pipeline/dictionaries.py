@@ -80,7 +80,8 @@ class Dictionary(nn.Module):
     and the reconstruction is z W_dec + b_dec. Around this,
 
     - ``normalize``: x is replaced by (x - m) / (s + 1e-5), with its mean m and standard deviation s (``layer_norm``),
-      or by x sqrt(d_in) / |x| (``constant_norm_rescale``), and the reconstruction r by r s + m or r |x| / sqrt(d_in);
+      or by x sqrt(d_in) / norm(x) (``constant_norm_rescale``), and the reconstruction r by r s + m or
+      r norm(x) / sqrt(d_in);
     - ``rescale_by_decoder_norm``: p is multiplied by the norms of W_dec's rows, z divided by them before decoding;
     - a transcoder's reconstruction is another activation, such as an MLP's output of its input, and stays as it is;
     - with ``W_skip``, x W_skip^T is added, for x as it came (Paulo et al., arXiv:2501.18823);

@@ -12,10 +12,12 @@ from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import CaptureError, ContextError, InplaceModificationError, SelectionError, listed
 from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach_ports, direction_row
 from tdcache.hooks.values import first_tensor
+from tdcache.inplace import eager_version_of
 from tdcache.modules import HookedModule
+from tdcache.named_places import Names
 from tdcache.pipeline.autoencoder import Autoencoder, Sites, as_autoencoder
 from tdcache.pipeline.shown_modules import plant
-from tdcache.pipeline.versions import version_of
+from tdcache.place_modules import refuse_at_names
 from tdcache.selection import Site, as_matcher, distinct_sites
 from tdcache.types import Match, Pick, Selector
 
@@ -75,12 +77,12 @@ class _SourceTap:
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the first tensor of the input; of a TensorDict, the first that the module reads."""
         source = self.port.read(module, args, kwargs)
-        self.noted.append((source, version_of(source)))
+        self.noted.append((source, eager_version_of(source)))
 
     def taken(self) -> Tensor:
         """The input of the latest call."""
         source, version = self.noted.pop()
-        if version_of(source) != version:
+        if eager_version_of(source) != version:
             raise InplaceModificationError(
                 f"{self.port.path!r} writes into its input, which is to be encoded; splice with reads='output', or on "
                 "another module",
@@ -143,6 +145,9 @@ class Splice(HookingContextFactory):
         name: what stands after the slash in paths; two splices on one module need two names.
         pick: which tensor of a structured output is replaced, the first by default; the rest is kept.
         match: ``"full"``, ``"prefix"`` or ``"search"``.
+        names: the canonical names of the model, ``tdcache.names(model)``: the selector and the mapping then mean names,
+            and what is shown is at paths such as ``"blocks.3.mlp.out/sae.latents"``. The value of a name is what is
+            encoded.
 
     Raises:
         HookSignatureError: no autoencoder.
@@ -170,8 +175,11 @@ class Splice(HookingContextFactory):
         name: str = "sae",
         pick: Pick = None,
         match: Match = "full",
+        names: Names | None = None,
     ) -> None:
         super().__init__()
+        refuse_at_names(names, ["fwd" if reads == "output" else "fwd_pre"])
+        self.names = names
         self._matcher = as_matcher(selector, match)
         self._selector, self._match = selector, match
         self._pairs: Autoencoder | Mapping[str, Autoencoder]

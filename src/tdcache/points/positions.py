@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdcache.cache.keep import shares_memory
 from tdcache.errors import CaptureError
+from tdcache.inplace import shares_memory
 
 __all__ = ["PositionSlice"]
 

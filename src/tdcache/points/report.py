@@ -8,8 +8,9 @@ from typing import Any, overload
 
 from torch import nn
 
-from tdcache.hooks.attach import MutedHook, UserHook
+from tdcache.hooks.attach import UserHook
 from tdcache.hooks.gradient_hooks import GradInputHook, GradOutputHook
+from tdcache.hooks.registrations import MutedHook
 from tdcache.introspect import HookEntry, global_hooks, module_hooks
 from tdcache.points.hook_point import PointHook, hook_name
 from tdcache.selection import walk

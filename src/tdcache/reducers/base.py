@@ -28,6 +28,19 @@ class Reducer(ABC):
     aliases: ClassVar[bool] = False
     """Whether :meth:`update` keeps the tensor itself, so that a later in-place operation would change what is kept."""
 
+    @staticmethod
+    def of(given: Reducer | type[Reducer]) -> Reducer:
+        """A reducer as it is, and of a class one with its defaults.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        if isinstance(given, type) and issubclass(given, Reducer):
+            return given()
+        if not isinstance(given, Reducer):
+            raise ValueError(f"reducer= is a Reducer such as Stack(), got {given!r}")
+        return given
+
     @abstractmethod
     def update(self, value: Tensor) -> None:
         """Take one more value in, on the device it is to stay on.

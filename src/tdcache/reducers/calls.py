@@ -15,24 +15,14 @@ __all__ = ["First", "Last", "Stack"]
 
 
 @dataclass(eq=True)
-class Last(Reducer):
-    """Keeps the value of the latest call; in a caching context, of the latest forward only (the default)."""
+class _OneValue(Reducer):
+    """Keeps the value of one call as it is."""
 
     aliases: ClassVar[bool] = True
     _value: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
-    def update(self, value: Tensor) -> None:
-        """Take the value in place of the one before."""
-        self._value = value
-
-    def merge(self, other: Last) -> None:
-        """Take the other's value, if it has one."""
-        self.check_mergeable(other)
-        if other._value is not None:
-            self._value = other._value
-
     def compute(self) -> Tensor:
-        """Return the latest value that was seen."""
+        """Return the value that is kept."""
         if self._value is None:
             raise self.nothing_seen()
         return self._value
@@ -44,11 +34,23 @@ class Last(Reducer):
 
 
 @dataclass(eq=True)
-class First(Reducer):
-    """Keeps the value of the first call and ignores the others."""
+class Last(_OneValue):
+    """Keeps the value of the latest call; in a caching context, of the latest forward only (the default)."""
 
-    aliases: ClassVar[bool] = True
-    _value: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    def update(self, value: Tensor) -> None:
+        """Take the value in place of the one before."""
+        self._value = value
+
+    def merge(self, other: Last) -> None:
+        """Take the other's value, if it has one."""
+        self.check_mergeable(other)
+        if other._value is not None:
+            self._value = other._value
+
+
+@dataclass(eq=True)
+class First(_OneValue):
+    """Keeps the value of the first call and ignores the others."""
 
     def update(self, value: Tensor) -> None:
         """Take the value if it is the first."""
@@ -60,17 +62,6 @@ class First(Reducer):
         self.check_mergeable(other)
         if self._value is None:
             self._value = other._value
-
-    def compute(self) -> Tensor:
-        """Return the first value that was seen."""
-        if self._value is None:
-            raise self.nothing_seen()
-        return self._value
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing was seen yet."""
-        return self._value is None
 
     @property
     def full(self) -> bool:

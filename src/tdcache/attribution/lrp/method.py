@@ -9,16 +9,15 @@ from torch import Tensor, nn
 
 from tdcache.attribution.base import SiteAttribution, Work
 from tdcache.attribution.frame import Frame
-from tdcache.attribution.gradients import Seen, key_of
+from tdcache.attribution.gradients import Seen, key_of, one_backward
 from tdcache.attribution.integrated import gap_key
 from tdcache.attribution.lrp.linear import canonised, is_linear, linear_function
 from tdcache.attribution.lrp.maps import BATCH_NORMS, RuleMap, Rules
-from tdcache.attribution.lrp.replaced import AfterTaps, ModuleCall, ReplacedBackward, install_replaced
+from tdcache.attribution.lrp.replaced_backward import AfterTaps, ModuleCall, ReplacedBackward, install_replaced
 from tdcache.attribution.lrp.rules import Epsilon, Pass, Rule, nonzero
 from tdcache.attribution.modifiers import Installed
 from tdcache.attribution.place import Place
-from tdcache.attribution.point import wide
-from tdcache.attribution.rows import PointRows
+from tdcache.attribution.point import PointRows, wide
 from tdcache.errors import AttributionError, TdcacheWarning, listed, warn_user
 from tdcache.hooks import MultiHookHandle, Order, attach
 from tdcache.modules import HookedModule
@@ -193,19 +192,15 @@ class LRP(SiteAttribution):
     def work(self, frame: Frame) -> Work:
         """Ask for what the scores need, and compute them."""
         places = frame.subjects()
-        seen = {name: Seen(places) for name in frame.targets}
-        yield [
-            frame.ask(frame.base, each, frame.targets[name], values=places, grads=places) for name, each in seen.items()
-        ]
+        seen, asks = one_backward(frame, places)
+        yield asks
         scores: dict[tuple[Any, ...], Tensor] = {}
         for name, each in seen.items():
-            if each.target is None:
-                raise AttributionError("the target was not computed")
             parts = {place: self._relevance(each, place) for place in each.values}
             for place, part in parts.items():
                 whole = parts if self.selector is None else {place: part}
                 scores[key_of(self.name, name, place)] = self._summed(part)
-                scores[gap_key(self.name, name, place)] = frame.completeness_gap(whole, each.target)
+                scores[gap_key(self.name, name, place)] = frame.completeness_gap(whole, each.needed_target())
         return scores
 
     @staticmethod

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from tdcache.attribution.rows import PointRows
+from tdcache.attribution.point import PointRows
 from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach
 
 __all__ = ["AfterTaps", "ModuleCall", "ReplacedBackward", "ReplacedRule", "install_replaced"]

@@ -1,0 +1,122 @@
+"""The cache of a context that was opened with canonical names: a TensorDict that is also asked by role and layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensordict import TensorDict, TensorDictBase
+
+from tdcache.errors import CanonicalNameError, listed
+from tdcache.named_places import Names
+
+__all__ = ["NamedCache", "new_node"]
+
+
+class NamedCache(TensorDict):
+    """A TensorDict keyed by canonical names, which knows the table that they are from.
+
+    Beside all that a TensorDict is asked, ``cache["resid_post", 5]`` and ``cache["attn.pattern", -1]`` are the entries
+    of a role in one block; negative numbers count from the last one. ``cache["pattern", 5, "attn"]`` says the same in
+    TransformerLens' order. The role of a stack with a prefix begins with it: ``cache["encoder.resid_post", 0]``. Where
+    the cache has several directions, the direction comes first: ``cache["bwd", "resid_post", 5]``. Copies and parts of
+    the cache carry the table as well; results of arithmetic do not, and go by their own keys.
+
+    Example:
+        >>> import torch
+        >>> cache = NamedCache.of(Names({"blocks.0.resid_post": "h.0", "blocks.1.resid_post": "h.1"}))
+        >>> cache["blocks.1.resid_post"] = torch.ones(2)
+        >>> cache["resid_post", -1]
+        tensor([1., 1.])
+    """
+
+    table: Names | None = None
+    """The names that the entries are keyed by. (``names`` are the names of a TensorDict's dimensions.)"""
+
+    @classmethod
+    def of(cls, table: Names, **options: Any) -> NamedCache:
+        """An empty cache for the names of ``table``; options are those of a TensorDict."""
+        cache = cls({}, **{"batch_size": [], **options})
+        cache.table = table
+        return cache
+
+    def __getitem__(self, index: Any) -> Any:
+        """The entry of a name, of a role and layer; anything else is what a TensorDict makes of it."""
+        return self._carried(super().__getitem__(self._spelled(index)))
+
+    def get(self, key: Any, *args: Any, **kwargs: Any) -> Any:
+        """The entry of a key, which may be a role and a layer; the default where there is none."""
+        try:
+            key = self._spelled(key)
+        except CanonicalNameError:
+            if args or "default" in kwargs:
+                return args[0] if args else kwargs["default"]
+            raise
+        return super().get(key, *args, **kwargs)
+
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        """A copy, with the table."""
+        return self._carried(super().clone(*args, **kwargs))
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """The same on another device or in another dtype, with the table."""
+        return self._carried(super().to(*args, **kwargs))
+
+    def detach(self) -> Any:
+        """The same without graph, with the table."""
+        return self._carried(super().detach())
+
+    def select(self, *keys: Any, **kwargs: Any) -> Any:
+        """The entries of some keys, with the table."""
+        return self._carried(super().select(*keys, **kwargs))
+
+    def exclude(self, *keys: Any, **kwargs: Any) -> Any:
+        """All entries but those of some keys, with the table."""
+        return self._carried(super().exclude(*keys, **kwargs))
+
+    def _carried(self, found: Any) -> Any:
+        if type(found) is NamedCache and found.table is None:
+            found.table = self.table
+        return found
+
+    def name_of(self, role: str, layer: int, part: str = "") -> str:
+        """The name of a role in one block: ``("resid_post", 5)`` or, as TransformerLens has it, ``("q", 5, "attn")``.
+
+        Raises:
+            CanonicalNameError: the table has no such name; the message says what is near, or why it is refused.
+        """
+        table = Names({key: key for key in _names_in(self)}) if self.table is None else self.table
+        return table.in_block(f"{part}.{role}" if part else role, layer)
+
+    def _spelled(self, index: Any) -> Any:
+        """``index`` with a role and a layer in it spelled out, if that is what it holds."""
+        if type(index) is not tuple:
+            return index
+        at = next((at for at, part in enumerate(index) if type(part) is int), 0)
+        before, after = index[:at], index[at + 1 :]
+        if not at or not all(isinstance(part, str) for part in (*before, *after)) or len(after) > 1:
+            return index
+        name = self.name_of(before[-1], index[at], *after)
+        key = (*before[:-1], name)
+        node: Any = self if at == 1 else super().get(before[:-1], None)
+        there = [] if node is None else list(map(str, node.keys()))
+        if name not in there:
+            raise CanonicalNameError(
+                f"{name!r} is not kept in this cache, which keeps {listed(there) or 'nothing'}",
+                selector=name,
+                near=tuple(there[:3]),
+            )
+        return key
+
+
+def _names_in(cache: TensorDictBase) -> list[str]:
+    """The names among the keys, also of nodes that stand for directions."""
+    keys = cache.keys(include_nested=True, leaves_only=True)
+    return list(dict.fromkeys(key if isinstance(key, str) else key[-1] for key in keys))
+
+
+def new_node(cache: TensorDictBase, batch_size: Any = ()) -> TensorDict:
+    """An empty TensorDict for one direction of ``cache``, of the same kind."""
+    options: dict[str, Any] = {"batch_size": batch_size, "device": cache.device}
+    if isinstance(cache, NamedCache) and cache.table is not None:
+        return NamedCache.of(cache.table, **options)
+    return TensorDict(**options)

@@ -1,0 +1,253 @@
+"""What was registered: undone, muted in its place, or put behind a fence; one at a time or several together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from enum import IntEnum
+from threading import RLock
+from types import TracebackType
+from typing import Any
+
+from torch.utils.hooks import RemovableHandle
+
+from tdcache.hooks.threads import Fence, Fenced
+from tdcache.hooks.transient import Transient
+from tdcache.types import Removable
+
+__all__ = [
+    "MultiHookHandle",
+    "MutedHook",
+    "NumberedRegistrations",
+    "Order",
+    "Registration",
+    "behind",
+    "one_at_a_time",
+    "order_of",
+]
+
+
+class Order(IntEnum):
+    """Where a hook stands among ours at one site."""
+
+    FIRST = -1
+    """Registered with ``prepend=True``: stays in front."""
+    EDIT = 0
+    EDIT_GRADIENT = 1
+    CAPTURE = 2
+    STOP = 3
+
+
+one_at_a_time = RLock()
+"""Held while the hooks of a module are changed: two threads may open contexts on one model."""
+
+
+def behind(fence: Fence | None, hook: Any) -> Any:
+    """``hook`` behind ``fence``, if there is one."""
+    if fence is None or isinstance(hook, Fenced):
+        return hook
+    return Fenced(hook, order_of(hook), fence)
+
+
+class MutedHook(Transient):
+    """Stands where a muted hook stands, so that it keeps its place."""
+
+    __slots__ = ("hook", "order")
+
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
+        self.order = order_of(hook)
+
+    def __call__(self, *args: Any) -> None:
+        """Do nothing while the hook is muted."""
+
+
+def _mute(hooks: Any, number: int) -> None:
+    hook = hooks.get(number)
+    if hook is not None and not isinstance(hook, MutedHook):
+        hooks[number] = MutedHook(hook)
+
+
+def _unmute(hooks: Any, number: int) -> None:
+    hook = hooks.get(number)
+    if isinstance(hook, MutedHook):
+        hooks[number] = hook.hook
+
+
+def _fence_off(hooks: Any, number: int, fence: Fence) -> None:
+    hook = hooks.get(number)
+    if isinstance(hook, MutedHook):
+        hook.hook = behind(fence, hook.hook)
+    elif hook is not None:
+        hooks[number] = behind(fence, hook)
+
+
+class Registration:
+    """One hook of torch's: removed, or muted in its place. torch counts the hook as there while it is muted."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: RemovableHandle) -> None:
+        self._handle = handle
+
+    def remove(self) -> None:
+        """Remove it; a second call does nothing."""
+        with one_at_a_time:
+            self._handle.remove()
+
+    def mute(self) -> None:
+        """Silence it without giving up its place."""
+        _mute(self._handle.hooks_dict_ref() or {}, self._handle.id)
+
+    def unmute(self) -> None:
+        """Let it act again."""
+        _unmute(self._handle.hooks_dict_ref() or {}, self._handle.id)
+
+    def put_behind(self, fence: Fence) -> None:
+        """Have it act in no thread that is fenced off."""
+        _fence_off(self._handle.hooks_dict_ref() or {}, self._handle.id, fence)
+
+
+class NumberedRegistrations:
+    """The registrations of one number in many modules."""
+
+    __slots__ = ("always_called", "dicts", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.dicts: list[Any] = []
+        self.always_called: dict[int, bool] = {}
+
+    def remove(self) -> None:
+        """Remove them; a second call does nothing."""
+        number = self.number
+        with one_at_a_time:
+            for hooks in self.dicts:
+                hooks.pop(number, None)
+            self.dicts.clear()
+            self.always_called.pop(number, None)
+
+    def mute(self) -> None:
+        """Silence them without giving up their places."""
+        for hooks in self.dicts:
+            _mute(hooks, self.number)
+
+    def unmute(self) -> None:
+        """Let them act again."""
+        for hooks in self.dicts:
+            _unmute(hooks, self.number)
+
+    def put_behind(self, fence: Fence) -> None:
+        """Have them act in no thread that is fenced off."""
+        for hooks in self.dicts:
+            _fence_off(hooks, self.number, fence)
+
+
+def order_of(hook: Any) -> int:
+    """Where a hook stands among ours at its site."""
+    order = getattr(getattr(hook, "__self__", hook), "order", None)
+    return order if isinstance(order, int) else Order.FIRST  # a foreign hook stays where it is
+
+
+class _Installing:
+    """Removes what a handle has taken in if the block raises."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: MultiHookHandle) -> None:
+        self._handle = handle
+
+    def __enter__(self) -> MultiHookHandle:
+        return self._handle
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._handle.remove()
+
+
+class MultiHookHandle:
+    """Several registrations that are undone together, last first; adding two handles gives one over both.
+
+    Example:
+        >>> handle = MultiHookHandle()
+        >>> with handle.installing():  # all of what the block adds, or none
+        ...     handle.add(attach(nn.ReLU(), lambda module, args, output: None))
+        >>> len(handle)
+        1
+    """
+
+    def __init__(self, handles: Iterable[Removable] | None = None) -> None:
+        self._handles = list(handles or ())
+        self.add = self._handles.append
+        """Take one more registration in."""
+
+    def installing(self) -> AbstractContextManager[MultiHookHandle, None]:
+        """Add registrations in a block; if it raises, every registration is removed."""
+        return _Installing(self)
+
+    def remove(self) -> None:
+        """Undo every registration, also when one of them fails; the first failure is raised at the end.
+
+        A second call does nothing.
+        """
+        failure: BaseException | None = None
+        while self._handles:
+            try:
+                self._handles.pop().remove()
+            except BaseException as error:  # noqa: BLE001  (raised again below)
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Silence every registration inside a block; each keeps its place among the hooks of its site.
+
+        Of others than torch's and this library's, those with ``mute()`` and ``unmute()`` of their own.
+        """
+        self.mute()
+        try:
+            yield
+        finally:
+            self.unmute()
+
+    def mute(self) -> None:
+        """Silence every registration until :meth:`unmute`."""
+        for handle in self._able("mute"):
+            handle.mute()
+
+    def unmute(self) -> None:
+        """Let every registration act again."""
+        for handle in self._able("unmute"):
+            handle.unmute()
+
+    def put_behind(self, fence: Fence) -> None:
+        """Have no registration act in a thread that is fenced off, from now on."""
+        with one_at_a_time:
+            for handle in self._able("put_behind"):
+                handle.put_behind(fence)
+
+    def _able(self, what: str) -> Iterator[Any]:
+        for handle in self._handles:
+            able = Registration(handle) if isinstance(handle, RemovableHandle) else handle
+            if hasattr(able, what):
+                yield able
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def __enter__(self) -> MultiHookHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __add__(self, other: object) -> MultiHookHandle:
+        if not isinstance(other, MultiHookHandle):
+            raise TypeError(f"a MultiHookHandle can be added to another, not to {type(other).__name__}")
+        return MultiHookHandle([*self._handles, *other._handles])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} handles)"

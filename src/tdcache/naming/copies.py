@@ -1,0 +1,87 @@
+"""The copy of a model that forwards are run on, so that the model itself is never touched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["WorkingCopy", "in_best_dtype", "working_copy"]
+
+T = TypeVar("T")
+
+FLOAT64_PARAMETERS = 300_000_000
+"""Models with more parameters are run in their own dtype."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WorkingCopy:
+    """A copy in evaluation mode.
+
+    Attributes:
+        model: the copy.
+        dtype: that of its parameters.
+    """
+
+    model: nn.Module
+    dtype: torch.dtype
+
+    def fitted(self, inputs: Any) -> Any:
+        """Inputs on the model's device, floats in its dtype."""
+        if isinstance(inputs, Mapping):
+            return {name: self.fitted(value) for name, value in inputs.items()}
+        if isinstance(inputs, tuple | list):
+            return type(inputs)(self.fitted(value) for value in inputs)
+        if not isinstance(inputs, Tensor):
+            return inputs
+        device = next((each.device for each in self.model.parameters()), inputs.device)
+        return inputs.detach().to(device, self.dtype if inputs.is_floating_point() else inputs.dtype)
+
+
+def in_best_dtype(model: nn.Module, noise: float, use: Callable[[WorkingCopy], T]) -> T:
+    """What ``use`` makes of a copy in float64, or of one in the model's own dtype where it cannot run in float64.
+
+    Some models make masks for float32, whatever their dtype; large ones are not copied to twice their size.
+    """
+    if sum(parameter.numel() for parameter in model.parameters()) <= FLOAT64_PARAMETERS:
+        try:
+            return use(working_copy(model, noise=noise, double=True))
+        except (RuntimeError, TypeError, ValueError):
+            return use(working_copy(model, noise=noise, double=False))
+    return use(working_copy(model, noise=noise, double=False))
+
+
+def working_copy(model: nn.Module, *, noise: float = 0.0, double: bool = True) -> WorkingCopy:
+    """Copy ``model`` for forwards with a graph, in evaluation mode.
+
+    Args:
+        model: left alone; the copy shares nothing with it.
+        noise: the standard deviation of what is added to each parameter of the copy, relative to its own. A fresh
+            model has weights of one and biases of zero, which would let a wrong name pass.
+        double: whether the copy is one in float64.
+    """
+    twin = copy.deepcopy(model).eval().requires_grad_(True)
+    config = getattr(twin, "config", None)
+    if config is not None and hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "eager"  # noqa: SLF001  # grouped products have no float64
+    if double:
+        twin.double()
+    dtype = next((each.dtype for each in twin.parameters() if each.is_floating_point()), torch.get_default_dtype())
+    if noise:
+        _shake(twin, noise)
+    return WorkingCopy(twin, dtype)
+
+
+def _shake(model: nn.Module, noise: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                size = parameter.double().std() if parameter.numel() > 1 else parameter.new_zeros(())
+                size = torch.where(size > 0, size, 0.1).to(parameter)
+                draw = torch.randn(parameter.shape, generator=random, dtype=torch.float64).to(parameter)
+                parameter.add_(noise * size * draw)

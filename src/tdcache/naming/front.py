@@ -1,0 +1,94 @@
+"""``tdcache.names``: the table of a model's canonical names, found or given, proved, and spelled as asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from tdcache.errors import CanonicalNameError
+from tdcache.modules.call import ModelCall
+from tdcache.modules.hooked import HookedModule
+from tdcache.named_places import NamedPlace, Names
+from tdcache.naming.mapping import mapped
+from tdcache.naming.projections import before_rotation
+from tdcache.naming.prove import proved
+from tdcache.naming.resolve import resolve
+from tdcache.naming.styles import STYLES, in_style
+from tdcache.paths import wrapped
+
+__all__ = ["names"]
+
+
+def names(
+    model: nn.Module,
+    inputs: Any = None,
+    style: str | None = None,
+    *,
+    mapping: Mapping[str, str | NamedPlace] | None = None,
+    prove: bool | str | Iterable[str] = True,
+) -> Names:
+    """The canonical names of a model: each is a place, and what it says is proved by arithmetic.
+
+    ``embed``, ``pos_embed``, ``blocks.{i}.resid_pre|resid_mid|resid_post``, ``blocks.{i}.attn.q|k|v|scores|pattern|z``,
+    ``blocks.{i}.attn.out`` and ``blocks.{i}.attn.contribution`` (what is added to the stream),
+    ``blocks.{i}.mlp.pre|post|out|contribution``, ``blocks.{i}.ln1|ln2``, ``final_norm`` and ``unembed``; with a prefix
+    where there are several stacks (``encoder.blocks.0.resid_pre``). What a name would not mean in this model is
+    refused, with the reason. The names are found by the data flow of one forward of a copy, and checked on another
+    input; the model is left alone. Every method takes the table as ``names=``.
+
+    Args:
+        model: any module with a list of blocks. Wrappers of torch's (``torch.compile``, ``DistributedDataParallel``)
+            and hooked modules are looked into.
+        inputs: what to call it with: a tensor, a tuple of arguments, or a mapping of keyword arguments. By default made
+            from its configuration or its embedding.
+        style: whose spelling: None for the canonical one, ``"transformer_lens"`` for ``blocks.0.attn.hook_pattern``.
+        mapping: the names of a model of one's own, ``{name: path or NamedPlace}``, in place of those that are found;
+            ``"blocks.{i}.resid_post": "layers.{i}"`` speaks of every block. They are checked in the same way.
+        prove: False to check nothing; a name or several (regular expressions on whole names) to leave these out.
+
+    Returns:
+        The table; ``print(table)`` shows it, ``print(table.proof)`` what was checked.
+
+    Raises:
+        CanonicalNameError: the model has no blocks, no input for it can be made, or there is no such style.
+        PathError: ``mapping`` names a path that the model does not have.
+
+    Example:
+        >>> import torch
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+        ...     def forward(self, x):
+        ...         return x + self.down(self.up(self.norm(x)).relu())
+        >>> model = nn.Sequential(nn.Embedding(5, 8), Block(), Block())
+        >>> names(model, torch.tensor([[1, 2, 3]]))["blocks.1.mlp.contribution"].path
+        '2.down'
+    """
+    if style is not None and style not in STYLES:
+        known = ", ".join(map(repr, STYLES))
+        raise CanonicalNameError(f"there is no style {style!r}; the styles are {known}, or None", selector=style)
+    model = _own(model)
+    table = resolve(model, inputs) if mapping is None else mapped(model, inputs, mapping)
+    if prove is not False:
+        skip = () if prove is True else (prove,) if isinstance(prove, str) else tuple(prove)
+        table = proved(model, table, inputs, skip=skip)
+    if style == "transformer_lens":
+        table = before_rotation(model, table, inputs)
+    return table if style is None else in_style(table, style)
+
+
+def _own(model: nn.Module) -> nn.Module:
+    """The user's own model, inside of what wraps it."""
+    while True:
+        if isinstance(model, HookedModule):
+            inner: nn.Module | None = model.model
+        elif isinstance(model, ModelCall):
+            inner = model.module
+        else:
+            inner = wrapped(model)
+        if inner is None:
+            return model
+        model = inner

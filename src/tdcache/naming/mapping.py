@@ -1,0 +1,117 @@
+"""Names of one's own for a model of one's own: a small mapping becomes a table, which is checked as any other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import regex
+from torch import nn
+
+from tdcache.errors import CanonicalNameError, PathError, TdcacheError
+from tdcache.named_places import NamedPlace, Names, ResidualStream
+from tdcache.naming.resolve import resolve
+from tdcache.paths import resolve as module_at
+
+__all__ = ["mapped"]
+
+_BLOCK = "{i}"
+_STREAM = ("batch", "position", "unit")
+_AXES = {
+    "attn.q": ("batch", "head", "query", "unit"),
+    "attn.k": ("batch", "head", "key", "unit"),
+    "attn.v": ("batch", "head", "key", "unit"),
+    "attn.z": ("batch", "head", "query", "unit"),
+    "attn.scores": ("batch", "head", "query", "key"),
+    "attn.pattern": ("batch", "head", "query", "key"),
+}
+"""The axes of names whose place is a path alone; all others are along the stream."""
+
+
+def mapped(model: nn.Module, inputs: Any, mapping: Mapping[str, str | NamedPlace]) -> Names:
+    """The table of a mapping, not proved yet.
+
+    What is known of the streams (whether a block adds before or after its norm) is found by the data flow, where that
+    sees blocks; places are those of the mapping alone.
+
+    Raises:
+        CanonicalNameError: an entry for every block, ``"blocks.{i}..."``, that no path fits.
+        PathError: a path that the model does not have; the message names the nearest.
+    """
+    places: dict[str, NamedPlace] = {}
+    for name, given in mapping.items():
+        place = given if isinstance(given, NamedPlace) else NamedPlace(path=given)
+        for spelled, at in _spread(model, name, place):
+            places[spelled] = replace(at, name=spelled, axes=at.axes or _axes_of(spelled))
+    return Names(places, streams=_streams(model, inputs, places), model=model)
+
+
+def _axes_of(name: str) -> tuple[str, ...]:
+    return next((axes for role, axes in _AXES.items() if name.endswith(f".{role}")), _STREAM)
+
+
+def _spread(model: nn.Module, name: str, place: NamedPlace) -> Iterator[tuple[str, NamedPlace]]:
+    """A name and its place, for each block where it speaks of all of them."""
+    if _BLOCK not in name:
+        _check(model, place.path)
+        yield name, place
+        return
+    found = False
+    for number in range(sum(1 for _ in model.modules())):
+        path = place.path.replace(_BLOCK, str(number))
+        try:
+            _check(model, path)
+        except PathError:
+            if not found:
+                raise _no_block(model, name, place.path) from None
+            return
+        found = True
+        yield name.replace(_BLOCK, str(number)), replace(place, path=path)
+        if path == place.path:  # one module runs as every block
+            return
+
+
+def _check(model: nn.Module, path: str) -> None:
+    module = path.partition("::")[0]
+    if module:
+        module_at(model, module)
+
+
+def _no_block(model: nn.Module, name: str, path: str) -> CanonicalNameError:
+    return CanonicalNameError(
+        f"{name!r} speaks of every block, and {type(model).__name__} has no module {path.replace(_BLOCK, '0')!r}; give "
+        "a path that holds '{i}' where the number of the block is, such as 'layers.{i}.attn'",
+        selector=name,
+    )
+
+
+def _streams(model: nn.Module, inputs: Any, places: Mapping[str, NamedPlace]) -> dict[str, ResidualStream]:
+    try:
+        found = dict(resolve(model, inputs).streams)
+    except TdcacheError:  # no blocks that the data flow sees: then what the names say
+        found = {}
+    blocks: dict[str, int] = {}
+    for name in places:
+        parsed = regex.fullmatch(r"(?P<prefix>.*?)blocks\.(?P<number>\d+)\..*", name)
+        if parsed is not None:
+            prefix = parsed["prefix"]
+            blocks[prefix] = max(blocks.get(prefix, 0), int(parsed["number"]) + 1)
+    return {
+        prefix: _with_ends(found[prefix], places)
+        if prefix in found and found[prefix].blocks == count
+        else _with_ends(ResidualStream(prefix=prefix, layouts=("",) * count), places)
+        for prefix, count in blocks.items()
+    }
+
+
+def _with_ends(stream: ResidualStream, places: Mapping[str, NamedPlace]) -> ResidualStream:
+    """The stream with the final norm, the unembedding and the embeddings that the names say."""
+    norm, unembed = (places.get(f"{stream.prefix}{end}") for end in ("final_norm", "unembed"))
+    embeddings = tuple(name for name in (f"{stream.prefix}embed", f"{stream.prefix}pos_embed") if name in places)
+    return replace(
+        stream,
+        final_norm=stream.final_norm if norm is None else norm.path,
+        unembed=stream.unembed if unembed is None else unembed.path,
+        embeddings=embeddings,
+    )

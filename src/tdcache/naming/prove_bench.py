@@ -1,0 +1,169 @@
+"""What the identities are checked on, and how a check is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdcache.errors import TdcacheError
+from tdcache.function_calls import is_call
+from tdcache.named_places import NamedPlace, ResidualStream
+from tdcache.naming.prove_values import Readings
+from tdcache.paths import resolve
+
+__all__ = ["FLOAT32_INSIDE", "IdentityCheck", "ProofBench", "apply_module", "deviation"]
+
+EXACT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
+"""What sums may deviate by, relative to the largest value: a few additions in another order."""
+FLOAT32_INSIDE = {torch.float64: 3e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
+"""The same where a float64 model computes in float32 inside: norms, softmax, a recurrent state."""
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityCheck:
+    """One identity in one place.
+
+    Attributes:
+        identity: what should hold.
+        names: the names that it speaks of.
+        error: by how much it does not.
+        tolerance: what is allowed.
+        refuses: the names that are wrong if it does not hold; by default those of ``names`` that no identity
+            binds.
+        reason: what to say then; by default the identity and the error.
+        binds: the names that it binds to the stream, so that another identity that fails is not their fault.
+    """
+
+    identity: str
+    names: tuple[str, ...]
+    error: float
+    tolerance: float
+    refuses: tuple[str, ...] = ()
+    reason: str = ""
+    binds: tuple[str, ...] = ()
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is within the tolerance (a NaN is not)."""
+        return self.error <= self.tolerance
+
+    def why(self) -> str:
+        """Why the names are refused."""
+        if self.reason:
+            return self.reason
+        if self.tolerance == 0:
+            return f"it does not hold that {self.identity}"
+        return f"{self.identity} is off by {self.error:.1e} of the largest value"
+
+
+@dataclass(slots=True, eq=False)
+class ProofBench:
+    """A model, what is known of its streams, and the values of its places.
+
+    Attributes:
+        model: the copy that the values are of.
+        places: the table that is checked.
+        streams: what it says about each stream.
+        readings: the values.
+        dtype: of the model.
+        checks: what was found so far.
+    """
+
+    model: nn.Module
+    places: dict[str, NamedPlace]
+    streams: dict[str, ResidualStream]
+    readings: Readings
+    dtype: torch.dtype
+    checks: list[IdentityCheck] = field(default_factory=list)
+
+    def has(self, *names: str) -> bool:
+        """Whether there is a value for each of these names."""
+        return all(name in self.readings for name in names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.readings[name]
+
+    def compared(
+        self, identity: str, names: Sequence[str], one: Tensor, other: Tensor, *, inside: bool = False
+    ) -> IdentityCheck:
+        """The check that two values agree; with ``inside`` only to what float32 gives."""
+        error = deviation(one, other)
+        exact, loose = EXACT[self.dtype], FLOAT32_INSIDE[self.dtype]
+        allowed = loose if inside or error > exact else exact
+        return IdentityCheck(identity, tuple(names), error, allowed, binds=tuple(names))
+
+    def equal(self, identity: str, names: Sequence[str], one: Tensor, other: Tensor, *, inside: bool = False) -> None:
+        """Check that two values agree; with ``inside`` only to what float32 gives."""
+        self.checks.append(replace(self.compared(identity, names, one, other, inside=inside), binds=()))
+
+    def bound(self, identity: str, names: Sequence[str], one: Tensor, other: Tensor, *, inside: bool = False) -> None:
+        """Check that two values agree, in an identity that binds its names to the stream."""
+        self.checks.append(self.compared(identity, names, one, other, inside=inside))
+
+    def true(self, identity: str, names: Sequence[str], holds: bool, reason: str = "", **options: Any) -> None:
+        """Check something that holds or does not, such as where a gradient goes."""
+        self.checks.append(IdentityCheck(identity, tuple(names), 0.0 if holds else 1.0, 0.0, reason=reason, **options))
+
+    def module(self, name: str) -> nn.Module | None:
+        """The module whose output a name stands for; None if it stands for a call."""
+        place = self.places.get(name)
+        return None if place is None or is_call(place.path) else self.module_at(place.path)
+
+    def module_at(self, path: str | None) -> nn.Module | None:
+        """The module of a path, or None."""
+        if path is None:
+            return None
+        try:
+            return resolve(self.model, path)
+        except TdcacheError:
+            return None
+
+    def blocks(self) -> Iterator[tuple[str, str, int, str]]:
+        """Each block that has names: its stream's prefix, what its names begin with, its number, and its layout."""
+        seen: set[tuple[str, int]] = set()
+        for name in self.places:
+            prefix, found, rest = name.partition("blocks.")
+            number = rest.partition(".")[0]
+            if found and number.isdigit():
+                seen.add((prefix, int(number)))
+        for prefix, at in sorted(seen):
+            stream = self.streams.get(prefix)
+            layout = stream.layouts[at] if stream is not None and at < stream.blocks else ""
+            yield prefix, f"{prefix}blocks.{at}.", at, layout
+
+    def labels(self, head: str, part: str) -> list[str]:
+        """The sublayers of a block that have ``part``: ``["attn", "cross_attn", "mlp"]``, in the order they run."""
+        order = {"attn": 0, "mixer": 0, "cross_attn": 1, "mlp": 2}
+        found = [
+            name[len(head) : -len(part) - 1]
+            for name in self.places
+            if name.startswith(head) and name.endswith("." + part) and name.count(".", len(head)) == 1
+        ]
+        return sorted(found, key=lambda label: (order.get(label.rstrip("0123456789"), 3), label))
+
+
+def deviation(one: Tensor, other: Tensor) -> float:
+    """The largest difference relative to the largest value; infinite where shapes disagree or nothing is there."""
+    if one.shape != other.shape:
+        if one.numel() != other.numel():
+            return float("inf")
+        other = other.reshape(one.shape)
+    size = torch.maximum(one.abs().max(), other.abs().max()).double()
+    if one.numel() == 0 or not size > 0:
+        return float("inf")
+    return float((one.double() - other.double()).abs().max() / size)
+
+
+def apply_module(module: nn.Module, value: Tensor) -> Tensor | None:
+    """What a module makes of a value; None where it cannot be called with it alone."""
+    try:
+        with torch.no_grad():
+            made = module(value)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    found = made[0] if isinstance(made, tuple) else made
+    return found if isinstance(found, Tensor) else None
