@@ -92,6 +92,13 @@ def kills(session):
 
 
 @nox.session
+def soak(session):
+    """Take fifty million rows through everything that reads and writes them: each is checked, memory is measured."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "benchmarks/soak.py", *(session.posargs or ("--rows", "50000000")), env=OFFLINE)
+
+
+@nox.session
 def names_zoo(session):
     """Find and prove canonical names in 190 families of transformers; writes docs/names_table.md."""
     install(session, "-e", ".[examples]")

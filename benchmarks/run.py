@@ -37,6 +37,7 @@ ROWS = {
     "calls": "rows_calls:calls",
     "attribution": "rows_attribution:attribution",
     "harvest": "rows_harvest:rows",
+    "shuffle": "rows_shuffle:rows",
 }
 PEERS = (
     *("tensordict", "regex", "tdhook", "nnsight", "captum", "zennit", "transformer-lens", "pyvene", "transformers"),
