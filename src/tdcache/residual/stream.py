@@ -132,10 +132,16 @@ class CachedStream:
         return self.columns.of(value.permute(*rest, axes.index("head"), axes.index("unit")), name, axis=-3)
 
     def _unpacked(self, name: str) -> tuple[Tensor, tuple[str, ...]]:
-        """A kept value and its axes, with those apart that the model holds as one, ``"batch*head"``."""
+        """A kept value and its axes, with those apart that the model holds as one, ``"batch*head"``.
+
+        Where one position of each row was kept, or rows of positions were gathered, there is no axis of positions.
+        """
         value, axes = self.whole(name), self.place(name).axes
+        added = self.whole(f"{name.rpartition('.')[0]}.contribution")
+        if added.ndim == 2:
+            axes = tuple(axis for axis in axes if axis not in ("position", "query"))
         if "batch*head" in axes and value.ndim == len(axes):
-            at, rows = axes.index("batch*head"), len(self.whole(name.rpartition(".")[0] + ".contribution"))
+            at, rows = axes.index("batch*head"), len(added)
             if value.shape[at] % rows == 0:
                 return value.unflatten(at, (rows, -1)), (*axes[:at], "batch", "head", *axes[at + 1 :])
         return value, axes
