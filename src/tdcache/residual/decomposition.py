@@ -142,7 +142,8 @@ def decompose(
     of, last, role = stream.until(of)
     sums = _embedded(stream)
     for block in range(last + 1):
-        sums.compare("resid_pre", block)
+        if block == 0 or not stream.keeps(stream.name("resid_post", block - 1)):  # else it was, under that name
+            sums.compare("resid_pre", block)
         kinds = [] if block == last and role == "resid_pre" else stream.contributions(block)
         for number, kind in enumerate(kinds, 1):
             if block == last and role == "resid_mid" and number == len(kinds):
