@@ -24,6 +24,7 @@ PEER_TESTS = (
     "tests/harvesting/test_ray_fleet.py",
     "tests/harvesting/test_sources.py",
     "tests/points/test_transformer_lens.py",
+    "tests/residual/test_transformer_lens.py",
     "tests/store/test_dataset.py",
     "tests/store/test_repack.py",
 )
@@ -95,6 +96,20 @@ def call_zoo(session):
     """Hold the places inside the attention of every family of transformers that builds against an eager twin."""
     install_group(session, "tests", "-e", ".")
     session.run("python", "tests/call_zoo.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def names_zoo(session):
+    """Find and prove canonical names in 190 families of transformers; writes docs/names_table.md."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "tests/names_zoo.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def names_lies(session):
+    """Plant wrong names in 190 families of transformers; every one has to be refused."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "tests/names_lies.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session(venv_backend="none")

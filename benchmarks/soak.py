@@ -1,7 +1,8 @@
 """Fifty million rows through everything that reads and writes them: every row checked, memory measured.
 
-``python benchmarks/soak.py --rows 50000000`` harvests so many rows, goes through a block-shuffled epoch of them, shuffles
-them once and for all, and verifies every byte; each in a process of its own, and each with a tenth of the rows as well.
+``python benchmarks/soak.py --rows 50000000`` harvests so many rows, goes through a block-shuffled epoch of them,
+shuffles them once and for all, and verifies every byte; each in a process of its own, and each with a tenth of the rows
+as well.
 A row holds the bits of its own number, so that one that is lost, doubled or damaged is noticed.
 """
 
@@ -35,7 +36,7 @@ class Numbers:
         self.rows = rows
 
     def __len__(self):
-        return -(-self.rows // BATCH)
+        return (self.rows + BATCH - 1) // BATCH
 
     def __iter__(self):
         for begin in range(0, self.rows, BATCH):

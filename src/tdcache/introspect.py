@@ -32,7 +32,6 @@ __all__ = [
     "global_hooks",
     "has_stale_graph",
     "has_tensor_hooks",
-    "held_tensors",
     "hooks_always_called",
     "hooks_with_kwargs",
     "in_backward",
@@ -52,9 +51,7 @@ __all__ = [
     "scripted_ancestor",
     "set_eval_frame",
     "set_hook_dicts",
-    "shares_memory",
     "skip_frame",
-    "storage_address",
     "storage_users",
     "why_not_called",
 ]
@@ -108,22 +105,6 @@ def hooks_always_called(module: nn.Module) -> Any:
     return module._forward_hooks_always_called
 
 
-def held_tensors(model: nn.Module) -> list[Tensor]:
-    """The parameters and buffers of a model; one that several modules have is there several times."""
-    held: list[Tensor | None] = []
-    seen: dict[nn.Module, None] = {model: None}
-    to_do = [model]
-    while to_do:
-        module = to_do.pop()
-        held += module._parameters.values()
-        held += module._buffers.values()
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen[child] = None
-                to_do.append(child)
-    return [tensor for tensor in held if tensor is not None]
-
-
 _tensor_hooks = count(1)
 
 
@@ -170,22 +151,6 @@ def storage_users(tensors: Collection[Tensor]) -> list[int]:
     except (NotImplementedError, RuntimeError):  # sparse, nested or wrapper tensors among them
         return [2] * len(tensors) if len(tensors) == 1 else [storage_users((each,))[0] for each in tensors]
     return [count - 1 for count in counts]  # the storage object that is asked counts as well
-
-
-def storage_address(tensor: Tensor) -> int:
-    """The address of a tensor's memory; 0 where it has none of its own (sparse, nested, wrapper and empty tensors)."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):
-        return 0
-
-
-def shares_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether writing to one tensor in place could change the other; True where torch does not say."""
-    if one is other:
-        return True
-    mine, its = storage_address(one), storage_address(other)
-    return not (mine and its) or (mine == its and one.device == other.device)
 
 
 class HookEntry(NamedTuple):

@@ -177,11 +177,10 @@ def test_rows_are_mixed_and_every_epoch_is_another_one_and_repeatable(dataset):
     assert identities(dataset.batches(72, shuffle="block", seed=2, block=6)) != first
 
 
-def test_a_block_is_a_mebibyte_of_the_widest_site_so_that_two_pools_have_a_bound(dataset):
+def test_a_block_has_a_bound_in_rows_and_a_pool_in_blocks(dataset):
     batches = dataset.batches(4, shuffle="block")
-    assert (batches.block - 1) * 24 < 1 << 20 <= batches.block * 24
-    assert batches.pool == 16 * batches.block
-    assert dataset.select("layers.0").batches(4).block * 8 * 2 == 1 << 20
+    assert (batches.block, batches.pool) == (1024, 64 * 1024)  # of 24 bytes each
+    assert dataset.batches(4, block=100).pool == 6400
     assert len(dataset.batches(5)) == 15
 
 

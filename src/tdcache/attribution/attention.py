@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from tdcache.attribution.base import Attribution, Work
+from tdcache.attribution.base import RoleAttribution, Work
 from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.place import Place
 from tdcache.attribution.point import wide
 from tdcache.errors import AttributionError
 from tdcache.function_calls.sites import is_call
-from tdcache.function_calls.stand_in import check_selector
 from tdcache.types import Match, Pick, Selector
 
 __all__ = ["Mask", "QKAttributionPatching"]
@@ -28,7 +27,7 @@ _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, to
 """By how much a recomputed probability may differ: rounded logits, and softmaxes in float32 inside of float64."""
 
 
-class QKAttributionPatching(Attribution):
+class QKAttributionPatching(RoleAttribution):
     """AtP* at queries and keys: the softmax is recomputed, and only what follows is linear (the QK fix).
 
     Gradient estimates at queries and keys fail where attention is saturated. Here a query's score is the change of its
@@ -67,18 +66,11 @@ class QKAttributionPatching(Attribution):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.selectors = {"query": query, "key": key, "pattern": pattern}
-        for selector in self.selectors.values():
-            check_selector(selector, match)
-        self.match: Match = match
+        self.select_by(match, query=query, key=key, pattern=pattern)
         self.heads = heads
         self.scale = scale
         self.mask = mask
         self.pick = pick
-
-    def selectors_by_role(self) -> Mapping[str, tuple[Selector, Match]]:
-        """The selectors of the method by role."""
-        return {role: (selector, self.match) for role, selector in self.selectors.items()}
 
     def places(self, role: str, paths: Sequence[str]) -> list[Place]:
         """What the modules of a role return."""

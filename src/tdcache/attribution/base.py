@@ -24,13 +24,15 @@ from tdcache.attribution.survey import Survey
 from tdcache.attribution.targets import TargetLike
 from tdcache.contexts import HookingContextFactory
 from tdcache.errors import AttributionError, DirectionError, TdcacheError
-from tdcache.function_calls.stand_in import check_selector, select_sites
+from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import MultiHookHandle
 from tdcache.modules import HookedModule
+from tdcache.named_places import Names
+from tdcache.place_modules import refuse_at_names, sites_of
 from tdcache.selection import Selection
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
-__all__ = ["Attribution", "Scores", "SiteAttribution", "Work"]
+__all__ = ["Attribution", "RoleAttribution", "Scores", "SiteAttribution", "Work"]
 
 Scores: TypeAlias = Mapping[tuple[Any, ...], Any]
 """What is written: full key to tensor, such as ``("attr", "layers.0")``."""
@@ -77,6 +79,8 @@ class Attribution(HookingContextFactory):
             floating-point inputs by default.
         allow_unused: what the target does not depend on has scores of zero, and modules that do not run have none,
             instead of being errors.
+        names: the canonical names of the model, ``tdcache.names(model)``. Selectors then mean names, and scores are
+            keyed by names.
     """
 
     reduce: int | Sequence[int] | None = None
@@ -93,8 +97,11 @@ class Attribution(HookingContextFactory):
         snapshot: bool | None = None,
         inputs: Sequence[CacheKey] | None = None,
         allow_unused: bool = False,
+        names: Names | None = None,
     ) -> None:
         super().__init__()
+        refuse_at_names(names, ())
+        self.names = names
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is the number of points in one forward, at least 1; got {chunk}")
         self.target = target
@@ -130,7 +137,7 @@ class Attribution(HookingContextFactory):
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         model = module.model
         selections = {
-            role: select_sites(model, selector, match=match)
+            role: sites_of(model, selector, self.names, match=match)
             for role, (selector, match) in self.selectors_by_role().items()
         }
         member = _Member(self, model, selections)
@@ -185,6 +192,7 @@ class SiteAttribution(Attribution):
             raise DirectionError(
                 f"attribution explains what modules return, 'fwd', or read, 'fwd_pre'; got {direction!r}"
             )
+        refuse_at_names(self.names, [direction])
         if pick == "all":
             raise ValueError("pick='all' does not say how many scores there are; give a list, such as pick=[0, 1]")
         self.selector = selector
@@ -209,6 +217,24 @@ class SiteAttribution(Attribution):
             return [Place(kind, path, self.pick, self.call) for path in paths]
         parts = {pick: tuple(map(str, pick if isinstance(pick, tuple) else (pick,))) for pick in self.pick}
         return [Place(kind, path, pick, self.call, part) for path in paths for pick, part in parts.items()]
+
+
+class RoleAttribution(Attribution):
+    """Base of the methods that select modules in several roles; they call :meth:`select_by` when they are made."""
+
+    selectors: Mapping[str, Selector]
+    """The selectors by role."""
+    match: Match
+
+    def select_by(self, match: Match, **selectors: Selector) -> None:
+        """Keep the selectors of the roles; an unusable one is refused here, not on entering."""
+        for selector in selectors.values():
+            check_selector(selector, match)
+        self.selectors, self.match = selectors, match
+
+    def selectors_by_role(self) -> Mapping[str, tuple[Selector, Match]]:
+        """The selectors of the method by role."""
+        return {role: (selector, self.match) for role, selector in self.selectors.items()}
 
 
 def _any_batch(module: HookedModule, data: TensorDictBase, forward: Forward, crowd: list[_Member]) -> TensorDictBase:

@@ -13,6 +13,7 @@ from tdcache.cache.call_taps import CallCapture
 from tdcache.cache.channel import Channel
 from tdcache.cache.gradient_taps import GradientTap, InputGradientTap, OutputAndGradientTap, PlainGradientTap
 from tdcache.cache.keep import Keep
+from tdcache.cache.part import PartFilter
 from tdcache.cache.positions import PositionFilter
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.stacking import GrowingStackBy, StackBy
@@ -34,6 +35,7 @@ from tdcache.hooks.port import InputPort, OutputPort
 from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.introspect import may_be_compiled
 from tdcache.reducers import Last, Reducer
+from tdcache.regions import Region
 from tdcache.selection import Selection, Site
 from tdcache.steps import Steps, check_steps
 from tdcache.tokens import Positions, check_positions
@@ -63,6 +65,8 @@ class Capture:
     stop_early: bool
     prepend: bool
     check: Check
+    region: Region
+    """Rows, units and heads."""
     positions: Positions = None
     mask_key: Any = "auto"
     position_dim: int = 1
@@ -99,7 +103,7 @@ class Capture:
 
     def _fits_graph(self) -> bool:
         asked = (self.callback, self.pick, self.positions, self.steps)
-        asks_more = any(each is not None for each in asked) or self.stop_early
+        asks_more = any(each is not None for each in asked) or self.stop_early or not self.region.whole
         return self.directions == ("fwd",) and self.keep == Keep() and isinstance(self.reducer, Last) and not asks_more
 
     def recorder(
@@ -108,10 +112,12 @@ class Capture:
         selection: Selection,
         places: Sequence[CallPlace] = (),
         position_dims: Mapping[str, int] | None = None,
+        regions: Mapping[str, Region] | None = None,
     ) -> Recorder:
         """The state of one open context: a channel per direction, each with its place in the cache.
 
-        ``position_dims``: by path, the axis of positions where it is not ``position_dim``.
+        ``position_dims`` and ``regions``: by path, the axis of positions where it is not ``position_dim``, and the part
+        that is kept where its axes are not those of ``region``.
 
         Raises:
             CacheWriteError: the cache is locked and lacks entries.
@@ -125,18 +131,23 @@ class Capture:
             stack_by = StackBy(self.stack_by, selection)
         has_parts = self.pick == "all" or bool(places)
         by_value = self.check == "values"
-        chosen = None
-        if self.positions is not None:
-            chosen = PositionFilter(self.positions, self.mask_key, self.position_dim, position_dims)
+        part = self._part(position_dims, regions or {})
         channels = []
         for direction in self.directions:
             target = Target(cache, direction if self.nested else None, self.batch_dims)
             target.ensure()
             if not has_parts:
                 target.check(selection.paths if stack_by is None else tuple(stack_by.members))
-            options = (stack_by, has_parts, chosen, self.steps is not None, by_value)
+            options = (stack_by, has_parts, part, self.steps is not None, by_value)
             channels.append(Channel(direction, selection.paths, keep, target, self.reducer, *options))
         return Recorder(channels, fits_graph=self.fits_graph and channels[0].takes_aliases)
+
+    def _part(self, position_dims: Mapping[str, int] | None, regions: Mapping[str, Region]) -> PartFilter | None:
+        positions = None
+        if self.positions is not None:
+            positions = PositionFilter(self.positions, self.mask_key, self.position_dim, position_dims)
+        whole = self.region.whole and all(region.whole for region in regions.values())
+        return None if positions is None and whole else PartFilter(self.region, positions, regions)
 
     def place_calls(
         self, root: nn.Module, places: Sequence[CallPlace], recorder: Recorder, handle: MultiHookHandle

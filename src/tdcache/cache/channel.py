@@ -19,18 +19,17 @@ from torch import Tensor
 
 from tdcache.cache.keep import Keep, Transfers, detach_all
 from tdcache.cache.ownership import Outside, own
-from tdcache.cache.positions import PositionFilter
+from tdcache.cache.part import PartFilter
 from tdcache.cache.reductions import Reductions
 from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.stand_ins import ABSENT, CopyInGraph
 from tdcache.cache.target import EntryTarget
-from tdcache.errors import CaptureError, listed
+from tdcache.errors import CaptureError
 from tdcache.hooks.directions import direction_row
-from tdcache.inplace import InplaceWatch, overwritten
-from tdcache.introspect import shares_memory
+from tdcache.inplace import InplaceWatch, overwritten, shares_memory
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Site
-from tdcache.transforms import in_transform, is_wrapped, transform_under_way, unwrapped
+from tdcache.transforms import escaped, in_transform, is_wrapped, transform_under_way, unwrapped
 from tdcache.types import CacheKey, HookDirection
 
 __all__ = ["Channel"]
@@ -50,8 +49,8 @@ class Channel:
     stack_by: StackBy | None
     has_parts: bool = False
     """Whether a site may have any number of entries (``pick="all"``), or sites become known as they fire."""
-    positions: PositionFilter | None = None
-    """Which positions of each value are kept; None for all."""
+    part: PartFilter | None = None
+    """Which rows, positions, units and heads of each value are kept; None for all."""
     gated: bool = False
     """Whether some forwards are left out (``steps=``)."""
     by_value: bool = False
@@ -94,7 +93,7 @@ class Channel:
         self.is_gradient = direction_row(self.direction).gradient
         self.latest_only = isinstance(self.reducer, Last)
         self._checks_values = self.by_value and not self.is_gradient  # gradients that others can write to are copied
-        plain = self.keep.plain and self.positions is None and not (self.target.in_place or self.gated)
+        plain = self.keep.plain and self.part is None and not (self.target.in_place or self.gated)
         self.takes_aliases = self.latest_only and plain and not self._checks_values
         self._watch = InplaceWatch(by_value=self.by_value)
         self.reductions = None if self.latest_only else Reductions(self.reducer, self._watch)
@@ -159,6 +158,14 @@ class Channel:
         if self.reductions is not None:
             self.reductions.end_backward()
             return
+        self._settle_aliases(backward)
+        if self.copies or self.stack_by is not None or self.has_parts or len(self.values) != len(self.paths):
+            self._deliver_slowly()
+        else:
+            self.target.write(self.values, complete=True)
+
+    def _settle_aliases(self, backward: bool) -> None:
+        """Have no value hold a graph, the memory of a transform, or of a backward what others could write to."""
         values = self.values
         if transform_under_way() is not None or (backward and in_transform()):
             self._unwrap()
@@ -166,17 +173,9 @@ class Channel:
             for key in own(values):
                 self.versions.pop(key, None)
         if self.keep.hold != "live":
-            self._detach()
-        if self.copies or self.stack_by is not None or self.has_parts or len(values) != len(self.paths):
-            self._deliver_slowly()
-        else:
-            self.target.write(values, complete=True)
-
-    def _detach(self) -> None:
-        """Let go of the graphs; of parameters and inputs, which others write to, keep copies."""
-        for key in detach_all(self.values):
-            self.copies[key] = self.values[key].clone()
-            self._vacate(key)
+            for key in detach_all(values):  # parameters and inputs, which others write to
+                self.copies[key] = values[key].clone()
+                self._vacate(key)
 
     def _note_fired(self) -> None:
         if len(self.values) == len(self.paths) and not (self._idle or self.has_parts):
@@ -224,10 +223,9 @@ class Channel:
 
     def idle(self) -> None:
         """Give every key a value, so that hooks take the slow path until the next forward begins."""
-        values = self.values
-        absent = [path for path in self.paths if path not in values] if values else self.paths
+        absent = [path for path in self.paths if path not in self.values] if self.values else self.paths
         if absent:
-            values.update(dict.fromkeys(absent, ABSENT))
+            self.values.update(dict.fromkeys(absent, ABSENT))
             self._idle = True
 
     def mark_absent(self) -> None:
@@ -263,8 +261,8 @@ class Channel:
         """
         self.fired.add(path)
         mask: Tensor | None = None
-        if self.positions is not None:
-            part = self.positions.of(path, tensor, self.reducer)
+        if self.part is not None:
+            part = self.part.of(path, tensor, self.reducer)
             if part is None:
                 return
             tensor, mask = part
@@ -291,11 +289,12 @@ class Channel:
 
         With ``stack_by`` it waits for those that it is stacked with.
         """
-        if self.positions is not None:
+        if self.part is not None:
             self.fired.add(path)
-            raise self.positions.outside(path)
+            self.part.refuse_outside(path)
         if self.stack_by is not None:
-            kept, is_alias = self._keep(tensor, path)
+            part = None if self.part is None else self.part.of(path, tensor, self.reducer)
+            kept, is_alias = self._keep(tensor if part is None else part[0], path)
             self.fired.add(path)
             self.transfers.wait()
             self.waiting[key] = kept.clone() if is_alias else kept
@@ -352,7 +351,7 @@ class Channel:
         if self._idle:
             values = {key: value for key, value in values.items() if value is not ABSENT}
         if any(map(is_wrapped, values.values())) and not in_transform():
-            raise self._escaped(values)
+            raise escaped([_path_of(key) for key, value in values.items() if is_wrapped(value)])
         if self.keep.hold == "live" or self.target.in_place:
             return
         if self._watch.seen:
@@ -362,15 +361,6 @@ class Channel:
         holders = 2 if values is self.values else 3  # the dicts here, and the cache
         for key in own(values, outside, holders=holders):
             self.target.put(key, values[key])
-
-    @staticmethod
-    def _escaped(values: Mapping[CacheKey, Any]) -> CaptureError:
-        escaped = [_path_of(key) for key, value in values.items() if is_wrapped(value)]
-        return CaptureError(
-            f"{listed(escaped)} ran inside a torch.func transform (vmap, grad, jvp) within the model's forward, "
-            "and what is kept has no meaning after it; keep a copy with hold='snapshot'",
-            paths=escaped,
-        )
 
     def _settle_watched(self, watched: set[int]) -> None:
         """Copy the aliases that reducers and a callback's TensorDicts keep."""
@@ -396,8 +386,8 @@ class Channel:
         self._watch.clear()
         if self.reductions is not None:
             self.reductions.clear()
-        if self.positions is not None:
-            self.positions.forget()
+        if self.part is not None:
+            self.part.forget()
         self.number += 1
         self.accepting = -1
 

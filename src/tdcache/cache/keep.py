@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdcache.errors import CaptureError
-from tdcache.introspect import shares_memory
+from tdcache.inplace import shares_memory
 from tdcache.types import Hold, Index
 
 __all__ = ["Keep", "Transfers", "detach_all"]

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, UntypedStorage, nn
 
-from tdcache.introspect import held_tensors, storage_address, storage_users
+from tdcache.inplace import storage_address
+from tdcache.introspect import storage_users
 
-__all__ = ["Outside", "own", "shared_keys", "storages_of"]
+__all__ = ["Outside", "held_tensors", "own", "shared_keys", "storages_of"]
 
 Key = TypeVar("Key")
 Outside = Callable[[], Collection[int]]
@@ -76,3 +77,19 @@ def storages_of(model: nn.Module) -> frozenset[int]:
 
 _storage = Tensor.untyped_storage
 _address = UntypedStorage.data_ptr
+
+
+def held_tensors(model: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a model; one that several modules have is there several times."""
+    held: list[Tensor | None] = []
+    seen: dict[nn.Module, None] = {model: None}
+    to_do = [model]
+    while to_do:
+        module = to_do.pop()
+        held += module._parameters.values()  # noqa: SLF001  (parameters() would walk once more a module)
+        held += module._buffers.values()  # noqa: SLF001
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen[child] = None
+                to_do.append(child)
+    return [tensor for tensor in held if tensor is not None]

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from tdcache.arguments import forward_names, named_arguments
 from tdcache.errors import CaptureError
-from tdcache.function_calls.sites import has_heads_first
+from tdcache.function_calls.sites import at_call
 from tdcache.hooks.registrations import Order
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
+from tdcache.regions import Region
 from tdcache.sequences import Sequences
 from tdcache.tokens import Positions, Tokens, check_positions
 
@@ -74,8 +75,7 @@ class PositionFilter:
             CaptureError: there is no call to take a mask from, or rows keep different numbers of positions.
             SelectionError: the mask does not fit, or a row lacks a position.
         """
-        of_call = 2 if self.position_dim == 1 and has_heads_first(path) and value.dim() > 3 else self.position_dim
-        dim = self.dims.get(path, of_call)
+        dim = self.dim_at(path, value)
         tokens, moved = self._tokens_of(path, value, dim)
         mask = tokens.select(self.positions)
         if not bool(mask.any()):
@@ -97,15 +97,20 @@ class PositionFilter:
         kept = moved[mask.to(value.device)].unflatten(0, (len(moved), -1))
         return kept.movedim(1, dim), None
 
-    def _tokens_of(self, path: str, value: Tensor, dim: int) -> tuple[Tokens, Tensor]:
-        if self._sequences is None:
-            raise self.outside(path)
-        if value.dim() <= dim:
+    def dim_at(self, path: str, value: Tensor) -> int:
+        """The axis of positions at one site; heads come before it at the calls of an attention."""
+        dim = self.dims.get(path, at_call(Region(position_dim=self.position_dim), path).position_dim)
+        if not -value.dim() <= dim < value.dim():
             raise CaptureError(
                 f"the value at {path!r} has shape {tuple(value.shape)} and no axis {dim} of positions; "
                 "choose position_dim=, or other sites",
                 paths=(path,),
             )
+        return dim % value.dim()
+
+    def _tokens_of(self, path: str, value: Tensor, dim: int) -> tuple[Tokens, Tensor]:
+        if self._sequences is None:
+            raise self.outside(path)
         moved = value.movedim(dim, 1)
         batch, length = moved.shape[:2]
         return self._sequences.at(path, batch=batch, length=length, device=value.device), moved

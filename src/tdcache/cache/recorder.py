@@ -20,6 +20,7 @@ from tdcache.function_calls.places import CallTaps
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import leaves
+from tdcache.inplace import storage_address
 from tdcache.introspect import (
     NO_TASK,
     backward_task,
@@ -27,7 +28,6 @@ from tdcache.introspect import (
     calls_on_stack,
     in_backward,
     keep_frames_out_of_graphs,
-    storage_address,
     why_not_called,
 )
 from tdcache.types import CacheKey

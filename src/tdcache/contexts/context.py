@@ -24,8 +24,8 @@ from tdcache.introspect import may_be_compiled
 from tdcache.modules.call import ModelCall, holds_entries
 from tdcache.modules.hooked import HookedModule
 from tdcache.named_places import Names
+from tdcache.place_modules import named_selection
 from tdcache.selection import Matcher, Selection, as_matcher, depends_on_names_only, select_matching, walk
-from tdcache.stand_ins import named_selection
 from tdcache.tables import html_note, html_table
 from tdcache.types import CacheKey, Match, Selector
 
@@ -324,7 +324,7 @@ class HookingContext:
             root: what paths are relative to; the user's own model by default.
             matcher: what was made of the selector before.
 
-        Where the context has canonical names, ``selector`` means these: see :mod:`tdcache.stand_ins`.
+        Where the context has canonical names, ``selector`` means these: see :mod:`tdcache.place_modules`.
 
         Raises:
             ContextError: a site is inside a TorchScript module.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import regex
 
 from tdcache.errors import SelectionError
 from tdcache.function_calls.names import DERIVED
+from tdcache.regions import Region
 from tdcache.selection import Selection
 from tdcache.types import Match, Selector
 
-__all__ = ["CallPattern", "CallSite", "FindModules", "has_heads_first", "is_call", "split_selector"]
+__all__ = ["CallPattern", "CallSite", "FindModules", "at_call", "has_heads_first", "is_call", "split_selector"]
 
 _MARK = "::"
 _LABEL = regex.compile(r"(?P<name>[A-Za-z_]\w*)(?:\.(?P<ordinal>0|[1-9]\d*))?")
@@ -183,3 +184,14 @@ def split_selector(selector: Selector) -> tuple[Selector | None, tuple[str, ...]
     parts = [split_selector(member) for member in selector]
     calls = tuple(call for _, found in parts for call in found)
     return ([part for part, _ in parts if part is not None] or None) if calls else selector, calls
+
+
+def at_call(region: Region, path: str) -> Region:
+    """The same part of a value at a call: in one of an attention call, heads and positions are axes of their own.
+
+    Queries, keys, values, scores and patterns are ``(batch, heads, positions, ...)``; so is what their softmax returns.
+    """
+    if not has_heads_first(path):
+        return region
+    unit_dim = -3 if region.heads is not None and region.unit_dim == -1 else region.unit_dim
+    return replace(region, unit_dim=unit_dim, position_dim=-2 if region.position_dim == 1 else region.position_dim)

@@ -16,13 +16,12 @@ from tdcache.caching import ActivationCaching
 from tdcache.errors import CaptureError, RepeatedCallWarning, SelectionError, listed
 from tdcache.function_calls.places import port_of
 from tdcache.function_calls.sites import has_heads_first
-from tdcache.function_calls.stand_in import select_sites
 from tdcache.harvesting.calling import Inputs, as_evaluated, call_model, model_device, to_device
 from tdcache.harvesting.options import HarvestOptions
 from tdcache.harvesting.row_rule import BatchRows, row_dims
 from tdcache.harvesting.sharding import whole_tensor
 from tdcache.modules import HookedModule
-from tdcache.stand_ins import named_selection
+from tdcache.place_modules import sites_of
 from tdcache.store.dtypes import DTYPES, count_lost
 from tdcache.types import Pick
 
@@ -159,11 +158,7 @@ class BatchCapture:
             names=options.names,
         )
         self._inputs = Inputs.of(model, options.in_keys)
-        if options.names is None:
-            selection = select_sites(model, options.select, match=options.match)
-        else:
-            selection = named_selection(model, options.names, options.select, match=options.match)
-        self.paths = selection.paths
+        self.paths = sites_of(model, options.select, options.names, match=options.match).paths
         """The paths of the selected sites, in the order of the model."""
 
     @contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 
 from tdcache.harvesting.capture import BatchCapture
 from tdcache.harvesting.columns import OwnColumns
-from tdcache.harvesting.identity import identity_of, spelled_positions
+from tdcache.harvesting.identity import identity_of, spelled_place, spelled_positions
 from tdcache.harvesting.options import HarvestOptions
 from tdcache.harvesting.plan import Budget, Preflight, Probe, batches_per_unit, model_fingerprint, probe
 from tdcache.harvesting.row_rule import RowKind, RowRule, as_drops, as_kind, as_positions
@@ -20,7 +20,6 @@ from tdcache.harvesting.sharding import refuse_shards
 from tdcache.harvesting.sizes import as_bytes, as_count, dtype_name
 from tdcache.harvesting.source import Source
 from tdcache.harvesting.workers import Share
-from tdcache.named_places import spelled_place
 from tdcache.store.spec import read_spec
 
 __all__ = ["Request"]

@@ -13,11 +13,11 @@ from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.current_call import CurrentCall
 from tdcache.errors import ContextError, EditError, UnfiredSiteWarning, warn_user
 from tdcache.function_calls.places import CallPlace, CallTaps, MakeTap, call_places, refuse_direction
-from tdcache.function_calls.sites import has_heads_first, split_selector
+from tdcache.function_calls.sites import at_call, has_heads_first, split_selector
 from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach_ports, direction_row, port_at
 from tdcache.hooks.port import Port
-from tdcache.interventions.edit_tap import Edit, EditTap, ReadTap, RegionEdit, at_call
+from tdcache.interventions.edit_tap import Edit, EditTap, ReadTap, RegionEdit
 from tdcache.interventions.options import (
     OPTION_NAMES,
     Calls,
@@ -30,9 +30,9 @@ from tdcache.interventions.options import (
 from tdcache.interventions.unread import UnreadWatch
 from tdcache.modules import HookedModule
 from tdcache.paths import near_misses
+from tdcache.place_modules import region_in
 from tdcache.regions import Along, Heads, Region
 from tdcache.selection import Selection, Site, as_matcher, distinct_sites
-from tdcache.stand_ins import region_in
 from tdcache.steps import Steps
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 

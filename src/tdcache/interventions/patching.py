@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tdcache.current_call import CurrentCall
 from tdcache.errors import EditError
+from tdcache.function_calls.sites import at_call
 from tdcache.hooks import MultiHookHandle
 from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of, write_outputs
-from tdcache.interventions.edit_tap import Edit, RegionEdit, at_call
+from tdcache.interventions.edit_tap import Edit, RegionEdit
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords, WhereKeywords
 from tdcache.interventions.random_state import SharedRandomState

@@ -11,9 +11,9 @@ from torch import Tensor
 from tdcache.errors import EditError
 from tdcache.function_calls.sites import CallSite, is_call
 from tdcache.function_calls.stand_in import check_selector
-from tdcache.hooks import MultiHookHandle, attach, port_at
+from tdcache.hooks import MultiHookHandle, port_at
 from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of, write_outputs
-from tdcache.interventions.edit_tap import EditTap, ReadTap, RegionEdit
+from tdcache.interventions.edit_tap import EditTap, ReadTap, RegionEdit, attach_taps
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords, Side
 from tdcache.interventions.patching import KeepPart, Paste, Recalled
@@ -122,9 +122,7 @@ class PathPatching(Intervention):
         for site in sites:
             paste = Paste(site.path, Recalled(memory, site.path))
             port = port_at(site.path, side, self.pick)
-            edit, read = EditTap(port, paste, region=Region()), ReadTap(port, memory.record)
-            for tap in (edit, read):
-                handle.add(attach(site.module, tap.on_call, port.direction, order=tap.order))
+            attach_taps(site.module, handle, EditTap(port, paste, region=Region()), ReadTap(port, memory.record))
 
     def _run_module(
         self, module: HookedModule, data: TensorDictBase, forward: Callable[[TensorDictBase], TensorDictBase]

@@ -20,7 +20,7 @@ from tdcache.modules.call import ModelCall, entries_of, holds_entries, init_modu
 from tdcache.modules.verbs import ModuleVerbs
 from tdcache.named_places import Names
 from tdcache.paths import resolve
-from tdcache.stand_ins import place_at
+from tdcache.place_modules import place_at
 from tdcache.tables import html_note
 from tdcache.types import CacheKey, HookDirection, Removable
 

@@ -21,8 +21,8 @@ from tdcache.modules.run import HookedModuleRun
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
 from tdcache.modules.value_part import ValuePart, WhereOptions
 from tdcache.named_places import Names
+from tdcache.place_modules import refuse_at_names
 from tdcache.reducers import Reducer
-from tdcache.stand_ins import refuse_at_names
 from tdcache.types import CacheKey, Hold, HookDirection, Pick, Removable
 
 __all__ = ["ModuleVerbs"]

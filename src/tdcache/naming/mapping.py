@@ -80,8 +80,8 @@ def _check(model: nn.Module, path: str) -> None:
 
 def _no_block(model: nn.Module, name: str, path: str) -> CanonicalNameError:
     return CanonicalNameError(
-        f"{name!r} speaks of every block, and {type(model).__name__} has no module {path.replace(_BLOCK, '0')!r}; give a "
-        "path that holds '{i}' where the number of the block is, such as 'layers.{i}.attn'",
+        f"{name!r} speaks of every block, and {type(model).__name__} has no module {path.replace(_BLOCK, '0')!r}; give "
+        "a path that holds '{i}' where the number of the block is, such as 'layers.{i}.attn'",
         selector=name,
     )
 

@@ -42,6 +42,9 @@ def _check_pattern(bench: ProofBench, name: str) -> None:
         else:
             bench.equal("rows of pattern sum to one", (pattern,), rows, one, inside=True)
     if bench.has(pattern, scores):
+        if bench[pattern].shape != bench[scores].shape:
+            bench.true("scores and pattern have one shape", (scores, pattern), False)
+            return
         rows = bench[pattern].sum(-1, keepdim=True)
         made = torch.softmax(bench[scores].double(), -1)
         made = torch.where(made.isnan(), 0, made) * rows
@@ -65,14 +68,19 @@ def _check_product(bench: ProofBench, name: str) -> None:
 def _check_operands(bench: ProofBench, name: str) -> None:
     """The gradient of one query's z goes to that query alone, and to keys along that query: ``dz/dk ~ q``."""
     query, key, z = name + ".q", name + ".k", name + ".z"
-    if not bench.has(query, z) or bench[z].dim() not in (3, 4) or bench[query].dim() != bench[z].dim():
+    if not bench.has(query, z) or bench[z].dim() not in (3, 4):
+        return
+    if bench[query].shape[:-1] != bench[z].shape[:-1]:
+        bench.true("q and z have the same heads and positions", (query,), False, refuses=(query, key))
         return
     at = (*(size - 1 for size in bench[z].shape[:-2]), bench[z].shape[-2] - 1)
     seed = torch.zeros_like(bench[z])
     seed[at] = random_like(bench[z][at])
     values = bench.readings.values
     gradient = gradient_between(values[z], values[query], seed)
-    if gradient is not None and gradient.shape == bench[query].shape:
+    if gradient is None:
+        bench.true("z depends on q", (query,), False)
+    else:
         reached = gradient.abs().amax(-1)
         others = reached.clone()
         others[at] = 0

@@ -19,12 +19,14 @@ from tdcache.hooks import MultiHookHandle, Order, OutputPort, Port, port_at
 from tdcache.hooks import attach as attach_hook
 from tdcache.hooks.gradients import handed_on
 from tdcache.hooks.values import check_fits, leaves
-from tdcache.inplace import NO_COUNTER, eager_version_of
-from tdcache.introspect import add_tensor_hook, has_tensor_hooks, in_backward, shares_memory
+from tdcache.inplace import NO_COUNTER, eager_version_of, shares_memory
+from tdcache.introspect import add_tensor_hook, has_tensor_hooks, in_backward
 from tdcache.modules import HookedModule
+from tdcache.named_places import Names
 from tdcache.pipeline.collection import HookCollection
 from tdcache.pipeline.hooks import Hook, HookNode, Hooks
 from tdcache.pipeline.prepared import VARYING, HookStep, laid_out, run_steps
+from tdcache.place_modules import refuse_at_names
 from tdcache.selection import Site, distinct_sites
 from tdcache.steps import Steps, check_steps
 from tdcache.types import Match, Pick, Selector
@@ -167,6 +169,8 @@ class AttachedPipeline(HookingContextFactory):
         match: ``"full"``, ``"prefix"`` or ``"search"``.
         steps: in which forwards of ``generate()``: ``"prefill"``, ``"decode"``, or a predicate of a
             :class:`tdcache.Step`. All by default.
+        names: the canonical names of the model, ``tdcache.names(model)``, which selectors then mean; ``path`` is a
+            name.
 
     Raises:
         HookSignatureError: the pipeline cannot be called.
@@ -192,8 +196,11 @@ class AttachedPipeline(HookingContextFactory):
         pick: Pick = None,
         match: Match = "full",
         steps: Steps = None,
+        names: Names | None = None,
     ) -> None:
         super().__init__()
+        refuse_at_names(names, [direction] if direction in ("fwd", "fwd_pre") else ())
+        self.names = names
         self._steps = check_steps(steps)
         if direction not in ("fwd", "fwd_pre"):
             raise HookSignatureError(

@@ -15,8 +15,10 @@ from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach_
 from tdcache.hooks.values import first_tensor
 from tdcache.inplace import eager_version_of
 from tdcache.modules import HookedModule
+from tdcache.named_places import Names
 from tdcache.pipeline.autoencoder import Autoencoder, Sites, as_autoencoder
 from tdcache.pipeline.shown_modules import plant, shown_path
+from tdcache.place_modules import refuse_at_names
 from tdcache.selection import Site, distinct_sites
 from tdcache.types import Match, Pick, Selector
 
@@ -144,6 +146,9 @@ class Splice(HookingContextFactory):
         name: what stands after the slash in paths; two splices on one module need two names.
         pick: which tensor of a structured output is replaced, the first by default; the rest is kept.
         match: ``"full"``, ``"prefix"`` or ``"search"``.
+        names: the canonical names of the model, ``tdcache.names(model)``: the selector and the mapping then mean names,
+            and what is shown is at paths such as ``"blocks.3.mlp.out/sae.latents"``. The value of a name is what is
+            encoded.
 
     Raises:
         HookSignatureError: no autoencoder.
@@ -171,8 +176,11 @@ class Splice(HookingContextFactory):
         name: str = "sae",
         pick: Pick = None,
         match: Match = "full",
+        names: Names | None = None,
     ) -> None:
         super().__init__()
+        refuse_at_names(names, ["fwd" if reads == "output" else "fwd_pre"])
+        self.names = names
         check_selector(selector, match)
         self._selector, self._match = selector, match
         self._pairs: Autoencoder | Mapping[str, Autoencoder]

@@ -205,11 +205,11 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
             seed: of the shuffle; each epoch has another order.
             rank: which share.
             world: how many shares.
-            block: rows per block; by default enough for a mebibyte of the widest site.
-            pool: rows that are mixed at a time; by default sixteen blocks. A row is followed by one of its own block
+            block: rows per block; by default enough for half a mebibyte of the widest site, and at most 1024.
+            pool: rows that are mixed at a time; by default sixty-four blocks. A row is followed by one of its own block
                 once in ``pool / block`` times, so a larger pool mixes better. Two pools are in memory, by default at
-                most 32 MiB per site (more where a row is wider than a mebibyte): one is handed out while the next is
-                read.
+                most 64 MiB per site (more where a row is wider than half a mebibyte): one is handed out while the next
+                is read.
         """
         order = EpochOrder(size=size, shuffle=shuffle, seed=seed, rank=rank, world=world, block=block, pool=pool)
         return Batches(self, order)
