@@ -259,7 +259,7 @@ class _AtPlace:
         return self.hook
 
     def make(self) -> None:
-        """Make the tap."""
+        """Make the tap that the call is shown to from now on."""
         self.made = True
         self.hook = self.taps.serve(self)
 
