@@ -19,10 +19,11 @@ from tdcache.cache import Capture, Keep
 from tdcache.cache.step_gate import StepGate
 from tdcache.contexts import HookingContext, HookingContextFactory, HookingContextWithCache
 from tdcache.errors import DirectionError
-from tdcache.function_calls.places import call_places, refuse_direction
+from tdcache.function_calls.places import call_places, calls_fit_graph, refuse_direction
 from tdcache.function_calls.sites import split_selector
 from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import MultiHookHandle, attach, bracket
+from tdcache.introspect import may_be_compiled
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
 from tdcache.place_modules import position_dims, refuse_at_names, region_in
@@ -187,7 +188,13 @@ class ActivationCaching(HookingContextFactory):
     @property
     def fits_graph(self) -> bool:
         """Whether the hooks may become part of a compiled graph: those for plain outputs may."""
-        return self._capture.fits_graph and not self._calls and self.names is None
+        return self._capture.fits_graph and self.names is None
+
+    def fits_graph_of(self, model: nn.Module) -> bool:
+        """Whether the calls that are meant, if any, are such that dynamo can trace them."""
+        if not self._calls or not self.fits_graph or not may_be_compiled(model):
+            return self.fits_graph
+        return calls_fit_graph(call_places(partial(select, model), self._calls, match=self._match, allow_empty=True))
 
     @property
     def key_pattern(self) -> Selector:

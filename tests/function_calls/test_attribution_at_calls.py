@@ -28,7 +28,7 @@ from tdcache.attribution import (
     Unit,
 )
 from tdcache.attribution.deeplift import RESCALED, Rescale
-from tdcache.errors import AttributionError, SelectionError
+from tdcache.errors import AttributionError, SelectionError, UnfiredSiteWarning
 
 ROWS = 3
 
@@ -180,5 +180,8 @@ def test_names_of_calls_that_are_patterns_are_refused_where_they_must_be_known_b
 
 
 def test_a_call_that_is_not_made_is_an_error_that_names_it():
-    with pytest.raises(AttributionError, match=r"'layers\.0::relu' did not run in the forward"):
+    with (
+        pytest.warns(UnfiredSiteWarning, match="layers.0 calls 'gelu', 'add'"),
+        pytest.raises(AttributionError, match=r"'layers\.0::relu' did not run in the forward"),
+    ):
         scores_of(GradientXActivation(r"layers\.0::relu", target=target), Net())

@@ -20,7 +20,7 @@ from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.taps import CallbackTap, OutputTap, StopTap, ValueTap
 from tdcache.cache.target import Target
 from tdcache.errors import CaptureError, DirectionError
-from tdcache.function_calls.places import CallPlace
+from tdcache.function_calls.places import CallPlace, calls_fit_graph
 from tdcache.hooks.attach import (
     TransientGradInputHook,
     TransientGradOutputHook,
@@ -33,6 +33,7 @@ from tdcache.hooks.directions import direction_row
 from tdcache.hooks.factory import check_callback
 from tdcache.hooks.port import InputPort, OutputPort
 from tdcache.hooks.registrations import MultiHookHandle, Order
+from tdcache.introspect import may_be_compiled
 from tdcache.reducers import Last, Reducer
 from tdcache.regions import Region
 from tdcache.selection import Selection, Site
@@ -153,7 +154,9 @@ class Capture:
     ) -> None:
         """Put taps at calls in the forwards of modules below ``root``; ``handle`` takes them in."""
         if places:
-            calls = CallCapture(recorder, self.callback, self.order, self.pick, live=self.keep.hold == "live")
+            in_graph = recorder.fits_graph and may_be_compiled(root) and calls_fit_graph(places)
+            live = self.keep.hold == "live"
+            calls = CallCapture(recorder, self.callback, self.order, self.pick, live=live, in_graph=in_graph)
             calls.attach(root, places, handle, nested=self.nested, stop_early=self.stop_early)
 
     def place(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:

@@ -45,9 +45,8 @@ class Recipe(Protocol):
     def runs_module(self) -> bool:
         """Whether calls are carried out by :meth:`_run_module`."""
 
-    @property
-    def fits_graph(self) -> bool:
-        """Whether the hooks may become part of a compiled graph."""
+    def fits_graph_of(self, model: nn.Module) -> bool:
+        """Whether the hooks may become part of a compiled graph of the model."""
 
     @property
     def prepares_module(self) -> bool:
@@ -201,7 +200,7 @@ class HookingContext:
     @property
     def _fits_graph(self) -> bool:
         """Whether the hooks may become part of a compiled graph."""
-        fits: bool = self.factory.fits_graph
+        fits: bool = self.factory.fits_graph_of(self.model)
         return fits
 
     def _hook(self, hooked: HookedModule) -> MultiHookHandle:

@@ -28,6 +28,7 @@ __all__ = [
     "global_functions",
     "innermost",
     "is_registry",
+    "may_attend",
     "overlaid",
     "parameters_of",
 ]
@@ -60,6 +61,18 @@ def global_functions(function: Any) -> dict[str, Any]:
                 if is_registry(value) or (isinstance(value, FunctionType) and value.__module__ not in _SEEN_ANYWAY):
                     found[name] = value
     return found
+
+
+@lru_cache(maxsize=1024)
+def may_attend(kind: type[nn.Module]) -> bool:
+    """Whether a forward may take a softmax: by the names in it, or because it calls functions of other files."""
+    function = innermost(kind.forward)
+    if function is None:
+        return True
+    helpers = _helpers(function)
+    named = {name.lower() for helper in helpers for code in _codes(helper.__code__) for name in code.co_names}
+    foreign = [value for value in global_functions(kind.forward).values() if value not in helpers]
+    return bool(foreign) or any("softmax" in name for name in named)
 
 
 def parameters_of(name: str, module: nn.Module) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ Which calls a selector means is known once they are made, so a tap is made when 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from tdcache.function_calls.attach import AtCall, CallsLike, OneCall, attach_rul
 from tdcache.function_calls.handlers import CallRule
 from tdcache.function_calls.overlay import INTERFACE, parameters_of
 from tdcache.function_calls.roles import AttentionHook, Use
-from tdcache.function_calls.scope import ForwardScope
+from tdcache.function_calls.scope import ForwardScope, fits_graph
 from tdcache.function_calls.sites import CallPattern, CallSite, FindModules, is_call
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.port import InputPort, Port, port_at
@@ -27,7 +27,16 @@ from tdcache.hooks.values import leaves
 from tdcache.selection import Site
 from tdcache.types import HookDirection, Match, Pick
 
-__all__ = ["CallPlace", "CallTaps", "MakeTap", "call_places", "port_of", "refuse_direction", "what_is_called"]
+__all__ = [
+    "CallPlace",
+    "CallTaps",
+    "MakeTap",
+    "call_places",
+    "calls_fit_graph",
+    "port_of",
+    "refuse_direction",
+    "what_is_called",
+]
 
 
 class _AnyTap(Protocol):
@@ -89,6 +98,14 @@ def port_of(path: str, direction: str, pick: Pick, module: nn.Module) -> Port:
     return port
 
 
+def calls_fit_graph(places: Sequence[CallPlace]) -> bool:
+    """Whether dynamo can trace every call that is meant: their names are spelled out, and found in globals."""
+    spelled = all(place.pattern.labels is not None for place in places)
+    return spelled and all(
+        fits_graph(each.site.module, label) for each in places for label in each.pattern.labels or ()
+    )
+
+
 class CallTaps:
     """The taps at some places; :meth:`attach` puts them there.
 
@@ -131,9 +148,14 @@ class CallTaps:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({list(dict.fromkeys(place.selector for place in self.places))!r})"
 
-    def attach(self, root: nn.Module, handle: MultiHookHandle) -> None:
-        """Put the taps in the forwards of modules below ``root``; ``handle`` takes them in."""
+    def attach(self, root: nn.Module, handle: MultiHookHandle, *, made: bool = False) -> None:
+        """Put the taps in the forwards of modules below ``root``; ``handle`` takes them in.
+
+        With ``made`` all taps are made now, so that a graph can be made of them.
+        """
         self._attached = attach_rules(root, self._rules())
+        for at in self._at.values() if made else ():
+            at.make()
         handle.add(self)
 
     def _rules(self) -> Iterator[tuple[nn.Module, CallRule]]:
@@ -142,13 +164,13 @@ class CallTaps:
             for label in place.pattern.attention():
                 site = CallSite.parse(f"{path}::{label}")
                 yield module, AttentionHook(site, self._at_place(number, site).after, self.use, self.order)
-            if not place.pattern.attention_only:
-                literal = place.pattern.literal
-                if literal is not None:
-                    site = CallSite.parse(f"{path}::{literal}")
+            labels = place.pattern.labels
+            if labels is None and not place.pattern.attention_only:
+                yield module, CallsLike(path, place.pattern, _MakeHandler(self, number))
+            for label in labels or ():
+                site = CallSite.parse(f"{path}::{label}")
+                if not site.derived:
                     yield module, OneCall(site, self.handler(number, site))
-                else:
-                    yield module, CallsLike(path, place.pattern, _MakeHandler(self, number))
 
     def _at_place(self, number: int, site: CallSite) -> _AtPlace:
         key = (number, str(site))
@@ -216,12 +238,13 @@ class _MakeHandler:
 class _AtPlace:
     """The hooks at one call: they make the tap when they are first called, and pass everything on to it."""
 
-    __slots__ = ("hook", "made", "place", "site", "taps")
+    __slots__ = ("hook", "made", "place", "site", "spelled", "taps")
 
     def __init__(self, taps: CallTaps, place: CallPlace, site: CallSite) -> None:
         self.taps = taps
         self.place = place
         self.site = site
+        self.spelled = place.pattern.labels is not None
         self.made = False
         self.hook: Callable[..., Any] | None = None
 
@@ -229,12 +252,16 @@ class _AtPlace:
         return f"{type(self).__name__}({str(self.site)!r})"
 
     def _ready(self, value: Any) -> Callable[..., Any] | None:
-        if self.place.pattern.literal is None and next(leaves(value), None) is None:
+        if not self.spelled and next(leaves(value), None) is None:
             return None  # a pattern takes many calls, and not all of them are about tensors
         if not self.made:
-            self.made = True
-            self.hook = self.taps.serve(self)
+            self.make()
         return self.hook
+
+    def make(self) -> None:
+        """Make the tap that the call is shown to from now on."""
+        self.made = True
+        self.hook = self.taps.serve(self)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Show the arguments to the tap."""

@@ -144,17 +144,17 @@ class CallPattern:
     @property
     def attention_only(self) -> bool:
         """Whether nothing but places of attention calls is meant, so that no other call need be seen."""
-        literal = self.literal
-        if literal is not None:
-            return CallSite.parse(f"::{literal}").derived
+        labels = self.labels
+        if labels is not None:
+            return len(self.attention()) == len(labels)
         return _PLACES.fullmatch(self.inside.pattern) is not None
 
     def attention(self) -> tuple[str, ...]:
-        """The labels of the places of attention calls that are meant: of the first call, or of the one spelled out."""
-        literal = self.literal
-        if literal is None:
+        """The labels of the places of attention calls that are meant: of the first call, or those spelled out."""
+        labels = self.labels
+        if labels is None:
             return self.derived()
-        return (literal,) if CallSite.parse(f"::{literal}").derived else ()
+        return tuple(label for label in labels if CallSite.parse(f"::{label}").derived)
 
     def derived(self) -> tuple[str, ...]:
         """The places of an attention call that are meant."""
