@@ -27,7 +27,6 @@ from tdcache.function_calls.sites import CallPattern, CallSite, is_call
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.port import InputPort, OutputPort, Port
 from tdcache.hooks.registrations import MultiHookHandle, Order
-from tdcache.hooks.threads import Fence
 from tdcache.hooks.values import leaves
 from tdcache.selection import Selection, Site
 from tdcache.types import HookDirection, Match, Pick, Selector
@@ -220,10 +219,6 @@ class CallTaps:
     def unmute(self) -> None:
         """Let them act again."""
         self._attached.unmute()
-
-    def put_behind(self, fence: Fence) -> None:
-        """Have them act in no thread that is fenced off."""
-        self._attached.put_behind(fence)
 
 
 class _MakeHandler:

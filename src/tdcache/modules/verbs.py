@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Unpack
 
 from tensordict import TensorDictBase
@@ -50,6 +51,9 @@ class ModuleVerbs(DirectedForms):
         @property
         def cache(self) -> TensorDictBase:
             """The cache of the context."""
+
+        def fencing(self) -> AbstractContextManager[None]:
+            """Keep the hooks of the block out of the forwards of threads with contexts of their own."""
 
         def find_site(self, key: str, relative: bool = True) -> tuple[str, nn.Module]:
             """Canonical path and module of ``key``."""
@@ -169,7 +173,8 @@ class ModuleVerbs(DirectedForms):
         """End every forward after the module at ``key``, until the handle is removed."""
         self._warn_if_skipped(key)
         path, module = self.find_site(key)
-        return attach(module, HookFactory.make_stopping_hook(path), "fwd", order=Order.STOP)
+        with self.fencing():
+            return attach(module, HookFactory.make_stopping_hook(path), "fwd", order=Order.STOP)
 
     def declare_set(
         self,
@@ -224,12 +229,14 @@ class ModuleVerbs(DirectedForms):
     def attach_tap(self, tap: GetTap | SetTap, module: nn.Module) -> Removable:
         """Register the hook of a verb at its module, or at the call inside the module's forward that it names."""
         if not is_call(tap.path):
-            return attach(module, tap.on_call, tap.row.name, order=tap.order, path=tap.path)
+            with self.fencing():
+                return attach(module, tap.on_call, tap.row.name, order=tap.order, path=tap.path)
         use: Use = "edit" if isinstance(tap, SetTap) else "watch" if tap.keep.hold == "live" else "read"
         place = CallPlace(Site(CallSite.parse(tap.path).path, module), CallPattern.parse(tap.path), tap.path)
         as_user, pick = tap.callback is not None, tap.port.pick
         taps = CallTaps([place], _PlaceTap(tap), tap.row.name, pick, use=use, order=tap.order, as_user=as_user)
-        taps.attach(self.model, MultiHookHandle())
+        with self.fencing():
+            taps.attach(self.model, MultiHookHandle())
         return taps
 
     def _refuse_at_call(self, path: str, row: Direction) -> None:
