@@ -29,7 +29,7 @@ from tdcache.named_places import Names
 from tdcache.place_modules import position_dims, refuse_at_names, region_in
 from tdcache.reducers import Last, Reducer
 from tdcache.regions import Along, Region
-from tdcache.selection import Matcher, Selection, as_matcher
+from tdcache.selection import Matcher, Selection, as_matcher, select
 from tdcache.steps import Steps
 from tdcache.tokens import Positions
 from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from threading import get_ident
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -19,7 +18,7 @@ from tdcache.function_calls.sites import split_selector
 from tdcache.function_calls.stand_in import select_sites
 from tdcache.hooks.compiled import refuse_scripted, running_eagerly
 from tdcache.hooks.registrations import MultiHookHandle
-from tdcache.hooks.threads import Fence, current_fence, fencing
+from tdcache.hooks.threads import Fence, Thread, fencing
 from tdcache.introspect import may_be_compiled
 from tdcache.modules.call import ModelCall, holds_entries
 from tdcache.modules.hooked import HookedModule
@@ -121,9 +120,9 @@ class HookingContext:
         self._hooked_module: HookedModule | None = None
         self._handle = MultiHookHandle()
         self._undo: ExitStack | None = None
-        self.thread = get_ident()
-        """The thread that opened the context, whose forwards its hooks act in."""
-        self.fence = Fence(set())
+        self.thread: Thread | None = None
+        """The thread that opened the context, whose forwards its hooks act in; None while it is closed."""
+        self.fence = Fence()
         self.is_child = False
         """Whether it belongs to a composite."""
         self.names: Names | None = factory.names
@@ -205,15 +204,9 @@ class HookingContext:
 
     def _hook(self, hooked: HookedModule) -> MultiHookHandle:
         """Install the recipe's hooks, all or none."""
-        handle: MultiHookHandle
-        fence = begin_opening(self)
-        if fence is None and current_fence() is None:  # the usual case
-            handle = self.factory._hook_module(hooked)
-        else:
-            with fencing(fence):
-                handle = self.factory._hook_module(hooked)
-        if fence is None and self.fence.others:  # another thread opened a context meanwhile
-            handle.put_behind(self.fence)
+        begin_opening(self)
+        with fencing(self.fence):
+            handle: MultiHookHandle = self.factory._hook_module(hooked)
         return handle
 
     @property
@@ -244,7 +237,6 @@ class HookingContext:
 
     def _leave(self, error: BaseException | None) -> None:
         undo, self._undo = self._undo, None
-        closed(self)
         try:
             if undo is None:  # the usual case
                 self._handle.remove()
@@ -254,6 +246,7 @@ class HookingContext:
                     if error is not None:
                         undo.__exit__(type(error), error, error.__traceback__)
         finally:
+            closed(self)  # not before: until its hooks are removed, another thread is to be fenced off from them
             self._in_context = False
             self._hooked_module = None
 
