@@ -1,4 +1,7 @@
-"""The contexts that are open in this process, and which threads open contexts on which model."""
+"""The registry of contexts that are open in this process, and of the threads that opened contexts on each model.
+
+Without it, the hooks of one thread's context would capture and change the forwards of another thread on the same model.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ __all__ = ["Opened", "begin_opening", "closed", "open_contexts"]
 
 
 class Opened(Protocol):
-    """What is asked of an open context."""
+    """The part of an open context that the registry uses."""
 
     model: nn.Module
     thread: int
@@ -30,15 +33,15 @@ class Opened(Protocol):
 open_contexts: set[Opened] = set()
 _lock = RLock()
 _openers: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
-"""The threads that opened contexts on a model, since it was made: they may be running it still."""
+"""All threads that have opened contexts on a model: they may still be running it."""
 _threads: set[int] = set()
 """Every thread that ever opened a context."""
 
 
 def begin_opening(context: Opened) -> Fence | None:
-    """A context is about to install its hooks; gives the fence to put them behind, or None.
+    """A context is about to install its hooks; returns the fence to put them behind, or None.
 
-    Those of other threads' contexts are put behind theirs.
+    The hooks of other threads' contexts on the same model are put behind fences as well.
     """
     me = context.thread = get_ident()
     with _lock:
@@ -59,7 +62,7 @@ def begin_opening(context: Opened) -> Fence | None:
 
 
 def closed(context: Opened) -> None:
-    """A context was left."""
+    """Forget a context that has exited."""
     with _lock:
         open_contexts.discard(context)
 

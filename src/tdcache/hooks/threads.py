@@ -1,9 +1,9 @@
-"""Hooks and threads: a context acts in the forwards of the thread that opened it.
+"""Hooks and threads: a context acts only in the forwards of the thread that opened it.
 
-Hooks sit on the modules, which several threads may run at once. Where each of them has a context open on one model, the
-hooks of one would see, and change, the values of the other. So every thread that opens a context on a model is fenced
-off from the hooks that other threads have there. Threads that open none (the replicas of ``DataParallel``, a pool) are
-not: they work for whoever called them. As long as one thread opens contexts there is no fence, and no cost.
+Hooks belong to the modules, which several threads may run at once. If each of them has a context open on one model, the
+hooks of one would see, and change, the values of the other. So every thread that opens a context on a model is excluded
+by a fence from the hooks of other threads there. Threads that open no context (the replicas of ``DataParallel``, a
+pool) are not excluded: they work for their caller. While a single thread opens contexts there is no fence, and no cost.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Fenced(Transient):
         self.fence = fence
 
     def __call__(self, *args: Any) -> Any:
-        """Call the hook, unless the thread is fenced off."""
+        """Call the hook, unless the fence excludes this thread."""
         return None if get_ident() in self.fence.others else self.hook(*args)
 
 
@@ -45,7 +45,7 @@ _local = threading.local()
 
 
 def current_fence() -> Fence | None:
-    """The fence of the context that this thread is installing, if there is one."""
+    """The fence of the context that this thread is installing, or None."""
     return getattr(_local, "fence", None)
 
 
