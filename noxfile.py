@@ -26,6 +26,7 @@ PEER_TESTS = (
     "tests/points/test_transformer_lens.py",
     "tests/residual/test_transformer_lens.py",
     "tests/store/test_dataset.py",
+    "tests/store/test_remote.py",
     "tests/store/test_repack.py",
 )
 

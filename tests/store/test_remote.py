@@ -223,3 +223,11 @@ def test_a_server_without_ranges_is_refused_and_its_bytes_are_not_believed(local
     ):
         ActivationDataset.open(f"{address}/a.acts")[5]
     assert len(ActivationDataset.open(f"{address}/a.acts")) == len(there)  # whole files are what it can give
+
+
+def test_workers_have_connections_of_their_own(local, server):
+    pytest.importorskip("aiohttp")
+    there = ActivationDataset.open(f"{server[0]}/a.acts")
+    whole = there["seq"][...].tolist()  # this process has a connection by now
+    loader = DataLoader(there.iterable(7), batch_size=None, num_workers=2)
+    assert sorted(int(each) for batch in loader for each in batch["seq"]) == sorted(whole)
