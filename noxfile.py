@@ -113,6 +113,13 @@ def names_lies(session):
     session.run("python", "tests/names_lies.py", *session.posargs, env=OFFLINE)
 
 
+@nox.session
+def call_zoo(session):
+    """Hold the places inside the attention of every family of transformers that builds against an eager twin."""
+    install_group(session, "tests", "-e", ".")
+    session.run("python", "tests/call_zoo.py", *session.posargs, env=OFFLINE)
+
+
 @nox.session(venv_backend="none")
 def other_cpu(session):
     """Run ``tests`` with the kernels of the oldest CPU: what asks for too many equal bits fails here."""

@@ -21,7 +21,6 @@ from tdcache.harvesting.sharding import refuse_shards
 from tdcache.harvesting.sizes import as_bytes, as_count, dtype_name
 from tdcache.harvesting.source import Source
 from tdcache.harvesting.workers import Share
-from tdcache.place_modules import sites_of
 from tdcache.store.spec import read_spec
 
 __all__ = ["Request"]
@@ -51,17 +50,17 @@ class Request:
             SelectionError: nothing selected, or an option that means nothing.
             StoreError: the order of the data is random.
         """
-        paths = sites_of(model, options.select, options.names, match=options.match).paths
+        capture = BatchCapture(model, options)
         return cls(
             folder=Path(path),
             options=options,
-            capture=BatchCapture(model, options),
+            capture=capture,
             source=Source(data, batch_size=options.batch_size, collate=options.collate),
-            paths=paths,
+            paths=capture.paths,
             rule={"drop": as_drops(options.drop), "positions": as_positions(options.positions)},
             kind=as_kind(options.rows),
             budget=Budget(as_count(options.max_rows), as_bytes(options.max_bytes)),
-            columns=OwnColumns.of(options.columns, paths),
+            columns=OwnColumns.of(options.columns, capture.paths),
         )
 
     def probe(self) -> Probe:
