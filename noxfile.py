@@ -17,7 +17,7 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 PEERS = ("captum", "nnsight", "transformer-lens", "pyvene", "tdhook==0.1.3", "zennit", "datasets")
 
 # Those that the tests hold it against, and where.
-TESTED_PEERS = ("captum", "datasets", "ray", "transformer-lens")
+TESTED_PEERS = ("aiohttp", "captum", "datasets", "ray", "transformer-lens")
 PEER_TESTS = (
     "tests/attribution/test_captum.py",
     "tests/attribution/test_lrp.py",
@@ -26,6 +26,7 @@ PEER_TESTS = (
     "tests/points/test_transformer_lens.py",
     "tests/residual/test_transformer_lens.py",
     "tests/store/test_dataset.py",
+    "tests/store/test_remote.py",
     "tests/store/test_repack.py",
 )
 
