@@ -14,6 +14,8 @@ import torch
 import transformers
 from torch import nn
 
+from tdcache.naming.inputs import own_inputs
+
 logging.getLogger("transformers").setLevel(logging.CRITICAL)
 
 WIDTH, HEADS, LAYERS, HIDDEN, VOCABULARY = 32, 4, 2, 48, 60
@@ -80,6 +82,7 @@ OWN: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": 2},
     "xglm": {"num_layers": 2, "attention_heads": HEADS},
     "falcon": {"head_dim": LEAVE, "multi_query": True, "new_decoder_architecture": False},
+    "falcon_h1": {"attention_out_multiplier": 0.7, "ssm_out_multiplier": 0.6, "mlp_multipliers": [0.9, 0.8]},
     "falcon_mamba": {"conv_kernel": 4},
     "mamba": {"conv_kernel": 4},
     "mamba2": {"conv_kernel": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2, "chunk_size": 8},
@@ -268,3 +271,9 @@ def build(family: str, **settings: Any) -> nn.Module:
             if type(config) in kind._model_mapping:
                 return kind.from_config(config, **settings).eval()
     raise ValueError(f"no model of transformers is {family!r}")
+
+
+def inputs_for(model: nn.Module) -> dict[str, Any]:
+    """Keyword arguments that a model can be called with: random tokens, images or sound, by its configuration."""
+    given: dict[str, Any] = own_inputs(model, seed=1)
+    return given

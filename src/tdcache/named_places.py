@@ -266,11 +266,7 @@ class Names(Mapping[str, NamedPlace]):
         return None if self._model is None else self._model()
 
     def bound_to(self, model: nn.Module) -> Names:
-        """The same table, of the model that is hooked with it: ``self`` where it is the one that the names are from.
-
-        Raises:
-            CanonicalNameError: the table was made for another model.
-        """
+        """The same table, of the model that is hooked with it: ``self`` where it is the one that the names are from."""
         root = self.root_in(model)
         if root is self.model:
             return self

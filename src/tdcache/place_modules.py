@@ -19,9 +19,10 @@ from tdcache.current_call import CurrentCall
 from tdcache.errors import DirectionError, EditError, SelectionError
 from tdcache.function_calls.attach import AtCall, OneCall, attach_rules
 from tdcache.function_calls.handlers import CallRule
-from tdcache.function_calls.places import parameters_of
+from tdcache.function_calls.overlay import parameters_of
 from tdcache.function_calls.roles import AttentionHook, Use
 from tdcache.function_calls.sites import CallSite, is_call
+from tdcache.function_calls.stand_in import select_sites
 from tdcache.hooks.attach import AttachedElsewhere, attach
 from tdcache.hooks.compiled import refuse_scripted
 from tdcache.hooks.gradient_hooks import GradInputHook
@@ -32,7 +33,7 @@ from tdcache.named_places import NamedPlace, Names
 from tdcache.named_selection import select_names
 from tdcache.paths import resolve_all
 from tdcache.regions import Region
-from tdcache.selection import Matcher, Selection, Site, as_matcher, select
+from tdcache.selection import Matcher, Selection, Site, as_matcher
 from tdcache.types import HookDirection, Match, Pick, Selector
 
 __all__ = [
@@ -285,9 +286,9 @@ def sites_of(
     match: Match = "full",
     allow_empty: bool = False,
 ) -> Selection:
-    """The sites that a selector means: of modules, or with ``names`` of canonical names."""
+    """The sites that a selector means: modules and calls, or with ``names`` canonical names."""
     if names is None:
-        return select(model, selector, match=match, allow_empty=allow_empty)
+        return select_sites(model, selector, match=match, allow_empty=allow_empty)
     return named_selection(model, names, selector, match=match, allow_empty=allow_empty)
 
 

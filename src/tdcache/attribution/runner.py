@@ -22,9 +22,9 @@ from tdcache.attribution.survey import Survey
 from tdcache.attribution.taps import Replacement, SiteTap, check_unchanged
 from tdcache.attribution.targets import Target, Unit
 from tdcache.errors import ContextError
+from tdcache.function_calls.stand_in import resolve_site
 from tdcache.hooks import MultiHookHandle, Order, attach, attach_ports
 from tdcache.named_places import Names
-from tdcache.paths import resolve
 from tdcache.place_modules import place_at
 from tdcache.types import CacheKey
 
@@ -251,8 +251,8 @@ class Runner:
         path = str(place.name)
         if path not in self._modules:
             table = next((each for each in self._tables if path in each), None)
-            found = resolve(self.model, path) if table is None else place_at(table, self.model, path)[1]
-            self._modules[path] = found
+            found = resolve_site(self.model, path) if table is None else place_at(table, self.model, path)
+            self._modules[path] = found[1]
         return self._modules[path]
 
     def _taps(self, asks: list[Ask], rows: PointRows | None) -> dict[Place, SiteTap]:

@@ -24,10 +24,9 @@ from tdcache.hooks.registrations import (
     Order,
     Registration,
     behind,
-    one_at_a_time,
     order_of,
 )
-from tdcache.hooks.threads import current_fence
+from tdcache.hooks.threads import active_fence, note_placed, one_at_a_time
 from tdcache.hooks.transient import Transient
 from tdcache.introspect import hooks_always_called, next_registration, post_hooks, pre_hooks
 from tdcache.types import HookDirection, Removable
@@ -125,8 +124,8 @@ def _register(module: nn.Module, hook: Callable[..., Any], direction: HookDirect
     if isinstance(module, AttachedElsewhere):
         return module.attach_hook(hook, direction, order)
     prepend, with_kwargs = order == Order.FIRST, direction.endswith("kwargs")
-    hook = behind(current_fence(), hook)
     with one_at_a_time:
+        hook = behind(active_fence(), hook)
         register: Callable[..., RemovableHandle]
         if direction.startswith("fwd_pre"):
             register = _registering(module).register_forward_pre_hook
@@ -137,7 +136,9 @@ def _register(module: nn.Module, hook: Callable[..., Any], direction: HookDirect
         handle = register(module, hook, prepend=prepend, with_kwargs=with_kwargs)
         if not prepend:
             settle(hooks, order)
-    return Registration(handle)
+        registration = Registration(handle)
+        note_placed(registration)
+    return registration
 
 
 def _registering(module: nn.Module) -> type[nn.Module]:
@@ -151,11 +152,12 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
     torch numbers registrations over all modules, so that one number may serve for all of these: no handle per module
     is needed, only the dicts to remove it from.
     """
-    fence = current_fence()
     with one_at_a_time:  # torch's counter is not safe with threads either: one number twice would lose a hook
         number = next_registration()
         placed = NumberedRegistrations(number)
         handle.add(placed)
+        note_placed(placed)
+        fence = active_fence()
         taken_in = placed.dicts.append
         elsewhere: list[tuple[AttachedElsewhere, Callable[..., Any]]] = []
         for module, hook in pairs:
@@ -200,11 +202,12 @@ class PortHook(Protocol):
 
 def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None], handle: MultiHookHandle) -> None:
     """Call ``begin`` before and ``end`` after every forward of ``root``, also one that raises."""
-    fence = current_fence()
     with one_at_a_time:
         number = next_registration()
         placed = NumberedRegistrations(number)
         handle.add(placed)
+        note_placed(placed)
+        fence = active_fence()
         before, after = placed.dicts = [pre_hooks(root), post_hooks(root)]
         before[number] = behind(fence, begin)
         before.move_to_end(number, last=False)

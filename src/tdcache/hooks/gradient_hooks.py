@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tdcache.errors import InplaceModificationError
 from tdcache.hooks.gradients import Grads, alias_inputs, watch_outputs
 from tdcache.hooks.loans import OpenCalls, lend
-from tdcache.hooks.threads import Fence
 from tdcache.hooks.values import exchanged, leaves
 
 __all__ = ["GradInputHook", "GradOutputHook", "GradientHandle", "overwritten_input"]
@@ -228,11 +227,6 @@ class GradientHandle:
         self._tap.alive = True
         for handle in self._handles:
             handle.unmute()
-
-    def put_behind(self, fence: Fence) -> None:
-        """Have it act in no thread that is fenced off."""
-        for handle in self._handles:
-            handle.put_behind(fence)
 
     def remove(self) -> None:
         """Remove; a second call does nothing."""

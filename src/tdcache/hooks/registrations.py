@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from enum import IntEnum
-from threading import RLock
 from types import TracebackType
 from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
-from tdcache.hooks.threads import Fence, Fenced
+from tdcache.hooks.threads import Fence, Fenced, one_at_a_time
 from tdcache.hooks.transient import Transient
 from tdcache.types import Removable
 
@@ -22,7 +21,6 @@ __all__ = [
     "Order",
     "Registration",
     "behind",
-    "one_at_a_time",
     "order_of",
 ]
 
@@ -36,10 +34,6 @@ class Order(IntEnum):
     EDIT_GRADIENT = 1
     CAPTURE = 2
     STOP = 3
-
-
-one_at_a_time = RLock()
-"""Held while the hooks of a module are changed: two threads may open contexts on one model."""
 
 
 def behind(fence: Fence | None, hook: Any) -> Any:
@@ -97,11 +91,18 @@ class Registration:
 
     def mute(self) -> None:
         """Silence it without giving up its place."""
-        _mute(self._handle.hooks_dict_ref() or {}, self._handle.id)
+        with one_at_a_time:
+            _mute(self._handle.hooks_dict_ref() or {}, self._handle.id)
 
     def unmute(self) -> None:
         """Let it act again."""
-        _unmute(self._handle.hooks_dict_ref() or {}, self._handle.id)
+        with one_at_a_time:
+            _unmute(self._handle.hooks_dict_ref() or {}, self._handle.id)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has not been removed."""
+        return self._handle.id in (self._handle.hooks_dict_ref() or ())
 
     def put_behind(self, fence: Fence) -> None:
         """Have it act in no thread that is fenced off."""
@@ -129,13 +130,20 @@ class NumberedRegistrations:
 
     def mute(self) -> None:
         """Silence them without giving up their places."""
-        for hooks in self.dicts:
-            _mute(hooks, self.number)
+        with one_at_a_time:
+            for hooks in self.dicts:
+                _mute(hooks, self.number)
 
     def unmute(self) -> None:
         """Let them act again."""
-        for hooks in self.dicts:
-            _unmute(hooks, self.number)
+        with one_at_a_time:
+            for hooks in self.dicts:
+                _unmute(hooks, self.number)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether they have not been removed."""
+        return bool(self.dicts)
 
     def put_behind(self, fence: Fence) -> None:
         """Have them act in no thread that is fenced off."""
@@ -220,12 +228,6 @@ class MultiHookHandle:
         """Let every registration act again."""
         for handle in self._able("unmute"):
             handle.unmute()
-
-    def put_behind(self, fence: Fence) -> None:
-        """Have no registration act in a thread that is fenced off, from now on."""
-        with one_at_a_time:
-            for handle in self._able("put_behind"):
-                handle.put_behind(fence)
 
     def _able(self, what: str) -> Iterator[Any]:
         for handle in self._handles:
