@@ -1,4 +1,4 @@
-"""Hooks and threads: a context acts in the forwards of the thread that opened it.
+"""Hooks and threads: a context acts only in the forwards of the thread that opened it.
 
 Hooks sit on the modules, which several threads may run at once. Where each of them has a context open on one model, the
 hooks of one would see, and change, the values of the other. So every thread that opens a context on a model is fenced
