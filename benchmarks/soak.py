@@ -1,7 +1,8 @@
 """Fifty million rows through everything that reads and writes them: every row checked, memory measured.
 
-``python benchmarks/soak.py --rows 50000000`` harvests so many rows, goes through a block-shuffled epoch of them, shuffles
-them once and for all, and verifies every byte; each in a process of its own, and each with a tenth of the rows as well.
+``python benchmarks/soak.py --rows 50000000`` harvests so many rows, goes through a block-shuffled epoch of them,
+shuffles them once and for all, and verifies every byte; each in a process of its own, and each with a tenth of the rows
+as well.
 A row holds the bits of its own number, so that one that is lost, doubled or damaged is noticed.
 """
 
@@ -15,7 +16,6 @@ import time
 from pathlib import Path
 
 import torch
-from rows_memory import MB, forget_peak, map_big_blocks, resident, settled
 from torch import nn
 
 from tdcache import ActivationDataset, harvest
@@ -35,7 +35,7 @@ class Numbers:
         self.rows = rows
 
     def __len__(self):
-        return -(-self.rows // BATCH)
+        return (self.rows + BATCH - 1) // BATCH
 
     def __iter__(self):
         for begin in range(0, self.rows, BATCH):
@@ -82,6 +82,8 @@ STEPS = {"harvest": run_harvest, "epoch": run_epoch, "shuffle": run_shuffle, "ve
 
 def measured(step, folder, rows):
     """Seconds, and bytes at the most over those after a first small run; in a process of its own."""
+    from rows_memory import forget_peak, map_big_blocks, resident, settled
+
     torch.set_num_threads(1)
     map_big_blocks()
     with tempfile.TemporaryDirectory(dir=folder) as small:
@@ -112,7 +114,7 @@ def main():
                 command = [sys.executable, __file__, "--step", step, "--folder", str(folder), "--rows", str(rows)]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 found = json.loads(done.stdout)
-                rate, peak = rows / found["seconds"] / 1e6, found["bytes"] / MB
+                rate, peak = rows / found["seconds"] / 1e6, found["bytes"] / 1e6
                 print(f"{rows:,} rows, {step}: {rate:.2f} million rows/s, {peak:.0f} MB at the most", flush=True)
         finally:
             shutil.rmtree(folder)

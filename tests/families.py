@@ -14,6 +14,8 @@ import torch
 import transformers
 from torch import nn
 
+from tdcache.naming.inputs import own_inputs
+
 logging.getLogger("transformers").setLevel(logging.CRITICAL)
 
 WIDTH, HEADS, LAYERS, HIDDEN, VOCABULARY = 32, 4, 2, 48, 60
@@ -271,3 +273,9 @@ def build(family: str, **settings: Any) -> nn.Module:
             if type(config) in kind._model_mapping:
                 return kind.from_config(config, **settings).eval()
     raise ValueError(f"no model of transformers is {family!r}")
+
+
+def inputs_for(model: nn.Module) -> dict[str, Any]:
+    """Keyword arguments that a model can be called with: random tokens, images or sound, by its configuration."""
+    given: dict[str, Any] = own_inputs(model, seed=1)
+    return given

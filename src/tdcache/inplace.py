@@ -17,7 +17,17 @@ from torch import Tensor
 
 from tdcache.errors import InplaceModificationError, listed
 
-__all__ = ["InplaceWatch", "NO_COUNTER", "checksum", "eager_version_of", "overwritten", "untouched", "version_of"]
+__all__ = [
+    "InplaceWatch",
+    "NO_COUNTER",
+    "checksum",
+    "eager_version_of",
+    "overwritten",
+    "shares_memory",
+    "storage_address",
+    "untouched",
+    "version_of",
+]
 
 NO_COUNTER = -1
 
@@ -49,6 +59,22 @@ def untouched(before: Tensor, after: Any, version: int) -> bool:
     base = before if before._base is None else before._base
     places = [(each.shape, each.stride(), each.storage_offset(), each.dtype) for each in (before, after)]
     return after._base is base and places[0] == places[1] and after.requires_grad == before.requires_grad
+
+
+def storage_address(tensor: Tensor) -> int:
+    """The address of a tensor's memory; 0 where it has none of its own (sparse, nested, wrapper and empty tensors)."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
+def shares_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether writing to one tensor in place could change the other; True where torch does not say."""
+    if one is other:
+        return True
+    mine, its = storage_address(one), storage_address(other)
+    return not (mine and its) or (mine == its and one.device == other.device)
 
 
 def checksum(tensor: Tensor) -> int:

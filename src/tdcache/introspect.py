@@ -32,8 +32,8 @@ __all__ = [
     "global_hooks",
     "has_stale_graph",
     "has_tensor_hooks",
-    "held_tensors",
     "hooks_always_called",
+    "hooks_with_kwargs",
     "in_backward",
     "is_compiled",
     "is_optimized_module",
@@ -50,9 +50,8 @@ __all__ = [
     "remove_hooks",
     "scripted_ancestor",
     "set_eval_frame",
-    "shares_memory",
+    "set_hook_dicts",
     "skip_frame",
-    "storage_address",
     "storage_users",
     "why_not_called",
 ]
@@ -91,25 +90,19 @@ def next_registration() -> int:
     return number
 
 
+def set_hook_dicts(module: nn.Module, before: Any, after: Any) -> None:
+    """Give a module that has no hooks yet other dicts to keep them in."""
+    module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def hooks_with_kwargs(module: nn.Module, *, before: bool) -> Any:
+    """The dict of the registration numbers of hooks that are called with keyword arguments as well."""
+    return module._forward_pre_hooks_with_kwargs if before else module._forward_hooks_with_kwargs
+
+
 def hooks_always_called(module: nn.Module) -> Any:
     """The dict of the registration numbers of forward hooks that are called also when the forward raises."""
     return module._forward_hooks_always_called
-
-
-def held_tensors(model: nn.Module) -> list[Tensor]:
-    """The parameters and buffers of a model; one that several modules have is there several times."""
-    held: list[Tensor | None] = []
-    seen: dict[nn.Module, None] = {model: None}
-    to_do = [model]
-    while to_do:
-        module = to_do.pop()
-        held += module._parameters.values()
-        held += module._buffers.values()
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen[child] = None
-                to_do.append(child)
-    return [tensor for tensor in held if tensor is not None]
 
 
 _tensor_hooks = count(1)
@@ -158,22 +151,6 @@ def storage_users(tensors: Collection[Tensor]) -> list[int]:
     except (NotImplementedError, RuntimeError):  # sparse, nested or wrapper tensors among them
         return [2] * len(tensors) if len(tensors) == 1 else [storage_users((each,))[0] for each in tensors]
     return [count - 1 for count in counts]  # the storage object that is asked counts as well
-
-
-def storage_address(tensor: Tensor) -> int:
-    """The address of a tensor's memory; 0 where it has none of its own (sparse, nested, wrapper and empty tensors)."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):
-        return 0
-
-
-def shares_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether writing to one tensor in place could change the other; True where torch does not say."""
-    if one is other:
-        return True
-    mine, its = storage_address(one), storage_address(other)
-    return not (mine and its) or (mine == its and one.device == other.device)
 
 
 class HookEntry(NamedTuple):

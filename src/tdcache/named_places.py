@@ -214,11 +214,8 @@ class Names(Mapping[str, NamedPlace]):
         self.streams: Mapping[str, ResidualStream] = MappingProxyType(dict(streams or {}))
         """By prefix (``""`` where there is one stack), what is known of each residual stream."""
         self.proof = proof
-        """What was checked before the table was given out; None where nothing was."""
         self.style = style
-        """Whose spelling the names have; None for the canonical one."""
         self.spelling: Mapping[str, str] = MappingProxyType(dict(spelling or {}))
-        """Of a style, from canonical names to those of the table; empty where names are canonical."""
         self._model = None if model is None else weakref.ref(model)
         self.model_name, self._structure = made_for if model is None else (type(model).__name__, structure_of(model))
 
@@ -267,6 +264,14 @@ class Names(Mapping[str, NamedPlace]):
     def model(self) -> nn.Module | None:
         """The model whose places these are; None where it is gone, or was never given."""
         return None if self._model is None else self._model()
+
+    def bound_to(self, model: nn.Module) -> Names:
+        """The same table, of the model that is hooked with it: ``self`` where it is the one that the names are from."""
+        root = self.root_in(model)
+        if root is self.model:
+            return self
+        known: dict[str, Any] = {"refused": self.refused, "streams": self.streams, "spelling": self.spelling}
+        return Names(self._places, **known, proof=self.proof, style=self.style, model=root)
 
     def root_in(self, model: nn.Module) -> nn.Module:
         """The module that the paths of the table are relative to, where ``model`` is to be hooked.

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tdcache.arguments import CACHE_NAMES, Cached, cached_in, forward_names, named_arguments, tokens_fed
 from tdcache.errors import ContextError, SelectionError, listed
-from tdcache.introspect import in_backward, storage_address
+from tdcache.inplace import storage_address
+from tdcache.introspect import in_backward
 from tdcache.tables import html_table
 
 __all__ = ["Clock", "Step", "Steps", "check_steps"]

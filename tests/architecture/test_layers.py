@@ -11,12 +11,12 @@ FLOORS = (
     ("errors", "types"),
     (
         *("arguments", "inplace", "masks", "named_models", "named_places", "named_roles", "named_rows"),
-        *("named_selection", "options", "paths", "regions", "selection", "tables", "tokens"),
+        *("named_selection", "norms", "options", "paths", "regions", "selection", "tables", "tokens"),
     ),
     ("current_call", "function_calls", "hooks", "introspect", "place_modules", "sequences", "steps", "transforms"),
     ("reducers", "cache", "store"),
     ("modules", "contexts", "points"),
-    ("caching", "naming", "pipeline", "interventions", "attribution"),
+    ("caching", "naming", "pipeline", "interventions", "attribution", "residual"),
     ("harvesting",),
     ("compat", "inspect", "plot", "cli", "__main__"),
 )
@@ -25,7 +25,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Who may import a neighbour on the same floor. Floor 5 has no entry: no method family imports another.
 NEIGHBOURS = {
     ("types", "errors"),
-    ("named_models", "selection"),
+    ("named_models", "paths"),
     ("named_places", "named_models"),
     ("named_places", "named_roles"),
     ("options", "paths"),

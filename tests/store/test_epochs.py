@@ -97,7 +97,7 @@ def test_one_wide_site_bounds_the_memory_of_a_narrow_one(tmp_path):
     columns |= {"act/wide": [torch.ones(24, 4096)], "act/narrow": [torch.ones(24, 1)]}
     with StoreWriter(tmp_path / "a.acts", spec) as writer:
         writer.write(0, columns, samples=(0, 4), end=True)
-    assert ActivationDataset.open(tmp_path / "a.acts").batches(4).block == 64
+    assert ActivationDataset.open(tmp_path / "a.acts").batches(4).block == 32  # of 16 KiB: half a mebibyte
 
 
 @pytest.mark.parametrize("how", ["gone", "cut"])

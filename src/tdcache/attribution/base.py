@@ -24,14 +24,15 @@ from tdcache.attribution.survey import Survey
 from tdcache.attribution.targets import TargetLike
 from tdcache.contexts import HookingContextFactory
 from tdcache.errors import AttributionError, DirectionError, TdcacheError
+from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import MultiHookHandle
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
 from tdcache.place_modules import refuse_at_names, sites_of
-from tdcache.selection import Selection, as_matcher
+from tdcache.selection import Selection
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
-__all__ = ["Attribution", "Scores", "SiteAttribution", "Work"]
+__all__ = ["Attribution", "RoleAttribution", "Scores", "SiteAttribution", "Work"]
 
 Scores: TypeAlias = Mapping[tuple[Any, ...], Any]
 """What is written: full key to tensor, such as ``("attr", "layers.0")``."""
@@ -186,7 +187,7 @@ class SiteAttribution(Attribution):
     ) -> None:
         super().__init__(**options)
         if selector is not None:
-            as_matcher(selector, match)  # an unusable selector is refused here, not on entering
+            check_selector(selector, match)  # an unusable selector is refused here, not on entering
         if direction not in ("fwd", "fwd_pre"):
             raise DirectionError(
                 f"attribution explains what modules return, 'fwd', or read, 'fwd_pre'; got {direction!r}"
@@ -216,6 +217,24 @@ class SiteAttribution(Attribution):
             return [Place(kind, path, self.pick, self.call) for path in paths]
         parts = {pick: tuple(map(str, pick if isinstance(pick, tuple) else (pick,))) for pick in self.pick}
         return [Place(kind, path, pick, self.call, part) for path in paths for pick, part in parts.items()]
+
+
+class RoleAttribution(Attribution):
+    """Base of the methods that select modules in several roles; they call :meth:`select_by` when they are made."""
+
+    selectors: Mapping[str, Selector]
+    """The selectors by role."""
+    match: Match
+
+    def select_by(self, match: Match, **selectors: Selector) -> None:
+        """Keep the selectors of the roles; an unusable one is refused here, not on entering."""
+        for selector in selectors.values():
+            check_selector(selector, match)
+        self.selectors, self.match = selectors, match
+
+    def selectors_by_role(self) -> Mapping[str, tuple[Selector, Match]]:
+        """The selectors of the method by role."""
+        return {role: (selector, self.match) for role, selector in self.selectors.items()}
 
 
 def _any_batch(module: HookedModule, data: TensorDictBase, forward: Forward, crowd: list[_Member]) -> TensorDictBase:
@@ -276,6 +295,7 @@ def _runner(module: HookedModule, data: TensorDictBase, forward: Forward, crowd:
         survey=survey,
         create_graph=any(factory.create_graph for factory in factories),
         snapshot=any(copies) if copies else None,
+        tables=[factory.names for factory in factories if factory.names is not None],
     )
 
 

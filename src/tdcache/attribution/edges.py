@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from tdcache.attribution.base import Attribution, Work
+from tdcache.attribution.base import RoleAttribution, Work
 from tdcache.attribution.frame import Frame, nothing
 from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.integrated import WeightedSum, WeightedTerm
@@ -15,13 +15,12 @@ from tdcache.attribution.place import Place
 from tdcache.attribution.point import Ask, Between, Point, wide
 from tdcache.attribution.quadrature import quadrature
 from tdcache.errors import AttributionError
-from tdcache.selection import as_matcher
 from tdcache.types import Match, Selector
 
 __all__ = ["EdgeAttributionPatching"]
 
 
-class EdgeAttributionPatching(Attribution):
+class EdgeAttributionPatching(RoleAttribution):
     """Scores of the edges between writers to a residual stream and its readers (Syed et al. 2023, arXiv:2310.10348).
 
     ``score(u, v) = sum_d (A'[u] - A[u]) * G[in_v]``: the change of writer ``u``'s output times the gradient at reader
@@ -58,22 +57,14 @@ class EdgeAttributionPatching(Attribution):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.selectors = {"writers": writers, "readers": readers}
-        if embeddings is not None:
-            self.selectors["embeddings"] = embeddings
-        for selector in self.selectors.values():
-            as_matcher(selector, match)
-        self.match: Match = match
+        stream = {} if embeddings is None else {"embeddings": embeddings}
+        self.select_by(match, writers=writers, readers=readers, **stream)
         self.nodes = None if n_steps is None else quadrature(method, n_steps)
         self.edges = edges
         self.sum_positions = sum_positions
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.selectors['writers']!r}, {self.selectors['readers']!r})"
-
-    def selectors_by_role(self) -> Mapping[str, tuple[Selector, Match]]:
-        """The selectors of the method by role."""
-        return {role: (selector, self.match) for role, selector in self.selectors.items()}
 
     def places(self, role: str, paths: Sequence[str]) -> list[Place]:
         """What writers return, and what readers read."""

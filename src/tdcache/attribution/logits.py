@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import regex
 import torch
 from torch import Tensor, nn
 
-from tdcache.attribution.base import Attribution, SiteAttribution, Work
+from tdcache.attribution.base import RoleAttribution, SiteAttribution, Work
 from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import Seen, key_of, one_backward
 from tdcache.attribution.lrp.norms import FreezeNorm
-from tdcache.attribution.norms import NormForm
 from tdcache.attribution.place import Place
 from tdcache.attribution.point import Point, wide
 from tdcache.attribution.reductions import gradient_x_activation
 from tdcache.errors import AttributionError
 from tdcache.hooks.values import first_tensor
 from tdcache.named_places import Names, ResidualStream
+from tdcache.norms import NormForm
 from tdcache.paths import resolve
 from tdcache.place_modules import module_behind, refuse_at_names
 from tdcache.types import Match, Selector
@@ -27,7 +27,7 @@ from tdcache.types import Match, Selector
 __all__ = ["DirectLogitAttribution", "LogitLens"]
 
 
-class DirectLogitAttribution(Attribution):
+class DirectLogitAttribution(RoleAttribution):
     """What each writer adds to a logit, or a difference of logits, directly: past all later layers.
 
     The final norm's scale is frozen, so that the logit is linear in the stream: ``(u - mean(u)) * gamma / scale`` times
@@ -69,12 +69,8 @@ class DirectLogitAttribution(Attribution):
         super().__init__(modifiers=modifiers, names=names, **options)
         self.writers: Selector = "" if writers is None else writers
         self.norm: Selector = norm
+        self.select_by(match, writers=self.writers, norm=self.norm)
         self.reduce = reduce
-        self.match: Match = match
-
-    def selectors_by_role(self) -> Mapping[str, tuple[Selector, Match]]:
-        """The selectors of the method by role."""
-        return {"writers": (self.writers, self.match), "norm": (self.norm, self.match)}
 
     def places(self, role: str, paths: Sequence[str]) -> list[Place]:
         """What writers return, and what the norm reads."""

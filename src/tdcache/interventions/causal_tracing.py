@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tdcache.current_call import CurrentCall
 from tdcache.errors import EditError
-from tdcache.hooks import MultiHookHandle, OutputPort, attach
+from tdcache.hooks import MultiHookHandle, OutputPort
 from tdcache.interventions.base import Intervention
 from tdcache.interventions.blocks import repeated, rows_of
-from tdcache.interventions.edit_tap import EditTap, ReadTap
+from tdcache.interventions.edit_tap import EditTap, ReadTap, attach_taps
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.options import EditKeywords
 from tdcache.interventions.sweep import Sweep
@@ -147,8 +147,8 @@ class CausalTracing(Intervention):
         with handle.installing():
             call.wants_tokens = True
             call.attach(handle)
-            for tap in (EditTap(port, state.noise, region=Region()), ReadTap(port, _Embedded(state, self._subject))):
-                handle.add(attach(site.module, tap.on_call, order=tap.order))
+            edit, read = EditTap(port, state.noise, region=Region()), ReadTap(port, _Embedded(state, self._subject))
+            attach_taps(site.module, handle, edit, read)
         module.hooking_context.state = state
         return handle
 

@@ -19,7 +19,7 @@ from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle, Order, attach
 from tdcache.hooks.replaced_forward import replace_forward
 from tdcache.hooks.values import children, is_entries, leaves, with_parts
-from tdcache.introspect import storage_address
+from tdcache.inplace import storage_address
 from tdcache.selection import walk
 from tdcache.types import CacheKey
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import EditError
-from tdcache.hooks import InputPort, MultiHookHandle, Order, attach
+from tdcache.hooks import InputPort, MultiHookHandle, Order
 from tdcache.hooks.replaced_forward import replace_forward
 from tdcache.hooks.values import first_tensor, is_entries
 from tdcache.interventions.base import entry_of
-from tdcache.interventions.edit_tap import EditTap
+from tdcache.interventions.edit_tap import EditTap, attach_taps
 from tdcache.interventions.resume_check import check_once
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
@@ -222,7 +222,7 @@ class ResumeFrom(HookingContextFactory):
         after = names[names.index(name) + 1]
         enter = _Enter(f"{parent_path}.{after}", path, value)
         tap = EditTap(InputPort(enter.path), enter, region=Region(), order=Order.FIRST)
-        handle.add(attach(children[after], tap.on_call, InputPort.direction, order=Order.FIRST))
+        attach_taps(children[after], handle, tap)
         return stubs
 
 

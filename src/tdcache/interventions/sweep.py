@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from tdcache.cache.stacking import StackBy
 from tdcache.current_call import CurrentCall
 from tdcache.errors import ContextError, EditError, TdcacheWarning, warn_user
-from tdcache.hooks import MultiHookHandle, attach, port_at
+from tdcache.function_calls.sites import at_call
+from tdcache.hooks import MultiHookHandle, port_at
 from tdcache.interventions.base import with_inputs_of
 from tdcache.interventions.blocks import PatchBlocks, SweepState, block_of, repeated, rows_of
-from tdcache.interventions.edit_tap import EditTap, ReadTap
+from tdcache.interventions.edit_tap import EditTap, ReadTap, attach_taps
 from tdcache.interventions.memory import Memory
 from tdcache.interventions.random_state import SharedRandomState
 from tdcache.interventions.replay import Recording
@@ -88,8 +89,7 @@ class Sweep:
         port = port_at(site.path, self.recipe.options.direction, self.recipe.options.pick)
         value = _ValueOf(self, site.path)
         edit = PatchBlocks(site.path, self.state, value, self.recipe.patch_fn, self.recipe.options.calls)
-        for tap in (EditTap(port, edit, region=Region()), ReadTap(port, self._read)):
-            handle.add(attach(site.module, tap.on_call, port.direction, order=tap.order))
+        attach_taps(site.module, handle, EditTap(port, edit, region=Region()), ReadTap(port, self._read))
 
     def _read(self, path: str, value: Tensor) -> None:
         self.memory.record(path, value)
@@ -248,7 +248,7 @@ class Sweep:
         assigned: dict[str, list[tuple[int, Region]]] = {}
         for block, trial in enumerate(chunk):
             for site in trial.sites:
-                assigned.setdefault(site, []).append((block, trial.region))
+                assigned.setdefault(site, []).append((block, at_call(trial.region, site)))
         stack = ExitStack()
         self.state.assigned, self.state.calls, self.state.blocks = assigned, {}, len(chunk)
         stack.callback(setattr, self.state, "assigned", {})

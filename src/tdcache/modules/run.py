@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
@@ -13,8 +13,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import nn
 
 from tdcache.current_call import CurrentCall
-from tdcache.errors import ContextError, StopForward, UnfiredSiteWarning, listed, warn_user
-from tdcache.hooks.attach import attach
+from tdcache.errors import ContextError, EditError, StopForward, UnfiredSiteWarning, listed, warn_user
+from tdcache.hooks.attach import AttachedElsewhere, attach
 from tdcache.hooks.compiled import running_eagerly
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.registrations import MultiHookHandle, Order
@@ -53,6 +53,9 @@ class Runnable(Protocol):
 
     def attach_tap(self, tap: GetTap | SetTap, module: nn.Module) -> Removable:
         """Register the hook of a verb."""
+
+    def fencing(self) -> AbstractContextManager[None]:
+        """Keep the hooks of the block out of the forwards of threads with contexts of their own."""
 
 
 class HookedModuleRun(DirectedForms):
@@ -135,12 +138,13 @@ class HookedModuleRun(DirectedForms):
                 undo.enter_context(running_eagerly(model))
             handle = MultiHookHandle()
             undo.callback(handle.remove)
-            for place in placing:
-                handle.add(place())
-            if any(isinstance(tap, GetTap) for tap in taps):  # only these tell a second call from a second forward
-                handle.add(attach(model, self._forwards.on_forward, "fwd_pre", order=Order.FIRST))
-            for call in self._calls_of(taps):
-                call.attach(handle)
+            with self._module.fencing():
+                for place in placing:
+                    handle.add(place())
+                if any(isinstance(tap, GetTap) for tap in taps):  # only these tell a second call from a second forward
+                    handle.add(attach(model, self._forwards.on_forward, "fwd_pre", order=Order.FIRST))
+                for call in self._calls_of(taps):
+                    call.attach(handle)
             undo.enter_context(torch.set_grad_enabled(self._grad_enabled))
             try:
                 self.result = self._run_callback(self._module, self._data)
@@ -245,10 +249,15 @@ class HookedModuleRun(DirectedForms):
 
         Raises:
             PathError: no such path.
-            EditError: when the model runs, a proxy has no value yet.
+            EditError: a canonical name that is no module's output; when the model runs, a proxy has no value yet.
         """
         self._needs_block("skip", "fwd")
         path, module = self._module.find_site(key)
+        if isinstance(module, AttachedElsewhere):
+            raise EditError(
+                f"{key!r} is the {module.extra_repr()}, and what can be skipped is a module; set its value, or "
+                "give the path of a module"
+            )
         tap = SkipTap(path, value)
         self._taps.append(tap)
         self._placing.append(partial(skip_module, module, tap))

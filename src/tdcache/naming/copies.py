@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from tdcache.errors import TdcacheError
 
 __all__ = ["WorkingCopy", "in_best_dtype", "working_copy"]
 
@@ -52,8 +53,12 @@ def in_best_dtype(model: nn.Module, noise: float, use: Callable[[WorkingCopy], T
     """
     with torch.inference_mode(False):
         if sum(parameter.numel() for parameter in model.parameters()) <= FLOAT64_PARAMETERS:
-            with suppress(RuntimeError, TypeError, ValueError):
+            try:
                 return use(working_copy(model, noise=noise, double=True))
+            except TdcacheError:  # said of the model, whatever its dtype
+                raise
+            except (RuntimeError, TypeError, ValueError):
+                return use(working_copy(model, noise=noise, double=False))
         return use(working_copy(model, noise=noise, double=False))
 
 

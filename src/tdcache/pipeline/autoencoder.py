@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tdcache.errors import EditError, HookSignatureError
-from tdcache.inplace import NO_COUNTER, eager_version_of, untouched
-from tdcache.introspect import shares_memory
+from tdcache.inplace import NO_COUNTER, eager_version_of, shares_memory, untouched
 from tdcache.pipeline.calling import spell
 from tdcache.pipeline.collection import FwdBwdHooks, HookCollection
 

@@ -17,8 +17,7 @@ from tdcache.errors import DirectionError, EditError, HookSignatureError
 from tdcache.hooks import Order, attach
 from tdcache.hooks.attach import attach_gradient
 from tdcache.hooks.gradient_hooks import GradOutputHook
-from tdcache.inplace import version_of
-from tdcache.introspect import shares_memory
+from tdcache.inplace import shares_memory, version_of
 from tdcache.points.reshape import Conversion, as_conversion
 from tdcache.types import Removable
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdcache.errors import CaptureError
-from tdcache.introspect import shares_memory
+from tdcache.inplace import shares_memory
 
 __all__ = ["PositionSlice"]
 

@@ -25,10 +25,11 @@ __all__ = ["Batches", "EpochOrder", "Shuffle", "generator_of"]
 
 Shuffle = Literal[False, "block", "rows"]
 
-# Reading single rows off a cold disk is some forty times slower than reading a mebibyte at a time. Of the widest site,
-# so that the memory of two pools has a bound however narrow the others are.
-_BLOCK_BYTES = 1 << 20
-_BLOCKS_PER_POOL = 16
+# Reading single rows off a cold disk is some forty times slower than reading half a mebibyte at a time. Of the widest
+# site, so that the memory of two pools has a bound however narrow the others are. Neighbours resemble each other: with
+# fewer blocks in a pool, or with more rows in a block, what is trained follows the pools (benchmarks/rows_shuffle.py).
+_BLOCK_BYTES, _BLOCK_ROWS = 1 << 19, 1024
+_BLOCKS_PER_POOL = 64
 _READERS = 8  # threads: some reads that wait keep a disk busy
 
 
@@ -280,4 +281,4 @@ def _blocks(dataset: StoreReader, size: int) -> Tensor:
 def _default_block(dataset: StoreReader) -> int:
     widths = [dataset.describe(key) for key in dataset.keys]
     widest = max((torch.Size(shape).numel() * dtype.itemsize for dtype, shape in widths), default=1)
-    return -(-_BLOCK_BYTES // max(1, widest))
+    return min(-(-_BLOCK_BYTES // max(1, widest)), _BLOCK_ROWS)

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from tdcache.attribution.lrp.replaced_backward import ModuleCall, ReplacedBackward, install_replaced
 from tdcache.attribution.modifiers import Installed
-from tdcache.attribution.norms import NormForm, is_norm, refuse_no_norm
 from tdcache.attribution.point import PointRows, wide
 from tdcache.hooks import MultiHookHandle
 from tdcache.named_places import Names
+from tdcache.norms import NormForm, is_norm, refuse_no_norm
 from tdcache.place_modules import sites_of
 from tdcache.selection import select
 from tdcache.types import Selector
@@ -21,7 +21,7 @@ __all__ = ["FreezeNorm", "FrozenNorm"]
 class FrozenNorm:
     """A rule: the gradient of a norm's input where its standard deviation (or root mean square) counts as a constant.
 
-    ``y = weight * xc / scale + bias`` is then linear in ``x``. See :class:`~tdcache.attribution.norms.NormForm`.
+    ``y = weight * xc / scale + bias`` is then linear in ``x``. See :class:`~tdcache.norms.NormForm`.
     """
 
     def __repr__(self) -> str:
