@@ -40,8 +40,7 @@ def mapped(model: nn.Module, inputs: Any, mapping: Mapping[str, str | NamedPlace
         PathError: a path that the model does not have; the message names the nearest.
     """
     places: dict[str, NamedPlace] = {}
-    for name, given in mapping.items():
-        place = given if isinstance(given, NamedPlace) else NamedPlace(path=given)
+    for name, place in Names(mapping).items():  # which refuses what is no place
         for spelled, at in _spread(model, name, place):
             places[spelled] = replace(at, name=spelled, axes=at.axes or _axes_of(spelled))
     return Names(places, streams=_streams(model, inputs, places), model=model)
