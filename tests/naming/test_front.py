@@ -159,7 +159,7 @@ def test_a_quantised_copy_takes_the_names_of_its_original(own):
         tdcache.select(quantised, ".*", names=table)
     names = tdcache.names(quantised, ids(), mapping=table, prove=False)
     assert list(names) == list(table)
-    with ActivationCaching(".*", names=names).prepare(quantised) as hooked:
+    with ActivationCaching(".*", names=names).prepare(quantised) as hooked, torch.no_grad():
         quantised(ids())
     cache = hooked.cache
     assert torch.equal(cache["resid_pre", 1] + cache["attn.contribution", 1], cache["resid_mid", 1])
