@@ -33,7 +33,7 @@ def mapped(model: nn.Module, inputs: Any, mapping: Mapping[str, str | NamedPlace
     """The table of a mapping, not proved yet.
 
     What is known of the streams (whether a block adds before or after its norm) is found by the data flow, where that
-    sees blocks; where the mapping is another model's table, it is what that says. Places are those of the mapping alone.
+    sees blocks; where the mapping is another model's table, it is what that says. Places are those of the mapping.
 
     Raises:
         CanonicalNameError: an entry for every block, ``"blocks.{i}..."``, that no path fits.
