@@ -189,9 +189,8 @@ class ModuleVerbs(DirectedForms):
         row, path, module = self._place(module_key, direction, callback, relative, "value")
         default = Order.EDIT_GRADIENT if row.gradient else Order.EDIT
         order = Order.FIRST if prepend else default
-        return SetTap(
-            path, row, value, callback=callback, pick=pick, order=order, where=self._part(module_key, where)
-        ), module
+        part = self._part(module_key, where)
+        return SetTap(path, row, value, callback=callback, pick=pick, order=order, where=part), module
 
     def declare_get(
         self,
@@ -247,7 +246,8 @@ class ModuleVerbs(DirectedForms):
     def _part(self, key: str, where: WhereOptions) -> ValuePart:
         """The part of a value that a verb means; of a name, along the axes that the table says it has."""
         if self.names is not None and key in self.names:
-            return ValuePart(**{**dims_of(self.names[key]), **where})
+            known: Any = dims_of(self.names[key])
+            return ValuePart(**{**known, **where})
         return ValuePart(**where)
 
     def _warn_if_skipped(self, key: str) -> None:
