@@ -38,6 +38,7 @@ ROWS = {
     "attribution": "rows_attribution:attribution",
     "residual": "rows_residual:stream",
     "harvest": "rows_harvest:rows",
+    "shuffle": "rows_shuffle:rows",
 }
 PEERS = (
     *("tensordict", "regex", "tdhook", "nnsight", "captum", "zennit", "transformer-lens", "pyvene", "transformers"),

@@ -32,8 +32,8 @@ __all__ = [
     "global_hooks",
     "has_stale_graph",
     "has_tensor_hooks",
-    "held_tensors",
     "hooks_always_called",
+    "hooks_with_kwargs",
     "in_backward",
     "is_compiled",
     "is_optimized_module",
@@ -50,6 +50,7 @@ __all__ = [
     "remove_hooks",
     "scripted_ancestor",
     "set_eval_frame",
+    "set_hook_dicts",
     "skip_frame",
     "storage_users",
     "why_not_called",
@@ -89,25 +90,19 @@ def next_registration() -> int:
     return number
 
 
+def set_hook_dicts(module: nn.Module, before: Any, after: Any) -> None:
+    """Give a module that has no hooks yet other dicts to keep them in."""
+    module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def hooks_with_kwargs(module: nn.Module, *, before: bool) -> Any:
+    """The dict of the registration numbers of hooks that are called with keyword arguments as well."""
+    return module._forward_pre_hooks_with_kwargs if before else module._forward_hooks_with_kwargs
+
+
 def hooks_always_called(module: nn.Module) -> Any:
     """The dict of the registration numbers of forward hooks that are called also when the forward raises."""
     return module._forward_hooks_always_called
-
-
-def held_tensors(model: nn.Module) -> list[Tensor]:
-    """The parameters and buffers of a model; one that several modules have is there several times."""
-    held: list[Tensor | None] = []
-    seen: dict[nn.Module, None] = {model: None}
-    to_do = [model]
-    while to_do:
-        module = to_do.pop()
-        held += module._parameters.values()
-        held += module._buffers.values()
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen[child] = None
-                to_do.append(child)
-    return [tensor for tensor in held if tensor is not None]
 
 
 _tensor_hooks = count(1)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from tdcache.selection import walk, wrapped
+from tdcache.paths import walk, wrapped
 
 __all__ = ["root_among", "structure_of"]
 

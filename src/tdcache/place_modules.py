@@ -19,9 +19,10 @@ from tdcache.current_call import CurrentCall
 from tdcache.errors import DirectionError, EditError, SelectionError
 from tdcache.function_calls.attach import AtCall, OneCall, attach_rules
 from tdcache.function_calls.handlers import CallRule
-from tdcache.function_calls.places import parameters_of
+from tdcache.function_calls.overlay import parameters_of
 from tdcache.function_calls.roles import AttentionHook, Use
 from tdcache.function_calls.sites import CallSite, is_call
+from tdcache.function_calls.stand_in import select_sites
 from tdcache.hooks.attach import AttachedElsewhere, attach
 from tdcache.hooks.compiled import refuse_scripted
 from tdcache.hooks.gradient_hooks import GradInputHook
@@ -32,7 +33,7 @@ from tdcache.named_places import NamedPlace, Names
 from tdcache.named_selection import select_names
 from tdcache.paths import resolve_all
 from tdcache.regions import Region
-from tdcache.selection import Matcher, Selection, Site, as_matcher, select
+from tdcache.selection import Matcher, Selection, Site, as_matcher
 from tdcache.types import HookDirection, Match, Pick, Selector
 
 __all__ = [
@@ -94,23 +95,31 @@ class PlaceModule(AttachedElsewhere):
             raise SelectionError(f"the model of the place {self.place.name!r} is gone", selector=self.place.name)
         return module
 
-    def attach_hook(self, hook: Callable[..., Any], direction: HookDirection, order: int) -> Any:
-        """Put a hook at the place; it is called as hooks of ``direction`` are."""
-        tap = _PlaceHook(self, hook, direction, order)
+    @classmethod
+    def attach_hooks(
+        cls, pairs: Iterable[tuple[PlaceModule, Callable[..., Any]]], direction: HookDirection, order: int
+    ) -> MultiHookHandle:
+        """Put hooks at places; they are called as hooks of ``direction`` are. Calls are hooked all at once."""
         handle = MultiHookHandle()
+        inside: dict[nn.Module, list[tuple[nn.Module, CallRule]]] = {}
         with handle.installing():
-            if self.place.call is not None:
-                tap.call = CurrentCall(self.root, _OneCallOf(self.place.call))
-                tap.call.attach(handle)
-            if is_call(self.place.path):
-                handle.add(attach_rules(self.root, [(self.target, self._rule(tap))]))
-            elif self.place.side == "fwd_pre":
-                handle.add(attach(self.target, tap.on_input, "fwd_pre_kwargs", order=order))
-            else:
-                handle.add(attach(self.target, tap.on_output, "fwd_kwargs", order=order))
+            for at, hook in pairs:
+                tap = _PlaceHook(at, hook, direction, order)
+                if at.place.call is not None:
+                    tap.call = CurrentCall(at.root, _OneCallOf(at.place.call))
+                    tap.call.attach(handle)
+                if is_call(at.place.path):
+                    inside.setdefault(at.root, []).append((at.target, at.rule(tap)))
+                elif at.place.side == "fwd_pre":
+                    handle.add(attach(at.target, tap.on_input, "fwd_pre_kwargs", order=order))
+                else:
+                    handle.add(attach(at.target, tap.on_output, "fwd_kwargs", order=order))
+            for root, rules in inside.items():
+                handle.add(attach_rules(root, rules))
         return handle
 
-    def _rule(self, tap: _PlaceHook) -> CallRule:
+    def rule(self, tap: _PlaceHook) -> CallRule:
+        """What has a hook called at the one call that is meant."""
         site = CallSite.parse(self.place.path)
         if site.derived:
             return AttentionHook(site, tap.on_value, tap.use, tap.order)
@@ -277,9 +286,9 @@ def sites_of(
     match: Match = "full",
     allow_empty: bool = False,
 ) -> Selection:
-    """The sites that a selector means: of modules, or with ``names`` of canonical names."""
+    """The sites that a selector means: modules and calls, or with ``names`` canonical names."""
     if names is None:
-        return select(model, selector, match=match, allow_empty=allow_empty)
+        return select_sites(model, selector, match=match, allow_empty=allow_empty)
     return named_selection(model, names, selector, match=match, allow_empty=allow_empty)
 
 

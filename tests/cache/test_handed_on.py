@@ -1,6 +1,7 @@
 """Modules that compute nothing: what they hand on is an input or a parameter, which others use as well."""
 
 import warnings
+from types import MethodType
 
 import pytest
 import torch
@@ -203,6 +204,31 @@ def test_every_part_of_an_output_that_holds_one_tensor_twice_has_its_gradient():
         model(torch.ones(2, 3, requires_grad=True) * 1).backward()
     gradients = {key[1]: value.unique().tolist() for key, value in hooked.cache.items(True, True)}
     assert gradients == {"0": [4.0], "1": [1.0], "2": [4.0]}  # of the one tensor, wherever it is
+
+
+class SkipsByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.part = nn.Linear(3, 3)
+        self.skips = False
+
+    def forward(self, x):
+        hidden = self.first(x)
+        named = {"skip": hidden} if self.skips else {}
+        return (2 * self.part(x, **named) + 3 * hidden).sum()
+
+
+@pytest.mark.parametrize("directions", PAIRS, ids=["bwd", "pair"])
+def test_a_forward_that_is_replaced_inside_the_block_may_hand_on_what_it_gets_by_name(directions):
+    model, x = SkipsByName(), torch.ones(2, 3)
+    with ActivationCaching("part", directions=directions, use_nested_keys=True).prepare(model) as hooked:
+        model(x).backward()
+        model.part.forward = MethodType(lambda self, x, skip: skip, model.part)
+        model.skips = True
+        model(x).backward()
+        gradient = hooked.cache["bwd", "part"].clone()
+    assert torch.equal(gradient, torch.full((2, 3), 2.0))  # through the module, not the 5 of the tensor
 
 
 class Attends(nn.Module):

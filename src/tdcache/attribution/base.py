@@ -24,11 +24,12 @@ from tdcache.attribution.survey import Survey
 from tdcache.attribution.targets import TargetLike
 from tdcache.contexts import HookingContextFactory
 from tdcache.errors import AttributionError, DirectionError, TdcacheError
+from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import MultiHookHandle
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
 from tdcache.place_modules import refuse_at_names, sites_of
-from tdcache.selection import Selection, as_matcher
+from tdcache.selection import Selection
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
 __all__ = ["Attribution", "RoleAttribution", "Scores", "SiteAttribution", "Work"]
@@ -186,7 +187,7 @@ class SiteAttribution(Attribution):
     ) -> None:
         super().__init__(**options)
         if selector is not None:
-            as_matcher(selector, match)  # an unusable selector is refused here, not on entering
+            check_selector(selector, match)  # an unusable selector is refused here, not on entering
         if direction not in ("fwd", "fwd_pre"):
             raise DirectionError(
                 f"attribution explains what modules return, 'fwd', or read, 'fwd_pre'; got {direction!r}"
@@ -228,7 +229,7 @@ class RoleAttribution(Attribution):
     def select_by(self, match: Match, **selectors: Selector) -> None:
         """Keep the selectors of the roles; an unusable one is refused here, not on entering."""
         for selector in selectors.values():
-            as_matcher(selector, match)
+            check_selector(selector, match)
         self.selectors, self.match = selectors, match
 
     def selectors_by_role(self) -> Mapping[str, tuple[Selector, Match]]:

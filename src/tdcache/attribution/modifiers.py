@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from tdcache.attribution.point import PointRows
 from tdcache.contexts import HookingContextFactory
+from tdcache.function_calls.stand_in import check_selector, resolve_site
 from tdcache.hooks import MultiHookHandle, Order, OutputPort, attach
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
-from tdcache.paths import resolve_all
 from tdcache.place_modules import place_at, refuse_at_names, sites_of
-from tdcache.selection import as_matcher
 from tdcache.types import Index, Match, Pick, Selector
 
 __all__ = ["GradDrop", "GuidedReLU", "Installed", "Modifier", "ModifierHook", "ScaleGradient", "StopGradient"]
@@ -63,7 +62,7 @@ class Modifier(Installed):
         super().__init__()
         refuse_at_names(names, ())
         self.names = names
-        as_matcher(selector, match)
+        check_selector(selector, match)
         self.selector = selector
         self.match: Match = match
         self.pick = pick
@@ -181,7 +180,7 @@ class GradDrop(StopGradient):
     """
 
     def __init__(self, paths: Sequence[str], names: Names | None = None) -> None:
-        super().__init__("|".join(map(regex.escape, paths)), names=names)
+        super().__init__([regex.escape(path) for path in paths], names=names)
         self.paths = tuple(paths)
 
     def __repr__(self) -> str:
@@ -190,4 +189,4 @@ class GradDrop(StopGradient):
     def _sites(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         if self.names is not None:
             return [place_at(self.names, model, path) for path in self.paths]
-        return [resolve_all(model, path) for path in self.paths]  # an unknown one is an error
+        return [resolve_site(model, path) for path in self.paths]  # an unknown one is an error

@@ -22,8 +22,8 @@ from tdcache.attribution.survey import Survey
 from tdcache.attribution.taps import Replacement, SiteTap, check_unchanged
 from tdcache.attribution.targets import Target, Unit
 from tdcache.errors import ContextError
+from tdcache.function_calls.stand_in import resolve_site
 from tdcache.hooks import MultiHookHandle, Order, attach, attach_ports
-from tdcache.paths import resolve
 from tdcache.types import CacheKey
 
 __all__ = ["Runner"]
@@ -246,7 +246,7 @@ class Runner:
         """The module that is hooked for a place."""
         path = str(place.name)
         if path not in self._modules:
-            self._modules[path] = resolve(self.model, path)
+            self._modules[path] = resolve_site(self.model, path)[1]
         return self._modules[path]
 
     def _taps(self, asks: list[Ask], rows: PointRows | None) -> dict[Place, SiteTap]:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from tdcache.current_call import CurrentCall
-from tdcache.function_calls.names import DERIVED
-from tdcache.function_calls.sites import CallSite
 from tdcache.hooks.attach import attach
 from tdcache.hooks.port import Port
 from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.values import check_fits
 from tdcache.regions import Region
 
-__all__ = ["Edit", "EditTap", "ReadTap", "RegionEdit", "at_call", "attach_taps"]
+__all__ = ["Edit", "EditTap", "ReadTap", "RegionEdit", "attach_taps"]
 
 
 class Edit(Protocol):
@@ -115,14 +112,3 @@ def attach_taps(module: nn.Module, handle: MultiHookHandle, *taps: EditTap | Rea
     """Put taps on one module, each at its port and in its order."""
     for tap in taps:
         handle.add(attach(module, tap.on_call, tap.port.direction, order=tap.order))
-
-
-def at_call(region: Region, path: str) -> Region:
-    """The same part of a value at a call: in one of an attention call, heads and positions are axes of their own.
-
-    Queries, keys, values, scores and patterns are ``(batch, heads, positions, ...)``; so is what their softmax returns.
-    """
-    if CallSite.parse(path).name not in (*DERIVED, "softmax"):
-        return region
-    unit_dim = -3 if region.heads is not None and region.unit_dim == -1 else region.unit_dim
-    return replace(region, unit_dim=unit_dim, position_dim=-2 if region.position_dim == 1 else region.position_dim)

@@ -16,7 +16,7 @@ from tdcache.naming.projections import before_rotation
 from tdcache.naming.prove import proved
 from tdcache.naming.resolve import resolve
 from tdcache.naming.styles import STYLES, in_style
-from tdcache.selection import wrapped
+from tdcache.paths import wrapped
 
 __all__ = ["names"]
 

@@ -65,7 +65,7 @@ def in_style(names: Names, style: str) -> Names:
     refused = {_spelled(name, spell): _in_words(reason, spelling) for name, reason in names.refused.items()}
     return Names(
         {name: replace(place, name=name) for name, place in places.items()},
-        refused=refused,
+        refused={**_computed_elsewhere(places), **refused},
         streams=names.streams,
         proof=names.proof,
         style=style,
@@ -73,6 +73,20 @@ def in_style(names: Names, style: str) -> Names:
         made_for=names.made_for,
         spelling=spelling,
     )
+
+
+def _computed_elsewhere(places: Mapping[str, NamedPlace]) -> dict[str, str]:
+    """Names that TransformerLens' users know of values that are no places here, with where they are to be had."""
+    known: dict[str, str] = {}
+    for name in places:
+        head, _, last = name.rpartition(".")
+        if last == "hook_normalized":
+            known[f"{head}.hook_scale"] = "a norm computes its scale inside; tdcache.residual.apply_norm goes by it"
+        elif last == "hook_z":
+            known[f"{head}.hook_result"] = (
+                "what each head adds is computed from its z and the projection; tdcache.residual.head_results does it"
+            )
+    return known
 
 
 def _in_words(reason: str, spelling: Mapping[str, str]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.current_call import CurrentCall, InSteps
 from tdcache.errors import HookSignatureError, InplaceModificationError
+from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import MultiHookHandle, Order, OutputPort, Port, port_at
 from tdcache.hooks import attach as attach_hook
 from tdcache.hooks.gradients import handed_on
@@ -26,7 +27,7 @@ from tdcache.pipeline.collection import HookCollection
 from tdcache.pipeline.hooks import Hook, HookNode, Hooks
 from tdcache.pipeline.prepared import VARYING, HookStep, laid_out, run_steps
 from tdcache.place_modules import refuse_at_names
-from tdcache.selection import Site, as_matcher, distinct_sites
+from tdcache.selection import Site, distinct_sites
 from tdcache.steps import Steps, check_steps
 from tdcache.types import Match, Pick, Selector
 
@@ -243,11 +244,11 @@ def _places(selector: Where, pipeline: Any, match: Match) -> Iterator[tuple[Hook
             raise HookSignatureError(f"a mapping of names to selectors is for a HookCollection, got {pipeline!r}")
         for name, each in selector.items():
             node = pipeline.at(name)
-            as_matcher(each, match)  # an unusable selector is refused here, not on entering
+            check_selector(each, match)  # an unusable selector is refused here, not on entering
             yield _callable_only(node, f"{name!r} is"), each
     else:
         _callable_only(pipeline, "the pipeline is")
-        as_matcher(selector, match)
+        check_selector(selector, match)
         yield pipeline if isinstance(pipeline, HookNode) else Hooks(pipeline), selector
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 from tdcache.errors import PathError, listed
@@ -18,7 +19,7 @@ PlacePart = Literal["fwd", "bwd", "fwd2"]
 
 
 class HookCollection(HookNode):
-    """Named children, which are sequences of hooks or collections themselves; reached as attributes.
+    """Named children, which are sequences of hooks or collections themselves; attributes and in ``all_hooks``.
 
     A hand-written forward calls the children: ``x = hooks.mlp.post_act(x)``. For a model with layers, give each one its
     own ``deepcopy(hooks).bind(layer=number)``: copies have their own structure and bindings, and share the hooks.
@@ -33,15 +34,28 @@ class HookCollection(HookNode):
         super().__init__()
         self._children: dict[str, HookNode] = {}
 
-    def add_subhooks(self, name: str, subhooks: HookNode) -> Self:
+    @property
+    def all_hooks(self) -> Mapping[str, HookNode]:
+        """The children by name, in the order they were added; a live view that cannot be written to."""
+        return MappingProxyType(self._children)
+
+    def add_subhooks(self, name: str | int, subhooks: HookNode) -> Self:
         """Add a child; returns this collection.
 
+        Args:
+            name: of the child. One that is no identifier, such as the number of a layer, is reached by its path or by
+                ``all_hooks``; a number is the name ``"3"``.
+            subhooks: the child.
+
         Raises:
-            ValueError: the name is no identifier or in use, or the child is neither a sequence nor a collection.
+            ValueError: the name is empty, in use, private or has a dot, or the child is no sequence or collection.
         """
-        if not name.isidentifier() or name.startswith("_") or name in self._children or hasattr(type(self), name):
+        name = str(name)
+        taken = name in self._children or hasattr(type(self), name)
+        if taken or not name or name.startswith("_") or "." in name:
             raise ValueError(
-                f"{name!r} cannot name a child of {type(self).__name__}: it is in use, private or no identifier"
+                f"{name!r} cannot name a child of {type(self).__name__}: it is "
+                f"{'in use' if taken else 'empty, private, or a path, whose parts are joined by dots'}"
             )
         if not isinstance(subhooks, HookNode):
             raise ValueError(f"child {name!r} must be Hooks or a HookCollection, got {subhooks!r}")
