@@ -206,6 +206,21 @@ def test_a_run_reads_and_sets_names():
             hooked.get(hooked.cache, "blocks.0.attn.z", direction="fwd_pre")
 
 
+def test_a_name_is_skipped_where_it_is_a_module():
+    model = Transformer()
+    clean, _ = captured(model)
+    with ActivationCaching("embed", names=table(model)).prepare(model) as hooked:
+        with hooked.run(ids()) as run:
+            run.skip("blocks.2.mlp.contribution", lambda x: 0 * x)
+            post = run.get("blocks.2.resid_post")
+        assert torch.equal(post.resolve(), clean["resid_mid", 2])
+        with (
+            hooked.run(ids()) as run,
+            pytest.raises(EditError, match=r"^'blocks.1.attn.z' is the input of blocks.1.attn.out"),
+        ):
+            run.skip("blocks.1.attn.z", lambda x: x)
+
+
 def test_names_are_selected_and_printed_without_a_hook():
     model = Transformer()
     selection = select(model, r"blocks\.(?P<layer>\d)\.attn\.(z|q)", names=table(model))

@@ -13,8 +13,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import nn
 
 from tdcache.current_call import CurrentCall
-from tdcache.errors import ContextError, StopForward, UnfiredSiteWarning, listed, warn_user
-from tdcache.hooks.attach import attach
+from tdcache.errors import ContextError, EditError, StopForward, UnfiredSiteWarning, listed, warn_user
+from tdcache.hooks.attach import AttachedElsewhere, attach
 from tdcache.hooks.compiled import running_eagerly
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.registrations import MultiHookHandle, Order
@@ -249,10 +249,15 @@ class HookedModuleRun(DirectedForms):
 
         Raises:
             PathError: no such path.
-            EditError: when the model runs, a proxy has no value yet.
+            EditError: a canonical name that is no module's output; when the model runs, a proxy has no value yet.
         """
         self._needs_block("skip", "fwd")
         path, module = self._module.find_site(key)
+        if isinstance(module, AttachedElsewhere):
+            raise EditError(
+                f"{key!r} is the {module.extra_repr()}, and what can be skipped is a module; set its value, or "
+                "give the path of a module"
+            )
         tap = SkipTap(path, value)
         self._taps.append(tap)
         self._placing.append(partial(skip_module, module, tap))
