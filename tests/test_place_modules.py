@@ -23,6 +23,7 @@ from tdcache import (
     Names,
     SelectionError,
     SteeringVectors,
+    UnfiredSiteWarning,
     cache_activations,
     select,
 )
@@ -376,3 +377,16 @@ def test_another_layout_is_a_view_that_is_read_and_written():
         viewed = model(ids())
     with Ablation("blocks.0.attn.z", heads=[1], names=names).prepare(model):
         assert torch.equal(viewed, model(ids()))
+
+
+def test_names_that_saw_nothing_are_reported_with_their_places():
+    model = Transformer()
+    names = Names(
+        {"unused": NamedPlace(path="blocks.2.attn.out", side="fwd_pre"), "no": "blocks.0::softmax"}, model=model
+    )
+    model.blocks[2].forward = lambda x: x
+    with (
+        pytest.warns(UnfiredSiteWarning, match=r"'unused', 'no', which are 'input of blocks.2.attn.out'"),
+        ActivationCaching(".*", names=names).prepare(model),
+    ):
+        model(ids())
