@@ -92,10 +92,10 @@ def kills(session):
 
 
 @nox.session
-def call_zoo(session):
-    """Hold the places inside the attention of every family of transformers that builds against an eager twin."""
-    install_group(session, "tests", "-e", ".")
-    session.run("python", "tests/call_zoo.py", *session.posargs, env=OFFLINE)
+def soak(session):
+    """Take fifty million rows through everything that reads and writes them: each is checked, memory is measured."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "benchmarks/soak.py", *(session.posargs or ("--rows", "50000000")), env=OFFLINE)
 
 
 @nox.session
@@ -110,6 +110,13 @@ def names_lies(session):
     """Plant wrong names in 190 families of transformers; every one has to be refused."""
     install(session, "-e", ".[examples]")
     session.run("python", "tests/names_lies.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def call_zoo(session):
+    """Hold the places inside the attention of every family of transformers that builds against an eager twin."""
+    install_group(session, "tests", "-e", ".")
+    session.run("python", "tests/call_zoo.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session(venv_backend="none")

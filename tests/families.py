@@ -82,6 +82,7 @@ OWN: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": 2},
     "xglm": {"num_layers": 2, "attention_heads": HEADS},
     "falcon": {"head_dim": LEAVE, "multi_query": True, "new_decoder_architecture": False},
+    "falcon_h1": {"attention_out_multiplier": 0.7, "ssm_out_multiplier": 0.6, "mlp_multipliers": [0.9, 0.8]},
     "falcon_mamba": {"conv_kernel": 4},
     "mamba": {"conv_kernel": 4},
     "mamba2": {"conv_kernel": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2, "chunk_size": 8},

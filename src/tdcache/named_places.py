@@ -214,11 +214,8 @@ class Names(Mapping[str, NamedPlace]):
         self.streams: Mapping[str, ResidualStream] = MappingProxyType(dict(streams or {}))
         """By prefix (``""`` where there is one stack), what is known of each residual stream."""
         self.proof = proof
-        """What was checked before the table was given out; None where nothing was."""
         self.style = style
-        """Whose spelling the names have; None for the canonical one."""
         self.spelling: Mapping[str, str] = MappingProxyType(dict(spelling or {}))
-        """Of a style, from canonical names to those of the table; empty where names are canonical."""
         self._model = None if model is None else weakref.ref(model)
         self.model_name, self._structure = made_for if model is None else (type(model).__name__, structure_of(model))
 
@@ -269,11 +266,7 @@ class Names(Mapping[str, NamedPlace]):
         return None if self._model is None else self._model()
 
     def bound_to(self, model: nn.Module) -> Names:
-        """The same table, of the model that is hooked with it: ``self`` where it is the one that the names are from.
-
-        Raises:
-            CanonicalNameError: the table was made for another model.
-        """
+        """The same table, of the model that is hooked with it: ``self`` where it is the one that the names are from."""
         root = self.root_in(model)
         if root is self.model:
             return self

@@ -95,23 +95,31 @@ class PlaceModule(AttachedElsewhere):
             raise SelectionError(f"the model of the place {self.place.name!r} is gone", selector=self.place.name)
         return module
 
-    def attach_hook(self, hook: Callable[..., Any], direction: HookDirection, order: int) -> Any:
-        """Put a hook at the place; it is called as hooks of ``direction`` are."""
-        tap = _PlaceHook(self, hook, direction, order)
+    @classmethod
+    def attach_hooks(
+        cls, pairs: Iterable[tuple[PlaceModule, Callable[..., Any]]], direction: HookDirection, order: int
+    ) -> MultiHookHandle:
+        """Put hooks at places; they are called as hooks of ``direction`` are. Calls are hooked all at once."""
         handle = MultiHookHandle()
+        inside: dict[nn.Module, list[tuple[nn.Module, CallRule]]] = {}
         with handle.installing():
-            if self.place.call is not None:
-                tap.call = CurrentCall(self.root, _OneCallOf(self.place.call))
-                tap.call.attach(handle)
-            if is_call(self.place.path):
-                handle.add(attach_rules(self.root, [(self.target, self._rule(tap))]))
-            elif self.place.side == "fwd_pre":
-                handle.add(attach(self.target, tap.on_input, "fwd_pre_kwargs", order=order))
-            else:
-                handle.add(attach(self.target, tap.on_output, "fwd_kwargs", order=order))
+            for at, hook in pairs:
+                tap = _PlaceHook(at, hook, direction, order)
+                if at.place.call is not None:
+                    tap.call = CurrentCall(at.root, _OneCallOf(at.place.call))
+                    tap.call.attach(handle)
+                if is_call(at.place.path):
+                    inside.setdefault(at.root, []).append((at.target, at.rule(tap)))
+                elif at.place.side == "fwd_pre":
+                    handle.add(attach(at.target, tap.on_input, "fwd_pre_kwargs", order=order))
+                else:
+                    handle.add(attach(at.target, tap.on_output, "fwd_kwargs", order=order))
+            for root, rules in inside.items():
+                handle.add(attach_rules(root, rules))
         return handle
 
-    def _rule(self, tap: _PlaceHook) -> CallRule:
+    def rule(self, tap: _PlaceHook) -> CallRule:
+        """What has a hook called at the one call that is meant."""
         site = CallSite.parse(self.place.path)
         if site.derived:
             return AttentionHook(site, tap.on_value, tap.use, tap.order)

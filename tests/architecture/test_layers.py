@@ -25,7 +25,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Who may import a neighbour on the same floor. Floor 5 has no entry: no method family imports another.
 NEIGHBOURS = {
     ("types", "errors"),
-    ("named_models", "selection"),
+    ("named_models", "paths"),
     ("named_places", "named_models"),
     ("named_places", "named_roles"),
     ("options", "paths"),

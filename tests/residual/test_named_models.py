@@ -12,7 +12,7 @@ import tdcache
 from families import build
 from residual.hand import FAMILIES, TOKENS, jolted
 from residual.test_decomposition import FLOAT32_INSIDE, near
-from tdcache import ActivationCaching, Names, residual
+from tdcache import ActivationCaching, Concatenate, Names, residual
 from tdcache.attribution import DirectLogitAttribution, LogitLens
 from tdcache.errors import CanonicalNameError, ResidualError
 
@@ -62,6 +62,48 @@ def test_names_in_the_spelling_of_transformer_lens_do_as_well(case, family):
     assert torch.equal(
         sum(scores.values()), sum(residual.logit_attribution(residual.decompose(cache), TOKENS).values())
     )
+
+
+MASK = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_values_of_one_position_and_rows_of_real_tokens_are_taken_apart(case, family):
+    this = case(family)
+    table = tdcache.names(this.model)
+    inputs = {"input_ids": TOKENS, "attention_mask": MASK}
+    for options in ({"positions": -2}, {"positions": slice(None), "reducer": Concatenate(flatten=2)}):
+        heads = "reducer" not in options  # which have no rows of (batch, position) to gather
+        pattern = residual.needed(table, heads=heads, neurons=True, embeddings=False)
+        with ActivationCaching(pattern, names=table, **options).prepare(this.model) as hooked, torch.no_grad():
+            logits = hooked(**inputs).logits
+        cache = hooked.cache
+        rows = logits[:, -2] if heads else logits[MASK.bool()]
+        parts = residual.decompose(cache, heads=heads, neurons=True)
+        assert parts["blocks.0.resid_pre"].shape[:-1] == rows.shape[:-1]
+        near(parts.total(), cache[parts.of])
+        if family != "bert":
+            near(sum(residual.logit_attribution(parts, 7).values()), rows[:, 7], FLOAT32_INSIDE)
+            lens = residual.tuned_lens(cache, steps=2)
+            near(lens(cache)["blocks.2.resid_post"], rows, FLOAT32_INSIDE)
+
+
+def test_a_cache_of_inference_mode_fits_a_lens(case):
+    this = case("llama")
+    table = tdcache.names(this.model)
+    with ActivationCaching(residual.needed(table), names=table).prepare(this.model) as hooked, torch.inference_mode():
+        hooked(TOKENS)
+    lens = residual.tuned_lens(hooked.cache, steps=20, lr=1e-2)
+    losses = lens.losses["blocks.0.resid_pre"]
+    assert losses[-1] < losses[0]
+
+
+def test_a_model_in_training_mode_is_said_to_drop_some_of_its_parts():
+    model = FAMILIES["gpt2"]().model
+    table = tdcache.names(model)
+    cache, _ = kept(model.train(), table)
+    with pytest.raises(ResidualError, match="the model was in training mode, which drops some of what is written"):
+        residual.decompose(cache)
 
 
 def test_a_cache_knows_the_model_that_its_values_are_from():

@@ -1,4 +1,8 @@
-"""The taps of a caching context at calls inside forwards: those of modules, at sites that are known as they fire."""
+"""Taps of a caching context at function calls inside a forward.
+
+Which calls a forward makes is known only while it runs, so these taps are made when a call is first seen, whereas those
+of modules are attached when the context is entered.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +29,13 @@ __all__ = ["CallCapture"]
 
 @dataclass(frozen=True, slots=True)
 class CallCapture:
-    """Puts the taps of a capture at calls.
+    """Attaches the taps of a capture to function calls.
 
     Args:
-        recorder: what they hand their values to.
-        callback: the user's, if there is one.
-        order: where they stand among the handlers of a call.
-        pick: which tensor of a value.
+        recorder: receives their values.
+        callback: the user's callback, or None.
+        order: their position among the handlers of a call.
+        pick: which tensor of a value to take.
         live: whether values are kept with their graph.
         in_graph: whether a compiled graph may be made of the taps.
     """
@@ -52,7 +56,7 @@ class CallCapture:
         nested: bool,
         stop_early: bool,
     ) -> None:
-        """Put the taps at ``places``; ``handle`` takes them in."""
+        """Attach the taps at ``places``; ``handle`` owns the registrations."""
         for channel in self.recorder.channels:
             taps = CallTaps(
                 places,

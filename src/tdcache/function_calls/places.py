@@ -22,7 +22,6 @@ from tdcache.function_calls.sites import CallPattern, CallSite, FindModules, is_
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.port import InputPort, Port, port_at
 from tdcache.hooks.registrations import MultiHookHandle, Order
-from tdcache.hooks.threads import Fence
 from tdcache.hooks.values import leaves
 from tdcache.selection import Site
 from tdcache.types import HookDirection, Match, Pick
@@ -218,10 +217,6 @@ class CallTaps:
     def unmute(self) -> None:
         """Let them act again."""
         self._attached.unmute()
-
-    def put_behind(self, fence: Fence) -> None:
-        """Have them act in no thread that is fenced off."""
-        self._attached.put_behind(fence)
 
 
 class _MakeHandler:

@@ -205,7 +205,7 @@ class AttentionHook:
 
     def at_product(self, call: Call) -> None:
         """Offer a factor of the product before the softmax; the second one is ``k`` transposed."""
-        if progress(call).products > 1 or not may_attend(type(call.module)):
+        if progress(call).products > 1 or not may_attend(cast(Any, type(call.module))):
             progress(call).product = call.name
             return
         place = PRODUCTS[call.name][_POSITIONS[self.site.name]]

@@ -161,6 +161,17 @@ class CallPattern:
         return () if self.everything else tuple(name for name in DERIVED if self.takes(name))
 
 
+def at_call(region: Region, path: str) -> Region:
+    """The same part of a value at a call: in one of an attention call, heads and positions are axes of their own.
+
+    Queries, keys, values, scores and patterns are ``(batch, heads, positions, ...)``; so is what their softmax returns.
+    """
+    if not has_heads_first(path):
+        return region
+    unit_dim = -3 if region.heads is not None and region.unit_dim == -1 else region.unit_dim
+    return replace(region, unit_dim=unit_dim, position_dim=-2 if region.position_dim == 1 else region.position_dim)
+
+
 class FindModules(Protocol):
     """What finds modules in one model, as :func:`tdcache.selection.select` does."""
 
@@ -184,14 +195,3 @@ def split_selector(selector: Selector) -> tuple[Selector | None, tuple[str, ...]
     parts = [split_selector(member) for member in selector]
     calls = tuple(call for _, found in parts for call in found)
     return ([part for part, _ in parts if part is not None] or None) if calls else selector, calls
-
-
-def at_call(region: Region, path: str) -> Region:
-    """The same part of a value at a call: in one of an attention call, heads and positions are axes of their own.
-
-    Queries, keys, values, scores and patterns are ``(batch, heads, positions, ...)``; so is what their softmax returns.
-    """
-    if not has_heads_first(path):
-        return region
-    unit_dim = -3 if region.heads is not None and region.unit_dim == -1 else region.unit_dim
-    return replace(region, unit_dim=unit_dim, position_dim=-2 if region.position_dim == 1 else region.position_dim)

@@ -21,9 +21,9 @@ from tdcache.function_calls.overlay import parameters_of
 from tdcache.function_calls.places import what_is_called
 from tdcache.function_calls.roles import AttentionHook
 from tdcache.function_calls.sites import CallPattern, CallSite, FindModules, is_call, split_selector
-from tdcache.hooks.attach import Order
 from tdcache.hooks.gradient_hooks import GradInputHook
 from tdcache.hooks.on_demand import OnDemandPlace
+from tdcache.hooks.registrations import Order
 from tdcache.paths import resolve_all
 from tdcache.selection import Selection, Site, as_matcher
 from tdcache.selection import select as select_modules

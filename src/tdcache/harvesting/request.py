@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from tdcache.errors import SelectionError
 from tdcache.harvesting.capture import BatchCapture
 from tdcache.harvesting.columns import OwnColumns
 from tdcache.harvesting.identity import identity_of, spelled_place, spelled_positions
@@ -82,6 +83,8 @@ class Request:
         }
         if options.in_keys is not None:
             found["in_keys"] = [key if isinstance(key, str) else list(key) for key in options.in_keys]
+        if options.tokenizer is not None:
+            found["tokenizer"] = _name_of(options.tokenizer)
         if options.names is not None:
             found["names"] = {path: spelled_place(options.names[path]) for path in self.paths}
         if self.columns.sources:
@@ -127,3 +130,18 @@ class Request:
             batch = self.source.first()
             seen["columns"] = self.columns.describe(batch, self.row_rule(seen)(batch, first=0))
         return {**asked, **seen, "sites": sites}, found
+
+
+def _name_of(tokenizer: Any) -> str:
+    """What a tokenizer is loaded by.
+
+    Raises:
+        SelectionError: it does not say.
+    """
+    name = tokenizer if isinstance(tokenizer, str) else getattr(tokenizer, "name_or_path", None)
+    if not isinstance(name, str) or not name:
+        raise SelectionError(
+            f"tokenizer= is a name, or a tokenizer that knows its own (name_or_path); got {type(tokenizer).__name__}",
+            selector=tokenizer,
+        )
+    return name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from textwrap import indent
 from typing import Any, Protocol, cast
 
@@ -16,6 +16,7 @@ from tdcache.errors import ContextError, StopForward, TdcacheWarning
 from tdcache.function_calls.stand_in import resolve_site
 from tdcache.hooks.attach import register_hook_to_module
 from tdcache.hooks.compiled import refuse_scripted
+from tdcache.hooks.threads import Fence, fencing
 from tdcache.modules.call import ModelCall, entries_of, holds_entries, init_module
 from tdcache.modules.verbs import ModuleVerbs
 from tdcache.named_places import Names
@@ -33,6 +34,7 @@ class OwningContext(Protocol):
     _in_context: bool
     model: nn.Module
     names: Names | None
+    fence: Fence
 
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call of the hooked module."""
@@ -172,7 +174,13 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
             HookSignatureError: the hook does not take the direction's parameters.
         """
         path, module = self.find_site(key, relative)
-        return register_hook_to_module(module, hook, direction, prepend, path=path)
+        with self.fencing():
+            return register_hook_to_module(module, hook, direction, prepend, path=path)
+
+    def fencing(self) -> AbstractContextManager[None]:
+        """Keep the hooks of the block out of the forwards of threads with contexts of their own, as the context's."""
+        context = self._hooking_context
+        return nullcontext() if context is None else fencing(context.fence)
 
     def find_site(self, key: str, relative: bool = True) -> tuple[str, nn.Module]:
         """The canonical path and the module of ``key``; warns of a container, which is never called.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Unpack
 
 from tensordict import TensorDictBase
@@ -47,6 +48,9 @@ class ModuleVerbs(DirectedForms):
         @property
         def cache(self) -> TensorDictBase:
             """The cache of the context."""
+
+        def fencing(self) -> AbstractContextManager[None]:
+            """Keep the hooks of the block out of the forwards of threads with contexts of their own."""
 
         def find_site(self, key: str, relative: bool = True) -> tuple[str, nn.Module]:
             """Canonical path and module of ``key``."""
@@ -166,7 +170,8 @@ class ModuleVerbs(DirectedForms):
         """End every forward after the module at ``key``, until the handle is removed."""
         self._warn_if_skipped(key)
         path, module = self.find_site(key)
-        return attach(module, HookFactory.make_stopping_hook(path), "fwd", order=Order.STOP)
+        with self.fencing():
+            return attach(module, HookFactory.make_stopping_hook(path), "fwd", order=Order.STOP)
 
     def declare_set(
         self,
@@ -218,7 +223,8 @@ class ModuleVerbs(DirectedForms):
 
     def attach_tap(self, tap: GetTap | SetTap, module: nn.Module) -> Removable:
         """Register the hook of a verb at its module."""
-        return attach(module, tap.on_call, tap.row.name, order=tap.order, path=tap.path)
+        with self.fencing():
+            return attach(module, tap.on_call, tap.row.name, order=tap.order, path=tap.path)
 
     def _place(
         self, key: str, direction: HookDirection, callback: Callable[..., Any] | None, relative: bool, extra: str

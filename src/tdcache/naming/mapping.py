@@ -100,9 +100,14 @@ def _streams(model: nn.Module, inputs: Any, places: Mapping[str, NamedPlace]) ->
     return {
         prefix: _with_ends(found[prefix], places)
         if prefix in found and found[prefix].blocks == count
-        else _with_ends(ResidualStream(prefix=prefix, layouts=("",) * count), places)
+        else _with_ends(_unknown(prefix, count), places)
         for prefix, count in blocks.items()
     }
+
+
+def _unknown(prefix: str, blocks: int) -> ResidualStream:
+    none = (None,) * blocks
+    return ResidualStream(prefix=prefix, layouts=("",) * blocks, out_projections=none, down_projections=none)
 
 
 def _with_ends(stream: ResidualStream, places: Mapping[str, NamedPlace]) -> ResidualStream:

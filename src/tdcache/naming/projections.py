@@ -14,7 +14,7 @@ from torch import nn
 
 from tdcache.function_calls.sites import CallSite, is_call
 from tdcache.named_places import NamedPlace, Names
-from tdcache.naming.copies import working_copy
+from tdcache.naming.copies import in_best_dtype
 from tdcache.naming.inputs import own_inputs
 from tdcache.naming.resolve_places import Placer
 from tdcache.naming.trace import TracedValue, trace
@@ -59,8 +59,11 @@ def before_rotation(model: nn.Module, names: Names, inputs: Any = None) -> Names
 
 def _projections(model: nn.Module, names: Names, inputs: Any) -> Iterator[tuple[str, NamedPlace | None]]:
     """For each query and key that is changed before the product: the place of its projection, or None."""
-    copy = working_copy(model)
-    record = trace(copy.model, copy.fitted(own_inputs(copy.model, seed=0) if inputs is None else inputs))
+    record = in_best_dtype(
+        model,
+        0.0,
+        lambda copy: trace(copy.model, copy.fitted(own_inputs(copy.model, seed=0) if inputs is None else inputs)),
+    )
     placer = Placer(record)
     calls = {(each.path, each.ordinal, each.call): each for each in attentions(record)}
     for name, place in names.items():

@@ -152,8 +152,10 @@ def deviation(one: Tensor, other: Tensor) -> float:
         if one.numel() != other.numel():
             return float("inf")
         other = other.reshape(one.shape)
+    if one.numel() == 0:
+        return float("inf")
     size = torch.maximum(one.abs().max(), other.abs().max()).double()
-    if one.numel() == 0 or not size > 0:
+    if not size > 0:
         return float("inf")
     return float((one.double() - other.double()).abs().max() / size)
 

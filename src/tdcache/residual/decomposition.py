@@ -20,7 +20,13 @@ __all__ = ["accumulated", "decompose", "needed"]
 
 
 def needed(
-    names: Names, *, heads: bool = False, neurons: bool = False, mid: bool = False, prefix: str | None = None
+    names: Names,
+    *,
+    heads: bool = False,
+    neurons: bool = False,
+    mid: bool = False,
+    embeddings: bool = True,
+    prefix: str | None = None,
 ) -> str:
     r"""The pattern of the names that the functions here ask of a cache.
 
@@ -29,6 +35,8 @@ def needed(
         heads: also what :func:`head_results` needs.
         neurons: also what :func:`neuron_results` needs.
         mid: also the stream between attention and MLP.
+        embeddings: the embeddings apart; without them the stream before the first block is one part. Position
+            embeddings often have one row for all, of which a context cannot keep the ``positions=`` of each row.
         prefix: which stream of a model with several; by default the one that logits are made of.
 
     Raises:
@@ -45,7 +53,8 @@ def needed(
     roles = [rf"{kind}\.contribution" for kind in kinds] + ["resid_post"]
     roles += [role for wanted, role in ((heads, r"attn\.z"), (neurons, r"mlp\.post"), (mid, "resid_mid")) if wanted]
     blocks = rf"blocks\.(0\.resid_pre|\d+\.({'|'.join(roles)}))"
-    pattern = "|".join([*map(regex.escape, stream.stream.embeddings), regex.escape(stream.stream.prefix) + blocks])
+    first = stream.stream.embeddings if embeddings else ()
+    pattern = "|".join([*map(regex.escape, first), regex.escape(stream.stream.prefix) + blocks])
     if names.style is None:
         return pattern
     meant = [name for name in stream.canonical(refused=False) if regex.fullmatch(pattern, name)]
@@ -133,7 +142,8 @@ def decompose(
     of, last, role = stream.until(of)
     sums = _embedded(stream)
     for block in range(last + 1):
-        sums.compare("resid_pre", block)
+        if block == 0 or not stream.keeps(stream.name("resid_post", block - 1)):  # else it was, under that name
+            sums.compare("resid_pre", block)
         kinds = [] if block == last and role == "resid_pre" else stream.contributions(block)
         for number, kind in enumerate(kinds, 1):
             if block == last and role == "resid_mid" and number == len(kinds):
@@ -194,8 +204,9 @@ class _RunningSum:
             if refused:
                 raise self._stream.error(refused[0])
             raise ResidualError(
-                f"{name!r} differs by {off:.1e} of its largest value from the sum of what was written before; the "
-                "cache holds values of several forwards, or the table is not this model's",
+                f"{name!r} differs by {off:.1e} of its largest value from the sum of what was written before: the "
+                "cache holds values of several forwards, the model was in training mode, which drops some of what is "
+                "written, or the table is not this model's",
                 names=[name],
             )
 

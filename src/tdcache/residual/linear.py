@@ -154,6 +154,9 @@ class LinearMap:
         Raises:
             ResidualError: it is not affine.
         """
+        if type(module) is nn.Linear:
+            bias: Tensor | None = module.bias
+            return cls(wide(module.weight).detach().T, None if bias is None else wide(bias).detach())
         like = _like(module, torch.empty(0))
         wave = torch.cos(1.7 * torch.arange(width, device=like.device) + 0.3).to(like.dtype)
         out = _probed(module, path, torch.stack([0 * wave, wave]))
@@ -171,7 +174,11 @@ class LinearMap:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x @ weight + bias``."""
-        return x @ self.weight if self.bias is None else x @ self.weight + self.bias
+        return self.with_bias(x @ self.weight)
+
+    def with_bias(self, result: Tensor) -> Tensor:
+        """``result + bias``."""
+        return result if self.bias is None else result + self.bias
 
     @classmethod
     def _candidates(cls, module: nn.Module, path: str, width: int, like: Tensor) -> Iterator[LinearMap]:
@@ -214,7 +221,8 @@ def deviation(found: Tensor, wanted: Tensor) -> float:
     if not wanted.numel():
         return 0.0
     found, wanted = found.detach(), wanted.detach()
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=torch.finfo(wanted.dtype).tiny))
+    off, size = (torch.maximum(high, -low) for low, high in (each.aminmax() for each in (found - wanted, wanted)))
+    return float(off / size.clamp(min=torch.finfo(wanted.dtype).tiny))
 
 
 def tolerance(*tensors: Tensor) -> float:

@@ -27,6 +27,7 @@ class Pieces:
         weight: its weight, ``(piece, unit, out)``.
         bias: what the projection adds, or None.
         step: what happens to the projection's result before it is added to the stream.
+        results: what the projection makes of every piece, ``(..., piece, out)``, where that is at hand.
     """
 
     name: str
@@ -35,12 +36,16 @@ class Pieces:
     weight: Tensor
     bias: Tensor | None
     step: LinearStep
+    results: Tensor | None = None
 
     def parts(self, chosen: Sequence[int], *, onto: Tensor | None = None) -> dict[str, Tensor]:
         """The chosen pieces, by name; with ``onto`` their products with that direction."""
-        values, weight = self.values[..., list(chosen), :], self.weight[list(chosen)]
+        every = len(chosen) == len(self.weight)
+        values = self.values if every else self.values[..., list(chosen), :]
+        weight = self.weight if every else self.weight[list(chosen)]
         if onto is None:
-            found = self.step(torch.einsum("...hi,hio->...ho", values, weight)).unbind(-2)
+            results = self.results if every and self.results is not None else _results(values, weight)
+            found = self.step(results).unbind(-2)
         else:
             back = self.step.back(onto.to(values))
             found = (values * torch.einsum("hio,...o->...hi", weight, back)).sum(-1).unbind(-1)
@@ -55,22 +60,32 @@ class Pieces:
         return {**found, f"{self.name}.bias": torch.stack(biases).sum(0)} if biases else found
 
 
-def heads_of(stream: CachedStream, block: int) -> Pieces:
+def heads_of(stream: CachedStream, block: int, *, all_at_once: bool = True) -> Pieces:
     """The heads of the attention of one block.
+
+    Args:
+        stream: the cache.
+        block: the number of the block.
+        all_at_once: whether all of them are wanted, so that what they make serves the check as well.
 
     Raises:
         ResidualError: the cache lacks ``z`` or the contribution, or no projection leads from one to the other.
     """
-    return _pieces(stream, block, "attn", stream.stream.out_projections)
+    return _pieces(stream, block, "attn", stream.stream.out_projections, all_at_once)
 
 
-def neurons_of(stream: CachedStream, block: int) -> Pieces:
+def neurons_of(stream: CachedStream, block: int, *, all_at_once: bool = True) -> Pieces:
     """The neurons of the MLP of one block.
+
+    Args:
+        stream: the cache.
+        block: the number of the block.
+        all_at_once: whether all of them are wanted; what they make takes that many times the memory of the stream.
 
     Raises:
         ResidualError: the cache lacks ``mlp.post`` or the contribution, or no projection leads from one to the other.
     """
-    return _pieces(stream, block, "mlp", stream.stream.down_projections)
+    return _pieces(stream, block, "mlp", stream.stream.down_projections, all_at_once)
 
 
 def _read(stream: CachedStream, name: str) -> Tensor:
@@ -78,7 +93,13 @@ def _read(stream: CachedStream, name: str) -> Tensor:
     return stream.split(f"{name}.z") if name.endswith("attn") else stream.value(f"{name}.post").unsqueeze(-1)
 
 
-def _pieces(stream: CachedStream, block: int, role: str, projections: Sequence[str | None]) -> Pieces:
+def _results(values: Tensor, weight: Tensor) -> Tensor:
+    return torch.einsum("...hi,hio->...ho", values, weight)
+
+
+def _pieces(
+    stream: CachedStream, block: int, role: str, projections: Sequence[str | None], all_at_once: bool
+) -> Pieces:
     name, kind = stream.name(role, block), "head" if role == "attn" else "neuron"
     stream.require([f"{name}.{'z' if role == 'attn' else 'post'}", f"{name}.contribution"])
     path = projections[block] if block < len(projections) else None
@@ -91,26 +112,30 @@ def _pieces(stream: CachedStream, block: int, role: str, projections: Sequence[s
     pieces, units = values.shape[-2:]
     (module,) = stream.modules(path)
     linear = LinearMap.of(module, path, pieces * units).to(values)
-    # A scale for each unit cannot be told from few rows: all positions are asked where the wanted ones do not tell.
-    tried = (stream, stream.with_all_positions()) if stream.columns.positions is not None else (stream,)
-    found = next((step for each in tried if (step := _step_to_stream(each, name, linear)) is not None), None)
-    if found is None:
+    weight = linear.weight.reshape(pieces, units, -1)
+    results = _results(values, weight) if all_at_once else None
+    given = linear(values.flatten(-2)) if results is None else linear.with_bias(results.sum(-2))
+    step = _step_to_stream(stream, name, given)
+    if step is None and stream.columns.positions is not None:
+        # A scale for each unit cannot be told from few rows: all positions are asked where the wanted ones do not tell.
+        every = stream.with_all_positions()
+        step = _step_to_stream(every, name, linear(_read(every, name).flatten(-2)))
+    if step is None:
         raise ResidualError(
             f"'{name}.contribution' is not what {path!r} makes of its {kind}s, nor that through one norm or scale; a "
             "model in training mode drops some of it, and a wrong table names another projection",
             names=[f"{name}.contribution"],
         )
-    return Pieces(name, kind, values, linear.weight.reshape(pieces, units, -1), linear.bias, found)
+    return Pieces(name, kind, values, weight, linear.bias, step, results)
 
 
-def _step_to_stream(stream: CachedStream, name: str, linear: LinearMap) -> LinearStep | None:
-    """What leads from the projection of ``name`` to its contribution; None for what does not."""
+def _step_to_stream(stream: CachedStream, name: str, given: Tensor) -> LinearStep | None:
+    """What leads from what the projection of ``name`` gives to its contribution; None for what does not."""
     contribution = f"{name}.contribution"
-    given, added = linear(_read(stream, name).flatten(-2)), stream.value(contribution)
+    added = stream.value(contribution)
     if given.shape != added.shape:
         return None
-    module, allowed = _module(stream, contribution), tolerance(stream.raw(contribution))
-    return step_between(module, contribution, given, added, allowed)
+    return step_between(_module(stream, contribution), contribution, given, added, tolerance(stream.raw(contribution)))
 
 
 def _module(stream: CachedStream, name: str) -> nn.Module | None:

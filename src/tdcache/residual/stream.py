@@ -34,6 +34,9 @@ def names_of(cache: object, names: Names | None) -> Names:
     return found
 
 
+_ADDED = ".contribution"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CachedStream:
     """The entries of a cache that belong to one residual stream.
@@ -132,10 +135,16 @@ class CachedStream:
         return self.columns.of(value.permute(*rest, axes.index("head"), axes.index("unit")), name, axis=-3)
 
     def _unpacked(self, name: str) -> tuple[Tensor, tuple[str, ...]]:
-        """A kept value and its axes, with those apart that the model holds as one, ``"batch*head"``."""
+        """A kept value and its axes, with those apart that the model holds as one, ``"batch*head"``.
+
+        Where one position of each row was kept, or rows of positions were gathered, there is no axis of positions.
+        """
         value, axes = self.whole(name), self.place(name).axes
+        added = self.whole(f"{name.rpartition('.')[0]}.contribution")
+        if added.ndim == 2:
+            axes = tuple(axis for axis in axes if axis not in ("position", "query"))
         if "batch*head" in axes and value.ndim == len(axes):
-            at, rows = axes.index("batch*head"), len(self.whole(name.rpartition(".")[0] + ".contribution"))
+            at, rows = axes.index("batch*head"), len(added)
             if value.shape[at] % rows == 0:
                 return value.unflatten(at, (rows, -1)), (*axes[:at], "batch", "head", *axes[at + 1 :])
         return value, axes
@@ -168,12 +177,15 @@ class CachedStream:
 
     def contributions(self, block: int) -> list[str]:
         """What is added to the stream in one block, in the order of the table: ``["attn", "mlp"]``."""
-        pattern = self._contribution(block)
-        return [found["kind"] for name in self.canonical(refused=False) if (found := pattern.fullmatch(name))]
+        return [name[len(self.name("", block)) : -len(_ADDED)] for name in self._added(block, refused=False)]
 
     def refused(self, block: int) -> list[str]:
         """The contributions to one block that are refused: there is none, or one that cannot be read."""
-        return [name for name in self.canonical(refused=True) if self._contribution(block).fullmatch(name)]
+        return self._added(block, refused=True)
+
+    def _added(self, block: int, *, refused: bool) -> list[str]:
+        start = self.name("", block)
+        return [name for name in self.canonical(refused=refused) if name.endswith(_ADDED) and name.startswith(start)]
 
     def canonical(self, *, refused: bool) -> list[str]:
         """The names that the table has, or those that it refuses, in their canonical spelling."""
@@ -183,9 +195,6 @@ class CachedStream:
     def error(self, name: str) -> CanonicalNameError:
         """What is raised for a name that the table does not have."""
         return self.names.error(self.names.spelled(name))
-
-    def _contribution(self, block: int) -> regex.Pattern[str]:
-        return regex.compile(rf"{regex.escape(self.name('', block))}(?P<kind>.+)\.contribution")
 
     def kept_posts(self) -> list[str]:
         """The names of the ``resid_post`` that the cache keeps, in the order of the blocks."""

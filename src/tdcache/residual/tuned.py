@@ -91,8 +91,8 @@ def tuned_lens(
 ) -> TunedLens:
     """Fit a tuned lens to kept values: the divergence KL(model || lens) of each value's logits, by Adam.
 
-    The model does not run and is not changed. Padding is best left out when values are kept:
-    ``ActivationCaching(..., positions=slice(None))`` keeps real tokens alone.
+    The model does not run and is not changed. Padding is best left out when values are kept: a context with
+    ``positions=slice(None), reducer=Concatenate(flatten=2)`` gathers rows of real tokens.
 
     Args:
         caches: what :func:`accumulated` needs, of one batch or of several, which the steps take in turn.
@@ -119,7 +119,7 @@ def tuned_lens(
         )
     table = names_of(batches[0], names)
     readout = Readout.of(CachedStream.of(batches[0], table, prefix))
-    stacks = [tensors(accumulated(each, mid=mid, names=table, prefix=prefix).detach()) for each in batches]
+    stacks = [_constants(accumulated(each, mid=mid, names=table, prefix=prefix)) for each in batches]
     *keys, last = stacks[0]
     end = stacks[0][last]
     with torch.no_grad():
@@ -140,3 +140,9 @@ def tuned_lens(
     optimizer.zero_grad()
     lens.losses = TensorDict(losses)
     return lens
+
+
+def _constants(stack: TensorDictBase) -> dict[str, Tensor]:
+    """The entries without graph; those of ``inference_mode`` as copies, since autograd cannot save them."""
+    found = {key: value.detach() for key, value in tensors(stack).items()}
+    return {key: value.clone() if value.is_inference() else value for key, value in found.items()}
