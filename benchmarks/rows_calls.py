@@ -149,7 +149,7 @@ def _by_hand(stack: ExitStack, width: int) -> Call:
     return _checked(_called(model, width), kept, LAYERS)
 
 
-def _nnsight(stack: ExitStack, width: int) -> Call:
+def _nnsight(stack: ExitStack, width: int = 64) -> Call:
     import nnsight
 
     model = nnsight.NNsight(copy.deepcopy(_llama(width, "sdpa")))
@@ -166,13 +166,17 @@ def _nnsight(stack: ExitStack, width: int) -> Call:
     return again
 
 
-def _torchlens(stack: ExitStack, width: int) -> Call:
+def _torchlens(stack: ExitStack, width: int = 64) -> Call:
     import torchlens
 
     model = copy.deepcopy(_llama(width, "sdpa"))
     _, rows, positions = SHAPES[width]
     ids = torch.arange(rows * positions).reshape(rows, positions)
-    return partial(torchlens.trace, model, ids)
+
+    def again() -> None:
+        torchlens.trace(model, ids)  # a trace holds every value: none is kept
+
+    return again
 
 
 def _calls(stack: ExitStack, width: int, labels: Sequence[str]) -> Call:
@@ -198,8 +202,7 @@ def _makers(width: int) -> dict[str, Maker]:
         EAGER: partial(_eager, width=width),
         CONTEXT: partial(_caching, width=width),
         HAND: partial(_by_hand, width=width),
-        NNSIGHT: partial(_nnsight, width=width),
-        TORCHLENS: partial(_torchlens, width=width),
+        **({} if width > 64 else {NNSIGHT: _nnsight, TORCHLENS: _torchlens}),
     }
 
 
