@@ -27,7 +27,7 @@ NAMED, SUMS = "a Python function in all", "both sums of all blocks"
 BARE = "bare hooks on all attentions"
 CONTEXT = "all patterns, ActivationCaching"
 HAND = "all patterns, in a copy edited by hand"
-NNSIGHT, TORCHLENS = "all attention calls, nnsight .source", "every operation, torchlens"
+NNSIGHT = "all attention calls, nnsight .source"  # torchlens, which logs every operation, takes seconds
 
 
 @functools.cache
@@ -157,24 +157,13 @@ def _nnsight(stack: ExitStack, width: int = 64) -> Call:
     ids = torch.arange(rows * positions).reshape(rows, positions)
 
     def again() -> Any:
+        kept = []
         with model.trace(ids):
-            kept = [layer.self_attn.source.attention_interface_0.output.save() for layer in model.layers]
+            for at in range(LAYERS):
+                kept.append(model.layers[at].self_attn.source.attention_interface_0.output.save())  # noqa: PERF401  (nnsight traces the statement)
         if len(kept) != LAYERS:
             raise RuntimeError(f"{len(kept)} values were seen, {LAYERS} expected")
         return kept
-
-    return again
-
-
-def _torchlens(stack: ExitStack, width: int = 64) -> Call:
-    import torchlens
-
-    model = copy.deepcopy(_llama(width, "sdpa"))
-    _, rows, positions = SHAPES[width]
-    ids = torch.arange(rows * positions).reshape(rows, positions)
-
-    def again() -> None:
-        torchlens.trace(model, ids)  # a trace holds every value: none is kept
 
     return again
 
@@ -202,7 +191,7 @@ def _makers(width: int) -> dict[str, Maker]:
         EAGER: partial(_eager, width=width),
         CONTEXT: partial(_caching, width=width),
         HAND: partial(_by_hand, width=width),
-        **({} if width > 64 else {NNSIGHT: _nnsight, TORCHLENS: _torchlens}),
+        **({} if width > 64 else {NNSIGHT: _nnsight}),
     }
 
 
