@@ -15,7 +15,7 @@ from tdcache.contexts.opened import begin_opening, closed
 from tdcache.errors import ContextError, StopForward
 from tdcache.hooks.compiled import refuse_scripted, running_eagerly
 from tdcache.hooks.registrations import MultiHookHandle
-from tdcache.hooks.threads import Fence, Thread, fencing
+from tdcache.hooks.threads import Fence, RunningThread, fencing
 from tdcache.introspect import may_be_compiled
 from tdcache.modules.call import ModelCall, holds_entries
 from tdcache.modules.hooked import HookedModule
@@ -118,7 +118,7 @@ class HookingContext:
         self._hooked_module: HookedModule | None = None
         self._handle = MultiHookHandle()
         self._undo: ExitStack | None = None
-        self.thread: Thread | None = None
+        self.thread: RunningThread | None = None
         """The thread that opened the context, whose forwards its hooks act in; None while it is closed."""
         self.fence = Fence()
         self.is_child = False
