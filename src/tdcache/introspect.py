@@ -22,11 +22,13 @@ __all__ = [
     "CALL_IMPL",
     "HookEntry",
     "NO_TASK",
+    "RUN_BACKWARD",
     "add_tensor_hook",
     "add_tensor_hook_eagerly",
     "backward_task",
     "break_graph",
     "calls_on_stack",
+    "current_node",
     "function_mode_at",
     "function_mode_count",
     "global_hooks",
@@ -58,6 +60,9 @@ __all__ = [
 
 CALL_IMPL: CodeType = nn.Module._call_impl.__code__
 """The code that calls a module's hooks and its forward; a frame of it on the stack is a call of a module."""
+
+RUN_BACKWARD: CodeType = torch.autograd.graph._engine_run_backward.__code__
+"""The code that runs a backward; ``t_outputs`` in a frame of it is what that began at."""
 
 # The stack of function modes of this thread, without the Python wrappers around it.
 function_mode_count: Callable[[], int] = torch._C._len_torch_function_stack
@@ -192,6 +197,8 @@ def _entries(holder: Mapping[str, Any], prefix: str) -> list[HookEntry]:
 NO_TASK = -1
 backward_task = torch._C._current_graph_task_id
 """The backward that autograd is running on this thread; ``NO_TASK`` outside of one. Not to be asked in a graph."""
+current_node = torch._C._current_autograd_node
+"""The node of the graph whose hooks are running on this thread."""
 
 
 def remove_hooks(hook_dicts: Sequence[Any], is_meant: Callable[[Any], bool]) -> None:

@@ -1,0 +1,54 @@
+"""Who uses a tensor, asked while its gradient is computed: its hook sees only the sum over all of them.
+
+autograd keeps no list of them. But what the backward began at is on the stack, and from there the graph can be walked.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+
+from tdcache.introspect import RUN_BACKWARD, current_node
+
+__all__ = ["backward_consumers"]
+
+
+def backward_consumers(output: int) -> list[Any] | None:
+    """Which nodes of the backward under way give a gradient to the node whose hook is running; slow.
+
+    Args:
+        output: of which output of that node.
+
+    Returns:
+        The nodes, once per use; None if what the backward began at cannot be found.
+    """
+    roots = _backward_roots()
+    node = current_node()
+    found: list[Any] = []
+    ahead, seen = [root for root in roots if root is not None], set[Any]()
+    while ahead:
+        each = ahead.pop()
+        if each in seen:
+            continue
+        seen.add(each)
+        for after, number in each.next_functions:
+            if after is node and number == output:
+                found.append(each)
+            elif after is not None:
+                ahead.append(after)
+    return found if roots else None
+
+
+def _backward_roots() -> list[Any]:
+    """The nodes that the innermost backward began at: its call is on this thread's stack, or on that of another one."""
+    for frame in (sys._getframe(1), *sys._current_frames().values()):
+        at: FrameType | None = frame
+        while at is not None:
+            if at.f_code is RUN_BACKWARD:
+                outputs = at.f_locals["t_outputs"]
+                return [each.grad_fn if isinstance(each, Tensor) else each.node for each in outputs]
+            at = at.f_back
+    return []
