@@ -1,7 +1,7 @@
 """The forms of the verbs for inputs and gradients, shared by hooked modules and runs.
 
-``set_grad_output(...)`` reads better than ``set(..., direction="bwd")``. They only add
-the direction; the verbs themselves are elsewhere.
+``set_grad_output(...)`` reads better than ``set(..., direction="bwd")``. These forms only add the direction to the
+verbs, which are implemented elsewhere.
 """
 
 from __future__ import annotations
