@@ -44,7 +44,7 @@ def backward_consumers(output: int) -> list[Any] | None:
 
 def _backward_roots() -> list[Any]:
     """The nodes that the innermost backward began at: its call is on this thread's stack, or on that of another one."""
-    for frame in (sys._getframe(1), *sys._current_frames().values()):
+    for frame in (sys._getframe(1), *sys._current_frames().values()):  # noqa: SLF001  (the stacks of all threads)
         at: FrameType | None = frame
         while at is not None:
             if at.f_code is RUN_BACKWARD:
