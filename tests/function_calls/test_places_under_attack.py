@@ -14,10 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from call_twins import Net, data, inputs, pair, twin_name
 from model_state import state_of
-from tdcache import Ablation, ActivationCaching, EditError, HookedModule, SelectionError
+from tdcache import Ablation, ActivationCaching, ContextError, EditError, HookedModule, SelectionError
 from tdcache.attribution import GradientXActivation
 from tdcache.function_calls.stand_in import CallModule, resolve_site, select_sites
 from tdcache.hooks import attach
+from tdcache.hooks.on_demand import OnDemandPlace
 from tdcache.introspect import function_mode_count
 from tdcache.pipeline import attach as attach_pipeline
 
@@ -281,3 +282,18 @@ def test_data_parallel_on_one_device_runs_the_replicas_own_forward():
     with attach_pipeline(wrapped, r"module\." + NAME, halves):
         edited = wrapped(inputs())
     close(edited, by_hand(model, inputs()))
+
+
+def test_a_place_outlives_its_model_only_to_say_so():
+    model, _ = pair()
+    place = select_sites(model, r"layers\.0::gelu")[0].module
+    del model
+    gc.collect()
+    with pytest.raises(ContextError, match=r"the model in whose forward 'layers.0::gelu' is called is gone"):
+        attach(place, lambda module, args, output: None)
+    assert not place._forward_hooks
+
+
+def test_a_kind_of_place_says_where_its_hooks_are_called():
+    with pytest.raises(NotImplementedError, match="OnDemandPlace does not say where its hooks are called"):
+        attach(OnDemandPlace(), lambda module, args, output: None)
