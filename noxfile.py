@@ -23,6 +23,7 @@ PEER_TESTS = (
     "tests/attribution/test_lrp.py",
     "tests/harvesting/test_ray_fleet.py",
     "tests/harvesting/test_sources.py",
+    "tests/naming/test_transformer_lens.py",
     "tests/points/test_transformer_lens.py",
     "tests/residual/test_transformer_lens.py",
     "tests/store/test_dataset.py",

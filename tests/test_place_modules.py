@@ -207,6 +207,21 @@ def test_a_run_reads_and_sets_names():
             hooked.get(hooked.cache, "blocks.0.attn.z", direction="fwd_pre")
 
 
+def test_a_verb_s_positions_and_units_are_along_the_axes_of_the_name():
+    model = Transformer()
+    clean, _ = captured(model)
+    with ActivationCaching("embed", names=table(model)).prepare(model) as hooked:
+        with hooked.run(ids()) as run:
+            query = run.get("blocks.1.attn.q", positions=-1, units=[0])
+            run.set("blocks.0.attn.pattern", torch.zeros(2, HEADS, 5), positions=2)
+            pattern = run.get("blocks.0.attn.pattern")
+            before = run.get("blocks.0.attn.q", positions=[0, 1])
+        assert torch.equal(before.resolve(), clean["attn.q", 0][:, :, :2])
+        assert query.resolve().shape == (2, HEADS, 1)
+        assert not pattern.resolve()[:, :, 2].any()
+        assert torch.equal(pattern.resolve()[:, :, 3], clean["attn.pattern", 0][:, :, 3])
+
+
 def test_a_name_is_skipped_where_it_is_a_module():
     model = Transformer()
     clean, _ = captured(model)

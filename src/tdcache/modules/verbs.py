@@ -22,7 +22,7 @@ from tdcache.modules.run import HookedModuleRun
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
 from tdcache.modules.value_part import ValuePart, WhereOptions
 from tdcache.named_places import Names
-from tdcache.place_modules import refuse_at_names
+from tdcache.place_modules import dims_of, refuse_at_names
 from tdcache.reducers import Reducer
 from tdcache.types import CacheKey, Hold, HookDirection, Pick, Removable
 
@@ -189,7 +189,8 @@ class ModuleVerbs(DirectedForms):
         row, path, module = self._place(module_key, direction, callback, relative, "value")
         default = Order.EDIT_GRADIENT if row.gradient else Order.EDIT
         order = Order.FIRST if prepend else default
-        return SetTap(path, row, value, callback=callback, pick=pick, order=order, where=ValuePart(**where)), module
+        part = self._part(module_key, where)
+        return SetTap(path, row, value, callback=callback, pick=pick, order=order, where=part), module
 
     def declare_get(
         self,
@@ -217,7 +218,7 @@ class ModuleVerbs(DirectedForms):
         order = Order.FIRST if prepend else Order.CAPTURE
         tap = GetTap(
             proxy, row, callback=callback, pick=pick, hold=hold, forwards=forwards, order=order,
-            where=ValuePart(**where), reducer=None if reducer is None else Reducer.of(reducer).fresh(),
+            where=self._part(module_key, where), reducer=None if reducer is None else Reducer.of(reducer).fresh(),
         )  # fmt: skip
         return tap, module
 
@@ -241,6 +242,13 @@ class ModuleVerbs(DirectedForms):
         elif is_call(path):  # what a hook of 'bwd' returns is the gradient of the arguments
             refuse_direction((path,), "grad_in" if row.name == "bwd" and extra == "value" else row.name)
         return row, path, module
+
+    def _part(self, key: str, where: WhereOptions) -> ValuePart:
+        """The part of a value that a verb means; of a name, along the axes that the table says it has."""
+        if self.names is not None and key in self.names:
+            known: Any = dims_of(self.names[key])
+            return ValuePart(**{**known, **where})
+        return ValuePart(**where)
 
     def _warn_if_skipped(self, key: str) -> None:
         if has_stale_graph(self.model):
