@@ -171,7 +171,7 @@ def test_a_tuned_lens_finds_the_affine_map_that_the_later_layers_are():
     table = {**places(2, 1, block), **places(0, 1, {}, embed="embed", **posts)}
     this = finish(AffineModel(), table, embeddings=("embed",), unembed="head")
     this.cache, _ = capture(this.model, this.table, torch.arange(12)[None])
-    lens = residual.tuned_lens(this.cache, steps=400, lr=2e-2, names=this.table)
+    lens = residual.tuned_lens(this.cache, steps=250, lr=3e-2, names=this.table)
     key = "blocks.0.resid_pre"
     assert lens.losses[key][0] > 0.1
     assert lens.losses[key][-1] < 1e-3  # zero is reached only in the limit

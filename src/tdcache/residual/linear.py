@@ -191,7 +191,7 @@ class LinearMap:
         return self.with_bias(x @ self.weight)
 
     def with_bias(self, result: Tensor) -> Tensor:
-        """``result + bias``."""
+        """What ``x @ weight`` gives, with the bias added where there is one."""
         return result if self.bias is None else result + self.bias
 
     @classmethod
