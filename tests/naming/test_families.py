@@ -7,6 +7,7 @@ from torch import nn
 import families
 import names_zoo
 from tdcache.errors import CanonicalNameError
+from tdcache.named_places import NamedPlace, Names
 from tdcache.naming import proved, resolve
 
 pytest.importorskip("transformers")
@@ -152,3 +153,25 @@ def test_what_is_no_sum_is_refused_with_the_reason():
     assert table.refused["blocks.1.mlp.contribution"].startswith(
         "the stream itself is changed between its sums (add, scale)"
     )
+
+
+def test_a_class_that_is_defined_anew_is_proved_anew():
+    found = []
+    for forward in (lambda self, x: x + self.inner(x), lambda self, x: x + 2 * self.inner(x)):
+        kind = type("Doubling", (nn.Module,), {"forward": forward, "__module__": "__main__"})
+        blocks = []
+        for _ in range(2):
+            block = kind()
+            block.inner = nn.Linear(4, 4)
+            blocks.append(block)
+        model = nn.Sequential(*blocks)
+        streams = resolve(model, torch.randn(2, 5, 4)).streams
+        places = {f"blocks.{at}.{role}": path for at in (0, 1) for role, path in places_of_doubling(at)}
+        found.append(proved(model, Names(places, streams=streams), torch.randn(2, 5, 4)))
+    assert "blocks.0.mlp.contribution" in found[0]
+    assert "blocks.0.mlp.contribution" in found[1].refused
+
+
+def places_of_doubling(at):
+    pre = NamedPlace(path=str(at), side="fwd_pre")
+    return [("resid_pre", pre), ("resid_post", str(at)), ("mlp.contribution", f"{at}.inner")]
