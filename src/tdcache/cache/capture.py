@@ -1,4 +1,8 @@
-"""What a caching context captures: options as frozen data, and the taps they put on the selected sites."""
+"""The options of a caching context as frozen data, and the taps that they attach to the selected sites.
+
+A factory is picklable and reusable because everything here is data: whatever depends on one model or one run belongs to
+the :class:`~tdcache.cache.recorder.Recorder` that this file makes for each entry.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.taps import CallbackTap, OutputTap, StopTap, ValueTap
 from tdcache.cache.target import Target
 from tdcache.errors import CaptureError, DirectionError
-from tdcache.function_calls.places import CallPlace
+from tdcache.function_calls.places import CallPlace, calls_fit_graph
 from tdcache.hooks.attach import (
     TransientGradInputHook,
     TransientGradOutputHook,
@@ -33,6 +37,7 @@ from tdcache.hooks.directions import direction_row
 from tdcache.hooks.factory import check_callback
 from tdcache.hooks.port import InputPort, OutputPort
 from tdcache.hooks.registrations import MultiHookHandle, Order
+from tdcache.introspect import may_be_compiled
 from tdcache.reducers import Last, Reducer
 from tdcache.regions import Region
 from tdcache.selection import Selection, Site
@@ -45,7 +50,7 @@ __all__ = ["Capture"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capture:
-    """The options of :class:`tdcache.ActivationCaching` that say what is kept of a site.
+    """The options of :class:`tdcache.ActivationCaching` that decide what is kept of a site.
 
     Raises:
         CaptureError: ``stack_by`` with several values per site.
@@ -71,7 +76,7 @@ class Capture:
     position_dim: int = 1
     steps: Steps = None
     fits_graph: bool = field(init=False)
-    """Whether a compiled graph can do it: the latest outputs, as they are."""
+    """Whether the capture fits into a compiled graph: only the latest outputs, unmodified."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fits_graph", self._fits_graph())
@@ -91,8 +96,14 @@ class Capture:
 
     @property
     def order(self) -> int:
-        """Where the taps stand among the hooks of a site."""
+        """The position of the taps among the hooks of a site."""
         return Order.FIRST if self.prepend else Order.CAPTURE
+
+    @property
+    def needs_places(self) -> bool:
+        """Whether the places must be known before the model runs: where gradients are watched on the way in."""
+        with_callback = self.callback is not None and any(direction_row(each).gradient for each in self.directions)
+        return "grad_in" in self.directions or with_callback
 
     def _fits_graph(self) -> bool:
         asked = (self.callback, self.pick, self.positions, self.steps)
@@ -107,7 +118,7 @@ class Capture:
         position_dims: Mapping[str, int] | None = None,
         regions: Mapping[str, Region] | None = None,
     ) -> Recorder:
-        """The state of one open context: a channel per direction, each with its place in the cache.
+        """The state of one open context: a channel per direction, each with its own node of the cache.
 
         ``position_dims`` and ``regions``: by path, the axis of positions where it is not ``position_dim``, and the part
         that is kept where its axes are not those of ``region``.
@@ -145,13 +156,15 @@ class Capture:
     def place_calls(
         self, root: nn.Module, places: Sequence[CallPlace], recorder: Recorder, handle: MultiHookHandle
     ) -> None:
-        """Put taps at calls in the forwards of modules below ``root``; ``handle`` takes them in."""
+        """Attach taps to calls in the forwards of modules below ``root``; ``handle`` owns the registrations."""
         if places:
-            calls = CallCapture(recorder, self.callback, self.order, self.pick, live=self.keep.hold == "live")
+            in_graph = recorder.fits_graph and may_be_compiled(root) and calls_fit_graph(places)
+            live = self.keep.hold == "live"
+            calls = CallCapture(recorder, self.callback, self.order, self.pick, live=live, in_graph=in_graph)
             calls.attach(root, places, handle, nested=self.nested, stop_early=self.stop_early)
 
     def place(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:
-        """Put the taps on the sites; ``handle`` takes the registrations in."""
+        """Attach the taps to the sites; ``handle`` owns the registrations."""
         channels = list(recorder.channels)
         if self._takes_pairs(channels):
             output, gradient = channels.pop(0), channels.pop(0)
@@ -167,7 +180,7 @@ class Capture:
             self._place_stops(selection, recorder, handle)
 
     def _takes_pairs(self, channels: list[Channel]) -> bool:
-        """Whether one tap per site can take the output and its gradient, both as they are."""
+        """Whether one tap per site can take both the output and its gradient, unmodified."""
         plain = [channel.direction for channel in channels[:2] if channel.takes_aliases]
         return plain == ["fwd", "bwd"] and not (self.callback or self.pick or self.prepend)
 
@@ -224,7 +237,7 @@ class Capture:
 
 
 class _Forgotten:
-    """Lets a tap forget, when its hooks are removed, the calls that an exception ended."""
+    """Clears the calls that an exception left open in a tap, when the tap's hooks are removed."""
 
     __slots__ = ("tap",)
 
@@ -232,5 +245,5 @@ class _Forgotten:
         self.tap = tap
 
     def remove(self) -> None:
-        """Have the tap forget what it holds."""
+        """Clear the tap's open calls."""
         self.tap.forget()

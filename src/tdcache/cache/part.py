@@ -1,4 +1,8 @@
-"""Which rows, units and heads of a value are kept, beside its positions."""
+"""Selects the rows, units, heads and positions of a value that are kept (``rows=``, ``units=`` and so on).
+
+``index=`` is plain indexing and needs no file of its own. These options have a meaning (real tokens, attention heads),
+so they know about axes and masks, and refuse a value that they do not fit.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +24,12 @@ __all__ = ["PartFilter"]
 
 @dataclass(frozen=True, slots=True)
 class PartFilter:
-    """Takes part of each value.
+    """Takes the selected part of each value.
 
     Args:
-        region: rows, units and heads; no positions.
+        region: rows, units and heads, without positions.
         positions: which positions are kept; None for all columns.
-        regions: by path, the region where its axes are others.
+        regions: by path, the region of sites whose axes differ.
     """
 
     region: Region
@@ -33,13 +37,12 @@ class PartFilter:
     regions: Mapping[str, Region] = field(default_factory=dict)
 
     def of(self, path: str, value: Tensor, reducer: Reducer) -> tuple[Tensor, Tensor | None] | None:
-        """The part that is kept, and the mask of its rows for a reducer that takes one.
+        """The part that is kept, and the mask of its rows for a reducer that accepts one.
 
-        A single number for rows or units takes its axis off, as indexing does; the axis of rows stays for reducers over
-        rows.
+        A single number for rows or units removes its axis, as indexing does; reducers over rows keep the axis of rows.
 
         Returns:
-            None where no position is fed in this forward.
+            None if this forward feeds none of the positions.
 
         Raises:
             CaptureError: there is no call to take a mask from, or rows keep different numbers of positions.
@@ -87,6 +90,6 @@ class PartFilter:
             raise self.positions.outside(path)
 
     def forget(self) -> None:
-        """Let go of the call."""
+        """Drop the current call."""
         if self.positions is not None:
             self.positions.forget()

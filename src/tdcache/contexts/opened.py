@@ -1,4 +1,7 @@
-"""The contexts that are open in this process, and which threads open contexts on which model."""
+"""The registry of contexts that are open in this process, and of the threads that opened contexts on each model.
+
+Without it, the hooks of one thread's context would capture and change the forwards of another thread on the same model.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ __all__ = ["Opened", "begin_opening", "closed", "open_contexts"]
 
 
 class Opened(Protocol):
-    """What is asked of an open context."""
+    """The part of an open context that the registry uses."""
 
     model: nn.Module
     fence: Fence
@@ -45,7 +48,7 @@ def begin_opening(context: Opened) -> None:
 
 
 def closed(context: Opened) -> None:
-    """A context was left, and its hooks are removed."""
+    """Forget a context that has exited."""
     with _lock:
         open_contexts.discard(context)
         context.thread, context.fence = None, Fence()

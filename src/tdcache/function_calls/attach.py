@@ -33,6 +33,7 @@ __all__ = [
     "call_rule",
     "module_of",
     "refuse_recomputed",
+    "set_output",
 ]
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -71,10 +72,15 @@ class AtCall:
             return
         new = self.after_hook(call.module, call.args, call.kwargs, call.output)
         if new is not None:
-            refuse_recomputed(call)
-            call.output = new
-            if call.notes.get("role") == "softmax":  # what its attention goes on with
-                progress(call).softmax = new
+            set_output(call, new)
+
+
+def set_output(call: Call, new: Any) -> None:
+    """Have a call return ``new``."""
+    refuse_recomputed(call)
+    call.output = new
+    if call.notes.get("role") == "softmax":  # what its attention goes on with
+        progress(call).softmax = new
 
 
 def refuse_recomputed(call: Call) -> None:
@@ -185,10 +191,13 @@ def module_of(root: nn.Module, site: CallSite) -> nn.Module:
     return resolve_all(root, site.path)[1] if site.path else root
 
 
-def attach_rules(root: nn.Module, pairs: Iterable[tuple[nn.Module, CallRule]]) -> MultiHookHandle:
+def attach_rules(
+    root: nn.Module, pairs: Iterable[tuple[nn.Module, CallRule]], *, fenced: bool = True
+) -> MultiHookHandle:
     """Let each rule say which calls in the forward of its module, a descendant of ``root``, get a handler.
 
-    All of them or none. For many sites this is several times as fast as one registration after the other.
+    All of them or none. For many sites this is several times as fast as one registration after the other. With
+    ``fenced=False`` the handlers themselves ask which thread they are in.
     """
     attached = _Attached()
     for function in (ForwardScope.__call__, run_forward):
@@ -198,8 +207,10 @@ def attach_rules(root: nn.Module, pairs: Iterable[tuple[nn.Module, CallRule]]) -
     with handle.installing(), one_at_a_time:
         for module, rule in pairs:
             attached.add(module, rule, members)
-        note_placed(attached)
-        fence = active_fence()
+        fence = None
+        if fenced:
+            note_placed(attached)
+            fence = active_fence()
         if fence is None:
             attached.plan()
         else:

@@ -1,7 +1,7 @@
-"""Keeping a module from running: something else is called in place of its ``forward``, and its hooks run as ever.
+"""Skips a module: something else is called instead of its ``forward``, while its hooks still run.
 
-A hook cannot do that, for the forward runs whatever a hook returns. So ``forward`` is set on the instance, and taken
-off again. Of several replacements of one module the latest acts; they may be removed in any order.
+A hook cannot do that, because the forward runs whatever a pre-hook returns. So ``forward`` is set on the instance and
+removed again. If a module has several replacements the latest one acts; they may be removed in any order.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from tdcache.hooks.on_demand import OnDemandPlace
 from tdcache.hooks.threads import Fence, active_fence, note_placed, one_at_a_time, this_thread
 
 __all__ = ["ReplacedForward", "replace_forward", "skip_module"]
 
 
 class _ForwardStack:
-    """What stands in place of one module's forward."""
+    """The replacements of one module's forward."""
 
     def __init__(self, own: Any) -> None:
         self.own = own
-        """What was set on the instance before, or None."""
+        """The ``forward`` that was set on the instance before, or None."""
         self.replacements: list[ReplacedForward] = []
 
     def settle(self, module: nn.Module) -> None:
@@ -34,6 +35,8 @@ class _ForwardStack:
             module.__dict__["forward"] = _ByThread(acting, self.own, module)
         else:
             module.__dict__["forward"] = acting[0].instead if acting else self.own
+        if isinstance(module, OnDemandPlace):
+            module.settle()
 
 
 class _ByThread:
@@ -55,7 +58,7 @@ _STACKS: WeakKeyDictionary[nn.Module, _ForwardStack] = WeakKeyDictionary()
 
 
 class ReplacedForward:
-    """One replacement; removed or muted in any order."""
+    """One replacement; several may be removed or muted in any order."""
 
     def __init__(self, module: nn.Module, instead: Callable[..., Any]) -> None:
         self.module = module
@@ -120,7 +123,7 @@ def replace_forward(module: nn.Module, instead: Callable[..., Any]) -> ReplacedF
 
 
 class _Give:
-    """Gives a value in place of running."""
+    """Returns a value instead of running the module."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -134,12 +137,12 @@ class _Give:
 
 
 def skip_module(module: nn.Module, value: Any) -> ReplacedForward:
-    """The module does not run and returns ``value``, until the handle is removed; its hooks run as ever.
+    """Make a module return ``value`` without running, until the handle is removed; its hooks still run.
 
     Args:
-        module: what is skipped.
-        value: the whole of what the module would return (for an attention module often a tuple); an object whose
-            ``resolve()`` gives it, such as the proxy of a run; or a function of the module's arguments.
+        module: the module to skip.
+        value: the complete return value of the module (for an attention module often a tuple); an object whose
+            ``resolve()`` returns it, such as the proxy of a run; or a function of the module's arguments.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())

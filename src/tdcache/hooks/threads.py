@@ -1,4 +1,4 @@
-"""Hooks and threads: a context acts in the forwards of the thread that opened it.
+"""Hooks and threads: a context acts only in the forwards of the thread that opened it.
 
 Hooks sit on the modules, which several threads may run at once. Where each of them has a context open on one model, the
 hooks of one would see, and change, the values of the other. So every thread that opens a context on a model is fenced
@@ -22,7 +22,17 @@ from torch import nn
 
 from tdcache.hooks.transient import Transient
 
-__all__ = ["Fence", "Fenced", "RunningThread", "active_fence", "fencing", "note_placed", "one_at_a_time", "this_thread"]
+__all__ = [
+    "Fence",
+    "Fenced",
+    "Placed",
+    "RunningThread",
+    "active_fence",
+    "fencing",
+    "note_placed",
+    "one_at_a_time",
+    "this_thread",
+]
 
 one_at_a_time = RLock()
 """Held while the hooks of a module are changed: two threads may open contexts on one model."""

@@ -23,6 +23,7 @@ from tdcache.interventions.patching import ActivationPatching
 from tdcache.interventions.path_patching import PathPatching
 from tdcache.interventions.resume import ResumeFrom
 from tdcache.interventions.steering import SteeringVectors
+from tdcache.named_places import Names
 from tdcache.store.atomic import write_bytes
 from tdcache.store.files import as_store_error
 from tdcache.store.regular import parse_json, read_bounded
@@ -46,8 +47,9 @@ def save_intervention(intervention: Intervention | ResumeFrom, directory: str | 
 
     One that is there is replaced at once: whatever fails, the directory holds the old one or the new one.
 
-    What cannot be data stays out: a function (``patch_fn``, ``steer_fn``, ``metric``, a predicate) has to be given
-    again to :func:`load_intervention`, and a selector has to be a regex, or a sequence of these.
+    What cannot be data stays out: a function (``patch_fn``, ``steer_fn``, ``metric``, a predicate) and a table of
+    names, which is one model's, have to be given again to :func:`load_intervention`, and a selector has to be a regex,
+    or a sequence of these.
 
     Raises:
         StoreError: an argument that is not data; or a subclass of one's own, which could not be found again.
@@ -67,7 +69,8 @@ def save_intervention(intervention: Intervention | ResumeFrom, directory: str | 
     again: list[str] = []
     for name, parameter in inspect.signature(type(intervention)).parameters.items():
         value = getattr(intervention, name)
-        if callable(value) and not isinstance(value, Tensor | TensorDictBase) and name != "selector":
+        is_function = callable(value) and not isinstance(value, Tensor | TensorDictBase) and name != "selector"
+        if is_function or isinstance(value, Names):
             again.append(name)
         elif value is not parameter.default:
             arguments[name] = _as_data(value, name, tensors)

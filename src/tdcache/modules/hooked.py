@@ -13,14 +13,15 @@ from tensordict.nn import TensorDictModuleBase, TensorDictModuleWrapper
 from torch import Tensor, nn
 
 from tdcache.errors import ContextError, StopForward, TdcacheWarning
+from tdcache.function_calls.stand_in import resolve_site
 from tdcache.hooks.attach import register_hook_to_module
 from tdcache.hooks.compiled import refuse_scripted
 from tdcache.hooks.threads import Fence, fencing
 from tdcache.modules.call import ModelCall, entries_of, holds_entries, init_module
 from tdcache.modules.verbs import ModuleVerbs
 from tdcache.named_places import Names
-from tdcache.paths import resolve, resolve_all
-from tdcache.stand_ins import place_at
+from tdcache.paths import resolve
+from tdcache.place_modules import place_at
 from tdcache.tables import html_note
 from tdcache.types import CacheKey, HookDirection, Removable
 
@@ -194,7 +195,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
         names = self.names
         if names is not None and (key in names or key in names.refused):
             return place_at(names, self.model, key)
-        path, module = resolve_all(self.model if relative else self, key)
+        path, module = resolve_site(self.model if relative else self, key)
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             warnings.warn(
                 f"{key!r} is a {type(module).__name__}, which is never called; hook its members instead",
