@@ -231,8 +231,7 @@ def calls_on_stack(module: nn.Module | None) -> int:
 def keyword_arguments(module: nn.Module) -> Mapping[str, Any]:
     """What the innermost call of ``module`` was given by name: plain forward hooks are not told; slow."""
     calls = (frame.f_locals for frame in _frames_of(CALL_IMPL) if frame.f_locals.get("self") is module)
-    found = next(calls, None)
-    return {} if found is None else cast(Mapping[str, Any], found["kwargs"])
+    return cast(Mapping[str, Any], next(calls, {"kwargs": {}})["kwargs"])
 
 
 def backward_outputs() -> Sequence[Any]:
