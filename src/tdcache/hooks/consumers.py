@@ -5,13 +5,11 @@ autograd keeps no list of them. But what the backward began at is on the stack, 
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
 from typing import Any
 
 from torch import Tensor
 
-from tdcache.introspect import RUN_BACKWARD, current_node
+from tdcache.introspect import backward_outputs, current_node
 
 __all__ = ["backward_consumers"]
 
@@ -25,7 +23,7 @@ def backward_consumers(output: int) -> list[Any] | None:
     Returns:
         The nodes, once per use; None if what the backward began at cannot be found.
     """
-    roots = _backward_roots()
+    roots = [each.grad_fn if isinstance(each, Tensor) else each.node for each in backward_outputs()]
     node = current_node()
     found: list[Any] = []
     ahead, seen = [root for root in roots if root is not None], set[Any]()
@@ -40,15 +38,3 @@ def backward_consumers(output: int) -> list[Any] | None:
             elif after is not None:
                 ahead.append(after)
     return found if roots else None
-
-
-def _backward_roots() -> list[Any]:
-    """The nodes that the innermost backward began at: its call is on this thread's stack, or on that of another one."""
-    for frame in (sys._getframe(1), *sys._current_frames().values()):  # noqa: SLF001  (the stacks of all threads)
-        at: FrameType | None = frame
-        while at is not None:
-            if at.f_code is RUN_BACKWARD:
-                outputs = at.f_locals["t_outputs"]
-                return [each.grad_fn if isinstance(each, Tensor) else each.node for each in outputs]
-            at = at.f_back
-    return []

@@ -267,7 +267,7 @@ class _Passage:
     def on_base(self, grad: Tensor) -> Tensor | None:
         """Receive the gradient of the aliased tensor, in case an in-place operation cut the alias off the graph.
 
-        It equals the gradient of the alias if nothing else uses the tensor: only the operation that overwrote it.
+        It is the alias' own gradient only if nothing but that operation uses the tensor.
         """
         if self.fired or not self._is_overwritten():
             return None

@@ -22,7 +22,17 @@ from torch import nn
 
 from tdcache.hooks.transient import Transient
 
-__all__ = ["Fence", "Fenced", "RunningThread", "active_fence", "fencing", "note_placed", "one_at_a_time", "this_thread"]
+__all__ = [
+    "Fence",
+    "Fenced",
+    "Placed",
+    "RunningThread",
+    "active_fence",
+    "fencing",
+    "note_placed",
+    "one_at_a_time",
+    "this_thread",
+]
 
 one_at_a_time = RLock()
 """Held while the hooks of a module are changed: two threads may open contexts on one model."""

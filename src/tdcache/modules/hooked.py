@@ -139,6 +139,8 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
 
     def __getattr__(self, name: str) -> Any:
         # Missing attributes are looked up on the model: hooked.generate(...), hooked.config.
+        if name == "td_module":  # asked several times in every call
+            return self.__dict__["_modules"][name]
         try:
             return super().__getattr__(name)
         except AttributeError:
