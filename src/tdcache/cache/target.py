@@ -1,7 +1,7 @@
 """Writes a forward's entries into a TensorDict of any kind: ordinary, locked, or memory-mapped.
 
-The kinds differ in what a write may do (replace an entry, or copy into it) and in how an entry that is no longer current
-is removed. Channels know nothing of this.
+The kinds differ in what a write may do (replace an entry, or copy into it) and in how an entry that is no longer
+current is removed. Channels know nothing of this.
 """
 
 from __future__ import annotations
