@@ -91,7 +91,7 @@ def image_maps(
         columns,
         figsize=(1.8 * columns + (0.6 if label is None else 1.8), 1.7 * rows + 0.4),
         squeeze=False,
-        layout="constrained",
+        layout="compressed",
     )
     height, width = images.shape[-2:]
     for row in range(rows):
