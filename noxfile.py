@@ -24,6 +24,7 @@ PEER_TESTS = (
     "tests/harvesting/test_ray_fleet.py",
     "tests/harvesting/test_sources.py",
     "tests/points/test_transformer_lens.py",
+    "tests/residual/test_transformer_lens.py",
     "tests/store/test_dataset.py",
     "tests/store/test_repack.py",
 )
@@ -88,6 +89,34 @@ def kills(session):
     """Kill a thousand processes that write stores, copies and states, and hold what is left against one whole run."""
     install(session, "-e", ".")
     session.run("python", "tests/kills.py", *(session.posargs or ("--kills", "1000")), env=OFFLINE)
+
+
+@nox.session
+def soak(session):
+    """Take fifty million rows through everything that reads and writes them: each is checked, memory is measured."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "benchmarks/soak.py", *(session.posargs or ("--rows", "50000000")), env=OFFLINE)
+
+
+@nox.session
+def names_zoo(session):
+    """Find and prove canonical names in 190 families of transformers; writes docs/names_table.md."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "tests/names_zoo.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def names_lies(session):
+    """Plant wrong names in 190 families of transformers; every one has to be refused."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "tests/names_lies.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def call_zoo(session):
+    """Hold the places inside the attention of every family of transformers that builds against an eager twin."""
+    install_group(session, "tests", "-e", ".")
+    session.run("python", "tests/call_zoo.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session(venv_backend="none")

@@ -19,14 +19,17 @@ from tdcache.cache import Capture, Keep
 from tdcache.cache.step_gate import StepGate
 from tdcache.contexts import HookingContext, HookingContextFactory, HookingContextWithCache
 from tdcache.errors import DirectionError
-from tdcache.function_calls.places import call_places, refuse_direction, split_selector
+from tdcache.function_calls.places import call_places, calls_fit_graph, refuse_direction
+from tdcache.function_calls.sites import split_selector
+from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import MultiHookHandle, attach, bracket
+from tdcache.introspect import may_be_compiled
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
+from tdcache.place_modules import position_dims, refuse_at_names, region_in
 from tdcache.reducers import Last, Reducer
 from tdcache.regions import Along, Region
-from tdcache.selection import Selection, as_matcher
-from tdcache.stand_ins import position_dims, refuse_at_names, region_in
+from tdcache.selection import Matcher, Selection, as_matcher, select
 from tdcache.steps import Steps
 from tdcache.tokens import Positions
 from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector
@@ -185,7 +188,13 @@ class ActivationCaching(HookingContextFactory):
     @property
     def fits_graph(self) -> bool:
         """Whether the hooks may become part of a compiled graph: those for plain outputs may."""
-        return self._capture.fits_graph and not self._calls and self.names is None
+        return self._capture.fits_graph and self.names is None
+
+    def fits_graph_of(self, model: nn.Module) -> bool:
+        """Whether the calls that are meant, if any, are such that dynamo can trace them."""
+        if not self._calls or not self.fits_graph or not may_be_compiled(model):
+            return self.fits_graph
+        return calls_fit_graph(call_places(partial(select, model), self._calls, match=self._match, allow_empty=True))
 
     @property
     def key_pattern(self) -> Selector:
@@ -196,9 +205,14 @@ class ActivationCaching(HookingContextFactory):
     def key_pattern(self, selector: Selector) -> None:
         # An unusable selector is refused here, not on entering.
         self._modules, self._calls = split_selector(selector) if self.names is None else (selector, ())
-        self._matcher = None if self._modules is None else as_matcher(self._modules, self._match)
         for direction in self._capture.directions:
-            refuse_direction(self._calls, direction, callback=self._capture.callback is not None)
+            refuse_direction(self._calls, direction)
+        self._matcher: Matcher | None = None
+        if self._calls and self._capture.needs_places:
+            check_selector(selector, self._match)
+            self._modules, self._calls = selector, ()
+        elif self._modules is not None:
+            self._matcher = as_matcher(self._modules, self._match)
         self._key_pattern = selector
 
     def __repr__(self) -> str:

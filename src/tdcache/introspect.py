@@ -33,6 +33,7 @@ __all__ = [
     "has_stale_graph",
     "has_tensor_hooks",
     "hooks_always_called",
+    "hooks_with_kwargs",
     "in_backward",
     "is_compiled",
     "is_optimized_module",
@@ -49,6 +50,7 @@ __all__ = [
     "remove_hooks",
     "scripted_ancestor",
     "set_eval_frame",
+    "set_hook_dicts",
     "skip_frame",
     "storage_users",
     "why_not_called",
@@ -86,6 +88,16 @@ def next_registration() -> int:
     number = RemovableHandle.next_id
     RemovableHandle.next_id = number + 1
     return number
+
+
+def set_hook_dicts(module: nn.Module, before: Any, after: Any) -> None:
+    """Give a module that has no hooks yet other dicts to keep them in."""
+    module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def hooks_with_kwargs(module: nn.Module, *, before: bool) -> Any:
+    """The dict of the registration numbers of hooks that are called with keyword arguments as well."""
+    return module._forward_pre_hooks_with_kwargs if before else module._forward_hooks_with_kwargs
 
 
 def hooks_always_called(module: nn.Module) -> Any:

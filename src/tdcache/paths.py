@@ -108,8 +108,7 @@ def _child(module: nn.Module, step: regex.Match[str]) -> tuple[str, nn.Module] |
 def _no_such_path(root: nn.Module, path: str) -> PathError:
     if "::" in path:
         return PathError(
-            f"path {path!r} names a call inside a forward, and a module is needed here; calls can be read and changed "
-            "by ActivationCaching, by interventions, and by get and set",
+            f"path {path!r} names a call inside a forward, and a module is needed here; give the path of one",
             selector=path,
         )
     names = [name for name, _ in root.named_modules(remove_duplicate=False) if name]

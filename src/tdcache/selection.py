@@ -162,8 +162,8 @@ def as_matcher(selector: Selector, match: Match = "full") -> Matcher:
         raise SelectionError(f"match is 'full', 'prefix' or 'search', got {match!r}", selector=selector)
     if "::" in (selector if isinstance(selector, str) else getattr(selector, "pattern", "")):
         raise SelectionError(
-            f"{selector!r} means calls inside a forward, and only modules can be selected here; ActivationCaching, "
-            "Ablation, SteeringVectors, ActivationPatching and the get and set of a run take calls, as strings",
+            f"{selector!r} means calls inside a forward, and only modules can be selected here; where calls can be, "
+            "they are selected by strings",
             selector=selector,
         )
     if isinstance(selector, str):

@@ -15,6 +15,7 @@ from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.place import Place
 from tdcache.attribution.point import wide
 from tdcache.errors import AttributionError
+from tdcache.function_calls.sites import is_call
 from tdcache.types import Match, Pick, Selector
 
 __all__ = ["Mask", "QKAttributionPatching"]
@@ -114,7 +115,8 @@ class QKAttributionPatching(RoleAttribution):
             if parts == 0 or value.shape[-1] % parts:
                 raise AttributionError(f"{path!r} gives {value.shape[-1]} features, not those of {self.heads} heads")
             value = value.unflatten(-1, (parts, -1))
-        value = value.transpose(1, 2)
+        if not is_call(path):  # as attention sees them, heads come before positions
+            value = value.transpose(1, 2)
         fits = value.shape[1] == self.heads if width is None else self.heads % value.shape[1] == 0
         if not fits or value.shape[-1] != (width or value.shape[-1]):
             raise AttributionError(

@@ -22,8 +22,8 @@ from tdcache.attribution.survey import Survey
 from tdcache.attribution.taps import Replacement, SiteTap, check_unchanged
 from tdcache.attribution.targets import Target, Unit
 from tdcache.errors import ContextError
+from tdcache.function_calls.stand_in import resolve_site
 from tdcache.hooks import MultiHookHandle, Order, attach, attach_ports
-from tdcache.paths import resolve
 from tdcache.types import CacheKey
 
 __all__ = ["Runner"]
@@ -230,7 +230,7 @@ class Runner:
             self._attach({place: tap for place, tap in taps.items() if not tap.sees_arguments}, handle, SiteTap.order)
             for place, tap in taps.items():
                 if tap.sees_arguments:
-                    handle.add(attach(self._module(place), tap.on_output, "fwd_kwargs", order=SiteTap.order))
+                    handle.add(attach(self.module_at(place), tap.on_output, "fwd_kwargs", order=SiteTap.order))
         return taps, handle
 
     def _call(self, place: Place) -> int | None:
@@ -238,14 +238,15 @@ class Runner:
 
     def _attach(self, hooks: Mapping[Place, Any], handle: MultiHookHandle, order: int) -> None:
         for kind, direction in (("out", "fwd"), ("in", "fwd_pre_kwargs")):
-            found = [(self._module(place), hook) for place, hook in hooks.items() if place.kind == kind]
+            found = [(self.module_at(place), hook) for place, hook in hooks.items() if place.kind == kind]
             if found:
                 attach_ports(found, direction, handle, order)  # type: ignore[arg-type]
 
-    def _module(self, place: Place) -> nn.Module:
+    def module_at(self, place: Place) -> nn.Module:
+        """The module that is hooked for a place."""
         path = str(place.name)
         if path not in self._modules:
-            self._modules[path] = resolve(self.model, path)
+            self._modules[path] = resolve_site(self.model, path)[1]
         return self._modules[path]
 
     def _taps(self, asks: list[Ask], rows: PointRows | None) -> dict[Place, SiteTap]:

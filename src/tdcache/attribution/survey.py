@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from tdcache.function_calls.scope import has_rules
 from tdcache.introspect import post_hooks, pre_hooks
 from tdcache.selection import walk
 
@@ -36,7 +37,7 @@ class Survey:
         statistics = []
         for module in (model, *(module for _, module in walk(model))):
             hooks = (*post_hooks(module).values(), *pre_hooks(module).values())
-            watched = watched or any(map(_is_foreign, hooks))
+            watched = watched or any(map(_is_foreign, hooks)) or has_rules(module)
             inplace = inplace or module.__dict__.get("inplace") is True
             if module.training and module not in statistics and getattr(module, "running_mean", None) is not None:
                 statistics.append(module)

@@ -15,7 +15,7 @@ from torch import nn
 from tdcache.cache.channel import Channel
 from tdcache.cache.gradient_taps import GradientTap
 from tdcache.cache.recorder import Recorder
-from tdcache.cache.taps import CallbackTap, StopTap, ValueTap
+from tdcache.cache.taps import CallbackTap, OutputTap, StopTap, ValueTap
 from tdcache.errors import CaptureError
 from tdcache.function_calls.places import CallPlace, CallTaps
 from tdcache.hooks.directions import direction_row
@@ -37,6 +37,7 @@ class CallCapture:
         order: their position among the handlers of a call.
         pick: which tensor of a value to take.
         live: whether values are kept with their graph.
+        in_graph: whether a compiled graph may be made of the taps.
     """
 
     recorder: Recorder
@@ -44,6 +45,7 @@ class CallCapture:
     order: int
     pick: Pick
     live: bool
+    in_graph: bool = False
 
     def attach(
         self,
@@ -65,20 +67,20 @@ class CallCapture:
                 order=self.order,
                 as_user=self.callback is not None,
             )
-            taps.attach(root, handle)
+            taps.attach(root, handle, made=self.in_graph)
             self.recorder.calls.append(taps)
         if stop_early:
             self._attach_stops(root, places, handle)
 
     def _attach_stops(self, root: nn.Module, places: Sequence[CallPlace], handle: MultiHookHandle) -> None:
         for place in places:
-            if place.pattern.literal is None:
+            if place.pattern.labels is None:
                 raise CaptureError(
-                    f"stop_early=True ends the forward after the last site, and which calls {place.selector!r} matches "
-                    "is not known before the forward has run; write the name of one function after '::', or leave "
-                    "stop_early= out"
+                    f"stop_early=True ends the forward after the last site, and which calls {place.selector!r} means "
+                    "is not known before the forward has run; spell the names out, as in '::softmax' or '::(q|k)', or "
+                    "leave stop_early= out"
                 )
-        paths = frozenset(f"{place.site.path}::{place.pattern.literal}" for place in places)
+        paths = frozenset(f"{place.site.path}::{label}" for place in places for label in place.pattern.labels or ())
         self.recorder.stop_after |= paths
         before = all(channel.direction.startswith("fwd_pre") for channel in self.recorder.channels)
         direction = self.recorder.channels[0].direction if before else "fwd"
@@ -96,7 +98,7 @@ class _MakeTap:
     channel: Channel
     nested: bool
 
-    def __call__(self, site: Site, port: Port) -> ValueTap | CallbackTap | GradientTap:
+    def __call__(self, site: Site, port: Port) -> ValueTap | CallbackTap | GradientTap | OutputTap:
         self.channel.admit(site)
         capture, channel, path = self.capture, self.channel, site.path
         if capture.callback is not None:
@@ -105,6 +107,8 @@ class _MakeTap:
             return CallbackTap(
                 path, channel, capture.recorder, capture.order, key=key, row=row, callback=capture.callback
             )
+        if capture.in_graph:
+            return OutputTap(path, channel, capture.recorder, capture.order)
         if channel.is_gradient and isinstance(port, OutputPort):
             return GradientTap(port, channel, capture.recorder, capture.order)
         return ValueTap(port, channel, capture.recorder, capture.order)

@@ -24,7 +24,7 @@ from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.taps import CallbackTap, OutputTap, StopTap, ValueTap
 from tdcache.cache.target import Target
 from tdcache.errors import CaptureError, DirectionError
-from tdcache.function_calls.places import CallPlace
+from tdcache.function_calls.places import CallPlace, calls_fit_graph
 from tdcache.hooks.attach import (
     TransientGradInputHook,
     TransientGradOutputHook,
@@ -37,6 +37,7 @@ from tdcache.hooks.directions import direction_row
 from tdcache.hooks.factory import check_callback
 from tdcache.hooks.port import InputPort, OutputPort
 from tdcache.hooks.registrations import MultiHookHandle, Order
+from tdcache.introspect import may_be_compiled
 from tdcache.reducers import Last, Reducer
 from tdcache.regions import Region
 from tdcache.selection import Selection, Site
@@ -98,6 +99,12 @@ class Capture:
         """The position of the taps among the hooks of a site."""
         return Order.FIRST if self.prepend else Order.CAPTURE
 
+    @property
+    def needs_places(self) -> bool:
+        """Whether the places must be known before the model runs: where gradients are watched on the way in."""
+        with_callback = self.callback is not None and any(direction_row(each).gradient for each in self.directions)
+        return "grad_in" in self.directions or with_callback
+
     def _fits_graph(self) -> bool:
         asked = (self.callback, self.pick, self.positions, self.steps)
         asks_more = any(each is not None for each in asked) or self.stop_early or not self.region.whole
@@ -151,7 +158,9 @@ class Capture:
     ) -> None:
         """Attach taps to calls in the forwards of modules below ``root``; ``handle`` owns the registrations."""
         if places:
-            calls = CallCapture(recorder, self.callback, self.order, self.pick, live=self.keep.hold == "live")
+            in_graph = recorder.fits_graph and may_be_compiled(root) and calls_fit_graph(places)
+            live = self.keep.hold == "live"
+            calls = CallCapture(recorder, self.callback, self.order, self.pick, live=live, in_graph=in_graph)
             calls.attach(root, places, handle, nested=self.nested, stop_early=self.stop_early)
 
     def place(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:

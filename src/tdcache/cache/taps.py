@@ -94,6 +94,8 @@ class OutputTap(Tap):
             tensor = OutputPort(path).read(module, args, output)
         self.recorder.take(self.channel, path, path, tensor)
 
+    on_call = on_output  # as the taps at calls are asked
+
 
 @torch.compiler.substitute_in_graph(OutputTap.on_output, skip_signature_check=True)
 def _on_output_in_graph(self: OutputTap, module: nn.Module, args: Any, output: Any) -> None:

@@ -64,7 +64,7 @@ class HookingContextWithCache(HookingContext):
         """The state of the capture while the context is open; the recipe sets it."""
 
     def _new_cache(self) -> TensorDictBase:
-        return TensorDict(batch_size=[]) if self.names is None else NamedCache.of(self.names)
+        return TensorDict(batch_size=[]) if self.names is None else NamedCache.of(self.names.bound_to(self.model))
 
     @property
     def cache(self) -> TensorDictBase:

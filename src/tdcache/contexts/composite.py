@@ -154,6 +154,8 @@ class CompositeHookingContextFactory(HookingContextFactory):
         if strangers:
             raise ContextError(f"a composite is made of factories such as ActivationCaching(...), got {strangers[0]!r}")
         self.factories: Sequence[HookingContextFactory] = factories
+        tables = {id(factory.names): factory.names for factory in factories if factory.names is not None}
+        self.names = next(iter(tables.values())) if len(tables) == 1 else None
         self._hooked_module_class = _joined([factory.hooked_module_class for factory in factories])
         for factory in factories:
             own = {name: value for name, value in factory.hooked_module_kwargs.items() if name != "relative_path"}

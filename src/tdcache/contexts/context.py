@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from threading import get_ident
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -18,15 +18,17 @@ from torch import nn
 
 from tdcache.contexts.opened import begin_opening, closed
 from tdcache.errors import ContextError, StopForward
+from tdcache.function_calls.sites import split_selector
+from tdcache.function_calls.stand_in import select_sites
 from tdcache.hooks.compiled import refuse_scripted, running_eagerly
 from tdcache.hooks.registrations import MultiHookHandle
-from tdcache.hooks.threads import Fence, current_fence, fencing
+from tdcache.hooks.threads import Fence, Thread, fencing
 from tdcache.introspect import may_be_compiled
 from tdcache.modules.call import ModelCall, holds_entries
 from tdcache.modules.hooked import HookedModule
 from tdcache.named_places import Names
+from tdcache.place_modules import named_selection
 from tdcache.selection import Matcher, Selection, as_matcher, depends_on_names_only, select_matching, walk
-from tdcache.stand_ins import named_selection
 from tdcache.tables import html_note, html_table
 from tdcache.types import CacheKey, Match, Selector
 
@@ -46,9 +48,8 @@ class Recipe(Protocol):
     def runs_module(self) -> bool:
         """Whether calls are carried out by :meth:`_run_module`."""
 
-    @property
-    def fits_graph(self) -> bool:
-        """Whether the hooks may become part of a compiled graph."""
+    def fits_graph_of(self, model: nn.Module) -> bool:
+        """Whether the hooks may become part of a compiled graph of the model."""
 
     @property
     def prepares_module(self) -> bool:
@@ -123,9 +124,9 @@ class HookingContext:
         self._hooked_module: HookedModule | None = None
         self._handle = MultiHookHandle()
         self._undo: ExitStack | None = None
-        self.thread = get_ident()
-        """The thread that opened the context; the hooks act in its forwards only."""
-        self.fence = Fence(set())
+        self.thread: Thread | None = None
+        """The thread that opened the context, whose forwards its hooks act in; None while it is closed."""
+        self.fence = Fence()
         self.is_child = False
         """Whether it belongs to a composite."""
         self.names: Names | None = factory.names
@@ -202,20 +203,14 @@ class HookingContext:
     @property
     def _fits_graph(self) -> bool:
         """Whether the hooks may become part of a compiled graph."""
-        fits: bool = self.factory.fits_graph
+        fits: bool = self.factory.fits_graph_of(self.model)
         return fits
 
     def _hook(self, hooked: HookedModule) -> MultiHookHandle:
         """Install the recipe's hooks, all or none."""
-        handle: MultiHookHandle
-        fence = begin_opening(self)
-        if fence is None and current_fence() is None:  # the usual case
-            handle = self.factory._hook_module(hooked)
-        else:
-            with fencing(fence):
-                handle = self.factory._hook_module(hooked)
-        if fence is None and self.fence.others:  # another thread opened a context meanwhile
-            handle.put_behind(self.fence)
+        begin_opening(self)
+        with fencing(self.fence):
+            handle: MultiHookHandle = self.factory._hook_module(hooked)
         return handle
 
     @property
@@ -246,7 +241,6 @@ class HookingContext:
 
     def _leave(self, error: BaseException | None) -> None:
         undo, self._undo = self._undo, None
-        closed(self)
         try:
             if undo is None:  # the usual case
                 self._handle.remove()
@@ -256,6 +250,7 @@ class HookingContext:
                     if error is not None:
                         undo.__exit__(type(error), error, error.__traceback__)
         finally:
+            closed(self)  # not before: until its hooks are removed, another thread is to be fenced off from them
             self._in_context = False
             self._hooked_module = None
 
@@ -326,7 +321,7 @@ class HookingContext:
             root: the module that paths are relative to; the user's own model by default.
             matcher: the compiled selector, if the caller has it.
 
-        If the context has canonical names, ``selector`` refers to these: see :mod:`tdcache.stand_ins`.
+        If the context has canonical names, ``selector`` refers to these: see :mod:`tdcache.place_modules`.
 
         Raises:
             ContextError: a site is inside a TorchScript module.
@@ -335,6 +330,11 @@ class HookingContext:
             options: Any = {"match": match, "allow_empty": allow_empty, "matcher": matcher}
             return named_selection(self.model, self.names, selector, **options)
         root = self.model if root is None else root
+        if split_selector(selector)[1]:
+            find, shown = partial(self.select, root=root), len(self._selected)
+            found = select_sites(root, selector, match=match, allow_empty=allow_empty, find=find)
+            self._selected[shown:] = [found]  # the calls, and not the modules that make them
+            return found
         tree = walk(root)
         key = (selector, match, id(root)) if isinstance(selector, Hashable) else None
         remembered = self._remembered.get(key)

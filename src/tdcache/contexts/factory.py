@@ -89,6 +89,10 @@ class HookingContextFactory:
         """Whether ``torch.compile`` may make the hooks part of a graph; if not, a compiled model runs eagerly."""
         return False
 
+    def fits_graph_of(self, model: nn.Module) -> bool:
+        """:attr:`fits_graph`, where it depends on the model as well."""
+        return self.fits_graph
+
     @property
     def hooked_module_class(self) -> type[HookedModule]:
         """The class of the hooked module that the context yields."""

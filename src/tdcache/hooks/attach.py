@@ -24,10 +24,9 @@ from tdcache.hooks.registrations import (
     Order,
     Registration,
     behind,
-    one_at_a_time,
     order_of,
 )
-from tdcache.hooks.threads import current_fence
+from tdcache.hooks.threads import active_fence, note_placed, one_at_a_time
 from tdcache.hooks.transient import Transient
 from tdcache.introspect import hooks_always_called, next_registration, post_hooks, pre_hooks
 from tdcache.types import HookDirection, Removable
@@ -53,7 +52,14 @@ class AttachedElsewhere(nn.Module):
     """A place that is not a module, such as a function call; hooks registered on it are attached there."""
 
     def attach_hook(self, hook: Callable[..., Any], direction: HookDirection, order: int) -> Removable:
-        """Attach a hook; it is called with the parameters of ``direction``."""
+        """Put a hook at the place; it is called as hooks of ``direction`` are."""
+        return self.attach_hooks([(self, hook)], direction, order)
+
+    @classmethod
+    def attach_hooks(
+        cls, pairs: Iterable[tuple[Any, Callable[..., Any]]], direction: HookDirection, order: int
+    ) -> Removable:
+        """Put a hook at each of several places."""
         raise NotImplementedError
 
 
@@ -118,8 +124,8 @@ def _register(module: nn.Module, hook: Callable[..., Any], direction: HookDirect
     if isinstance(module, AttachedElsewhere):
         return module.attach_hook(hook, direction, order)
     prepend, with_kwargs = order == Order.FIRST, direction.endswith("kwargs")
-    hook = behind(current_fence(), hook)
     with one_at_a_time:
+        hook = behind(active_fence(), hook)
         register: Callable[..., RemovableHandle]
         if direction.startswith("fwd_pre"):
             register = _registering(module).register_forward_pre_hook
@@ -130,7 +136,9 @@ def _register(module: nn.Module, hook: Callable[..., Any], direction: HookDirect
         handle = register(module, hook, prepend=prepend, with_kwargs=with_kwargs)
         if not prepend:
             settle(hooks, order)
-    return Registration(handle)
+        registration = Registration(handle)
+        note_placed(registration)
+    return registration
 
 
 def _registering(module: nn.Module) -> type[nn.Module]:
@@ -144,15 +152,17 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
     torch numbers registrations across all modules, so one number can serve for all of these: removing needs that number
     and the modules' dicts, but no handle per module.
     """
-    fence = current_fence()
     with one_at_a_time:  # torch's counter is not thread-safe: a number used twice would lose a hook
         number = next_registration()
         placed = NumberedRegistrations(number)
         handle.add(placed)
+        note_placed(placed)
+        fence = active_fence()
         taken_in = placed.dicts.append
+        elsewhere: list[tuple[AttachedElsewhere, Callable[..., Any]]] = []
         for module, hook in pairs:
             if isinstance(module, AttachedElsewhere):
-                handle.add(module.attach_hook(hook, "fwd", order))
+                elsewhere.append((module, hook))
                 continue
             hooks = post_hooks(module)
             if not hooks and fence is None:  # the common case
@@ -168,6 +178,8 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
                 hooks.move_to_end(number, last=False)
             else:
                 settle(hooks, order)
+        if elsewhere:
+            handle.add(elsewhere[0][0].attach_hooks(elsewhere, "fwd", order))
 
 
 def attach_ports(
@@ -190,11 +202,12 @@ class PortHook(Protocol):
 
 def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None], handle: MultiHookHandle) -> None:
     """Call ``begin`` before and ``end`` after every forward of ``root``, including one that raises."""
-    fence = current_fence()
     with one_at_a_time:
         number = next_registration()
         placed = NumberedRegistrations(number)
         handle.add(placed)
+        note_placed(placed)
+        fence = active_fence()
         before, after = placed.dicts = [pre_hooks(root), post_hooks(root)]
         before[number] = behind(fence, begin)
         before.move_to_end(number, last=False)

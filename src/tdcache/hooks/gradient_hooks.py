@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tdcache.errors import InplaceModificationError
 from tdcache.hooks.gradients import Grads, alias_inputs, watch_outputs
 from tdcache.hooks.loans import OpenCalls, lend
-from tdcache.hooks.threads import Fence
 from tdcache.hooks.values import exchanged, leaves
 
 __all__ = ["GradInputHook", "GradOutputHook", "GradientHandle", "overwritten_input"]
@@ -223,15 +222,10 @@ class GradientHandle:
             handle.mute()
 
     def unmute(self) -> None:
-        """Undo :meth:`mute`."""
+        """Let the hook act again after :meth:`mute`."""
         self._tap.alive = True
         for handle in self._handles:
             handle.unmute()
-
-    def put_behind(self, fence: Fence) -> None:
-        """Make it ignore the threads that the fence excludes."""
-        for handle in self._handles:
-            handle.put_behind(fence)
 
     def remove(self) -> None:
         """Remove the hooks; a second call does nothing."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tdcache.errors import CaptureError, EditError
 from tdcache.hooks.gradients import OnGrad, alias_input, watch_output
 from tdcache.hooks.loans import Loan, lend
+from tdcache.hooks.on_demand import OnDemandPlace
 from tdcache.hooks.values import (
     check_fits,
     children,
@@ -216,7 +217,7 @@ class InputPort:
         if isinstance(first, int) and -len(args) - len(names) <= first < len(args) + len(names):
             at = first % (len(args) + len(names))
             return (0, at, *rest) if at < len(args) else (1, names[at - len(args)], *rest)
-        parameters = _parameters(type(module)) if self.names is None else self.names
+        parameters = _parameters(module) if self.names is None else self.names
         if first in parameters[: len(args)]:
             return (0, parameters.index(str(first)), *rest)
         if len(args) == 1 and first in dict(children(args[0])):
@@ -252,8 +253,10 @@ def _leads_to(wanted: Pick, steps: Steps) -> bool:
     return wanted == steps or not isinstance(wanted, tuple) or len(wanted) != len(steps) or wanted[:2] == steps[:2]
 
 
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    code = getattr(kind.forward, "__code__", None)
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, OnDemandPlace):
+        return module.call_parameters
+    code = getattr(type(module).forward, "__code__", None)
     return () if code is None else _names_of(code)
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from enum import IntEnum
-from threading import RLock
 from types import TracebackType
 from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
-from tdcache.hooks.threads import Fence, Fenced
+from tdcache.hooks.threads import Fence, Fenced, one_at_a_time
 from tdcache.hooks.transient import Transient
 from tdcache.types import Removable
 
@@ -26,7 +25,6 @@ __all__ = [
     "Order",
     "Registration",
     "behind",
-    "one_at_a_time",
     "order_of",
 ]
 
@@ -40,10 +38,6 @@ class Order(IntEnum):
     EDIT_GRADIENT = 1
     CAPTURE = 2
     STOP = 3
-
-
-one_at_a_time = RLock()
-"""Held while the hooks of a module are changed, since two threads may open contexts on one model."""
 
 
 def behind(fence: Fence | None, hook: Any) -> Any:
@@ -100,12 +94,19 @@ class Registration:
             self._handle.remove()
 
     def mute(self) -> None:
-        """Silence the hook; it keeps its position."""
-        _mute(self._handle.hooks_dict_ref() or {}, self._handle.id)
+        """Silence it without giving up its place."""
+        with one_at_a_time:
+            _mute(self._handle.hooks_dict_ref() or {}, self._handle.id)
 
     def unmute(self) -> None:
         """Let it act again."""
-        _unmute(self._handle.hooks_dict_ref() or {}, self._handle.id)
+        with one_at_a_time:
+            _unmute(self._handle.hooks_dict_ref() or {}, self._handle.id)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has not been removed."""
+        return self._handle.id in (self._handle.hooks_dict_ref() or ())
 
     def put_behind(self, fence: Fence) -> None:
         """Have it act in no thread that is fenced off."""
@@ -132,14 +133,21 @@ class NumberedRegistrations:
             self.always_called.pop(number, None)
 
     def mute(self) -> None:
-        """Silence the hooks; they keep their positions."""
-        for hooks in self.dicts:
-            _mute(hooks, self.number)
+        """Silence them without giving up their places."""
+        with one_at_a_time:
+            for hooks in self.dicts:
+                _mute(hooks, self.number)
 
     def unmute(self) -> None:
-        """Undo :meth:`mute`."""
-        for hooks in self.dicts:
-            _unmute(hooks, self.number)
+        """Let them act again."""
+        with one_at_a_time:
+            for hooks in self.dicts:
+                _unmute(hooks, self.number)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether they have not been removed."""
+        return bool(self.dicts)
 
     def put_behind(self, fence: Fence) -> None:
         """Make them ignore the threads that the fence excludes."""
@@ -226,12 +234,6 @@ class MultiHookHandle:
         """Undo :meth:`mute` for every registration."""
         for handle in self._able("unmute"):
             handle.unmute()
-
-    def put_behind(self, fence: Fence) -> None:
-        """From now on, make every registration ignore the threads that the fence excludes."""
-        with one_at_a_time:
-            for handle in self._able("put_behind"):
-                handle.put_behind(fence)
 
     def _able(self, what: str) -> Iterator[Any]:
         for handle in self._handles:

@@ -12,6 +12,9 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from tdcache.hooks.on_demand import OnDemandPlace
+from tdcache.hooks.threads import Fence, active_fence, note_placed, one_at_a_time, this_thread
+
 __all__ = ["ReplacedForward", "replace_forward", "skip_module"]
 
 
@@ -23,20 +26,32 @@ class _ForwardStack:
         """The ``forward`` that was set on the instance before, or None."""
         self.replacements: list[ReplacedForward] = []
 
-    def forward_of(self, module: nn.Module) -> Callable[..., Any]:
-        acting = next((each for each in reversed(self.replacements) if not each.muted), None)
-        if acting is not None:
-            return acting.instead
-        own: Callable[..., Any] = self.own or type(module).forward.__get__(module)
-        return own
-
     def settle(self, module: nn.Module) -> None:
-        """Set the active replacement on the instance, or restore its original state."""
-        forward = self.forward_of(module)
-        if self.own is None and not any(not each.muted for each in self.replacements):
+        """Set on the instance what is to be called, or nothing."""
+        acting = [each for each in reversed(self.replacements) if not each.muted]
+        if not acting and self.own is None:
             module.__dict__.pop("forward", None)
+        elif acting and acting[0].fence is not None:
+            module.__dict__["forward"] = _ByThread(acting, self.own, module)
         else:
-            module.__dict__["forward"] = forward
+            module.__dict__["forward"] = acting[0].instead if acting else self.own
+        if isinstance(module, OnDemandPlace):
+            module.settle()
+
+
+class _ByThread:
+    """Calls the replacement that is meant for the thread that runs the module, or the module's own forward."""
+
+    def __init__(self, acting: list[ReplacedForward], own: Any, module: nn.Module) -> None:
+        self.acting, self.own, self.module = acting, own, module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        thread = this_thread()
+        for each in self.acting:
+            if each.fence is None or thread not in each.fence.others:
+                return each.instead(*args, **kwargs)
+        own = self.own or type(self.module).forward.__get__(self.module)
+        return own(*args, **kwargs)
 
 
 _STACKS: WeakKeyDictionary[nn.Module, _ForwardStack] = WeakKeyDictionary()
@@ -49,24 +64,40 @@ class ReplacedForward:
         self.module = module
         self.instead = instead
         self.muted = False
-        stack = _STACKS.get(module)
-        if stack is None:
-            stack = _STACKS[module] = _ForwardStack(module.__dict__.get("forward"))
-        stack.replacements.append(self)
-        stack.settle(module)
+        with one_at_a_time:
+            stack = _STACKS.get(module)
+            if stack is None:
+                stack = _STACKS[module] = _ForwardStack(module.__dict__.get("forward"))
+            stack.replacements.append(self)
+            note_placed(self)
+            self.fence = active_fence()
+            """What keeps it out of other threads; None while there are none."""
+            stack.settle(module)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.module).__name__}, {self.instead!r})"
 
     def remove(self) -> None:
         """Let the module run again; a second call does nothing."""
+        with one_at_a_time:
+            if not self.is_there:
+                return
+            stack = _STACKS[self.module]
+            stack.replacements.remove(self)
+            stack.settle(self.module)
+            if not stack.replacements:
+                del _STACKS[self.module]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has not been removed."""
         stack = _STACKS.get(self.module)
-        if stack is None or self not in stack.replacements:
-            return
-        stack.replacements.remove(self)
-        stack.settle(self.module)
-        if not stack.replacements:
-            del _STACKS[self.module]
+        return stack is not None and self in stack.replacements
+
+    def put_behind(self, fence: Fence) -> None:
+        """Have it act in no thread that is fenced off."""
+        self.fence = fence
+        self._settle()
 
     def mute(self) -> None:
         """Let the module run until :meth:`unmute`."""
@@ -78,9 +109,12 @@ class ReplacedForward:
 
     def _set_muted(self, muted: bool) -> None:
         self.muted = muted
-        stack = _STACKS.get(self.module)
-        if stack is not None:
-            stack.settle(self.module)
+        self._settle()
+
+    def _settle(self) -> None:
+        with one_at_a_time:
+            if self.is_there:
+                _STACKS[self.module].settle(self.module)
 
 
 def replace_forward(module: nn.Module, instead: Callable[..., Any]) -> ReplacedForward:

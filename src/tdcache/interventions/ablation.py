@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Unpack, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from tensordict import TensorDictBase
@@ -154,7 +154,7 @@ class Ablation(Intervention):
         tensor([[0.]])
     """
 
-    _takes_calls: ClassVar[bool] = True
+    _finds_calls = True
 
     def __init__(
         self,

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.current_call import CurrentCall
-from tdcache.errors import ContextError, EditError, SelectionError, UnfiredSiteWarning, warn_user
-from tdcache.function_calls.places import CallPlace, CallTaps, MakeTap, call_places, refuse_direction, split_selector
-from tdcache.function_calls.sites import at_call
+from tdcache.errors import ContextError, EditError, UnfiredSiteWarning, warn_user
+from tdcache.function_calls.places import CallPlace, CallTaps, MakeTap, call_places, refuse_direction
+from tdcache.function_calls.sites import at_call, has_heads_first, split_selector
+from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach_ports, direction_row, port_at
 from tdcache.hooks.port import Port
 from tdcache.interventions.edit_tap import Edit, EditTap, ReadTap, RegionEdit
@@ -33,9 +34,9 @@ from tdcache.interventions.options import (
 from tdcache.interventions.unread import UnreadWatch
 from tdcache.modules import HookedModule
 from tdcache.paths import near_misses
+from tdcache.place_modules import region_in
 from tdcache.regions import Along, Heads, Region
 from tdcache.selection import Selection, Site, as_matcher, distinct_sites
-from tdcache.stand_ins import region_in
 from tdcache.steps import Steps
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
@@ -80,8 +81,8 @@ class Intervention(HookingContextFactory):
     _hooking_context_class: ClassVar[type[HookingContext]] = InterventionContext
     _sweeps_heads: ClassVar[bool] = False
     """Whether ``heads=`` may be an int."""
-    _takes_calls: ClassVar[bool] = False
-    """Whether the selector may name function calls inside a forward."""
+    _finds_calls: bool = False
+    """Whether function calls are discovered as they are made; otherwise their names must be spelled out."""
     _region_by_name: dict[str, Region]
     __signature__: ClassVar[Any]
 
@@ -114,16 +115,13 @@ class Intervention(HookingContextFactory):
             setattr(self, name, getattr(self.options, name))
         # Refuse an invalid selector now rather than on entering.
         self._modules, self._calls = (selector, ()) if named else split_selector(selector)
-        if not self._takes_calls and self._calls:
-            raise SelectionError(
-                f"{type(self).__name__} changes modules, and {self._calls[0]!r} means calls inside a forward; "
-                "Ablation, SteeringVectors and ActivationPatching (without a sweep) change those",
-                selector=selector,
-            )
-        if self._modules is not None:
-            as_matcher(self._modules, self.options.match)
-        if self._calls:
-            refuse_direction(self._calls, self.options.direction)
+        refuse_direction(self._calls, self.options.direction)
+        if self._calls and not self._finds_calls:
+            self._modules, self._calls = selector, ()
+        if named:
+            as_matcher(selector, self.options.match)
+        elif self._modules is not None:
+            check_selector(self._modules, self.options.match)
         self.region = self.options.region
         self._region_by_name = {}
 
@@ -160,7 +158,9 @@ class Intervention(HookingContextFactory):
             region: the region, if not the recipe's own.
         """
         if self.names is None:
-            return self.region if region is None else region
+            if region is not None or not has_heads_first(path):
+                return at_call(self.region if region is None else region, path)
+            return self._region_by_name.setdefault(path, at_call(self.region, path))
         swept = "head" in (getattr(self, "_over", None) or ())
         heads = None if swept else [self.heads] if isinstance(self.heads, int) else self.heads
         if region is not None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from tdcache.errors import DirectionError, EditError
 from tdcache.hooks import direction_row
 from tdcache.named_places import Names
+from tdcache.place_modules import refuse_at_names
 from tdcache.regions import Along, Heads, Region
-from tdcache.stand_ins import refuse_at_names
 from tdcache.steps import Steps, check_steps
 from tdcache.types import CacheKey, Match, Pick
 

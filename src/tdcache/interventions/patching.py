@@ -209,7 +209,6 @@ class ActivationPatching(Intervention):
     """
 
     _sweeps_heads: ClassVar[bool] = True
-    _takes_calls: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -229,6 +228,7 @@ class ActivationPatching(Intervention):
         **options: Unpack[WhereKeywords],
     ) -> None:
         given: EditKeywords = {"positions": positions, "units": units, **options}  # the caller's own
+        self._finds_calls = not sweep and (source is None or isinstance(source, TensorDictBase | Mapping))
         super().__init__(selector, **given)
         self.source_positions = source_positions
         self.source = source
@@ -243,11 +243,6 @@ class ActivationPatching(Intervention):
             if self.steps is not None:
                 raise EditError("steps= is for generate(); a sweep calls the model itself")
             raise EditError("a sweep patches the same positions in source and run; leave source_positions= out")
-        if sweep and self._calls:
-            raise EditError(
-                f"a sweep patches modules, and {self._calls[0]!r} means calls inside a forward; patch them one after "
-                "the other, with source= the cache of a clean run"
-            )
         named = self.names is not None
         self._over = check_over(sweep, metric, self.heads, chunk, region=self.region, named=named)
 
@@ -282,11 +277,6 @@ class ActivationPatching(Intervention):
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context, selection = module.hooking_context, self.select(module)
         single = self.source is not None and not isinstance(self.source, TensorDictBase | Mapping)
-        if single and self._calls:
-            raise EditError(
-                f"which calls {self._calls[0]!r} means is known once they are made; give source= a TensorDict or a "
-                "mapping from 'path::name' to value"
-            )
         if single and len(selection) > 1:
             raise EditError(
                 f"one source for {len(selection)} sites ({list(selection.paths[:3])!r}, ...); give a "

@@ -9,6 +9,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.errors import EditError
+from tdcache.function_calls.sites import CallSite, is_call
+from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import MultiHookHandle, port_at
 from tdcache.interventions.base import Intervention, InterventionContext, entry_of, with_inputs_of, write_outputs
 from tdcache.interventions.edit_tap import EditTap, ReadTap, RegionEdit, attach_taps
@@ -75,6 +77,8 @@ class PathPatching(Intervention):
         super().__init__(sender, **options)
         if self.steps is not None or self.calls is not None:
             raise EditError("path patching calls the model itself, and patches every call; leave steps= and calls= out")
+        for each in (receiver, freeze):
+            check_selector(each, self.match)
         self.sender = sender
         self.receiver = receiver
         self.freeze = freeze
@@ -144,4 +148,8 @@ class PathPatching(Intervention):
 
 
 def _is_part(path: str, whole: str) -> bool:
-    return f"{path}.".startswith(f"{whole}.")
+    """Whether ``path`` is ``whole`` or within it; a call is within its module, and within no other call."""
+    if is_call(whole):
+        return path == whole
+    host = CallSite.parse(path).path if is_call(path) else path
+    return f"{host}.".startswith(f"{whole}.")

@@ -26,8 +26,8 @@ from tdcache.interventions.resume_check import check_once
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
 from tdcache.paths import resolve, resolve_all
+from tdcache.place_modules import is_module_output, refuse_at_names
 from tdcache.regions import Region
-from tdcache.stand_ins import is_module_output, refuse_at_names
 
 __all__ = ["ResumeFrom", "Skipped", "resume_from"]
 

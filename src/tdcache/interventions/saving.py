@@ -26,6 +26,7 @@ from tdcache.interventions.patching import ActivationPatching
 from tdcache.interventions.path_patching import PathPatching
 from tdcache.interventions.resume import ResumeFrom
 from tdcache.interventions.steering import SteeringVectors
+from tdcache.named_places import Names
 from tdcache.store.atomic import write_bytes
 from tdcache.store.files import as_store_error
 from tdcache.store.regular import parse_json, read_bounded
@@ -49,8 +50,9 @@ def save_intervention(intervention: Intervention | ResumeFrom, directory: str | 
 
     An existing one is replaced atomically: whatever fails, the directory holds either the old or the new one.
 
-    Functions (``patch_fn``, ``steer_fn``, ``metric``, a predicate) are not saved and have to be passed again to
-    :func:`load_intervention`; a selector has to be a regex, or a sequence of these.
+    Functions (``patch_fn``, ``steer_fn``, ``metric``, a predicate) and tables of names, which belong to one model, are
+    not saved and have to be passed again to :func:`load_intervention`; a selector has to be a regex, or a sequence of
+    these.
 
     Raises:
         StoreError: an argument is not data, or the class is a user's subclass, which could not be found on loading.
@@ -70,7 +72,8 @@ def save_intervention(intervention: Intervention | ResumeFrom, directory: str | 
     again: list[str] = []
     for name, parameter in inspect.signature(type(intervention)).parameters.items():
         value = getattr(intervention, name)
-        if callable(value) and not isinstance(value, Tensor | TensorDictBase) and name != "selector":
+        is_function = callable(value) and not isinstance(value, Tensor | TensorDictBase) and name != "selector"
+        if is_function or isinstance(value, Names):
             again.append(name)
         elif value is not parameter.default:
             arguments[name] = _as_data(value, name, tensors)

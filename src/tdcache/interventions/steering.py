@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Unpack
+from typing import Any, Unpack
 
 import torch
 from tensordict import TensorDictBase
@@ -146,7 +146,7 @@ class SteeringVectors(Intervention):
         tensor([[2., 0.]], grad_fn=<SubBackward0>)
     """
 
-    _takes_calls: ClassVar[bool] = True
+    _finds_calls = True
 
     def __init__(
         self,

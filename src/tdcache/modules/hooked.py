@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from textwrap import indent
 from typing import Any, Protocol, cast
 
@@ -17,13 +17,15 @@ from tensordict.nn import TensorDictModuleBase, TensorDictModuleWrapper
 from torch import Tensor, nn
 
 from tdcache.errors import ContextError, StopForward, TdcacheWarning
+from tdcache.function_calls.stand_in import resolve_site
 from tdcache.hooks.attach import register_hook_to_module
 from tdcache.hooks.compiled import refuse_scripted
+from tdcache.hooks.threads import Fence, fencing
 from tdcache.modules.call import ModelCall, entries_of, holds_entries, init_module
 from tdcache.modules.verbs import ModuleVerbs
 from tdcache.named_places import Names
-from tdcache.paths import resolve, resolve_all
-from tdcache.stand_ins import place_at
+from tdcache.paths import resolve
+from tdcache.place_modules import place_at
 from tdcache.tables import html_note
 from tdcache.types import CacheKey, HookDirection, Removable
 
@@ -36,6 +38,7 @@ class OwningContext(Protocol):
     _in_context: bool
     model: nn.Module
     names: Names | None
+    fence: Fence
 
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call of the hooked module."""
@@ -175,7 +178,13 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
             HookSignatureError: the hook does not take the direction's parameters.
         """
         path, module = self.find_site(key, relative)
-        return register_hook_to_module(module, hook, direction, prepend, path=path)
+        with self.fencing():
+            return register_hook_to_module(module, hook, direction, prepend, path=path)
+
+    def fencing(self) -> AbstractContextManager[None]:
+        """Keep the hooks of the block out of the forwards of threads with contexts of their own, as the context's."""
+        context = self._hooking_context
+        return nullcontext() if context is None else fencing(context.fence)
 
     def find_site(self, key: str, relative: bool = True) -> tuple[str, nn.Module]:
         """The canonical path and the module of ``key``; warns if it is a container, which is never called.
@@ -190,7 +199,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
         names = self.names
         if names is not None and (key in names or key in names.refused):
             return place_at(names, self.model, key)
-        path, module = resolve_all(self.model if relative else self, key)
+        path, module = resolve_site(self.model if relative else self, key)
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             warnings.warn(
                 f"{key!r} is a {type(module).__name__}, which is never called; hook its members instead",

@@ -7,7 +7,7 @@ and to no call if the block raises.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
@@ -57,6 +57,9 @@ class Runnable(Protocol):
 
     def attach_tap(self, tap: GetTap | SetTap, module: nn.Module) -> Removable:
         """Register the hook of a verb."""
+
+    def fencing(self) -> AbstractContextManager[None]:
+        """Keep the hooks of the block out of the forwards of threads with contexts of their own."""
 
 
 class HookedModuleRun(DirectedForms):
@@ -139,12 +142,13 @@ class HookedModuleRun(DirectedForms):
                 undo.enter_context(running_eagerly(model))
             handle = MultiHookHandle()
             undo.callback(handle.remove)
-            for place in placing:
-                handle.add(place())
-            if any(isinstance(tap, GetTap) for tap in taps):  # only these tell a second call from a second forward
-                handle.add(attach(model, self._forwards.on_forward, "fwd_pre", order=Order.FIRST))
-            for call in self._calls_of(taps):
-                call.attach(handle)
+            with self._module.fencing():
+                for place in placing:
+                    handle.add(place())
+                if any(isinstance(tap, GetTap) for tap in taps):  # only these tell a second call from a second forward
+                    handle.add(attach(model, self._forwards.on_forward, "fwd_pre", order=Order.FIRST))
+                for call in self._calls_of(taps):
+                    call.attach(handle)
             undo.enter_context(torch.set_grad_enabled(self._grad_enabled))
             try:
                 self.result = self._run_callback(self._module, self._data)

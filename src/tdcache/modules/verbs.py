@@ -6,29 +6,27 @@ A recipe acts at all sites that a pattern matches; these are for one place at a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Unpack
 
 from tensordict import TensorDictBase
 from torch import nn
 
-from tdcache.errors import DirectionError, TdcacheWarning, warn_user
-from tdcache.function_calls.places import CallPlace, CallTaps, refuse_direction
-from tdcache.function_calls.roles import Use
-from tdcache.function_calls.sites import CallPattern, CallSite, is_call
+from tdcache.errors import TdcacheWarning, warn_user
+from tdcache.function_calls.places import refuse_direction
+from tdcache.function_calls.sites import is_call
 from tdcache.hooks.attach import attach
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.factory import HookFactory, check_callback
-from tdcache.hooks.port import Port
-from tdcache.hooks.registrations import MultiHookHandle, Order
+from tdcache.hooks.registrations import Order
 from tdcache.introspect import has_stale_graph
 from tdcache.modules.directed_verbs import DirectedForms
 from tdcache.modules.run import HookedModuleRun
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
 from tdcache.modules.value_part import ValuePart, WhereOptions
 from tdcache.named_places import Names
+from tdcache.place_modules import refuse_at_names
 from tdcache.reducers import Reducer
-from tdcache.selection import Site
-from tdcache.stand_ins import refuse_at_names
 from tdcache.types import CacheKey, Hold, HookDirection, Pick, Removable
 
 __all__ = ["ModuleVerbs"]
@@ -53,6 +51,9 @@ class ModuleVerbs(DirectedForms):
         @property
         def cache(self) -> TensorDictBase:
             """The cache of the context."""
+
+        def fencing(self) -> AbstractContextManager[None]:
+            """Keep the hooks of the block out of the forwards of threads with contexts of their own."""
 
         def find_site(self, key: str, relative: bool = True) -> tuple[str, nn.Module]:
             """Canonical path and module of ``key``."""
@@ -174,7 +175,8 @@ class ModuleVerbs(DirectedForms):
         """End every forward after the module at ``key``, until the handle is removed."""
         self._warn_if_skipped(key)
         path, module = self.find_site(key)
-        return attach(module, HookFactory.make_stopping_hook(path), "fwd", order=Order.STOP)
+        with self.fencing():
+            return attach(module, HookFactory.make_stopping_hook(path), "fwd", order=Order.STOP)
 
     def declare_set(
         self,
@@ -192,7 +194,6 @@ class ModuleVerbs(DirectedForms):
         row, path, module = self._place(module_key, direction, callback, relative, "value")
         default = Order.EDIT_GRADIENT if row.gradient else Order.EDIT
         order = Order.FIRST if prepend else default
-        self._refuse_at_call(path, row)
         return SetTap(path, row, value, callback=callback, pick=pick, order=order, where=ValuePart(**where)), module
 
     def declare_get(
@@ -219,7 +220,6 @@ class ModuleVerbs(DirectedForms):
         row, path, module = self._place(module_key, direction, callback, relative, "key")
         proxy = ValueProxy(cache_key or f"{module_key}_{row.noun}", cache, path)
         order = Order.FIRST if prepend else Order.CAPTURE
-        self._refuse_at_call(path, row)
         tap = GetTap(
             proxy, row, callback=callback, pick=pick, hold=hold, forwards=forwards, order=order,
             where=ValuePart(**where), reducer=None if reducer is None else Reducer.of(reducer).fresh(),
@@ -227,25 +227,9 @@ class ModuleVerbs(DirectedForms):
         return tap, module
 
     def attach_tap(self, tap: GetTap | SetTap, module: nn.Module) -> Removable:
-        """Register the hook of a verb on its module, or at the call inside the module's forward that its path names."""
-        if not is_call(tap.path):
+        """Register the hook of a verb on its module."""
+        with self.fencing():
             return attach(module, tap.on_call, tap.row.name, order=tap.order, path=tap.path)
-        use: Use = "edit" if isinstance(tap, SetTap) else "watch" if tap.keep.hold == "live" else "read"
-        place = CallPlace(Site(CallSite.parse(tap.path).path, module), CallPattern.parse(tap.path), tap.path)
-        as_user, pick = tap.callback is not None, tap.port.pick
-        taps = CallTaps([place], _PlaceTap(tap), tap.row.name, pick, use=use, order=tap.order, as_user=as_user)
-        taps.attach(self.model, MultiHookHandle())
-        return taps
-
-    def _refuse_at_call(self, path: str, row: Direction) -> None:
-        if not is_call(path):
-            return
-        if row.gradient:
-            raise DirectionError(
-                f"{path!r} is inside a forward, where a run gets and sets values only; for its gradient use "
-                f"ActivationCaching({path!r}, directions=['bwd']), got {row.name!r}"
-            )
-        refuse_direction((path,), row.name)
 
     def _place(
         self, key: str, direction: HookDirection, callback: Callable[..., Any] | None, relative: bool, extra: str
@@ -255,17 +239,13 @@ class ModuleVerbs(DirectedForms):
             check_callback(callback, (*row.params, extra, "direction"))
         elif direction == "fwd_pre":
             row = direction_row("fwd_pre_kwargs")  # the first tensor may be a keyword argument
-        if not is_call(key):
-            path, module = self.find_site(key, relative)
-            if self.names is not None and key in self.names:
-                refuse_at_names(self.names, [direction])
-                row = direction_row("bwd_pre") if row.name == "bwd" and callback is None else row
-            return row, path, module
-        site = CallSite.parse(key)
-        if not site.path:
-            return row, key, self.model
-        path, module = self.find_site(site.path, relative)
-        return row, str(CallSite(path, site.name, site.ordinal)), module
+        path, module = self.find_site(key, relative)
+        if self.names is not None and key in self.names:
+            refuse_at_names(self.names, [direction])
+            row = direction_row("bwd_pre") if row.name == "bwd" and callback is None else row
+        elif is_call(path):  # what a hook of 'bwd' returns is the gradient of the arguments
+            refuse_direction((path,), "grad_in" if row.name == "bwd" and extra == "value" else row.name)
+        return row, path, module
 
     def _warn_if_skipped(self, key: str) -> None:
         if has_stale_graph(self.model):
@@ -274,14 +254,3 @@ class ModuleVerbs(DirectedForms):
                 "context, which run it eagerly, or the model that was not compiled",
                 TdcacheWarning,
             )
-
-
-class _PlaceTap:
-    """Attaches a tap to one call, whose port knows the names of the function's parameters."""
-
-    def __init__(self, tap: GetTap | SetTap) -> None:
-        self.tap = tap
-
-    def __call__(self, site: Site, port: Port) -> GetTap | SetTap:
-        self.tap.port = port
-        return self.tap

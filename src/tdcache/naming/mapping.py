@@ -80,8 +80,8 @@ def _check(model: nn.Module, path: str) -> None:
 
 def _no_block(model: nn.Module, name: str, path: str) -> CanonicalNameError:
     return CanonicalNameError(
-        f"{name!r} speaks of every block, and {type(model).__name__} has no module {path.replace(_BLOCK, '0')!r}; give a "
-        "path that holds '{i}' where the number of the block is, such as 'layers.{i}.attn'",
+        f"{name!r} speaks of every block, and {type(model).__name__} has no module {path.replace(_BLOCK, '0')!r}; give "
+        "a path that holds '{i}' where the number of the block is, such as 'layers.{i}.attn'",
         selector=name,
     )
 
@@ -100,9 +100,14 @@ def _streams(model: nn.Module, inputs: Any, places: Mapping[str, NamedPlace]) ->
     return {
         prefix: _with_ends(found[prefix], places)
         if prefix in found and found[prefix].blocks == count
-        else _with_ends(ResidualStream(prefix=prefix, layouts=("",) * count), places)
+        else _with_ends(_unknown(prefix, count), places)
         for prefix, count in blocks.items()
     }
+
+
+def _unknown(prefix: str, blocks: int) -> ResidualStream:
+    none = (None,) * blocks
+    return ResidualStream(prefix=prefix, layouts=("",) * blocks, out_projections=none, down_projections=none)
 
 
 def _with_ends(stream: ResidualStream, places: Mapping[str, NamedPlace]) -> ResidualStream:

@@ -70,7 +70,8 @@ def _check_sum(bench: ProofBench, head: str, names: list[str], layout: str, firs
             words = f"ln{number}({words})"
             norms.append(norm)
             if total is not None and bench.has(norm):
-                bench.bound(f"{words} == ln{number}", (*names[:-1], norm), total, bench[norm], inside=True)
+                so_far = (start, *parts[: number - first], norm)
+                bench.bound(f"{words} == ln{number}", so_far, total, bench[norm], inside=True)
     if total is not None:
         bench.bound(f"{words} == {end.removeprefix(head)}", names, total, bench[end], inside=bool(norms))
 
@@ -162,6 +163,7 @@ def _check_embeddings(bench: ProofBench, prefix: str) -> None:
     names = stream.embeddings
     if not names or not bench.has(first, *names):
         return
+    _check_kinds(bench, prefix, names)
     total: Tensor | None = bench[names[0]]
     for name in names[1:]:
         total = torch.as_tensor(total) + bench[name]
@@ -175,3 +177,16 @@ def _check_embeddings(bench: ProofBench, prefix: str) -> None:
     if total.numel() < bench[first].numel():
         total = total.expand_as(bench[first])
     bench.bound(f"{words} == first resid_pre", (*names, first), total, bench[first], inside=norm is not None)
+
+
+def _check_kinds(bench: ProofBench, prefix: str, names: Sequence[str]) -> None:
+    """Rows differ in their tokens, and so in ``embed``; at one position ``pos_embed`` is the same in all rows."""
+    for name in names:
+        kind, value = name.removeprefix(prefix).rstrip("0123456789"), bench[name]
+        if value.dim() < 3 or value.shape[0] < 2:
+            continue
+        same = bool((value[0] == value[1]).all())
+        if kind == "embed":
+            bench.true("embed differs between rows of other tokens", (name,), not same)
+        else:
+            bench.true(f"{kind} is the same in every row", (name,), same)

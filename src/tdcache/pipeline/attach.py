@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.current_call import CurrentCall, InSteps
 from tdcache.errors import HookSignatureError, InplaceModificationError
+from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import MultiHookHandle, Order, OutputPort, Port, port_at
 from tdcache.hooks import attach as attach_hook
 from tdcache.hooks.gradients import handed_on
@@ -24,10 +25,12 @@ from tdcache.hooks.values import check_fits, leaves
 from tdcache.inplace import NO_COUNTER, eager_version_of, shares_memory
 from tdcache.introspect import add_tensor_hook, has_tensor_hooks, in_backward
 from tdcache.modules import HookedModule
+from tdcache.named_places import Names
 from tdcache.pipeline.collection import HookCollection
 from tdcache.pipeline.hooks import Hook, HookNode, Hooks
 from tdcache.pipeline.prepared import VARYING, HookStep, laid_out, run_steps
-from tdcache.selection import Site, as_matcher, distinct_sites
+from tdcache.place_modules import refuse_at_names
+from tdcache.selection import Site, distinct_sites
 from tdcache.steps import Steps, check_steps
 from tdcache.types import Match, Pick, Selector
 
@@ -169,6 +172,8 @@ class AttachedPipeline(HookingContextFactory):
         match: ``"full"``, ``"prefix"`` or ``"search"``.
         steps: in which forwards of ``generate()``: ``"prefill"``, ``"decode"``, or a predicate of a
             :class:`tdcache.Step`. All by default.
+        names: the canonical names of the model, ``tdcache.names(model)``, which selectors then mean; ``path`` is a
+            name.
 
     Raises:
         HookSignatureError: the pipeline cannot be called.
@@ -194,8 +199,11 @@ class AttachedPipeline(HookingContextFactory):
         pick: Pick = None,
         match: Match = "full",
         steps: Steps = None,
+        names: Names | None = None,
     ) -> None:
         super().__init__()
+        refuse_at_names(names, [direction] if direction in ("fwd", "fwd_pre") else ())
+        self.names = names
         self._steps = check_steps(steps)
         if direction not in ("fwd", "fwd_pre"):
             raise HookSignatureError(
@@ -239,11 +247,11 @@ def _places(selector: Where, pipeline: Any, match: Match) -> Iterator[tuple[Hook
             raise HookSignatureError(f"a mapping of names to selectors is for a HookCollection, got {pipeline!r}")
         for name, each in selector.items():
             node = pipeline.at(name)
-            as_matcher(each, match)  # refuse an invalid selector now rather than on entering
+            check_selector(each, match)  # refuse an invalid selector now rather than on entering
             yield _callable_only(node, f"{name!r} is"), each
     else:
         _callable_only(pipeline, "the pipeline is")
-        as_matcher(selector, match)
+        check_selector(selector, match)
         yield pipeline if isinstance(pipeline, HookNode) else Hooks(pipeline), selector
 
 

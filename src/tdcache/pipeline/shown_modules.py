@@ -11,11 +11,21 @@ from typing import Any
 from torch import nn
 
 from tdcache.errors import ContextError
+from tdcache.function_calls.sites import CallSite, is_call
 from tdcache.hooks import MultiHookHandle, bracket
+from tdcache.paths import join, resolve
 
-__all__ = ["Planted", "plant"]
+__all__ = ["Planted", "plant", "shown_path"]
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def shown_path(path: str) -> str:
+    """What a site is called among modules: ``"layers.3::gelu"`` is ``"layers.3.gelu"``."""
+    if not is_call(path):
+        return path
+    site = CallSite.parse(path)
+    return join(site.path, site.label)
 
 
 class Planted:
@@ -44,16 +54,18 @@ class Planted:
 
 
 def plant(model: nn.Module, path: str, module: nn.Module, suffix: str, handle: MultiHookHandle) -> None:
-    """Make ``module`` appear at ``path + suffix`` in ``named_modules()``, until ``handle`` is removed.
+    """Make ``module`` appear at ``shown_path(path) + suffix`` in ``named_modules()``, until ``handle`` is removed.
 
-    It becomes the last child of the parent. Code that iterates over a container (``ModuleList``, ``ModuleDict``,
-    ``Sequential``) would run an additional child, so in that case it becomes, under a name with dots, a child of the
-    nearest ancestor that is not a container; if all are containers, it is hidden while the outermost one runs.
+    It becomes the last child of the parent or, for a function call, of the module that makes the call. Code that
+    iterates over a container (``ModuleList``, ``ModuleDict``, ``Sequential``) would run an additional child, so in that
+    case it becomes, under a name with dots, a child of the nearest ancestor that is not a container; if all are
+    containers, it is hidden while the outermost one runs.
 
     Raises:
         ContextError: there is a module at that path already.
     """
     ancestors = _ancestors(model, path)
+    path = shown_path(path)
     if _lineage(ancestors[0][1], path + suffix, "") is not None:
         raise ContextError(f"there is a module {path + suffix!r} already; give one of the two splices another name=")
     open_ones = [(prefix, each) for prefix, each in ancestors if not isinstance(each, _CONTAINERS)]
@@ -66,6 +78,9 @@ def plant(model: nn.Module, path: str, module: nn.Module, suffix: str, handle: M
 
 def _ancestors(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     """The modules above ``path``, outermost first, each with the prefix of its children's names."""
+    if is_call(path):
+        host = CallSite.parse(path).path
+        return [*_ancestors(model, host), (f"{host}.", resolve(model, host))] if host else [("", model)]
     for base in model.modules():  # the names of a wrapped model begin below the wrapper
         found = _lineage(base, path, "")
         if found is not None:

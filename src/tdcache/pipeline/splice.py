@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import CaptureError, ContextError, InplaceModificationError, SelectionError, listed
+from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach_ports, direction_row
 from tdcache.hooks.values import first_tensor
 from tdcache.inplace import eager_version_of
 from tdcache.modules import HookedModule
+from tdcache.named_places import Names
 from tdcache.pipeline.autoencoder import Autoencoder, Sites, as_autoencoder
-from tdcache.pipeline.shown_modules import plant
-from tdcache.selection import Site, as_matcher, distinct_sites
+from tdcache.pipeline.shown_modules import plant, shown_path
+from tdcache.place_modules import refuse_at_names
+from tdcache.selection import Site, distinct_sites
 from tdcache.types import Match, Pick, Selector
 
 __all__ = ["Splice", "SpliceContext", "SpliceSite", "sparse_latents"]
@@ -128,10 +131,10 @@ class Splice(HookingContextFactory):
     """Puts an encode/decode pair into a model: the output of each selected module passes through it.
 
     While the context is open, ``latents``, ``reconstruction`` and ``error`` are modules of the model, under paths such
-    as ``"layers.3.mlp/sae.latents"``. Contexts entered after the splice can select, capture, reduce, edit and
-    differentiate them like any other site; in a composite, list the splice first. Captures at the spliced module itself
-    see the output of the splice. Everything is removed on exit; the autoencoder's parameters never become part of the
-    model.
+    as ``"layers.3.mlp/sae.latents"``; at a call ``"layers.3::gelu"``, ``"layers.3.gelu/sae.latents"``. Contexts entered
+    after the splice can select, capture, reduce, edit and differentiate them like any other site; in a composite, list
+    the splice first. Captures at the spliced site itself see the output of the splice. Everything is removed on exit;
+    the autoencoder's parameters never become part of the model.
 
     With the error term the splice is the identity, in the forward and for the gradient of its input. The gradient of
     the latents is the decoder transpose applied to the gradient of the output, that of the error is the gradient of the
@@ -147,6 +150,9 @@ class Splice(HookingContextFactory):
         name: the part of paths after the slash; two splices on one module need two names.
         pick: which tensor of a structured output is replaced, the first by default; the rest is kept.
         match: ``"full"``, ``"prefix"`` or ``"search"``.
+        names: the canonical names of the model, ``tdcache.names(model)``: the selector and the mapping then mean names,
+            and what is shown is at paths such as ``"blocks.3.mlp.out/sae.latents"``. The value of a name is what is
+            encoded.
 
     Raises:
         HookSignatureError: ``autoencoder`` is not one.
@@ -174,9 +180,12 @@ class Splice(HookingContextFactory):
         name: str = "sae",
         pick: Pick = None,
         match: Match = "full",
+        names: Names | None = None,
     ) -> None:
         super().__init__()
-        self._matcher = as_matcher(selector, match)
+        refuse_at_names(names, ["fwd" if reads == "output" else "fwd_pre"])
+        self.names = names
+        check_selector(selector, match)
         self._selector, self._match = selector, match
         self._pairs: Autoencoder | Mapping[str, Autoencoder]
         if isinstance(autoencoder, Mapping) and not hasattr(autoencoder, "encode"):
@@ -200,7 +209,8 @@ class Splice(HookingContextFactory):
             for site in distinct_sites(selection):
                 path = site.path
                 if path not in shown:
-                    shown[path] = SpliceSite(f"{path}/{self._name}", self._pair_for(path), add_error=self._add_error)
+                    where = f"{shown_path(path)}/{self._name}"
+                    shown[path] = SpliceSite(where, self._pair_for(path), add_error=self._add_error)
                 plant(module.model, path, shown[path], f"/{self._name}", handle)
                 self._hook(site, shown[path], handle)
         return handle

@@ -208,6 +208,7 @@ class StoreReader:
         Raises:
             IndexError: out of range, or no such index.
         """
+        index = slice(None) if index is Ellipsis else index
         numbers = row_numbers(index, len(self))
         if isinstance(index, slice) and index.step in (None, 1):
             begin = int(numbers[0]) if numbers.numel() else 0
