@@ -228,7 +228,7 @@ class ModuleVerbs(DirectedForms):
         return tap, module
 
     def attach_tap(self, tap: GetTap | SetTap, module: nn.Module) -> Removable:
-        """Register the hook of a verb at its module."""
+        """Register the hook of a verb on its module."""
         with self.fencing():
             return attach(module, tap.on_call, tap.row.name, order=tap.order, path=tap.path)
 

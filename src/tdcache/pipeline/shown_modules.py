@@ -56,10 +56,10 @@ class Planted:
 def plant(model: nn.Module, path: str, module: nn.Module, suffix: str, handle: MultiHookHandle) -> None:
     """Make ``module`` appear at ``shown_path(path) + suffix`` in ``named_modules()``, until ``handle`` is removed.
 
-    It becomes the last child of the parent; for a call, of the module that makes it. Code that iterates over a
-    container (``ModuleList``, ``ModuleDict``, ``Sequential``) would run an additional child, so in that case it
-    becomes, under a name with dots, a child of the nearest ancestor that is not a container; if all are containers, it
-    is hidden while the outermost one runs.
+    It becomes the last child of the parent or, for a function call, of the module that makes the call. Code that
+    iterates over a container (``ModuleList``, ``ModuleDict``, ``Sequential``) would run an additional child, so in that
+    case it becomes, under a name with dots, a child of the nearest ancestor that is not a container; if all are
+    containers, it is hidden while the outermost one runs.
 
     Raises:
         ContextError: there is a module at that path already.

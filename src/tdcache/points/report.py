@@ -73,7 +73,7 @@ class HookReport(Sequence[HookRow]):
 
     @property
     def foreign(self) -> HookReport:
-        """All other hooks."""
+        """The hooks that other code registered."""
         return HookReport([row for row in self if row.owner == FOREIGN], self.model_name)
 
     def __repr__(self) -> str:

@@ -25,7 +25,7 @@ class _OneValue(Reducer):
     _value: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def compute(self) -> Tensor:
-        """The kept value."""
+        """The value that is kept, unmodified."""
         if self._value is None:
             raise self.nothing_seen()
         return self._value

@@ -52,7 +52,7 @@ class Total:
         self._sum = total
 
     def join(self, other: Total) -> None:
-        """Add another total."""
+        """Add the terms of another total."""
         self.add(other._sum)
         if other._error is not None:
             self.add(other._error)
