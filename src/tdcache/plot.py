@@ -54,7 +54,8 @@ def color_bar(axes: Axes | Sequence[Axes], *, limit: float, label: str | None = 
     panels: list[Any] = [*axes] if isinstance(axes, Sequence) else [axes]
     colors = ScalarMappable(Normalize(-limit, limit), _colors())
     bar: Colorbar = panels[0].figure.colorbar(colors, ax=panels, aspect=30, format=_signed, label=label)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    outline: Any = bar.outline
+    outline.set_visible(False)
     return bar
 
 
