@@ -19,14 +19,17 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 PEERS = ("captum", "nnsight", "transformer-lens", "pyvene", "tdhook==0.1.3", "zennit", "datasets")
 
 # Those that the tests hold it against, and where.
-TESTED_PEERS = ("captum", "datasets", "ray", "transformer-lens")
+TESTED_PEERS = ("aiohttp", "captum", "datasets", "ray", "transformer-lens")
 PEER_TESTS = (
     "tests/attribution/test_captum.py",
     "tests/attribution/test_lrp.py",
     "tests/harvesting/test_ray_fleet.py",
     "tests/harvesting/test_sources.py",
+    "tests/naming/test_transformer_lens.py",
     "tests/points/test_transformer_lens.py",
+    "tests/residual/test_transformer_lens.py",
     "tests/store/test_dataset.py",
+    "tests/store/test_remote.py",
     "tests/store/test_repack.py",
 )
 
@@ -100,6 +103,41 @@ def kills(session):
     """Kill a thousand processes that write stores, copies and states, and hold what is left against one whole run."""
     install(session, "-e", ".")
     session.run("python", "tests/kills.py", *(session.posargs or ("--kills", "1000")), env=OFFLINE)
+
+
+@nox.session
+def soak(session):
+    """Take fifty million rows through everything that reads and writes them: each is checked, memory is measured."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "benchmarks/soak.py", *(session.posargs or ("--rows", "50000000")), env=OFFLINE)
+
+
+@nox.session
+def names_zoo(session):
+    """Find and prove canonical names in 190 families of transformers; writes docs/names_table.md."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "tests/names_zoo.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def residual_zoo(session):
+    """Take the residual streams of 190 families of transformers apart; every sum has to be exact, or refused."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "tests/residual_zoo.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def names_lies(session):
+    """Plant wrong names in 190 families of transformers; every one has to be refused."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "tests/names_lies.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def call_zoo(session):
+    """Hold the places inside the attention of every family of transformers that builds against an eager twin."""
+    install_group(session, "tests", "-e", ".")
+    session.run("python", "tests/call_zoo.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session(venv_backend="none")

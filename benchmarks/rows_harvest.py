@@ -20,10 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from harness import Goal, Plan, Table, settle_process
 from rows_memory import MB, forget_peak, map_big_blocks, resident, settled
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from zoo import small_gpt2
 
 from tdcache import ActivationDataset, harvest
@@ -372,19 +374,25 @@ EPOCHS: Mapping[str, Callable[[Path, int], Iterator[int]]] = {
 }
 
 
+def _write_rows(folder: Path, rows: int) -> Iterator[Tensor]:
+    """A store of random rows; gives the rows of its shards."""
+    values = torch.randn(rows, ROW).bfloat16()
+    with StoreWriter(folder / "a.acts", {"sites": {"a": {"dtype": "bfloat16", "shape": [ROW]}}}) as writer:
+        for number, part in enumerate(values.split(1 << 14)):
+            first = number << 14
+            columns = {site_column("a"): [part], "seq": [torch.arange(first, first + len(part))]}
+            columns["pos"] = [torch.zeros(len(part), dtype=torch.int32)]
+            end = first + len(part) == rows
+            writer.write(number, columns, samples=(first, first + len(part)), end=end)
+    return iter(values.split(1 << 14))
+
+
 def _fill(folder: Path, rows: int) -> dict[str, str]:
     """The same rows in every format; the reasons of those that cannot be had."""
-    values, skipped = torch.randn(rows, ROW).bfloat16(), {}
-    writer = StoreWriter(folder / "a.acts", {"sites": {"a": {"dtype": "bfloat16", "shape": [ROW]}}})
+    skipped: dict[str, str] = {}
     (folder / "pt").mkdir()
-    for number, part in enumerate(values.split(1 << 14)):
-        first = number << 14
-        columns = {site_column("a"): [part], "seq": [torch.arange(first, first + len(part))]}
-        columns["pos"] = [torch.zeros(len(part), dtype=torch.int32)]
-        end = first + len(part) == rows
-        writer.write(number, columns, samples=(first, first + len(part)), end=end)
+    for number, part in enumerate(_write_rows(folder, rows)):
         torch.save({"a": part.clone()}, folder / "pt" / f"{number}.pt")
-    writer.finish()
     dataset = ActivationDataset.open(folder / "a.acts")
     for kind, name in (("npz", "a.npz"), ("memmap", "memmap"), ("hf", "hf")):
         try:
@@ -449,6 +457,52 @@ def _rate(epoch: Callable[[Path, int], Iterator[int]], folder: Path, rows: int, 
     if seen != rows:
         raise AssertionError(f"{seen} of {rows} rows")
     return rows / seconds / 1e6
+
+
+# A stock loader, and arrays.
+
+
+def _through(batches: Any) -> float:
+    """Seconds per row from the first batch on: workers and the first pool are there by then."""
+    iterator = iter(batches)
+    next(iterator)
+    start = time.perf_counter()
+    seen = sum(len(batch["seq"]) for batch in iterator)
+    return (time.perf_counter() - start) / seen
+
+
+def loading(plan: Plan) -> list[Table]:
+    """One shuffled epoch, page cache warm, by our iterator and by a stock ``DataLoader``; and a column as an array."""
+    count = (1 << 17) if plan.quick else (1 << 19)
+    options: dict[str, Any] = {"shuffle": "block", "seed": 0}
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+        _write_rows(Path(name), count)
+        dataset = ActivationDataset.open(Path(name, "a.acts"))
+        epochs: dict[str, Any] = {"batches": dataset.batches(1024, **options)}
+        for workers in (0, 1, 2):
+            more = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
+            loader = DataLoader(dataset.iterable(1024, **options), batch_size=None, num_workers=workers, **more)
+            epochs[f"DataLoader(iterable), {workers} workers"] = loader
+        seconds: dict[Any, list[float]] = {variant: [] for variant in epochs}
+        names, shuffle = list(epochs), random.Random(0).shuffle
+        for _ in range(3 if plan.quick else 9):
+            shuffle(names)
+            for variant in names:
+                seconds[variant].append(_through(epochs[variant]))
+        values = dataset["a"][...]
+        floats = {"tensor.float()": values.float, "np.asarray(ds['a'])": partial(np.asarray, dataset["a"])}
+        arrays = _rounds(floats, 3 if plan.quick else 7)
+    table = Table(
+        f"Into training: {count:,} rows of {ROW} bfloat16, batches of 1024", ["variant", "Mrow/s", "x batches"]
+    )
+    for variant in epochs:
+        rate = 1e-6 / statistics.median(seconds[variant])
+        table.rows.append([variant, f"{rate:.2f}", f"{_ratio(seconds, 'batches', variant):.2f}"])
+    best = max(_ratio(seconds, "batches", variant) for variant in epochs if variant != "batches")
+    table.goals.append(Goal("a stock DataLoader, speed of: batches", best, 1 / 1.2, at_least=True))
+    ratio = _ratio(arrays, "tensor.float()", "np.asarray(ds['a'])")
+    table.goals.append(Goal("np.asarray(ds['a']), speed of converting a tensor in memory", ratio, 0.8, at_least=True))
+    return [table]
 
 
 # Many shards, and checks on reading.
@@ -563,6 +617,7 @@ def rows(plan: Plan) -> list[Table]:
         *disk(plan),
         *peaks(plan),
         *reading(plan),
+        *loading(plan),
         *many_shards(plan),
         *checking(plan),
     ]

@@ -23,10 +23,11 @@ from tdcache.store import StoreWriter, site_column
 
 WIDTH, DOCUMENT, SOURCES, BATCH = 64, 64, 8, 256
 SHARDS = 32
+DEFAULT = "block, pool of 64 (default)"
 
 
 def _rows(count: int) -> tuple[Tensor, Tensor]:
-    """Features of a document, of its source and of the row itself; the label depends on the row alone."""
+    """Features of a row, with what its document and its source have in common; the label is a half space."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
@@ -36,7 +37,7 @@ def _rows(count: int) -> tuple[Tensor, Tensor]:
     source = torch.arange(count) * SOURCES // count
     of_row = drawn(count, WIDTH)
     found = of_row + drawn(int(document[-1]) + 1, WIDTH)[document] + drawn(SOURCES, WIDTH)[source]
-    return found.bfloat16(), (of_row @ drawn(WIDTH) > 0).long()
+    return found.bfloat16(), (found @ drawn(WIDTH) > 0).long()
 
 
 def _store(folder: Path, count: int) -> ActivationDataset:
@@ -113,20 +114,15 @@ def _neighbours(store: ActivationDataset, batches: Iterable[Any], per_shard: int
 
 def rows(plan: Plan) -> list[Table]:
     """Some orders of one store, with their price and what is learned from them."""
-    count, seeds = (1 << 16, 2) if plan.quick else (1 << 19, 5)
+    count, block, seeds = (1 << 16, 64, 2) if plan.quick else (1 << 19, 512, 3)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
-        whole = _store(Path(name, "a.acts"), count)
-        train, held = whole.split(0.98, 0.02, seed=0)
-        held_out, block = held[...], whole.batches(BATCH, shuffle="block").block
-        block = min(block, count // 64)  # so that a pool is a part of the store here as well
-        orders: dict[str, dict[str, Any]] = {
-            "as stored": {},
-            "block, pool of 1": {"shuffle": "block", "block": block, "pool": block},
-            "block, pool of 16 (default)": {"shuffle": "block", "block": block},
-            "block, pool of 32": {"shuffle": "block", "block": block, "pool": 32 * block},
-            "rows": {"shuffle": "rows"},
-        }
-        return [_table(train, held_out, orders, (count, block, seeds))]
+        train, held = _store(Path(name, "a.acts"), count).split(0.98, 0.02, seed=0)
+        train = train.repack(Path(name, "b.acts"), shard_bytes=count * 140 // SHARDS)
+        blocks = {"block, pool of 1": 1, "block, pool of 16": 16, DEFAULT: 64, "block, pool of 256": 256}
+        orders: dict[str, dict[str, Any]] = {"as stored": {}}
+        orders |= {name: {"shuffle": "block", "block": block, "pool": each * block} for name, each in blocks.items()}
+        orders["rows"] = {"shuffle": "rows"}
+        return [_table(train, held[...], orders, (count, block, seeds))]
 
 
 def _table(train: ActivationDataset, held_out: Any, orders: dict[str, dict[str, Any]], sizes: tuple[int, ...]) -> Table:
@@ -147,7 +143,7 @@ def _table(train: ActivationDataset, held_out: Any, orders: dict[str, dict[str, 
         start = time.perf_counter()
         near = _neighbours(train, train.batches(BATCH, seed=0, **options), count // SHARDS, block)
         rate = count / (time.perf_counter() - start) / 1e6
-        pool = options.get("pool", 16 * block) if options.get("shuffle") == "block" else 0
+        pool = options.get("pool", 0)
         cells = [
             order,
             *(f"{100 * each:.2f}" for each in near),
@@ -160,7 +156,7 @@ def _table(train: ActivationDataset, held_out: Any, orders: dict[str, dict[str, 
             cells.append(f"{float(found[:, -1].mean() / full[:, -1].mean()):.4f}; {100 * apart:.2f}")
         table.rows.append(cells)
     for learner in LEARNERS:
-        found, full = curves[learner]["block, pool of 16 (default)"], curves[learner]["rows"]
+        found, full = curves[learner][DEFAULT], curves[learner]["rows"]
         final = float(found[:, -1].mean() / full[:, -1].mean())
         table.goals.append(Goal(f"{learner}: final loss over the default shuffle, of that over rows", final, 1.02))
         noise = statistics.pstdev(full[:, -1].tolist()) / float(full[:, -1].mean())

@@ -36,7 +36,9 @@ ROWS = {
     "points": "rows_points:points",
     "calls": "rows_calls:calls",
     "attribution": "rows_attribution:attribution",
+    "residual": "rows_residual:stream",
     "harvest": "rows_harvest:rows",
+    "shuffle": "rows_shuffle:rows",
 }
 PEERS = (
     *("tensordict", "regex", "tdhook", "nnsight", "captum", "zennit", "transformer-lens", "pyvene", "transformers"),

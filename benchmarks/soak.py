@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import torch
-from rows_memory import MB, forget_peak, map_big_blocks, resident, settled
 from torch import nn
 
 from tdcache import ActivationDataset, harvest
@@ -83,6 +82,8 @@ STEPS = {"harvest": run_harvest, "epoch": run_epoch, "shuffle": run_shuffle, "ve
 
 def measured(step, folder, rows):
     """Seconds, and bytes at the most over those after a first small run; in a process of its own."""
+    from rows_memory import forget_peak, map_big_blocks, resident, settled
+
     torch.set_num_threads(1)
     map_big_blocks()
     with tempfile.TemporaryDirectory(dir=folder) as small:
@@ -113,7 +114,7 @@ def main():
                 command = [sys.executable, __file__, "--step", step, "--folder", str(folder), "--rows", str(rows)]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 found = json.loads(done.stdout)
-                rate, peak = rows / found["seconds"] / 1e6, found["bytes"] / MB
+                rate, peak = rows / found["seconds"] / 1e6, found["bytes"] / 1e6
                 print(f"{rows:,} rows, {step}: {rate:.2f} million rows/s, {peak:.0f} MB at the most", flush=True)
         finally:
             shutil.rmtree(folder)

@@ -14,6 +14,8 @@ import torch
 import transformers
 from torch import nn
 
+from tdcache.naming.inputs import own_inputs
+
 logging.getLogger("transformers").setLevel(logging.CRITICAL)
 
 WIDTH, HEADS, LAYERS, HIDDEN, VOCABULARY = 32, 4, 2, 48, 60
@@ -62,8 +64,130 @@ SIZES: dict[str, Any] = {
 }
 """What a setting is where a configuration has it."""
 
+LEAVE = object()
+"""In place of a size: that of the family's default stays."""
+
 OWN: dict[str, dict[str, Any]] = {
     "albert": {"num_hidden_groups": 1, "inner_group_num": 1},
+    "biogpt": {"vocab_size": VOCABULARY},
+    "bloom": {"hidden_size": WIDTH},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    "granitemoe": {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    "mpt": {"max_seq_len": 64, "expansion_ratio": 2},
+    "bert-generation": {"pad_token_id": 0},
+    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1, "num_key_value_heads": 2},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": 2},
+    "xglm": {"num_layers": 2, "attention_heads": HEADS},
+    "falcon": {"head_dim": LEAVE, "multi_query": True, "new_decoder_architecture": False},
+    "falcon_h1": {"attention_out_multiplier": 0.7, "ssm_out_multiplier": 0.6, "mlp_multipliers": [0.9, 0.8]},
+    "falcon_mamba": {"conv_kernel": 4},
+    "mamba": {"conv_kernel": 4},
+    "mamba2": {"conv_kernel": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2, "chunk_size": 8},
+    "nemotron_h": {"conv_kernel": 4},
+    "deepseek_v2": {"num_experts_per_tok": 2, "num_key_value_heads": 4, "head_dim": LEAVE, "qk_head_dim": LEAVE},
+    "deepseek_v3": {"num_key_value_heads": 4, "head_dim": LEAVE, "qk_head_dim": LEAVE},
+    "funnel": {"num_hidden_layers": LEAVE, "block_sizes": [2, 2], "n_head": 4, "d_head": 8},
+    "prophetnet": {"num_hidden_layers": LEAVE},
+    "xlnet": {"max_position_embeddings": LEAVE, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+    "xlstm": {"v_head_dim": LEAVE, "qk_head_dim": LEAVE},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "zamba": {"num_hidden_layers": 6, "layer_types": ["mamba", "mamba", "hybrid", "mamba", "mamba", "hybrid"]},
+    "zamba2": {"num_mem_blocks": 1, "num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "longformer": {"attention_window": 4},
+    "led": {"attention_window": 4},
+    "convnext": {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2, "image_size": 32},
+    "swin": {
+        "num_attention_heads": LEAVE,
+        "embed_dim": 16,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+        "window_size": 2,
+        "image_size": 16,
+        "patch_size": 2,
+        "num_layers": LEAVE,
+        "hidden_size": LEAVE,
+    },
+    "swinv2": {
+        "num_attention_heads": LEAVE,
+        "embed_dim": 16,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+        "window_size": 2,
+        "image_size": 16,
+        "patch_size": 2,
+        "num_layers": LEAVE,
+        "hidden_size": LEAVE,
+    },
+    "hiera": {
+        "num_attention_heads": LEAVE,
+        "patch_size": [4, 4],
+        "patch_stride": [4, 4],
+        "patch_padding": [0, 0],
+        "image_size": [32, 32],
+        "embed_dim": 16,
+        "depths": [1, 2],
+        "num_heads": [1, 2],
+        "num_layers": LEAVE,
+        "hidden_size": LEAVE,
+    },
+    "segformer": {
+        "num_attention_heads": [1, 2],
+        "hidden_sizes": [16, 32],
+        "depths": [2, 2],
+        "num_encoder_blocks": 2,
+        "patch_size": LEAVE,
+        "image_size": 32,
+    },
+    "pvt": {
+        "num_attention_heads": [1, 2, 2, 4],
+        "patch_size": LEAVE,
+        "image_size": 32,
+        "hidden_sizes": [8, 16, 32, 32],
+    },
+    "levit": {
+        "num_attention_heads": [2, 2, 2],
+        "hidden_sizes": [16, 16, 16],
+        "patch_size": LEAVE,
+        "image_size": 32,
+        "key_dim": [8, 8, 8],
+        "depths": [2, 2, 2],
+    },
+    "vivit": {"tubelet_size": [2, 4, 4]},
+    "yolos": {"image_size": [16, 16]},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "vocab_size_per_layer_input": 60,
+        "hidden_size_per_layer_input": 8,
+    },
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_expand": 2,
+        "mamba_n_groups": 1,
+        "residual_multiplier": 0.3,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_d_conv": 4},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 16},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 4},
     "bamba": {
         "attn_layer_indices": [1],
         "mamba_expand": 2,
@@ -71,241 +195,44 @@ OWN: dict[str, dict[str, Any]] = {
         "mamba_d_head": 16,
         "mamba_n_groups": 1,
     },
-    "biogpt": {"vocab_size": VOCABULARY},
-    "bloom": {"hidden_size": WIDTH},
-    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8},
-    "deberta_v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8},
-    "falcon": {"multi_query": True, "new_decoder_architecture": False},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
-    "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
-    "granitemoe": {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
-    "mpt": {"max_seq_len": 64, "expansion_ratio": 2},
-    "swin": {
+    "focalnet": {
         "embed_dim": 16,
+        "hidden_sizes": [16, 32],
         "depths": [2, 2],
-        "num_heads": [2, 4],
-        "window_size": 2,
-        "image_size": 16,
-        "patch_size": 2,
+        "focal_levels": [1, 1],
+        "focal_windows": [3, 3],
+        "image_size": 32,
     },
-    "swinv2": {
-        "embed_dim": 16,
-        "depths": [2, 2],
-        "num_heads": [2, 4],
-        "window_size": 2,
-        "image_size": 16,
-        "patch_size": 2,
-    },
-    "xglm": {"num_layers": 2, "attention_heads": HEADS},
+    "xmod": {"default_language": "en_XX"},
 }
+"""Settings of single families."""
 
-TEXT = [
-    "afmoe",
-    "albert",
-    "apertus",
-    "arcee",
-    "bamba",
-    "bart",
-    "bert",
-    "bert_generation",
-    "big_bird",
-    "bigbird_pegasus",
-    "biogpt",
-    "bitnet",
-    "blenderbot",
-    "blenderbot_small",
-    "bloom",
-    "camembert",
-    "code_llama",
-    "codegen",
-    "cohere",
-    "cohere2",
-    "convbert",
-    "cpmant",
-    "ctrl",
-    "data2vec-text",
-    "dbrx",
-    "deberta",
-    "deberta_v2",
-    "deepseek_v2",
-    "deepseek_v3",
-    "diffllama",
-    "distilbert",
-    "doge",
-    "dots1",
-    "electra",
-    "ernie",
-    "ernie4_5",
-    "ernie4_5_moe",
-    "esm",
-    "eurobert",
-    "exaone4",
-    "falcon",
-    "falcon_h1",
-    "falcon_mamba",
-    "flaubert",
-    "flex_olmo",
-    "fnet",
-    "fsmt",
-    "funnel",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gemma3n_text",
-    "glm",
-    "glm4",
-    "glm4_moe",
-    "gpt2",
-    "gpt_bigcode",
-    "gpt_neo",
-    "gpt_neox",
-    "gpt_neox_japanese",
-    "gpt_oss",
-    "gptj",
-    "granite",
-    "granitemoe",
-    "granitemoehybrid",
-    "granitemoeshared",
-    "helium",
-    "hunyuan_v1_dense",
-    "hunyuan_v1_moe",
-    "ibert",
-    "jamba",
-    "jetmoe",
-    "layoutlm",
-    "led",
-    "lfm2",
-    "lfm2_moe",
-    "lilt",
-    "llama",
-    "llama4_text",
-    "longformer",
-    "longt5",
-    "luke",
-    "m2m_100",
-    "mamba",
-    "mamba2",
-    "marian",
-    "markuplm",
-    "mbart",
-    "megatron-bert",
-    "minimax",
-    "ministral",
-    "mistral",
-    "mixtral",
-    "mobilebert",
-    "modernbert",
-    "modernbert-decoder",
-    "moshi",
-    "mpnet",
-    "mpt",
-    "mt5",
-    "mvp",
-    "nemotron",
-    "nemotron_h",
-    "nllb-moe",
-    "nystromformer",
-    "olmo",
-    "olmo2",
-    "olmo3",
-    "olmoe",
-    "openai-gpt",
-    "opt",
-    "pegasus",
-    "pegasus_x",
-    "persimmon",
-    "phi",
-    "phi3",
-    "phimoe",
-    "plbart",
-    "prophetnet",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "qwen3_next",
-    "recurrent_gemma",
-    "rembert",
-    "roberta",
-    "roberta-prelayernorm",
-    "roc_bert",
-    "roformer",
-    "rwkv",
-    "seed_oss",
-    "smollm3",
-    "splinter",
-    "squeezebert",
-    "stablelm",
-    "starcoder2",
-    "switch_transformers",
-    "t5",
-    "t5gemma",
-    "umt5",
-    "vaultgemma",
-    "xglm",
-    "xlm",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "xlnet",
-    "xlstm",
-    "xmod",
-    "yoso",
-    "zamba",
-    "zamba2",
-]
-SEEING = [
-    "aimv2_vision_model",
-    "beit",
-    "bit",
-    "chinese_clip_vision_model",
-    "clip_vision_model",
-    "clip",
-    "clipseg",
-    "convnext",
-    "data2vec-vision",
-    "deit",
-    "detr",
-    "dinat",
-    "dinov2",
-    "dinov2_with_registers",
-    "dinov3_vit",
-    "dpt",
-    "focalnet",
-    "hiera",
-    "ijepa",
-    "levit",
-    "pvt",
-    "segformer",
-    "siglip",
-    "siglip_vision_model",
-    "siglip2_vision_model",
-    "swin",
-    "swinv2",
-    "timesformer",
-    "videomae",
-    "vit",
-    "vit_mae",
-    "vit_msn",
-    "vitdet",
-    "vivit",
-    "yolos",
-]
-HEARING = [
-    "audio-spectrogram-transformer",
-    "data2vec-audio",
-    "hubert",
-    "moonshine",
-    "sew",
-    "speech_to_text",
-    "unispeech",
-    "unispeech-sat",
-    "wav2vec2",
-    "wav2vec2-bert",
-    "wav2vec2-conformer",
-    "wavlm",
-    "whisper",
-]
-FAMILIES = (*TEXT, *SEEING, *HEARING)
+_TEXT = """
+afmoe albert apertus arcee bailing_hybrid bamba bart bert bert-generation big_bird bigbird_pegasus biogpt bitnet
+blenderbot blenderbot-small bloom camembert codegen cohere cohere2 cohere2_moe convbert cpmant ctrl cwm data2vec-text
+deberta deberta-v2 deepseek_v2 deepseek_v3 diffllama distilbert doge dots1 dpr electra ernie ernie4_5 ernie4_5_moe esm
+eurobert exaone4 exaone_moe falcon falcon_h1 falcon_mamba flaubert flex_olmo fnet fsmt funnel gemma gemma2 gemma3_text
+gemma3n_text git glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granitemoe
+granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax ibert jais2 jamba
+jetmoe jina_embeddings_v3 laguna layoutlm led lfm2 lfm2_moe lfm3 llama llama4_text longformer longt5 luke m2m_100
+mamba mamba2 marian markuplm mbart megatron-bert mellum minimax minimax_m2 ministral ministral3 mistral mixtral
+mobilebert modernbert modernbert-decoder mpnet mpt mt5 mvp nanochat nemotron nemotron_h nllb-moe nomic_bert
+nystromformer olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt pegasus pegasus_x persimmon phi phi3 phimoe plbart
+prophetnet qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next recurrent_gemma rembert roberta roberta-prelayernorm roc_bert
+roformer rwkv seed_oss smollm3 solar_open splinter squeezebert stablelm starcoder2 switch_transformers t5 t5gemma
+trocr ultrabert umt5 vaultgemma xglm xlm xlm-roberta xlm-roberta-xl xlnet xlstm xmod yoso zamba
+"""
+_SEEING = """
+aimv2_vision_model altclip beit bit chinese_clip chinese_clip_vision_model clip clip_vision_model clipseg convnext
+data2vec-vision deit dinov2 dinov2_with_registers dinov3_vit dpt flava focalnet groupvit ijepa imagegpt levit
+metaclip_2 mlcd_vision_model owlvit pixio pixtral pvt segformer siglip siglip_vision_model swin swinv2 timesformer
+videomae vit vit_mae vit_msn vitdet vivit yolos
+"""
+_HEARING = """
+audio-spectrogram-transformer data2vec-audio hubert moonshine sew speech_to_text speecht5 unispeech unispeech-sat
+wav2vec2 wav2vec2-bert wav2vec2-conformer wavlm whisper
+"""
+FAMILIES = tuple(" ".join((_TEXT, _SEEING, _HEARING)).split())
 
 _CLASSES = (
     transformers.AutoModelForSpeechSeq2Seq,
@@ -323,9 +250,12 @@ def tiny_config(family: str) -> Any:
     if isinstance(getattr(default, "sliding_window", None), int):
         settings["sliding_window"] = 16
     settings |= OWN.get(family, {})
+    settings = {name: value for name, value in settings.items() if value is not LEAVE}
     for name, part in vars(default).items():
         if isinstance(part, transformers.PretrainedConfig):
             settings[name] = {key: value for key, value in SIZES.items() if _has(part, key)}
+            if isinstance(getattr(part, "sliding_window", None), int):
+                settings[name]["sliding_window"] = 16
     return transformers.AutoConfig.for_model(family, **settings)
 
 
@@ -343,3 +273,9 @@ def build(family: str, **settings: Any) -> nn.Module:
             if type(config) in kind._model_mapping:
                 return kind.from_config(config, **settings).eval()
     raise ValueError(f"no model of transformers is {family!r}")
+
+
+def inputs_for(model: nn.Module) -> dict[str, Any]:
+    """Keyword arguments that a model can be called with: random tokens, images or sound, by its configuration."""
+    given: dict[str, Any] = own_inputs(model, seed=1)
+    return given

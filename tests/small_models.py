@@ -1,5 +1,7 @@
 """Small models with the shapes that trouble hooks, and the slow obvious way to see what flows through them."""
 
+import threading
+
 import torch
 from torch import nn
 
@@ -148,3 +150,25 @@ def input_gradients(model, paths, call):
         for handle in handles:
             handle.remove()
     return dict(zip(inputs, torch.autograd.grad(scalar, list(inputs.values())), strict=True))
+
+
+class Replicated(nn.Module):
+    """Runs a replica per part of the batch, each in a thread of its own, as ``nn.DataParallel`` does."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        parts, results = x.chunk(2), [None, None]
+
+        def run(at):
+            replica = self.inner._replicate_for_data_parallel()
+            replica._parameters = dict(self.inner._parameters)
+            results[at] = replica(parts[at])
+
+        threads = [threading.Thread(target=run, args=(at,)) for at in range(2)]
+        for thread in threads:
+            thread.start()
+            thread.join()
+        return torch.cat(results)

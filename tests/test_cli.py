@@ -181,6 +181,7 @@ def test_texts_run_through_a_hugging_face_model(here, capsys):
     dataset = ActivationDataset.open("a.acts")
     assert dataset.sequences == 2
     assert dataset.sequence(0)["pos"].tolist() == [1, 2, 3]  # without [CLS] and [SEP]
+    assert dataset.text(slice(0, 3)) == ["hello", "there", "."]
     assert "every checksum" not in capsys.readouterr().out
 
 

@@ -17,6 +17,7 @@ from tdcache import errors
         (errors.InplaceModificationError, (errors.CaptureError,)),
         (errors.CacheWriteError, (errors.CaptureError,)),
         (errors.EditError, (errors.TdcacheError, RuntimeError)),
+        (errors.ResidualError, (errors.TdcacheError, RuntimeError)),
         (errors.StoreError, (errors.TdcacheError, RuntimeError)),
         (errors.DamagedError, (errors.StoreError,)),
         (errors.SpecError, (errors.StoreError,)),

@@ -11,6 +11,7 @@ from tdcache.introspect import (
     is_compiled,
     is_optimized_module,
     may_be_compiled,
+    next_registration,
     post_hooks,
     pre_hooks,
     scripted_ancestor,
@@ -176,3 +177,9 @@ def test_the_reason_given_for_the_projections_of_attention_is_true():
     attention = nn.MultiheadAttention(4, 2)
     attention.out_proj.register_forward_hook(lambda *args: pytest.fail("called"))
     attention(*[torch.ones(1, 2, 4)] * 3)
+
+
+def test_a_registration_number_is_given_once():
+    number = next_registration()
+    assert next_registration() == number + 1
+    assert nn.ReLU().register_forward_hook(print).id == number + 2

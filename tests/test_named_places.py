@@ -34,7 +34,7 @@ def test_a_table_maps_names_to_places_that_carry_their_name():
 def test_an_unknown_name_is_refused_with_the_nearest_ones():
     with pytest.raises(CanonicalNameError) as caught:
         table()["blocks.1.attn.patern"]
-    assert str(caught.value) == (
+    assert caught.value.args[0] == (
         "'blocks.1.attn.patern' is none of the 8 names of this model; did you mean 'blocks.1.attn.pattern', "
         "'blocks.0.attn.pattern', 'blocks.2.attn.pattern'?"
     )
@@ -47,7 +47,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_ones():
 def test_a_refused_name_is_refused_with_its_reason():
     with pytest.raises(CanonicalNameError) as caught:
         table(model=nn.Linear(1, 1))["blocks.1.resid_mid"]
-    assert str(caught.value) == (
+    assert caught.value.args[0] == (
         "'blocks.1.resid_mid' is refused for Linear: attention and MLP read the same value; nearest is "
         "'blocks.1.resid_pre'"
     )
@@ -82,9 +82,9 @@ def test_the_table_in_a_notebook_is_escaped_html():
     shown = Names(
         {"embed": NamedPlace(path="wte", note="a < b")}, refused={"blocks.0.resid_mid": "x > y"}
     )._repr_html_()
-    assert "<td style='text-align:left'>embed</td>" in shown
+    assert '<td style="text-align:left">embed</td>' in shown
     assert "a &lt; b" in shown
-    assert "<li>blocks.0.resid_mid: x &gt; y</li>" in shown
+    assert "blocks.0.resid_mid: x &gt; y</p>" in shown
 
 
 def test_a_proof_is_printed_with_its_errors():
@@ -137,7 +137,7 @@ def test_a_stream_is_asked_for_by_its_prefix():
         CanonicalNameError, match=r"^this model has no residual stream with prefix ''; its prefixes are"
     ):
         names.stream()
-    with pytest.raises(CanonicalNameError, match=r"its prefixes are none: its blocks are not known$"):
+    with pytest.raises(CanonicalNameError, match=r"its prefixes are none: its blocks are not known"):
         table().stream()
 
 

@@ -26,6 +26,7 @@ from tdcache.errors import (
     InplaceModificationError,
     PathError,
     RepeatedCallWarning,
+    ResidualError,
     SelectionError,
     SpecError,
     StopForward,
@@ -110,6 +111,7 @@ __all__ = [
     "Reducer",
     "Region",
     "RepeatedCallWarning",
+    "ResidualError",
     "ResumeFrom",
     "Selection",
     "SelectionError",
@@ -155,6 +157,7 @@ _PACKAGES = (
         "plot",
         "points",
         "reducers",
+        "residual",
         "store",
     ),
 )

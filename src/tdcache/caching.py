@@ -19,13 +19,17 @@ from tdcache.cache import Capture, Keep
 from tdcache.cache.step_gate import StepGate
 from tdcache.contexts import HookingContext, HookingContextFactory, HookingContextWithCache
 from tdcache.errors import DirectionError
-from tdcache.function_calls.places import call_places, refuse_direction, split_selector
+from tdcache.function_calls.places import call_places, calls_fit_graph, refuse_direction
+from tdcache.function_calls.sites import split_selector
+from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import MultiHookHandle, attach, bracket
+from tdcache.introspect import may_be_compiled
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
+from tdcache.place_modules import position_dims, refuse_at_names, region_in
 from tdcache.reducers import Last, Reducer
-from tdcache.selection import Selection, as_matcher
-from tdcache.stand_ins import position_dims, refuse_at_names
+from tdcache.regions import Along, Region
+from tdcache.selection import Matcher, Selection, as_matcher, select
 from tdcache.steps import Steps
 from tdcache.tokens import Positions
 from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector
@@ -77,6 +81,13 @@ class ActivationCaching(HookingContextFactory):
             over them. None keeps all columns, padding included. See ``docs/positions.md``.
         mask_key: the name of the mask among the model's arguments, found by itself by default; None counts columns.
         position_dim: the axis of positions in the values.
+        rows: which rows of the batch are kept: an int (its axis is taken off), a slice, a sequence of ints, or a bool
+            mask ``(batch,)``. Rows are axis 0, or axis 1 where positions are axis 0.
+        units: which features, along ``unit_dim``: an int (its axis is taken off), a slice, or a sequence of ints.
+        heads: ``(n_heads, which)``, in place of ``units``: ``unit_dim`` holds that many heads side by side, as the
+            input of an attention's output projection does; those that are kept stay side by side. At ``names=`` with an
+            axis of heads just which.
+        unit_dim: the axis of units, counted from the end.
         steps: in which forwards of ``generate()`` values are kept: ``"prefill"``, ``"decode"``, or a predicate of a
             :class:`tdcache.Step`. The entries outlast the forwards that are left out. All by default.
         names: the canonical names of the model, ``tdcache.names(model)``. Then ``key_pattern`` means names, such as
@@ -85,6 +96,7 @@ class ActivationCaching(HookingContextFactory):
 
     Raises:
         DirectionError: unknown direction, or a gradient with ``stop_early``.
+        EditError: rows, units or heads that cannot be used.
         SelectionError: an unusable selector; on entering, one that matches nothing.
 
     Example:
@@ -126,10 +138,15 @@ class ActivationCaching(HookingContextFactory):
         mask_key: Any = "auto",
         position_dim: int = 1,
         steps: Steps = None,
+        rows: Along = None,
+        units: Along = None,
+        heads: Any = None,
+        unit_dim: int = -1,
         names: Names | None = None,
     ) -> None:
         super().__init__()
         self.names = names
+        self._heads = heads
         if isinstance(directions, str):
             raise DirectionError(f"directions is a sequence: write directions=[{directions!r}]")
         if check not in get_args(Check):
@@ -158,13 +175,26 @@ class ActivationCaching(HookingContextFactory):
             mask_key=mask_key,
             position_dim=position_dim,
             steps=steps,
+            region=Region(
+                rows=rows,
+                units=units,
+                unit_dim=unit_dim,
+                position_dim=position_dim,
+                heads=None if names is not None else heads,
+            ),
         )
         self.key_pattern = key_pattern
 
     @property
     def fits_graph(self) -> bool:
         """Whether the hooks may become part of a compiled graph: those for plain outputs may."""
-        return self._capture.fits_graph and not self._calls and self.names is None
+        return self._capture.fits_graph and self.names is None
+
+    def fits_graph_of(self, model: nn.Module) -> bool:
+        """Whether the calls that are meant, if any, are such that dynamo can trace them."""
+        if not self._calls or not self.fits_graph or not may_be_compiled(model):
+            return self.fits_graph
+        return calls_fit_graph(call_places(partial(select, model), self._calls, match=self._match, allow_empty=True))
 
     @property
     def key_pattern(self) -> Selector:
@@ -175,13 +205,25 @@ class ActivationCaching(HookingContextFactory):
     def key_pattern(self, selector: Selector) -> None:
         # An unusable selector is refused here, not on entering.
         self._modules, self._calls = split_selector(selector) if self.names is None else (selector, ())
-        self._matcher = None if self._modules is None else as_matcher(self._modules, self._match)
         for direction in self._capture.directions:
-            refuse_direction(self._calls, direction, callback=self._capture.callback is not None)
+            refuse_direction(self._calls, direction)
+        self._matcher: Matcher | None = None
+        if self._calls and self._capture.needs_places:
+            check_selector(selector, self._match)
+            self._modules, self._calls = selector, ()
+        elif self._modules is not None:
+            self._matcher = as_matcher(self._modules, self._match)
         self._key_pattern = selector
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._key_pattern!r}, directions={list(self._capture.directions)!r})"
+
+    def _named_axes(self, selection: Selection) -> tuple[dict[str, int], dict[str, Region]]:
+        """By canonical name, the axis of positions, and the part that is kept."""
+        if self.names is None:
+            return {}, {}
+        regions = {at.path: region_in(self._capture.region, self.names[at.path], self._heads) for at in selection}
+        return position_dims(self.names, selection), regions
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context: HookingContextWithCache = module.hooking_context
@@ -192,15 +234,16 @@ class ActivationCaching(HookingContextFactory):
         else:
             selection = context.select(self._modules, root=root, matcher=self._matcher, **options)
         places = call_places(partial(context.select, root=root), self._calls, **options) if self._calls else ()
-        dims = None if self.names is None else position_dims(self.names, selection)
-        recorder = self._capture.recorder(context.cache, selection, places, dims)
+        dims, regions = self._named_axes(selection)
+        recorder = self._capture.recorder(context.cache, selection, places, dims, regions)
+        recorder.names = self.names
         handle = MultiHookHandle()
         with handle.installing():
             self._capture.place(selection, recorder, handle)
             self._capture.place_calls(module.model, places, recorder, handle)
-            positions = recorder.channels[0].positions
-            if positions is not None:
-                handle.add(attach(module.model, positions.on_call, "fwd_pre_kwargs", order=positions.order))
+            part = recorder.channels[0].part
+            if part is not None and part.positions is not None:
+                handle.add(attach(module.model, part.positions.on_call, "fwd_pre_kwargs", order=part.positions.order))
             if self._capture.steps is None:
                 bracket(module.model, recorder.begin, recorder.end, handle)
             else:
@@ -235,6 +278,10 @@ class CachingOptions(TypedDict, total=False):
     mask_key: Any
     position_dim: int
     steps: Steps
+    rows: Along
+    units: Along
+    heads: Any
+    unit_dim: int
     names: Names | None
 
 

@@ -134,7 +134,7 @@ def _add_copies(commands: Any) -> None:
     out = commands.add_parser("export", help="write the rows in another format", description=_export.__doc__)
     out.add_argument("path", help=_PLACE)
     out.add_argument("target", type=Path, help="a file or folder that is not there")
-    out.add_argument("--kind", choices=("npz", "pt", "memmap", "hf"), help="by default what the suffix says")
+    out.add_argument("--kind", choices=("npz", "pt", "memmap", "hf", "parquet"), help="by default what the suffix says")
     out.set_defaults(run=_export)
     send = commands.add_parser("upload", help="send a store elsewhere", description=_upload.__doc__)
     send.add_argument("path", type=Path)
@@ -166,6 +166,7 @@ def _harvest(options: argparse.Namespace) -> int:
         "shard_bytes": options.shard_bytes,
         "batch_size": options.batch_size,
         "collate": collate,
+        "tokenizer": options.source if options.texts else None,
     }
     if options.dry_run:
         print(preflight(model, data, options.path, **asked))

@@ -12,6 +12,7 @@
     │   └── CacheWriteError                the cache cannot take the value
     ├── EditError(RuntimeError)            a replacement that does not fit
     ├── AttributionError(RuntimeError)     scores that cannot be computed as asked
+    ├── ResidualError(RuntimeError)        a residual stream that cannot be taken apart as asked
     └── StoreError(RuntimeError)           stored tensors that cannot be written or read
         ├── DamagedError                   bytes that are not those that were written
         └── SpecError                      a store that was made of something else, or another way
@@ -43,6 +44,7 @@ __all__ = [
     "InplaceModificationError",
     "PathError",
     "RepeatedCallWarning",
+    "ResidualError",
     "SelectionError",
     "SpecError",
     "StopForward",
@@ -164,6 +166,18 @@ class SpecError(StoreError):
 
 class AttributionError(TdcacheError, RuntimeError):
     """Scores that cannot be computed: a target that is not one scalar per row, or a site that gets no gradient."""
+
+
+class ResidualError(TdcacheError, RuntimeError):
+    """A residual stream that cannot be taken apart as asked.
+
+    Attributes:
+        names: the canonical names concerned: what the cache lacks, or what is not the sum of its parts.
+    """
+
+    def __init__(self, message: str, *, names: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
 
 
 class StopForward(BaseException):

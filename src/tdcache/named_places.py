@@ -5,11 +5,9 @@ Nothing is found out here, and no name is proved here: a table is data, which :f
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from html import escape
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -17,9 +15,11 @@ import regex
 from torch import nn
 
 from tdcache.errors import CanonicalNameError, SelectionError, listed
-from tdcache.named_rows import columns, place_rows, refusal_rows
+from tdcache.named_models import root_among, structure_of
+from tdcache.named_roles import name_in_block, names_in_blocks
+from tdcache.named_rows import place_rows, refusal_rows
 from tdcache.paths import near_misses
-from tdcache.selection import walk, wrapped
+from tdcache.tables import html_note, html_table, text_table
 from tdcache.types import Pick
 
 __all__ = [
@@ -29,8 +29,6 @@ __all__ = [
     "ProvedIdentity",
     "ResidualStream",
     "Side",
-    "spelled_place",
-    "structure_of",
 ]
 
 Side = Literal["fwd", "fwd_pre"]
@@ -155,7 +153,7 @@ class Proof:
             (each.identity, f"{each.error:.1e}", f"{each.tolerance:.0e}", f"{len(each.names)}")
             for each in self.identities
         ]
-        table = columns([("identity", "largest error", "allowed", "names"), *rows]) if rows else []
+        table = text_table(("identity", "largest error", "allowed", "names"), rows) if rows else []
         skipped = [f"skipped: {', '.join(self.skipped)}"] if self.skipped else []
         return "\n".join([head, *table, *skipped])
 
@@ -177,6 +175,7 @@ class Names(Mapping[str, NamedPlace]):
         style: whose spelling the names have; None for the canonical one.
         model: the model whose places these are.
         made_for: in its place, the name of its class and its structure, as another table has them.
+        spelling: of a style, from canonical names to those of the table.
 
     Example:
         >>> table = Names({"embed": "wte", "blocks.0.mlp.out": NamedPlace(path="h.0.mlp")})
@@ -184,7 +183,18 @@ class Names(Mapping[str, NamedPlace]):
         'h.0.mlp'
     """
 
-    __slots__ = ("__weakref__", "_model", "_places", "_structure", "model_name", "proof", "refused", "streams", "style")
+    __slots__ = (
+        "__weakref__",
+        "_model",
+        "_places",
+        "_structure",
+        "model_name",
+        "proof",
+        "refused",
+        "spelling",
+        "streams",
+        "style",
+    )
 
     def __init__(
         self,
@@ -196,6 +206,7 @@ class Names(Mapping[str, NamedPlace]):
         style: str | None = None,
         model: nn.Module | None = None,
         made_for: tuple[str, str] = ("", ""),
+        spelling: Mapping[str, str] | None = None,
     ) -> None:
         self._places = {name: _as_place(name, place) for name, place in places.items()}
         self.refused: Mapping[str, str] = MappingProxyType(dict(refused or {}))
@@ -203,9 +214,8 @@ class Names(Mapping[str, NamedPlace]):
         self.streams: Mapping[str, ResidualStream] = MappingProxyType(dict(streams or {}))
         """By prefix (``""`` where there is one stack), what is known of each residual stream."""
         self.proof = proof
-        """What was checked before the table was given out; None where nothing was."""
         self.style = style
-        """Whose spelling the names have; None for the canonical one."""
+        self.spelling: Mapping[str, str] = MappingProxyType(dict(spelling or {}))
         self._model = None if model is None else weakref.ref(model)
         self.model_name, self._structure = made_for if model is None else (type(model).__name__, structure_of(model))
 
@@ -242,8 +252,8 @@ class Names(Mapping[str, NamedPlace]):
         return self.style == other.style and self._places == other._places
 
     def __reduce__(self) -> Any:
-        parts = (self._places, dict(self.refused), dict(self.streams), self.proof, self.style, self.made_for)
-        return _unpickled, parts
+        known = dict(self.refused), dict(self.streams), dict(self.spelling)
+        return _unpickled, (self._places, *known, self.proof, self.style, self.made_for)
 
     @property
     def made_for(self) -> tuple[str, str]:
@@ -255,6 +265,14 @@ class Names(Mapping[str, NamedPlace]):
         """The model whose places these are; None where it is gone, or was never given."""
         return None if self._model is None else self._model()
 
+    def bound_to(self, model: nn.Module) -> Names:
+        """The same table, of the model that is hooked with it: ``self`` where it is the one that the names are from."""
+        root = self.root_in(model)
+        if root is self.model:
+            return self
+        known: dict[str, Any] = {"refused": self.refused, "streams": self.streams, "spelling": self.spelling}
+        return Names(self._places, **known, proof=self.proof, style=self.style, model=root)
+
     def root_in(self, model: nn.Module) -> nn.Module:
         """The module that the paths of the table are relative to, where ``model`` is to be hooked.
 
@@ -264,28 +282,16 @@ class Names(Mapping[str, NamedPlace]):
         Raises:
             CanonicalNameError: the table was made for another model.
         """
-        own = self.model
-        if own is model:
-            return model
-        if own is not None and (_holds(model, own) or _holds(own, model)):
-            return own
-        inner: nn.Module | None = model
-        while inner is not None:
-            if self._fits(inner):
-                return inner
-            inner = wrapped(inner)
-        what, other = self.model_name or "other modules", type(model).__name__
-        how = "another one: modules, shapes or numbers of heads differ" if what == other else other
-        raise CanonicalNameError(
-            f"these names were made for {what}, and this is {how}; make its own with tdcache.names(model)",
-            selector=self,
-        )
-
-    def _fits(self, model: nn.Module) -> bool:
-        if self._structure:
-            return self._structure == structure_of(model)
-        there = {"", *(path for path, _ in walk(model))}
-        return all(place.path.partition("::")[0] in there for place in self._places.values())
+        paths = [place.path.partition("::")[0] for place in self._places.values()]
+        root = root_among(model, self.model, self.made_for, paths)
+        if root is None:
+            what, other = self.model_name or "other modules", type(model).__name__
+            how = "another one: modules, shapes or numbers of heads differ" if what == other else other
+            raise CanonicalNameError(
+                f"these names were made for {what}, and this is {how}; make its own with tdcache.names(model)",
+                selector=self,
+            )
+        return root
 
     def stream(self, prefix: str = "") -> ResidualStream:
         """What is known of the residual stream whose names begin with ``prefix``.
@@ -303,6 +309,33 @@ class Names(Mapping[str, NamedPlace]):
             )
         return self.streams[prefix]
 
+    def reading_stream(self) -> ResidualStream:
+        """The residual stream that logits are made of.
+
+        Raises:
+            CanonicalNameError: there is none, for no unembedding is known.
+        """
+        found = [stream for stream in self.streams.values() if stream.unembed is not None]
+        if not found:
+            raise self.error(self.spelled("unembed"))
+        return found[-1]
+
+    def spelled(self, name: str) -> str:
+        """A canonical name as this table spells it: itself, unless the table has a style."""
+        return self.spelling.get(name, name)
+
+    def in_blocks(self, *roles: str, prefix: str | None = None) -> list[str]:
+        """The names of canonical roles in all blocks of one stack, block by block: ``in_blocks("resid_post")``.
+
+        Args:
+            *roles: what comes after ``blocks.3.``; those that a block does not have are left out.
+            prefix: of the stack, where there are several.
+
+        Raises:
+            CanonicalNameError: several stacks and no prefix, or no block has such a name.
+        """
+        return names_in_blocks(self, roles, prefix)
+
     def in_block(self, role: str, layer: int) -> str:
         """The name of a role in one block: ``("attn.pattern", 3)`` gives ``"blocks.3.attn.pattern"``.
 
@@ -312,33 +345,7 @@ class Names(Mapping[str, NamedPlace]):
         Raises:
             CanonicalNameError: there is no such block or name, or several.
         """
-        numbers: dict[str, int] = {}
-        for name in (*self, *self.refused):
-            prefix, found, rest = name.partition("blocks.")
-            number = rest.partition(".")[0]
-            if found and number.isdecimal():
-                numbers[prefix] = max(numbers.get(prefix, 0), int(number) + 1)
-        prefix = next((each for each in sorted(numbers, key=len, reverse=True) if role.startswith(each)), "")
-        count = numbers.get(prefix, 0)
-        if not -count <= layer < count:
-            raise CanonicalNameError(
-                f"({role!r}, {layer}) means nothing in {self.model_name or 'this model'}, which has {count} blocks",
-                selector=role,
-            )
-        block, role = f"{prefix}blocks.{layer % count}.", role.removeprefix(prefix)
-        if block + role in self or block + role in self.refused:
-            return self[block + role].name
-        spelled = {name: name.removeprefix(block).replace("hook_", "") for name in self if name.startswith(block)}
-        near = [name for name, part in spelled.items() if part == role] or [
-            name for name, part in spelled.items() if part.endswith(f".{role}")
-        ]
-        if len(near) == 1:
-            return near[0]
-        if near:
-            raise CanonicalNameError(
-                f"({role!r}, {layer}) may be {listed(near)}; give the whole name", selector=role, near=tuple(near)
-            )
-        raise self.error(block + role)
+        return name_in_block(self, role, layer)
 
     def error(self, name: object) -> CanonicalNameError:
         """What is raised for a name that is not in the table: the reason where it is refused, else the nearest."""
@@ -353,18 +360,11 @@ class Names(Mapping[str, NamedPlace]):
         )
 
     def __repr__(self) -> str:
-        return "\n".join([self._title(), *columns([_HEAD, *place_rows(self._places)]), *self._refusals()])
+        return "\n".join([self._title(), *text_table(_HEAD, place_rows(self._places)), *self._refusals()])
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            "<tr>" + "".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in place_rows(self._places)
-        )
-        head = "".join(f"<th style='text-align:left'>{cell}</th>" for cell in _HEAD)
-        refused = "".join(f"<li>{escape(line.strip())}</li>" for line in self._refusals()[1:])
-        return f"<p>{escape(self._title())}</p><table><tr>{head}</tr>{rows}</table>" + (
-            f"<p>refused</p><ul>{refused}</ul>" if refused else ""
-        )
+        refused = "".join(map(html_note, self._refusals()))
+        return html_table(self._title(), _HEAD, place_rows(self._places)) + refused
 
     def _title(self) -> str:
         style = "" if self.style is None else f", spelled as in {self.style}"
@@ -373,18 +373,6 @@ class Names(Mapping[str, NamedPlace]):
 
     def _refusals(self) -> list[str]:
         return ["refused:", *refusal_rows(self.refused)] if self.refused else []
-
-
-def _holds(model: nn.Module, other: nn.Module) -> bool:
-    return any(module is other for module in model.modules())
-
-
-def spelled_place(place: NamedPlace) -> dict[str, Any]:
-    """What a place means, in JSON's types: one store or file can tell by it whether another means the same."""
-    said = {name: getattr(place, name) for name in ("path", "side", "pick", "call", "heads", "order")}
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in said.items() if value is not None
-    }
 
 
 _HEAD = ("name", "place", "axes", "note")
@@ -402,23 +390,7 @@ def _as_place(name: str, place: object) -> NamedPlace:
     )
 
 
-def _unpickled(
-    places: Any,
-    refused: Any,
-    streams: Any,
-    proof: Proof | None,
-    style: str | None,
-    made_for: tuple[str, str],
-) -> Names:
-    return Names(places, refused=refused, streams=streams, proof=proof, style=style, made_for=made_for)
-
-
-def structure_of(model: nn.Module) -> str:
-    """What two models have in common that one table fits: paths, classes, shapes of parameters, numbers of heads."""
-    lines = [type(model).__qualname__]
-    for path, module in walk(model):
-        shapes = [tuple(each.shape) for each in module.parameters(recurse=False)]
-        lines.append(f"{path} {type(module).__qualname__} {shapes}")
-    config = getattr(getattr(model, "config", None), "__dict__", {})
-    lines += [f"{key}={config[key]}" for key in sorted(config) if "head" in key and isinstance(config[key], int)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def _unpickled(places: Any, refused: Any, streams: Any, spelling: Any, *more: Any) -> Names:
+    proof, style, made_for = more
+    known: dict[str, Any] = {"refused": refused, "streams": streams, "spelling": spelling}
+    return Names(places, **known, proof=proof, style=style, made_for=made_for)

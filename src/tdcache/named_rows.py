@@ -7,13 +7,13 @@ from typing import Protocol
 
 import regex
 
-__all__ = ["columns", "place_rows", "refusal_rows"]
+__all__ = ["place_rows", "refusal_rows"]
 
 _NUMBER = regex.compile(r"(?<=\.)\d+(?=\.|$)")
 _I = "\0"  # stands for the number of a block where rows are merged; no name holds it
 
 
-class Shown(Protocol):
+class _ShownPlace(Protocol):
     """What is printed of a place."""
 
     @property
@@ -33,7 +33,7 @@ class Shown(Protocol):
         """What is to be said of it."""
 
 
-def place_rows(places: Mapping[str, Shown]) -> list[tuple[str, ...]]:
+def place_rows(places: Mapping[str, _ShownPlace]) -> list[tuple[str, ...]]:
     """A row per place; those that are equal but for the number of their block are one."""
     merged: dict[tuple[str, ...], list[str]] = {}
     for name, place in places.items():
@@ -69,9 +69,3 @@ def _spread(numbers: Sequence[str]) -> str:
         return numbers[0]
     first, last = int(numbers[0]), int(numbers[-1])
     return f"{{{first}..{last}}}" if last - first == len(numbers) - 1 else f"{{{','.join(numbers)}}}"
-
-
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -12,7 +12,7 @@ from torch import nn
 
 from tdcache.errors import PathError, listed
 
-__all__ = ["join", "near_misses", "resolve", "resolve_all", "walk"]
+__all__ = ["join", "near_misses", "resolve", "resolve_all", "walk", "wrapped"]
 
 # One step of a path: .name  <any name>  [0]  [-1]  ['key']
 _STEP = regex.compile(
@@ -108,8 +108,7 @@ def _child(module: nn.Module, step: regex.Match[str]) -> tuple[str, nn.Module] |
 def _no_such_path(root: nn.Module, path: str) -> PathError:
     if "::" in path:
         return PathError(
-            f"path {path!r} names a call inside a forward, and a module is needed here; calls can be read and changed "
-            "by ActivationCaching, by interventions, and by get and set",
+            f"path {path!r} names a call inside a forward, and a module is needed here; give the path of one",
             selector=path,
         )
     names = [name for name, _ in root.named_modules(remove_duplicate=False) if name]
@@ -146,3 +145,12 @@ def _scores(fuzzy: regex.Pattern[str], names: Iterable[str]) -> Iterable[tuple[i
             return
         if match is not None:
             yield sum(match.fuzzy_counts), name
+
+
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+
+
+def wrapped(model: nn.Module) -> nn.Module | None:
+    """The model inside a wrapper of torch's (``torch.compile``, the data-parallel ones); None of any other model."""
+    name = _WRAPPERS.get(type(model).__name__)
+    return None if name is None else model._modules.get(name)

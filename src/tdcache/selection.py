@@ -13,7 +13,7 @@ import regex
 from torch import nn
 
 from tdcache.errors import SelectionError, listed
-from tdcache.paths import near_misses, walk
+from tdcache.paths import near_misses, walk, wrapped
 from tdcache.tables import html_table, shorten, text_table
 from tdcache.types import Match, Selector
 
@@ -33,7 +33,6 @@ __all__ = [
     "select",
     "select_matching",
     "walk",
-    "wrapped",
 ]
 
 _NO_GROUPS: Mapping[str, str] = {}
@@ -163,8 +162,8 @@ def as_matcher(selector: Selector, match: Match = "full") -> Matcher:
         raise SelectionError(f"match is 'full', 'prefix' or 'search', got {match!r}", selector=selector)
     if "::" in (selector if isinstance(selector, str) else getattr(selector, "pattern", "")):
         raise SelectionError(
-            f"{selector!r} means calls inside a forward, and only modules can be selected here; ActivationCaching, "
-            "Ablation, SteeringVectors, ActivationPatching and the get and set of a run take calls, as strings",
+            f"{selector!r} means calls inside a forward, and only modules can be selected here; where calls can be, "
+            "they are selected by strings",
             selector=selector,
         )
     if isinstance(selector, str):
@@ -344,16 +343,7 @@ def _hits(matcher: PathPattern, paths: tuple[str, ...]) -> tuple[int, ...]:
     return tuple([at for at, path in enumerate(paths) if find(path) is not None])
 
 
-_site: Callable[[tuple[Any, ...]], Site] = partial(tuple.__new__, Site)
-"""``Site._make`` without a Python call."""
-
-_WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
-
-
-def wrapped(model: nn.Module) -> nn.Module | None:
-    """What a wrapper of torch's wraps; None where ``model`` is none."""
-    name = _WRAPPERS.get(type(model).__name__)
-    return None if name is None else model._modules.get(name)
+_site: Callable[[tuple[Any, ...]], Site] = partial(tuple.__new__, Site)  # Site._make without a Python call
 
 
 def _wants_root(selector: Selector) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["in_transform", "is_wrapped", "transform_under_way", "unwrapped"]
+from tdcache.errors import CaptureError, listed
+
+__all__ = ["escaped", "in_transform", "is_wrapped", "transform_under_way", "unwrapped"]
 
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 """Whether a tensor is what a module sees inside a transform of ``torch.func``."""
@@ -37,6 +39,15 @@ def _without_batches(value: Tensor) -> Tensor:
         if torch._C._functorch.is_legacy_batchedtensor(value):
             value = torch._remove_batch_dim(value, level, 1, 0)
     return value
+
+
+def escaped(paths: Sequence[str]) -> CaptureError:
+    """The error for values that were kept at ``paths``, inside a transform that has ended."""
+    return CaptureError(
+        f"{listed(paths)} ran inside a torch.func transform (vmap, grad, jvp) within the model's forward, "
+        "and what is kept has no meaning after it; keep a copy with hold='snapshot'",
+        paths=paths,
+    )
 
 
 def unwrapped(value: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from attribution.nets import ConvNet
 from tdcache import AttributionError
 from tdcache.attribution import DirectLogitAttribution, FreezeNorm, GradientXActivation, Saliency, attnlrp, relp
-from tdcache.attribution.norms import NormForm, is_norm
+from tdcache.norms import NormForm, is_norm
 
 F64 = torch.float64
 WIDTH = 12

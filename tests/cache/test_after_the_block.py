@@ -11,6 +11,7 @@ from torch import nn
 
 from stable_ids import stable_id
 from tdcache import ActivationCaching, Concatenate, First, Mean, Stack
+from tdcache.cache.ownership import held_tensors
 
 
 class HandsOn(nn.Module):
@@ -262,3 +263,11 @@ def test_first_lets_every_later_value_go(direction):
                 seen.append(weakref.ref(y if direction == "fwd" else x))
             del x, y
         assert [each() for each in seen[1:]] == [None, None]
+
+
+def test_the_tensors_of_a_model_are_its_parameters_and_buffers_at_any_depth():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Sequential(nn.BatchNorm1d(2)))
+    model[1].append(model[0])  # under a second name
+    model.register_module("none", None)
+    wanted = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    assert {id(tensor) for tensor in held_tensors(model)} == wanted

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu
 
-from small_models import MLP
+from small_models import MLP, Replicated
 from tdcache import (
     ActivationCaching,
     CompositeHookingContextFactory,
@@ -123,28 +123,6 @@ def test_a_forward_of_a_thread_without_a_context_is_none_of_ours():
             assert torch.equal(hooked.cache["head"], y)
         thread.join()
     assert torch.equal(hooked.cache["head"], y)
-
-
-class Replicated(nn.Module):
-    """Runs a replica per part of the batch, each in a thread of its own, as ``nn.DataParallel`` does."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        parts, results = x.chunk(2), [None, None]
-
-        def run(at):
-            replica = self.inner._replicate_for_data_parallel()
-            replica._parameters = dict(self.inner._parameters)
-            results[at] = replica(parts[at])
-
-        threads = [threading.Thread(target=run, args=(at,)) for at in range(2)]
-        for thread in threads:
-            thread.start()
-            thread.join()
-        return torch.cat(results)
 
 
 def test_replicas_inside_the_openers_forward_are_seen():

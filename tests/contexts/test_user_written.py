@@ -304,3 +304,22 @@ def test_keys_a_tensordict_module_does_not_have_are_refused(model):
         Replacing().prepare(module, in_keys=["z"])
     with pytest.raises(ContextError, match=r"out_keys=\['z'\].*has \['y'\]"):
         Replacing().prepare(module, out_keys=["z"])
+
+
+class OnlyRestores(HookingContextFactory):
+    def __init__(self):
+        super().__init__()
+        self.restored = []
+
+    def _restore_module(self, module, in_keys, out_keys, extra_relative_path):
+        self.restored.append(module)
+        return module
+
+
+def test_a_recipe_that_only_restores_is_asked_once_on_leaving(model, x):
+    factory = OnlyRestores()
+    with factory.prepare(model) as hooked:
+        called = hooked.td_module
+        assert factory.restored == []
+    assert len(factory.restored) == 1
+    assert factory.restored[0] is called

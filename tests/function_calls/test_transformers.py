@@ -134,7 +134,7 @@ def tensors_of(result):
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["bert", "bloom", "gpt_oss", "llama", "t5", "whisper"])  # test_zoo.py has others
 def test_places_of_attention_in_a_family(name, kind):
     model, inputs, kept = build(name, kind), inputs_of(name), {}
     paths = attentions(model, name)

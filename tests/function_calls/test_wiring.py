@@ -17,17 +17,15 @@ from tdcache import (
     ActivationPatching,
     CaptureError,
     DirectionError,
-    EditError,
     HookedModule,
     PathError,
-    PathPatching,
+    ResumeFrom,
     SelectionError,
-    Splice,
     SteeringVectors,
     UnfiredSiteWarning,
     select,
 )
-from tdcache.function_calls import calls
+from tdcache.function_calls import CallSite, attach_attention, calls
 from tdcache.introspect import function_mode_count
 from tdcache.reducers import Stack
 
@@ -269,34 +267,16 @@ def test_a_run_gets_and_sets_at_calls(kernel):
     assert is_plain(model)
 
 
-def test_a_run_gives_no_gradients_at_calls():
-    hooked = HookedModule.from_module(Chain())
-    with (
-        pytest.raises(DirectionError, match=r"a run gets and sets values only; for its gradient use ActivationCaching"),
-        hooked.run(torch.randn(2, 8)) as run,
-    ):
-        run.get("layers.0::gelu", direction="bwd")
-
-
-def test_every_method_that_takes_modules_only_refuses_calls():
-    model = Chain()
+def test_what_takes_modules_only_refuses_calls():
     with pytest.raises(SelectionError, match="only modules can be selected here"):
-        Splice(r"layers\.0::gelu", (torch.relu, torch.relu))
-    with pytest.raises(SelectionError, match="PathPatching changes modules, and 'layers"):
-        PathPatching(r"layers\.0::gelu", receiver=r"layers\.1", freeze=r"layers\.2")
-    with pytest.raises(EditError, match="a sweep patches modules"):
-        ActivationPatching(r"layers\.0::gelu", {}, sweep=True, metric=lambda data: data["output"].sum())
-    with pytest.raises(EditError, match="is known once they are made; give source= a TensorDict"):
-        ActivationPatching(r"layers\.0::gelu", torch.zeros(2, 16)).prepare(model).open()
+        tdcache.MultiHookManager(r"layers\.0::gelu").select(Chain())
     with pytest.raises(PathError, match="names a call inside a forward, and a module is needed here"):
-        HookedModule.from_module(model).stop("layers.0::gelu")
-    with pytest.raises(SelectionError, match="only modules can be selected here"):
-        tdcache.MultiHookManager(r"layers\.0::gelu").select(model)
+        ResumeFrom("layers.0::gelu", torch.zeros(2, 16)).prepare(Chain()).open()
 
 
 def test_directions_that_a_call_does_not_have_are_refused():
-    with pytest.raises(DirectionError, match="the gradients are those of results"):
-        ActivationCaching("::gelu", directions=["grad_in"])
+    with pytest.raises(DirectionError, match="has no arguments of its own"):
+        ActivationCaching("::pattern", directions=["grad_in"])
     with pytest.raises(DirectionError, match="is a value inside an attention call and has no arguments of its own"):
         ActivationCaching("::pattern", directions=["fwd_pre"])
 
@@ -416,3 +396,22 @@ def test_a_locked_cache_is_filled_and_voided_at_calls():
             hooked(-torch.ones(2))
         assert cache["::relu"].isnan().all()
         assert cache["::abs"].tolist() == [1, 1]
+
+
+class AttendsInAMethod(nn.Module):
+    """Attention whose softmax is in a method that the forward calls, as GPT-J's is."""
+
+    def attend(self, q, k, v):
+        return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+    def forward(self, x):
+        return self.attend(x, x + 1, x + 2)
+
+
+def test_queries_and_keys_are_found_where_a_method_of_the_module_attends():
+    model, x, kept = AttendsInAMethod(), torch.randn(2, 3, 4), {}
+    for offset, place in enumerate("qkv"):
+        keep = attach_attention(model, CallSite("", place), lambda m, a, k, value, at=place: kept.update({at: value}))
+        with keep:
+            model(x)
+        assert torch.equal(kept[place], x + offset)

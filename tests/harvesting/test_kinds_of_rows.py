@@ -6,7 +6,7 @@ from torch import nn
 
 from harvesting.harvest_data import Padded, Tokens, batches_of, encoder
 from tdcache import harvest
-from tdcache.errors import CaptureError, SelectionError, SpecError
+from tdcache.errors import CaptureError, SelectionError, SpecError, StoreError
 
 
 class Mixture(nn.Module):
@@ -126,3 +126,48 @@ def test_fault_underflow_is_counted_and_never_refused(tmp_path):
     dataset = harvest(nn.Sequential(nn.Identity()), [x, x], tmp_path / "a.acts", select="0", dtype="float16")
     assert dataset.statistics["0"].underflow == 4
     assert [shard.info.underflow for shard in dataset.shards] == [{"0": 2}, {"0": 2}]
+
+
+class Letters:
+    """A tokenizer of one letter per token."""
+
+    name_or_path = "letters"
+
+    def decode(self, ids):
+        return "".join(chr(97 + each % 26) for each in ids)
+
+
+def test_the_text_of_tokens_is_that_of_the_tokenizer_that_the_store_names(tmp_path, monkeypatch):
+    data = [{"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}]
+    dataset = harvest(Mixture(), data, tmp_path / "a.acts", select="out", tokenizer=Letters())
+    assert dataset.spec["tokenizer"] == "letters"
+    assert dataset.text([0, 2, -1], tokenizer=Letters()) == ["b", "d", "g"]
+    monkeypatch.setattr("tdcache.store.tokenizers._loaded", {"letters": Letters()}.get)
+    assert dataset.text() == list("bcdefg")
+    assert dataset.where(lambda rows: rows["pos"] == 0).text() == ["b", "e"]
+    with pytest.raises(SpecError, match="tokenizer"):
+        harvest(Mixture(), data, tmp_path / "a.acts", select="out", tokenizer="other")
+
+
+def test_text_of_rows_whose_tokenizer_nobody_knows_is_refused(tmp_path):
+    data = [{"input_ids": torch.tensor([[1, 2, 3]])}]
+    with pytest.raises(SelectionError, match=r"tokenizer= is a name, or a tokenizer that knows its own .*; got object"):
+        harvest(Mixture(), data, tmp_path / "a.acts", select="out", tokenizer=object())
+    with pytest.raises(
+        StoreError, match=r"a\.acts does not say whose token ids these are; give tokenizer= here, or to"
+    ):
+        harvest(Mixture(), data, tmp_path / "a.acts", select="out").text()
+    with pytest.raises(StoreError, match="has no token ids: its data had none"):
+        harvest(nn.Linear(2, 2), [torch.ones(3, 2)], tmp_path / "b.acts", select="").text()
+    missing = harvest(Mixture(), data, tmp_path / "c.acts", select="out", tokenizer=str(tmp_path / "nowhere"))
+    pytest.importorskip("transformers")
+    with pytest.raises(StoreError, match=r"the tokenizer '.*nowhere' of .*c\.acts cannot be loaded: "):
+        missing.text()
+
+
+def test_text_without_transformers_names_the_extra(tmp_path, monkeypatch):
+    data = [{"input_ids": torch.tensor([[1, 2, 3]])}]
+    dataset = harvest(Mixture(), data, tmp_path / "a.acts", select="out", tokenizer="unheard of")
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(StoreError, match=r"text of tokens needs transformers: pip install 'tdcache\[hf\]'"):
+        dataset.text()

@@ -106,6 +106,11 @@ def test_zeros_patches_and_vectors_at_outputs_and_inputs(family):
                 assert torch.equal(plain_run(family, recipe), expected), (site, recipe)
 
 
+def unsided(path):
+    """Whether a site may be of the encoder's sequence or of the decoder's, as a head or a cross-attention may."""
+    return "coder" not in path or "encoder_attn" in path
+
+
 def has_channels(site, value):
     """Whether a vector for the last axis is refused, since features are along another one."""
     return value.ndim > 3 or isinstance(site.module, torch.nn.Conv1d)
@@ -122,9 +127,7 @@ def test_positions_of_real_tokens(family):
             continue
         columns = [row.nonzero()[:, 0][[0, -1]].tolist() for row in mask]
         options = {**options, "positions": [0, -1], "position_dim": family.position_dim}
-        if (
-            "decoder_input_ids" in family.batch and value.shape[1] == 4 and "coder" not in site.path
-        ):  # its side is not known
+        if "decoder_input_ids" in family.batch and value.shape[1] == 4 and unsided(site.path):  # its side is not known
             options["mask_key"] = "decoder_attention_mask"
 
         def edit(value, change, columns=columns):

@@ -161,11 +161,32 @@ def test_a_child_that_is_not_there_is_an_attribute_error_with_the_children():
 
 def test_children_need_a_free_name_and_must_be_hooks():
     collection = HookCollection().add_subhooks("one", Hooks())
-    for name in ("one", "bind", "a.b", "_private"):
+    for name in ("one", "bind", "all_hooks", "a.b", "_private", ""):
         with pytest.raises(ValueError, match=f"{name!r} cannot name a child of HookCollection"):
             collection.add_subhooks(name, Hooks())
     with pytest.raises(ValueError, match="child 'two' must be Hooks or a HookCollection"):
         collection.add_subhooks("two", lambda x: x)
+
+
+def test_names_that_are_no_identifiers_are_reached_by_path_and_by_all_hooks():
+    layers = HookCollection()
+    for name in (0, "1", "layer-2"):
+        layers.add_subhooks(name, FwdBwdHooks())
+    layers.append_to_path("1.fwd", lambda x: 2 * x).append_to_path("layer-2.fwd", lambda x: x + 3)
+    assert list(layers.all_hooks) == ["0", "1", "layer-2"]
+    assert [hooks(1) for hooks in layers.all_hooks.values()] == [1, 2, 4]
+    assert layers.at("0") is layers.all_hooks["0"]
+    assert layers.paths()[:3] == ("0.fwd", "0.bwd", "0.fwd2")
+    assert list(deepcopy(layers).all_hooks) == list(layers.all_hooks)
+    with pytest.raises(ValueError, match=r"'1' cannot name a child of HookCollection: it is in use"):
+        layers.add_subhooks(1, Hooks())
+
+
+def test_all_hooks_is_the_tree_as_it_is_and_cannot_be_written_to():
+    hooks = TransformerHooks()
+    assert hooks.all_hooks["mlp"].all_hooks["post_act"].all_hooks["fwd"] is hooks.mlp.post_act.fwd
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        hooks.all_hooks["other"] = Hooks()
 
 
 def test_binding_reaches_every_sequence_and_unbinding_takes_it_back():

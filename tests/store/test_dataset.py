@@ -264,11 +264,28 @@ def test_export_to_hugging_face(dataset, tmp_path):
         assert torch.equal(loaded[:][name].to(kept.dtype), kept)
 
 
+def test_export_in_the_layout_of_the_hub(dataset, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr("tdcache.store.arrow._CHUNK_BYTES", 600)
+    folder = dataset.export(tmp_path / "a", "parquet")
+    names = sorted(path.name for path in (folder / "data").iterdir())
+    assert names == [f"train-{number:05d}-of-{len(names):05d}.parquet" for number in range(len(names))]
+    assert len(names) > 1
+    loaded = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache")).with_format("torch")
+    for name, values in whole().items():
+        kept = values.float() if values.dtype == torch.bfloat16 else values
+        assert torch.equal(loaded[:][name].to(kept.dtype), kept)
+    card = (folder / "README.md").read_text()
+    assert (
+        "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*.parquet\n---" in card
+    )
+
+
 def test_an_export_is_whole_or_not_there(dataset, tmp_path, monkeypatch):
     (tmp_path / "a.npz").write_text("mine")
     with pytest.raises(StoreError, match="is there already; export to another path"):
         dataset.export(tmp_path / "a.npz", "npz")
-    with pytest.raises(ValueError, match="export knows 'npz', 'pt', 'memmap', 'hf', 'arrow', got 'csv'"):
+    with pytest.raises(ValueError, match="export knows 'npz', 'pt', 'memmap', 'hf', 'arrow', 'parquet', got 'csv'"):
         dataset.export(tmp_path / "b", "csv")
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(StoreError, match=r"b.pt could not be written: no space; what was there before is whole"):
@@ -370,7 +387,7 @@ def test_export_takes_the_format_from_the_suffix(dataset, tmp_path):
         assert sorted(archive.files) == sorted(whole())
     loaded = torch.load(dataset.export(tmp_path / "a.pt"), weights_only=True)
     assert loaded.keys() == whole().keys()
-    with pytest.raises(ValueError, match=r"export knows .*'arrow', got None"):
+    with pytest.raises(ValueError, match=r"export knows .*'parquet', got None"):
         dataset.export(tmp_path / "a")
 
 

@@ -124,3 +124,10 @@ def test_a_larger_pool_mixes_better(tmp_path):
     for pool, share in found.items():
         assert share == pytest.approx(1 / pool + (1 - 1 / pool) * 9 / 199, abs=0.05)
     assert neighbours(dataset, shuffle="rows") == pytest.approx(1 / 20, abs=0.01)
+
+
+def test_a_loop_that_was_left_loses_no_row_of_the_next_one_in_workers_that_persist(dataset):
+    loader = DataLoader(dataset.iterable(7, **OPTIONS), batch_size=None, num_workers=2, persistent_workers=True)
+    assert len(list(islice(loader, 2))) == 2
+    for _ in range(2):
+        assert sorted(identities(loader)) == all_of(dataset)

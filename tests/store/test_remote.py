@@ -134,7 +134,9 @@ def test_small_reads_share_pages_and_large_ones_ask_for_what_they_need():
     Counted.asked, pages, page = [], Pages(), 1 << 18
     path = Counted("memory://paged")
     for offset, size in ((0, 10), (100, 10), (page - 5, 10), (1000, page)):
-        assert b"".join(pages.read(path, offset, size)) == bytes(each % 251 for each in range(offset, offset + size))
+        assert b"".join(pages.read(path, offset, size, 1 << 30)) == bytes(
+            each % 251 for each in range(offset, offset + size)
+        )
     assert Counted.asked == [(0, page), (page, 2 * page), (1000, 1000 + page)]
 
 
@@ -143,7 +145,7 @@ def test_the_pages_that_are_kept_have_a_bound(monkeypatch):
     Counted.asked, pages, page = [], Pages(), 1 << 18
     path = Counted("memory://paged")
     for number in (0, 1, 2, 3, 3, 0):
-        list(pages.read(path, number * page, 1))
+        list(pages.read(path, number * page, 1, 1 << 30))
     assert [begin // page for begin, _ in Counted.asked] == [0, 1, 2, 3, 0]
 
 
@@ -152,6 +154,7 @@ class _Ranges(BaseHTTPRequestHandler):
 
     folder = Path()
     asked = ()
+    knows_ranges = True
 
     def do_HEAD(self):
         self._answer(body=False)
@@ -164,7 +167,7 @@ class _Ranges(BaseHTTPRequestHandler):
         if not path.is_file():
             self.send_error(404)
             return
-        data, span = path.read_bytes(), self.headers.get("Range")
+        data, span = path.read_bytes(), self.headers.get("Range") if self.knows_ranges else None
         self.asked.append((path.name, span))
         first, last = span.removeprefix("bytes=").split("-") if span else (0, len(data) - 1)
         part = data[int(first) : int(last) + 1]
@@ -187,7 +190,7 @@ def server(local):
     running = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=running.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{running.server_port}", handler.asked
+    yield f"http://127.0.0.1:{running.server_port}", handler
     running.shutdown()
     running.server_close()
     thread.join()
@@ -195,7 +198,7 @@ def server(local):
 
 def test_a_store_behind_a_server_is_read_by_ranges(local, server):
     pytest.importorskip("aiohttp")
-    address, asked = server
+    address, asked = server[0], server[1].asked
     here, there = ActivationDataset.open(local), ActivationDataset.open(f"{address}/a.acts", check=True)
     assert {name for name, _ in asked} == {"spec.json", "index.json"}  # no shard is opened
     assert same(there[5], here[5])
@@ -207,3 +210,39 @@ def test_a_store_behind_a_server_is_read_by_ranges(local, server):
         assert same(one, other)
     with pytest.raises(SpecError, match=r"http://.*/b\.acts is no activation store"):
         ActivationDataset.open(f"{address}/b.acts")
+
+
+def test_a_server_without_ranges_is_refused_and_its_bytes_are_not_believed(local, server, monkeypatch):
+    pytest.importorskip("aiohttp")
+    address, handler = server
+    there = ActivationDataset.open(f"{address}/a.acts")
+    handler.knows_ranges = False
+    monkeypatch.setattr("tdcache.store.remote._PAGE", 4096)  # less than a shard
+    with pytest.raises(
+        StoreError, match=r"asked for \d+ bytes from byte \d+ on, the server gave \d+: it knows no ranges"
+    ):
+        ActivationDataset.open(f"{address}/a.acts")[5]
+    assert len(ActivationDataset.open(f"{address}/a.acts")) == len(there)  # whole files are what it can give
+
+
+def test_workers_have_connections_of_their_own(local, server):
+    pytest.importorskip("aiohttp")
+    there = ActivationDataset.open(f"{server[0]}/a.acts")
+    whole = there["seq"][...].tolist()  # this process has a connection by now
+    loader = DataLoader(there.iterable(7), batch_size=None, num_workers=2)
+    assert sorted(int(each) for batch in loader for each in batch["seq"]) == sorted(whole)
+
+
+def test_a_store_that_was_replaced_there_is_noticed_after_some_seconds(local, url, tmp_path, monkeypatch):
+    there = ActivationDataset.open(url)
+    there[...]
+    system, base = fsspec.filesystem("memory"), url.removeprefix("memory:/")
+    other = ActivationDataset.open(local).repack(tmp_path / "b.acts", shuffle=True)  # equal columns, another order
+    system.rm(base, recursive=True)
+    other.upload(url)
+    there[3]  # asked a moment ago
+    monkeypatch.setattr("tdcache.store.reader._ASKED_EVERY", 0.0)
+    text = "holds another store than the one that was opened; open it again"
+    for read in (lambda: there[3], lambda: there[[5, 1]], lambda: list(there.batches(7)), there.verify, there.refresh):
+        with pytest.raises(SpecError, match=text):
+            read()

@@ -24,9 +24,12 @@ from tdcache.attribution.survey import Survey
 from tdcache.attribution.targets import TargetLike
 from tdcache.contexts import HookingContextFactory
 from tdcache.errors import AttributionError, DirectionError, TdcacheError
+from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import MultiHookHandle
 from tdcache.modules import HookedModule
-from tdcache.selection import Selection, as_matcher, select
+from tdcache.named_places import Names
+from tdcache.place_modules import refuse_at_names, sites_of
+from tdcache.selection import Selection
 from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 
 __all__ = ["Attribution", "RoleAttribution", "Scores", "SiteAttribution", "Work"]
@@ -76,6 +79,8 @@ class Attribution(HookingContextFactory):
             floating-point inputs by default.
         allow_unused: what the target does not depend on has scores of zero, and modules that do not run have none,
             instead of being errors.
+        names: the canonical names of the model, ``tdcache.names(model)``. Selectors then mean names, and scores are
+            keyed by names.
     """
 
     reduce: int | Sequence[int] | None = None
@@ -92,8 +97,11 @@ class Attribution(HookingContextFactory):
         snapshot: bool | None = None,
         inputs: Sequence[CacheKey] | None = None,
         allow_unused: bool = False,
+        names: Names | None = None,
     ) -> None:
         super().__init__()
+        refuse_at_names(names, ())
+        self.names = names
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is the number of points in one forward, at least 1; got {chunk}")
         self.target = target
@@ -129,7 +137,8 @@ class Attribution(HookingContextFactory):
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         model = module.model
         selections = {
-            role: select(model, selector, match=match) for role, (selector, match) in self.selectors_by_role().items()
+            role: sites_of(model, selector, self.names, match=match)
+            for role, (selector, match) in self.selectors_by_role().items()
         }
         member = _Member(self, model, selections)
         _OPEN.setdefault(model, []).append(member)
@@ -178,11 +187,12 @@ class SiteAttribution(Attribution):
     ) -> None:
         super().__init__(**options)
         if selector is not None:
-            as_matcher(selector, match)  # an unusable selector is refused here, not on entering
+            check_selector(selector, match)  # an unusable selector is refused here, not on entering
         if direction not in ("fwd", "fwd_pre"):
             raise DirectionError(
                 f"attribution explains what modules return, 'fwd', or read, 'fwd_pre'; got {direction!r}"
             )
+        refuse_at_names(self.names, [direction])
         if pick == "all":
             raise ValueError("pick='all' does not say how many scores there are; give a list, such as pick=[0, 1]")
         self.selector = selector
@@ -219,7 +229,7 @@ class RoleAttribution(Attribution):
     def select_by(self, match: Match, **selectors: Selector) -> None:
         """Keep the selectors of the roles; an unusable one is refused here, not on entering."""
         for selector in selectors.values():
-            as_matcher(selector, match)
+            check_selector(selector, match)
         self.selectors, self.match = selectors, match
 
     def selectors_by_role(self) -> Mapping[str, tuple[Selector, Match]]:
@@ -285,6 +295,7 @@ def _runner(module: HookedModule, data: TensorDictBase, forward: Forward, crowd:
         survey=survey,
         create_graph=any(factory.create_graph for factory in factories),
         snapshot=any(copies) if copies else None,
+        tables=[factory.names for factory in factories if factory.names is not None],
     )
 
 

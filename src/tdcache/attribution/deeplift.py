@@ -17,9 +17,9 @@ from tdcache.attribution.lrp.linear import ELEMENTWISE
 from tdcache.attribution.lrp.replaced_backward import ModuleCall, ReplacedBackward, ReplacedRule, install_replaced
 from tdcache.attribution.point import PointRows, wide
 from tdcache.errors import AttributionError
+from tdcache.function_calls.stand_in import CallModule, check_selector, select_sites
 from tdcache.hooks import MultiHookHandle
 from tdcache.inplace import InplaceWatch
-from tdcache.selection import select
 from tdcache.types import Selector
 
 __all__ = ["DeepLift", "RESCALED", "Rescale"]
@@ -41,11 +41,13 @@ class Rescale:
 
     Args:
         selector: which modules; by default the classes of :data:`RESCALED`. Those that are neither max pools nor
-            softmaxes count as elementwise.
+            softmaxes count as elementwise. Functions that a forward calls have the rule where they are selected by
+            name, ``[*RESCALED, r".*::relu"]``.
         eps: differences below it use the derivative.
     """
 
     def __init__(self, selector: Selector = RESCALED, eps: float = 1e-7) -> None:
+        check_selector(selector)
         self.selector = selector
         self.eps = eps
 
@@ -56,7 +58,8 @@ class Rescale:
         """The rule of one module, whose calls for the reference were ``pairs``."""
         if isinstance(module, _POOLS):
             return _MaxPool(pairs, self.eps)
-        return _Softmax(pairs) if isinstance(module, _SOFTMAXES) else _Slope(pairs, self.eps)
+        softmax = module.site.name == "softmax" if isinstance(module, CallModule) else isinstance(module, _SOFTMAXES)
+        return _Softmax(pairs) if softmax else _Slope(pairs, self.eps)
 
 
 _Pair = tuple[Tensor, Tensor]
@@ -73,7 +76,7 @@ class _References:
 
     def install(self, model: nn.Module, rows: PointRows | None, handle: MultiHookHandle) -> None:
         """Install the hooks that keep what the rule needs of the reference."""
-        for path, module, _ in select(model, self.rule.selector, allow_empty=True):
+        for path, module, _ in select_sites(model, self.rule.selector, allow_empty=True):
             install_replaced(module, _Reference(path, self, rows), handle)
 
 
@@ -105,7 +108,7 @@ class _Rescaled:
     def install(self, model: nn.Module, rows: PointRows | None, handle: MultiHookHandle) -> None:
         """Install the hooks that replace the gradients of the modules selected."""
         rule = self.references.rule
-        for path, module, _ in select(model, rule.selector, allow_empty=True):
+        for path, module, _ in select_sites(model, rule.selector, allow_empty=True):
             pairs = self.references.pairs.get(path, [])
             install_replaced(module, ReplacedBackward(path, rule.at(module, pairs), rows), handle)
 
@@ -219,8 +222,8 @@ class DeepLift(Attribution):
     """Differences from a reference, passed back by the rescale rule (Shrikumar et al. 2017, arXiv:1704.02685).
 
     The reference runs first, and then the input with its rules. The scores sum to ``f(input) - f(reference)`` where the
-    model is made of linear modules and those of :data:`RESCALED`, called as modules; ``("gap", ...)`` holds, per row,
-    by how much they miss it.
+    model is made of linear modules and those that ``rule`` selects, called as modules or selected by name; ``("gap",
+    ...)`` holds, per row, by how much they miss it.
 
     Args:
         baseline: the reference; see :class:`IntegratedGradients`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor, nn
 
@@ -12,13 +13,15 @@ from tdcache.attribution.base import RoleAttribution, SiteAttribution, Work
 from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import Seen, key_of, one_backward
 from tdcache.attribution.lrp.norms import FreezeNorm
-from tdcache.attribution.norms import NormForm
 from tdcache.attribution.place import Place
 from tdcache.attribution.point import Point, wide
 from tdcache.attribution.reductions import gradient_x_activation
 from tdcache.errors import AttributionError
 from tdcache.hooks.values import first_tensor
+from tdcache.named_places import Names, ResidualStream
+from tdcache.norms import NormForm
 from tdcache.paths import resolve
+from tdcache.place_modules import module_behind, refuse_at_names
 from tdcache.types import Match, Selector
 
 __all__ = ["DirectLogitAttribution", "LogitLens"]
@@ -34,6 +37,9 @@ class DirectLogitAttribution(RoleAttribution):
     ``lambda td: td["output"][:, -1, right] - td["output"][:, -1, wrong]``; ``data["gap", "bias"]`` holds, per row, by
     how much they miss it where it is not (a softmax, logits that are capped).
 
+    With ``names=`` nothing else need be said: writers are the embeddings and every contribution to the stream, and the
+    final norm is that of the table.
+
     Args:
         writers: modules whose outputs are added to the stream.
         norm: the final norm, whose input is the whole stream.
@@ -44,18 +50,26 @@ class DirectLogitAttribution(RoleAttribution):
 
     def __init__(
         self,
-        writers: Selector,
+        writers: Selector | None = None,
         *,
-        norm: Selector,
+        norm: Selector | None = None,
         reduce: int | tuple[int, ...] | None = -1,
         match: Match = "full",
+        names: Names | None = None,
         **options: Any,
     ) -> None:
-        modifiers = (*options.pop("modifiers", ()), FreezeNorm(norm))
-        super().__init__(modifiers=modifiers, **options)
-        self.select_by(match, writers=writers, norm=norm)
-        self.writers = writers
-        self.norm = norm
+        refuse_at_names(names, ())
+        if names is None and (writers is None or norm is None):
+            raise TypeError("DirectLogitAttribution takes writers and norm=, or names=tdcache.names(model)")
+        if names is not None:
+            writers = _writers_of(names) if writers is None else writers
+            norm = _exactly(names[names.spelled("final_norm")].name) if norm is None else norm
+        norm = "" if norm is None else norm
+        modifiers = (*options.pop("modifiers", ()), FreezeNorm(norm, names))
+        super().__init__(modifiers=modifiers, names=names, **options)
+        self.writers: Selector = "" if writers is None else writers
+        self.norm: Selector = norm
+        self.select_by(match, writers=self.writers, norm=self.norm)
         self.reduce = reduce
 
     def places(self, role: str, paths: Sequence[str]) -> list[Place]:
@@ -90,7 +104,7 @@ class DirectLogitAttribution(RoleAttribution):
     def _without_stream(self, frame: Frame, stream: Place, value: Tensor) -> Point:
         """The point where the norm returns what it adds to a stream of zeros."""
         path = str(stream.name)
-        bias = NormForm.of(resolve(frame.model, path), path, value).bias
+        bias = NormForm.of(frame.runner.module_at(stream), path, value).bias
         return frame.point(("no stream", id(self)), replace={Place("out", path): bias.expand_as(value)})
 
     @staticmethod
@@ -108,6 +122,9 @@ class LogitLens(SiteAttribution):
 
     The norm's scale is that of the site, unlike that of :class:`DirectLogitAttribution`. No backward is needed.
 
+    With ``names=`` nothing else need be said: the sites are the ``resid_post`` of every block, and norm, unembedding,
+    scale and softcap of the logits are those of the table.
+
     Args:
         selector: modules whose outputs are the residual stream, such as the blocks.
         norm: path of the final norm, or None.
@@ -115,8 +132,21 @@ class LogitLens(SiteAttribution):
         **options: see :class:`SiteAttribution`.
     """
 
-    def __init__(self, selector: Selector, *, norm: str | None, unembed: str, **options: Any) -> None:
-        super().__init__(selector, **options)
+    def __init__(
+        self,
+        selector: Selector | None = None,
+        *,
+        norm: str | None = None,
+        unembed: str | None = None,
+        names: Names | None = None,
+        **options: Any,
+    ) -> None:
+        refuse_at_names(names, ())
+        if names is None and (selector is None or unembed is None):
+            raise TypeError("LogitLens takes a selector, norm= and unembed=, or names=tdcache.names(model)")
+        if names is not None and selector is None:
+            selector = list(map(_exactly, names.in_blocks("resid_post")))
+        super().__init__(selector, names=names, **options)
         self.norm = norm
         self.unembed = unembed
 
@@ -125,12 +155,45 @@ class LogitLens(SiteAttribution):
         places = frame.sites()
         seen = Seen(places, with_grads=False)
         yield [frame.ask(frame.base, seen, values=places)]
-        steps: list[nn.Module] = [resolve(frame.model, path) for path in (self.norm, self.unembed) if path is not None]
+        steps, stream = self._steps(frame.model)
         scores: dict[tuple[Any, ...], Tensor] = {}
         with torch.set_grad_enabled(self.create_graph):
             for place in places:
                 value: Any = seen.values[place]
                 for step in steps:
                     value = first_tensor(step.forward(value))  # not called, so that no hook sees it
+                value = value * stream.logit_scale if stream.logit_scale != 1 else value
+                if stream.logit_softcap is not None:
+                    value = stream.logit_softcap * torch.tanh(value / stream.logit_softcap)
                 scores[key_of(self.name, None, place)] = value
         return scores
+
+    def _steps(self, model: nn.Module) -> tuple[list[nn.Module], ResidualStream]:
+        """What leads from the stream to the logits: modules, and what is known of scale and softcap."""
+        if self.names is None:
+            return [resolve(model, path) for path in (self.norm, self.unembed) if path is not None], ResidualStream()
+        stream, root = self.names.reading_stream(), self.names.root_in(model)
+        given = (self.norm, stream.final_norm), (self.unembed, stream.unembed)
+        modules = [
+            resolve(root, found or "") if name is None else module_behind(self.names[name], root)[1]
+            for name, found in given
+            if not (name is None and found is None)
+        ]
+        return modules, stream
+
+
+def _exactly(name: str) -> str:
+    return regex.escape(name)
+
+
+def _writers_of(names: Names) -> list[str]:
+    """The names of all that is added to the one stream that logits are made of."""
+    stream = names.reading_stream()
+    if "post-norm" in stream.layouts:
+        raise AttributionError(
+            f"the blocks of {names.model_name or 'this model'} norm the stream after each addition, so its value at "
+            "the end is no sum of contributions, and no part of a logit is theirs directly; give writers="
+        )
+    parts = ("attn", "mixer", "cross_attn", "mlp", "mlp2")
+    written = names.in_blocks(*(f"{part}.contribution" for part in parts), prefix=stream.prefix)
+    return [_exactly(name) for name in (*map(names.spelled, stream.embeddings), *written)]

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from tdcache.attribution.point import PointRows
 from tdcache.contexts import HookingContextFactory
+from tdcache.function_calls.stand_in import check_selector, resolve_site
 from tdcache.hooks import MultiHookHandle, Order, OutputPort, attach
 from tdcache.modules import HookedModule
-from tdcache.paths import resolve_all
-from tdcache.selection import as_matcher, select
+from tdcache.named_places import Names
+from tdcache.place_modules import place_at, refuse_at_names, sites_of
 from tdcache.types import Index, Match, Pick, Selector
 
 __all__ = ["GradDrop", "GuidedReLU", "Installed", "Modifier", "ModifierHook", "ScaleGradient", "StopGradient"]
@@ -46,11 +47,22 @@ class Modifier(Installed):
         match: how patterns are held against paths.
         pick: which tensor of a structured output; ``"all"`` for each of them.
         index: the part of the tensor that is changed: ``(..., slice(0, 64))``.
+        names: the canonical names of the model, which the selector then means.
     """
 
-    def __init__(self, selector: Selector, *, match: Match = "full", pick: Pick = None, index: Index = None) -> None:
+    def __init__(
+        self,
+        selector: Selector,
+        *,
+        match: Match = "full",
+        pick: Pick = None,
+        index: Index = None,
+        names: Names | None = None,
+    ) -> None:
         super().__init__()
-        as_matcher(selector, match)
+        refuse_at_names(names, ())
+        self.names = names
+        check_selector(selector, match)
         self.selector = selector
         self.match: Match = match
         self.pick = pick
@@ -70,7 +82,7 @@ class Modifier(Installed):
             handle.add(attach(module, hook.on_call, order=hook.order))
 
     def _sites(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        return [(path, module) for path, module, _ in select(model, self.selector, match=self.match)]
+        return [(path, module) for path, module, _ in sites_of(model, self.selector, self.names, match=self.match)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,14 +176,17 @@ class GradDrop(StopGradient):
 
     Args:
         paths: the modules whose outputs that layer adds to the stream.
+        names: the canonical names that ``paths`` are, where they are names.
     """
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        super().__init__("|".join(map(regex.escape, paths)))
+    def __init__(self, paths: Sequence[str], names: Names | None = None) -> None:
+        super().__init__([regex.escape(path) for path in paths], names=names)
         self.paths = tuple(paths)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({list(self.paths)!r})"
 
     def _sites(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        return [resolve_all(model, path) for path in self.paths]  # an unknown one is an error
+        if self.names is not None:
+            return [place_at(self.names, model, path) for path in self.paths]
+        return [resolve_site(model, path) for path in self.paths]  # an unknown one is an error

@@ -19,7 +19,7 @@ from tdcache.attribution.place import Place
 from tdcache.attribution.point import Ask, wide
 from tdcache.attribution.reductions import difference_x_gradient
 from tdcache.errors import AttributionError
-from tdcache.selection import select
+from tdcache.place_modules import sites_of
 from tdcache.types import Selector
 
 __all__ = ["AttributionPatching"]
@@ -82,7 +82,7 @@ class AttributionPatching(SiteAttribution):
     def _dropping(self, frame: Frame) -> list[Any]:
         """One point per layer, whose backward leaves that layer's contribution out."""
         layers: dict[str, list[str]] = {}
-        for path, _, groups in select(frame.model, self.drop or ""):
+        for path, _, groups in sites_of(frame.model, self.drop or "", self.names):
             if "layer" not in groups:
                 raise AttributionError(
                     f"drop={self.drop!r} has no group 'layer'; write e.g. r'layers\\.(?P<layer>\\d+)\\.(attn|mlp)'"
@@ -90,7 +90,10 @@ class AttributionPatching(SiteAttribution):
             layers.setdefault(groups["layer"], []).append(path)
         if len(layers) < 2:
             raise AttributionError(f"drop={self.drop!r} means {len(layers)} layer(s); GradDrop averages over several")
-        return [frame.point(("drop", layer, id(self)), modifiers=(GradDrop(paths),)) for layer, paths in layers.items()]
+        return [
+            frame.point(("drop", layer, id(self)), modifiers=(GradDrop(paths, self.names),))
+            for layer, paths in layers.items()
+        ]
 
 
 def _mean_size(parts: list[Tensor]) -> Tensor:

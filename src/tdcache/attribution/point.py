@@ -13,6 +13,7 @@ from tdcache.attribution.place import Place
 from tdcache.attribution.rows import RowAxes, UnstackableError
 from tdcache.attribution.targets import Target
 from tdcache.hooks import MultiHookHandle, Port
+from tdcache.norms import wide
 from tdcache.types import CacheKey
 
 __all__ = ["Ask", "Between", "Modifies", "Point", "PointRows", "View", "giving_own_outputs", "wide"]
@@ -171,8 +172,3 @@ class View:
         if self._rows is None:
             return tensor
         return self._rows.part(tensor, 0 if place.kind == "key" else self._rows.axis_at(place, tensor))
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In at least single precision: half-precision scores are accumulated and returned in float32."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

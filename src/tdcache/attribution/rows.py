@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from tdcache.attribution.place import Place
 from tdcache.errors import CaptureError, listed
+from tdcache.function_calls.sites import is_call
+from tdcache.function_calls.stand_in import resolve_site
 from tdcache.hooks import MultiHookHandle, Order, Port, attach, port_at
 from tdcache.selection import walk
 
@@ -82,7 +84,8 @@ class RowAxes:
         if found is None:
             known.clear()  # one batch size and length at a time
         found = known[signature] = cls(rows)
-        with _probing(found, modules, wanted), torch.no_grad(), _same_random_state(data):
+        inside = [resolve_site(model, path) for path in {str(place.name) for place in wanted} if is_call(path)]
+        with _probing(found, [*modules, *inside], wanted), torch.no_grad(), _same_random_state(data):
             try:
                 forward(TensorDict.cat([data[:1]] * rows))
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -113,6 +116,8 @@ def _probing(axes: RowAxes, modules: Sequence[tuple[str, nn.Module]], places: se
         for path, module in modules:
             own = [place for place in places if place.name == path]
             for kind, direction in (("out", "fwd"), ("in", "fwd_pre_kwargs")):
+                if is_call(path) and all(place.kind != kind for place in own):
+                    continue
                 noting = _Noting(axes, port_at(path, direction), tuple(place for place in own if place.kind == kind))
                 handle.add(attach(module, noting.on_call, direction, order=Order.STOP))  # type: ignore[arg-type]
     return handle

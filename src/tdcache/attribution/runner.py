@@ -22,8 +22,11 @@ from tdcache.attribution.survey import Survey
 from tdcache.attribution.taps import Replacement, SiteTap, check_unchanged
 from tdcache.attribution.targets import Target, Unit
 from tdcache.errors import ContextError
+from tdcache.function_calls.stand_in import resolve_site
 from tdcache.hooks import MultiHookHandle, Order, attach, attach_ports
-from tdcache.paths import resolve
+from tdcache.hooks.attach import AttachedElsewhere
+from tdcache.named_places import Names
+from tdcache.place_modules import place_at
 from tdcache.types import CacheKey
 
 __all__ = ["Runner"]
@@ -65,6 +68,7 @@ class Runner:
         survey: Survey,
         create_graph: bool,
         snapshot: bool | None,
+        tables: Sequence[Names] = (),
     ) -> None:
         self.model = model
         self.data = data
@@ -79,6 +83,7 @@ class Runner:
         self._forward = forward
         self._survey = survey
         self._modules = modules
+        self._tables = tables
         self._create_graph = create_graph
         self._snapshot = survey.inplace if snapshot is None else snapshot
         self._stacks = data.batch_dims > 0 and not watched and not survey.statistics
@@ -194,7 +199,8 @@ class Runner:
         differentiated |= set(self._floating()) if self.watched and any(ask.grads for ask in asks) else set()
         if len(points) == 1:
             stacked = self.data.copy()
-            stacked.update(dict(points[0].inputs))
+            if points[0].inputs:
+                stacked.update(dict(points[0].inputs))
         else:
             batch = self.data.batch_size
             stacked = TensorDict(batch_size=[len(points) * batch[0], *batch[1:]], device=self.data.device)
@@ -227,25 +233,32 @@ class Runner:
             swaps = {place: Replacement(place, self._call(place), parts) for place, parts in replaced.items()}
             self._attach(swaps, handle, Order.EDIT)
             taps = self._taps(asks, rows[0])
-            self._attach({place: tap for place, tap in taps.items() if not tap.sees_arguments}, handle, SiteTap.order)
-            for place, tap in taps.items():
-                if tap.sees_arguments:
-                    handle.add(attach(self._module(place), tap.on_output, "fwd_kwargs", order=SiteTap.order))
+            inside = {place: tap for place, tap in taps.items() if self._is_no_module(place)}
+            self._attach({place: tap for place, tap in taps.items() if place not in inside}, handle, SiteTap.order)
+            for place, tap in inside.items():
+                handle.add(attach(self.module_at(place), tap.on_output, "fwd_kwargs", order=SiteTap.order))
         return taps, handle
+
+    def _is_no_module(self, place: Place) -> bool:
+        """Whether a place is the result of a call inside a forward."""
+        return place.kind == "out" and isinstance(self.module_at(place), AttachedElsewhere)
 
     def _call(self, place: Place) -> int | None:
         return place.call if place.call is None or place.call >= 0 else self._calls[place] + place.call
 
     def _attach(self, hooks: Mapping[Place, Any], handle: MultiHookHandle, order: int) -> None:
         for kind, direction in (("out", "fwd"), ("in", "fwd_pre_kwargs")):
-            found = [(self._module(place), hook) for place, hook in hooks.items() if place.kind == kind]
+            found = [(self.module_at(place), hook) for place, hook in hooks.items() if place.kind == kind]
             if found:
                 attach_ports(found, direction, handle, order)  # type: ignore[arg-type]
 
-    def _module(self, place: Place) -> nn.Module:
+    def module_at(self, place: Place) -> nn.Module:
+        """The module that is hooked for a place."""
         path = str(place.name)
         if path not in self._modules:
-            self._modules[path] = resolve(self.model, path)
+            table = next((each for each in self._tables if path in each), None)
+            found = resolve_site(self.model, path) if table is None else place_at(table, self.model, path)
+            self._modules[path] = found[1]
         return self._modules[path]
 
     def _taps(self, asks: list[Ask], rows: PointRows | None) -> dict[Place, SiteTap]:

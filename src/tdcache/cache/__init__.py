@@ -1,4 +1,8 @@
-"""The capture side: taps take values, channels hold them, targets write them into the TensorDict."""
+"""The capture side: taps take values from hooks, channels hold them, targets write them into the TensorDict.
+
+The three steps are separate so that a hook costs no more than a dict write, while checks, copies and the rules of
+TensorDict apply once per forward.
+"""
 
 from tdcache.cache.capture import Capture
 from tdcache.cache.channel import Channel

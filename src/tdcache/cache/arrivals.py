@@ -1,8 +1,8 @@
-"""Gradients for reducers that depend on order: put into the order of their calls, whatever order they arrive in.
+"""Puts gradients into the order of their calls, for reducers whose result depends on the order of values.
 
-A backward brings the gradient of the last call first, and the backward of an early forward may come after that of a
-late one. So gradients wait here, and every reading of the cache reduces them anew: otherwise when the cache is read
-would decide the order.
+A backward yields the gradient of the last call first, and the backward of an early forward may run after that of a
+later one. So gradients wait here and are reduced anew each time the cache is read; otherwise the result would depend
+on when the user reads it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class _Arrival:
 
 
 class Arrivals:
-    """What arrived at the sites of one direction, by key.
+    """The gradients that have arrived at the sites of one direction, by key.
 
     Args:
-        reducer: what is made of the values of one key.
+        reducer: reduces the values of one key.
     """
 
     __slots__ = ("_by_key", "_latest", "_reducer", "_watch")
@@ -42,14 +42,14 @@ class Arrivals:
         self._reducer = reducer
         self._by_key: dict[CacheKey, list[_Arrival]] = {}
         self._latest: list[_Arrival] = []
-        """Those of the backward that is under way, which it may still accumulate into."""
+        """Gradients of the backward that is still running, which may accumulate into them."""
         self._watch = InplaceWatch()
 
     def add(self, key: CacheKey, path: str, serial: int, value: Any, mask: Tensor | None, *, is_alias: bool) -> None:
         """Keep one value of the call ``serial``; ``mask`` says which of its rows count."""
         arrival = _Arrival(serial, value, mask)
         arrivals = self._by_key.setdefault(key, [])
-        if arrivals and isinstance(self._reducer, First):  # which wants one only
+        if arrivals and isinstance(self._reducer, First):  # First keeps a single value
             if serial >= arrivals[0].serial:
                 return
             arrivals.clear()
@@ -59,7 +59,7 @@ class Arrivals:
             self._watch.add(path, value)
 
     def own(self) -> None:
-        """A backward is over: what it accumulates into later must not reach the values that wait."""
+        """A backward has ended: copy the waiting values that a later backward could accumulate into."""
         values: dict[int, Any] = {}
         for number, arrival in enumerate(self._latest):
             values[number], arrival.value = arrival.value, None
@@ -70,7 +70,7 @@ class Arrivals:
         self._watch.clear()
 
     def check(self) -> None:
-        """Raise if a value was overwritten since.
+        """Raise if a waiting value has been overwritten.
 
         Raises:
             InplaceModificationError: it names every path concerned.
@@ -79,7 +79,7 @@ class Arrivals:
             self._watch.check()
 
     def reduced(self) -> dict[CacheKey, Any]:
-        """What the reducer makes of the values so far."""
+        """The reduced values so far, by key."""
         return {key: self._reduced(arrivals) for key, arrivals in self._by_key.items()}
 
     def _reduced(self, arrivals: list[_Arrival]) -> Any:
@@ -89,26 +89,26 @@ class Arrivals:
         return reducer.compute()
 
     def carry(self) -> dict[CacheKey, list[tuple[Any, Tensor | None]]]:
-        """The values in order, to be resumed by the next entry of a context that is not cleared."""
+        """The values in order, for :meth:`resume` when a context that is not cleared is entered again."""
         return {
             key: [(each.value, each.mask) for each in sorted(arrivals, key=_serial)]
             for key, arrivals in self._by_key.items()
         }
 
     def resume(self, carried: Mapping[CacheKey, list[tuple[Any, Tensor | None]]]) -> None:
-        """Go on with values that come before all others."""
+        """Put the values of an earlier entry before all others."""
         for key, values in carried.items():
             self._by_key[key] = [_Arrival(0, value, mask) for value, mask in values]
 
     def clear(self) -> None:
-        """Let go of everything."""
+        """Drop all values at every site."""
         self._by_key.clear()
         self._latest.clear()
         self._watch.clear()
 
 
 def update(reducer: Reducer, value: Any, mask: Tensor | None) -> None:
-    """Have a reducer take a value in, or those of its rows that the mask selects."""
+    """Update a reducer with a value, or with the rows of it that the mask selects."""
     if mask is None:
         reducer.update(value)
     else:

@@ -1,4 +1,8 @@
-"""What a caching context captures: options as frozen data, and the taps they put on the selected sites."""
+"""The options of a caching context as frozen data, and the taps that they attach to the selected sites.
+
+A factory is picklable and reusable because everything here is data: whatever depends on one model or one run belongs to
+the :class:`~tdcache.cache.recorder.Recorder` that this file makes for each entry.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,14 @@ from tdcache.cache.call_taps import CallCapture
 from tdcache.cache.channel import Channel
 from tdcache.cache.gradient_taps import GradientTap, InputGradientTap, OutputAndGradientTap, PlainGradientTap
 from tdcache.cache.keep import Keep
+from tdcache.cache.part import PartFilter
 from tdcache.cache.positions import PositionFilter
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.taps import CallbackTap, OutputTap, StopTap, ValueTap
 from tdcache.cache.target import Target
 from tdcache.errors import CaptureError, DirectionError
-from tdcache.function_calls.places import CallPlace
+from tdcache.function_calls.places import CallPlace, calls_fit_graph
 from tdcache.hooks.attach import (
     TransientGradInputHook,
     TransientGradOutputHook,
@@ -32,7 +37,9 @@ from tdcache.hooks.directions import direction_row
 from tdcache.hooks.factory import check_callback
 from tdcache.hooks.port import InputPort, OutputPort
 from tdcache.hooks.registrations import MultiHookHandle, Order
+from tdcache.introspect import may_be_compiled
 from tdcache.reducers import Last, Reducer
+from tdcache.regions import Region
 from tdcache.selection import Selection, Site
 from tdcache.steps import Steps, check_steps
 from tdcache.tokens import Positions, check_positions
@@ -43,7 +50,7 @@ __all__ = ["Capture"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capture:
-    """The options of :class:`tdcache.ActivationCaching` that say what is kept of a site.
+    """The options of :class:`tdcache.ActivationCaching` that decide what is kept of a site.
 
     Raises:
         CaptureError: ``stack_by`` with several values per site.
@@ -62,12 +69,14 @@ class Capture:
     stop_early: bool
     prepend: bool
     check: Check
+    region: Region
+    """Rows, units and heads."""
     positions: Positions = None
     mask_key: Any = "auto"
     position_dim: int = 1
     steps: Steps = None
     fits_graph: bool = field(init=False)
-    """Whether a compiled graph can do it: the latest outputs, as they are."""
+    """Whether the capture fits into a compiled graph: only the latest outputs, unmodified."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fits_graph", self._fits_graph())
@@ -87,12 +96,18 @@ class Capture:
 
     @property
     def order(self) -> int:
-        """Where the taps stand among the hooks of a site."""
+        """The position of the taps among the hooks of a site."""
         return Order.FIRST if self.prepend else Order.CAPTURE
+
+    @property
+    def needs_places(self) -> bool:
+        """Whether the places must be known before the model runs: where gradients are watched on the way in."""
+        with_callback = self.callback is not None and any(direction_row(each).gradient for each in self.directions)
+        return "grad_in" in self.directions or with_callback
 
     def _fits_graph(self) -> bool:
         asked = (self.callback, self.pick, self.positions, self.steps)
-        asks_more = any(each is not None for each in asked) or self.stop_early
+        asks_more = any(each is not None for each in asked) or self.stop_early or not self.region.whole
         return self.directions == ("fwd",) and self.keep == Keep() and isinstance(self.reducer, Last) and not asks_more
 
     def recorder(
@@ -101,10 +116,12 @@ class Capture:
         selection: Selection,
         places: Sequence[CallPlace] = (),
         position_dims: Mapping[str, int] | None = None,
+        regions: Mapping[str, Region] | None = None,
     ) -> Recorder:
-        """The state of one open context: a channel per direction, each with its place in the cache.
+        """The state of one open context: a channel per direction, each with its own node of the cache.
 
-        ``position_dims``: by path, the axis of positions where it is not ``position_dim``.
+        ``position_dims`` and ``regions``: by path, the axis of positions where it is not ``position_dim``, and the part
+        that is kept where its axes are not those of ``region``.
 
         Raises:
             CacheWriteError: the cache is locked and lacks entries.
@@ -118,29 +135,36 @@ class Capture:
             stack_by = StackBy(self.stack_by, selection)
         has_parts = self.pick == "all" or bool(places)
         by_value = self.check == "values"
-        chosen = None
-        if self.positions is not None:
-            chosen = PositionFilter(self.positions, self.mask_key, self.position_dim, position_dims)
+        part = self._part(position_dims, regions or {})
         channels = []
         for direction in self.directions:
             target = Target(cache, direction if self.nested else None, self.batch_dims)
             target.ensure()
             if not has_parts:
                 target.check(selection.paths if stack_by is None else tuple(stack_by.members))
-            options = (stack_by, has_parts, chosen, self.steps is not None, by_value)
+            options = (stack_by, has_parts, part, self.steps is not None, by_value)
             channels.append(Channel(direction, selection.paths, keep, target, self.reducer, *options))
         return Recorder(channels, fits_graph=self.fits_graph and channels[0].takes_aliases)
+
+    def _part(self, position_dims: Mapping[str, int] | None, regions: Mapping[str, Region]) -> PartFilter | None:
+        positions = None
+        if self.positions is not None:
+            positions = PositionFilter(self.positions, self.mask_key, self.position_dim, position_dims)
+        whole = self.region.whole and all(region.whole for region in regions.values())
+        return None if positions is None and whole else PartFilter(self.region, positions, regions)
 
     def place_calls(
         self, root: nn.Module, places: Sequence[CallPlace], recorder: Recorder, handle: MultiHookHandle
     ) -> None:
-        """Put taps at calls in the forwards of modules below ``root``; ``handle`` takes them in."""
+        """Attach taps to calls in the forwards of modules below ``root``; ``handle`` owns the registrations."""
         if places:
-            calls = CallCapture(recorder, self.callback, self.order, self.pick, live=self.keep.hold == "live")
+            in_graph = recorder.fits_graph and may_be_compiled(root) and calls_fit_graph(places)
+            live = self.keep.hold == "live"
+            calls = CallCapture(recorder, self.callback, self.order, self.pick, live=live, in_graph=in_graph)
             calls.attach(root, places, handle, nested=self.nested, stop_early=self.stop_early)
 
     def place(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:
-        """Put the taps on the sites; ``handle`` takes the registrations in."""
+        """Attach the taps to the sites; ``handle`` owns the registrations."""
         channels = list(recorder.channels)
         if self._takes_pairs(channels):
             output, gradient = channels.pop(0), channels.pop(0)
@@ -156,7 +180,7 @@ class Capture:
             self._place_stops(selection, recorder, handle)
 
     def _takes_pairs(self, channels: list[Channel]) -> bool:
-        """Whether one tap per site can take the output and its gradient, both as they are."""
+        """Whether one tap per site can take both the output and its gradient, unmodified."""
         plain = [channel.direction for channel in channels[:2] if channel.takes_aliases]
         return plain == ["fwd", "bwd"] and not (self.callback or self.pick or self.prepend)
 
@@ -213,7 +237,7 @@ class Capture:
 
 
 class _Forgotten:
-    """Lets a tap forget, when its hooks are removed, the calls that an exception ended."""
+    """Clears the calls that an exception left open in a tap, when the tap's hooks are removed."""
 
     __slots__ = ("tap",)
 
@@ -221,5 +245,5 @@ class _Forgotten:
         self.tap = tap
 
     def remove(self) -> None:
-        """Have the tap forget what it holds."""
+        """Clear the tap's open calls."""
         self.tap.forget()

@@ -1,9 +1,9 @@
-"""One direction of an open caching context: the values of the running forward, and their way into the cache.
+"""One direction of an open caching context: holds the values of the running forward and delivers them to the cache.
 
-A hook writes into a plain dict, and one public ``TensorDict.update`` per forward (or backward) delivers: five times
-cheaper than a TensorDict write per hook. The dict holds the tensors themselves; what makes that safe is the version
-counter, noted beside each and compared when the values are delivered, read, and released. Anything but the first
-plain tensor of a site (a second call, a tuple, a slice) takes the slow path.
+A hook writes into a plain dict, and one ``TensorDict.update`` per forward (or backward) delivers all values, which is
+five times cheaper than a TensorDict write per hook. The dict holds the tensors themselves. That is safe because each
+tensor's version counter is recorded and compared when the values are delivered, read and released. Anything but the
+first plain tensor of a site (a second call, a tuple, a slice) takes the slow path.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor
 
 from tdcache.cache.keep import Keep, Transfers, detach_all
 from tdcache.cache.ownership import Outside, own
-from tdcache.cache.positions import PositionFilter
+from tdcache.cache.part import PartFilter
 from tdcache.cache.reductions import Reductions
 from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.stand_ins import ABSENT, CopyInGraph
 from tdcache.cache.target import EntryTarget
-from tdcache.errors import CaptureError, listed
+from tdcache.errors import CaptureError
 from tdcache.hooks.directions import direction_row
 from tdcache.inplace import InplaceWatch, overwritten, shares_memory
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Site
-from tdcache.transforms import in_transform, is_wrapped, transform_under_way, unwrapped
+from tdcache.transforms import escaped, in_transform, is_wrapped, transform_under_way, unwrapped
 from tdcache.types import CacheKey, HookDirection
 
 __all__ = ["Channel"]
@@ -48,59 +48,59 @@ class Channel:
     reducer: Reducer
     stack_by: StackBy | None
     has_parts: bool = False
-    """Whether a site may have any number of entries (``pick="all"``), or sites become known as they fire."""
-    positions: PositionFilter | None = None
-    """Which positions of each value are kept; None for all."""
+    """Whether a site may have any number of entries (``pick="all"``), or sites are discovered as they fire."""
+    part: PartFilter | None = None
+    """Which rows, positions, units and heads of each value are kept; None for all."""
     gated: bool = False
     """Whether some forwards are left out (``steps=``)."""
     by_value: bool = False
     """Whether what is kept of the forward is compared by checksums as well (``check="values"``)."""
     transfers: Transfers = field(default_factory=Transfers)
     values: dict[CacheKey, Any] = field(default_factory=dict)
-    """The latest forward's aliases, by key. Between forwards every key is there, so that a hook that fires outside a
-    forward of the root takes the slow path."""
+    """Aliases from the latest forward, by key. Between forwards every key is present, so that a hook that fires outside
+    a forward of the root takes the slow path."""
     versions: dict[CacheKey, int] = field(default_factory=dict)
-    """The versions of ``values`` when they were taken, where they were not 0."""
+    """The version counters of ``values`` when they were taken, if not 0."""
     copies: dict[CacheKey, Any] = field(default_factory=dict)
-    """The latest forward's values that share no memory with the model."""
+    """Values of the latest forward that share no memory with the model."""
     has_copies: bool = False
-    """Whether ``values`` may hold copies of a compiled graph."""
+    """Whether ``values`` may hold copies made by a compiled graph."""
     waiting: dict[CacheKey, Any] = field(default_factory=dict)
-    """With ``stack_by``: values of modules that were called outside a forward of the root, until all have come."""
+    """With ``stack_by``: values of modules that ran outside a forward of the root, until all of them are present."""
     arrived: dict[CacheKey, int] = field(default_factory=dict)
-    """Of a gradient channel: the serial number of the call that the kept gradient belongs to, where it is not 0."""
+    """Gradient channels only: the serial number of the call that the kept gradient belongs to, if not 0."""
     number: int = 0
-    """Of a gradient channel: the forward whose gradients are current."""
+    """Gradient channels only: the forward whose gradients are current."""
     accepting: int = -1
-    """Of a gradient channel: ``number`` while a backward is under way whose end will deliver, else -1."""
+    """Gradient channels only: ``number`` during a backward that will deliver when it ends, otherwise -1."""
     reductions: Reductions | None = field(init=False)
-    """What reducers hold; None where each forward replaces the entries of the one before."""
+    """The state of the reducers; None if each forward replaces the entries of the previous one."""
     fired: set[str] = field(default_factory=set)
-    """The paths that saw a value since the context was entered."""
+    """The paths that have seen a value since the context was entered."""
     is_gradient: bool = field(init=False)
     """Whether values arrive in the backward."""
     latest_only: bool = field(init=False)
-    """Whether each forward replaces the entries of the one before."""
+    """Whether each forward replaces the entries of the previous one."""
     takes_aliases: bool = field(init=False)
     """Whether a hook may write the tensor itself into ``values``."""
     _checks_values: bool = field(init=False)
     _watch: InplaceWatch = field(init=False)
     """The aliases that reducers and parts of the cache keep."""
     _idle: bool = False
-    """Whether some of ``values`` only stand for sites without a value."""
+    """Whether some of ``values`` are placeholders for sites without a value."""
 
     def __post_init__(self) -> None:
         self.is_gradient = direction_row(self.direction).gradient
         self.latest_only = isinstance(self.reducer, Last)
         self._checks_values = self.by_value and not self.is_gradient  # gradients that others can write to are copied
-        plain = self.keep.plain and self.positions is None and not (self.target.in_place or self.gated)
+        plain = self.keep.plain and self.part is None and not (self.target.in_place or self.gated)
         self.takes_aliases = self.latest_only and plain and not self._checks_values
         self._watch = InplaceWatch(by_value=self.by_value)
         self.reductions = None if self.latest_only else Reductions(self.reducer, self._watch)
 
     @property
     def top_keys(self) -> tuple[str, ...]:
-        """The top-level keys of the cache that entries of this direction go to."""
+        """The top-level keys of the cache that this direction writes."""
         if self.target.node is not None:
             return (self.target.node,)
         return self.entry_keys
@@ -111,17 +111,17 @@ class Channel:
         return self.paths if self.stack_by is None else tuple(self.stack_by.members)
 
     def admit(self, site: Site) -> None:
-        """Take in a site that is known only now."""
+        """Add a site that was discovered during the forward."""
         if site.path not in self.paths:
             self.paths = (*self.paths, site.path)
             if isinstance(self.stack_by, GrowingStackBy):
                 self.stack_by.add(site)
 
     def begin(self, alone: bool = True) -> None:
-        """A forward begins: what the one before left is no longer current.
+        """A forward begins: the values of the previous one are no longer current.
 
         Args:
-            alone: whether no forward of another thread is under way, whose hooks must go on to take the slow path.
+            alone: whether no other thread is running a forward; if one is, hooks must keep taking the slow path.
         """
         if alone or self.is_gradient:
             self.values.clear()
@@ -142,11 +142,11 @@ class Channel:
             self.target.reset()
 
     def has(self, key: CacheKey) -> bool:
-        """Whether the running forward gave a value for this key."""
+        """Whether the running forward has produced a value for this key."""
         return key in self.copies or self.values.get(key, ABSENT) is not ABSENT
 
     def deliver(self, *, backward: bool = False) -> None:
-        """A forward (or a backward) is over: check the aliases, detach them, and write the entries to the cache."""
+        """A forward (or backward) has ended: check the aliases, detach them, and write the entries to the cache."""
         if self.is_gradient != backward:
             return
         if len(self.fired) < len(self.paths):
@@ -158,6 +158,14 @@ class Channel:
         if self.reductions is not None:
             self.reductions.end_backward()
             return
+        self._settle_aliases(backward)
+        if self.copies or self.stack_by is not None or self.has_parts or len(self.values) != len(self.paths):
+            self._deliver_slowly()
+        else:
+            self.target.write(self.values, complete=True)
+
+    def _settle_aliases(self, backward: bool) -> None:
+        """Detach values from graphs and ``torch.func`` transforms, and from what a backward may still write to."""
         values = self.values
         if transform_under_way() is not None or (backward and in_transform()):
             self._unwrap()
@@ -165,17 +173,9 @@ class Channel:
             for key in own(values):
                 self.versions.pop(key, None)
         if self.keep.hold != "live":
-            self._detach()
-        if self.copies or self.stack_by is not None or self.has_parts or len(values) != len(self.paths):
-            self._deliver_slowly()
-        else:
-            self.target.write(values, complete=True)
-
-    def _detach(self) -> None:
-        """Let go of the graphs; of parameters and inputs, which others write to, keep copies."""
-        for key in detach_all(self.values):
-            self.copies[key] = self.values[key].clone()
-            self._vacate(key)
+            for key in detach_all(values):  # parameters and inputs, which others write to
+                self.copies[key] = values[key].clone()
+                self._vacate(key)
 
     def _note_fired(self) -> None:
         if len(self.values) == len(self.paths) and not (self._idle or self.has_parts):
@@ -197,7 +197,7 @@ class Channel:
                 self._vacate(key)
 
     def _vacate(self, key: CacheKey) -> None:
-        """Keep no alias at ``key``; in a forward a mark stays, for hooks that run in other threads."""
+        """Keep no alias at ``key``; during a forward a placeholder stays, for hooks that run in other threads."""
         self.versions.pop(key, None)
         if self.is_gradient:
             self.values.pop(key, None)
@@ -218,25 +218,24 @@ class Channel:
 
     def _stacked(self, entries: dict[CacheKey, Any]) -> Mapping[CacheKey, Any]:
         if self.stack_by is None or (self.is_gradient and not self.stack_by.complete(entries)):
-            return entries  # of a gradient, more may come with another backward
+            return entries  # another backward may bring the missing gradients
         return self.stack_by(entries)
 
     def idle(self) -> None:
-        """Give every key a value, so that hooks take the slow path until the next forward begins."""
-        values = self.values
-        absent = [path for path in self.paths if path not in values] if values else self.paths
+        """Fill every key, so that hooks take the slow path until the next forward begins."""
+        absent = [path for path in self.paths if path not in self.values] if self.values else self.paths
         if absent:
-            values.update(dict.fromkeys(absent, ABSENT))
+            self.values.update(dict.fromkeys(absent, ABSENT))
             self._idle = True
 
     def mark_absent(self) -> None:
-        """Have every hook of the forward take the slow path, also those of other threads."""
+        """Make every hook of the forward take the slow path, including those in other threads."""
         if not self.is_gradient:
             self.values.update(dict.fromkeys((*self.values, *self.paths), ABSENT))
             self._idle = True
 
     def check(self) -> None:
-        """Raise if an alias that is kept was overwritten since.
+        """Raise if a kept alias has been overwritten.
 
         Raises:
             InplaceModificationError: it names every path concerned.
@@ -255,15 +254,15 @@ class Channel:
         """Keep a value on the slow path.
 
         Args:
-            key: where.
+            key: the entry's key.
             path: the site.
-            tensor: what the hook saw (a TensorDict where a callback returned one).
+            tensor: the value that the hook saw (a TensorDict if a callback returned one).
             serial: the number of the call, for values that do not arrive in order.
         """
         self.fired.add(path)
         mask: Tensor | None = None
-        if self.positions is not None:
-            part = self.positions.of(path, tensor, self.reducer)
+        if self.part is not None:
+            part = self.part.of(path, tensor, self.reducer)
             if part is None:
                 return
             tensor, mask = part
@@ -288,13 +287,14 @@ class Channel:
     def write_now(self, key: CacheKey, path: str, tensor: Any) -> None:
         """Keep a value that was seen outside a forward of the root, and write it at once.
 
-        With ``stack_by`` it waits for those that it is stacked with.
+        With ``stack_by`` it waits for the values that it is stacked with.
         """
-        if self.positions is not None:
+        if self.part is not None:
             self.fired.add(path)
-            raise self.positions.outside(path)
+            self.part.refuse_outside(path)
         if self.stack_by is not None:
-            kept, is_alias = self._keep(tensor, path)
+            part = None if self.part is None else self.part.of(path, tensor, self.reducer)
+            kept, is_alias = self._keep(tensor if part is None else part[0], path)
             self.fired.add(path)
             self.transfers.wait()
             self.waiting[key] = kept.clone() if is_alias else kept
@@ -330,7 +330,7 @@ class Channel:
         return cast(Tensor, kept)
 
     def compute(self) -> None:
-        """Write what the reducers hold to the cache."""
+        """Write the reduced values to the cache."""
         if self.reductions is None or not self.reductions.dirty:
             return
         self.transfers.wait()
@@ -339,19 +339,19 @@ class Channel:
         self.reductions.dirty = False
 
     def settle(self, outside: Outside | None) -> None:
-        """The context is left: copy what others could still write to, so that what is kept stays what was seen.
+        """The context exits: copy what others could still write to, so that kept values stay as they were seen.
 
         Args:
             outside: see :func:`tdcache.cache.ownership.shared_keys`.
 
         Raises:
-            CaptureError: a value only had a meaning inside a ``torch.func`` transform, which has ended.
+            CaptureError: a value is only meaningful inside a ``torch.func`` transform that has ended.
         """
         values = self.values
         if self._idle:
             values = {key: value for key, value in values.items() if value is not ABSENT}
         if any(map(is_wrapped, values.values())) and not in_transform():
-            raise self._escaped(values)
+            raise escaped([_path_of(key) for key, value in values.items() if is_wrapped(value)])
         if self.keep.hold == "live" or self.target.in_place:
             return
         if self._watch.seen:
@@ -362,17 +362,8 @@ class Channel:
         for key in own(values, outside, holders=holders):
             self.target.put(key, values[key])
 
-    @staticmethod
-    def _escaped(values: Mapping[CacheKey, Any]) -> CaptureError:
-        escaped = [_path_of(key) for key, value in values.items() if is_wrapped(value)]
-        return CaptureError(
-            f"{listed(escaped)} ran inside a torch.func transform (vmap, grad, jvp) within the model's forward, "
-            "and what is kept has no meaning after it; keep a copy with hold='snapshot'",
-            paths=escaped,
-        )
-
     def _settle_watched(self, watched: set[int]) -> None:
-        """Copy the aliases that reducers and a callback's TensorDicts keep."""
+        """Copy the aliases held by reducers and by TensorDicts that a callback returned."""
         copied = partial(_copy_of, watched)
         if self.reductions is not None:
             self.reductions.own(copied)
@@ -389,14 +380,14 @@ class Channel:
             self.idle()
 
     def release(self) -> None:
-        """Let go of everything but what is in the cache; gradients still on their way are no longer wanted."""
+        """Drop all state except the cache itself; gradients that arrive later are ignored."""
         for held in (self.values, self.versions, self.copies, self.waiting, self.arrived):
             held.clear()
         self._watch.clear()
         if self.reductions is not None:
             self.reductions.clear()
-        if self.positions is not None:
-            self.positions.forget()
+        if self.part is not None:
+            self.part.forget()
         self.number += 1
         self.accepting = -1
 

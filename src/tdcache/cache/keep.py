@@ -1,4 +1,8 @@
-"""From the tensor that a hook sees to the one that is kept: slice, detach or copy, cast, move."""
+"""From the tensor that a hook sees to the one that is kept: slice, detach or copy, cast, move.
+
+The order matters: slicing first means that only the part that is kept is copied, cast and moved, and that a small slice
+does not keep the memory of the whole activation alive.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ __all__ = ["Keep", "Transfers", "detach_all"]
 
 
 class Transfers:
-    """Copies from an accelerator to pinned memory that are still under way."""
+    """Copies from an accelerator to pinned memory that have not finished."""
 
     def __init__(self) -> None:
         self._devices: set[torch.device] = set()
@@ -31,7 +35,7 @@ class Transfers:
         return pinned
 
     def wait(self) -> None:
-        """Wait until every copy that was started has arrived."""
+        """Wait until every copy has finished."""
         while self._devices:
             torch.accelerator.current_stream(self._devices.pop()).synchronize()
 
@@ -43,9 +47,9 @@ class Keep:
     hold: Hold = "detached"
     index: Index = None
     dtype: Any = None
-    """A ``torch.dtype``, also given by its name."""
+    """A ``torch.dtype`` or the name of one."""
     device: Any = None
-    """A ``torch.device``, also given by its name."""
+    """A ``torch.device`` or the name of one."""
 
     def __post_init__(self) -> None:
         if self.hold not in get_args(Hold):
@@ -65,14 +69,14 @@ class Keep:
 
     @property
     def plain(self) -> bool:
-        """Whether the tensor is kept as it is, up to its graph."""
+        """Whether the tensor is kept unmodified, apart from its graph."""
         return self.hold != "snapshot" and self.index is None and self.dtype is None and self.device is None
 
     def __call__(self, tensor: Tensor, transfers: Transfers) -> Tensor:
-        """The kept tensor: ``tensor`` itself or an alias of it where nothing asks for a copy.
+        """The kept tensor: ``tensor`` itself or an alias of it, unless an option requires a copy.
 
-        A slice is copied, so that it never pins the whole activation; so is an inference tensor, which has no version
-        counter that could tell of a later in-place operation.
+        A slice is copied, so that it does not keep the whole activation alive; so is an inference tensor, which has no
+        version counter to detect a later in-place operation by.
         """
         kept = tensor if self.hold == "live" or not tensor.requires_grad else tensor.detach()
         if self.dtype is not None and kept.is_complex() and not self.dtype.is_complex:
@@ -102,10 +106,10 @@ class Keep:
 
 
 def detach_all(values: dict[Any, Any]) -> list[Any]:
-    """Let go of the graphs of ``values``, by detaching in place those that require grad.
+    """Release the graphs of ``values`` by detaching in place those that require grad.
 
     Returns:
-        The keys of the leaves among those: parameters and inputs, which the optimiser or the user writes to.
+        The keys of leaf tensors among them: parameters and inputs, which the optimiser or the user may write to.
     """
     needing = list(map(_requires_grad, values.values()))
     if True not in needing:

@@ -1,4 +1,8 @@
-"""The cache of a context that was opened with canonical names: a TensorDict that is also asked by role and layer."""
+"""The cache of a context with canonical names: a TensorDict that also takes a role and a layer as a key.
+
+A name such as ``blocks.5.attn.pattern`` is one string key. Without this class, code that loops over layers would have
+to format such strings, and code written for TransformerLens' ``cache["pattern", 5]`` would not run.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,13 @@ __all__ = ["NamedCache", "new_node"]
 
 
 class NamedCache(TensorDict):
-    """A TensorDict keyed by canonical names, which knows the table that they are from.
+    """A TensorDict keyed by canonical names, together with the table that they come from.
 
-    Beside all that a TensorDict is asked, ``cache["resid_post", 5]`` and ``cache["attn.pattern", -1]`` are the entries
-    of a role in one block; negative numbers count from the last one. ``cache["pattern", 5, "attn"]`` says the same in
-    TransformerLens' order. The role of a stack with a prefix begins with it: ``cache["encoder.resid_post", 0]``. Where
-    the cache has several directions, the direction comes first: ``cache["bwd", "resid_post", 5]``. Copies and parts of
-    the cache carry the table as well; results of arithmetic do not, and go by their own keys.
+    In addition to the keys of any TensorDict, ``cache["resid_post", 5]`` and ``cache["attn.pattern", -1]`` are the
+    entries of a role in one block; negative numbers count from the last one. ``cache["pattern", 5, "attn"]`` means the
+    same in TransformerLens' order. The prefix of a stack precedes the role: ``cache["encoder.resid_post", 0]``. If the
+    cache has several directions, the direction comes first: ``cache["bwd", "resid_post", 5]``. Copies and parts of the
+    cache keep the table; results of arithmetic do not, and have plain keys only.
 
     Example:
         >>> import torch
@@ -30,7 +34,7 @@ class NamedCache(TensorDict):
     """
 
     table: Names | None = None
-    """The names that the entries are keyed by. (``names`` are the names of a TensorDict's dimensions.)"""
+    """The table of names that key the entries. (``names`` is taken: a TensorDict's dimension names.)"""
 
     @classmethod
     def of(cls, table: Names, **options: Any) -> NamedCache:
@@ -40,11 +44,11 @@ class NamedCache(TensorDict):
         return cache
 
     def __getitem__(self, index: Any) -> Any:
-        """The entry of a name, of a role and layer; anything else is what a TensorDict makes of it."""
+        """The entry of a name or of a role and a layer; any other index is handled by TensorDict."""
         return self._carried(super().__getitem__(self._spelled(index)))
 
     def get(self, key: Any, *args: Any, **kwargs: Any) -> Any:
-        """The entry of a key, which may be a role and a layer; the default where there is none."""
+        """The entry of a key, which may be a role and a layer; the default if there is no such entry."""
         try:
             key = self._spelled(key)
         except CanonicalNameError:
@@ -54,23 +58,23 @@ class NamedCache(TensorDict):
         return super().get(key, *args, **kwargs)
 
     def clone(self, *args: Any, **kwargs: Any) -> Any:
-        """A copy, with the table."""
+        """A copy that keeps the table."""
         return self._carried(super().clone(*args, **kwargs))
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """The same on another device or in another dtype, with the table."""
+        """The cache on another device or in another dtype, with the table."""
         return self._carried(super().to(*args, **kwargs))
 
     def detach(self) -> Any:
-        """The same without graph, with the table."""
+        """The cache with detached entries and the table."""
         return self._carried(super().detach())
 
     def select(self, *keys: Any, **kwargs: Any) -> Any:
-        """The entries of some keys, with the table."""
+        """The entries of the given keys, with the table."""
         return self._carried(super().select(*keys, **kwargs))
 
     def exclude(self, *keys: Any, **kwargs: Any) -> Any:
-        """All entries but those of some keys, with the table."""
+        """All entries except those of the given keys, with the table."""
         return self._carried(super().exclude(*keys, **kwargs))
 
     def _carried(self, found: Any) -> Any:
@@ -79,7 +83,7 @@ class NamedCache(TensorDict):
         return found
 
     def name_of(self, role: str, layer: int, part: str = "") -> str:
-        """The name of a role in one block: ``("resid_post", 5)`` or, as TransformerLens has it, ``("q", 5, "attn")``.
+        """The name of a role in one block: ``("resid_post", 5)`` or, in TransformerLens' order, ``("q", 5, "attn")``.
 
         Raises:
             CanonicalNameError: the table has no such name; the message says what is near, or why it is refused.
@@ -88,7 +92,7 @@ class NamedCache(TensorDict):
         return table.in_block(f"{part}.{role}" if part else role, layer)
 
     def _spelled(self, index: Any) -> Any:
-        """``index`` with a role and a layer in it spelled out, if that is what it holds."""
+        """``index`` with a role and a layer replaced by their canonical name; any other index unchanged."""
         if type(index) is not tuple:
             return index
         at = next((at for at, part in enumerate(index) if type(part) is int), 0)
@@ -109,7 +113,7 @@ class NamedCache(TensorDict):
 
 
 def _names_in(cache: TensorDictBase) -> list[str]:
-    """The names among the keys, also of nodes that stand for directions."""
+    """The names among the keys, including those inside the nodes of directions."""
     keys = cache.keys(include_nested=True, leaves_only=True)
     return list(dict.fromkeys(key if isinstance(key, str) else key[-1] for key in keys))
 

@@ -1,8 +1,8 @@
-"""Who else could still write to what is kept: the optimiser, the next backward, or the user with a tensor in hand.
+"""Finds and copies kept values whose memory somebody else could still write to.
 
-Inside a block the version counter tells (:mod:`tdcache.inplace`). After it nobody asks any more, so what shares its
-memory with something that can be written to is copied when the context is left, and gradients when their backward is
-over.
+Such writers are the optimiser, a later backward, and the user, who has the model's input and output in hand. Inside the
+block, version counters detect their writes (:mod:`tdcache.inplace`). After it nothing checks any more, so values that
+share memory with something writable are copied when the context exits, and gradients when their backward has ended.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Any, TypeVar
 from torch import Tensor, UntypedStorage, nn
 
 from tdcache.inplace import storage_address
-from tdcache.introspect import held_tensors, storage_users
+from tdcache.introspect import storage_users
 
-__all__ = ["Outside", "own", "shared_keys", "storages_of"]
+__all__ = ["Outside", "held_tensors", "own", "shared_keys", "storages_of"]
 
 Key = TypeVar("Key")
 Outside = Callable[[], Collection[int]]
 
 
 def own(values: dict[Key, Any], outside: Outside | None = None, *, holders: int = 1) -> list[Key]:
-    """Replace in ``values`` by copies what others could write to.
+    """Replace, in ``values``, each tensor that others could write to by a copy.
 
     Args:
         values: tensors, and TensorDicts of them, by key.
         outside: see :func:`shared_keys`.
-        holders: how many of us hold each tensor, this dict included.
+        holders: how many of this library's containers hold each tensor, including this dict.
 
     Returns:
         The keys that were replaced.
@@ -40,14 +40,15 @@ def own(values: dict[Key, Any], outside: Outside | None = None, *, holders: int 
 
 
 def shared_keys(values: Mapping[Key, Any], outside: Outside | None = None, *, holders: int = 1) -> list[Key]:
-    """The keys of what others have the memory of; a TensorDict is taken for one of them.
+    """The keys of values whose memory others can reach; a TensorDict always counts as one.
 
     Args:
         values: tensors, and TensorDicts of them, by key.
-        outside: gives the storages that can be written to. Where a graph is alive it has the memory of all that it
-            saved, which nobody can write to; then only these count. None: whoever has the memory counts.
-        holders: how many of us hold each tensor, this mapping included: somebody else may have the very tensor, and no
-            other tensor of the same memory.
+        outside: returns the storages that can be written to. A live graph shares the memory of the tensors that it
+            saved, although nobody writes to those; then only the storages returned here count. None: any other owner
+            of the memory counts.
+        holders: how many of this library's containers hold each tensor, including this mapping. Somebody else may hold
+            the same tensor object rather than another tensor on the same memory.
     """
     held = list(map(getrefcount, values.values()))
     users = storage_users(values.values())
@@ -62,7 +63,7 @@ def shared_keys(values: Mapping[Key, Any], outside: Outside | None = None, *, ho
 
 
 _HELD_ONCE = next(map(getrefcount, {0: object()}.values()))
-"""What ``getrefcount`` says of a value that a mapping alone holds; it counts its own argument as well."""
+"""What ``getrefcount`` returns for a value that only a mapping holds; it counts its own argument as well."""
 
 
 def storages_of(model: nn.Module) -> frozenset[int]:
@@ -70,10 +71,26 @@ def storages_of(model: nn.Module) -> frozenset[int]:
     tensors = held_tensors(model)
     try:
         found = set(map(_address, map(_storage, tensors)))
-    except (NotImplementedError, RuntimeError):  # some have no memory of their own
+    except (NotImplementedError, RuntimeError):  # some tensor types have no storage
         found = set(map(storage_address, tensors))
     return frozenset(found - {0})
 
 
 _storage = Tensor.untyped_storage
 _address = UntypedStorage.data_ptr
+
+
+def held_tensors(model: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a model; one that is shared by several modules occurs several times."""
+    held: list[Tensor | None] = []
+    seen: dict[nn.Module, None] = {model: None}
+    to_do = [model]
+    while to_do:
+        module = to_do.pop()
+        held += module._parameters.values()  # noqa: SLF001  (parameters() would walk the model once per module)
+        held += module._buffers.values()  # noqa: SLF001
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen[child] = None
+                to_do.append(child)
+    return [tensor for tensor in held if tensor is not None]

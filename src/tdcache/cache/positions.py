@@ -1,4 +1,8 @@
-"""Which positions of a value are kept: real tokens, counted by the mask of the call that is under way."""
+"""Selects positions of a value, counted over real tokens by the attention mask of the current call.
+
+Counting columns instead would be silently wrong with left padding, where column -1 is the last token but column 0 is
+padding, and in decode steps, where a forward sees one column of a longer sequence.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,11 @@ from torch import Tensor, nn
 
 from tdcache.arguments import forward_names, named_arguments
 from tdcache.errors import CaptureError
+from tdcache.function_calls.sites import at_call
 from tdcache.hooks.registrations import Order
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
+from tdcache.regions import Region
 from tdcache.sequences import Sequences
 from tdcache.tokens import Positions, Tokens, check_positions
 
@@ -20,13 +26,13 @@ __all__ = ["PositionFilter"]
 
 
 class PositionFilter:
-    """Picks positions of the values that one forward shows; a pre-hook of the model tells it the call.
+    """Picks positions of the values of one forward; a pre-hook on the model hands it the arguments of the call.
 
     Args:
         positions: see :class:`tdcache.ActivationCaching`.
         mask_key: the name of the mask among the arguments; see :class:`tdcache.sequences.Sequences`.
         position_dim: the axis of positions in values; the batch is axis 0.
-        dims: by path, where it is another one.
+        dims: by path, the axis of positions at sites where it differs.
     """
 
     order = Order.FIRST
@@ -36,7 +42,7 @@ class PositionFilter:
     ) -> None:
         self.positions = check_positions(positions)
         self.single = not isinstance(positions, Tensor) and hasattr(positions, "__index__")
-        """Whether one number was given, which takes its axis off, as indexing does."""
+        """Whether a single number was given, which removes its axis, as indexing does."""
         self.mask_key = mask_key
         self.position_dim = position_dim
         self.dims = dims or {}
@@ -46,12 +52,12 @@ class PositionFilter:
         return f"{type(self).__name__}({self.positions!r})"
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward begins: its masks are those that count."""
+        """A forward begins: use its masks."""
         arguments = named_arguments(forward_names(module), args, kwargs)
         self._sequences = Sequences(arguments, mask_key=self.mask_key)
 
     def forget(self) -> None:
-        """Let go of the call."""
+        """Drop the current call."""
         self._sequences = None
 
     @staticmethod
@@ -64,16 +70,16 @@ class PositionFilter:
         )
 
     def of(self, path: str, value: Tensor, reducer: Reducer) -> tuple[Tensor, Tensor | None] | None:
-        """The part of a value that is kept, and the mask of its rows for a reducer that takes one.
+        """The part of a value that is kept, and the mask of its rows for a reducer that accepts one.
 
         Returns:
-            None where no position is fed in this forward, as in most decode steps.
+            None if this forward feeds none of the positions, as in most decode steps.
 
         Raises:
             CaptureError: there is no call to take a mask from, or rows keep different numbers of positions.
             SelectionError: the mask does not fit, or a row lacks a position.
         """
-        dim = self.dims.get(path, self.position_dim)
+        dim = self.dim_at(path, value)
         tokens, moved = self._tokens_of(path, value, dim)
         mask = tokens.select(self.positions)
         if not bool(mask.any()):
@@ -95,15 +101,20 @@ class PositionFilter:
         kept = moved[mask.to(value.device)].unflatten(0, (len(moved), -1))
         return kept.movedim(1, dim), None
 
-    def _tokens_of(self, path: str, value: Tensor, dim: int) -> tuple[Tokens, Tensor]:
-        if self._sequences is None:
-            raise self.outside(path)
-        if value.dim() <= dim:
+    def dim_at(self, path: str, value: Tensor) -> int:
+        """The axis of positions at one site; in attention calls it follows the axis of heads."""
+        dim = self.dims.get(path, at_call(Region(position_dim=self.position_dim), path).position_dim)
+        if not -value.dim() <= dim < value.dim():
             raise CaptureError(
                 f"the value at {path!r} has shape {tuple(value.shape)} and no axis {dim} of positions; "
                 "choose position_dim=, or other sites",
                 paths=(path,),
             )
+        return dim % value.dim()
+
+    def _tokens_of(self, path: str, value: Tensor, dim: int) -> tuple[Tokens, Tensor]:
+        if self._sequences is None:
+            raise self.outside(path)
         moved = value.movedim(dim, 1)
         batch, length = moved.shape[:2]
         return self._sequences.at(path, batch=batch, length=length, device=value.device), moved
@@ -115,13 +126,13 @@ class PositionFilter:
 
 
 def _mask_in_place(mask: Tensor, value: Tensor, dim: int) -> Tensor:
-    """The mask with axes up to the one of positions, as the value has them."""
+    """The mask with singleton axes inserted, so that its position axis lines up with the value's."""
     shape = [1] * (dim + 1)
     shape[0], shape[dim] = mask.shape
     return mask.reshape(shape).expand(value.shape[: dim + 1])
 
 
 def _rows_cover_positions(reducer: RowReducer) -> bool:
-    """Whether every position of a value is a row of its own, so that a mask can leave some out."""
+    """Whether every position of a value is a row of its own, so that a mask can drop some."""
     dims = (reducer.dim,) if isinstance(reducer.dim, int) else tuple(reducer.dim)
     return (reducer.flatten is not None and reducer.flatten != 1) or {0, 1} <= set(dims)

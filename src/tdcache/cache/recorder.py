@@ -1,4 +1,8 @@
-"""The state of one open caching context: when forwards begin and end, and what each site gave."""
+"""The state of one open caching context: when forwards begin and end, and what each site produced.
+
+Taps know their own site and nothing else. Whether a value belongs to the current forward, to another thread, to a
+gradient of an older forward, or to a module that was called on its own is decided here.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,7 @@ from tdcache.introspect import (
     keep_frames_out_of_graphs,
     why_not_called,
 )
+from tdcache.named_places import Names
 from tdcache.types import CacheKey
 
 __all__ = ["Recorder"]
@@ -43,44 +48,46 @@ class Recorder(Transient):
     """Takes values from the taps of one context and keeps the cache current.
 
     Its ``begin`` and ``end`` are hooks on the root of the model, so that ``hooked(td)``, ``hooked(x)`` and ``model(x)``
-    all count as forwards. A forward that another thread than the opener's runs is none of ours.
+    all count as forwards. Forwards that run in other threads than the opener's are ignored.
 
     Args:
         channels: one per direction.
-        fits_graph: its hooks may be part of a compiled graph; a graph that is made with other ones is broken there.
+        fits_graph: whether its hooks may be traced into a compiled graph; otherwise they cause a graph break.
     """
 
-    order = 1 << 10  # of the hooks on the root: behind every other hook of ours there
+    order = 1 << 10  # of the hooks on the root: after all other hooks of this library there
 
     def __init__(self, channels: Iterable[Channel], *, fits_graph: bool = False) -> None:
         self.channels = tuple(channels)
         self.fits_graph = fits_graph
         self.open = True
         self.collecting = False
-        """Whether a backward is under way at whose end gradients are delivered."""
+        """Whether a backward is running at the end of which gradients are delivered."""
         self.forwards = 0
         self.graphless: set[str] = set()
         self.repeated: set[str] = set()
-        """Sites that a compiled graph, which cannot warn, saw a second time."""
+        """Sites that ran twice in a compiled graph, which cannot warn itself."""
         self.gate: CurrentCall | None = None
         """Which forwards of ``generate()`` count (``steps=``); None for all."""
         self.left_out = 0
-        """How many forwards did not count."""
+        """How many forwards ``steps=`` left out."""
+        self.names: Names | None = None
+        """The table of canonical names that sites are called by, where they are."""
         self.calls: list[CallTaps] = []
-        """The taps at calls inside forwards."""
+        """The taps at function calls inside forwards."""
         self.stop_after: frozenset[str] = frozenset()
         self._depth = 0
         self._delivered = True
         self._serial = 0
         self._thread = get_ident()
         self._elsewhere: dict[int, int] = {}
-        """How many forwards of each other thread are under way; every hook takes the slow path meanwhile."""
+        """How many forwards run in each other thread; while there are any, every hook takes the slow path."""
         self._lock = RLock()
         """Held while values are delivered: another thread's forward may begin or end at the same time."""
         self._graph = False
         """Whether the latest forward made a graph."""
         self._outside: list[int] = []
-        """Where a graph was made: the storages of what went in and came out."""
+        """If a graph was made: the storages of the model's inputs and outputs."""
         self._written: Collection[int] | None = None
         self._root: nn.Module | None = None
         self._warned: set[str] = set()
@@ -103,7 +110,7 @@ class Recorder(Transient):
             self._begin_elsewhere()
             return
         if self._depth and calls_on_stack(module) < 2:
-            self._depth = 0  # the forward before was left by an exception that torch shows to no hook
+            self._depth = 0  # an exception that torch shows to no hook ended the previous forward
         self._depth += 1
         if self._depth > 1:
             return
@@ -129,15 +136,15 @@ class Recorder(Transient):
         return not self._depth and get_ident() != self._thread
 
     def skips(self, path: str) -> bool:
-        """Whether what a hook sees now at ``path`` is not kept: another thread's forward, or a step that is left out.
+        """Whether to ignore what a hook sees now at ``path``: another thread's forward, or a step that is left out.
 
         Raises:
-            ContextError: the steps cannot be told there.
+            ContextError: the step is not known at this point.
         """
         return self.is_foreign or (self.gate is not None and not self.gate.is_due(path))
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Hook of the root, also called when the forward raised: the forward is over."""
+        """Hook of the root, also called when the forward raised: a forward ends."""
         if is_compiling():
             if not self.fits_graph:
                 break_graph()
@@ -153,7 +160,7 @@ class Recorder(Transient):
             return
         raised = output is None and sys.exc_info()[1] is not None  # torch calls this in its own except block then
         self._graph = is_grad_enabled()
-        if self._graph:  # what the user has in hand of this forward, by its memory, so that nothing is held
+        if self._graph:  # what the user holds of this forward, by storage, so that no tensor is kept alive
             handed = (*args, output) if type(output) is Tensor else [each for _, each in leaves((args, output))]
             self._outside = [storage_address(each) for each in handed if isinstance(each, Tensor)]
         try:
@@ -178,7 +185,7 @@ class Recorder(Transient):
                 self._elsewhere[get_ident()] = left
 
     def deliver(self) -> None:
-        """Write what the forward gave to the cache."""
+        """Write the values of the forward to the cache."""
         with self._lock:
             self._deliver()
 
@@ -192,14 +199,14 @@ class Recorder(Transient):
 
     @property
     def running(self) -> bool:
-        """Whether a forward of the root is under way."""
+        """Whether a forward of the root is running."""
         return self._depth > 0
 
     def stop_when_done(self, path: str) -> None:
-        """End the forward if ``path`` was the last site that was waited for.
+        """End the forward if ``path`` was the last site still awaited.
 
         Raises:
-            StopForward: it was.
+            StopForward: ``path`` was the last one.
         """
         if self.is_foreign:
             return
@@ -227,12 +234,12 @@ class Recorder(Transient):
         """Keep a gradient when it arrives.
 
         Args:
-            channel: where.
-            key: where in it.
+            channel: the channel of its direction.
+            key: its key in the channel.
             path: the site.
             grad: the gradient.
-            number: the forward that it belongs to. Those of an earlier one than the latest are not wanted any more.
-            serial: the call that it belongs to; of several in one forward the latest counts.
+            number: the forward that it belongs to; gradients of an earlier forward than the latest are dropped.
+            serial: the call that it belongs to; of several calls in one forward the latest wins.
         """
         if not self.open or (channel.latest_only and number != channel.number):
             return
@@ -247,19 +254,19 @@ class Recorder(Transient):
         channel.take(key, path, grad, serial=serial)
 
     def accepts(self, channel: Channel, number: int) -> bool:
-        """Whether a gradient of forward ``number`` may be written into ``channel.values`` as it is."""
+        """Whether a gradient of forward ``number`` may be written into ``channel.values`` directly."""
         if not self.open or number != channel.number:
             return False
         self._collect()
         return channel.accepting == number
 
     def next_serial(self) -> int:
-        """The number of one more call whose gradient is watched."""
+        """A new number for a call whose gradient is watched."""
         self._serial += 1
         return self._serial
 
     def _collect(self) -> None:
-        """Have the gradients of this backward delivered when it ends."""
+        """Schedule delivery of this backward's gradients for its end."""
         if not self.collecting:
             self.collecting = True
             for channel in self.channels:
@@ -285,7 +292,7 @@ class Recorder(Transient):
         if not self._delivered and not (self.running and calls_on_stack(self._root)):
             self.forwards += not self.running  # a compiled forward, whose end cannot be seen from inside its graph
             self.deliver()
-        if self.collecting and not in_backward():  # a backward that raised never came to its end
+        if self.collecting and not in_backward():  # a backward that raised runs no end callback
             self._deliver_gradients()
         for channel in self.channels:
             channel.compute()
@@ -297,22 +304,22 @@ class Recorder(Transient):
             channel.forget()
 
     def settle(self, model: nn.Module) -> None:
-        """The context is left: copy what could still be written to."""
+        """The context exits: copy what others could still write to."""
         outside = partial(self._written_outside, model) if self._graph else None
         for channel in self.channels:
             channel.settle(outside)
 
     def _written_outside(self, model: nn.Module) -> Collection[int]:
-        """The storages that somebody can write to: the model's, and those of what went in and came out."""
+        """The storages that somebody can write to: the model's, and those of its inputs and outputs."""
         if self._written is None:
             self._written = storages_of(model).union(self._outside)
         return self._written
 
     def close(self) -> None:
-        """Take nothing any more and let go of everything but what is in the cache.
+        """Stop recording and drop all state except the cache itself.
 
-        Hooks that are left on a graph hold this object, and the cache may hold the graph: nothing may lead from here to
-        the cache, or the two would keep each other alive for good.
+        Tensor hooks on a graph hold this object, and the cache may hold the graph. So this object must not refer to the
+        cache any more, or the two would keep each other alive.
         """
         self.open = False
         for channel in self.channels:
@@ -360,11 +367,16 @@ class Recorder(Transient):
             return f"{what}; the {noun} of {listed(graphless)} {why}"
         if channel.is_gradient:
             return f"{what}; no gradient came, or they did not require grad: was backward() called inside the block?"
-        reasons = dict.fromkeys(reason for path in silent if (reason := why_not_called(model, path)))
+        paths = silent
+        if self.names is not None:
+            places = [self.names[path] for path in silent]
+            what = f"{what}, which are {listed([place.where for place in places])}"
+            paths = [place.path.partition("::")[0] for place in places]
+        reasons = dict.fromkeys(reason for path in paths if (reason := why_not_called(model, path)))
         return "; ".join([what, *reasons])
 
     def warn_of_second_call(self, path: str) -> None:
-        """Tell, once per site, that only one of several values is kept."""
+        """Warn, once per site, that only one of several values is kept."""
         if path in self._warned:
             return
         self._warned.add(path)

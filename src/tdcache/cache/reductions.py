@@ -1,4 +1,8 @@
-"""What the reducers of one direction hold: one per key, made when its first value comes."""
+"""The reducers of one direction: one per key, made when the key's first value arrives.
+
+A reducer sees values and nothing else. This file decides in which order it gets them (gradients arrive in reverse) and
+watches the aliases that it keeps for in-place writes.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +19,15 @@ from tdcache.types import CacheKey
 __all__ = ["Carried", "Reductions"]
 
 Carried = tuple[dict[CacheKey, Reducer], dict[CacheKey, list[tuple[Any, Tensor | None]]]]
-"""What the reducers of one direction held, and the gradients that were put in order, when a context was left."""
+"""State that outlives a context: the reducers of one direction, and the gradients in the order of their calls."""
 
 
 class Reductions:
     """The reducers of one direction, by key.
 
     Args:
-        reducer: what is made of the values of one key.
-        watch: told of the aliases that the reducers keep.
+        reducer: reduces the values of one key.
+        watch: watches the aliases that the reducers keep.
     """
 
     __slots__ = ("_arrivals", "_by_key", "_reducer", "_watch", "dirty")
@@ -33,13 +37,13 @@ class Reductions:
         self._watch = watch
         self._by_key: dict[CacheKey, Reducer] = {}
         self._arrivals = Arrivals(reducer)
-        """Gradients that are put in the order of their calls."""
+        """Gradients waiting to be put in the order of their calls."""
         self.dirty = False
-        """Whether values came since the last time they were reduced."""
+        """Whether values have arrived since they were last reduced."""
 
     @property
     def keeps_aliases(self) -> bool:
-        """Whether a value that is taken in may be kept as it is."""
+        """Whether the reducer may keep a value itself rather than something computed from it."""
         return self._reducer.aliases
 
     def wants(self, key: CacheKey, serial: int | None) -> bool:
@@ -52,7 +56,7 @@ class Reductions:
     def add(
         self, key: CacheKey, path: str, value: Any, mask: Tensor | None, *, serial: int | None, is_alias: bool
     ) -> None:
-        """Take a value in; ``mask`` says which of its rows count."""
+        """Add a value; ``mask`` selects the rows of it that count."""
         self.dirty = True
         if serial is not None and self._waits(serial):
             self._arrivals.add(key, path, serial, value, mask, is_alias=is_alias)
@@ -77,33 +81,33 @@ class Reductions:
         self._arrivals.check()
 
     def end_backward(self) -> None:
-        """A backward is over: what it accumulates into later must not reach the values that wait."""
+        """A backward has ended: copy the waiting values that a later backward could accumulate into."""
         self._arrivals.own()
 
     def computed(self) -> dict[CacheKey, Any]:
-        """What the reducers make of the values so far."""
+        """The reduced values so far, by key."""
         return {**{key: reducer.compute() for key, reducer in self._by_key.items()}, **self._arrivals.reduced()}
 
     def own(self, copied: Callable[[Tensor], Tensor]) -> None:
-        """Have reducers that keep aliases exchange them for what ``copied`` makes of each."""
+        """Replace the aliases that reducers keep by ``copied`` of each."""
         if self._reducer.aliases and self._by_key:
             for reducer in self._by_key.values():
                 reducer.own(copied)
             self.dirty = True
 
     def carry(self) -> Carried:
-        """What they hold, for the next entry of a context whose cache is not cleared."""
+        """The state of the reducers, for :meth:`resume` when a context whose cache is not cleared is entered again."""
         return dict(self._by_key), self._arrivals.carry()
 
     def resume(self, carried: Carried) -> None:
-        """Go on where an earlier entry ended."""
+        """Continue from the state of an earlier entry."""
         reducers, arrivals = carried
         self._by_key.update(reducers)
         self._arrivals.resume(arrivals)
         self.dirty = bool(reducers)
 
     def clear(self) -> None:
-        """Let go of everything."""
+        """Drop the reducers of all keys."""
         self._by_key.clear()
         self._arrivals.clear()
         self.dirty = False

@@ -1,4 +1,8 @@
-"""Joining the entries of sites that differ only in named groups of the pattern: one axis per group."""
+"""Stacks the entries of sites that differ only in named groups of the pattern, with one axis per group (``stack_by=``).
+
+Stacking by hand needs the sites in numeric order (``layers.10`` after ``layers.2``) and notices a missing layer only by
+its shape; here either is settled before the first forward.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,11 @@ __all__ = ["GrowingStackBy", "StackBy"]
 
 
 class StackBy:
-    r"""Joins the entries of sites that differ only in named groups into one dense tensor, one leading axis a group.
+    r"""Joins the entries of sites that differ only in named groups into one dense tensor, one leading axis per group.
 
-    What is common to the sites of one joined entry is their path with ``*`` where the groups stand. Its key is the
-    values of the other named groups, joined by dots; where there are none, that path. An axis has the values of its
-    group that occur among the entry's sites: numbers by size, then words by alphabet.
+    Sites are joined if their paths agree once the groups are replaced by ``*``. The key of a joined entry consists of
+    the values of the remaining named groups, joined by dots, or is that path if there are none. Along an axis stand the
+    values of its group that occur among the sites: numbers in numeric order, then words in alphabetical order.
 
     Args:
         group: the name of the group, for instance ``"layer"``, or several names, one axis each, in this order.
@@ -59,7 +63,7 @@ class StackBy:
         return all(path in entries for paths in self.members.values() for path in paths)
 
     def __call__(self, entries: Mapping[CacheKey, Tensor]) -> dict[CacheKey, Tensor]:
-        """The joined entries, ``(*groups, *shape)``.
+        """The joined entries, each of shape ``(*groups, *shape)``.
 
         Args:
             entries: the value of every site, by path.
@@ -86,7 +90,7 @@ class StackBy:
             )
 
     def _by_key(self, sites: Sequence[Site]) -> dict[str, list[Site]]:
-        """The sites of each joined entry; those whose paths differ outside the groups do not belong together."""
+        """The sites of each joined entry; sites whose paths differ outside the groups are never joined."""
         alike: dict[str, list[Site]] = {}
         keys: dict[str, str] = {}
         for site in sites:
@@ -107,7 +111,7 @@ class StackBy:
         return {keys[common]: found for common, found in alike.items()}
 
     def _common(self, site: Site) -> tuple[str, str]:
-        """The path with ``*`` in place of the groups, and the key."""
+        """The path with ``*`` in place of the groups, and the key of the joined entry."""
         if not isinstance(site.groups, Groups):
             raise CaptureError(
                 f"stack_by={self.group!r} needs to know where in {site.path!r} its groups stand, and got them as "
@@ -116,7 +120,7 @@ class StackBy:
             )
         spans = [site.groups.spans[name] for name in self._names]
         parts = [*site.path, ""]
-        for start, end in sorted(spans, key=lambda span: span[1] - span[0]):  # an outer group after those inside it
+        for start, end in sorted(spans, key=lambda span: span[1] - span[0]):  # inner groups before outer ones
             if start == end:
                 parts[start] = "*" + parts[start]
             else:
@@ -180,12 +184,12 @@ class StackBy:
 
 
 class GrowingStackBy(StackBy):
-    """Joins the entries of sites that become known one after the other; the axes are those of the sites so far.
+    """Joins the entries of sites that are discovered one by one; the axes cover the sites known so far.
 
     Args:
         group: see :class:`StackBy`.
         sites: the sites that are known.
-        owners: sites with the groups of those that will come.
+        owners: sites with the groups of those still to be discovered.
     """
 
     def __init__(self, group: str | Sequence[str], sites: Sequence[Site], owners: Sequence[Site]) -> None:
@@ -196,7 +200,7 @@ class GrowingStackBy(StackBy):
             self._check_present(name, [*sites, *owners])
 
     def add(self, site: Site) -> None:
-        """Take in one more site."""
+        """Add a site that was discovered."""
         if all(site.path != known.path for known in self._sites):
             self._sites.append(site)
             self._stale = True
@@ -207,12 +211,12 @@ class GrowingStackBy(StackBy):
             self.members, self.axes, self._stale = found.members, found.axes, False
 
     def complete(self, entries: Mapping[CacheKey, object]) -> bool:
-        """Whether every site so far has an entry."""
+        """Whether every site known so far has an entry."""
         self._settle()
         return super().complete(entries)
 
     def __call__(self, entries: Mapping[CacheKey, Tensor]) -> dict[CacheKey, Tensor]:
-        """The joined entries, over the sites that are known so far."""
+        """The joined entries over the sites known so far."""
         self._settle()
         return super().__call__(entries)
 

@@ -1,6 +1,7 @@
-"""What stands among the values of a channel where there is no tensor that a hook saw.
+"""Placeholders in a channel's dict, for keys that do not hold a tensor that a hook saw.
 
-Each answers to what is asked of the tensors beside it, so that these can be asked all at once.
+They have the few attributes that the channel reads of tensors, so that it can read all values in one loop without
+checking types.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ __all__ = ["ABSENT", "CopyInGraph"]
 
 
 class CopyInGraph:
-    """A copy that a compiled graph made of a value."""
+    """Wraps a copy that a compiled graph made of a value."""
 
     _version = 0
     requires_grad = False
@@ -21,7 +22,7 @@ class CopyInGraph:
 
 
 class _Absent:
-    """Stands for a site without a value."""
+    """Marks a site without a value."""
 
     _version = 0
     requires_grad = False

@@ -1,7 +1,7 @@
-"""In which forwards of ``generate()`` a capture takes part: the gate between the model and the recorder.
+"""Decides in which forwards of ``generate()`` a capture takes part (``steps=``): the gate in front of the recorder.
 
-A forward that is left out must not reach the recorder at all: a forward that begins there makes the entries of the one
-before stale.
+A forward that is left out must not reach the recorder at all, because a new forward there makes the entries of the
+previous one stale.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ __all__ = ["StepGate"]
 
 
 class StepGate:
-    """Tells a recorder of the forwards in which ``steps`` act, and keeps the values of all others from it.
+    """Passes a recorder the forwards that ``steps`` select, and hides all others from it.
 
     Args:
         model: the user's own.
         steps: see :class:`tdcache.ActivationCaching`.
-        recorder: what keeps the values.
+        recorder: keeps the values.
     """
 
     def __init__(self, model: nn.Module, steps: Steps, recorder: Recorder) -> None:
@@ -43,7 +43,7 @@ class StepGate:
         self.call.attach(handle)  # afterwards, so that the clock has ticked when the recorder hears of a forward
 
     def begin(self, module: nn.Module, args: Any) -> None:
-        """Tell the recorder that a forward begins, if the step is one that counts."""
+        """Tell the recorder that a forward begins, if its step is selected."""
         if not self.call.is_outermost:
             return
         if self.call.is_due(""):
@@ -52,6 +52,6 @@ class StepGate:
             self.recorder.left_out += 1
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A forward is over, or was left by an exception."""
+        """A forward has ended or raised."""
         if self.call.is_outermost and self.recorder.running:
             self.recorder.end(module, args, output)

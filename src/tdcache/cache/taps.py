@@ -1,7 +1,7 @@
-"""The hooks of a caching context: small objects that take a value at one site and hand it to their channel.
+"""The taps of a caching context: small objects that take a value at one site and hand it to their channel.
 
-They are registered as bound methods, which torch calls faster than objects with ``__call__``. Each common case has a
-tap of its own that does no more than a hand-written hook; every other goes through a port.
+Their bound methods are registered as hooks, which torch calls faster than objects with ``__call__``. Each common case
+has its own tap that does no more than a hand-written hook; all other cases go through a port.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ __all__ = [
     "part_key",
 ]
 
-_version = Tensor._version.__get__  # type: ignore[attr-defined]  # faster than to ask the tensor, and for what it is
+_version = Tensor._version.__get__  # type: ignore[attr-defined]  # faster than the attribute of a tensor
 
 
 class Tap(Transient):
-    """What all taps have: a site, the channel its values go to, and the recorder of the context."""
+    """Base of the taps: a site, the channel that its values go to, and the recorder of the context."""
 
     __slots__ = ("channel", "order", "path", "recorder")
 
@@ -54,12 +54,12 @@ class Tap(Transient):
 
     @property
     def use(self) -> str:
-        """What the tap does with values that are derived from an attention call: reads them, or follows gradients."""
+        """How the tap uses values derived from an attention call: it reads them, or follows their gradients."""
         return "watch" if self.channel.is_gradient or self.channel.keep.hold == "live" else "read"
 
 
 class OutputTap(Tap):
-    """Takes the output of a module as it is: the fast path, at the cost of a hook that writes a dict."""
+    """Takes the output of a module unmodified: the fast path, at the cost of a hook that writes to a dict."""
 
     __slots__ = ("values",)
 
@@ -71,14 +71,14 @@ class OutputTap(Tap):
         self.values = channel.values
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Keep the output of a module, whatever it consists of."""
+        """Keep the output of a module, whatever its type."""
         values = self.values
         path = self.path
         try:
-            if _version(output) or path in values:  # written in place before; a second call, or one outside a forward
+            if _version(output) or path in values:  # written in place; a second call; a call outside a forward
                 self._take_part(module, args, output)
                 return
-        except (TypeError, RuntimeError):  # no tensor; an inference tensor, which has no version counter
+        except (TypeError, RuntimeError):  # not a tensor; an inference tensor, which has no version counter
             self._take_part(module, args, output)
             return
         values[path] = output
@@ -94,10 +94,12 @@ class OutputTap(Tap):
             tensor = OutputPort(path).read(module, args, output)
         self.recorder.take(self.channel, path, path, tensor)
 
+    on_call = on_output  # as the taps at calls are asked
+
 
 @torch.compiler.substitute_in_graph(OutputTap.on_output, skip_signature_check=True)
 def _on_output_in_graph(self: OutputTap, module: nn.Module, args: Any, output: Any) -> None:
-    """:meth:`OutputTap.on_output` in a compiled graph: a copy, for the graph may use the memory of the output again."""
+    """:meth:`OutputTap.on_output` in a compiled graph: copies, since the graph may reuse the memory of the output."""
     tensor = output if isinstance(output, Tensor) else OutputPort(self.path).read(module, args, output)
     if self.path in self.values:
         self.recorder.repeated.add(self.path)
@@ -109,7 +111,7 @@ keep_frames_out_of_graphs(OutputTap.on_output)
 
 
 class ValueTap(Tap):
-    """Takes what a port reads: an output or an input."""
+    """Takes the value that a port reads: an output or an input."""
 
     __slots__ = ("port",)
 
@@ -118,7 +120,7 @@ class ValueTap(Tap):
         self.port = port
 
     def on_call(self, module: nn.Module, args: Any, rest: Any) -> None:
-        """Keep what is picked of the output, or of the arguments."""
+        """Keep the picked part of the output, or of the arguments."""
         port, path = self.port, self.path
         if port.pick == "all":
             for steps, tensor in port.parts(module, args, rest):
@@ -157,17 +159,17 @@ class CallbackTap(Tap):
         return f"{type(self).__name__}({self.path!r}, {self.callback!r})"
 
     def on_call(self, *args: Any) -> None:
-        """Ask the callback about a value of the forward and keep its answer."""
+        """Call the callback with a value of the forward and keep its result."""
         if not self.recorder.skips(self.path):
             self.recorder.take(self.channel, self.path, self.path, self._answer(args))
 
     def for_call(self) -> Callable[..., None]:
-        """The hook for the gradients of the call that is under way."""
+        """The hook for the gradients of the current call."""
         number = None if self.recorder.skips(self.path) else self.channel.number
         return partial(self.on_gradient, number, self.recorder.next_serial())
 
     def on_gradient(self, number: int | None, serial: int, *args: Any) -> None:
-        """Ask the callback about the gradients of one call, if it counts (``number``), and keep its answer."""
+        """Call the callback with the gradients of one call, if its forward (``number``) is current; keep its result."""
         channel, recorder = self.channel, self.recorder
         if number is not None and recorder.open and (number == channel.number or not channel.latest_only):
             recorder.take_gradient(channel, self.path, self.path, self._answer(args), number, serial)
@@ -185,7 +187,7 @@ class CallbackTap(Tap):
 
 
 class StopTap(Transient):
-    """Ends the forward once every site that was waited for has fired."""
+    """Ends the forward once every awaited site has fired."""
 
     __slots__ = ("order", "path", "recorder")
 
@@ -198,7 +200,7 @@ class StopTap(Transient):
         return f"{type(self).__name__}({self.path!r})"
 
     def on_call(self, *args: Any) -> None:
-        """Tick this site off."""
+        """Mark this site as fired."""
         self.recorder.stop_when_done(self.path)
 
 

@@ -1,4 +1,8 @@
-"""Writing a forward's entries into a TensorDict, whatever kind of TensorDict it is."""
+"""Writes a forward's entries into a TensorDict of any kind: ordinary, locked, or memory-mapped.
+
+The kinds differ in what a write may do (replace an entry, or copy into it) and in how an entry that is no longer
+current is removed. Channels know nothing of this.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ __all__ = ["CLOSED", "EntryTarget", "Target", "Written", "first_clash"]
 
 
 class Written(NamedTuple):
-    """One entry of a cache that somebody writes."""
+    """One entry of a cache, and who writes it."""
 
     writer: Any
     cache: Any
@@ -25,7 +29,7 @@ class Written(NamedTuple):
 
 
 def first_clash(entries: Iterable[Written]) -> tuple[Written, Written] | None:
-    """The first two entries that meet, or None: one key in one cache, or an entry of the name of another's node."""
+    """The first two entries that clash, or None: the same key in one cache, or a key that is the name of a node."""
     leaves: dict[tuple[Any, ...], Written] = {}
     nodes: dict[tuple[Any, ...], Written] = {}
     for entry in entries:
@@ -43,19 +47,19 @@ def first_clash(entries: Iterable[Written]) -> tuple[Written, Written] | None:
 
 
 class EntryTarget(Protocol):
-    """What a channel asks of the place that its entries go to."""
+    """Where a channel writes its entries."""
 
     @property
     def cache(self) -> Any:
-        """What the user sees."""
+        """The cache that the user sees."""
 
     @property
     def node(self) -> str | None:
-        """The direction's name, where the cache has one node per direction."""
+        """The direction's name, if the cache has one node per direction."""
 
     @property
     def in_place(self) -> bool:
-        """Whether values are copied into tensors that are there."""
+        """Whether values are copied into existing tensors."""
 
     def write(self, entries: Mapping[CacheKey, Any], *, complete: bool) -> None:
         """Make ``entries`` the direction's entries."""
@@ -71,7 +75,7 @@ class EntryTarget(Protocol):
 
 
 class _ClosedTarget:
-    """Where entries go after the context has closed: nowhere."""
+    """Drops all entries: the target of a channel whose context has closed."""
 
     cache = None
     node = None
@@ -84,25 +88,25 @@ class _ClosedTarget:
         """Drop the entry, since the context has closed."""
 
     def reset(self) -> None:
-        """Nothing was written here."""
+        """Do nothing, since nothing was written."""
 
     def ensure(self) -> None:
-        """Nothing is to be written here."""
+        """Do nothing, since nothing will be written."""
 
 
 CLOSED = _ClosedTarget()
 
 
 class Target:
-    """Where one direction's entries go: the cache itself, or the node of that direction in it.
+    """Writes one direction's entries into the cache itself, or into the node of that direction.
 
-    Entries are written by reference into an ordinary TensorDict, and copied into the tensors that are there where it is
-    locked or memory-mapped. Such an entry cannot be dropped: where it is not current it is NaN (of integers the lowest
-    value, of booleans False).
+    Entries are written by reference into an ordinary TensorDict, and copied into the existing tensors of one that is
+    locked or memory-mapped. Such an entry cannot be removed; if it is not current it is filled with NaN (integers with
+    the lowest value, booleans with False).
 
     Args:
         cache: the TensorDict that the user sees.
-        node: the direction's name, where the cache has one node per direction.
+        node: the direction's name, if the cache has one node per direction.
         batch_dims: how many leading dimensions all entries share, as batch size.
     """
 
@@ -112,21 +116,21 @@ class Target:
         self.batch_dims = batch_dims
         self.in_place = cache.is_locked or cache.is_memmap()
         self.written: dict[CacheKey, None] = {}
-        """The keys whose entries are ours; after a complete write, only ``_complete`` says so."""
+        """The keys that were written here; after a complete write, ``_complete`` stands for all of them."""
         self._complete: tuple[CacheKey, ...] = ()
         self._preallocated: dict[CacheKey, None] = {}
-        """The keys that are to be written, where the cache is written in place."""
+        """The keys to be written, if the cache is written in place."""
         self._void: set[CacheKey] = set()
-        """Those of them whose tensors hold no current value."""
+        """Those keys whose tensors hold no current value."""
         self._warned: set[CacheKey] = set()
 
     def refuse_lock(self) -> None:
         """Refuse a cache that was locked after the context was entered.
 
-        Its entries are the model's own tensors, so nothing may be copied into them.
+        Its entries may be the model's own tensors, so values must not be copied into them.
 
         Raises:
-            CacheWriteError: it was.
+            CacheWriteError: the cache is locked.
         """
         if self.cache.is_locked:
             raise CacheWriteError(
@@ -156,7 +160,7 @@ class Target:
 
         Args:
             entries: key to tensor (or TensorDict).
-            complete: whether every site is among them, so that no older entry can be left over.
+            complete: whether every site is among them, so that no older entry can remain.
         """
         if self.in_place:
             self._fill(entries)
@@ -204,7 +208,7 @@ class Target:
         """Write one entry at once, beside those that are there.
 
         Raises:
-            CaptureError: with ``batch_dims``, those that are there are of another batch.
+            CaptureError: with ``batch_dims``, the existing entries have another batch size.
         """
         if self.in_place:
             self._copy_in(key, value)
@@ -227,7 +231,7 @@ class Target:
             return
         node = None if self.node is None else self.cache.get(self.node, None)
         if node is not None and not self.written and len(node.keys()) == len(self._complete):
-            # Ours alone, as after most forwards: a new node costs less than emptying this one.
+            # All entries were written here, as after most forwards: a new node is cheaper than emptying this one.
             self.cache[self.node] = new_node(self.cache, self.cache.batch_size)
         else:
             for key in dict.fromkeys((*self._complete, *self.written)):
@@ -254,7 +258,7 @@ class Target:
         if self.cache.get(full, None) is not None:
             self.cache.del_(full)
         self.written.pop(key, None)
-        # A site that had parts (pick="all") leaves no empty node behind, where a leaf may come next.
+        # A site that had parts (pick="all") must not leave an empty node where the next value may be a leaf.
         while isinstance(key, tuple) and len(key) > 1:
             key = key[:-1]
             node = self.cache.get(self._full(key), None)
@@ -279,7 +283,7 @@ class Target:
                 "allocate it in this shape and dtype, or use index= and dtype= to change what is kept",
                 paths=[str(self._full(key))],
             )
-        self.cache.set_(self._full(key), value)  # not there.copy_: a lazily stacked TensorDict makes it anew
+        self.cache.set_(self._full(key), value)  # not there.copy_: a lazily stacked TensorDict builds it anew
         self._void.discard(key)
 
     def _write_batched(self, entries: Mapping[CacheKey, Any]) -> None:

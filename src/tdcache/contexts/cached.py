@@ -1,4 +1,8 @@
-"""The context of what captures: a cache that is current while the context is open and stays readable after it."""
+"""A context with a cache, which is current while the context is open and stays readable afterwards.
+
+Users notice a mistake when they read the cache, so the checks are here: for values overwritten in place, a context that
+was never entered, a forward that never ran, and two contexts that write one entry.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +39,8 @@ class HookingContextWithCache(HookingContext):
 
     Args:
         cache: the TensorDict to write to; a new one by default.
-        clear_cache: empty it when the context is entered. A locked one is left as it is; and of one that holds the
-            model's inputs, which is the data itself, only entries that this context writes are dropped.
+        clear_cache: empty it when the context is entered. A locked cache is left as it is. A cache that holds the
+            model's inputs is the data itself; only entries that this context writes are dropped from it.
         *args: see :class:`HookingContext`.
         **kwargs: see :class:`HookingContext`.
     """
@@ -53,21 +57,21 @@ class HookingContextWithCache(HookingContext):
         self._clear_cache = self._forgets = clear_cache
         self._was_left = False
         self._empty_because = _NEVER_ENTERED if cache is None else ""
-        """What reading the cache warns of, once, while the context is closed."""
+        """The warning that reading the cache gives, once, while the context is closed."""
         self._carried: list[Carried | None] = []
-        """Where the cache is not cleared: what the reducers hold between two entries."""
+        """With ``clear_cache=False``: the state of the reducers between two entries."""
         self.recorder: Recorder | None = None
-        """The state of the capture while the context is open, as the recipe has begun it."""
+        """The state of the capture while the context is open; the recipe sets it."""
 
     def _new_cache(self) -> TensorDictBase:
-        return TensorDict(batch_size=[]) if self.names is None else NamedCache.of(self.names)
+        return TensorDict(batch_size=[]) if self.names is None else NamedCache.of(self.names.bound_to(self.model))
 
     @property
     def cache(self) -> TensorDictBase:
-        """The cache, up to date: one TensorDict from entering to leaving, updated in place by every forward.
+        """The cache, up to date: the same TensorDict from entry to exit, updated in place by every forward.
 
         Raises:
-            InplaceModificationError: a kept alias was overwritten since.
+            InplaceModificationError: a kept alias has been overwritten.
         """
         if self.recorder is not None:
             self.recorder.refresh()
@@ -90,7 +94,7 @@ class HookingContextWithCache(HookingContext):
         )
 
     def record(self, recorder: Recorder) -> None:
-        """Keep the cache current by ``recorder`` until the context is left."""
+        """Let ``recorder`` keep the cache current until the context exits."""
         self.recorder = recorder
         if self._clear_cache and self._holds_data() and not self._cache.is_locked:
             self._drop_written(recorder)
@@ -100,30 +104,30 @@ class HookingContextWithCache(HookingContext):
         self._carried = []
 
     def share(self, cache: TensorDictBase) -> None:
-        """Write to ``cache``, which somebody else clears, from the next entry on."""
+        """From the next entry on, write to ``cache``, which the caller clears."""
         self._cache = cache
         self._clear_cache = False
 
     def belong(self, before: HookingContext | None) -> None:
-        """Be the child of a composite, which looks for clashes; goes on where its context ``before`` it left off."""
+        """Become a child of a composite, which checks for clashes, and continue from the state of ``before``."""
         self.is_child = True
         if isinstance(before, HookingContextWithCache) and before.factory is self.factory and not self._forgets:
             self._carried = before.hand_over()
 
     def hand_over(self) -> list[Carried | None]:
-        """What the reducers held when the context was left, for another context of the same recipe."""
+        """The state of the reducers at exit, for another context of the same recipe."""
         carried, self._carried = self._carried, []
         return carried
 
     def written(self) -> Iterator[Written]:
-        """Every entry that is written while the context is open."""
+        """The entries that this context writes while it is open."""
         recorder = self.recorder
         for channel in () if recorder is None else recorder.channels:
             for key in channel.entry_keys:
                 yield Written(self, channel.target.cache, channel.target.node, key)
 
     def clear(self) -> None:
-        """Empty the cache, and forget what the reducers hold."""
+        """Empty the cache and reset the reducers."""
         if self.recorder is not None:
             self.recorder.forget()
         self._carried = []
@@ -134,7 +138,7 @@ class HookingContextWithCache(HookingContext):
     def _enter(self) -> HookedModule:
         if self._clear_cache and not self._in_context:
             if self.has_own_cache and (self._was_left or len(self._cache.keys())):
-                # What the last block left stays with those who hold it.
+                # Whoever still holds the previous block's cache keeps its entries.
                 self._cache = self._new_cache()
                 self._carried = []
             elif not (self.has_own_cache or self._holds_data()):
@@ -161,11 +165,11 @@ class HookingContextWithCache(HookingContext):
             )
 
     def writes_given_cache(self) -> bool:
-        """Whether an entry goes to a cache that somebody handed in."""
+        """Whether some entry is written to a cache that the user passed in."""
         return not self.has_own_cache
 
     def _holds_data(self) -> bool:
-        """Whether the cache is what the model is called with: it has all of the model's inputs."""
+        """Whether the cache is also the model's input: it has all of the model's input keys."""
         return not self.has_own_cache and all(self._cache.get(key, None) is not None for key in self._in_keys)
 
     def _drop_written(self, recorder: Recorder) -> None:
@@ -176,7 +180,7 @@ class HookingContextWithCache(HookingContext):
             channel.target.ensure()
 
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Carry out a call; refuses to write outputs over cache entries."""
+        """Carry out a call; refuses outputs that would overwrite cache entries."""
         if args and holds_entries(args[0]):
             named = {key if isinstance(key, str) else key[0] for key in (*self._in_keys, *self._out_keys)}
             if clash := self.keys_in(args[0]) & named:

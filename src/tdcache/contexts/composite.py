@@ -1,4 +1,8 @@
-"""Several recipes as one context."""
+"""Several recipes as one context.
+
+Nested ``with`` blocks would do for hooks. One context is needed where recipes share a cache, where one of them runs the
+model for the others, and where two of them would write the same entry without noticing.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,9 @@ __all__ = ["CompositeHookingContext", "CompositeHookingContextFactory"]
 
 
 class CompositeHookingContext(HookingContextWithCache):
-    """The contexts of several recipes, entered in order and left in reverse; their caches side by side in one.
+    """The contexts of several recipes, entered in order and exited in reverse, with their caches side by side in one.
 
-    A child that was given a cache of its own keeps it; ``caches`` has each child's.
+    A child that was given a cache of its own keeps it; ``caches`` lists the cache of each child.
     """
 
     children: tuple[HookingContext, ...] = ()
@@ -30,7 +34,7 @@ class CompositeHookingContext(HookingContextWithCache):
 
     @property
     def caches(self) -> tuple[TensorDictBase | None, ...]:
-        """The cache of each child, up to date, or None where it has none."""
+        """The cache of each child, up to date; None for a child without one."""
         return tuple(child.cache if isinstance(child, HookingContextWithCache) else None for child in self.children)
 
     @property
@@ -47,7 +51,7 @@ class CompositeHookingContext(HookingContextWithCache):
         return {path: kind for child in self.children for path, kind in child.selected_sites.items()}
 
     def clear(self) -> None:
-        """Empty the cache of every child, and forget what their reducers hold."""
+        """Empty the cache of every child and reset their reducers."""
         for child in self._caching_children():
             child.clear()
         super().clear()
@@ -71,7 +75,7 @@ class CompositeHookingContext(HookingContextWithCache):
                     child.share(self._cache)
             hooked = self._to_undo().enter_context(child)
             children.append(child)
-            # Its way of running the model, and what it added to its hooked module, are part of ours.
+            # How the child runs the model, and what it added to its hooked module, become part of the composite's.
             if hooked.td_module is not working or child.runs_module or factory.spawns:
                 working = hooked
         self.children = tuple(children)
@@ -79,18 +83,18 @@ class CompositeHookingContext(HookingContextWithCache):
         return working
 
     def belong(self, before: HookingContext | None) -> None:
-        """Be the child of another composite; its children go on where those ``before`` left off."""
+        """Become a child of another composite; its children continue from the state of those of ``before``."""
         super().belong(before)
         if isinstance(before, CompositeHookingContext) and before.factory is self.factory:
             self.children = before.children
 
     def written(self) -> Iterator[Written]:
-        """Every entry that the children write."""
+        """The entries that the children write."""
         for child in self._caching_children():
             yield from child.written()
 
     def writes_given_cache(self) -> bool:
-        """Whether an entry goes to a cache that somebody handed in."""
+        """Whether some entry is written to a cache that the user passed in."""
         return any(child.writes_given_cache() for child in self._caching_children())
 
     def _refuse_clashes(self) -> None:
@@ -110,7 +114,7 @@ class CompositeHookingContext(HookingContextWithCache):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Mute the hooks of all children inside a block; each keeps its place."""
+        """Mute the hooks of all children inside a block; each keeps its position."""
         self._needed()
         with ExitStack() as stack:
             for child in self.children:
@@ -130,15 +134,15 @@ class CompositeHookingContext(HookingContextWithCache):
 
 
 class CompositeHookingContextFactory(HookingContextFactory):
-    """Several recipes as one: any recipes compose, and all take part in the same forward and backward.
+    """Several recipes as one: any recipes can be combined, and all act in the same forward and backward.
 
     A recipe that runs the model more than once (patching from a second input, attribution) wraps those before it.
 
     Args:
-        *factories: the recipes, in the order they are entered.
+        *factories: the recipes, in the order in which they are entered.
 
     Raises:
-        ContextError: something else than a factory was given.
+        ContextError: an argument is not a factory.
     """
 
     _hooking_context_class: ClassVar[type[HookingContext]] = CompositeHookingContext
@@ -150,6 +154,8 @@ class CompositeHookingContextFactory(HookingContextFactory):
         if strangers:
             raise ContextError(f"a composite is made of factories such as ActivationCaching(...), got {strangers[0]!r}")
         self.factories: Sequence[HookingContextFactory] = factories
+        tables = {id(factory.names): factory.names for factory in factories if factory.names is not None}
+        self.names = next(iter(tables.values())) if len(tables) == 1 else None
         self._hooked_module_class = _joined([factory.hooked_module_class for factory in factories])
         for factory in factories:
             own = {name: value for name, value in factory.hooked_module_kwargs.items() if name != "relative_path"}
@@ -157,7 +163,7 @@ class CompositeHookingContextFactory(HookingContextFactory):
 
     @property
     def spawns(self) -> bool:
-        """Whether a child makes its hooked module in a way of its own."""
+        """Whether a child overrides how its hooked module is made."""
         return any(factory.spawns for factory in self.factories)
 
     @property
@@ -170,7 +176,7 @@ class CompositeHookingContextFactory(HookingContextFactory):
 
 
 def _joined(kinds: Sequence[type[HookedModule]]) -> type[HookedModule]:
-    """The class of a hooked module that is all that the children's are."""
+    """A class of hooked module that inherits from those of all children."""
     distinct = list(dict.fromkeys(kinds))
     own = [kind for kind in distinct if not any(kind is not other and issubclass(other, kind) for other in distinct)]
     if len(own) < 2:

@@ -1,10 +1,14 @@
-"""The binding of a recipe to one model, for the length of a ``with`` block."""
+"""The binding of a recipe to one model, for the length of a ``with`` block.
+
+Everything that a recipe does to a model is undone here, whatever happened in between: a failure half way through the
+entry, an exception in the body or in a hook, other contexts opened on the same model in any order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from threading import get_ident
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -14,15 +18,17 @@ from torch import nn
 
 from tdcache.contexts.opened import begin_opening, closed
 from tdcache.errors import ContextError, StopForward
+from tdcache.function_calls.sites import split_selector
+from tdcache.function_calls.stand_in import select_sites
 from tdcache.hooks.compiled import refuse_scripted, running_eagerly
 from tdcache.hooks.registrations import MultiHookHandle
-from tdcache.hooks.threads import Fence, current_fence, fencing
+from tdcache.hooks.threads import Fence, RunningThread, fencing
 from tdcache.introspect import may_be_compiled
 from tdcache.modules.call import ModelCall, holds_entries
 from tdcache.modules.hooked import HookedModule
 from tdcache.named_places import Names
+from tdcache.place_modules import named_selection
 from tdcache.selection import Matcher, Selection, as_matcher, depends_on_names_only, select_matching, walk
-from tdcache.stand_ins import named_selection
 from tdcache.tables import html_note, html_table
 from tdcache.types import CacheKey, Match, Selector
 
@@ -32,19 +38,18 @@ Keys = list[CacheKey]
 
 
 class Recipe(Protocol):
-    """What a context asks of its factory."""
+    """The part of a factory that its context uses."""
 
     @property
     def names(self) -> Names | None:
-        """The canonical names that selectors mean; None for paths of modules."""
+        """The table of canonical names that selectors refer to; None if they refer to module paths."""
 
     @property
     def runs_module(self) -> bool:
         """Whether calls are carried out by :meth:`_run_module`."""
 
-    @property
-    def fits_graph(self) -> bool:
-        """Whether the hooks may become part of a compiled graph."""
+    def fits_graph_of(self, model: nn.Module) -> bool:
+        """Whether the hooks may become part of a compiled graph of the model."""
 
     @property
     def prepares_module(self) -> bool:
@@ -77,10 +82,10 @@ class _Remembered(NamedTuple):
 
 
 class HookingContext:
-    """A recipe bound to one model. Entering installs, all or nothing; leaving restores the model exactly.
+    """A recipe bound to one model. Entering installs all hooks or none; exiting restores the model exactly.
 
-    It can be entered again after it was left, but not inside itself. Several contexts may be open on one model, in any
-    order; each removes only its own hooks.
+    It can be entered again after it has exited, but not inside itself. Several contexts may be open on one model and
+    exit in any order; each removes only its own hooks.
 
     Args:
         factory: the recipe.
@@ -108,24 +113,24 @@ class HookingContext:
         else:
             self._module, self._extra_relative_path, self.model = ModelCall(module, in_keys, out_keys), "module", module
         self._wrapped = self._module
-        """What the recipe prepares: the module, or in a composite the hooked module of a child."""
+        """The module that the recipe prepares: the user's, or in a composite the hooked module of a child."""
         self._in_keys, self._out_keys = list(self._module.in_keys), list(self._module.out_keys)
         self._in_context = False
         self._paused = False
         self._managed = True
         self._remembered: dict[Hashable, _Remembered] = {}
         self._selected: list[Selection] = []
-        """What the last entry selected, to be shown."""
+        """The sites of the last entry, for display."""
         self._hooked_module: HookedModule | None = None
         self._handle = MultiHookHandle()
         self._undo: ExitStack | None = None
-        self.thread = get_ident()
-        """The thread that opened the context, whose forwards its hooks act in."""
-        self.fence = Fence(set())
+        self.thread: RunningThread | None = None
+        """The thread that opened the context, whose forwards its hooks act in; None while it is closed."""
+        self.fence = Fence()
         self.is_child = False
         """Whether it belongs to a composite."""
         self.names: Names | None = factory.names
-        """The canonical names that its selectors and keys are; None for paths of modules."""
+        """The table of canonical names that selectors and keys refer to; None if they are module paths."""
 
     def __repr__(self) -> str:
         state = "open" if self._in_context else "closed"
@@ -139,14 +144,14 @@ class HookingContext:
 
     @property
     def selected_sites(self) -> dict[str, str]:
-        """The paths that were selected when the context was last entered, with the classes of their modules."""
+        """The paths selected when the context was last entered, with the classes of their modules."""
         return {site.path: type(site.module).__name__ for selection in self._selected for site in selection}
 
     def __enter__(self) -> HookedModule:
         return self._enter()
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: the hooked module is what is called.
+        """Refuse the call: it is the hooked module, which ``with`` yields, that is called.
 
         Raises:
             ContextError: always.
@@ -154,7 +159,7 @@ class HookingContext:
         raise ContextError("a context is entered, not called: `with context as hooked: hooked(...)`")
 
     def open(self) -> HookedModule:
-        """Enter without a ``with`` block; the hooked module's ``restore()`` leaves."""
+        """Enter without a ``with`` block; the hooked module's ``restore()`` exits."""
         hooked = self._enter()
         self._managed = False
         return hooked
@@ -186,11 +191,11 @@ class HookingContext:
         return hooked
 
     def _enter_inner(self) -> TensorDictModuleBase:
-        """The module that is wrapped."""
+        """Enter what is wrapped by the hooked module, and return it."""
         return self._module
 
     def _to_undo(self) -> ExitStack:
-        """What is undone on leaving, once the hooks are removed."""
+        """The stack of callbacks that undo everything but the hooks, run at exit after the hooks are removed."""
         if self._undo is None:
             self._undo = ExitStack()
         return self._undo
@@ -198,20 +203,14 @@ class HookingContext:
     @property
     def _fits_graph(self) -> bool:
         """Whether the hooks may become part of a compiled graph."""
-        fits: bool = self.factory.fits_graph
+        fits: bool = self.factory.fits_graph_of(self.model)
         return fits
 
     def _hook(self, hooked: HookedModule) -> MultiHookHandle:
         """Install the recipe's hooks, all or none."""
-        handle: MultiHookHandle
-        fence = begin_opening(self)
-        if fence is None and current_fence() is None:  # the usual case
-            handle = self.factory._hook_module(hooked)
-        else:
-            with fencing(fence):
-                handle = self.factory._hook_module(hooked)
-        if fence is None and self.fence.others:  # another thread opened a context meanwhile
-            handle.put_behind(self.fence)
+        begin_opening(self)
+        with fencing(self.fence):
+            handle: MultiHookHandle = self.factory._hook_module(hooked)
         return handle
 
     @property
@@ -237,12 +236,11 @@ class HookingContext:
         return own_stop
 
     def _asked_for(self, stop: StopForward) -> bool:
-        """Whether a forward that was stopped was stopped by this context."""
+        """Whether this context is the one that stopped the forward."""
         return False
 
     def _leave(self, error: BaseException | None) -> None:
         undo, self._undo = self._undo, None
-        closed(self)
         try:
             if undo is None:  # the usual case
                 self._handle.remove()
@@ -252,14 +250,15 @@ class HookingContext:
                     if error is not None:
                         undo.__exit__(type(error), error, error.__traceback__)
         finally:
+            closed(self)  # not before: until its hooks are removed, another thread is to be fenced off from them
             self._in_context = False
             self._hooked_module = None
 
     def _finish(self, error: BaseException | None) -> None:
-        """What is left to do when the model is restored; ``error`` is the body's."""
+        """Report problems once the model is restored; ``error`` is the exception of the body, or None."""
 
     def restore(self) -> None:
-        """Leave a context that was entered by ``prepare(..., return_context=False)`` or :meth:`open`."""
+        """Exit a context that was entered by ``prepare(..., return_context=False)`` or :meth:`open`."""
         self._needed()
         if self._managed:
             raise ContextError("this context belongs to a with block, which leaves it at its end")
@@ -267,7 +266,7 @@ class HookingContext:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Mute the hooks inside a block: each keeps its place, and what was captured stays."""
+        """Mute the hooks inside a block: each keeps its position, and captured values stay in the cache."""
         self._needed()
         if self._paused:
             raise ContextError("this context is paused already")
@@ -285,17 +284,17 @@ class HookingContext:
         return self.paused()
 
     def _set_taking(self, taking: bool) -> None:
-        """Whether values that still arrive, such as gradients, are wanted."""
+        """Set whether values that still arrive, such as gradients, are recorded."""
 
     @contextmanager
     def disable(self) -> Iterator[nn.Module]:
-        """Undo everything inside a block, which gets the user's own model."""
+        """Undo everything inside a block; yields the user's own model."""
         with self.paused(), self._module_restored():
             yield self.model
 
     @contextmanager
     def _module_restored(self) -> Iterator[None]:
-        """Undo inside a block what the recipe did to the module."""
+        """Inside a block, undo what the recipe did to the module."""
         keys = (self._in_keys, self._out_keys, self._extra_relative_path)
         hooked = self._needed()
         self.factory._restore_module(hooked.td_module, *keys)
@@ -313,16 +312,16 @@ class HookingContext:
         root: nn.Module | None = None,
         matcher: Matcher | None = None,
     ) -> Selection:
-        """The sites that a selector means; those of the last entry where neither it nor the modules have changed.
+        """The sites that a selector matches; reused from the last entry if neither it nor the modules have changed.
 
         Args:
             selector: see :class:`tdcache.ActivationCaching`.
-            match: how patterns are held against paths.
-            allow_empty: a selector that matches nothing is no error.
-            root: what paths are relative to; the user's own model by default.
-            matcher: what was made of the selector before.
+            match: how patterns are compared with paths.
+            allow_empty: accept a selector that matches nothing.
+            root: the module that paths are relative to; the user's own model by default.
+            matcher: the compiled selector, if the caller has it.
 
-        Where the context has canonical names, ``selector`` means these: see :mod:`tdcache.stand_ins`.
+        If the context has canonical names, ``selector`` refers to these: see :mod:`tdcache.place_modules`.
 
         Raises:
             ContextError: a site is inside a TorchScript module.
@@ -331,6 +330,11 @@ class HookingContext:
             options: Any = {"match": match, "allow_empty": allow_empty, "matcher": matcher}
             return named_selection(self.model, self.names, selector, **options)
         root = self.model if root is None else root
+        if split_selector(selector)[1]:
+            find, shown = partial(self.select, root=root), len(self._selected)
+            found = select_sites(root, selector, match=match, allow_empty=allow_empty, find=find)
+            self._selected[shown:] = [found]  # the calls, and not the modules that make them
+            return found
         tree = walk(root)
         key = (selector, match, id(root)) if isinstance(selector, Hashable) else None
         remembered = self._remembered.get(key)
@@ -364,7 +368,7 @@ class HookingContext:
         return runs
 
     def runner(self, forward: Callable[[TensorDictBase], TensorDictBase]) -> Callable[[TensorDictBase], TensorDictBase]:
-        """``forward`` as the recipe carries it out."""
+        """``forward`` wrapped by the recipe."""
         if not self.factory.runs_module:
             return forward
         return lambda data: self.factory._run_module(self._needed(), data, forward)

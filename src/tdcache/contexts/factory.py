@@ -1,4 +1,8 @@
-"""Recipes: what every method of this library, and of its users, is a subclass of."""
+"""The base class of recipes: every method of this library, and of its users, is a subclass.
+
+A subclass says which hooks to register and what to prepare. Entering, undoing, error handling, composing and calling
+conventions are the same for all of them, and are not overridden.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +29,11 @@ OutKeys = Sequence[CacheKey] | None
 
 
 class HookingContextFactory:
-    r"""A recipe that can be bound to any model; it holds configuration and nothing of a model.
+    r"""A recipe that can be bound to any model; it holds configuration and no reference to a model.
 
-    Write one's own by overriding :meth:`_hook_module`, and, where the method needs it, :meth:`_prepare_module` with
-    :meth:`_restore_module`, or :meth:`_run_module`. Class attributes choose the context and the hooked module.
+    To write your own, override :meth:`_hook_module` and, if the method needs it, :meth:`_prepare_module` with
+    :meth:`_restore_module`, or :meth:`_run_module`. Class attributes choose the classes of the context and of the
+    hooked module.
 
     Example:
         >>> import torch
@@ -47,7 +52,7 @@ class HookingContextFactory:
     _hooked_module_kwargs: Mapping[str, Any] = {}
 
     names: Names | None = None
-    """The canonical names that selectors mean, in place of paths of modules; None for paths."""
+    """The table of canonical names that selectors refer to; None if they refer to module paths."""
 
     _overrides_run: ClassVar[bool] = False
     _overrides_spawn: ClassVar[bool] = False
@@ -84,19 +89,23 @@ class HookingContextFactory:
         """Whether ``torch.compile`` may make the hooks part of a graph; if not, a compiled model runs eagerly."""
         return False
 
+    def fits_graph_of(self, model: nn.Module) -> bool:
+        """:attr:`fits_graph`, where it depends on the model as well."""
+        return self.fits_graph
+
     @property
     def hooked_module_class(self) -> type[HookedModule]:
-        """The class of what the context yields."""
+        """The class of the hooked module that the context yields."""
         return self._hooked_module_class
 
     @property
     def hooked_module_kwargs(self) -> Mapping[str, Any]:
-        """What that class is made with."""
+        """The keyword arguments for :attr:`hooked_module_class`."""
         return self._hooked_module_kwargs
 
     @property
     def spawns(self) -> bool:
-        """Whether the hooked module is made in a way of its own, by :meth:`_spawn_hooked_module`."""
+        """Whether :meth:`_spawn_hooked_module` is overridden."""
         return self._overrides_spawn
 
     def __init__(self) -> None:
@@ -126,10 +135,10 @@ class HookingContextFactory:
             in_keys: the TensorDict entries passed to a plain module, ``["input"]`` by default; a mapping names keyword
                 arguments.
             out_keys: where its results are written, ``["output"]`` by default.
-            return_context: with False, enter at once and return the hooked module; its ``restore()`` leaves.
+            return_context: with False, enter at once and return the hooked module; its ``restore()`` exits.
 
         Raises:
-            ContextError: no module, or keys that a TensorDict module does not have.
+            ContextError: ``module`` is not an ``nn.Module``, or is a TensorDict module without these keys.
         """
         if not isinstance(module, nn.Module):
             raise ContextError(f"prepare() takes an nn.Module, got {type(module).__name__}")
@@ -167,7 +176,7 @@ class HookingContextFactory:
     def _run_module(
         self, module: HookedModule, data: TensorDictBase, forward: Callable[[TensorDictBase], TensorDictBase]
     ) -> TensorDictBase:
-        """Carry out ``hooked(data)``; ``forward`` runs the model once. Override to run it more often, or otherwise."""
+        """Carry out ``hooked(data)``; ``forward`` runs the model once. Override it to run the model several times."""
         return forward(data)
 
 

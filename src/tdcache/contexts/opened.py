@@ -1,67 +1,62 @@
-"""The contexts that are open in this process, and which threads open contexts on which model."""
+"""The registry of contexts that are open in this process, and of the threads that opened contexts on each model.
+
+Without it, the hooks of one thread's context would capture and change the forwards of another thread on the same model.
+"""
 
 from __future__ import annotations
 
-from threading import RLock, get_ident
+from threading import RLock
 from typing import Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 from torch import nn
 
-from tdcache.hooks.registrations import MultiHookHandle
-from tdcache.hooks.threads import Fence
+from tdcache.hooks.threads import Fence, RunningThread, this_thread
 
 __all__ = ["Opened", "begin_opening", "closed", "open_contexts"]
 
 
 class Opened(Protocol):
-    """What is asked of an open context."""
+    """The part of an open context that the registry uses."""
 
     model: nn.Module
-    thread: int
     fence: Fence
+    thread: RunningThread | None
     is_child: bool
-
-    @property
-    def handle(self) -> MultiHookHandle:
-        """The registrations of its hooks."""
 
 
 open_contexts: set[Opened] = set()
 _lock = RLock()
-_openers: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
-"""The threads that opened contexts on a model, since it was made: they may be running it still."""
-_threads: set[int] = set()
-"""Every thread that ever opened a context."""
+_threads: WeakSet[RunningThread] = WeakSet()
+"""Every thread that opened a context and has not ended."""
 
 
-def begin_opening(context: Opened) -> Fence | None:
-    """A context is about to install its hooks; gives the fence to put them behind, or None.
-
-    Those of other threads' contexts are put behind theirs.
-    """
-    me = context.thread = get_ident()
+def begin_opening(context: Opened) -> None:
+    """A context is about to install its hooks; says whom its fence keeps out, and has others' keep out this thread."""
+    me = this_thread()
     with _lock:
-        _openers.setdefault(context.model, set()).add(me)
+        context.thread, context.fence = me, Fence()
         open_contexts.add(context)
+        me.models.add(context.model)
         _threads.add(me)
         if len(_threads) == 1:  # the usual case, whatever the number of models
-            return None
-        if all(threads <= {me} for threads in _openers.values()):
-            return None
-        related = [model for model in _openers if _overlap(model, context.model)]
-        context.fence.others.update(thread for model in related for thread in _openers[model] if thread != me)
+            return
+        context.fence.others.update(each for each in _threads if each is not me and _runs(each, context.model))
         for other in open_contexts:
-            if other.thread != me and _overlap(other.model, context.model) and me not in other.fence.others:
-                other.fence.others.add(me)
-                other.handle.put_behind(other.fence)
-        return context.fence if context.fence.others else None
+            if other.thread not in (me, None) and me not in other.fence.others and _overlap(other.model, context.model):
+                other.fence.keep_out(me)
 
 
 def closed(context: Opened) -> None:
-    """A context was left."""
+    """Forget a context that has exited."""
     with _lock:
         open_contexts.discard(context)
+        context.thread, context.fence = None, Fence()
+
+
+def _runs(thread: RunningThread, model: nn.Module) -> bool:
+    """Whether a thread opened a context on ``model``, on part of it or on what it is part of."""
+    return any(_overlap(each, model) for each in thread.models)
 
 
 def _overlap(one: nn.Module, other: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
-from threading import get_ident
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import nn
@@ -17,7 +17,7 @@ from tdcache.function_calls.names import is_torch_name
 from tdcache.function_calls.scope import ForwardScope, frontier
 from tdcache.function_calls.sites import CallPattern, CallSite
 from tdcache.hooks.registrations import MultiHookHandle, Order
-from tdcache.hooks.threads import Fence, current_fence
+from tdcache.hooks.threads import Fence, active_fence, note_placed, one_at_a_time, this_thread
 from tdcache.introspect import skip_frame
 from tdcache.paths import resolve_all
 from tdcache.types import Removable
@@ -33,6 +33,7 @@ __all__ = [
     "call_rule",
     "module_of",
     "refuse_recomputed",
+    "set_output",
 ]
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -71,10 +72,15 @@ class AtCall:
             return
         new = self.after_hook(call.module, call.args, call.kwargs, call.output)
         if new is not None:
-            refuse_recomputed(call)
-            call.output = new
-            if call.notes.get("role") == "softmax":  # what its attention goes on with
-                progress(call).softmax = new
+            set_output(call, new)
+
+
+def set_output(call: Call, new: Any) -> None:
+    """Have a call return ``new``."""
+    refuse_recomputed(call)
+    call.output = new
+    if call.notes.get("role") == "softmax":  # what its attention goes on with
+        progress(call).softmax = new
 
 
 def refuse_recomputed(call: Call) -> None:
@@ -185,20 +191,26 @@ def module_of(root: nn.Module, site: CallSite) -> nn.Module:
     return resolve_all(root, site.path)[1] if site.path else root
 
 
-def attach_rules(root: nn.Module, pairs: Iterable[tuple[nn.Module, CallRule]]) -> MultiHookHandle:
+def attach_rules(
+    root: nn.Module, pairs: Iterable[tuple[nn.Module, CallRule]], *, fenced: bool = True
+) -> MultiHookHandle:
     """Let each rule say which calls in the forward of its module, a descendant of ``root``, get a handler.
 
-    All of them or none. For many sites this is several times as fast as one registration after the other.
+    All of them or none. For many sites this is several times as fast as one registration after the other. With
+    ``fenced=False`` the handlers themselves ask which thread they are in.
     """
     attached = _Attached()
     for function in (ForwardScope.__call__, run_forward):
         skip_frame(function.__code__)
     members = frozenset(map(id, root.modules()))
     handle = MultiHookHandle([attached])
-    with handle.installing():
+    with handle.installing(), one_at_a_time:
         for module, rule in pairs:
             attached.add(module, rule, members)
-        fence = current_fence()
+        fence = None
+        if fenced:
+            note_placed(attached)
+            fence = active_fence()
         if fence is None:
             attached.plan()
         else:
@@ -262,13 +274,20 @@ class _FencedHandler:
 
     def before(self, call: Call) -> None:
         """Act before the call, unless the thread is fenced off."""
-        if get_ident() not in self.fence.others:
+        if this_thread() not in self.fence.others:
             self.at.before(call)
 
     def after(self, call: Call) -> None:
         """Act after it, unless the thread is fenced off."""
-        if get_ident() not in self.fence.others:
+        if this_thread() not in self.fence.others:
             self.at.after(call)
+
+
+def _behind(fence: Fence, rule: CallRule) -> CallRule:
+    """``rule`` behind ``fence``; a muted one stays muted."""
+    if isinstance(rule, _MutedRule):
+        return _MutedRule(_behind(fence, rule.rule))
+    return rule if isinstance(rule, _FencedRule) else _FencedRule(rule, fence)
 
 
 def _index(rules: list[CallRule], rule: CallRule) -> int:
@@ -300,13 +319,19 @@ class _Attached:
         for scope in {id(scope): scope for scope, _ in self.rules}.values():
             scope.plan()
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the rules have not been removed."""
+        return bool(self.rules)
+
     def exchange(self, make: Callable[[CallRule], CallRule]) -> None:
         """Put another rule in the place of each."""
-        for at, (scope, rule) in enumerate(self.rules):
-            new = make(rule)
-            scope.rules[_index(scope.rules, rule)] = new
-            self.rules[at] = (scope, new)
-        self.plan()
+        with one_at_a_time:
+            for at, (scope, rule) in enumerate(self.rules):
+                new = make(rule)
+                scope.rules[_index(scope.rules, rule)] = new
+                self.rules[at] = (scope, new)
+            self.plan()
 
     def mute(self) -> None:
         """Silence the rules without giving up their places."""
@@ -318,21 +343,22 @@ class _Attached:
 
     def put_behind(self, fence: Fence) -> None:
         """Have their handlers act in no thread that is fenced off."""
-        self.exchange(lambda rule: rule if isinstance(rule, _FencedRule) else _FencedRule(rule, fence))
+        self.exchange(partial(_behind, fence))
 
     def remove(self) -> None:
         """Undo it; a second call does nothing."""
-        for scope, rule in self.rules:
-            del scope.rules[_index(scope.rules, rule)]
-        held = list(self.held.values())
-        scopes = {id(scope): scope for scope, _ in self.rules}
-        self.rules.clear()
-        self.held.clear()
-        for scope in held:
-            scope.release()
-        for scope in scopes.values():
-            if scope.holders:
-                scope.plan()
+        with one_at_a_time:
+            for scope, rule in self.rules:
+                del scope.rules[_index(scope.rules, rule)]
+            held = list(self.held.values())
+            scopes = {id(scope): scope for scope, _ in self.rules}
+            self.rules.clear()
+            self.held.clear()
+            for scope in held:
+                scope.release()
+            for scope in scopes.values():
+                if scope.holders:
+                    scope.plan()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({[rule for _, rule in self.rules]!r})"

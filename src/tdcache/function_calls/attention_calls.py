@@ -29,6 +29,8 @@ class Spelled:
         """How many attention calls are complete."""
         self.products = 0
         """How many products could be ``q k^T`` since then."""
+        self.product = ""
+        """What the last product is called that is not the first."""
         self.shape: tuple[int, ...] = ()
         """The shape of the last of them."""
         self.softmax: Tensor | None = None

@@ -51,7 +51,7 @@ class Run:
 class Call:
     """One call that handlers see; they may replace ``args`` and ``kwargs`` before it, and ``output`` after."""
 
-    __slots__ = ("args", "frame", "kwargs", "name", "notes", "ordinal", "output", "recomputed", "run")
+    __slots__ = ("args", "frame", "instead", "kwargs", "name", "notes", "ordinal", "output", "recomputed", "run")
 
     def __init__(self, run: Run, name: str, ordinal: int, args: tuple[Any, ...], kwargs: Any) -> None:
         self.run = run
@@ -62,6 +62,8 @@ class Call:
         self.output: Any = None
         self.recomputed = False
         """Whether the module checkpoints this part of its own code, which runs again, unseen, in the backward."""
+        self.instead: Callable[..., Any] | None = None
+        """What is called in place of the function."""
         self.frame: FrameType | None = None
         """The frame that makes the call, while handlers run."""
         self.notes: dict[Any, Any] = {}

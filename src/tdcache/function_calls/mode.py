@@ -79,12 +79,12 @@ class CallMode(TorchFunctionMode):
             push_function_mode(mode)
 
 
-class _Thread(threading.local):
+class _OwnMode(threading.local):
     def __init__(self) -> None:
         self.mode = CallMode()
 
 
-thread = _Thread()
+thread = _OwnMode()
 """The mode of the current thread."""
 
 
@@ -103,7 +103,7 @@ def intercept(run: Run, found: Handlers, func: Any, args: Any, kwargs: Any, fram
     call.frame = frame
     for handler in handlers:
         handler.before(call)
-    call.output = func(*call.args, **call.kwargs)
+    call.output = (func if call.instead is None else call.instead)(*call.args, **call.kwargs)
     for handler in handlers:
         handler.after(call)
     call.frame = None

@@ -6,6 +6,7 @@ author of a model happened to spell an operation.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["DERIVED", "call_name", "is_torch_name"]
+__all__ = ["DERIVED", "call_name", "is_torch_name", "parameters_of_function", "parameters_of_torch"]
 
 DERIVED = ("q", "k", "v", "scores", "pattern", "z")
 """The places of an attention call that are derived from its arguments or found by their role."""
@@ -80,3 +81,24 @@ def call_name(func: Callable[..., Any]) -> str | None:
 def is_torch_name(name: str) -> bool:
     """Whether torch has a function, operator or tensor method that is called ``name`` here."""
     return any(hasattr(holder, each) for holder in (torch, torch.Tensor, F) for each in (name, f"__{name}__"))
+
+
+@lru_cache(maxsize=1024)
+def parameters_of_torch(name: str) -> tuple[str, ...]:
+    """The names of the parameters of a function or method of torch by position; empty where nothing says them."""
+    if not is_torch_name(name):
+        return ()
+    described = torch.overrides.get_testing_overrides()
+    for holder in (F, torch, torch.Tensor):
+        function = getattr(holder, name, None)
+        if function is not None:
+            return parameters_of_function(described.get(function, function))
+    return ()
+
+
+def parameters_of_function(function: Any) -> tuple[str, ...]:
+    """The names of a function's parameters by position; empty where nothing says them."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()

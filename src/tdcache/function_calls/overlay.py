@@ -15,10 +15,23 @@ from functools import lru_cache
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
+from torch import nn
+
 from tdcache.function_calls.handlers import Call, Handlers, Run, Scope
 from tdcache.function_calls.mode import CallMode, owning_frame, thread
+from tdcache.function_calls.names import parameters_of_function, parameters_of_torch
 
-__all__ = ["INTERFACE", "PythonCall", "Registry", "global_functions", "innermost", "is_registry", "overlaid"]
+__all__ = [
+    "INTERFACE",
+    "PythonCall",
+    "Registry",
+    "global_functions",
+    "innermost",
+    "is_registry",
+    "may_attend",
+    "overlaid",
+    "parameters_of",
+]
 
 
 _NOTHING = nullcontext()
@@ -48,6 +61,34 @@ def global_functions(function: Any) -> dict[str, Any]:
                 if is_registry(value) or (isinstance(value, FunctionType) and value.__module__ not in _SEEN_ANYWAY):
                     found[name] = value
     return found
+
+
+@lru_cache(maxsize=1024)
+def may_attend(kind: type[nn.Module]) -> bool:
+    """Whether a forward may take a softmax: by the names in it, or because it calls functions of other files."""
+    function = innermost(kind.forward)
+    if function is None:
+        return True
+    helpers = [helper for method in _own_methods(kind, function) for helper in _helpers(method)]
+    named = {name.lower() for helper in helpers for code in _codes(helper.__code__) for name in code.co_names}
+    foreign = [value for value in global_functions(kind.forward).values() if value not in helpers]
+    return bool(foreign) or any("softmax" in name for name in named)
+
+
+def _own_methods(kind: type[nn.Module], forward: FunctionType) -> list[FunctionType]:
+    """The forward of a class and the methods that it calls, as GPT-J's attention takes its softmax in one."""
+    found = [forward]
+    for function in found:  # grows while it is gone through
+        names = {name for code in _codes(function.__code__) for name in code.co_names}
+        methods = (innermost(getattr(kind, name, None)) for name in sorted(names))
+        found += [method for method in dict.fromkeys(methods) if method is not None and method not in found]
+    return found
+
+
+def parameters_of(name: str, module: nn.Module) -> tuple[str, ...]:
+    """The names of the parameters, by position, of a function that the forward of ``module`` calls; () if unknown."""
+    function = global_functions(type(module).forward).get(name)
+    return parameters_of_torch(name) if function is None else parameters_of_function(function)
 
 
 def overlaid(function: Any, replacements: Mapping[str, Any]) -> Any:
@@ -193,7 +234,7 @@ class PythonCall:
         with aside:
             for handler in handlers:
                 handler.before(call)
-        call.output = self.made(mode, run, call.args, call.kwargs)
+        call.output = self.made(mode, run, call.args, call.kwargs, call.instead)
         with aside:
             for handler in handlers:
                 handler.after(call)
@@ -213,8 +254,10 @@ class PythonCall:
         call.frame = frame
         return call
 
-    def made(self, mode: CallMode, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the function, with the mode on if the sites inside need it."""
+    def made(self, mode: CallMode, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], instead: Any = None) -> Any:
+        """Call the function, or ``instead``, with the mode on if the sites inside need it."""
+        if instead is not None:
+            return instead(*args, **kwargs)
         if self.name is not INTERFACE:
             return self.function(*args, **kwargs)
         run.inside = True

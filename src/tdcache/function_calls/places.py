@@ -5,34 +5,37 @@ Which calls a selector means is known once they are made, so a tap is made when 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import lru_cache
 from typing import Any, Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tdcache.errors import DirectionError, listed
 from tdcache.function_calls.attach import AtCall, CallsLike, OneCall, attach_rules
 from tdcache.function_calls.handlers import CallRule
-from tdcache.function_calls.names import is_torch_name
-from tdcache.function_calls.overlay import INTERFACE, global_functions
+from tdcache.function_calls.overlay import INTERFACE, parameters_of
 from tdcache.function_calls.roles import AttentionHook, Use
-from tdcache.function_calls.scope import ForwardScope
-from tdcache.function_calls.sites import CallPattern, CallSite, is_call
+from tdcache.function_calls.scope import ForwardScope, fits_graph
+from tdcache.function_calls.sites import CallPattern, CallSite, FindModules, is_call
 from tdcache.hooks.directions import Direction, direction_row
-from tdcache.hooks.port import InputPort, OutputPort, Port
+from tdcache.hooks.port import InputPort, Port, port_at
 from tdcache.hooks.registrations import MultiHookHandle, Order
-from tdcache.hooks.threads import Fence
 from tdcache.hooks.values import leaves
-from tdcache.selection import Selection, Site
-from tdcache.types import HookDirection, Match, Pick, Selector
+from tdcache.selection import Site
+from tdcache.types import HookDirection, Match, Pick
 
-__all__ = ["CallPlace", "CallTaps", "MakeTap", "call_places", "parameters_of", "refuse_direction", "split_selector"]
+__all__ = [
+    "CallPlace",
+    "CallTaps",
+    "MakeTap",
+    "call_places",
+    "calls_fit_graph",
+    "port_of",
+    "refuse_direction",
+    "what_is_called",
+]
 
 
 class _AnyTap(Protocol):
@@ -56,29 +59,7 @@ class CallPlace:
     selector: str
 
 
-class _Selecting(Protocol):
-    def __call__(self, selector: Selector, *, match: Match, allow_empty: bool) -> Selection: ...
-
-
-def split_selector(selector: Selector) -> tuple[Selector | None, tuple[str, ...]]:
-    """The part of a selector that speaks of modules (None if there is none), and the selectors of calls in it.
-
-    Raises:
-        SelectionError: a selector of calls is not well formed.
-    """
-    if isinstance(selector, str):
-        if not is_call(selector):
-            return selector, ()
-        CallPattern.parse(selector)
-        return None, (selector,)
-    if not isinstance(selector, Sequence) or isinstance(selector, bytes):
-        return selector, ()
-    parts = [split_selector(member) for member in selector]
-    calls = tuple(call for _, found in parts for call in found)
-    return ([part for part, _ in parts if part is not None] or None) if calls else selector, calls
-
-
-def call_places(select: _Selecting, selectors: Iterable[str], *, match: Match, allow_empty: bool) -> list[CallPlace]:
+def call_places(select: FindModules, selectors: Iterable[str], *, match: Match, allow_empty: bool) -> list[CallPlace]:
     """What selectors of calls may mean, by ``select``, which finds the modules.
 
     Raises:
@@ -92,25 +73,36 @@ def call_places(select: _Selecting, selectors: Iterable[str], *, match: Match, a
     return places
 
 
-def refuse_direction(selectors: Iterable[str], direction: HookDirection, *, callback: bool = False) -> None:
+def refuse_direction(selectors: Iterable[str], direction: HookDirection) -> None:
     """Refuse what cannot be seen at a call.
 
     Raises:
-        DirectionError: the gradient of arguments, a gradient for a callback, or the arguments of a derived place.
+        DirectionError: the arguments of a place of an attention call, or their gradient.
     """
     row = direction_row(direction)
     for selector in selectors:
-        if direction == "grad_in" or (callback and row.gradient):
-            raise DirectionError(
-                f"{selector!r} is inside a forward, where the gradients are those of results ('bwd'), without callback="
-                f"; got {direction!r}"
-            )
         pattern = CallPattern.parse(selector)
-        if row.value == "args" and any(pattern.attention()):
+        if (row.value == "args" or direction == "grad_in") and any(pattern.attention()):
             raise DirectionError(
                 f"{selector!r} is a value inside an attention call and has no arguments of its own: direction "
-                f"'fwd' is the value itself, got {direction!r}"
+                f"'fwd' is the value itself and 'bwd_pre' its gradient, got {direction!r}"
             )
+
+
+def port_of(path: str, direction: str, pick: Pick, module: nn.Module) -> Port:
+    """:func:`tdcache.hooks.port.port_at`, also at a call of ``module``, where it knows the parameters' names."""
+    port = port_at(path, direction, pick)
+    if is_call(path) and isinstance(port, InputPort):
+        return InputPort(path, pick, parameters_of(CallSite.parse(path).name, module))
+    return port
+
+
+def calls_fit_graph(places: Sequence[CallPlace]) -> bool:
+    """Whether dynamo can trace every call that is meant: their names are spelled out, and found in globals."""
+    spelled = all(place.pattern.labels is not None for place in places)
+    return spelled and all(
+        fits_graph(each.site.module, label) for each in places for label in each.pattern.labels or ()
+    )
 
 
 class CallTaps:
@@ -155,9 +147,14 @@ class CallTaps:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({list(dict.fromkeys(place.selector for place in self.places))!r})"
 
-    def attach(self, root: nn.Module, handle: MultiHookHandle) -> None:
-        """Put the taps in the forwards of modules below ``root``; ``handle`` takes them in."""
+    def attach(self, root: nn.Module, handle: MultiHookHandle, *, made: bool = False) -> None:
+        """Put the taps in the forwards of modules below ``root``; ``handle`` takes them in.
+
+        With ``made`` all taps are made now, so that a graph can be made of them.
+        """
         self._attached = attach_rules(root, self._rules())
+        for at in self._at.values() if made else ():
+            at.make()
         handle.add(self)
 
     def _rules(self) -> Iterator[tuple[nn.Module, CallRule]]:
@@ -166,13 +163,13 @@ class CallTaps:
             for label in place.pattern.attention():
                 site = CallSite.parse(f"{path}::{label}")
                 yield module, AttentionHook(site, self._at_place(number, site).after, self.use, self.order)
-            if not place.pattern.attention_only:
-                literal = place.pattern.literal
-                if literal is not None:
-                    site = CallSite.parse(f"{path}::{literal}")
+            labels = place.pattern.labels
+            if labels is None and not place.pattern.attention_only:
+                yield module, CallsLike(path, place.pattern, _MakeHandler(self, number))
+            for label in labels or ():
+                site = CallSite.parse(f"{path}::{label}")
+                if not site.derived:
                     yield module, OneCall(site, self.handler(number, site))
-                else:
-                    yield module, CallsLike(path, place.pattern, _MakeHandler(self, number))
 
     def _at_place(self, number: int, site: CallSite) -> _AtPlace:
         key = (number, str(site))
@@ -192,8 +189,7 @@ class CallTaps:
         if self._served.setdefault(path, at) is not at:
             return None
         module, groups = at.place.site.module, at.place.site.groups
-        names = parameters_of(at.site.name, module) if self.before else ()
-        port: Port = InputPort(path, self.pick, names) if self.before else OutputPort(path, self.pick)
+        port = port_of(path, "fwd_pre" if self.before else "fwd", self.pick, module)
         return self.make(Site(path, module, groups), port).on_call
 
     def remove(self) -> None:
@@ -208,9 +204,10 @@ class CallTaps:
             if place.selector not in self._fired:
                 silent.setdefault(place.selector, []).append(place)
         for selector, places in silent.items():
-            made = ((place.site.path, _called_in(place.site.module)) for place in places)
-            said = [f"{path or '(root)'} calls {listed(_nearest(selector, names), 8)}" for path, names in made if names]
-            known = "; ".join(said[:3]) or "select(model, pattern, inputs) shows what they call"
+            made = (what_is_called(selector, place.site.path, place.site.module) for place in places)
+            known = (
+                "; ".join([said for said in made if said][:3]) or "select(model, pattern, inputs) shows what they call"
+            )
             yield f"{selector!r} means a call that none of its {len(places)} modules made: {known}"
 
     def mute(self) -> None:
@@ -220,10 +217,6 @@ class CallTaps:
     def unmute(self) -> None:
         """Let them act again."""
         self._attached.unmute()
-
-    def put_behind(self, fence: Fence) -> None:
-        """Have them act in no thread that is fenced off."""
-        self._attached.put_behind(fence)
 
 
 class _MakeHandler:
@@ -240,12 +233,13 @@ class _MakeHandler:
 class _AtPlace:
     """The hooks at one call: they make the tap when they are first called, and pass everything on to it."""
 
-    __slots__ = ("hook", "made", "place", "site", "taps")
+    __slots__ = ("hook", "made", "place", "site", "spelled", "taps")
 
     def __init__(self, taps: CallTaps, place: CallPlace, site: CallSite) -> None:
         self.taps = taps
         self.place = place
         self.site = site
+        self.spelled = place.pattern.labels is not None
         self.made = False
         self.hook: Callable[..., Any] | None = None
 
@@ -253,12 +247,16 @@ class _AtPlace:
         return f"{type(self).__name__}({str(self.site)!r})"
 
     def _ready(self, value: Any) -> Callable[..., Any] | None:
-        if self.place.pattern.literal is None and next(leaves(value), None) is None:
+        if not self.spelled and next(leaves(value), None) is None:
             return None  # a pattern takes many calls, and not all of them are about tensors
         if not self.made:
-            self.made = True
-            self.hook = self.taps.serve(self)
+            self.make()
         return self.hook
+
+    def make(self) -> None:
+        """Make the tap that the call is shown to from now on."""
+        self.made = True
+        self.hook = self.taps.serve(self)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Show the arguments to the tap."""
@@ -281,6 +279,12 @@ class _AtPlace:
         return hook(module, (*args, *kwargs.values()), output)
 
 
+def what_is_called(selector: str, path: str, module: nn.Module) -> str:
+    """What the forward of a module was seen to call, nearest to ``selector`` first; nothing if it did not run."""
+    names = _called_in(module)
+    return f"{path or '(root)'} calls {listed(_nearest(selector, names), 8)}" if names else ""
+
+
 def _called_in(module: nn.Module) -> list[str]:
     """The functions that a module with sites inside was seen to call, or looks up by name."""
     scope = module.__dict__.get("forward")
@@ -300,28 +304,3 @@ def _code_names(module: nn.Module) -> tuple[str, ...]:
 def _nearest(selector: str, names: list[str]) -> list[str]:
     wanted = selector.partition("::")[2]
     return sorted(names, key=lambda name: -SequenceMatcher(None, wanted, name).ratio())
-
-
-def parameters_of(name: str, module: nn.Module) -> tuple[str, ...]:
-    """The names of a function's parameters by position; empty where nothing says them."""
-    function = global_functions(type(module).forward).get(name)
-    return _names_of(function) if function is not None else _torch_parameters(name)
-
-
-@lru_cache(maxsize=1024)
-def _torch_parameters(name: str) -> tuple[str, ...]:
-    if not is_torch_name(name):
-        return ()
-    described = torch.overrides.get_testing_overrides()
-    for holder in (F, torch, torch.Tensor):
-        function = getattr(holder, name, None)
-        if function is not None:
-            return _names_of(described.get(function, function))
-    return ()
-
-
-def _names_of(function: Any) -> tuple[str, ...]:
-    try:
-        return tuple(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return ()

@@ -20,7 +20,7 @@ from tdcache.function_calls.attention import Attention, derive_attention, derive
 from tdcache.function_calls.attention_calls import PRODUCTS, SDPA, SOFTMAX, argument, exchange, progress, role_of
 from tdcache.function_calls.handlers import Call, CallRule, Handler, Need
 from tdcache.function_calls.names import DERIVED
-from tdcache.function_calls.overlay import INTERFACE
+from tdcache.function_calls.overlay import INTERFACE, may_attend
 from tdcache.function_calls.sites import CallSite
 from tdcache.hooks.registrations import Order
 from tdcache.hooks.values import check_fits
@@ -124,6 +124,8 @@ class AttentionHook:
             self.at_argument(call, _POSITIONS[name])
         elif role == "qk" and name in ("q", "k"):
             self.at_product(call)
+        elif role == "softmax" and name in ("q", "k"):
+            self.refuse_untold(call)
         elif role == "softmax" and name == "scores":
             self.at_softmax(call)
         elif role == "av" and name in ("v", "pattern"):
@@ -203,18 +205,29 @@ class AttentionHook:
 
     def at_product(self, call: Call) -> None:
         """Offer a factor of the product before the softmax; the second one is ``k`` transposed."""
-        if progress(call).products > 1:
-            raise CaptureError(
-                f"{type(call.module).__name__} at {self.site.path!r} makes several products before its softmax, so "
-                f"{str(self.site)!r} cannot be told; select '{self.site.path}::{call.name}' by its number instead",
-                paths=(str(self.site),),
-            )
+        if progress(call).products > 1 or not may_attend(cast(Any, type(call.module))):
+            progress(call).product = call.name
+            return
         place = PRODUCTS[call.name][_POSITIONS[self.site.name]]
         factor = argument(call, *place)
         transposed = self.site.name == "k"
         new = self.through(call, factor.transpose(-1, -2) if transposed else factor)
         if new is not None:
             exchange(call, *place, new.transpose(-1, -2) if transposed else new)
+
+    def refuse_untold(self, call: Call) -> None:
+        """Refuse ``q`` and ``k`` where several products may be theirs; known once there is a softmax after them.
+
+        Raises:
+            CaptureError: there are several.
+        """
+        if progress(call).products > 1:
+            raise CaptureError(
+                f"{type(call.module).__name__} at {self.site.path!r} makes several products before its softmax, so "
+                f"{str(self.site)!r} cannot be told; select '{self.site.path}::{progress(call).product}' by its number "
+                "instead",
+                paths=(str(self.site),),
+            )
 
     def at_softmax(self, call: Call) -> None:
         """Offer what the softmax is taken of, without columns that belong to no key (attention sinks)."""

@@ -19,9 +19,11 @@ from torch.compiler import is_dynamo_compiling
 from tdcache.function_calls.graph import TracedForward
 from tdcache.function_calls.handlers import CallRule, HandlersOf, Need, by_order
 from tdcache.function_calls.mode import run_forward
-from tdcache.function_calls.overlay import PythonCall, Registry, global_functions, is_registry, overlaid
+from tdcache.function_calls.names import is_torch_name
+from tdcache.function_calls.overlay import PythonCall, Registry, global_functions, innermost, is_registry, overlaid
+from tdcache.function_calls.sites import CallSite
 
-__all__ = ["ForwardScope", "OwnForward", "frontier"]
+__all__ = ["ForwardScope", "OwnForward", "fits_graph", "frontier", "has_rules"]
 
 _FORWARD = "forward"
 
@@ -190,3 +192,21 @@ def frontier(module: nn.Module) -> Iterator[nn.Module]:
         elif child._modules or not type(child).forward.__module__.startswith("torch.nn."):
             # torch's own leaves make one call: closing the mode for that costs as much as letting it through
             yield child
+
+
+def fits_graph(module: nn.Module, label: str) -> bool:
+    """Whether dynamo can trace a call in the forward of a module, so that it is seen inside a graph."""
+    forward = type(module).forward
+    held = module.__dict__.get(_FORWARD)
+    if (held is not None and not isinstance(held, ForwardScope)) or innermost(forward) is not forward:
+        return False
+    site, names = CallSite.parse(f"::{label}"), global_functions(forward)
+    if site.derived:
+        return any(map(is_registry, names.values()))
+    return site.name in names and not is_registry(names[site.name]) and not is_torch_name(site.name)
+
+
+def has_rules(module: nn.Module) -> bool:
+    """Whether somebody looks on inside the forward of a module."""
+    scope = module.__dict__.get(_FORWARD)
+    return isinstance(scope, ForwardScope) and bool(scope.rules)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import regex
 
 from tdcache.errors import SelectionError
 from tdcache.function_calls.names import DERIVED
+from tdcache.regions import Region
+from tdcache.selection import Selection
+from tdcache.types import Match, Selector
 
-__all__ = ["CallPattern", "CallSite", "is_call"]
+__all__ = ["CallPattern", "CallSite", "FindModules", "at_call", "has_heads_first", "is_call", "split_selector"]
 
 _MARK = "::"
 _LABEL = regex.compile(r"(?P<name>[A-Za-z_]\w*)(?:\.(?P<ordinal>0|[1-9]\d*))?")
@@ -22,6 +27,11 @@ _PLACES = regex.compile(rf"\(?(?:\?:)?{_PLACE}(?:\|{_PLACE})*\)?")
 def is_call(text: object) -> bool:
     """Whether a selector or key speaks of calls: it holds ``::``."""
     return isinstance(text, str) and _MARK in text
+
+
+def has_heads_first(path: str) -> bool:
+    """Whether the values of a call are ``(batch, heads, positions, ...)``, as attention and its softmax have them."""
+    return is_call(path) and CallSite.parse(path).name in (*DERIVED, "softmax")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,20 +132,66 @@ class CallPattern:
         return label if _LABEL.fullmatch(label) else None
 
     @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The labels that are meant, if B spells them out: one, or several between bars; None if it does not."""
+        text = self.inside.pattern.replace("\\.", ".")
+        for opening in ("(?:", "("):
+            if text.startswith(opening) and text.endswith(")"):
+                text = text[len(opening) : -1]
+        found = tuple(dict.fromkeys(text.split("|")))
+        return found if all(map(_LABEL.fullmatch, found)) else None
+
+    @property
     def attention_only(self) -> bool:
         """Whether nothing but places of attention calls is meant, so that no other call need be seen."""
-        literal = self.literal
-        if literal is not None:
-            return CallSite.parse(f"::{literal}").derived
+        labels = self.labels
+        if labels is not None:
+            return len(self.attention()) == len(labels)
         return _PLACES.fullmatch(self.inside.pattern) is not None
 
     def attention(self) -> tuple[str, ...]:
-        """The labels of the places of attention calls that are meant: of the first call, or of the one spelled out."""
-        literal = self.literal
-        if literal is None:
+        """The labels of the places of attention calls that are meant: of the first call, or those spelled out."""
+        labels = self.labels
+        if labels is None:
             return self.derived()
-        return (literal,) if CallSite.parse(f"::{literal}").derived else ()
+        return tuple(label for label in labels if CallSite.parse(f"::{label}").derived)
 
     def derived(self) -> tuple[str, ...]:
         """The places of an attention call that are meant."""
         return () if self.everything else tuple(name for name in DERIVED if self.takes(name))
+
+
+def at_call(region: Region, path: str) -> Region:
+    """The same part of a value at a call: in one of an attention call, heads and positions are axes of their own.
+
+    Queries, keys, values, scores and patterns are ``(batch, heads, positions, ...)``; so is what their softmax returns.
+    """
+    if not has_heads_first(path):
+        return region
+    unit_dim = -3 if region.heads is not None and region.unit_dim == -1 else region.unit_dim
+    return replace(region, unit_dim=unit_dim, position_dim=-2 if region.position_dim == 1 else region.position_dim)
+
+
+class FindModules(Protocol):
+    """What finds modules in one model, as :func:`tdcache.selection.select` does."""
+
+    def __call__(self, selector: Selector, *, match: Match, allow_empty: bool) -> Selection:
+        """The sites that ``selector`` means."""
+
+
+def split_selector(selector: Selector) -> tuple[Selector | None, tuple[str, ...]]:
+    """The part of a selector that speaks of modules (None if there is none), and the selectors of calls in it.
+
+    Raises:
+        SelectionError: a selector of calls is not well formed.
+    """
+    if isinstance(selector, str):
+        if not is_call(selector):
+            return selector, ()
+        CallPattern.parse(selector)
+        return None, (selector,)
+    if not isinstance(selector, Sequence) or isinstance(selector, bytes):
+        return selector, ()
+    parts = [split_selector(member) for member in selector]
+    calls = tuple(call for _, found in parts for call in found)
+    return ([part for part, _ in parts if part is not None] or None) if calls else selector, calls

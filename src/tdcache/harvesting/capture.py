@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from tdcache.caching import ActivationCaching
 from tdcache.errors import CaptureError, RepeatedCallWarning, SelectionError, listed
+from tdcache.function_calls.places import port_of
+from tdcache.function_calls.sites import has_heads_first
 from tdcache.harvesting.calling import Inputs, as_evaluated, call_model, model_device, to_device
 from tdcache.harvesting.options import HarvestOptions
 from tdcache.harvesting.row_rule import BatchRows, row_dims
 from tdcache.harvesting.sharding import whole_tensor
-from tdcache.hooks import port_at
 from tdcache.modules import HookedModule
+from tdcache.place_modules import sites_of
 from tdcache.store.dtypes import DTYPES, count_lost
 from tdcache.types import Pick
 
@@ -60,13 +62,15 @@ class RowTaker:
         """Take the rows of one value."""
         path = key if isinstance(key, str) else key[-1]
         self.calls[path] = self.calls.get(path, 0) + 1
-        port = port_at(path, "fwd" if "output" in seen else "fwd_pre", self.pick)
+        port = port_of(path, "fwd" if "output" in seen else "fwd_pre", self.pick, module)
         tensor = port.read(module, seen["args"], seen["output"] if "output" in seen else seen["kwargs"])
         if not isinstance(tensor, Tensor):
             raise CaptureError(
                 f"pick={self.pick!r} gives {type(tensor).__name__}, no tensor, at {path!r}", paths=(path,)
             )
         tensor = whole_tensor(tensor.detach(), module, path)
+        if self.rows is not None and len(self.rows.grid) > 1 and has_heads_first(path) and tensor.dim() > 3:
+            tensor = tensor.transpose(1, 2)  # a row per token, with the heads among its features
         if tensor.layout != torch.strided:
             raise CaptureError(f"{path!r} gives a tensor of layout {tensor.layout}, which has no rows", paths=(path,))
         rows = self.rows
@@ -154,6 +158,8 @@ class BatchCapture:
             names=options.names,
         )
         self._inputs = Inputs.of(model, options.in_keys)
+        self.paths = sites_of(model, options.select, options.names, match=options.match).paths
+        """The paths of the selected sites, in the order of the model."""
 
     @contextmanager
     def open(self) -> Iterator[HookedModule]:
@@ -175,10 +181,9 @@ class BatchCapture:
                 start = time.perf_counter()
                 values = self.run(hooked, batch, rows)
                 seconds = time.perf_counter() - start
-                paths = self.paths(hooked)
         finally:
             self.taker.seen = None
-        return Look(values, self.losses(), {path: seen[path] for path in paths}, seconds)
+        return Look(values, self.losses(), {path: seen[path] for path in self.paths}, seconds)
 
     def run(self, hooked: HookedModule, batch: Any, rows: BatchRows | None) -> Mapping[str, Tensor]:
         """One forward; the kept rows of every site (or whole values), copied to the CPU, valid for good.
@@ -193,7 +198,7 @@ class BatchCapture:
         else:
             call_model(hooked, to_device(batch, self.device), self._inputs)
         found: dict[str, Any] = dict(hooked.cache.items())
-        missing = [path for path in self.paths(hooked) if path not in found]
+        missing = [path for path in self.paths if path not in found]
         if missing:
             raise CaptureError(
                 f"{listed(missing)} saw no value in this forward, so rows would be missing; leave it out of select=",
@@ -207,11 +212,6 @@ class BatchCapture:
                 paths=tuple(again),
             )
         return found
-
-    def paths(self, hooked: HookedModule) -> tuple[str, ...]:
-        """Return the paths of the selected sites, in the order of the model."""
-        recorder = hooked.hooking_context.recorder
-        return tuple(recorder.channels[0].paths)
 
     def losses(self) -> Losses:
         """What the dtype could not hold, since the last call."""

@@ -54,6 +54,7 @@ def harvest(
     recheck: bool = True,
     in_keys: Sequence[Any] | None = None,
     columns: Sequence[str] | Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
     names: Names | None = None,
     upload: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -105,6 +106,8 @@ def harvest(
             are found by the names of its arguments.
         columns: numbers to store beside the rows, one per sample or one per token: names of entries of the batches, or
             ``{name: key, index or function(batch)}``.
+        tokenizer: of the token ids, a tokenizer or the name that it is loaded by; the name is stored, for
+            :meth:`ActivationDataset.text`.
         names: the canonical names of the model, ``tdcache.names(model)``; ``select`` then means names, which the sites
             are called by in the store.
         upload: a URL that fsspec knows, such as ``"s3://bucket/a.acts"`` (extra ``remote``), where each shard is sent
@@ -123,8 +126,7 @@ def harvest(
     """
     request = Request.of(model, data, path, HarvestOptions.among(locals()))
     share, sent = Share.of(model, rank, world), None if upload is None else (upload, storage_options)
-    run = HarvestRun.begun(request, share, resume=resume, shown=progress, files=files, upload=sent)
-    run.go(recheck=recheck)
+    HarvestRun.begun(request, share, resume=resume, shown=progress, files=files, upload=sent).go(recheck=recheck)
     return ActivationDataset.open(request.folder)
 
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from tdcache.errors import SpecError
+from tdcache.named_places import NamedPlace
 
-__all__ = ["identity_of", "spelled_positions"]
+__all__ = ["identity_of", "spelled_place", "spelled_positions"]
 
 _DEEPEST = 8  # functions that call functions: what is below changes with what is above, or is a library's
 
@@ -226,3 +227,11 @@ def _state_of(value: Any) -> dict[str, Any]:
         return {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
     slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
     return {**{name: getattr(value, name) for name in slots if hasattr(value, name)}, **getattr(value, "__dict__", {})}
+
+
+def spelled_place(place: NamedPlace) -> dict[str, Any]:
+    """What a place means, in JSON's types: one store or file can tell by it whether another means the same."""
+    said = {name: getattr(place, name) for name in ("path", "side", "pick", "call", "heads", "order")}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in said.items() if value is not None
+    }

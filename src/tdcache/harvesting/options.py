@@ -47,6 +47,7 @@ class HarvestOptions:
     tag: str | None = None
     in_keys: Sequence[Any] | None = None
     columns: Sequence[str] | Mapping[str, Any] | None = None
+    tokenizer: Any = None
     names: Names | None = None
     held_on: torch.device | str = "cpu"
     """Where rows are kept until they are used; files are written from the CPU."""

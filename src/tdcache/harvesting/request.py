@@ -10,9 +10,10 @@ from typing import Any, Self
 
 from torch import nn
 
+from tdcache.errors import SelectionError
 from tdcache.harvesting.capture import BatchCapture
 from tdcache.harvesting.columns import OwnColumns
-from tdcache.harvesting.identity import identity_of, spelled_positions
+from tdcache.harvesting.identity import identity_of, spelled_place, spelled_positions
 from tdcache.harvesting.options import HarvestOptions
 from tdcache.harvesting.plan import Budget, Preflight, Probe, batches_per_unit, model_fingerprint, probe
 from tdcache.harvesting.row_rule import RowKind, RowRule, as_drops, as_kind, as_positions
@@ -20,9 +21,6 @@ from tdcache.harvesting.sharding import refuse_shards
 from tdcache.harvesting.sizes import as_bytes, as_count, dtype_name
 from tdcache.harvesting.source import Source
 from tdcache.harvesting.workers import Share
-from tdcache.named_places import spelled_place
-from tdcache.selection import select as select_sites
-from tdcache.stand_ins import named_selection
 from tdcache.store.spec import read_spec
 
 __all__ = ["Request"]
@@ -52,20 +50,17 @@ class Request:
             SelectionError: nothing selected, or an option that means nothing.
             StoreError: the order of the data is random.
         """
-        if options.names is None:
-            paths = select_sites(model, options.select, match=options.match).paths
-        else:
-            paths = named_selection(model, options.names, options.select, match=options.match).paths
+        capture = BatchCapture(model, options)
         return cls(
             folder=Path(path),
             options=options,
-            capture=BatchCapture(model, options),
+            capture=capture,
             source=Source(data, batch_size=options.batch_size, collate=options.collate),
-            paths=paths,
+            paths=capture.paths,
             rule={"drop": as_drops(options.drop), "positions": as_positions(options.positions)},
             kind=as_kind(options.rows),
             budget=Budget(as_count(options.max_rows), as_bytes(options.max_bytes)),
-            columns=OwnColumns.of(options.columns, paths),
+            columns=OwnColumns.of(options.columns, capture.paths),
         )
 
     def probe(self) -> Probe:
@@ -88,6 +83,8 @@ class Request:
         }
         if options.in_keys is not None:
             found["in_keys"] = [key if isinstance(key, str) else list(key) for key in options.in_keys]
+        if options.tokenizer is not None:
+            found["tokenizer"] = _name_of(options.tokenizer)
         if options.names is not None:
             found["names"] = {path: spelled_place(options.names[path]) for path in self.paths}
         if self.columns.sources:
@@ -133,3 +130,18 @@ class Request:
             batch = self.source.first()
             seen["columns"] = self.columns.describe(batch, self.row_rule(seen)(batch, first=0))
         return {**asked, **seen, "sites": sites}, found
+
+
+def _name_of(tokenizer: Any) -> str:
+    """What a tokenizer is loaded by.
+
+    Raises:
+        SelectionError: it does not say.
+    """
+    name = tokenizer if isinstance(tokenizer, str) else getattr(tokenizer, "name_or_path", None)
+    if not isinstance(name, str) or not name:
+        raise SelectionError(
+            f"tokenizer= is a name, or a tokenizer that knows its own (name_or_path); got {type(tokenizer).__name__}",
+            selector=tokenizer,
+        )
+    return name

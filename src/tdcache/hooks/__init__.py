@@ -1,4 +1,8 @@
-"""Hooks: the directions, their registration, and ready ones for one's own contexts."""
+"""Hooks: the table of directions, registration, and ready-made hooks for contexts of your own.
+
+Nothing above this package calls torch's ``register_*`` methods, so that order, removal, threads, copies of the model
+and compiled graphs are handled in one place.
+"""
 
 from tdcache.hooks.attach import attach, attach_outputs, attach_ports, bracket, register_hook_to_module
 from tdcache.hooks.directions import DIRECTIONS, Direction, direction_row

@@ -1,7 +1,7 @@
-"""The only place where torch hooks are added: one at a time, or all of them or none.
+"""The only place where torch hooks are added, one at a time or many at once, all or none.
 
-At one site our hooks run in the order of :class:`Order`, whatever order they were added in: edits before captures, so
-that a capture sees the final value, and a stop after both. ``prepend=True`` puts a hook in front of all that is there.
+At one site this library's hooks run in the order of :class:`Order`, whatever order they were added in: edits before
+captures, so that a capture sees the final value, and a stop after both. ``prepend=True`` puts a hook before all others.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from tdcache.hooks.registrations import (
     Order,
     Registration,
     behind,
-    one_at_a_time,
     order_of,
 )
-from tdcache.hooks.threads import current_fence
+from tdcache.hooks.threads import active_fence, note_placed, one_at_a_time
 from tdcache.hooks.transient import Transient
 from tdcache.introspect import hooks_always_called, next_registration, post_hooks, pre_hooks
 from tdcache.types import HookDirection, Removable
@@ -50,16 +49,23 @@ __all__ = [
 
 
 class AttachedElsewhere(nn.Module):
-    """Stands for a place that is no module: a hook that is registered on it is put there."""
+    """A place that is not a module, such as a function call; hooks registered on it are attached there."""
 
     def attach_hook(self, hook: Callable[..., Any], direction: HookDirection, order: int) -> Removable:
         """Put a hook at the place; it is called as hooks of ``direction`` are."""
+        return self.attach_hooks([(self, hook)], direction, order)
+
+    @classmethod
+    def attach_hooks(
+        cls, pairs: Iterable[tuple[Any, Callable[..., Any]]], direction: HookDirection, order: int
+    ) -> Removable:
+        """Put a hook at each of several places."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class UserHook(Transient):
-    """A hook that a user wrote, with the path it was registered at; calls it and nothing else."""
+    """Wraps a hook that a user wrote, to give it the path that it was registered at."""
 
     hook: Callable[..., Any]
     path: str
@@ -67,7 +73,7 @@ class UserHook(Transient):
     order: int
 
     def __call__(self, *args: Any) -> Any:
-        """Pass the call on to the hook."""
+        """Call the user's hook."""
         return self.hook(*args)
 
 
@@ -79,14 +85,14 @@ def attach(
     order: int = Order.EDIT,
     path: str = "",
 ) -> Removable:
-    """Register ``hook`` on ``module``; the signature is trusted.
+    """Register ``hook`` on ``module`` without checking its signature.
 
     Args:
-        module: where.
+        module: the module, or a place that is not one.
         hook: called with the parameters of the direction's row.
         direction: a key of :data:`~tdcache.hooks.directions.DIRECTIONS`.
-        order: one of :class:`Order`. The hook must answer to an ``order`` attribute of that value (itself, or the
-            object it is a bound method of) to keep its place when others are added later.
+        order: one of :class:`Order`. The hook (or the object that it is a bound method of) must have an attribute
+            ``order`` of that value to keep its position when others are added later.
         path: the name for messages.
     """
     if direction in ("fwd", "fwd_kwargs", "fwd_pre", "fwd_pre_kwargs"):
@@ -97,18 +103,18 @@ def attach(
 
 
 class TransientGradOutputHook(Transient, GradOutputHook):
-    """A gradient hook that is left out of copies of its module; those of a hook point go with it."""
+    """A gradient hook that is left out of copies of its module, unlike those of a hook point."""
 
 
 class TransientGradInputHook(Transient, GradInputHook):
-    """The same for hooks that see both gradients."""
+    """Like :class:`TransientGradOutputHook`, for hooks that see both gradients."""
 
 
 def attach_gradient(module: nn.Module, watcher: GradOutputHook | GradInputHook) -> Removable:
     """Register the forward hooks of a gradient hook."""
     order = watcher.order
     handles = []
-    if isinstance(watcher, GradInputHook):  # first: at a place that is no module, both stand in one row
+    if isinstance(watcher, GradInputHook):  # input first: a place that is not a module has one list of hooks for both
         handles.append(_register(module, watcher.on_input, "fwd_pre_kwargs", order))
     handles.append(_register(module, watcher.on_output, "fwd", order))
     return GradientHandle(watcher, handles)
@@ -118,8 +124,8 @@ def _register(module: nn.Module, hook: Callable[..., Any], direction: HookDirect
     if isinstance(module, AttachedElsewhere):
         return module.attach_hook(hook, direction, order)
     prepend, with_kwargs = order == Order.FIRST, direction.endswith("kwargs")
-    hook = behind(current_fence(), hook)
     with one_at_a_time:
+        hook = behind(active_fence(), hook)
         register: Callable[..., RemovableHandle]
         if direction.startswith("fwd_pre"):
             register = _registering(module).register_forward_pre_hook
@@ -130,36 +136,40 @@ def _register(module: nn.Module, hook: Callable[..., Any], direction: HookDirect
         handle = register(module, hook, prepend=prepend, with_kwargs=with_kwargs)
         if not prepend:
             settle(hooks, order)
-    return Registration(handle)
+        registration = Registration(handle)
+        note_placed(registration)
+    return registration
 
 
 def _registering(module: nn.Module) -> type[nn.Module]:
-    """Whose methods register: those of a TorchScript module refuse, though its calls from Python run hooks."""
+    """The class whose registration methods to call: a TorchScript module's refuse, although it runs hooks."""
     return nn.Module if isinstance(module, torch.jit.ScriptModule) else type(module)
 
 
 def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle: MultiHookHandle, order: int) -> None:
-    """Register a forward hook per pair: :func:`attach` for many at a third of the cost; ``handle`` takes them in.
+    """Register a forward hook per pair: :func:`attach` for many, at a third of the cost; ``handle`` owns them.
 
-    torch numbers registrations over all modules, so that one number may serve for all of these: no handle per module
-    is needed, only the dicts to remove it from.
+    torch numbers registrations across all modules, so one number can serve for all of these: removing needs that number
+    and the modules' dicts, but no handle per module.
     """
-    fence = current_fence()
-    with one_at_a_time:  # torch's counter is not safe with threads either: one number twice would lose a hook
+    with one_at_a_time:  # torch's counter is not thread-safe: a number used twice would lose a hook
         number = next_registration()
         placed = NumberedRegistrations(number)
         handle.add(placed)
+        note_placed(placed)
+        fence = active_fence()
         taken_in = placed.dicts.append
+        elsewhere: list[tuple[AttachedElsewhere, Callable[..., Any]]] = []
         for module, hook in pairs:
             if isinstance(module, AttachedElsewhere):
-                handle.add(module.attach_hook(hook, "fwd", order))
+                elsewhere.append((module, hook))
                 continue
             hooks = post_hooks(module)
             if not hooks and fence is None:  # the common case
                 hooks[number] = hook
                 taken_in(hooks)
                 continue
-            if number in hooks:  # the module has several names, and a hook for each
+            if number in hooks:  # the module has several names, each with its own hook
                 handle.add(attach(module, hook, "fwd", order=order))
                 continue
             hooks[number] = behind(fence, hook)
@@ -168,12 +178,14 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
                 hooks.move_to_end(number, last=False)
             else:
                 settle(hooks, order)
+        if elsewhere:
+            handle.add(elsewhere[0][0].attach_hooks(elsewhere, "fwd", order))
 
 
 def attach_ports(
     taps: Iterable[tuple[nn.Module, PortHook]], direction: HookDirection, handle: MultiHookHandle, order: int
 ) -> None:
-    """Register the ``on_call`` of each tap at its side of a module; ``handle`` takes the registrations in."""
+    """Register the ``on_call`` of each tap on the input or output of its module; ``handle`` owns the registrations."""
     if direction == "fwd":
         attach_outputs(((module, tap.on_call) for module, tap in taps), handle, order)
         return
@@ -185,16 +197,17 @@ class PortHook(Protocol):
     """A tap at a port: one method for outputs ``(module, args, output)`` and inputs ``(module, args, kwargs)``."""
 
     def on_call(self, module: nn.Module, args: Any, rest: Any, /) -> Any:
-        """See the value; what is returned, if not None, takes its place."""
+        """Receive the value; a return value other than None replaces it."""
 
 
 def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None], handle: MultiHookHandle) -> None:
-    """Call ``begin`` before and ``end`` after every forward of ``root``, also one that raises."""
-    fence = current_fence()
+    """Call ``begin`` before and ``end`` after every forward of ``root``, including one that raises."""
     with one_at_a_time:
         number = next_registration()
         placed = NumberedRegistrations(number)
         handle.add(placed)
+        note_placed(placed)
+        fence = active_fence()
         before, after = placed.dicts = [pre_hooks(root), post_hooks(root)]
         before[number] = behind(fence, begin)
         before.move_to_end(number, last=False)
@@ -204,7 +217,7 @@ def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None
 
 
 def settle(hooks: Any, order: int) -> None:
-    """Move our hooks that come after ``order`` behind the one that was just added to the ordered dict ``hooks``."""
+    """Move hooks of a higher ``order`` after the one that was just added to the ordered dict ``hooks``."""
     if len(hooks) < 2:
         return
     ranked = [(order_of(hook), key) for key, hook in hooks.items()]
@@ -238,13 +251,13 @@ def check_signature(hook: Callable[..., Any], row: Direction) -> None:
     """Refuse a hook that cannot be called with the direction's parameters.
 
     Raises:
-        HookSignatureError: it names the parameters that are expected and those that are there.
+        HookSignatureError: it names the parameters that are expected and those that the hook has.
     """
     if not callable(hook):
         raise HookSignatureError(f"a hook is a callable ({', '.join(row.params)}), got {hook!r}")
     try:
         signature = inspect.signature(hook)
-    except (TypeError, ValueError):  # some builtins have none; the call itself will tell
+    except (TypeError, ValueError):  # some builtins have no signature; calling them will show
         return
     try:
         signature.bind(*row.params)

@@ -1,8 +1,8 @@
-"""Compiled models: the one place where graphs of ``torch.compile`` are kept from running.
+"""Compiled models: the one place that keeps graphs of ``torch.compile`` from running.
 
-``torch.compile`` does not guard on hooks (``skip_nnmodule_hook_guards``, pytorch#117758). Hooks that are there when a
-model is first traced become part of its graph; hooks that come later are silently never called. What a graph cannot
-do as well as Python (gradients, reducers, edits that look at values) is not left to it either.
+``torch.compile`` does not guard on hooks (``skip_nnmodule_hook_guards``, pytorch#117758). Hooks that exist when a model
+is first traced become part of its graph; hooks that are added later are silently never called. Hooks that a graph
+cannot run faithfully (gradients, reducers, edits that depend on values) must not be traced either.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ __all__ = ["refuse_scripted", "running_eagerly"]
 def running_eagerly(
     model: nn.Module, *, fits_graph: bool = False, tell: bool = False
 ) -> AbstractContextManager[None, None]:
-    """Have ``model`` run without its compiled graphs inside the block, where those would not do what its hooks do.
+    """Make ``model`` run eagerly inside the block if its compiled graphs would ignore its hooks.
 
-    Everything that is compiled runs eagerly meanwhile, in all threads: a graph that calls the model may be that of any
-    function. For a model that no graph has to do with, nothing changes.
+    All compiled code runs eagerly meanwhile, in all threads, since any compiled function may contain the model. Nothing
+    changes for a model that is part of no graph.
 
     Args:
-        model: what the hooks are on.
-        fits_graph: the hooks may become part of a graph that is not made yet.
-        tell: warn, once per model, if it is compiled and no graph was made yet: the user may expect one to be used.
+        model: the hooked model.
+        fits_graph: whether the hooks may become part of a graph that does not exist yet.
+        tell: warn, once per model, if it is compiled and has no graph yet, since the user may expect one to be used.
     """
     if not may_be_compiled(model):
         return _AS_IT_IS
@@ -50,9 +50,9 @@ _AS_IT_IS = nullcontext()
 
 
 class _EagerStance:
-    """The stance of ``torch.compile`` while anybody is in the block: the first sets it, the last to leave restores it.
+    """Sets the stance of ``torch.compile``: the first block to be entered sets it, the last one to exit restores it.
 
-    Blocks may be left in any order, which the stances of torch themselves do not allow.
+    Blocks may exit in any order, which torch's own stances do not support.
     """
 
     def __init__(self) -> None:

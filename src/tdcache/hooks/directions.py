@@ -1,4 +1,8 @@
-"""The table of directions: for each, what a hook is called with, what is taken, and what a returned value replaces."""
+"""The table of directions: for each, the parameters of a hook, the captured value, and what a return value replaces.
+
+All code that depends on a direction reads this table, so that adding one or reading its meaning needs no search for
+``if direction == ...``.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ class Direction:
     returns: str
     """The parameter that a returned value replaces."""
     noun: str
-    """What the value is called in cache keys such as ``"run.linear2_output"``."""
+    """The name of the value in cache keys such as ``"run.linear2_output"``."""
     gradient: bool = False
     """Whether the hook is called in the backward."""
 
@@ -80,7 +84,7 @@ def direction_row(direction: object) -> Direction:
     """The row of a direction.
 
     Raises:
-        DirectionError: there is none of this name.
+        DirectionError: there is no direction of this name.
     """
     row = DIRECTIONS.get(direction) if isinstance(direction, str) else None
     if row is None:

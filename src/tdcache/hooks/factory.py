@@ -1,4 +1,8 @@
-"""Ready hooks for one's own contexts: caching, setting, reading and stopping ones, each a small object with a repr."""
+"""Ready-made hooks for contexts of your own: they cache, set or read a value, or stop the forward.
+
+They are objects rather than closures so that a registered hook can be printed, and so that a loop over paths cannot
+bind the wrong variable.
+"""
 
 from __future__ import annotations
 
@@ -31,22 +35,22 @@ __all__ = [
 
 
 def read_at(port: Port, row: Direction, args: tuple[Any, ...]) -> Any:
-    """The tensor that is meant, among what a hook of the direction is called with.
+    """The tensor that the port picks from the arguments of a hook.
 
     Raises:
-        CaptureError: there is none.
+        CaptureError: there is no such tensor.
     """
     return port.read(*_at_port(row, args))
 
 
 def write_at(port: Port, row: Direction, args: tuple[Any, ...], new: Any) -> Any:
-    """What a hook of the direction returns, so that ``new`` takes the place of the value.
+    """The return value with which a hook replaces its value by ``new``.
 
     Args:
-        port: where the value is.
+        port: the port of the value.
         row: the direction.
-        args: what the hook is called with.
-        new: a tensor, for the tensor that is meant; or a whole value of the type that is there.
+        args: the arguments of the hook.
+        new: a tensor to replace the picked one, or a whole value of the same type as the old one.
 
     Raises:
         EditError: ``new`` does not fit, or there is nothing to replace.
@@ -74,16 +78,16 @@ def write_at(port: Port, row: Direction, args: tuple[Any, ...], new: Any) -> Any
 
 
 def _at_port(row: Direction, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a port is asked with, of what a forward hook is called with."""
+    """The arguments for a port's methods, from those of a forward hook."""
     if row.name == "fwd_kwargs":
         return args[0], args[1], args[3]
     return (*args, {}) if row.name == "fwd_pre" else args
 
 
 class CacheProxy:
-    """A value that will be in a cache: made before the forward, resolved when it is needed.
+    """A reference to a future cache entry: made before the forward, resolved when it is needed.
 
-    The cache is held weakly, so that a forgotten proxy keeps no activations alive.
+    It holds the cache weakly, so that a forgotten proxy does not keep activations alive.
     """
 
     def __init__(self, key: CacheKey, cache: Any) -> None:
@@ -91,7 +95,7 @@ class CacheProxy:
         self._cache = weakref.ref(cache)
 
     def resolve(self) -> Any:
-        """The value, or None where nothing was written yet.
+        """The value, or None if it has not been written yet.
 
         Raises:
             ValueError: the cache is gone.
@@ -157,7 +161,7 @@ def _refuse_extra(parameters: Iterable[inspect.Parameter], expected: tuple[str, 
 
 @dataclass(frozen=True, slots=True)
 class CachingHook:
-    """Writes the tensor that is meant, or what ``callback`` makes of the value, to ``cache[key]``."""
+    """Writes the picked tensor, or the result of ``callback``, to ``cache[key]``."""
 
     key: CacheKey
     cache: Any
@@ -184,10 +188,10 @@ class CachingHook:
 
 @dataclass(frozen=True, slots=True)
 class SettingHook:
-    """Replaces the value by ``value`` (a proxy is resolved when the hook runs), or by what ``callback`` returns.
+    """Replaces the value by ``value`` (a proxy is resolved when the hook runs), or by the result of ``callback``.
 
-    None leaves the value as it is. A tensor given for a structured value replaces the first tensor in it; in a
-    TensorDict module, the first entry that is the module's own.
+    None leaves the value unchanged. If the value is structured, a tensor replaces the first tensor in it; in a
+    TensorDict module, the first entry that the module itself wrote.
     """
 
     value: Any
@@ -206,14 +210,14 @@ class SettingHook:
 
 @dataclass(frozen=True, slots=True)
 class ReadingHook:
-    """Shows the value to ``callback`` and changes nothing."""
+    """Passes the value to ``callback`` and changes nothing."""
 
     callback: Callable[..., Any]
     row: Direction
     order: int = Order.CAPTURE
 
     def __call__(self, *args: Any) -> None:
-        """Show the value to the callback."""
+        """Call the callback with the value."""
         self.callback(**dict(zip(self.row.params, args, strict=True)), direction=self.row.name)
 
 
@@ -230,7 +234,7 @@ class StoppingHook:
 
 
 class HookFactory:
-    """Makes the hooks that one's own context registers; the table of directions has their parameters."""
+    """Makes hooks for contexts of your own; their parameters are in the table of directions."""
 
     @staticmethod
     def make_caching_hook(
@@ -239,8 +243,8 @@ class HookFactory:
         """A hook that writes the value to ``cache[key]``.
 
         Args:
-            key: where in the cache.
-            cache: a TensorDict, or an object whose ``resolve()`` gives one when the hook runs.
+            key: the key of the entry.
+            cache: a TensorDict, or an object whose ``resolve()`` returns one when the hook runs.
             callback: called with the direction's parameters, ``key=`` and ``direction=``; returns what is written.
                 Without it the value itself is written (the first tensor of a structured one), with its graph.
             direction: which value.
@@ -260,7 +264,7 @@ class HookFactory:
         """A hook that replaces the value.
 
         Args:
-            value: the new value, or an object whose ``resolve()`` gives it when the hook runs.
+            value: the new value, or an object whose ``resolve()`` returns it when the hook runs.
             callback: called with the direction's parameters, ``value=`` and ``direction=``; returns the new value, or
                 None for no change.
             direction: which value.

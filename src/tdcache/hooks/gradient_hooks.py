@@ -1,6 +1,6 @@
-"""Hooks that a user writes for gradients: called as torch calls backward hooks, without torch's backward hooks.
+"""Gradient hooks that users write: they have the signature of torch's full backward hooks, without using those.
 
-What is registered on the module are forward hooks; they set the tensor hooks of :mod:`tdcache.hooks.gradients`.
+Forward hooks on the module register the tensor hooks of :mod:`tdcache.hooks.gradients`, which explains why.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from tdcache.errors import InplaceModificationError
 from tdcache.hooks.gradients import Grads, alias_inputs, watch_outputs
 from tdcache.hooks.loans import OpenCalls, lend
-from tdcache.hooks.threads import Fence
 from tdcache.hooks.values import exchanged, leaves
 
 __all__ = ["GradInputHook", "GradOutputHook", "GradientHandle", "overwritten_input"]
 
 ForCall = Callable[[], Callable[..., Any]]
-"""Gives, in the forward, the hook for the gradients of that very call."""
+"""Returns, during a forward, the hook for the gradients of that call."""
 
 
 def overwritten_input(where: str) -> InplaceModificationError:
@@ -38,12 +37,12 @@ class _GradHook:
 
     Args:
         hook: the hook.
-        order: where it stands among the hooks of the module.
+        order: its position among the hooks of the module.
         path: the name for messages.
-        for_call: gives the hook of one call, where it differs from call to call.
+        for_call: returns the hook of one call, if each call has its own.
     """
 
-    use = "watch"  # at a value that is derived from an attention call: the output is made to depend on it
+    use = "watch"  # a value derived from an attention call is made part of the graph, so that it gets a gradient
 
     def __init__(self, hook: Callable[..., Any], order: int, path: str = "", for_call: ForCall | None = None) -> None:
         self.hook = hook
@@ -62,8 +61,8 @@ class _GradHook:
 class GradOutputHook(_GradHook):
     """A forward hook that calls ``hook(module, grad_output)`` when the gradient of the output arrives.
 
-    ``grad_output`` is a tuple with an entry per output tensor, None where no gradient came. What the hook returns, if
-    not None, replaces it.
+    ``grad_output`` is a tuple with one entry per output tensor, None for one without a gradient. A return value other
+    than None replaces it.
     """
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -83,26 +82,25 @@ class _OutputCall:
         self.hook = hook
 
     def on_grads(self, grads: Grads) -> Grads | None:
-        """Pass the gradients on to the hook, unless it was removed in the meantime."""
+        """Call the hook with the gradients, unless it has been removed."""
         return _as_grads(self.hook(self.module, grads), len(grads)) if self.tap.alive else None
 
 
 class GradInputHook(_GradHook):
-    """Forward hooks that call ``hook(module, grad_input, grad_output)`` once both gradients are there.
+    """Forward hooks that call ``hook(module, grad_input, grad_output)`` once both gradients have arrived.
 
-    Both are tuples, as torch's full backward hooks have them: ``grad_input`` with an entry per tensor among the
-    arguments (positional, then keyword), None where it needs no gradient; ``grad_output`` with one per output tensor.
-    What the hook returns, if not None, replaces ``grad_input``. Where no input needs a gradient the hook is called when
-    ``grad_output`` arrives.
+    Both are tuples, as for torch's full backward hooks: ``grad_input`` has one entry per tensor argument (positional,
+    then keyword), None for one that does not require grad; ``grad_output`` has one per output tensor. A return value
+    other than None replaces ``grad_input``. If no input requires grad, the hook is called when ``grad_output`` arrives.
     """
 
     def __init__(self, hook: Callable[..., Any], order: int, path: str = "", for_call: ForCall | None = None) -> None:
         super().__init__(hook, order, path, for_call)
         self._open = OpenCalls()
-        self._calls: list[_InputCall] = []  # a stack beside it: a module may call itself
+        self._calls: list[_InputCall] = []  # a stack, since a module may call itself
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Hand the module aliases of the inputs that need a gradient, and watch those."""
+        """Replace the inputs that require grad by aliases, and watch those."""
         tensors = [tensor for _, tensor in leaves((args, kwargs))]
         graph = torch.is_grad_enabled()
         needs = [graph and tensor.requires_grad for tensor in tensors]
@@ -117,7 +115,7 @@ class GradInputHook(_GradHook):
         return (args, kwargs) if needing else None
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Watch the gradient of the output that belongs to the latest input."""
+        """Watch the gradient of the output of the innermost open call."""
         call = self._calls.pop()
         where = self.path or type(module).__name__
         if self._open.end(output):
@@ -125,7 +123,7 @@ class GradInputHook(_GradHook):
         return _watch_whole(module, args, output, call.on_outputs, where)
 
     def forget(self) -> None:
-        """Let go of calls that an exception ended."""
+        """Drop calls that an exception left open."""
         self._open.forget()
         self._calls.clear()
 
@@ -146,13 +144,13 @@ class _InputCall:
         self.grad_output: Grads = ()
 
     def on_outputs(self, grads: Grads) -> None:
-        """Keep the gradients of the outputs until those of the inputs are there."""
+        """Keep the gradients of the outputs until those of the inputs arrive."""
         self.grad_output = grads
         if not self.watched and self.tap.alive:
             self.hook(self.module, (None,) * len(self.needs), grads)
 
     def __call__(self, grads: Grads) -> Grads | None:
-        """Call the hook with the gradients of the inputs; gives those that go on."""
+        """Call the hook with the gradients of the inputs; returns those to propagate."""
         if not self.tap.alive:
             return None
         full = _spread(grads, self.needs)
@@ -163,7 +161,7 @@ class _InputCall:
 def _watch_whole(
     module: nn.Module, args: Any, output: Any, on_grads: Callable[[Grads], Grads | None], where: str
 ) -> Any:
-    """Call ``on_grads`` with the gradients of all tensors in ``output``; gives a new output where one is needed."""
+    """Call ``on_grads`` with the gradients of all tensors in ``output``; returns a new output if it must change."""
     if not torch.is_grad_enabled():
         return None
     tensors = [tensor for _, tensor in leaves(output)]
@@ -178,7 +176,7 @@ def _watch_whole(
 
 
 class _Spread:
-    """Calls a watcher of all tensors with the gradients of those that need one."""
+    """Adapts a watcher of all tensors to the gradients of those that require grad."""
 
     __slots__ = ("needs", "on_grads")
 
@@ -201,7 +199,7 @@ def _gathered(grads: Grads, needs: list[bool]) -> Grads:
 
 
 def _as_grads(returned: Any, count: int) -> Grads | None:
-    """What a gradient hook returned, as a tuple: None, a bare tensor, or a tuple with an entry per tensor."""
+    """The return value of a gradient hook (None, a tensor, or a tuple with one entry per tensor) as a tuple or None."""
     if returned is None:
         return None
     grads = (returned,) if isinstance(returned, Tensor) else tuple(returned)
@@ -211,31 +209,26 @@ def _as_grads(returned: Any, count: int) -> Grads | None:
 
 
 class GradientHandle:
-    """Removes the forward hooks of a gradient hook, and silences the tensor hooks that already sit on a graph."""
+    """Removes the forward hooks of a gradient hook, and silences its tensor hooks on existing graphs."""
 
     def __init__(self, tap: GradOutputHook | GradInputHook, handles: Sequence[Any]) -> None:
         self._tap = tap
         self._handles = handles
 
     def mute(self) -> None:
-        """Silence the hook without giving up its place."""
+        """Silence the hook; it keeps its position."""
         self._tap.alive = False
         for handle in self._handles:
             handle.mute()
 
     def unmute(self) -> None:
-        """Let it act again."""
+        """Let the hook act again after :meth:`mute`."""
         self._tap.alive = True
         for handle in self._handles:
             handle.unmute()
 
-    def put_behind(self, fence: Fence) -> None:
-        """Have it act in no thread that is fenced off."""
-        for handle in self._handles:
-            handle.put_behind(fence)
-
     def remove(self) -> None:
-        """Remove; a second call does nothing."""
+        """Remove the hooks; a second call does nothing."""
         self._tap.alive = False
         for handle in self._handles:
             handle.remove()

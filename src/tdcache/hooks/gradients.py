@@ -1,9 +1,9 @@
-"""Gradients at the boundary of a module, by tensor hooks.
+"""Gradients of a module's inputs and outputs, by tensor hooks.
 
-torch's full backward hooks fail before an in-place operation, cost ten times as much and go on firing after they were
-removed. Here a forward hook sets a tensor hook on the tensor that is meant. Where the module did not compute that
-tensor (it is an input, a parameter, or an input that is handed on), the hook is set on an alias that takes the tensor's
-place: the gradient of the tensor itself would be the sum over everything else that uses it.
+torch's full backward hooks fail before an in-place operation, cost ten times as much and keep firing after they are
+removed. Here a forward hook registers a tensor hook on the picked tensor. If the module did not compute that tensor (it
+is an input, a parameter, or an input that the module returns), the tensor is replaced by an alias and the hook is
+registered on that: the gradient of the tensor itself would be the sum over all its other uses.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tdcache.errors import InplaceModificationError
+from tdcache.hooks.consumers import backward_consumers
 from tdcache.hooks.values import leaves
 from tdcache.introspect import add_tensor_hook, keyword_arguments
 
@@ -34,14 +35,14 @@ __all__ = [
 
 Grads = tuple[Tensor | None, ...]
 OnGrad = Callable[[Tensor], Tensor | None]
-"""What is called with the gradient of one tensor; what it returns, if not None, goes on in its place."""
+"""Called with the gradient of one tensor; a return value other than None replaces it."""
 OnGrads = Callable[[Grads], Grads | None]
 
 _PASSAGE = "_tdcache_passage"
 
 
 def handed_on(module: nn.Module, tensor: Tensor, args: tuple[Any, ...]) -> bool:
-    """Whether a module handed this tensor on, which is then one of its arguments."""
+    """Whether a module returned one of its arguments, namely this tensor."""
     if len(args) == 1 and isinstance(args[0], Tensor):  # the common case, and a hot path
         if args[0] is tensor:
             return True
@@ -55,46 +56,46 @@ def handed_on(module: nn.Module, tensor: Tensor, args: tuple[Any, ...]) -> bool:
 
 
 def takes_names(module: nn.Module) -> bool:
-    """Whether ``module`` can be called with arguments by name beside a positional one."""
+    """Whether ``module`` can be called with keyword arguments in addition to a positional one."""
     code = getattr(module.forward, "__code__", None)
     return code is None or code.co_argcount + code.co_kwonlyargcount != 2 or code.co_flags & CO_VARKEYWORDS != 0
 
 
 def watch_output(module: nn.Module, args: Any, tensor: Tensor, on_grad: OnGrad, where: str) -> Tensor:
-    """Have ``on_grad`` called with the gradient of a tensor that ``module`` returns.
+    """Call ``on_grad`` with the gradient of a tensor that ``module`` returns.
 
     Args:
-        module: whose output it is.
-        args: what it was called with.
-        tensor: requires grad.
+        module: the module that returned it.
+        args: the arguments of the module.
+        tensor: the tensor, which requires grad.
         on_grad: called once per backward.
         where: the path, for messages.
 
     Returns:
-        The tensor to return in its place: itself, or an alias.
+        The tensor to return instead: itself or an alias.
 
     Raises:
         InplaceModificationError: in the backward, where a later in-place operation hides the gradient.
     """
-    if not torch.is_grad_enabled():  # an alias would cut what is handed on from its graph
+    if not torch.is_grad_enabled():  # an alias would cut the returned input off from its graph
         return tensor
     if tensor.is_leaf or handed_on(module, tensor, args):
         return _Passage.through(module, (tensor,), _TensorWatcher(on_grad), where)[0]
     passage = _passage_of(tensor, module, is_input=False)
     if passage is None:
         watch_made(tensor, on_grad, where)
-    else:  # an alias that a hook before this one made in the same call
+    else:  # an alias that an earlier hook made in the same call
         passage.watchers.append(_TensorWatcher(on_grad, passage.ids.index(id(tensor))))
     return tensor
 
 
 def watch_made(tensor: Tensor, on_grad: OnGrad, where: str) -> None:
-    """Have ``on_grad`` called with the gradient of a tensor that the module at ``where`` computed."""
+    """Call ``on_grad`` with the gradient of a tensor that the module at ``where`` computed."""
     base = tensor._base
     if base is None or torch.compiler.is_compiling():
         add_tensor_hook(tensor, on_grad)
         return
-    # An in-place operation on a view, or on what it is a view of, takes the view and its hook out of the graph.
+    # An in-place operation on a view or on its base removes the view, with its hook, from the graph.
     guard = _Guard(tensor, where)
     add_tensor_hook(tensor, _Guarded(on_grad, guard))
     if not base.is_leaf:
@@ -102,7 +103,7 @@ def watch_made(tensor: Tensor, on_grad: OnGrad, where: str) -> None:
 
 
 class _TensorWatcher:
-    """A watcher of one tensor among those of a passage."""
+    """A watcher of one of the tensors of a passage."""
 
     __slots__ = ("index", "on_grad", "tap")
 
@@ -119,7 +120,7 @@ class _TensorWatcher:
 
 
 class _Guard:
-    """A tensor hook on the base of a watched view: refuses to let a gradient that went past the view go unnoticed."""
+    """A tensor hook on the base of a watched view: raises if a gradient bypassed the view."""
 
     __slots__ = ("content", "fired", "version", "where")
 
@@ -134,7 +135,7 @@ class _Guard:
             self.check()
 
     def check(self) -> None:
-        """Refuse a gradient that is not the whole one."""
+        """Raise if the gradient that arrived is incomplete."""
         if self.content._version != self.version:
             raise InplaceModificationError(
                 f"the output of {self.where!r} is a view that was changed in place afterwards, so the gradient there "
@@ -145,7 +146,7 @@ class _Guard:
 
 
 class _Guarded:
-    """A tensor hook on a view that was computed: passes the gradient on if it is whole."""
+    """A tensor hook on a computed view: calls ``on_grad`` if the gradient is complete."""
 
     __slots__ = ("guard", "on_grad")
 
@@ -160,13 +161,13 @@ class _Guarded:
 
 
 class _Gate(torch.autograd.Function):
-    """An identity over several tensors whose backward sees all their gradients at once."""
+    """The identity on several tensors; its backward receives all their gradients together."""
 
     @staticmethod
     def forward(ctx: Any, on_grads: OnGrads, copies: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.on_grads = on_grads
         ctx.set_materialize_grads(False)
-        # torch refuses in-place operations on several views from one node; outputs are copied, so that they may follow.
+        # torch refuses in-place operations on several views from one node; copies of the outputs allow them.
         return tuple(tensor.clone() if copies else tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
@@ -176,25 +177,27 @@ class _Gate(torch.autograd.Function):
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    # The backward of a view makes a new tensor over the same memory, of which two leaves would each take possession as
-    # their .grad, and then accumulate into each other's; that of alias hands the very gradient on.
+    # The backward of a view makes a new tensor over the same memory. Two leaves would each adopt one as their .grad and
+    # then accumulate into each other's. The backward of alias passes the same gradient tensor on.
     alias: Tensor = torch.ops.aten.alias.default(tensor)
     return alias
 
 
 class _Passage:
-    """Tensors on their way in or out of one call of a module that did not compute them: their aliases and watchers.
+    """The aliases and watchers of tensors that enter or leave one call of a module that did not compute them.
 
-    All that watch one call share the aliases. Each with its own, the last one registered would see the gradient first,
-    and all but the first would be lost to a later in-place operation.
+    All watchers of a call share the aliases. If each had its own, the last one registered would see the gradient first,
+    and a later in-place operation would disconnect all but the first.
     """
 
-    __slots__ = ("content", "fired", "ids", "is_input", "is_out", "is_whole", "owner", "version", "watchers", "where")
+    __slots__ = (
+        "content", "fired", "ids", "is_input", "is_out", "is_whole", "output", "owner", "version", "watchers", "where"
+    )  # fmt: skip
 
     def __init__(self, owner: nn.Module, first: OnGrads, where: str, *, is_input: bool) -> None:
         self.owner = owner
         self.ids: tuple[int, ...] = ()
-        """The identities of the aliases, which must not be held here."""
+        """The ids of the aliases; a reference to them would keep the graph alive."""
         self.watchers = [first]
         self.where = where
         self.is_input = is_input
@@ -227,14 +230,15 @@ class _Passage:
         add_tensor_hook(alias, self.on_only)
         base = tensor if tensor._base is None else tensor._base
         if not base.is_leaf:
-            # Nothing here may hold the base: a tensor in its own hook would keep the graph alive until a collection.
+            # Do not hold the base: a tensor referred to by its own hook keeps the graph alive until a gc run.
             self.is_whole = base is tensor
             self.content, self.version = alias.detach(), alias._version
+            self.output = base.output_nr
             add_tensor_hook(base, self.on_base)
         return alias
 
     def __call__(self, grads: Grads) -> Grads | None:
-        """Call each watcher with what the one before returned."""
+        """Call each watcher with the result of the previous one."""
         self.fired = True
         changed = None
         for watcher in self.watchers:
@@ -244,11 +248,11 @@ class _Passage:
         return changed
 
     def watched_by(self, tap: object) -> bool:
-        """Whether one of the watchers is this tap's."""
+        """Whether one of the watchers belongs to this tap."""
         return any(getattr(watcher, "tap", None) is tap for watcher in self.watchers)
 
     def on_only(self, grad: Tensor) -> Tensor | None:
-        """The gradient of the only alias: not all of it where what is outside was changed in place and used again."""
+        """Receive the gradient of the only alias; it is incomplete if the outside tensor was changed in place."""
         if self.is_out and self._is_overwritten():
             raise self._untellable()
         return self.pass_on(grad)
@@ -261,12 +265,19 @@ class _Passage:
         return torch.zeros_like(grad) if changed[0] is None else changed[0]
 
     def on_base(self, grad: Tensor) -> Tensor | None:
-        """The gradient of what is aliased: of use where an in-place operation took the alias out of the graph."""
+        """Receive the gradient of the aliased tensor, in case an in-place operation cut the alias off the graph.
+
+        It is the alias' own gradient only if nothing but that operation uses the tensor.
+        """
         if self.fired or not self._is_overwritten():
             return None
-        if self.is_input or not self.is_whole:
+        if self.is_input or not self.is_whole or not self._is_used_once():
             raise self._untellable()
         return self.pass_on(grad)
+
+    def _is_used_once(self) -> bool:
+        consumers = backward_consumers(self.output)
+        return consumers is not None and [type(each).__name__ for each in consumers] == ["CopySlices"]
 
     def _is_overwritten(self) -> bool:
         return self.content is not None and self.content._version != self.version
@@ -286,7 +297,7 @@ class _Passage:
 
 
 def note_views_out(aliases: Sequence[Tensor], output: Any) -> None:
-    """A module that was given ``aliases`` has returned: note which of them its output is a view of."""
+    """Record, when a module returns, which of its ``aliases`` its output is a view of."""
     returned = (output,) if type(output) is Tensor else [tensor for _, tensor in leaves(output)]
     bases = [tensor._base for tensor in returned if tensor._base is not None]
     for alias in aliases if bases else ():
@@ -295,7 +306,7 @@ def note_views_out(aliases: Sequence[Tensor], output: Any) -> None:
 
 
 def _passage_of(tensor: Tensor, owner: nn.Module, *, is_input: bool) -> _Passage | None:
-    """The passage that ``tensor`` is an alias of, if it is one into (or out of) ``owner``."""
+    """The passage that made ``tensor`` as an alias for an input (or output) of ``owner``, or None."""
     passage = None if torch.compiler.is_compiling() else getattr(tensor, _PASSAGE, None)
     if passage is None or passage.owner is not owner or passage.is_input != is_input:
         return None
@@ -303,7 +314,7 @@ def _passage_of(tensor: Tensor, owner: nn.Module, *, is_input: bool) -> _Passage
 
 
 def alias_input(module: nn.Module, tensor: Tensor, on_grad: OnGrad, where: str, *, tap: object) -> Tensor:
-    """:func:`alias_inputs` for one input, whose gradient ``on_grad`` sees alone."""
+    """:func:`alias_inputs` for one input; ``on_grad`` receives its gradient only."""
     passage = _passage_of(tensor, module, is_input=True)
     if passage is None or passage.watched_by(tap):
         return _Passage.through(module, (tensor,), _TensorWatcher(on_grad), where, is_input=True)[0]
@@ -314,16 +325,16 @@ def alias_input(module: nn.Module, tensor: Tensor, on_grad: OnGrad, where: str, 
 def alias_inputs(
     module: nn.Module, tensors: Sequence[Tensor], on_grads: OnGrads, where: str, *, tap: object
 ) -> list[Tensor]:
-    """Aliases for inputs of one call, which require grad: ``on_grads`` sees gradients that are the module's own.
+    """Aliases for the inputs of one call that require grad: ``on_grads`` receives this module's share of the gradients.
 
-    Hooks of one call share them: where a hook before this one made them, they are ``tensors`` themselves.
+    Hooks of one call share them: if an earlier hook made them already, they are ``tensors`` themselves.
 
     Args:
         module: the module that is about to run.
         tensors: its inputs, as it would get them.
-        on_grads: called with a gradient per tensor; its attribute ``tap`` says who asks.
+        on_grads: called with a gradient per tensor; its attribute ``tap`` is the tap that it belongs to.
         where: the path, for messages.
-        tap: who asks. If it watches these aliases already, they are those of an outer call of the same module.
+        tap: the calling tap. If it watches these aliases already, they belong to an outer call of the same module.
     """
     passage = _passage_of(tensors[0], module, is_input=True)
     if passage is not None and passage.ids == tuple(map(id, tensors)) and not passage.watched_by(tap):
@@ -335,14 +346,14 @@ def alias_inputs(
 def watch_outputs(
     module: nn.Module, args: Any, tensors: Sequence[Tensor], on_grads: OnGrads, where: str
 ) -> list[Tensor]:
-    """:func:`watch_output` for several tensors, whose gradients are wanted together."""
+    """:func:`watch_output` for several tensors; ``on_grads`` receives their gradients together."""
     if len(tensors) > 1:
         return _Passage.through(module, tensors, on_grads, where)
     return [watch_output(module, args, tensors[0], _Together(on_grads), where)]
 
 
 class _Together:
-    """A watcher of several tensors, called with the gradient of the only one."""
+    """Adapts a watcher of several tensors to the gradient of a single one."""
 
     __slots__ = ("on_grads",)
 

@@ -1,7 +1,7 @@
-"""Exchanging tensors among the arguments of one call, and giving the caller's containers back as they were.
+"""Replaces tensors inside the arguments of one call, and restores the caller's containers afterwards.
 
-A module may append to a list that it is given, or write its results into a TensorDict: a copy of the container would
-swallow that. So the tensor is exchanged in the caller's own container and put back when the call is over.
+A module may append to a list that it receives, or write its results into a TensorDict; with a copy of the container
+these writes would be lost. So the tensor is replaced in the caller's own container and put back after the call.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Lent(NamedTuple):
 
 
 class Loan:
-    """What was exchanged in containers that belong to the caller, until :meth:`end`."""
+    """The replacements made in the caller's containers, until :meth:`end`."""
 
     __slots__ = ("_lent",)
 
@@ -38,12 +38,12 @@ class Loan:
         return bool(self._lent)
 
     def exchange(self, container: Any, step: Any, new: Any) -> None:
-        """Put ``new`` in place of one part of a container."""
+        """Replace one part of a container by ``new``."""
         self._lent.append(_Lent(container, step, _part(container, step), new))
         _put(container, step, new)
 
     def end(self) -> None:
-        """Put back what is still in its exchanged place; what the module wrote there itself stays."""
+        """Restore every replaced part, unless the module has overwritten it."""
         while self._lent:
             container, step, before, meanwhile = self._lent.pop()
             if _part(container, step) is meanwhile:
@@ -66,11 +66,11 @@ def _put(container: Any, step: Any, value: Any) -> None:
 def lend(
     args: tuple[Any, ...], kwargs: dict[str, Any], new: Iterator[Tensor | None]
 ) -> tuple[tuple[Any, ...], dict[str, Any], Loan | None]:
-    """The arguments with the next of ``new`` in place of each tensor, where it is not None.
+    """The arguments with each tensor replaced by the next of ``new``, unless that is None.
 
     Returns:
-        Positional and keyword arguments for the module, and the loan to end after its call; None where no container of
-        the caller's was touched.
+        Positional and keyword arguments for the module, and the loan to end after its call; None if none of the
+        caller's containers was changed.
     """
     loan = Loan()
     args = tuple(_exchanged(value, new, loan) for value in args)
@@ -108,7 +108,7 @@ class _OpenCall(NamedTuple):
 
 
 class OpenCalls:
-    """The calls of one module that are under way, the innermost last: what each was given in place of its inputs."""
+    """The running calls of one module, the innermost last, with the replacements of their inputs."""
 
     __slots__ = ("_stack",)
 
@@ -119,15 +119,15 @@ class OpenCalls:
         return len(self._stack)
 
     def begin(self, module: nn.Module, aliases: Sequence[Tensor] = (), loan: Loan | None = None) -> None:
-        """Note that a call begins, and drop what calls left that an exception ended."""
-        if self._stack and not torch.compiler.is_compiling():  # what an exception ended never came to its output
+        """Record that a call begins, and drop calls that an exception left open."""
+        if self._stack and not torch.compiler.is_compiling():  # calls that raised have no output hook to end them
             under_way = max(0, calls_on_stack(module) - 1)
             while len(self._stack) > under_way:
                 self._stack.pop().end()
         self._stack.append(_OpenCall(aliases, [alias._version for alias in aliases], loan))
 
     def end(self, output: Any) -> bool:
-        """The innermost call is over: gives back what was lent.
+        """The innermost call has returned: restore the caller's containers.
 
         Args:
             output: what the module returned.
@@ -141,6 +141,6 @@ class OpenCalls:
         return call.end()
 
     def forget(self) -> None:
-        """Let go of calls that an exception ended."""
+        """Drop calls that an exception left open."""
         while self._stack:
             self._stack.pop().end()

@@ -1,4 +1,8 @@
-"""Registering one hook at every module that a selector means."""
+"""Registers one hook at every module that a selector matches.
+
+For users who want hooks but no context. It differs from a loop over ``named_modules()`` in what a loop tends to leave
+out: nothing stays registered if one registration fails, and a pattern that matches nothing is an error.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +23,13 @@ __all__ = ["MultiHookManager"]
 
 
 class MultiHookManager:
-    r"""Registers hooks at the modules that a selector and two class filters mean.
+    r"""Registers hooks at the modules that pass a selector and two class filters.
 
     Args:
-        pattern: any selector. ``None`` means every module of ``classes_to_hook``, and nothing where that is left at its
-            default.
+        pattern: any selector. ``None`` selects every instance of ``classes_to_hook``, or nothing if that is not given.
         classes_to_hook: only instances of these.
         classes_to_skip: never instances of these.
-        match: how patterns are held against paths.
+        match: how patterns are compared with paths.
 
     Example:
         >>> from torch import nn
@@ -51,10 +54,10 @@ class MultiHookManager:
         self.match: Match = match
 
     def select(self, module: nn.Module) -> Selection:
-        """The sites below ``module`` that are meant.
+        """The selected sites below ``module``.
 
         Raises:
-            SelectionError: a pattern or classes were given and nothing is meant by them.
+            SelectionError: a pattern or classes were given and match nothing.
         """
         if self.pattern is None:
             if self.classes_to_hook == (nn.Module,):
@@ -84,14 +87,14 @@ class MultiHookManager:
         prepend: bool = False,
         relative_path: str | None = None,
     ) -> MultiHookHandle:
-        """Register ``hook_factory(path)`` at every site; either all of them, or none.
+        """Register ``hook_factory(path)`` at every site, all or none.
 
         Args:
             module: the model, or anything that holds it.
             hook_factory: makes the hook for one path.
-            direction: what the hooks are called with.
-            prepend: in front of the hooks that are there.
-            relative_path: where below ``module`` the model begins; paths are relative to it.
+            direction: which value the hooks are called with.
+            prepend: register before existing hooks.
+            relative_path: the path from ``module`` to the model; selected paths are relative to the model.
         """
         direction_row(direction)
         root = resolve(module, relative_path) if relative_path else module

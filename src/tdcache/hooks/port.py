@@ -1,12 +1,12 @@
-"""Ports: one side of a place, and the one way to read, write and watch the tensor that is meant there.
+"""Ports: the input or the output of a place, and the only way to read, write and watch the picked tensor there.
 
-What a module returns or receives is a tensor, or tensors somewhere in tuples, mappings, Hugging Face outputs or
-TensorDicts. Which of them is meant, how another is put in its place, and how its gradient is watched is decided here
-and nowhere else; a tap only says what happens to the tensor.
+A module returns or receives a tensor, or tensors somewhere in tuples, mappings, Hugging Face outputs or TensorDicts.
+Which of them is picked, how it is replaced, and how its gradient is watched is decided here and nowhere else, so that
+capturing, editing and attribution agree on it; a tap only decides what happens to the tensor.
 
-Both ports are asked with what a hook at their side is called with, ``(module, args, output)`` or ``(module, args,
-kwargs)``, so that a tap needs one method for both. A place need not be a module: whatever calls hooks in these two
-forms has ports.
+The methods of a port take the arguments of a hook there, ``(module, args, output)`` or ``(module, args, kwargs)``, so
+that a tap needs one method for both. A place need not be a module: anything that calls hooks in these two forms has
+ports.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tdcache.errors import CaptureError, EditError
 from tdcache.hooks.gradients import OnGrad, alias_input, watch_output
 from tdcache.hooks.loans import Loan, lend
+from tdcache.hooks.on_demand import OnDemandPlace
 from tdcache.hooks.values import (
     check_fits,
     children,
@@ -42,10 +43,10 @@ Steps = tuple[int | str, ...]
 
 @dataclass(frozen=True, slots=True)
 class OutputPort:
-    """What a module returns.
+    """The output of a module.
 
-    Without ``pick`` the first tensor is meant; of the TensorDict that a TensorDict module passes on, the first entry
-    that the module made itself.
+    Without ``pick`` the first tensor is picked; from the TensorDict that a TensorDict module returns, the first entry
+    that the module itself wrote.
     """
 
     path: str
@@ -53,23 +54,23 @@ class OutputPort:
     direction: ClassVar[HookDirection] = "fwd"
 
     def read(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The tensor that is meant (or a TensorDict, where the pick names one).
+        """The picked tensor (or TensorDict) of an output.
 
         Raises:
-            CaptureError: there is none; the message names the path, the type and what is there.
+            CaptureError: there is no such tensor; the message names the path, the type and the parts.
         """
         if self.pick is None and type(output) is Tensor:
             return output
         return tensor_only(pick_tensor(output, self._pick_in(module, output), self.path), self.pick, self.path)
 
     def parts(self, module: nn.Module, args: Any, output: Any) -> Iterator[tuple[Steps, Tensor]]:
-        """Every tensor with the steps that lead to it: what ``pick="all"`` means."""
+        """Every tensor with the steps that lead to it (``pick="all"``)."""
         return leaves(output)
 
     def write(self, module: nn.Module, args: Any, output: Any, new: Any) -> Any:
-        """What the hook returns, so that ``new`` stands in place of the tensor that is meant.
+        """The return value with which a hook replaces the picked tensor by ``new``.
 
-        A TensorDict is written into, as the module did that was given it; nothing else is changed.
+        A TensorDict is written in place, as the module itself does; other values are not changed.
 
         Raises:
             EditError: ``new`` differs in shape, dtype or device, or a callable pick cannot say where to put it.
@@ -84,10 +85,10 @@ class OutputPort:
         return replace_tensor(output, new, pick=pick, path=self.path)
 
     def watch(self, module: nn.Module, args: Any, output: Any, tensor: Tensor, on_grad: OnGrad) -> Any:
-        """Have ``on_grad`` called with the gradient of ``tensor``, which was read here and requires grad.
+        """Call ``on_grad`` with the gradient of ``tensor``, which was read here and requires grad.
 
         Returns:
-            What the hook returns: None, or the output with an alias in the tensor's place.
+            The return value for the hook: None, or the output with the tensor replaced by an alias.
         """
         handed = watch_output(module, args, tensor, on_grad, self.path)
         if handed is tensor:
@@ -116,27 +117,27 @@ class OutputPort:
 
 @dataclass(frozen=True, slots=True)
 class InputPort:
-    """What a module is called with.
+    """The input of a module.
 
-    A number picks an argument, positional ones first, then keyword ones. A name picks a keyword argument, a positional
-    one by its name in the module's ``forward``, or an entry of the only argument. A tuple goes on from there. A
-    callable gets all arguments as a tuple.
+    A number picks an argument, counting positional ones first, then keyword ones. A name picks a keyword argument, a
+    positional one by its name in the module's ``forward``, or an entry of the only argument. A tuple continues inside
+    the argument. A callable gets all arguments as a tuple.
 
-    Without ``pick`` the first tensor is meant; of the TensorDict given to a TensorDict module, the first entry that the
-    module reads.
+    Without ``pick`` the first tensor is picked; from the TensorDict passed to a TensorDict module, the first entry that
+    the module reads.
     """
 
     path: str
     pick: Pick = None
     names: tuple[str, ...] | None = None
-    """The parameters' names, where what is called is not the module's ``forward``."""
+    """The names of the parameters, if something else than the module's ``forward`` is called."""
     direction: ClassVar[HookDirection] = "fwd_pre_kwargs"
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The tensor that is meant (or a TensorDict, where the pick names one).
+        """The picked tensor (or TensorDict) among the arguments.
 
         Raises:
-            CaptureError: there is none; the message names the path and what is there.
+            CaptureError: there is no such tensor; the message names the path and the arguments.
         """
         if self.pick is None and args and type(args[0]) is Tensor:
             return args[0]
@@ -146,11 +147,11 @@ class InputPort:
         return tensor_only(picked, self.pick, self.path)
 
     def parts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Steps, Tensor]]:
-        """Every tensor with the steps that lead to it, arguments numbered: what ``pick="all"`` means."""
+        """Every tensor with the steps that lead to it, starting with the argument's number (``pick="all"``)."""
         return leaves((*args, *kwargs.values()))
 
     def write(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], new: Any) -> Any:
-        """What the hook returns, so that ``new`` stands in place of the tensor that is meant, in copies of containers.
+        """The return value with which a pre-hook replaces the picked tensor by ``new``, in copies of containers.
 
         Raises:
             EditError: ``new`` differs in shape, dtype or device, or a callable pick cannot say where to put it.
@@ -162,9 +163,9 @@ class InputPort:
         return replace_tensor((args, kwargs), new, pick=self._steps(module, args, kwargs), path=self.path)
 
     def differentiable(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the gradient is meant of: the picked tensor (or TensorDict), or the first tensor that requires grad.
+        """The value to differentiate: the picked tensor (or TensorDict), or the first tensor that requires grad.
 
-        None if it is a tensor that does not require grad.
+        None if it does not require grad.
         """
         if self.pick is None and not (args and is_entries(args[0])):
             return next((tensor for _, tensor in leaves((args, kwargs)) if tensor.requires_grad), None)
@@ -181,10 +182,10 @@ class InputPort:
         *,
         tap: object,
     ) -> tuple[Any, Tensor, Loan | None]:
-        """Have ``on_grad`` called with the gradient of ``tensor``, an argument that requires grad; the module's own.
+        """Call ``on_grad`` with this module's share of the gradient of ``tensor``, an argument that requires grad.
 
         Returns:
-            What the pre-hook returns; the alias that the module gets; and the loan to end after the call.
+            The return value for the pre-hook, the alias that the module gets, and the loan to end after the call.
         """
         alias = self.alias(module, tensor, on_grad, tap=tap)
         if alias is tensor:
@@ -193,18 +194,18 @@ class InputPort:
         new: list[Tensor | None] = []
         for steps, each in leaves((args, kwargs)):
             meant = each is tensor and (wanted is None or _leads_to(wanted, steps))
-            if meant and self.pick is None:  # of attention(x, x, x) the first, which is also what an edit changes
+            if meant and self.pick is None:  # of attention(x, x, x) the first argument, as in edits
                 meant = all(other is None for other in new)
             new.append(alias if meant else None)
         args, kwargs, loan = lend(args, kwargs, iter(new))
         return (args, kwargs), alias, loan
 
     def alias(self, module: nn.Module, tensor: Tensor, on_grad: OnGrad, *, tap: object) -> Tensor:
-        """An alias of an argument whose gradient ``on_grad`` sees; the argument itself where a hook made one before."""
+        """An alias of an argument whose gradient ``on_grad`` receives; the argument itself if it is one already."""
         return alias_input(module, tensor, on_grad, self.path, tap=tap)
 
     def _steps(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pick:
-        """The steps in ``(args, kwargs)`` to what ``pick`` means; None for the first tensor."""
+        """The steps in ``(args, kwargs)`` that ``pick`` stands for; None for the first tensor."""
         pick = self.pick
         if pick is None:
             entry = own_entry(module, "in_keys") if args and is_entries(args[0]) else None
@@ -216,7 +217,7 @@ class InputPort:
         if isinstance(first, int) and -len(args) - len(names) <= first < len(args) + len(names):
             at = first % (len(args) + len(names))
             return (0, at, *rest) if at < len(args) else (1, names[at - len(args)], *rest)
-        parameters = _parameters(type(module)) if self.names is None else self.names
+        parameters = _parameters(module) if self.names is None else self.names
         if first in parameters[: len(args)]:
             return (0, parameters.index(str(first)), *rest)
         if len(args) == 1 and first in dict(children(args[0])):
@@ -233,7 +234,7 @@ Port = OutputPort | InputPort
 
 
 def port_at(path: str, direction: str, pick: Pick = None) -> Port:
-    """The port of a direction: what is captured, changed, or watched in ``"fwd"`` and ``"bwd"`` is the output."""
+    """The port of a direction: the output for ``"fwd"`` and ``"bwd"``, otherwise the input."""
     return InputPort(path, pick) if direction in ("fwd_pre", "fwd_pre_kwargs", "grad_in") else OutputPort(path, pick)
 
 
@@ -248,12 +249,14 @@ def _as_steps(pick: Any) -> Steps:
 
 
 def _leads_to(wanted: Pick, steps: Steps) -> bool:
-    """Whether the picked steps, which may count from the end or by position, are these."""
+    """Whether ``wanted``, which may count from the end or by position, leads to ``steps``."""
     return wanted == steps or not isinstance(wanted, tuple) or len(wanted) != len(steps) or wanted[:2] == steps[:2]
 
 
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    code = getattr(kind.forward, "__code__", None)
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, OnDemandPlace):
+        return module.call_parameters
+    code = getattr(type(module).forward, "__code__", None)
     return () if code is None else _names_of(code)
 
 

@@ -1,17 +1,20 @@
-"""What was registered: undone, muted in its place, or put behind a fence; one at a time or several together."""
+"""Handles of registered hooks, to remove or mute them, or to put them behind a fence, one by one or together.
+
+torch's own handles can only remove. Removing and registering again to pause a hook would change the order of hooks at
+its site, and a failure half way through would leave some of them registered.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from enum import IntEnum
-from threading import RLock
 from types import TracebackType
 from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
-from tdcache.hooks.threads import Fence, Fenced
+from tdcache.hooks.threads import Fence, Fenced, one_at_a_time
 from tdcache.hooks.transient import Transient
 from tdcache.types import Removable
 
@@ -22,24 +25,19 @@ __all__ = [
     "Order",
     "Registration",
     "behind",
-    "one_at_a_time",
     "order_of",
 ]
 
 
 class Order(IntEnum):
-    """Where a hook stands among ours at one site."""
+    """The position of a hook among this library's hooks at one site."""
 
     FIRST = -1
-    """Registered with ``prepend=True``: stays in front."""
+    """Registered with ``prepend=True``: stays first."""
     EDIT = 0
     EDIT_GRADIENT = 1
     CAPTURE = 2
     STOP = 3
-
-
-one_at_a_time = RLock()
-"""Held while the hooks of a module are changed: two threads may open contexts on one model."""
 
 
 def behind(fence: Fence | None, hook: Any) -> Any:
@@ -50,7 +48,7 @@ def behind(fence: Fence | None, hook: Any) -> Any:
 
 
 class MutedHook(Transient):
-    """Stands where a muted hook stands, so that it keeps its place."""
+    """Takes the position of a muted hook, so that the hook can return to it."""
 
     __slots__ = ("hook", "order")
 
@@ -83,7 +81,7 @@ def _fence_off(hooks: Any, number: int, fence: Fence) -> None:
 
 
 class Registration:
-    """One hook of torch's: removed, or muted in its place. torch counts the hook as there while it is muted."""
+    """One torch hook, which can be removed, or muted without losing its position."""
 
     __slots__ = ("_handle",)
 
@@ -91,17 +89,24 @@ class Registration:
         self._handle = handle
 
     def remove(self) -> None:
-        """Remove it; a second call does nothing."""
+        """Remove the hook; a second call does nothing."""
         with one_at_a_time:
             self._handle.remove()
 
     def mute(self) -> None:
         """Silence it without giving up its place."""
-        _mute(self._handle.hooks_dict_ref() or {}, self._handle.id)
+        with one_at_a_time:
+            _mute(self._handle.hooks_dict_ref() or {}, self._handle.id)
 
     def unmute(self) -> None:
         """Let it act again."""
-        _unmute(self._handle.hooks_dict_ref() or {}, self._handle.id)
+        with one_at_a_time:
+            _unmute(self._handle.hooks_dict_ref() or {}, self._handle.id)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has not been removed."""
+        return self._handle.id in (self._handle.hooks_dict_ref() or ())
 
     def put_behind(self, fence: Fence) -> None:
         """Have it act in no thread that is fenced off."""
@@ -109,7 +114,7 @@ class Registration:
 
 
 class NumberedRegistrations:
-    """The registrations of one number in many modules."""
+    """Hooks in many modules that share one registration number."""
 
     __slots__ = ("always_called", "dicts", "number")
 
@@ -119,7 +124,7 @@ class NumberedRegistrations:
         self.always_called: dict[int, bool] = {}
 
     def remove(self) -> None:
-        """Remove them; a second call does nothing."""
+        """Remove the hooks; a second call does nothing."""
         number = self.number
         with one_at_a_time:
             for hooks in self.dicts:
@@ -129,28 +134,35 @@ class NumberedRegistrations:
 
     def mute(self) -> None:
         """Silence them without giving up their places."""
-        for hooks in self.dicts:
-            _mute(hooks, self.number)
+        with one_at_a_time:
+            for hooks in self.dicts:
+                _mute(hooks, self.number)
 
     def unmute(self) -> None:
         """Let them act again."""
-        for hooks in self.dicts:
-            _unmute(hooks, self.number)
+        with one_at_a_time:
+            for hooks in self.dicts:
+                _unmute(hooks, self.number)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether they have not been removed."""
+        return bool(self.dicts)
 
     def put_behind(self, fence: Fence) -> None:
-        """Have them act in no thread that is fenced off."""
+        """Make them ignore the threads that the fence excludes."""
         for hooks in self.dicts:
             _fence_off(hooks, self.number, fence)
 
 
 def order_of(hook: Any) -> int:
-    """Where a hook stands among ours at its site."""
+    """The order of a hook at its site."""
     order = getattr(getattr(hook, "__self__", hook), "order", None)
     return order if isinstance(order, int) else Order.FIRST  # a foreign hook stays where it is
 
 
 class _Installing:
-    """Removes what a handle has taken in if the block raises."""
+    """Removes the registrations of a handle if the block raises."""
 
     __slots__ = ("_handle",)
 
@@ -166,11 +178,13 @@ class _Installing:
 
 
 class MultiHookHandle:
-    """Several registrations that are undone together, last first; adding two handles gives one over both.
+    """Several registrations that are undone together, last first; the sum of two handles is one over both.
 
     Example:
+        >>> from torch import nn
+        >>> from tdcache.hooks.attach import attach
         >>> handle = MultiHookHandle()
-        >>> with handle.installing():  # all of what the block adds, or none
+        >>> with handle.installing():  # all that the block adds, or none
         ...     handle.add(attach(nn.ReLU(), lambda module, args, output: None))
         >>> len(handle)
         1
@@ -179,14 +193,14 @@ class MultiHookHandle:
     def __init__(self, handles: Iterable[Removable] | None = None) -> None:
         self._handles = list(handles or ())
         self.add = self._handles.append
-        """Take one more registration in."""
+        """Add a registration."""
 
     def installing(self) -> AbstractContextManager[MultiHookHandle, None]:
         """Add registrations in a block; if it raises, every registration is removed."""
         return _Installing(self)
 
     def remove(self) -> None:
-        """Undo every registration, also when one of them fails; the first failure is raised at the end.
+        """Undo every registration, even if one of them fails; the first failure is raised at the end.
 
         A second call does nothing.
         """
@@ -201,9 +215,9 @@ class MultiHookHandle:
 
     @contextmanager
     def muted(self) -> Iterator[None]:
-        """Silence every registration inside a block; each keeps its place among the hooks of its site.
+        """Silence every registration inside a block; each keeps its position among the hooks of its site.
 
-        Of others than torch's and this library's, those with ``mute()`` and ``unmute()`` of their own.
+        Handles of other libraries are included if they have methods ``mute()`` and ``unmute()``.
         """
         self.mute()
         try:
@@ -217,15 +231,9 @@ class MultiHookHandle:
             handle.mute()
 
     def unmute(self) -> None:
-        """Let every registration act again."""
+        """Undo :meth:`mute` for every registration."""
         for handle in self._able("unmute"):
             handle.unmute()
-
-    def put_behind(self, fence: Fence) -> None:
-        """Have no registration act in a thread that is fenced off, from now on."""
-        with one_at_a_time:
-            for handle in self._able("put_behind"):
-                handle.put_behind(fence)
 
     def _able(self, what: str) -> Iterator[Any]:
         for handle in self._handles:

@@ -1,7 +1,7 @@
-"""Keeping a module from running: something else is called in place of its ``forward``, and its hooks run as ever.
+"""Skips a module: something else is called instead of its ``forward``, while its hooks still run.
 
-A hook cannot do that, for the forward runs whatever a hook returns. So ``forward`` is set on the instance, and taken
-off again. Of several replacements of one module the latest acts; they may be removed in any order.
+A hook cannot do that, because the forward runs whatever a pre-hook returns. So ``forward`` is set on the instance and
+removed again. If a module has several replacements the latest one acts; they may be removed in any order.
 """
 
 from __future__ import annotations
@@ -12,61 +12,92 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from tdcache.hooks.on_demand import OnDemandPlace
+from tdcache.hooks.threads import Fence, active_fence, note_placed, one_at_a_time, this_thread
+
 __all__ = ["ReplacedForward", "replace_forward", "skip_module"]
 
 
 class _ForwardStack:
-    """What stands in place of one module's forward."""
+    """The replacements of one module's forward."""
 
     def __init__(self, own: Any) -> None:
         self.own = own
-        """What was set on the instance before, or None."""
+        """The ``forward`` that was set on the instance before, or None."""
         self.replacements: list[ReplacedForward] = []
-
-    def forward_of(self, module: nn.Module) -> Callable[..., Any]:
-        acting = next((each for each in reversed(self.replacements) if not each.muted), None)
-        if acting is not None:
-            return acting.instead
-        own: Callable[..., Any] = self.own or type(module).forward.__get__(module)
-        return own
 
     def settle(self, module: nn.Module) -> None:
         """Set on the instance what is to be called, or nothing."""
-        forward = self.forward_of(module)
-        if self.own is None and not any(not each.muted for each in self.replacements):
+        acting = [each for each in reversed(self.replacements) if not each.muted]
+        if not acting and self.own is None:
             module.__dict__.pop("forward", None)
+        elif acting and acting[0].fence is not None:
+            module.__dict__["forward"] = _ByThread(acting, self.own, module)
         else:
-            module.__dict__["forward"] = forward
+            module.__dict__["forward"] = acting[0].instead if acting else self.own
+        if isinstance(module, OnDemandPlace):
+            module.settle()
+
+
+class _ByThread:
+    """Calls the replacement that is meant for the thread that runs the module, or the module's own forward."""
+
+    def __init__(self, acting: list[ReplacedForward], own: Any, module: nn.Module) -> None:
+        self.acting, self.own, self.module = acting, own, module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        thread = this_thread()
+        for each in self.acting:
+            if each.fence is None or thread not in each.fence.others:
+                return each.instead(*args, **kwargs)
+        own = self.own or type(self.module).forward.__get__(self.module)
+        return own(*args, **kwargs)
 
 
 _STACKS: WeakKeyDictionary[nn.Module, _ForwardStack] = WeakKeyDictionary()
 
 
 class ReplacedForward:
-    """One replacement; removed or muted in any order."""
+    """One replacement; several may be removed or muted in any order."""
 
     def __init__(self, module: nn.Module, instead: Callable[..., Any]) -> None:
         self.module = module
         self.instead = instead
         self.muted = False
-        stack = _STACKS.get(module)
-        if stack is None:
-            stack = _STACKS[module] = _ForwardStack(module.__dict__.get("forward"))
-        stack.replacements.append(self)
-        stack.settle(module)
+        with one_at_a_time:
+            stack = _STACKS.get(module)
+            if stack is None:
+                stack = _STACKS[module] = _ForwardStack(module.__dict__.get("forward"))
+            stack.replacements.append(self)
+            note_placed(self)
+            self.fence = active_fence()
+            """What keeps it out of other threads; None while there are none."""
+            stack.settle(module)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.module).__name__}, {self.instead!r})"
 
     def remove(self) -> None:
         """Let the module run again; a second call does nothing."""
+        with one_at_a_time:
+            if not self.is_there:
+                return
+            stack = _STACKS[self.module]
+            stack.replacements.remove(self)
+            stack.settle(self.module)
+            if not stack.replacements:
+                del _STACKS[self.module]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has not been removed."""
         stack = _STACKS.get(self.module)
-        if stack is None or self not in stack.replacements:
-            return
-        stack.replacements.remove(self)
-        stack.settle(self.module)
-        if not stack.replacements:
-            del _STACKS[self.module]
+        return stack is not None and self in stack.replacements
+
+    def put_behind(self, fence: Fence) -> None:
+        """Have it act in no thread that is fenced off."""
+        self.fence = fence
+        self._settle()
 
     def mute(self) -> None:
         """Let the module run until :meth:`unmute`."""
@@ -78,9 +109,12 @@ class ReplacedForward:
 
     def _set_muted(self, muted: bool) -> None:
         self.muted = muted
-        stack = _STACKS.get(self.module)
-        if stack is not None:
-            stack.settle(self.module)
+        self._settle()
+
+    def _settle(self) -> None:
+        with one_at_a_time:
+            if self.is_there:
+                _STACKS[self.module].settle(self.module)
 
 
 def replace_forward(module: nn.Module, instead: Callable[..., Any]) -> ReplacedForward:
@@ -89,7 +123,7 @@ def replace_forward(module: nn.Module, instead: Callable[..., Any]) -> ReplacedF
 
 
 class _Give:
-    """Gives a value in place of running."""
+    """Returns a value instead of running the module."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -103,12 +137,12 @@ class _Give:
 
 
 def skip_module(module: nn.Module, value: Any) -> ReplacedForward:
-    """The module does not run and returns ``value``, until the handle is removed; its hooks run as ever.
+    """Make a module return ``value`` without running, until the handle is removed; its hooks still run.
 
     Args:
-        module: what is skipped.
-        value: the whole of what the module would return (for an attention module often a tuple); an object whose
-            ``resolve()`` gives it, such as the proxy of a run; or a function of the module's arguments.
+        module: the module to skip.
+        value: the complete return value of the module (for an attention module often a tuple); an object whose
+            ``resolve()`` returns it, such as the proxy of a run; or a function of the module's arguments.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())

@@ -1,29 +1,87 @@
-"""Hooks and threads: a context acts in the forwards of the thread that opened it.
+"""Hooks and threads: a context acts only in the forwards of the thread that opened it.
 
 Hooks sit on the modules, which several threads may run at once. Where each of them has a context open on one model, the
 hooks of one would see, and change, the values of the other. So every thread that opens a context on a model is fenced
 off from the hooks that other threads have there. Threads that open none (the replicas of ``DataParallel``, a pool) are
 not: they work for whoever called them. As long as one thread opens contexts there is no fence, and no cost.
+
+A thread may come at any moment, also while another is half way through entering or leaving. So a fence exists from the
+first hook to the last, and knows what was registered under it; hooks are put behind it when the first thread is fenced
+off.
 """
 
 from __future__ import annotations
 
 import threading
-from threading import get_ident
-from typing import Any
+from collections.abc import Iterable
+from threading import RLock
+from typing import Protocol
+from weakref import WeakSet
+
+from torch import nn
 
 from tdcache.hooks.transient import Transient
 
-__all__ = ["Fence", "Fenced", "current_fence", "fencing"]
+__all__ = [
+    "Fence",
+    "Fenced",
+    "Placed",
+    "RunningThread",
+    "active_fence",
+    "fencing",
+    "note_placed",
+    "one_at_a_time",
+    "this_thread",
+]
+
+one_at_a_time = RLock()
+"""Held while the hooks of a module are changed: two threads may open contexts on one model."""
+
+
+class RunningThread:
+    """One thread that runs models. The numbers that Python gives to threads are given again when a thread has ended."""
+
+    __slots__ = ("__weakref__", "models")
+
+    def __init__(self) -> None:
+        self.models: WeakSet[nn.Module] = WeakSet()
+        """On which it opened contexts: it may be running them still."""
+
+
+class Placed(Protocol):
+    """What was registered under a fence."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has not been removed."""
+
+    def put_behind(self, fence: Fence) -> None:
+        """Have it act in no thread that is fenced off."""
 
 
 class Fence:
-    """The threads in which the hooks of one context do not act."""
+    """The threads in which the hooks of one context do not act, and what was registered under it."""
 
-    __slots__ = ("others",)
+    __slots__ = ("_pruned_at", "others", "placed")
 
-    def __init__(self, others: set[int]) -> None:
-        self.others = others
+    def __init__(self, others: Iterable[RunningThread] = ()) -> None:
+        self.others = set(others)
+        self.placed: list[Placed] = []
+        self._pruned_at = 32
+
+    def take_in(self, placed: Placed) -> None:
+        """Something was registered under the fence; what was removed since is forgotten now and then."""
+        self.placed.append(placed)
+        if len(self.placed) > self._pruned_at:
+            self.placed = [each for each in self.placed if each.is_there]
+            self._pruned_at = 32 + 2 * len(self.placed)
+
+    def keep_out(self, thread: RunningThread) -> None:
+        """Fence a thread off, from what is registered and from what will be."""
+        with one_at_a_time:
+            self.others.add(thread)
+            for placed in self.placed:
+                placed.put_behind(self)
 
 
 class Fenced(Transient):
@@ -31,26 +89,44 @@ class Fenced(Transient):
 
     __slots__ = ("fence", "hook", "order")
 
-    def __init__(self, hook: Any, order: int, fence: Fence) -> None:
+    def __init__(self, hook: object, order: int, fence: Fence) -> None:
         self.hook = hook
         self.order = order
         self.fence = fence
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> object:
         """Call the hook, unless the thread is fenced off."""
-        return None if get_ident() in self.fence.others else self.hook(*args)
+        return None if _here.thread in self.fence.others else self.hook(*args)  # type: ignore[operator]
 
 
-_local = threading.local()
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.thread = RunningThread()
+        self.fence: Fence | None = None
 
 
-def current_fence() -> Fence | None:
-    """The fence of the context that this thread is installing, if there is one."""
-    return getattr(_local, "fence", None)
+_here = _Here()
+
+
+def this_thread() -> RunningThread:
+    """The thread that asks; the object is dropped when it ends."""
+    return _here.thread
+
+
+def active_fence() -> Fence | None:
+    """The fence under which this thread registers hooks, if some thread is fenced off by it."""
+    fence = _here.fence
+    return fence if fence is not None and fence.others else None
+
+
+def note_placed(placed: Placed) -> None:
+    """Something is registered: threads that are fenced off later are kept from it too."""
+    if _here.fence is not None:
+        _here.fence.take_in(placed)
 
 
 class fencing:  # noqa: N801  (used as a function)
-    """Put every hook that is registered in the block behind ``fence``."""
+    """Register the hooks of the block under ``fence``."""
 
     __slots__ = ("_before", "_fence")
 
@@ -58,8 +134,8 @@ class fencing:  # noqa: N801  (used as a function)
         self._fence = fence
 
     def __enter__(self) -> None:
-        self._before = current_fence()
-        _local.fence = self._fence
+        self._before = _here.fence
+        _here.fence = self._fence
 
     def __exit__(self, *_: object) -> None:
-        _local.fence = self._before
+        _here.fence = self._before

@@ -1,9 +1,9 @@
-"""Hooks that stay behind when their module is copied, pickled or saved inside a block.
+"""Hooks that are left out when their module is copied, pickled or saved inside a block.
 
-A copy of a hooked module would carry our hooks along, with all that they hold: the recorder, the cache, the values of a
-forward. Nothing could remove them there. So what we register copies to an inert stand-in, and the stand-ins are taken
-out of the copy as soon as it is complete. That moment is when the memo of ``copy.deepcopy`` (or of the unpickler) dies:
-a :class:`_StandInSweep` lies in it and is told.
+A copy of a hooked module would contain our hooks and everything they refer to: the recorder, the cache, the values of a
+forward. Nothing could remove them there. So our hooks are copied as inert placeholders, which are removed from the copy
+as soon as it is complete. That is when the memo of ``copy.deepcopy`` (or of the unpickler) is freed, which calls the
+finalizer of the :class:`_StandInSweep` in it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Transient"]
 
 
 class Transient:
-    """What is registered as a hook, or has methods that are; left out of copies of the module."""
+    """Base of objects that are registered as hooks or whose methods are; left out of copies of the module."""
 
     __slots__ = ()
 
@@ -32,22 +32,22 @@ class Transient:
 
 
 class _StandIn:
-    """Stands in a copy for one of our hooks until it is swept out; does nothing if it is called."""
+    """The placeholder for a hook in a copy, until it is removed; does nothing if it is called."""
 
     def __init__(self, sweep: _StandInSweep) -> None:
         sweep.left.append(self)
 
     def __call__(self, *args: Any) -> None:
-        """Do nothing: the copy has no hooks of ours."""
+        """Do nothing, since hooks are not copied."""
 
     def __getattr__(self, name: str) -> _StandIn:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self  # a method that was registered: pickle asks the stand-in for it by name
+        return self  # for a registered method: pickle looks it up on the placeholder by name
 
 
 class _StandInSweep:
-    """Lies in the memo of one copy or load, and takes its stand-ins out of the modules when the memo is dropped."""
+    """Kept in the memo of one copy or load; removes its placeholders from the modules when the memo is freed."""
 
     def __init__(self) -> None:
         self.left: list[_StandIn] = []
@@ -66,7 +66,7 @@ def _is_stand_in(hook: Any) -> bool:
 
 
 class _Token:
-    """Pickles to one new sweep for all that is loaded together."""
+    """Unpickles to one new sweep for all objects of one load."""
 
     def __reduce__(self) -> tuple[type[_StandInSweep], tuple[()]]:
         return _StandInSweep, ()

@@ -1,8 +1,9 @@
-"""Tensors inside structured values: finding the one that is meant, and putting another in its place.
+"""Tensors inside structured values: finds the picked one and replaces it.
 
-A value is what a module returns or receives: a tensor, or tensors in tuples, lists, mappings, dataclasses and Hugging
-Face ``ModelOutput``s. ``pick`` names one tensor of it: an index, a key or attribute, a path of these, a callable, or
-``None`` for the first tensor in order.
+A module returns or receives a tensor, or tensors in tuples, lists, mappings, dataclasses and Hugging Face
+``ModelOutput``s. ``pick`` names one tensor of such a value: an index, a key or attribute, a path of these, a callable,
+or ``None`` for the first tensor in order. If each caller interpreted ``pick`` itself, a capture and an edit with the
+same pick could mean different tensors.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Step = int | str
 def is_entries(value: Any) -> TypeGuard[TensorDictBase]:
     """Whether ``value`` holds tensors under keys, as a TensorDict or a tensorclass does.
 
-    The test is one of an abstract class and slow, so plain tensors are spared it.
+    The check is against an abstract class and slow, so it is skipped for plain tensors.
     """
     return type(value) is not Tensor and is_tensor_collection(value)
 
@@ -72,10 +73,10 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def pick_tensor(value: Any, pick: Pick, path: str) -> Any:
-    """The tensor (or, for a callable, whatever it returns) that ``pick`` means in ``value``.
+    """The tensor that ``pick`` selects in ``value`` (for a callable, whatever it returns).
 
     Raises:
-        CaptureError: nothing there; the message names ``path``, the type and what is there.
+        CaptureError: there is nothing at ``pick``; the message names ``path``, the type and the parts.
     """
     if pick is None:
         found = first_tensor(value)
@@ -96,7 +97,7 @@ def pick_tensor(value: Any, pick: Pick, path: str) -> Any:
 
 def _step_into(value: Any, step: Step, path: str, pick: Pick) -> Any:
     named = dict(children(value))
-    # A negative index, and the position of a mapping's entry (HF outputs allow output[0]), count as steps too.
+    # Negative indices and positions in a mapping (HF outputs allow output[0]) are valid steps too.
     if step not in named and isinstance(step, int) and -len(named) <= step < len(named):
         return list(named.values())[step]
     if step not in named:
@@ -110,7 +111,7 @@ def _step_into(value: Any, step: Step, path: str, pick: Pick) -> Any:
 
 
 def tensor_only(picked: Any, pick: Pick, path: str) -> Any:
-    """``picked`` itself, if it is a tensor or holds tensors under keys.
+    """``picked`` itself if it is a tensor or holds tensors under keys.
 
     Raises:
         CaptureError: it is something else.
@@ -124,10 +125,10 @@ def tensor_only(picked: Any, pick: Pick, path: str) -> Any:
 
 
 def replace_tensor(value: Any, new: Any, *, pick: Pick = None, path: str = "") -> Any:
-    """``value`` with the picked tensor replaced by ``new`` and everything else kept; ``value`` itself is not changed.
+    """A copy of ``value`` with the picked tensor replaced by ``new``; ``value`` itself is not changed.
 
     Raises:
-        EditError: ``new`` has another shape, dtype or device than the tensor it replaces, or there is none to replace.
+        EditError: ``new`` differs in shape, dtype or device from the tensor it replaces, or there is none to replace.
     """
     if isinstance(value, Tensor) and pick is None:
         check_fits(new, value, path)
@@ -158,7 +159,7 @@ def _rebuild(value: Any, steps: tuple[Step, ...], new: Any, path: str) -> Any:
 
 
 def with_parts(value: Any, parts: Mapping[Step, Any]) -> Any:
-    """A copy of the structured ``value`` with some of its parts exchanged."""
+    """A copy of the structured ``value`` with some of its parts replaced."""
     if isinstance(value, tuple | list):
         items = list(value)
         for at, part in parts.items():
@@ -180,7 +181,7 @@ def with_parts(value: Any, parts: Mapping[Step, Any]) -> Any:
 
 
 def exchanged(value: Any, new: Iterator[Tensor | None]) -> Any:
-    """``value`` with the next of ``new`` in place of each tensor, where it is not None; rebuilt only where needed."""
+    """``value`` with each tensor replaced by the next of ``new``, unless that is None; rebuilt only if needed."""
     if isinstance(value, Tensor):
         other = next(new)
         return value if other is None else other
@@ -193,7 +194,7 @@ def check_fits(new: Any, old: Any, path: str) -> None:
     """Refuse a replacement tensor whose shape, dtype or device differs from the tensor it replaces.
 
     Raises:
-        EditError: it names what differs, in both.
+        EditError: the message shows both signatures.
     """
     if not isinstance(old, Tensor):
         return
@@ -212,7 +213,7 @@ def _signature(tensor: Tensor) -> str:
 
 
 def describe(value: Any) -> str:
-    """What a value is, for messages: its type, with those of its parts."""
+    """The type of a value and of its parts, for messages."""
     if isinstance(value, tuple | list):
         return f"{type(value).__name__} of ({', '.join(type(item).__name__ for item in value)})"
     return type(value).__name__ if not isinstance(value, torch.Tensor) else f"Tensor{tuple(value.shape)}"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tdcache.cache.stacking import StackBy
 from tdcache.current_call import CurrentCall
 from tdcache.errors import ContextError, EditError, TdcacheWarning, warn_user
+from tdcache.function_calls.sites import at_call
 from tdcache.hooks import MultiHookHandle, port_at
 from tdcache.interventions.base import with_inputs_of
 from tdcache.interventions.blocks import PatchBlocks, SweepState, block_of, repeated, rows_of
@@ -247,7 +248,7 @@ class Sweep:
         assigned: dict[str, list[tuple[int, Region]]] = {}
         for block, trial in enumerate(chunk):
             for site in trial.sites:
-                assigned.setdefault(site, []).append((block, trial.region))
+                assigned.setdefault(site, []).append((block, at_call(trial.region, site)))
         stack = ExitStack()
         self.state.assigned, self.state.calls, self.state.blocks = assigned, {}, len(chunk)
         stack.callback(setattr, self.state, "assigned", {})

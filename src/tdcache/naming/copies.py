@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tdcache.errors import TdcacheError
+
 __all__ = ["WorkingCopy", "in_best_dtype", "working_copy"]
 
 T = TypeVar("T")
@@ -31,7 +33,7 @@ class WorkingCopy:
     dtype: torch.dtype
 
     def fitted(self, inputs: Any) -> Any:
-        """Inputs on the model's device, floats in its dtype."""
+        """Inputs on the model's device, floats in its dtype and with a graph."""
         if isinstance(inputs, Mapping):
             return {name: self.fitted(value) for name, value in inputs.items()}
         if isinstance(inputs, tuple | list):
@@ -39,7 +41,9 @@ class WorkingCopy:
         if not isinstance(inputs, Tensor):
             return inputs
         device = next((each.device for each in self.model.parameters()), inputs.device)
-        return inputs.detach().to(device, self.dtype if inputs.is_floating_point() else inputs.dtype)
+        dtype = self.dtype if inputs.is_floating_point() else inputs.dtype
+        own = inputs.detach().to(device, dtype, copy=True)  # one made in inference mode has no version
+        return own.requires_grad_().clone() if own.is_floating_point() else own
 
 
 def in_best_dtype(model: nn.Module, noise: float, use: Callable[[WorkingCopy], T]) -> T:
@@ -47,12 +51,15 @@ def in_best_dtype(model: nn.Module, noise: float, use: Callable[[WorkingCopy], T
 
     Some models make masks for float32, whatever their dtype; large ones are not copied to twice their size.
     """
-    if sum(parameter.numel() for parameter in model.parameters()) <= FLOAT64_PARAMETERS:
-        try:
-            return use(working_copy(model, noise=noise, double=True))
-        except (RuntimeError, TypeError, ValueError):
-            return use(working_copy(model, noise=noise, double=False))
-    return use(working_copy(model, noise=noise, double=False))
+    with torch.inference_mode(False):
+        if sum(parameter.numel() for parameter in model.parameters()) <= FLOAT64_PARAMETERS:
+            try:
+                return use(working_copy(model, noise=noise, double=True))
+            except TdcacheError:  # said of the model, whatever its dtype
+                raise
+            except (RuntimeError, TypeError, ValueError):
+                return use(working_copy(model, noise=noise, double=False))
+        return use(working_copy(model, noise=noise, double=False))
 
 
 def working_copy(model: nn.Module, *, noise: float = 0.0, double: bool = True) -> WorkingCopy:
@@ -60,8 +67,8 @@ def working_copy(model: nn.Module, *, noise: float = 0.0, double: bool = True) -
 
     Args:
         model: left alone; the copy shares nothing with it.
-        noise: the standard deviation of what is added to each parameter of the copy, relative to its own. A fresh
-            model has weights of one and biases of zero, which would let a wrong name pass.
+        noise: the standard deviation of what is added to biases, norms and constant weights of the copy, relative to
+            their own. A fresh model has weights of one and biases of zero, which would let a wrong name pass.
         double: whether the copy is one in float64.
     """
     twin = copy.deepcopy(model).eval().requires_grad_(True)
@@ -77,11 +84,14 @@ def working_copy(model: nn.Module, *, noise: float = 0.0, double: bool = True) -
 
 
 def _shake(model: nn.Module, noise: float) -> None:
+    """Move what may be constant: biases, the weights of norms, and whatever a fresh model has as zeros or ones."""
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.is_floating_point():
-                size = parameter.double().std() if parameter.numel() > 1 else parameter.new_zeros(())
-                size = torch.where(size > 0, size, 0.1).to(parameter)
-                draw = torch.randn(parameter.shape, generator=random, dtype=torch.float64).to(parameter)
-                parameter.add_(noise * size * draw)
+            if not parameter.is_floating_point():
+                continue
+            flat = parameter.flatten()[:1000]
+            if parameter.dim() <= 1 or bool((flat == flat[:1]).all()):
+                size = torch.clamp(flat.double().std() if flat.numel() > 1 else flat.new_zeros(()), min=0.1)
+                draw = torch.randn(parameter.shape, generator=random, dtype=torch.float32)
+                parameter.add_(draw.to(parameter) * (noise * size).to(parameter))

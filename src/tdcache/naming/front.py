@@ -12,10 +12,11 @@ from tdcache.modules.call import ModelCall
 from tdcache.modules.hooked import HookedModule
 from tdcache.named_places import NamedPlace, Names
 from tdcache.naming.mapping import mapped
+from tdcache.naming.projections import before_rotation
 from tdcache.naming.prove import proved
 from tdcache.naming.resolve import resolve
 from tdcache.naming.styles import STYLES, in_style
-from tdcache.selection import wrapped
+from tdcache.paths import wrapped
 
 __all__ = ["names"]
 
@@ -30,16 +31,16 @@ def names(
 ) -> Names:
     """The canonical names of a model: each is a place, and what it says is proved by arithmetic.
 
-    ``embed``, ``pos_embed``, ``blocks.{i}.resid_pre|resid_mid|resid_post``, ``blocks.{i}.attn.q|k|v|scores|pattern|z|out``,
-    ``blocks.{i}.attn.contribution`` (what is added to the stream), ``blocks.{i}.mlp.pre|post|out|contribution``,
-    ``blocks.{i}.ln1|ln2``, ``final_norm`` and ``unembed``; with a prefix where there are several stacks
-    (``encoder.blocks.0.resid_pre``). What a name would not mean in this model is refused, with the reason. The names are
-    found by the data flow of one forward of a copy, and checked on another input; the model is left alone. Every
-    method takes the table as ``names=``.
+    ``embed``, ``pos_embed``, ``blocks.{i}.resid_pre|resid_mid|resid_post``, ``blocks.{i}.attn.q|k|v|scores|pattern|z``,
+    ``blocks.{i}.attn.out`` and ``blocks.{i}.attn.contribution`` (what is added to the stream),
+    ``blocks.{i}.mlp.pre|post|out|contribution``, ``blocks.{i}.ln1|ln2``, ``final_norm`` and ``unembed``; with a prefix
+    where there are several stacks (``encoder.blocks.0.resid_pre``). What a name would not mean in this model is
+    refused, with the reason. The names are found by the data flow of one forward of a copy, and checked on another
+    input; the model is left alone. Every method takes the table as ``names=``.
 
     Args:
-        model: any module with a list of blocks. Wrappers of torch's (``torch.compile``, ``DistributedDataParallel``) and
-            hooked modules are looked into.
+        model: any module with a list of blocks. Wrappers of torch's (``torch.compile``, ``DistributedDataParallel``)
+            and hooked modules are looked into.
         inputs: what to call it with: a tensor, a tuple of arguments, or a mapping of keyword arguments. By default made
             from its configuration or its embedding.
         style: whose spelling: None for the canonical one, ``"transformer_lens"`` for ``blocks.0.attn.hook_pattern``.
@@ -66,6 +67,8 @@ def names(
         >>> names(model, torch.tensor([[1, 2, 3]]))["blocks.1.mlp.contribution"].path
         '2.down'
     """
+    if not isinstance(model, nn.Module):
+        raise CanonicalNameError(f"names() takes an nn.Module, got {type(model).__name__}", selector=model)
     if style is not None and style not in STYLES:
         known = ", ".join(map(repr, STYLES))
         raise CanonicalNameError(f"there is no style {style!r}; the styles are {known}, or None", selector=style)
@@ -74,6 +77,8 @@ def names(
     if prove is not False:
         skip = () if prove is True else (prove,) if isinstance(prove, str) else tuple(prove)
         table = proved(model, table, inputs, skip=skip)
+    if style == "transformer_lens":
+        table = before_rotation(model, table, inputs)
     return table if style is None else in_style(table, style)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-__all__ = ["edge_of", "gradient_of", "middle"]
+__all__ = ["edge_of", "gradient_of", "positions"]
 
 
 def edge_of(tensor: Tensor) -> GradientEdge | None:
@@ -27,6 +27,6 @@ def gradient_of(end: GradientEdge, start: GradientEdge, seed: Tensor) -> Tensor 
     return found[0]
 
 
-def middle(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A position with others before and after it, and none of the padding that a model may add at the end."""
-    return tuple(min(size // 2, 3) for size in shape)
+def positions(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """A few positions with others before and after them, and none in the padding that a model may add at the end."""
+    return tuple(dict.fromkeys(tuple(min(size // 2, at) for size in shape) for at in (3, 5, 2)))

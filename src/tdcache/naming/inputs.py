@@ -47,13 +47,19 @@ def _for_config(model: nn.Module, config: Any, main: str, random: torch.Generato
     else:
         return None
     parameters = inspect.signature(model.forward).parameters
-    if "pixel_values" in parameters and "input_ids" in parameters and hasattr(config, "projection_dim"):
+    if {"pixel_values", "input_ids"} <= set(parameters) and _two_towers(config):
         made = {"input_ids": _ids(model, config, random), "pixel_values": _pixels(config, random)}
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
         made["decoder_input_ids"] = _ids(model, config, random)[:, : POSITIONS - 2]
     if "use_cache" in parameters:
         made["use_cache"] = False  # type: ignore[assignment]
     return made
+
+
+def _two_towers(config: Any) -> bool:
+    """Whether text and image go in side by side, and not the image in the place of tokens."""
+    inside = hasattr(config, "image_token_id") or hasattr(config, "image_token_index")
+    return hasattr(config, "vision_config") and hasattr(config, "text_config") and not inside
 
 
 def _of(config: Any, names: Iterable[str], default: Any = None) -> Any:
@@ -88,7 +94,9 @@ def _pixels(config: Any, random: torch.Generator) -> Tensor:
     vision = getattr(config, "vision_config", None) or config
     size = _of(vision, ("image_size", "img_size"), 32)
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    return torch.randn(ROWS, _of(vision, ("num_channels", "in_channels"), 3), height, width, generator=random)
+    channels, frames = _of(vision, ("num_channels", "in_channels"), 3), getattr(vision, "num_frames", None)
+    shape = (channels, height, width) if frames is None else (frames, channels, height, width)
+    return torch.randn(ROWS, *shape, generator=random)
 
 
 def _sound(model: nn.Module, config: Any, main: str, random: torch.Generator) -> Tensor:

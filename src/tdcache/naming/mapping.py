@@ -33,18 +33,18 @@ def mapped(model: nn.Module, inputs: Any, mapping: Mapping[str, str | NamedPlace
     """The table of a mapping, not proved yet.
 
     What is known of the streams (whether a block adds before or after its norm) is found by the data flow, where that
-    sees blocks; places are those of the mapping alone.
+    sees blocks; where the mapping is another model's table, it is what that says. Places are those of the mapping.
 
     Raises:
         CanonicalNameError: an entry for every block, ``"blocks.{i}..."``, that no path fits.
         PathError: a path that the model does not have; the message names the nearest.
     """
     places: dict[str, NamedPlace] = {}
-    for name, given in mapping.items():
-        place = given if isinstance(given, NamedPlace) else NamedPlace(path=given)
+    for name, place in Names(mapping).items():  # which refuses what is no place
         for spelled, at in _spread(model, name, place):
             places[spelled] = replace(at, name=spelled, axes=at.axes or _axes_of(spelled))
-    return Names(places, streams=_streams(model, inputs, places), model=model)
+    streams = mapping.streams if isinstance(mapping, Names) else _streams(model, inputs, places)
+    return Names(places, streams=streams, model=model)
 
 
 def _axes_of(name: str) -> tuple[str, ...]:
@@ -80,8 +80,8 @@ def _check(model: nn.Module, path: str) -> None:
 
 def _no_block(model: nn.Module, name: str, path: str) -> CanonicalNameError:
     return CanonicalNameError(
-        f"{name!r} speaks of every block, and {type(model).__name__} has no module {path.replace(_BLOCK, '0')!r}; give a "
-        "path that holds '{i}' where the number of the block is, such as 'layers.{i}.attn'",
+        f"{name!r} speaks of every block, and {type(model).__name__} has no module {path.replace(_BLOCK, '0')!r}; give "
+        "a path that holds '{i}' where the number of the block is, such as 'layers.{i}.attn'",
         selector=name,
     )
 
@@ -100,9 +100,14 @@ def _streams(model: nn.Module, inputs: Any, places: Mapping[str, NamedPlace]) ->
     return {
         prefix: _with_ends(found[prefix], places)
         if prefix in found and found[prefix].blocks == count
-        else _with_ends(ResidualStream(prefix=prefix, layouts=("",) * count), places)
+        else _with_ends(_unknown(prefix, count), places)
         for prefix, count in blocks.items()
     }
+
+
+def _unknown(prefix: str, blocks: int) -> ResidualStream:
+    none = (None,) * blocks
+    return ResidualStream(prefix=prefix, layouts=("",) * blocks, out_projections=none, down_projections=none)
 
 
 def _with_ends(stream: ResidualStream, places: Mapping[str, NamedPlace]) -> ResidualStream:

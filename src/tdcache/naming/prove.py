@@ -29,6 +29,14 @@ CHECKS = (
     *(check_chain, check_sums, check_norms, check_ends),
     *(check_attention, check_mixing, check_outputs, check_mlp, check_routers),
 )
+ROLE = regex.compile(
+    r"(.+\.)?(embed|pos_embed|type_embed|final_norm|unembed|blocks\.\d+\.(resid_(pre|mid|mid_cross|post)|ln\d+(_post)?"
+    r"|(attn|cross_attn|mlp|mixer)\d*\.(q|k|v|scores|pattern|z|out|contribution|pre|post|router)))"
+)
+"""The names whose meaning is fixed."""
+
+_ALONE = "no identity of the proof reaches it: name what it is computed from as well, or leave it out with prove="
+
 SEED = 1
 """Of the proof's input: not that of the forward that resolved the names."""
 NOISE = 0.3
@@ -52,15 +60,23 @@ def prove(model: nn.Module, names: Names, inputs: Any = None, *, skip: Iterable[
 
 
 def proved(model: nn.Module, names: Names, inputs: Any = None, *, skip: Iterable[str] = ()) -> Names:
-    """The table without the names that a proof refuses; these are among ``refused``, with the reasons."""
+    """The table without the names that a proof refuses; these are among ``refused``, with the reasons.
+
+    A name of the vocabulary that no identity reaches is refused as well; one of the user's own words stays.
+    """
     verdict = verdict_of(model, names, inputs, skip=skip)
-    places = {name: place for name, place in names.items() if name not in verdict.refused}
-    refused = {**names.refused, **verdict.refused}
+    reached = {name for each in verdict.proof.identities for name in each.names}
+    alone = [
+        name for name in names if name not in reached and name not in verdict.proof.skipped and ROLE.fullmatch(name)
+    ]
+    unproved = dict.fromkeys(alone, _ALONE)
+    refused = {**names.refused, **unproved, **verdict.refused}
+    places = {name: place for name, place in names.items() if name not in refused}
     return Names(places, refused=refused, streams=names.streams, proof=verdict.proof, style=names.style, model=model)
 
 
 def verdict_of(model: nn.Module, names: Names, inputs: Any = None, *, skip: Iterable[str] = ()) -> Verdict:
-    """IdentityCheck a table on a copy of ``model`` whose parameters are shaken, in float64 where it is small enough.
+    """Check a table on a copy of ``model`` whose parameters are shaken, in float64 where it is small enough.
 
     Args:
         model: left alone.
@@ -84,9 +100,16 @@ def _key(model: nn.Module, names: Names, inputs: Any, skipped: tuple[str, ...]) 
     config = getattr(model, "config", None)
     parts = (type(model).__module__, type(model).__qualname__, str(config), str(model))
     shapes = [(name, tuple(each.shape)) for name, each in model.named_parameters()]
+    kinds_of_modules = {type(module) for module in model.modules()}
+    code = sorted(str(_code_of(kind)) for kind in kinds_of_modules)  # a class that is defined anew is another one
     kinds = None if inputs is None else str(sorted(inputs) if isinstance(inputs, dict) else type(inputs))
-    text = repr((parts, shapes, sorted(map(repr, names.values())), repr(dict(names.streams)), kinds, skipped))
+    text = repr((parts, shapes, code, sorted(map(repr, names.values())), repr(dict(names.streams)), kinds, skipped))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _code_of(kind: type[nn.Module]) -> tuple[Any, ...]:
+    code = getattr(kind.forward, "__code__", None)
+    return (kind.__qualname__,) if code is None else (kind.__qualname__, code.co_code, code.co_names, code.co_varnames)
 
 
 def _verdict(copy: WorkingCopy, names: Names, inputs: Any, skipped: tuple[str, ...]) -> Verdict:
@@ -98,6 +121,7 @@ def _verdict(copy: WorkingCopy, names: Names, inputs: Any, skipped: tuple[str, .
     for check in CHECKS:
         check(bench)
     refused = {**readings.missing, **_contradicted(bench.checks), **zero}
+    refused = {name: reason for name, reason in refused.items() if name in places}
     words = "random numbers of its own" if inputs is None else "other random numbers of the kind that was given"
     proof = Proof(
         inputs=words,
@@ -110,13 +134,14 @@ def _verdict(copy: WorkingCopy, names: Names, inputs: Any, skipped: tuple[str, .
 
 def _contradicted(checks: list[IdentityCheck]) -> dict[str, str]:
     """The names that an identity contradicts; of one that fails, those that none binds to the stream."""
-    bound = {name for check in checks if check.holds and check.strong for name in check.names}
+    bound = {name for check in checks if check.holds for name in check.binds}
     refused: dict[str, str] = {}
     for check in checks:
         if check.holds:
             continue
-        loose = tuple(name for name in check.names if name not in bound)
-        wrong = check.refuses or (check.names if len(check.names) == 1 else loose or check.names)
+        wrong = check.refuses or check.names
+        if len(wrong) > 1 and not check.refuses:
+            wrong = tuple(name for name in wrong if name not in bound)
         for name in wrong:
             refused.setdefault(name, check.why())
     return refused

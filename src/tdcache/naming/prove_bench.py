@@ -32,10 +32,10 @@ class IdentityCheck:
         names: the names that it speaks of.
         error: by how much it does not.
         tolerance: what is allowed.
-        refuses: the names that are wrong if it does not hold; by default those of ``names`` that no strong identity
-            confirms.
+        refuses: the names that are wrong if it does not hold; by default those of ``names`` that no identity
+            binds.
         reason: what to say then; by default the identity and the error.
-        strong: whether it binds its names to the stream, so that another identity that fails is not their fault.
+        binds: the names that it binds to the stream, so that another identity that fails is not their fault.
     """
 
     identity: str
@@ -44,7 +44,7 @@ class IdentityCheck:
     tolerance: float
     refuses: tuple[str, ...] = ()
     reason: str = ""
-    strong: bool = False
+    binds: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -94,11 +94,11 @@ class ProofBench:
         error = deviation(one, other)
         exact, loose = EXACT[self.dtype], FLOAT32_INSIDE[self.dtype]
         allowed = loose if inside or error > exact else exact
-        return IdentityCheck(identity, tuple(names), error, allowed, strong=True)
+        return IdentityCheck(identity, tuple(names), error, allowed, binds=tuple(names))
 
     def equal(self, identity: str, names: Sequence[str], one: Tensor, other: Tensor, *, inside: bool = False) -> None:
         """Check that two values agree; with ``inside`` only to what float32 gives."""
-        self.checks.append(replace(self.compared(identity, names, one, other, inside=inside), strong=False))
+        self.checks.append(replace(self.compared(identity, names, one, other, inside=inside), binds=()))
 
     def bound(self, identity: str, names: Sequence[str], one: Tensor, other: Tensor, *, inside: bool = False) -> None:
         """Check that two values agree, in an identity that binds its names to the stream."""
@@ -152,8 +152,10 @@ def deviation(one: Tensor, other: Tensor) -> float:
         if one.numel() != other.numel():
             return float("inf")
         other = other.reshape(one.shape)
+    if one.numel() == 0:
+        return float("inf")
     size = torch.maximum(one.abs().max(), other.abs().max()).double()
-    if one.numel() == 0 or not size > 0:
+    if not size > 0:
         return float("inf")
     return float((one.double() - other.double()).abs().max() / size)
 

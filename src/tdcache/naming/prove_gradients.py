@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tdcache.naming.gradients import gradient_of, middle
+from tdcache.naming.gradients import gradient_of, positions
 from tdcache.naming.prove_values import Reading
 
 __all__ = ["gradient_between", "leads", "mixes", "random_like", "unit_by_unit"]
@@ -31,7 +31,11 @@ def mixes(start: Reading, end: Reading) -> bool | None:
     """Whether a position of ``end`` depends on others of ``start``; None where it depends on nothing there."""
     if end.data.numel() != start.data.numel():
         return None
-    at = middle(start.data.shape[:-1])
+    found = [_mixes_at(at, start, end) for at in positions(tuple(start.data.shape[:-1]))]
+    return True if True in found else False if False in found else None
+
+
+def _mixes_at(at: tuple[int, ...], start: Reading, end: Reading) -> bool | None:
     seed = torch.zeros_like(start.data)
     seed[at] = random_like(start.data[at])
     gradient = gradient_between(end, start, seed.reshape(end.data.shape))

@@ -26,6 +26,10 @@ def check_mixing(bench: ProofBench) -> None:
                 bench.true(f"{label}.contribution leaves positions of {short} apart", (name,), mixing is False)
             elif kind in ("attn", "mixer"):
                 bench.true(f"{label}.contribution mixes positions of {short}", (name,), mixing is True)
+                if label == kind and bench.has(head + "resid_mid") and len(labels) > 1:
+                    values = bench.readings.values
+                    before = not leads(values[head + "resid_mid"], values[name])
+                    bench.true(f"{label}.contribution is there before resid_mid", (name,), before)
             elif kind == "cross_attn":
                 bench.true(f"{label}.contribution leaves positions of {short} apart", (name,), mixing is False)
 
@@ -60,7 +64,7 @@ def check_outputs(bench: ProofBench) -> None:
             tolerance = FLOAT32_INSIDE[bench.dtype]
             error, words = next((each for each in errors if each[0] <= tolerance), errors[0])
             identity = f"contribution == {words}"
-            bench.checks.append(IdentityCheck(identity, (out, end), error, tolerance, strong=True))
+            bench.checks.append(IdentityCheck(identity, (out, end), error, tolerance, binds=(out,)))
 
 
 def _scaled(value: Tensor, like: Tensor) -> Tensor:
@@ -86,7 +90,8 @@ def check_mlp(bench: ProofBench) -> None:
                 made = apply_module(module, bench[post])
                 error = float("inf") if made is None else deviation(made, bench[out])
                 words = f"W_out({label}.post) == {label}.out"
-                bench.checks.append(IdentityCheck(words, (post, out), error, FLOAT32_INSIDE[bench.dtype], strong=True))
+                check = IdentityCheck(words, (post, out), error, FLOAT32_INSIDE[bench.dtype], binds=(post, out))
+                bench.checks.append(check)
             values = bench.readings.values
             if bench.has(pre, post):
                 alone = unit_by_unit(values[pre], values[post])

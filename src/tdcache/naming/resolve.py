@@ -100,10 +100,18 @@ def _give_prefixes(stacks: list[BlockStack], flow: DataFlow) -> None:
             stack.prefix = "encoder."
         elif towers and not read & {"input_ids", "inputs_embeds"}:
             stack.prefix = min(towers)
-    counts = Counter(stack.prefix for stack in stacks)
-    for stack in stacks:
-        if counts[stack.prefix] > 1:
-            stack.prefix = stack.path + "."
+    for prefix, count in Counter(stack.prefix for stack in stacks).items():
+        if count > 1:
+            _tell_apart([stack for stack in stacks if stack.prefix == prefix], flow)
+
+
+def _tell_apart(stacks: list[BlockStack], flow: DataFlow) -> None:
+    """Prefixes for stacks of one kind: stages, where each reads the one before, else their own paths."""
+    ends = [stack.blocks[-1].made for stack in stacks[:-1]]
+    in_turn = all(flow.depends(after.blocks[0].given, {end}) for end, after in zip(ends, stacks[1:], strict=True))
+    for number, stack in enumerate(stacks):
+        own = ".".join("stages" if step == "blocks" else step for step in stack.path.split("."))
+        stack.prefix = f"{stack.prefix}stages.{number}." if in_turn else f"{own}."
 
 
 def _crosses(stack: BlockStack) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tdcache.naming.gradients import gradient_of, middle
+from tdcache.naming.gradients import gradient_of, positions
 from tdcache.naming.trace import ForwardTrace, ModuleRun, TracedValue
 from tdcache.naming.trace_attention import AttentionCall, attentions
 from tdcache.naming.trace_flow import ADD, DataFlow, StreamStep, operands
 
-__all__ = ["BlockStack", "StreamTerm", "TracedBlock", "find_stacks", "mixed_axes", "reached"]
+__all__ = ["BlockStack", "StreamTerm", "TracedBlock", "find_stacks", "mixed_axes"]
 
 Kind = Literal["attn", "cross_attn", "mlp", "mixer"]
 
@@ -103,13 +104,15 @@ def _stack_of(path: str, module: nn.Module, trace: ForwardTrace, flow: DataFlow)
     if not good:
         return None
     missing = [call for call, block in zip(calls, blocks, strict=True) if block not in good]
-    if missing and (len(good) < 2 or len(missing) >= len(good) or _nested(missing, trace)):
+    if missing and (len(good) < 2 or len(missing) >= len(good) or _nested(missing)):
+        return None
+    if any(one.made.shape != other.given.shape for one, other in itertools.pairwise(good)) and _nested(calls):
         return None
     kept = [block or _broken(call) for call, block in zip(calls, blocks, strict=True)]
     return BlockStack(path, [block for block in kept if block is not None])
 
 
-def _nested(missing: Sequence[ModuleRun], trace: ForwardTrace) -> bool:
+def _nested(missing: Sequence[ModuleRun]) -> bool:
     """Whether what has no stream itself is a container of blocks."""
     inner = [each for call in missing for each in call.module.modules() if each is not call.module]
     return any(isinstance(each, nn.ModuleList) and len(each) > 1 for each in inner) and len(missing) > 1
@@ -195,33 +198,30 @@ def _term(
 
 
 def mixed_axes(value: TracedValue, source: TracedValue) -> frozenset[int]:
-    """The axes of ``source`` along which one position of ``value`` depends on others, by gradient."""
-    touched = reached(value, source)
-    if touched is None:
-        return frozenset()
-    at = middle(tuple(touched.shape))
-    axes = []
-    for axis, index in enumerate(at):
-        others = torch.ones(touched.shape[axis], dtype=torch.bool)
-        others[index] = False
-        if touched.index_select(axis, others.nonzero()[:, 0]).any():
-            axes.append(axis)
+    """The axes of ``source`` along which a position of ``value`` depends on others, by gradient."""
+    axes: set[int] = set()
+    for at in positions(source.shape[:-1]):
+        touched = _reached(at, value, source)
+        if touched is None:
+            continue
+        for axis, index in enumerate(at):
+            others = torch.arange(touched.shape[axis]) != index
+            if touched.index_select(axis, others.nonzero()[:, 0]).any():
+                axes.add(axis)
     return frozenset(axes)
 
 
-def reached(value: TracedValue, source: TracedValue) -> Tensor | None:
-    """Which positions of ``source`` the gradient of one position of ``value`` reaches; None if there is no graph.
+def _reached(at: tuple[int, ...], value: TracedValue, source: TracedValue) -> Tensor | None:
+    """Which positions of ``source`` the gradient of one of ``value`` reaches; None if there is no graph.
 
-    Positions are all axes but the last. The one in question is near the middle.
+    Positions are all axes but the last.
     """
     if value.edge is None or source.edge is None or value.data.numel() != source.data.numel():
         return None
     start = torch.zeros_like(value.data).reshape(source.shape)
-    start[middle(source.shape[:-1])] = torch.randn(
-        source.shape[-1], generator=torch.Generator().manual_seed(0), dtype=value.data.dtype
-    ).to(start.device)
-    start = start.reshape(value.shape)
-    gradient = gradient_of(value.edge, source.edge, start)
+    random = torch.Generator().manual_seed(0)
+    start[at] = torch.randn(source.shape[-1], generator=random, dtype=torch.float64).to(start)
+    gradient = gradient_of(value.edge, source.edge, start.reshape(value.shape))
     if gradient is None:
         return None
     size = gradient.abs().amax(-1)

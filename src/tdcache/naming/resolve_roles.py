@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from tdcache.function_calls.names import DERIVED
 from tdcache.function_calls.sites import CallSite
 from tdcache.named_places import NamedPlace
@@ -136,14 +138,15 @@ def _sublayer(
     out, base = base_of(term.value, flow)
     found.put(name + ".out", placer.output(out, block.call), axes=axes)
     if term.kind in ("attn", "cross_attn"):
-        return _attention(found, name, term, base)
+        return _attention(found, name, term, base, out)
     if term.kind == "mixer":
         found.refuse(head + "attn.pattern", f"{name} mixes positions without an attention call; nearest: {name}.out")
         return None
-    return _mlp(found, name, term, base, block)
+    path = _mlp(found, name, term, base, block)
+    return path if _in_order(base, out) else None
 
 
-def _attention(found: FoundNames, name: str, term: StreamTerm, base: TracedValue) -> str | None:
+def _attention(found: FoundNames, name: str, term: StreamTerm, base: TracedValue, out: TracedValue) -> str | None:
     one = term.attention[-1] if len(term.attention) == 1 else None
     reason = f"{len(term.attention)} attention calls lead to {name}.contribution, and it is no single one's"
     if one is not None and not one.visible:
@@ -154,11 +157,22 @@ def _attention(found: FoundNames, name: str, term: StreamTerm, base: TracedValue
         else:
             found.put(f"{name}.{place}", _at_attention(found, one, place), axes=_PATTERN_AXES[place])
     call = projection(base, found.flow.trace)
-    return call.path if call is not None and one is not None and _is_z(call.given[0][1], one) else None
+    plain = call is not None and one is not None and _is_z(call.given[0][1], one) and _in_order(base, out)
+    return call.path if plain and call is not None else None
+
+
+def _in_order(one: TracedValue, other: TracedValue) -> bool:
+    """Whether two values hold the same numbers in the same order: windows, for instance, are put back in another."""
+    return torch.equal(one.data.flatten(), other.data.flatten())
 
 
 def _is_z(value: TracedValue, attention: AttentionCall) -> bool:
-    """Whether a value is ``z`` in another shape: nothing, such as a gate, acts on it in between."""
+    """Whether a value is ``z`` with its heads side by side: nothing, such as a gate, acts on it in between."""
+    z = attention.z.data
+    if z.dim() == 3 and value.data.dim() == 3 and z.shape[0] % value.shape[0] == 0:
+        z = z.unflatten(0, (value.shape[0], -1))
+    if z.dim() != 4 or not torch.equal(z.transpose(1, 2).flatten(), value.data.flatten()):
+        return False
     while value is not attention.z:
         given = main_operand(value.op) if value.op is not None and value.op.name in PASS else None
         if given is None:

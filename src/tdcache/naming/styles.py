@@ -29,11 +29,10 @@ _TRANSFORMER_LENS = {
 """What is spelled otherwise than by ``hook_`` before its last part."""
 _NORM = regex.compile(r"ln\d(?:_post)?")
 _STACKS = {"encoder.": "encoder_", "decoder.": "decoder_"}
-_POSITIONS_FIRST = ("batch", "position", "head", "unit")
 
 
 def _transformer_lens(prefix: str, block: str, role: str) -> str:
-    """``blocks.0.attn.hook_pattern``, ``blocks.0.hook_resid_pre``, ``ln_final.hook_normalized``."""
+    """The name as TransformerLens has it, for instance ``blocks.0.attn.hook_pattern``."""
     head = _STACKS.get(prefix, prefix) + block
     if role in _TRANSFORMER_LENS:
         return head + _TRANSFORMER_LENS[role]
@@ -62,20 +61,37 @@ def in_style(names: Names, style: str) -> Names:
     """The same table in another spelling; values are views in the layout of that style, read and written."""
     spell, lay_out = STYLES[style]
     places = {_spelled(name, spell): lay_out(place) for name, place in names.items()}
-    refused = {_spelled(name, spell): reason for name, reason in names.refused.items()}
-    streams = {
-        prefix: replace(stream, embeddings=tuple(_spelled(name, spell) for name in stream.embeddings))
-        for prefix, stream in names.streams.items()
-    }
+    spelling = {name: _spelled(names.spelled(name), spell) for name in (*names, *names.refused, *names.spelling)}
+    refused = {_spelled(name, spell): _in_words(reason, spelling) for name, reason in names.refused.items()}
     return Names(
         {name: replace(place, name=name) for name, place in places.items()},
-        refused=refused,
-        streams=streams,
+        refused={**_computed_elsewhere(places), **refused},
+        streams=names.streams,
         proof=names.proof,
         style=style,
         model=names.model,
         made_for=names.made_for,
+        spelling=spelling,
     )
+
+
+def _computed_elsewhere(places: Mapping[str, NamedPlace]) -> dict[str, str]:
+    """Names that TransformerLens' users know of values that are no places here, with where they are to be had."""
+    known: dict[str, str] = {}
+    for name in places:
+        head, _, last = name.rpartition(".")
+        if last == "hook_normalized":
+            known[f"{head}.hook_scale"] = "a norm computes its scale inside; tdcache.residual.apply_norm goes by it"
+        elif last == "hook_z":
+            known[f"{head}.hook_result"] = (
+                "what each head adds is computed from its z and the projection; tdcache.residual.head_results does it"
+            )
+    return known
+
+
+def _in_words(reason: str, spelling: Mapping[str, str]) -> str:
+    """A reason with the names in it spelled as the table spells them."""
+    return regex.sub(r"[\w.]+", lambda word: spelling.get(word[0], word[0]), reason)
 
 
 def _spelled(name: str, spell: Callable[[str, str, str], str]) -> str:

@@ -169,8 +169,8 @@ class _TraceRecorder(TorchFunctionMode):
         key = (id(tensor), tensor._version)
         found = self.values.get(key)
         if found is None:
-            with torch.no_grad():
-                data = tensor.detach().clone()
+            with torch.no_grad():  # nothing writes into parameters
+                data = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
             edge = edge_of(tensor)
             found = self.values[key] = TracedValue(tensor, data, edge)
             self.aliases.setdefault(_storage(tensor), []).append(tensor)

@@ -14,6 +14,7 @@ from torch import Tensor
 from tdcache.errors import StoreError
 from tdcache.store.batches import Batches, EpochOrder, Shuffle
 from tdcache.store.choice import rows_where, split_rows
+from tdcache.store.dtypes import in_numpy
 from tdcache.store.export import export_rows
 from tdcache.store.iterable import RowIterable
 from tdcache.store.layout import StorePaths
@@ -22,10 +23,13 @@ from tdcache.store.repack import merge, repack
 from tdcache.store.rows import joined
 from tdcache.store.scaling import Normalisation, Scaling
 from tdcache.store.statistics import SiteStatistics
+from tdcache.store.tokenizers import load_tokenizer
 from tdcache.store.upload import StoreUpload
 from tdcache.store.verify import find_damage
 
 __all__ = ["ActivationDataset", "Column"]
+
+_PART_BYTES = 1 << 20
 
 
 class Column:
@@ -54,9 +58,14 @@ class Column:
             raise ValueError(
                 f"column {self.key!r} is read from files, so NumPy's array is always a copy; leave out copy="
             )
-        rows = self[...]
-        strange = rows.dtype == torch.bfloat16 or (rows.is_floating_point() and rows.element_size() == 1)
-        array = (rows.float() if strange else rows).numpy()
+        if in_numpy(self.dtype) == self.dtype:
+            rows = self[...]
+        else:  # converted while it is in the processor's cache
+            rows = torch.empty(self.shape, dtype=in_numpy(self.dtype))
+            part = max(1, _PART_BYTES * len(self) // max(1, self.nbytes))
+            for begin in range(0, len(self), part):
+                rows[begin : begin + part].copy_(self[begin : begin + part])
+        array = rows.numpy()
         return array if dtype is None else array.astype(dtype, copy=False)
 
     @property
@@ -137,6 +146,21 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
     def collate(rows: TensorDict | list[TensorDict]) -> TensorDict:
         """For ``DataLoader(ds, collate_fn=ds.collate)``: hands the batch on as it was read."""
         return rows if isinstance(rows, TensorDict) else joined([row.unsqueeze(0) for row in rows])
+
+    def text(self, index: Any = ..., *, tokenizer: Any = None) -> list[str]:
+        """The text of each row's token, one string per row.
+
+        Args:
+            index: which rows, one dimension of them.
+            tokenizer: with ``decode``; by default the one of transformers (extra ``hf``) that ``harvest`` was told of.
+
+        Raises:
+            StoreError: the rows have no tokens, or it is not known what they mean.
+        """
+        if "tok" not in self.row_keys:
+            raise StoreError(f"{self!r} has no token ids: its data had none", path=self.path)
+        known = tokenizer or load_tokenizer(self.spec.get("tokenizer"), self.path)
+        return [str(known.decode([token])) for token in self.rows(index, ["tok"])["tok"].reshape(-1).tolist()]
 
     def where(self, predicate: Callable[[TensorDict], Any], *, keys: Sequence[str] | None = None) -> Self:
         """The rows for which ``predicate`` gives True, in their order; nothing is copied.
@@ -239,7 +263,9 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
         Raises:
             DamagedError: a byte was flipped or is missing; it names shard, column and block. Further damage is in its
                 notes.
+            SpecError: another store has taken the place of the one that was opened.
         """
+        self.check_same()
         found = find_damage(self.path)
         if found:
             for further in found[1:]:
@@ -247,7 +273,7 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
             raise found[0]
 
     def export(
-        self, path: str | os.PathLike[str], kind: Literal["npz", "pt", "memmap", "hf", "arrow"] | None = None
+        self, path: str | os.PathLike[str], kind: Literal["npz", "pt", "memmap", "hf", "arrow", "parquet"] | None = None
     ) -> Path:
         """Write the rows in another format; see :func:`tdcache.store.export.export_rows`."""
         return export_rows(self, path, kind)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "SAFETENSORS_DTYPES", "count_lost", "dtype_name"]
+__all__ = ["DTYPES", "SAFETENSORS_DTYPES", "count_lost", "dtype_name", "for_numpy", "in_numpy"]
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -35,6 +37,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 DTYPES = {dtype_name(each): each for each in (*SAFETENSORS_DTYPES.values(), torch.complex128)}
 """By the names of torch, without ``torch.``."""
+
+
+def in_numpy(dtype: torch.dtype) -> torch.dtype:
+    """The dtype itself, or float32 where NumPy and Arrow have no such numbers: it holds all of theirs exactly."""
+    return torch.float32 if dtype == torch.bfloat16 or (dtype.is_floating_point and dtype.itemsize == 1) else dtype
+
+
+def for_numpy(tensor: Tensor) -> Any:
+    """A CPU tensor as an array, in the dtype of :func:`in_numpy`."""
+    return tensor.to(in_numpy(tensor.dtype)).numpy()
 
 
 def count_lost(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
-from tdcache.errors import StoreError
+from tdcache.store.arrow import write_hf, write_parquet
 from tdcache.store.atomic import new_folder, refuse_existing, replacing_file
-from tdcache.store.card import dataset_card
+from tdcache.store.dtypes import for_numpy
 from tdcache.store.files import as_store_error
 from tdcache.store.memmap import check_memmap, safe_name, write_memmap_column, write_memmap_meta
 from tdcache.store.reader import StoreReader
@@ -24,16 +22,12 @@ from tdcache.store.reader import StoreReader
 __all__ = ["export_rows"]
 
 _CHUNK_BYTES = 1 << 26
-_NUMPY_KNOWS = frozenset(
-    {torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
-    | {torch.bool, torch.complex64}
-)
 
 
 def export_rows(
     dataset: StoreReader,
     path: str | os.PathLike[str],
-    kind: Literal["npz", "pt", "memmap", "hf", "arrow"] | None = None,
+    kind: Literal["npz", "pt", "memmap", "hf", "arrow", "parquet"] | None = None,
 ) -> Path:
     """Write all rows of a store in another format; on any failure nothing is there under ``path``.
 
@@ -41,8 +35,10 @@ def export_rows(
 
     ``"npz"``: one array per column, for ``numpy.load``. ``"pt"``: a dict of tensors, for
     ``torch.load(..., weights_only=True)``; held in memory. ``"memmap"``: a folder for ``TensorDict.load_memmap``.
-    ``"hf"``, also ``"arrow"``: a folder for ``datasets.load_from_disk`` (extra ``hf``), with a dataset card. NumPy and
-    Arrow have no bfloat16 and no float8: there such columns become float32, which holds their values exactly.
+    ``"hf"``, also ``"arrow"``: a folder for ``datasets.load_from_disk`` (extra ``hf``). ``"parquet"``: a folder as the
+    Hugging Face Hub has it, for ``datasets.load_dataset``: ``data/train-00000-of-00003.parquet`` and so on. Both with a
+    dataset card. NumPy and Arrow have no bfloat16 and no float8: there such columns become float32, which holds their
+    values exactly.
 
     Args:
         dataset: the store.
@@ -75,13 +71,6 @@ def export_rows(
     return target
 
 
-def _chunks(dataset: StoreReader) -> Iterator[tuple[int, TensorDict]]:
-    """Rows in order, some at a time, each with the number of its first row."""
-    rows = max(1, _CHUNK_BYTES // max(1, dataset.row_bytes))
-    for begin in range(0, max(1, len(dataset)), rows):  # of no rows one empty chunk: it has the columns
-        yield begin, dataset.span(begin, min(begin + rows, len(dataset)))
-
-
 def _parts(dataset: StoreReader, key: str) -> Iterator[Tensor]:
     """One column, some rows at a time."""
     dtype, shape = dataset.describe(key)
@@ -90,22 +79,18 @@ def _parts(dataset: StoreReader, key: str) -> Iterator[Tensor]:
         yield dataset.span(begin, min(begin + rows, len(dataset)), [key])[key]
 
 
-def _for_numpy(tensor: Tensor) -> Any:
-    return (tensor if tensor.dtype in _NUMPY_KNOWS else tensor.float()).numpy()
-
-
 def _write_npz(dataset: StoreReader, target: IO[bytes]) -> None:
     import numpy as np
 
     with zipfile.ZipFile(target, "w", allowZip64=True) as archive:
         for key in (*dataset.keys, *dataset.row_keys):
             dtype, shape = dataset.describe(key)
-            like = _for_numpy(torch.empty((0, *shape), dtype=dtype))
+            like = for_numpy(torch.empty((0, *shape), dtype=dtype))
             described = {"descr": like.dtype.str, "fortran_order": False, "shape": (len(dataset), *shape)}
             with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_2_0(file, described)
                 for part in _parts(dataset, key):
-                    file.write(memoryview(_for_numpy(part)).cast("B") if part.numel() else b"")
+                    file.write(memoryview(for_numpy(part)).cast("B") if part.numel() else b"")
 
 
 def _write_pt(dataset: StoreReader, target: IO[bytes]) -> None:
@@ -122,33 +107,6 @@ def _write_memmap(dataset: StoreReader, path: Path) -> None:
     write_memmap_meta(path, shapes, batch_size=(len(dataset),))
 
 
-def _write_hf(dataset: StoreReader, path: Path) -> None:
-    try:
-        hf: Any = importlib.import_module("datasets")
-    except ImportError:
-        raise StoreError("exporting to Hugging Face datasets needs them: pip install 'tdcache[hf]'") from None
-
-    def feature(key: str) -> Any:
-        dtype, shape = dataset.describe(key)
-        name = _for_numpy(torch.empty(0, dtype=dtype)).dtype.name
-        if not shape:
-            return hf.Value(name)
-        return hf.Sequence(hf.Value(name), length=shape[0]) if len(shape) == 1 else hf.Array2D(shape, name)
-
-    wide = [key for key in dataset.keys if len(dataset.describe(key)[1]) > 2]
-    if wide:
-        raise StoreError(f"site {wide[0]!r} has more than two feature dimensions, which Arrow's arrays cannot hold")
-    columns = (*dataset.keys, *dataset.row_keys)
-    features = hf.Features({key: feature(key) for key in columns})
-    parts = [
-        hf.Dataset.from_dict({key: _for_numpy(rows[key]) for key in columns}, features=features)
-        for _, rows in _chunks(dataset)
-    ]
-    # Of no rows it would write no file, and then not load that.
-    hf.concatenate_datasets(parts).save_to_disk(path, **({} if len(dataset) else {"num_shards": 1}))
-    (path / "README.md").write_text(dataset_card(dataset), encoding="utf-8")
-
-
 _FILES = {"npz": _write_npz, "pt": _write_pt}
-_FOLDERS = {"memmap": _write_memmap, "hf": _write_hf, "arrow": _write_hf}
+_FOLDERS = {"memmap": _write_memmap, "hf": write_hf, "arrow": write_hf, "parquet": write_parquet}
 _KINDS = {".npz": "npz", ".pt": "pt"}

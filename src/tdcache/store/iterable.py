@@ -24,8 +24,9 @@ class RowIterable(IterableDataset[dict[str, Tensor]]):
 
     Made by :meth:`ActivationDataset.iterable`, which has the arguments. Every row comes exactly once per epoch, over
     all ranks and workers. The order is pinned by ``seed``, the epoch, and the number of ranks and workers. Each ``for``
-    in one process is the next epoch. A loader whose workers do not persist starts them from this object as it is, so
-    say which epoch is next: ``iterable.set_epoch(number)``, as for a ``DistributedSampler``.
+    in one process is the rest of an epoch, or the next one; in workers it is a whole one, because what they had made
+    ahead of a loop that was left is lost. A loader whose workers do not persist starts them from this object as it is,
+    so say which epoch is next: ``iterable.set_epoch(number)``, as for a ``DistributedSampler``.
     """
 
     dataset: StoreReader
@@ -33,12 +34,16 @@ class RowIterable(IterableDataset[dict[str, Tensor]]):
     epoch: int = 0
     _batches: Batches | None = field(default=None, init=False, repr=False)
     _state: Mapping[str, Any] | None = field(default=None, init=False, repr=False)
+    _resumed: bool = field(default=False, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_batches": None}  # another process has another share
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         batches = self._current()
+        if get_worker_info() is not None and not self._resumed:
+            batches.position = 0  # of an epoch that was broken off, some batches were made and never received
+        self._resumed = False
         pack = dict if get_worker_info() is None else SentBatch
         for rows in batches:
             yield pack(rows.to_dict())
@@ -46,7 +51,7 @@ class RowIterable(IterableDataset[dict[str, Tensor]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Begin the next ``for`` at the beginning of an epoch, whose number pins its order."""
-        self.epoch, self._state = epoch, None
+        self.epoch, self._state, self._resumed = epoch, None, False
         if self._batches is not None:
             self._batches.epoch, self._batches.position = epoch, 0
 
@@ -60,7 +65,7 @@ class RowIterable(IterableDataset[dict[str, Tensor]]):
         Raises:
             SpecError: from the next ``for``, where the state is of another store, order or share.
         """
-        self.epoch, self._state = int(state["epoch"]), dict(state)
+        self.epoch, self._state, self._resumed = int(state["epoch"]), dict(state), True
         if self._batches is not None:
             self._batches = None
 

@@ -89,7 +89,7 @@ class RemoteFile:
             StoreError: it cannot be read.
         """
         try:
-            for part in self.pages.read(self.path, offset, data.nbytes):
+            for part in self.pages.read(self.path, offset, data.nbytes, self.size):
                 data[: part.nbytes] = part
                 data, offset = data[part.nbytes :], offset + part.nbytes
         except FileNotFoundError:

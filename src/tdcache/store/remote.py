@@ -155,22 +155,40 @@ class Pages:
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
 
-    def read(self, path: RemotePath, offset: int, size: int) -> Iterator[memoryview]:
-        """The bytes from ``offset`` on, in parts; fewer than ``size`` where the file ends."""
+    def read(self, path: RemotePath, offset: int, size: int, whole: int) -> Iterator[memoryview]:
+        """The bytes from ``offset`` on, in parts; fewer than ``size`` where the file ends.
+
+        Args:
+            path: of the file.
+            offset: of the first byte.
+            size: how many bytes.
+            whole: the size of the file.
+
+        Raises:
+            FileNotFoundError: nothing has that name.
+            StoreError: it cannot be read, or the server gives other ranges than it is asked for.
+        """
         if size > _EXACT:
-            yield memoryview(path.read(offset, offset + size))
+            yield memoryview(_range_of(path, offset, offset + size, whole))
             return
         for number in range(offset // _PAGE, -(-(offset + size) // _PAGE)):
-            page = self._kept.get((path.url, number))
+            page, begin = self._kept.get((path.url, number)), number * _PAGE
             if page is None:
-                page = self._kept[path.url, number] = path.read(number * _PAGE, (number + 1) * _PAGE)
+                page = self._kept[path.url, number] = _range_of(path, begin, begin + _PAGE, whole)
                 while len(self._kept) > _PAGES:
                     with suppress(KeyError):  # another thread was faster
                         self._kept.popitem(last=False)
-            begin = number * _PAGE
             yield memoryview(page)[max(offset - begin, 0) : offset + size - begin]
 
-    def forget(self, path: RemotePath) -> None:
-        """Let go of what was read of a file."""
-        for key in [key for key in tuple(self._kept) if key[0] == path.url]:
-            self._kept.pop(key, None)
+
+def _range_of(path: RemotePath, begin: int, end: int, whole: int) -> bytes:
+    """Bytes of a file; a server that knows no ranges answers with all of it, which is not what was asked for."""
+    end = min(end, whole)
+    found = path.read(begin, end)
+    if len(found) > end - begin:
+        raise StoreError(
+            f"{path}: asked for {end - begin} bytes from byte {begin} on, the server gave {len(found)}: it knows no "
+            "ranges; copy the store to a disk, or serve it from elsewhere",
+            path=path,
+        )
+    return found

@@ -29,7 +29,7 @@ from tdcache.store.writer import StoreWriter
 
 __all__ = ["merge", "repack"]
 
-_SAME_TO_MERGE = ("sites", "rows", "direction", "tokens", "model", "forward", "pick", "columns")
+_SAME_TO_MERGE = ("sites", "rows", "direction", "tokens", "model", "forward", "pick", "columns", "tokenizer")
 
 
 def repack(

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from tdcache.attribution.lrp.replaced_backward import ModuleCall, ReplacedBackward, install_replaced
 from tdcache.attribution.modifiers import Installed
-from tdcache.attribution.norms import NormForm, is_norm, refuse_no_norm
 from tdcache.attribution.point import PointRows, wide
 from tdcache.hooks import MultiHookHandle
+from tdcache.named_places import Names
+from tdcache.norms import NormForm, is_norm, refuse_no_norm
+from tdcache.place_modules import sites_of
 from tdcache.selection import select
 from tdcache.types import Selector
 
@@ -19,7 +21,7 @@ __all__ = ["FreezeNorm", "FrozenNorm"]
 class FrozenNorm:
     """A rule: the gradient of a norm's input where its standard deviation (or root mean square) counts as a constant.
 
-    ``y = weight * xc / scale + bias`` is then linear in ``x``. See :class:`~tdcache.attribution.norms.NormForm`.
+    ``y = weight * xc / scale + bias`` is then linear in ``x``. See :class:`~tdcache.norms.NormForm`.
     """
 
     def __repr__(self) -> str:
@@ -45,12 +47,14 @@ class FreezeNorm(Installed):
     Args:
         selector: modules that compute ``weight * x / scale(x) + bias``, with or without the mean subtracted; by default
             all of them. What a module computes is found by probing it, whatever its name.
+        names: the canonical names of the model, which the selector then means.
     """
 
     rowwise = True
 
-    def __init__(self, selector: Selector | None = None) -> None:
+    def __init__(self, selector: Selector | None = None, names: Names | None = None) -> None:
         super().__init__()
+        self.names = names
         self.selector = selector
 
     def __repr__(self) -> str:
@@ -58,7 +62,9 @@ class FreezeNorm(Installed):
 
     def install(self, model: nn.Module, rows: PointRows | None, handle: MultiHookHandle) -> None:
         """Install :class:`FrozenNorm` in the backward of each norm selected."""
-        for path, module, _ in select(model, is_norm if self.selector is None else self.selector):
+        every = self.selector is None
+        sites = select(model, is_norm) if every else sites_of(model, self.selector or "", self.names)
+        for path, module, _ in sites:
             if self.selector is not None:
                 refuse_no_norm(path, module)
             install_replaced(module, ReplacedBackward(path, FrozenNorm(), rows), handle)

@@ -11,7 +11,7 @@ from tdcache.attribution.lrp.method import RelevanceRules
 from tdcache.attribution.lrp.norms import FrozenNorm
 from tdcache.attribution.lrp.rules import Epsilon, Pass, Rule
 from tdcache.attribution.modifiers import ScaleGradient, StopGradient
-from tdcache.attribution.norms import is_norm
+from tdcache.norms import is_norm
 from tdcache.types import Selector
 
 __all__ = ["attnlrp", "relp", "transformer_rules"]

@@ -1,9 +1,9 @@
 """Named places as modules: what lets every method that hooks modules work at canonical names.
 
-A :class:`StandIn` is an identity that stands for one place: a side of a module, one tensor of several there, one call
-of a module that runs several times, a call inside a forward, heads split from units. Hooks are registered on it as on a
-module, see the place's value as its output, and change it by what they return; where they go is decided here, once. A
-name that means the plain output of a module needs none: there the site is the module itself, at no cost.
+A :class:`PlaceModule` is an identity that stands for one place: a side of a module, one tensor of several there, one
+call of a module that runs several times, a call inside a forward, heads split from units. Hooks are registered on it as
+on a module, see the place's value as its output, and change it by what they return; where they go is decided here,
+once. A name that means the plain output of a module needs none: there the site is the module itself, at no cost.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from tdcache.current_call import CurrentCall
 from tdcache.errors import DirectionError, EditError, SelectionError
 from tdcache.function_calls.attach import AtCall, OneCall, attach_rules
 from tdcache.function_calls.handlers import CallRule
-from tdcache.function_calls.places import parameters_of
+from tdcache.function_calls.overlay import parameters_of
 from tdcache.function_calls.roles import AttentionHook, Use
 from tdcache.function_calls.sites import CallSite, is_call
+from tdcache.function_calls.stand_in import select_sites
 from tdcache.hooks.attach import AttachedElsewhere, attach
 from tdcache.hooks.compiled import refuse_scripted
 from tdcache.hooks.gradient_hooks import GradInputHook
@@ -36,8 +37,9 @@ from tdcache.selection import Matcher, Selection, Site, as_matcher
 from tdcache.types import HookDirection, Match, Pick, Selector
 
 __all__ = [
-    "StandIn",
+    "PlaceModule",
     "axis_of",
+    "dims_of",
     "is_module_output",
     "module_behind",
     "named_selection",
@@ -46,10 +48,11 @@ __all__ = [
     "refuse_at_names",
     "region_in",
     "site_at",
+    "sites_of",
 ]
 
 
-class StandIn(AttachedElsewhere):
+class PlaceModule(AttachedElsewhere):
     """An identity that stands for a named place of one model; hooks on it act at the place.
 
     Args:
@@ -93,23 +96,31 @@ class StandIn(AttachedElsewhere):
             raise SelectionError(f"the model of the place {self.place.name!r} is gone", selector=self.place.name)
         return module
 
-    def attach_hook(self, hook: Callable[..., Any], direction: HookDirection, order: int) -> Any:
-        """Put a hook at the place; it is called as hooks of ``direction`` are."""
-        tap = _AtPlace(self, hook, direction, order)
+    @classmethod
+    def attach_hooks(
+        cls, pairs: Iterable[tuple[PlaceModule, Callable[..., Any]]], direction: HookDirection, order: int
+    ) -> MultiHookHandle:
+        """Put hooks at places; they are called as hooks of ``direction`` are. Calls are hooked all at once."""
         handle = MultiHookHandle()
+        inside: dict[nn.Module, list[tuple[nn.Module, CallRule]]] = {}
         with handle.installing():
-            if self.place.call is not None:
-                tap.call = CurrentCall(self.root, _OneCallOf(self.place.call))
-                tap.call.attach(handle)
-            if is_call(self.place.path):
-                handle.add(attach_rules(self.root, [(self.target, self._rule(tap))]))
-            elif self.place.side == "fwd_pre":
-                handle.add(attach(self.target, tap.on_input, "fwd_pre_kwargs", order=order))
-            else:
-                handle.add(attach(self.target, tap.on_output, "fwd_kwargs", order=order))
+            for at, hook in pairs:
+                tap = _PlaceHook(at, hook, direction, order)
+                if at.place.call is not None:
+                    tap.call = CurrentCall(at.root, _OneCallOf(at.place.call))
+                    tap.call.attach(handle)
+                if is_call(at.place.path):
+                    inside.setdefault(at.root, []).append((at.target, at.rule(tap)))
+                elif at.place.side == "fwd_pre":
+                    handle.add(attach(at.target, tap.on_input, "fwd_pre_kwargs", order=order))
+                else:
+                    handle.add(attach(at.target, tap.on_output, "fwd_kwargs", order=order))
+            for root, rules in inside.items():
+                handle.add(attach_rules(root, rules))
         return handle
 
-    def _rule(self, tap: _AtPlace) -> CallRule:
+    def rule(self, tap: _PlaceHook) -> CallRule:
+        """What has a hook called at the one call that is meant."""
         site = CallSite.parse(self.place.path)
         if site.derived:
             return AttentionHook(site, tap.on_value, tap.use, tap.order)
@@ -157,29 +168,31 @@ class _OneCallOf:
     mask_key: None = None
 
 
-class _AtPlace(Transient):
-    """A hook of a stand-in, at the place itself.
+class _PlaceHook(Transient):
+    """A hook of a place module, at the place itself.
 
     Where the value is what a module or function returns, as it is, the hook is called with that module and its
     arguments, so that gradients are watched on the tensor. Elsewhere it is called as at an identity.
     """
 
-    __slots__ = ("as_it_is", "call", "direction", "hook", "order", "port", "stand_in")
+    __slots__ = ("as_it_is", "call", "direction", "hook", "order", "place_module", "port")
 
-    def __init__(self, stand_in: StandIn, hook: Callable[..., Any], direction: HookDirection, order: int) -> None:
-        self.stand_in = stand_in
+    def __init__(
+        self, place_module: PlaceModule, hook: Callable[..., Any], direction: HookDirection, order: int
+    ) -> None:
+        self.place_module = place_module
         self.hook = hook
         self.direction = direction
         self.order = order
-        self.port = stand_in.port()
+        self.port = place_module.port()
         self.call: CurrentCall | None = None
-        place = stand_in.place
+        place = place_module.place
         in_pairs = isinstance(getattr(hook, "__self__", None), GradInputHook)  # both sides are those of the identity
         after = direction in ("fwd", "fwd_kwargs") and place.side == "fwd" and not in_pairs
         self.as_it_is = after and place.heads is None and place.order is None
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.stand_in.place.name!r}, {self.hook!r})"
+        return f"{type(self).__name__}({self.place_module.place.name!r}, {self.hook!r})"
 
     @property
     def rowwise(self) -> bool:
@@ -219,26 +232,26 @@ class _AtPlace(Transient):
             arguments = (args, kwargs) if self.direction == "fwd_kwargs" else ((*args, *kwargs.values()),)
             new = self.hook(module, *arguments, value)
             return None if new is value else new
-        shown = self.stand_in.shown(value)
+        shown = self.place_module.shown(value)
         new = self._called(shown)
-        return None if new is None or new is shown else self.stand_in.given_back(new)
+        return None if new is None or new is shown else self.place_module.given_back(new)
 
     def _called(self, value: Tensor) -> Any:
-        stand_in = self.stand_in
+        place_module = self.place_module
         if self.direction == "fwd":
-            return self.hook(stand_in, (value,), value)
+            return self.hook(place_module, (value,), value)
         if self.direction == "fwd_kwargs":
-            return self.hook(stand_in, (value,), {}, value)
+            return self.hook(place_module, (value,), {}, value)
         with_names = self.direction == "fwd_pre_kwargs"
-        new = self.hook(stand_in, (value,), {}) if with_names else self.hook(stand_in, (value,))
+        new = self.hook(place_module, (value,), {}) if with_names else self.hook(place_module, (value,))
         if new is None or isinstance(new, Tensor):
             return new
         args = new[0] if with_names else new
         return args[0]
 
 
-# By model: the stand-ins in use, so that all contexts at one place hook one identity.
-_STAND_INS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[Any, StandIn]] = (
+# By model: those in use, so that all contexts at one place hook one identity.
+_PLACE_MODULES: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[Any, PlaceModule]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -266,17 +279,31 @@ def named_selection(
     return Selection(sites, selector=selector, model_name=found.model_name)
 
 
+def sites_of(
+    model: nn.Module,
+    selector: Selector,
+    names: Names | None = None,
+    *,
+    match: Match = "full",
+    allow_empty: bool = False,
+) -> Selection:
+    """The sites that a selector means: modules and calls, or with ``names`` canonical names."""
+    if names is None:
+        return select_sites(model, selector, match=match, allow_empty=allow_empty)
+    return named_selection(model, names, selector, match=match, allow_empty=allow_empty)
+
+
 def site_at(place: NamedPlace, root: nn.Module, target: nn.Module) -> nn.Module:
-    """What is hooked for a place: the module, where its plain output is meant, or the stand-in of the place."""
+    """What is hooked for a place: the module, where its plain output is meant, or what stands for the place."""
     if is_module_output(place) and place.pick is None:
         return target
-    known = _STAND_INS.setdefault(root, weakref.WeakValueDictionary())
+    known = _PLACE_MODULES.setdefault(root, weakref.WeakValueDictionary())
     pick: Pick = place.pick
     key: tuple[Any, ...] = (place.path, place.side, pick, place.call, place.heads, place.order, place.axes)
-    stand_in = known.get(key)
-    if stand_in is None or not stand_in.stands_at(target):
-        stand_in = known[key] = StandIn(place, root, target)
-    return stand_in
+    place_module = known.get(key)
+    if place_module is None or not place_module.stands_at(target):
+        place_module = known[key] = PlaceModule(place, root, target)
+    return place_module
 
 
 def is_module_output(place: NamedPlace) -> bool:
@@ -315,20 +342,20 @@ def region_in(region: Region, place: NamedPlace, heads: Any = None) -> Region:
     Raises:
         EditError: heads of a place that has no axis of heads, without their number.
     """
-    axes = place.axes
-    position, head = axis_of(place, "position", "query", "key"), axis_of(place, "head", "kv_head")
+    head = axis_of(place, "head", "kv_head")
+    known = dims_of(place)
     dims: dict[str, Any] = {}
-    if position is not None and region.position_dim == 1:
-        dims["position_dim"] = position
-    if "unit" in axes and region.unit_dim == -1:
-        dims["unit_dim"] = axes.index("unit") - len(axes)
+    if region.position_dim == 1 and "position_dim" in known:
+        dims["position_dim"] = known["position_dim"]
+    if region.unit_dim == -1 and "unit_dim" in known:
+        dims["unit_dim"] = known["unit_dim"]
     if head is not None:
         dims["head_dim"] = head
     if heads is not None:
         counted = isinstance(heads, tuple) and len(heads) == 2
         if head is None and not counted:
             raise EditError(
-                f"{place.name!r} has no axis of heads ({', '.join(axes) or 'its axes are not known'}), so "
+                f"{place.name!r} has no axis of heads ({', '.join(place.axes) or 'its axes are not known'}), so "
                 f"heads={heads!r} does not say which units; give heads=(n_heads, which)"
             )
         dims["heads"] = heads if counted else (None, heads)
@@ -358,6 +385,13 @@ def refuse_at_names(names: Names | None, directions: Iterable[str]) -> None:
                 f"a canonical name is one value: 'fwd' is that value and 'bwd' its gradient, got {direction!r}; what "
                 "goes into a block or a norm has a name of its own"
             )
+
+
+def dims_of(place: NamedPlace) -> dict[str, int]:
+    """``position_dim`` and ``unit_dim`` of a place's value, as far as its axes are known; units count from the end."""
+    position, unit = axis_of(place, "position", "query", "key"), axis_of(place, "unit")
+    dims = {} if position is None else {"position_dim": position}
+    return dims if unit is None else {**dims, "unit_dim": unit - len(place.axes)}
 
 
 def axis_of(place: NamedPlace, *names: str) -> int | None:

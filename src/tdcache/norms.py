@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from tdcache.attribution.point import wide
 from tdcache.errors import AttributionError
 
-__all__ = ["NormForm", "is_norm", "refuse_no_norm"]
+__all__ = ["NormForm", "is_norm", "refuse_no_norm", "wide"]
 
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """By how much, relative to the output, a module may differ from a norm; norms compute in float32 inside of float64."""
@@ -93,6 +92,11 @@ class NormForm:
             if eps > 0.1 * step**2:
                 return float(eps**-0.5)
         return 0.0
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In at least single precision: half-precision scores are accumulated and returned in float32."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def is_norm(path: str, module: nn.Module) -> bool:

@@ -1,0 +1,239 @@
+"""The residual stream as a sum: where it stands after each block, and what was added to it on the way."""
+
+from __future__ import annotations
+
+import regex
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdcache.errors import ResidualError
+from tdcache.named_places import Names
+from tdcache.residual.columns import Columns
+from tdcache.residual.linear import NormStep, deviation, tolerance
+from tdcache.residual.parts import Parts
+from tdcache.residual.pieces import Pieces, heads_of, neurons_of
+from tdcache.residual.stream import CachedStream
+from tdcache.tokens import Positions
+
+__all__ = ["accumulated", "decompose", "needed"]
+
+
+def needed(
+    names: Names,
+    *,
+    heads: bool = False,
+    neurons: bool = False,
+    mid: bool = False,
+    embeddings: bool = True,
+    prefix: str | None = None,
+) -> str:
+    r"""The pattern of the names that the functions here ask of a cache.
+
+    Args:
+        names: the table of the model.
+        heads: also what :func:`head_results` needs.
+        neurons: also what :func:`neuron_results` needs.
+        mid: also the stream between attention and MLP.
+        embeddings: the embeddings apart; without them the stream before the first block is one part. Position
+            embeddings often have one row for all, of which a context cannot keep the ``positions=`` of each row.
+        prefix: which stream of a model with several; by default the one that logits are made of.
+
+    Raises:
+        CanonicalNameError: the model has no such values, or they are refused there.
+
+    Example:
+        >>> from tdcache.named_places import ResidualStream
+        >>> places = {"blocks.0.mlp.contribution": "mlp", "blocks.0.resid_pre": "", "blocks.0.resid_post": ""}
+        >>> needed(Names(places, streams={"": ResidualStream(layouts=("pre-norm",))}))
+        'blocks\\.(0\\.resid_pre|\\d+\\.(mlp\\.contribution|resid_post))'
+    """
+    stream = CachedStream.of(Parts(), names, prefix)
+    kinds = dict.fromkeys(kind for block in range(stream.stream.blocks) for kind in stream.contributions(block))
+    roles = [rf"{kind}\.contribution" for kind in kinds] + ["resid_post"]
+    roles += [role for wanted, role in ((heads, r"attn\.z"), (neurons, r"mlp\.post"), (mid, "resid_mid")) if wanted]
+    blocks = rf"blocks\.(0\.resid_pre|\d+\.({'|'.join(roles)}))"
+    first = stream.stream.embeddings if embeddings else ()
+    pattern = "|".join([*map(regex.escape, first), regex.escape(stream.stream.prefix) + blocks])
+    if names.style is None:
+        return pattern
+    meant = [name for name in stream.canonical(refused=False) if regex.fullmatch(pattern, name)]
+    return "|".join(regex.escape(names.spelled(name)) for name in meant)
+
+
+def accumulated(
+    cache: TensorDictBase,
+    *,
+    of: str | None = None,
+    mid: bool = False,
+    positions: Positions = None,
+    mask: Tensor | None = None,
+    names: Names | None = None,
+    prefix: str | None = None,
+) -> Parts:
+    """The stream before each block, and after the last: ``blocks.0.resid_pre``, ..., ``blocks.11.resid_post``.
+
+    Args:
+        cache: canonical names to values; ``resid_pre`` of the first block, and of each block that or the
+            ``resid_post`` of the one before.
+        of: the value of the stream to go up to; the last ``resid_post`` that is kept by default.
+        mid: also the stream between attention and MLP of each block.
+        positions: which positions; see ``docs/positions.md``. None for all.
+        mask: the attention mask, so that positions count real tokens; None counts columns.
+        names: the table of names, where the cache does not carry it.
+        prefix: which stream of a model with several, ``"encoder."``; by default the one that logits are made of.
+
+    Returns:
+        Values ``(batch, position, unit)`` by name; those of half precision in float32. They share memory and graph
+        with the cache.
+
+    Raises:
+        CanonicalNameError: the model has no such value, as a parallel block has no ``resid_mid``.
+        ResidualError: the cache lacks one.
+    """
+    stream = CachedStream.of(cache, names, prefix, Columns(positions, mask))
+    of, last, role = stream.until(of)
+    found: dict[str, Tensor] = {}
+    for block in range(last + 1):
+        found[stream.name("resid_pre", block)] = stream.value(_chained(stream, block))
+        between = stream.name("resid_mid", block)
+        if (mid and (block < last or role == "resid_post")) or between == of:
+            found[between] = stream.value(between)
+    found[of] = found[of] if of in found else stream.value(of)
+    return Parts.made(found, stream.names, stream.stream.prefix, at=found[of])
+
+
+def decompose(
+    cache: TensorDictBase,
+    *,
+    of: str | None = None,
+    heads: bool = False,
+    neurons: bool = False,
+    positions: Positions = None,
+    mask: Tensor | None = None,
+    names: Names | None = None,
+    prefix: str | None = None,
+) -> Parts:
+    """Everything that was written to the stream: parts whose sum is one value of it.
+
+    The embeddings, then of each block what attention and MLP contributed. Where a norm stands *in* the stream (the
+    post-norm layout of BERT: ``N(pre + contribution)``), every part so far goes through it with its scale frozen, and
+    its bias is a part of its own. The sum is compared with every value of the stream that the cache keeps.
+
+    Args:
+        cache: canonical names to values; :func:`needed` gives the pattern.
+        of: the value to take apart; the last ``resid_post`` that is kept by default.
+        heads: attention by head, ``blocks.0.attn.head.3``, with the biases on the way as ``blocks.0.attn.bias``.
+        neurons: MLPs by neuron, ``blocks.0.mlp.neuron.17``, and ``blocks.0.mlp.bias``: as many tensors as neurons.
+        positions: which positions; see ``docs/positions.md``. None for all.
+        mask: the attention mask, so that positions count real tokens; None counts columns.
+        names: the table of names, where the cache does not carry it.
+        prefix: which stream of a model with several, ``"encoder."``; by default the one that logits are made of.
+
+    Returns:
+        Values ``(batch, position, unit)`` by name; those of half precision in float32. Gradients flow through them
+        where the cache holds ``"live"`` values, though not through the scales of norms.
+
+    Raises:
+        CanonicalNameError: a contribution is refused in this model.
+        ResidualError: the cache lacks a value, or the parts do not sum to one that it keeps.
+    """
+    stream = CachedStream.of(cache, names, prefix, Columns(positions, mask))
+    of, last, role = stream.until(of)
+    sums = _embedded(stream)
+    for block in range(last + 1):
+        if block == 0 or not stream.keeps(stream.name("resid_post", block - 1)):  # else it was, under that name
+            sums.compare("resid_pre", block)
+        kinds = [] if block == last and role == "resid_pre" else stream.contributions(block)
+        for number, kind in enumerate(kinds, 1):
+            if block == last and role == "resid_mid" and number == len(kinds):
+                break
+            sums.add(block, kind, pieces=_pieces(stream, block, kind, heads, neurons))
+            if stream.stream.layouts[block] == "post-norm":
+                norm = stream.name(f"ln{number}", block)
+                sums.normalise(stream.place(norm).path, norm)
+            if number == len(kinds) - 1:
+                sums.compare("resid_mid", block)
+        if len(kinds) and not (block == last and role == "resid_mid"):
+            sums.compare("resid_post", block)
+    return Parts.made(sums.parts, stream.names, stream.stream.prefix, of=of, at=sums.total)
+
+
+class _RunningSum:
+    """The parts so far, and their sum."""
+
+    def __init__(self, stream: CachedStream, parts: dict[str, Tensor]) -> None:
+        self._stream = stream
+        self.parts = parts
+        self.total = sum(parts.values(), torch.zeros(()))
+
+    def add(self, block: int, kind: str, *, pieces: Pieces | None) -> None:
+        """Add a contribution, in pieces or whole."""
+        name = self._stream.name(f"{kind}.contribution", block)
+        value = self._stream.value(name)
+        self.parts.update({name: value} if pieces is None else pieces.all())
+        self.total = self.total + value
+
+    def normalise(self, path: str, name: str) -> None:
+        """Send all parts through a norm that stands in the stream, and call its bias by that name."""
+        (module,) = self._stream.modules(path)
+        norm = NormStep.of(module, path, self.total)
+        self.parts = {key: norm(part) for key, part in self.parts.items()}
+        if norm.bias is not None:
+            self.parts[f"{name}.bias"] = norm.bias.expand_as(self.total)
+        self.total = sum(self.parts.values(), torch.zeros(()))
+
+    def compare(self, role: str, block: int) -> None:
+        """Hold the sum against the value that is kept, if one is.
+
+        A contribution that is refused is one that the block does not have if the sum holds without it.
+
+        Raises:
+            CanonicalNameError: the sum does not hold, or cannot be compared, and a contribution is refused.
+            ResidualError: it does not hold.
+        """
+        name, refused = self._stream.name(role, block), self._stream.refused(block) if role == "resid_post" else []
+        if not self._stream.keeps(name):
+            if refused:
+                raise self._stream.names.error(
+                    refused[0]
+                )  # a block without attention, or one whose attention is not seen
+            return
+        off = deviation(self.total, self._stream.value(name))
+        if not off <= tolerance(self._stream.raw(name)):
+            if refused:
+                raise self._stream.error(refused[0])
+            raise ResidualError(
+                f"{name!r} differs by {off:.1e} of its largest value from the sum of what was written before: the "
+                "cache holds values of several forwards, the model was in training mode, which drops some of what is "
+                "written, or the table is not this model's",
+                names=[name],
+            )
+
+
+def _embedded(stream: CachedStream) -> _RunningSum:
+    """What the stream begins with: its embeddings, or their sum where these are not kept."""
+    names, first = list(stream.stream.embeddings), stream.name("resid_pre", 0)
+    if not names or (stream.keeps(first) and not all(map(stream.keeps, names))):
+        return _RunningSum(stream, {first: stream.value(first)})
+    stream.require(names)
+    values = [stream.whole(name) for name in names]
+    shape = torch.broadcast_shapes(*(value.shape for value in values))  # one row of positions serves all rows
+    parts = {name: stream.columns.of(value.expand(shape), name) for name, value in zip(names, values, strict=True)}
+    sums = _RunningSum(stream, parts)
+    if stream.stream.embedding_norm is not None:
+        sums.normalise(stream.stream.embedding_norm, stream.name("embed_norm"))
+    return sums
+
+
+def _chained(stream: CachedStream, block: int) -> str:
+    """The name under which the stream before a block is kept: blocks are chained."""
+    name = stream.name("resid_pre", block)
+    before = stream.name("resid_post", block - 1)
+    return before if block and not stream.keeps(name) and stream.keeps(before) else name
+
+
+def _pieces(stream: CachedStream, block: int, kind: str, heads: bool, neurons: bool) -> Pieces | None:
+    if heads and kind == "attn":
+        return heads_of(stream, block)
+    return neurons_of(stream, block) if neurons and kind == "mlp" else None
