@@ -24,9 +24,11 @@ __all__ = [
     "NO_TASK",
     "add_tensor_hook",
     "add_tensor_hook_eagerly",
+    "backward_outputs",
     "backward_task",
     "break_graph",
     "calls_on_stack",
+    "current_node",
     "function_mode_at",
     "function_mode_count",
     "global_hooks",
@@ -192,6 +194,8 @@ def _entries(holder: Mapping[str, Any], prefix: str) -> list[HookEntry]:
 NO_TASK = -1
 backward_task = torch._C._current_graph_task_id
 """The backward that autograd is running on this thread; ``NO_TASK`` outside of one. Not to be asked in a graph."""
+current_node = torch._C._current_autograd_node
+"""The node of the graph whose hooks are running on this thread."""
 
 
 def remove_hooks(hook_dicts: Sequence[Any], is_meant: Callable[[Any], bool]) -> None:
@@ -210,24 +214,31 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and backward_task() != NO_TASK
 
 
+def _frames_of(code: CodeType, frame: FrameType | None = None) -> Iterator[FrameType]:
+    """The calls of ``code`` that are under way on this thread, or below ``frame``, innermost first; slow."""
+    at: FrameType | None = sys._getframe(1) if frame is None else frame
+    while at is not None:
+        if at.f_code is code:
+            yield at
+        at = at.f_back
+
+
 def calls_on_stack(module: nn.Module | None) -> int:
     """How many calls of ``module`` are under way; slow, and asked only in doubt: an exception may have ended them."""
-    frame: FrameType | None = sys._getframe(1)
-    calls = 0
-    while frame is not None:
-        calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
-        frame = frame.f_back
-    return calls
+    return sum(frame.f_locals.get("self") is module for frame in _frames_of(CALL_IMPL))
 
 
 def keyword_arguments(module: nn.Module) -> Mapping[str, Any]:
     """What the innermost call of ``module`` was given by name: plain forward hooks are not told; slow."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
-            return cast(Mapping[str, Any], frame.f_locals["kwargs"])
-        frame = frame.f_back
-    return {}
+    calls = (frame.f_locals for frame in _frames_of(CALL_IMPL) if frame.f_locals.get("self") is module)
+    return cast(Mapping[str, Any], next(calls, {"kwargs": {}})["kwargs"])
+
+
+def backward_outputs() -> Sequence[Any]:
+    """What the innermost backward under way began at; its call is on this thread's stack, or on that of another one."""
+    code = torch.autograd.graph._engine_run_backward.__code__
+    stacks = (_frames_of(code, top) for top in (sys._getframe(1), *sys._current_frames().values()))
+    return next((frame.f_locals["t_outputs"] for stack in stacks for frame in stack), ())
 
 
 def is_optimized_module(model: nn.Module) -> bool:

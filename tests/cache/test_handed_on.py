@@ -250,3 +250,77 @@ def test_the_gradient_of_an_input_that_is_given_several_times_is_that_of_the_fir
     with ActivationCaching("attention", directions=["grad_in"], pick=pick).prepare(model) as hooked:
         hooked(x.clone().requires_grad_()).square().sum().backward()
     torch.testing.assert_close(hooked.cache["attention"], query.grad, rtol=1e-5, atol=1e-6)  # other projections in one
+
+
+class HandsOnAndUses(nn.Module):
+    """Hands a tensor on, changes it in place where it was handed to, and may use the tensor in another way as well."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.first, self.same, self.relu = nn.Linear(3, 3), nn.Identity(), nn.ReLU(inplace=True)
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(self, self.first(x))
+
+
+def used_before(model, hidden):
+    elsewhere = 5 * hidden
+    return 3 * model.relu(model.same(hidden)) + elsewhere
+
+
+def used_between(model, hidden):
+    handed = model.same(hidden)
+    elsewhere = 5 * hidden
+    return 3 * model.relu(handed) + elsewhere
+
+
+def used_instead(model, hidden):
+    elsewhere = 5 * hidden
+    model.relu(model.same(hidden))
+    return elsewhere
+
+
+@pytest.mark.parametrize("directions", PAIRS, ids="+".join)
+@pytest.mark.parametrize("uses", [used_before, used_between, used_instead])
+def test_what_is_handed_on_then_changed_in_place_and_used_elsewhere_is_refused(uses, directions):
+    model = HandsOnAndUses(uses)
+    message = "'same' passes its input on, and that was changed in place afterwards, .* capture direction 'bwd' of the"
+    with (
+        pytest.raises(InplaceModificationError, match=message) as caught,
+        ActivationCaching("same", directions=directions, use_nested_keys=True, hold="snapshot").prepare(
+            model
+        ) as hooked,
+    ):
+        hooked(torch.ones(2, 3)).sum().backward()
+    assert caught.value.paths == ("same",)
+
+
+def in_the_usual_chain(model, hidden):
+    return 3 * model.relu(model.same(hidden))
+
+
+def in_part(model, hidden):
+    handed = model.same(hidden)
+    model.relu(handed[:1])
+    return 3 * handed
+
+
+def in_two_branches_of_which_one_is_not_asked(model, hidden):
+    model.elsewhere = 5 * hidden
+    return 3 * model.relu(model.same(hidden))
+
+
+@pytest.mark.parametrize("directions", PAIRS, ids="+".join)
+@pytest.mark.parametrize("uses", [in_the_usual_chain, in_part, in_two_branches_of_which_one_is_not_asked])
+def test_what_is_handed_on_and_then_changed_in_place_has_its_gradient_where_nothing_else_uses_it(uses, directions):
+    model, x = HandsOnAndUses(uses), torch.randn(2, 3)
+    with ActivationCaching("first|same", directions=directions, use_nested_keys=True, hold="snapshot").prepare(
+        model
+    ) as hooked:
+        hooked(x).sum().backward()
+    wanted = 3 * (model.first(x) > 0).float()
+    if uses is in_part:
+        wanted[1:] = 3
+    assert torch.equal(hooked.cache["bwd", "same"], wanted)
+    assert torch.equal(hooked.cache["bwd", "first"], wanted)

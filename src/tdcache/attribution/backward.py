@@ -87,17 +87,15 @@ def gradients(
         for place in dict.fromkeys(place for ask in asks for place in ask.grads)
         if place.kind == "key" or place in taps or place not in lenient
     ]
-    seeds = [] if target is None else targets.seeds.get(id(target), [])
-    sums = [seed.sum(dtype=_accumulator(seed)) for seed in seeds]
-    total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-    if not total.requires_grad:
+    seeds = [] if target is None else [seed for seed in targets.seeds.get(id(target), []) if seed.requires_grad]
+    if not seeds:
         if all(place in lenient for place in wanted):
             return {}
         raise AttributionError(
             f"the target does not depend on {listed([str(place.name) for place in wanted])}: no gradient can reach "
             "it; is the output detached, or the site not used?"
         )
-    arrived = _arrived(total, wanted, taps, inputs, keep=keep, graph=graph)
+    arrived = _arrived(seeds, wanted, taps, inputs, keep=keep, graph=graph)
     missing = [str(place.name) for place in wanted if arrived[place] is None and place not in lenient]
     if missing:
         raise AttributionError(
@@ -108,7 +106,7 @@ def gradients(
 
 
 def _arrived(
-    total: Tensor,
+    seeds: Sequence[Tensor],
     wanted: Sequence[Place],
     taps: dict[Place, SiteTap],
     inputs: dict[CacheKey, Tensor],
@@ -121,12 +119,10 @@ def _arrived(
     others = [tensor for place, tensor in keys.items() if place not in wanted and tensor.requires_grad]
     for tap in taps.values():
         tap.grads.clear()
+    # Ones for each value are the gradient of their sum. Of complex ones there is none, and torch says so.
+    ones = [None if seed.is_complex() else torch.ones_like(seed) for seed in seeds]
     found: Sequence[Tensor | None] = torch.autograd.grad(
-        total, [*edges, *others], allow_unused=True, retain_graph=keep, create_graph=graph
+        seeds, [*edges, *others], ones, allow_unused=True, retain_graph=keep, create_graph=graph
     )
     arrived = dict(zip(wanted, found, strict=False))
     return arrived | {place: taps[place].grad() for place in wanted if place in taps}
-
-
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype

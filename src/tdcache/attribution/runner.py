@@ -24,6 +24,7 @@ from tdcache.attribution.targets import Target, Unit
 from tdcache.errors import ContextError
 from tdcache.function_calls.stand_in import resolve_site
 from tdcache.hooks import MultiHookHandle, Order, attach, attach_ports
+from tdcache.hooks.attach import AttachedElsewhere
 from tdcache.named_places import Names
 from tdcache.place_modules import place_at
 from tdcache.types import CacheKey
@@ -198,7 +199,8 @@ class Runner:
         differentiated |= set(self._floating()) if self.watched and any(ask.grads for ask in asks) else set()
         if len(points) == 1:
             stacked = self.data.copy()
-            stacked.update(dict(points[0].inputs))
+            if points[0].inputs:
+                stacked.update(dict(points[0].inputs))
         else:
             batch = self.data.batch_size
             stacked = TensorDict(batch_size=[len(points) * batch[0], *batch[1:]], device=self.data.device)
@@ -231,11 +233,15 @@ class Runner:
             swaps = {place: Replacement(place, self._call(place), parts) for place, parts in replaced.items()}
             self._attach(swaps, handle, Order.EDIT)
             taps = self._taps(asks, rows[0])
-            self._attach({place: tap for place, tap in taps.items() if not tap.sees_arguments}, handle, SiteTap.order)
-            for place, tap in taps.items():
-                if tap.sees_arguments:
-                    handle.add(attach(self.module_at(place), tap.on_output, "fwd_kwargs", order=SiteTap.order))
+            inside = {place: tap for place, tap in taps.items() if self._is_no_module(place)}
+            self._attach({place: tap for place, tap in taps.items() if place not in inside}, handle, SiteTap.order)
+            for place, tap in inside.items():
+                handle.add(attach(self.module_at(place), tap.on_output, "fwd_kwargs", order=SiteTap.order))
         return taps, handle
+
+    def _is_no_module(self, place: Place) -> bool:
+        """Whether a place is the result of a call inside a forward."""
+        return place.kind == "out" and isinstance(self.module_at(place), AttachedElsewhere)
 
     def _call(self, place: Place) -> int | None:
         return place.call if place.call is None or place.call >= 0 else self._calls[place] + place.call

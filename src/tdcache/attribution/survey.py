@@ -36,8 +36,10 @@ class Survey:
         watched = inplace = False
         statistics = []
         for module in (model, *(module for _, module in walk(model))):
-            hooks = (*post_hooks(module).values(), *pre_hooks(module).values())
-            watched = watched or any(map(_is_foreign, hooks)) or has_rules(module)
+            after, before = post_hooks(module), pre_hooks(module)
+            if after or before:
+                watched = watched or any(map(_is_foreign, (*after.values(), *before.values())))
+            watched = watched or has_rules(module)
             inplace = inplace or module.__dict__.get("inplace") is True
             if module.training and module not in statistics and getattr(module, "running_mean", None) is not None:
                 statistics.append(module)

@@ -19,7 +19,7 @@ from tdcache.attribution.point import PointRows
 from tdcache.attribution.rows import UnstackableError
 from tdcache.errors import AttributionError
 from tdcache.hooks import Order
-from tdcache.hooks.gradients import watch_made
+from tdcache.hooks.gradients import handed_on, watch_made
 from tdcache.hooks.values import leaves
 from tdcache.inplace import overwritten, version_of
 
@@ -64,25 +64,31 @@ class SiteTap:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.place.name!r})"
 
-    @property
-    def sees_arguments(self) -> bool:
-        """Whether :meth:`on_output` is the hook: an output may be an argument that is handed on."""
-        return self.wants_grad and self.place.kind == "out"
-
-    def on_call(self, module: nn.Module, args: Any, rest: Any, given: Any = ()) -> Any:
+    def on_call(self, module: nn.Module, args: Any, rest: Any, given: Any = None) -> Any:
         """Note the value; hands on another tensor of the same value where the gradient could not be told otherwise."""
         tensor = self.port.read(module, args, rest)
         if self.rows is not None and self.rows.axis_at(self.place, tensor) is None and self.wants_grad:
             raise UnstackableError(f"all rows share the value at {self.port.path!r}", paths=(self.port.path,))
-        passed = self._with_graph(tensor, given) if self.wants_grad else tensor
+        passed = tensor
+        if self.wants_grad:
+            passed = self._with_graph(tensor)
+            if passed is tensor and self.place.kind == "out" and self._is_argument(module, tensor, args, given):
+                passed = tensor.clone()
         self._note(passed)
         return None if passed is tensor else self.port.write(module, args, rest, passed)
 
     def on_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """:meth:`on_call` for an output whose gradient is wanted: it may be one of the arguments, handed on."""
+        """:meth:`on_call` for a place that is no module, whose arguments by name no stack tells."""
         return self.on_call(module, args, output, given=(args, kwargs))
 
-    def _with_graph(self, tensor: Any, given: Any) -> Tensor:
+    @staticmethod
+    def _is_argument(module: nn.Module, tensor: Tensor, args: Any, given: Any) -> bool:
+        """Whether an output is an argument that is handed on, whose gradient is not the module's alone."""
+        if given is None:
+            return handed_on(module, tensor, args)
+        return any(each is tensor for _, each in leaves(given))
+
+    def _with_graph(self, tensor: Any) -> Tensor:
         """``tensor``, or one of the same value whose gradient is that of this module's side alone."""
         if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -94,9 +100,7 @@ class SiteTap:
         if self.place.kind == "in":  # the gradient of this reader alone
             return tensor.clone() if self.snapshot or tensor.is_leaf else tensor.view_as(tensor)
         # An in-place operation on a view takes it out of the graph, and snapshots say that there may be one.
-        if tensor.is_leaf or (self.snapshot and tensor._base is not None):
-            return tensor.clone()
-        return tensor.clone() if _is_among(tensor, *given) else tensor
+        return tensor.clone() if tensor.is_leaf or (self.snapshot and tensor._base is not None) else tensor
 
     def _note(self, tensor: Tensor) -> None:
         self.when = self.when or next(_CLOCK)
@@ -142,12 +146,6 @@ class SiteTap:
             return self._seen[-1 if call is None else call]
         except IndexError:
             raise AttributionError(f"call={call}: {name!r} ran {len(self._seen)} times in the forward") from None
-
-
-def _is_among(tensor: Tensor, args: Any = (), kwargs: Any = None) -> bool:
-    if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):  # the common case, and a hot path
-        return args[0] is tensor
-    return any(each is tensor for _, each in leaves((args, kwargs)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from tdcache.function_calls.sites import split_selector
 from tdcache.function_calls.stand_in import select_sites
 from tdcache.hooks.compiled import refuse_scripted, running_eagerly
 from tdcache.hooks.registrations import MultiHookHandle
-from tdcache.hooks.threads import Fence, Thread, fencing
+from tdcache.hooks.threads import Fence, RunningThread, fencing
 from tdcache.introspect import may_be_compiled
 from tdcache.modules.call import ModelCall, holds_entries
 from tdcache.modules.hooked import HookedModule
@@ -124,7 +124,7 @@ class HookingContext:
         self._hooked_module: HookedModule | None = None
         self._handle = MultiHookHandle()
         self._undo: ExitStack | None = None
-        self.thread: Thread | None = None
+        self.thread: RunningThread | None = None
         """The thread that opened the context, whose forwards its hooks act in; None while it is closed."""
         self.fence = Fence()
         self.is_child = False

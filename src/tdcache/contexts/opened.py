@@ -11,7 +11,7 @@ from weakref import WeakSet
 
 from torch import nn
 
-from tdcache.hooks.threads import Fence, Thread, this_thread
+from tdcache.hooks.threads import Fence, RunningThread, this_thread
 
 __all__ = ["Opened", "begin_opening", "closed", "open_contexts"]
 
@@ -21,13 +21,13 @@ class Opened(Protocol):
 
     model: nn.Module
     fence: Fence
-    thread: Thread | None
+    thread: RunningThread | None
     is_child: bool
 
 
 open_contexts: set[Opened] = set()
 _lock = RLock()
-_threads: WeakSet[Thread] = WeakSet()
+_threads: WeakSet[RunningThread] = WeakSet()
 """Every thread that opened a context and has not ended."""
 
 
@@ -54,7 +54,7 @@ def closed(context: Opened) -> None:
         context.thread, context.fence = None, Fence()
 
 
-def _runs(thread: Thread, model: nn.Module) -> bool:
+def _runs(thread: RunningThread, model: nn.Module) -> bool:
     """Whether a thread opened a context on ``model``, on part of it or on what it is part of."""
     return any(_overlap(each, model) for each in thread.models)
 

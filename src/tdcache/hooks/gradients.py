@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tdcache.errors import InplaceModificationError
+from tdcache.hooks.consumers import backward_consumers
 from tdcache.hooks.values import leaves
 from tdcache.introspect import add_tensor_hook, keyword_arguments
 
@@ -189,7 +190,9 @@ class _Passage:
     and a later in-place operation would disconnect all but the first.
     """
 
-    __slots__ = ("content", "fired", "ids", "is_input", "is_out", "is_whole", "owner", "version", "watchers", "where")
+    __slots__ = (
+        "content", "fired", "ids", "is_input", "is_out", "is_whole", "output", "owner", "version", "watchers", "where"
+    )  # fmt: skip
 
     def __init__(self, owner: nn.Module, first: OnGrads, where: str, *, is_input: bool) -> None:
         self.owner = owner
@@ -230,6 +233,7 @@ class _Passage:
             # Do not hold the base: a tensor referred to by its own hook keeps the graph alive until a gc run.
             self.is_whole = base is tensor
             self.content, self.version = alias.detach(), alias._version
+            self.output = base.output_nr
             add_tensor_hook(base, self.on_base)
         return alias
 
@@ -261,12 +265,19 @@ class _Passage:
         return torch.zeros_like(grad) if changed[0] is None else changed[0]
 
     def on_base(self, grad: Tensor) -> Tensor | None:
-        """Receive the gradient of the aliased tensor, in case an in-place operation cut the alias off the graph."""
+        """Receive the gradient of the aliased tensor, in case an in-place operation cut the alias off the graph.
+
+        It is the alias' own gradient only if nothing but that operation uses the tensor.
+        """
         if self.fired or not self._is_overwritten():
             return None
-        if self.is_input or not self.is_whole:
+        if self.is_input or not self.is_whole or not self._is_used_once():
             raise self._untellable()
         return self.pass_on(grad)
+
+    def _is_used_once(self) -> bool:
+        consumers = backward_consumers(self.output)
+        return consumers is not None and [type(each).__name__ for each in consumers] == ["CopySlices"]
 
     def _is_overwritten(self) -> bool:
         return self.content is not None and self.content._version != self.version

@@ -22,13 +22,23 @@ from torch import nn
 
 from tdcache.hooks.transient import Transient
 
-__all__ = ["Fence", "Fenced", "Thread", "active_fence", "fencing", "note_placed", "one_at_a_time", "this_thread"]
+__all__ = [
+    "Fence",
+    "Fenced",
+    "Placed",
+    "RunningThread",
+    "active_fence",
+    "fencing",
+    "note_placed",
+    "one_at_a_time",
+    "this_thread",
+]
 
 one_at_a_time = RLock()
 """Held while the hooks of a module are changed: two threads may open contexts on one model."""
 
 
-class Thread:
+class RunningThread:
     """One thread that runs models. The numbers that Python gives to threads are given again when a thread has ended."""
 
     __slots__ = ("__weakref__", "models")
@@ -54,7 +64,7 @@ class Fence:
 
     __slots__ = ("_pruned_at", "others", "placed")
 
-    def __init__(self, others: Iterable[Thread] = ()) -> None:
+    def __init__(self, others: Iterable[RunningThread] = ()) -> None:
         self.others = set(others)
         self.placed: list[Placed] = []
         self._pruned_at = 32
@@ -66,7 +76,7 @@ class Fence:
             self.placed = [each for each in self.placed if each.is_there]
             self._pruned_at = 32 + 2 * len(self.placed)
 
-    def keep_out(self, thread: Thread) -> None:
+    def keep_out(self, thread: RunningThread) -> None:
         """Fence a thread off, from what is registered and from what will be."""
         with one_at_a_time:
             self.others.add(thread)
@@ -91,14 +101,14 @@ class Fenced(Transient):
 
 class _Here(threading.local):
     def __init__(self) -> None:
-        self.thread = Thread()
+        self.thread = RunningThread()
         self.fence: Fence | None = None
 
 
 _here = _Here()
 
 
-def this_thread() -> Thread:
+def this_thread() -> RunningThread:
     """The thread that asks; the object is dropped when it ends."""
     return _here.thread
 
