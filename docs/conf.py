@@ -23,6 +23,7 @@ exclude_patterns = ["_build", "auto_examples/**.ipynb", "auto_examples/**.py.md5
 html_theme = "furo"
 html_title = f"tdcache {release}"
 html_show_sourcelink = False
+html_extra_path = ["llms.txt"]  # where coding agents look: beside the index
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -40,7 +41,6 @@ sphinx_gallery_conf = {
     "gallery_dirs": "auto_examples",
     "filename_pattern": r"\.py$",  # every example is executed, not only plot_*.py
     "backreferences_dir": None,
-    "download_all_examples": False,
     "remove_config_comments": True,
     "show_memory": False,
     "run_stale_examples": True,  # an example that did not change may still be broken by a change in src/

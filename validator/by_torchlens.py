@@ -12,7 +12,10 @@ from validator.subjects import Subject, copied, score
 
 
 def trace(subject: Subject, *, other: bool = False, **options: Any) -> Any:
-    return torchlens.trace(subject.model, [], copied(subject.other if other else subject.inputs), **options)
+    inputs = copied(subject.other if other else subject.inputs)
+    if len(inputs) == 1 and "input_ids" not in inputs and "pixel_values" not in inputs:
+        return torchlens.trace(subject.model, list(inputs.values()), **options)  # it binds one input by position
+    return torchlens.trace(subject.model, [], inputs, **options)
 
 
 def output_of(log: Any) -> Any:

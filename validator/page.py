@@ -11,6 +11,26 @@ import torch
 from validator.answers import REQUESTS, Answers, installed
 from validator.compare import SCORE_TOLERANCE, SIGNS, TOLERANCE, Verdict, verdict
 
+LENS_MODELS = """## Models written for TransformerLens
+
+Twelve scripts as its users write them run twice: on a model made of TransformerLens' `HookPoint` and
+`HookedRootModule`, and on the same class body over those of `tdcache.points`. Values, names and states are compared
+exactly; its bridged models and its `ActivationCache` are held against our regex and our cache there too. To repeat it,
+with the version that `constraints.txt` names:
+
+```bash
+python -m nox -s peers -- tests/points/test_transformer_lens.py
+```
+"""
+
+DIFFERS = """## What differs
+
+ALBERT runs one block twice in a forward: the hooks by hand edit both calls and keep the last, nnsight and pyvene read
+the first. XGLM computes its pattern with batch and heads in one axis, and tdcache hands on what the model computes;
+the hooks read what the module returns.
+
+"""
+
 Verdicts = Mapping[str, Mapping[str, Verdict]]
 
 INTRO = """# The validator
@@ -50,10 +70,11 @@ def page(by_hand: Answers, peers: Mapping[str, Answers], faults: Sequence[Mappin
         _made_with(peers, len(by_hand.by)),
         "## Who agrees\n\n" + _summary(verdicts),
         "## Model by model\n\n" + _models(by_hand, verdicts),
-        "## What differs\n\n" + _listed(verdicts, "differs"),
+        DIFFERS + _listed(verdicts, "differs"),
         "## What failed\n\n" + _listed(verdicts, "failed"),
         "## What is not offered\n\n" + _listed(verdicts, "not offered"),
         "## Known faults, tried again\n\n" + _faults(faults),
+        LENS_MODELS,
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -77,7 +98,9 @@ def _made_with(peers: Mapping[str, Answers], models: int) -> str:
         f"transformers {installed('transformers')}, {', '.join(found)}; float32 on the CPU, each library in a "
         f"process of its own. A value agrees when it is off by at most {TOLERANCE:g} of the largest magnitude, a score "
         f"(captum returns differences of scores) by at most {SCORE_TOLERANCE:g}; `validator/compare.py` says why. "
-        "`baukit_style` is a class of ours in the style of baukit, which is on no package index."
+        'tdcache copies what it keeps here (`hold="snapshot"`), as the hooks do; by default it refuses a value that '
+        "the model then overwrites in place. `baukit_style` is a class of ours in the style of baukit, which is on no "
+        "package index."
     )
     return "\n".join([text, "", *missing, *partly]).strip()
 
