@@ -1,7 +1,9 @@
 """The project's commands; ``python -m nox -l`` lists them."""
 
 import os
+import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import nox
@@ -17,17 +19,29 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 PEERS = ("captum", "nnsight", "transformer-lens", "pyvene", "tdhook==0.1.3", "zennit", "datasets")
 
 # Those that the tests hold it against, and where.
-TESTED_PEERS = ("captum", "datasets", "ray", "transformer-lens")
+TESTED_PEERS = ("aiohttp", "captum", "datasets", "ray", "transformer-lens")
 PEER_TESTS = (
     "tests/attribution/test_captum.py",
     "tests/attribution/test_lrp.py",
     "tests/harvesting/test_ray_fleet.py",
     "tests/harvesting/test_sources.py",
+    "tests/naming/test_transformer_lens.py",
     "tests/points/test_transformer_lens.py",
     "tests/residual/test_transformer_lens.py",
     "tests/store/test_dataset.py",
+    "tests/store/test_remote.py",
     "tests/store/test_repack.py",
 )
+
+# Those that validator/ puts its requests to, beside hooks by hand and a class in the style of baukit.
+VALIDATED_PEERS = ("captum", "nnsight", "transformer-lens", "pyvene", "torchlens")
+
+# What shows that an installed wheel is whole: imports, contexts, the pages' code, and a part that needs transformers.
+DIST_TESTS = ("tests/architecture", "tests/contexts", "tests/test_front_door.py", "tests/test_validator.py")
+
+# What needs nothing but torch and tensordict.
+VERSION_TESTS = ("tests/hooks", "tests/contexts", "tests/cache", "tests/test_caching.py", "tests/test_selection.py")
+OLDEST, NEWEST = ("torch==2.6.*", "tensordict==0.7.*"), ("torch", "tensordict")
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -106,6 +120,13 @@ def names_zoo(session):
 
 
 @nox.session
+def residual_zoo(session):
+    """Take the residual streams of 190 families of transformers apart; every sum has to be exact, or refused."""
+    install(session, "-e", ".[examples]")
+    session.run("python", "tests/residual_zoo.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def names_lies(session):
     """Plant wrong names in 190 families of transformers; every one has to be refused."""
     install(session, "-e", ".[examples]")
@@ -139,6 +160,60 @@ def peers(session):
     # A peer may bring a torchvision built for another torch, which breaks `import transformers`; none needs it here.
     session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision")
     session.run("python", "-m", "pytest", *PEER_TESTS, *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def validate(session):
+    """Put the same requests to tdcache, to other libraries and to hooks by hand, and write docs/validator.md."""
+    install_group(session, "tests", "-e", ".[examples]")
+    for peer in VALIDATED_PEERS:
+        install(session, peer, success_codes=range(256))  # the page names what cannot be had
+    # A peer may bring a torchvision built for another torch, which breaks `import transformers`; none needs it here.
+    session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision")
+    options = session.posargs or ("--page", "docs/validator.md")
+    session.run("python", "-W", "ignore", "-m", "validator", *options, env={**OFFLINE, "PYTHONPATH": "tests"})
+
+
+@nox.session
+def dist(session):
+    """Build sdist and wheel, install the wheel, and run a part of the tests in the unpacked sdist."""
+    install(session, "build")
+    folder = Path(session.create_tmp()).resolve() / "dist"
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(folder), ".")  # the wheel is built from the sdist
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    install_group(session, "tests", str(wheel))
+    install(session, "--force-reinstall", "--no-deps", str(wheel))  # a reused environment holds an earlier one
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    session.chdir(folder / sdist.name.removesuffix(".tar.gz"))
+    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or DIST_TESTS), env=OFFLINE)
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+@nox.parametrize("torch", ["oldest", "newest"])
+def versions(session, torch):
+    """Run a part of the tests with the oldest torch and tensordict that are supported, and with the newest.
+
+    pip takes torch from where its settings say: set PIP_EXTRA_INDEX_URL to an index of CPU builds, for those of PyPI
+    bring gigabytes of CUDA. What cannot be installed is skipped with the reason.
+    """
+    pins = OLDEST if torch == "oldest" else NEWEST
+    try:
+        session.install("--disable-pip-version-check", "--only-binary", "torch,tensordict", *pins, "pytest", "-e", ".")
+    except nox.command.CommandFailed:
+        session.skip(f"no wheels of {' and '.join(pins)} for Python {session.python} on this package index")
+    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or VERSION_TESTS), env=OFFLINE)
+
+
+@nox.session
+def notebooks(session):
+    """Execute the gallery's notebooks where the built documentation offers them for download; run ``docs`` before."""
+    install(session, ".[examples]", "ipykernel", "nbconvert")
+    found = sorted(str(path) for path in Path("docs", "_build", "html", "_downloads").glob("*/*.ipynb"))
+    if not found:
+        session.error("there are no notebooks in docs/_build/html: run `python -m nox -s docs` first")
+    session.run("jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", *found, env=OFFLINE)
 
 
 @nox.session

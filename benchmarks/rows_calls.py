@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from harness import Call, Goal, Maker, Plan, Samples, Table, measure_makers, rounds_note, settle_process
 from torch import nn
+from torch.nn import functional as F
 
+from tdcache import ActivationCaching
 from tdcache.function_calls import CallSite, attach_attention, attach_call
 
 LAYERS = 12
@@ -23,6 +25,9 @@ EAGER = "eager twin, output_attentions=True"
 ONE, ALL, QKV = "one pattern", "all patterns", "q, k, v of all"
 NAMED, SUMS = "a Python function in all", "both sums of all blocks"
 BARE = "bare hooks on all attentions"
+CONTEXT = "all patterns, ActivationCaching"
+HAND = "all patterns, in a copy edited by hand"
+NNSIGHT = "all attention calls, nnsight .source"  # torchlens, which logs every operation, takes seconds
 
 
 @functools.cache
@@ -98,6 +103,71 @@ def _places(stack: ExitStack, width: int, layers: Sequence[int], places: str | t
     return _checked(_called(model, width), kept, len(layers) * len(places))
 
 
+def _caching(stack: ExitStack, width: int) -> Call:
+    model = copy.deepcopy(_llama(width, "sdpa"))
+    hooked = stack.enter_context(ActivationCaching(r"layers\.\d+\.self_attn::pattern").prepare(model))
+    call = _called(model, width)
+
+    def again() -> Any:
+        result = call()
+        if len(hooked.cache.keys()) != LAYERS:
+            raise RuntimeError(f"{len(hooked.cache.keys())} values were seen, {LAYERS} expected")
+        return result
+
+    return again
+
+
+class _PatternByHand:
+    """What somebody writes into a copy of the model: the kernel, and beside it the softmax, which is kept."""
+
+    def __init__(self, kept: dict[Any, Any]) -> None:
+        self.kept = kept
+
+    def __call__(self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
+        groups = module.num_key_value_groups
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scores = (query * module.scaling) @ key.transpose(2, 3)
+        if attention_mask is None:
+            scores = scores + scores.new_full(scores.shape[-2:], -torch.inf).triu_(1)
+        else:
+            scores = scores.masked_fill(~attention_mask, -torch.inf)
+        self.kept[module.layer_idx] = scores.softmax(-1)
+        causal = attention_mask is None
+        z = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, is_causal=causal)
+        return z.transpose(1, 2).contiguous(), None
+
+
+def _by_hand(stack: ExitStack, width: int) -> Call:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    kept: dict[Any, Any] = {}
+    name = f"by_hand_{id(kept)}"
+    ALL_ATTENTION_FUNCTIONS.register(name, _PatternByHand(kept))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model = _llama(width, name)
+    return _checked(_called(model, width), kept, LAYERS)
+
+
+def _nnsight(stack: ExitStack, width: int = 64) -> Call:
+    import nnsight
+
+    model = nnsight.NNsight(copy.deepcopy(_llama(width, "sdpa")))
+    _, rows, positions = SHAPES[width]
+    ids = torch.arange(rows * positions).reshape(rows, positions)
+
+    def again() -> Any:
+        kept = []
+        with model.trace(ids):
+            for at in range(LAYERS):
+                kept.append(model.layers[at].self_attn.source.attention_interface_0.output.save())  # noqa: PERF401  (nnsight traces the statement)
+        if len(kept) != LAYERS:
+            raise RuntimeError(f"{len(kept)} values were seen, {LAYERS} expected")
+        return kept
+
+    return again
+
+
 def _calls(stack: ExitStack, width: int, labels: Sequence[str]) -> Call:
     model, kept = copy.deepcopy(_llama(width, "sdpa")), {}
     for at in range(LAYERS):
@@ -119,6 +189,9 @@ def _makers(width: int) -> dict[str, Maker]:
         NAMED: partial(_calls, width=width, labels=(".self_attn::apply_rotary_pos_emb",)),
         SUMS: partial(_calls, width=width, labels=("::add", "::add.1")),
         EAGER: partial(_eager, width=width),
+        CONTEXT: partial(_caching, width=width),
+        HAND: partial(_by_hand, width=width),
+        **({} if width > 64 else {NNSIGHT: _nnsight}),
     }
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import Call, Goal, Maker, Plan, Samples, Table, measure_makers, rounds_note, settle_process
+from harness import Call, Maker, Plan, Table, measure_makers, rounds_note, settle_process
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -135,16 +135,5 @@ def stream(plan: Plan) -> list[Table]:
             table.rows.append(row)
         table.notes += [f"{name}: {reason}" for name, reason in skipped.items()]
         table.notes.append(rounds_note([samples]))
-        table.goals += _goals(call, samples)
         tables.append(table)
     return tables
-
-
-def _goals(call: str, samples: Samples) -> list[Goal]:
-    ours = samples.time(OURS).median
-    goals = []
-    if BARE in samples:
-        goals.append(Goal("all heads, time over the bare einsum", ours / samples.time(BARE).median, 1.5))
-    if LENS in samples and call in ("heads", "lens"):
-        goals.append(Goal(f"{TITLES[call]}, time over TransformerLens", ours / samples.time(LENS).median, 1.0))
-    return goals

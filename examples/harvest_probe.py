@@ -49,8 +49,8 @@ texts, labels = [text for _, text, _ in pairs], torch.tensor([number for *_, num
 print(f"{len(texts)} docstrings of {len(found)} modules")
 
 # %%
-# **Harvest.** One call: every layer in one pass, padding and the two special tokens dropped, bfloat16 on disk. Had it
-# been interrupted, the same call would go on; called again, it runs no forward.
+# **Harvest.** One call: every layer in one pass, padding and the two special tokens dropped, bfloat16 on disk. If it is
+# interrupted, the same call continues; once it is complete, calling it again runs no forward.
 batches = [
     tokenizer(texts[at : at + 64], padding=True, truncation=True, max_length=32, return_tensors="pt")
     for at in range(0, len(texts), 64)
@@ -109,29 +109,30 @@ left.axhline(chance, color="#b5523b", linewidth=1)
 left.text(
     -0.3, chance + 0.012, f"always the most frequent module: {chance:.0%}", color="#b5523b", fontsize=9, bbox=white
 )
-left.set_title(f"Which of {len(found)} modules? Held-out accuracy of a linear probe", loc="left", fontsize=11)
-left.set(yticks=[], ylim=(0, max(accuracy) * 1.12), frame_on=False)
+left.set_title(f"A linear probe for the module of a docstring ({len(found)} modules)", loc="left", fontsize=11)
+left.set(ylabel="held-out accuracy", yticks=[], ylim=(0, max(accuracy) * 1.12), frame_on=False)
 left.tick_params(length=0)
 
-image = right.imshow(cka, cmap="viridis", vmin=float(cka.min()) - 0.02, vmax=1)
+image = right.imshow(cka, cmap="Blues", vmin=0, vmax=1)
 for row, column in itertools.product(range(len(names)), repeat=2):
     value = cka[row, column].item()
-    shade = "black" if value > 0.5 * (1 + float(cka.min())) else "white"
+    shade = "white" if value > 0.6 else "black"
     right.text(column, row, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=9)
 right.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
 right.set_yticks(range(len(names)), names)
-right.set_title("Similarity of the layers' token representations (linear CKA)", loc="left", fontsize=11)
+right.set_title("Similarity of the layers' token representations", loc="left", fontsize=11)
+figure.colorbar(image, ax=right, aspect=30, label="linear CKA").outline.set_visible(False)
 right.set_frame_on(False)
 right.tick_params(length=0)
-title = f"Every layer tells a docstring's module about equally well, from {min(accuracy):.0%} to {max(accuracy):.0%},\n"
-title += f"although the last one hardly resembles the embeddings any more (CKA {cka[0, -1]:.2f})"
+title = f"All layers identify a docstring's module about equally well ({min(accuracy):.0%} to {max(accuracy):.0%}),\n"
+title += f"although the last one differs most from the embeddings (CKA {cka[0, -1]:.2f})"
 figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
 picture = Path("harvest_probe.png").resolve()
 figure.savefig(picture, dpi=120)
 print(f"picture: {picture}")
 
 # %%
-# **The finding.** What a linear probe reads stays, while the geometry it is read from changes, a little in each layer.
+# **The finding.** What a linear probe can read is preserved, while the geometry changes a little in each layer.
 assert min(accuracy) > 5 * chance
 assert max(accuracy) - min(accuracy) < 0.12
 assert cka.diagonal(1).min() > cka[0, -1]

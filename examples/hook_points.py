@@ -152,7 +152,7 @@ names = list(2 * word)
 rings = [(np.arange(1, len(names)), np.arange(len(names) - 1)), (again, again - len(word) + 1)]  # to, from
 for layer, head in np.ndindex(LAYERS, HEADS):
     panel = panels[layer, head]
-    panel.imshow(patterns[layer, head], cmap="Blues", vmin=0, vmax=1)
+    image = panel.imshow(patterns[layer, head], cmap="Blues", vmin=0, vmax=1)
     panel.plot(rings[layer][1], rings[layer][0], "s", ms=8.5, mfc="none", mec="#d1495b", mew=1)
     panel.set_xticks(range(len(names)), names, fontsize=8)
     panel.set_yticks(range(len(names)), names if head == 0 else [], fontsize=8)
@@ -160,12 +160,16 @@ for layer, head in np.ndindex(LAYERS, HEADS):
     panel.set_frame_on(False)
     share = (looks_back, looks_after)[layer][head]
     panel.set_title(f"layer {layer}, head {head}: {share:.0%} on red", fontsize=10, loc="left")
-panels[0, 0].set_ylabel("red: the letter before", fontsize=11, color="#d1495b")
-panels[1, 0].set_ylabel("red: what followed the last time", fontsize=11, color="#d1495b")
+    if layer == LAYERS - 1:
+        panel.set_xlabel("attended letter (key)")
+panels[0, 0].set_ylabel("query; red: 1 before", fontsize=11)
+panels[1, 0].set_ylabel("query; red: 1 after its last occurrence", fontsize=11)
+bar = figure.colorbar(image, ax=panels[:, :HEADS], aspect=40, label="attention weight", location="right", pad=0.01)
+bar.outline.set_visible(False)
 
 labels = (
-    ["the letter itself", "the letter before", "2 before", "3 before", "4 before"],
-    ["1 before that place", "the same letter's place", "the letter after it", "2 after it", "3 after it"],
+    ["the letter itself", "1 before", "2 before", "3 before", "4 before"],
+    ["1 before the last occurrence", "the last occurrence", "1 after it", "2 after it", "3 after it"],
 )
 for layer, panel in enumerate(panels[:, -1]):
     critical = int(np.argmin(needed[layer]))
@@ -176,7 +180,7 @@ for layer, panel in enumerate(panels[:, -1]):
     panel.set_yticks(range(5), labels[layer], fontsize=9)
     panel.tick_params(length=0)
     panel.set(xlim=(0, 1.18), ylim=(4.6, -0.6), xticks=[])
-    panel.set_title(f"accuracy ({whole:.2f}) without sight of", fontsize=10, loc="left")
+    panel.set_title(f"accuracy without attention to\n(unrestricted: {whole:.2f})", fontsize=10, loc="left")
     panel.spines[["top", "right", "bottom"]].set_visible(False)
 title = "Copying a word takes two glances: in layer 0 back by one letter, in layer 1 at what came next the last time"
 figure.suptitle(title, x=0.01, ha="left", fontsize=14, weight="bold")

@@ -92,17 +92,31 @@ letters = ["t₁", "t₂", "t₃", "A", "B", "t₆", "t₇", "t₈", "t₁", "t�
 
 figure, panels = plt.subplots(2, 1, figsize=(8.5, 6.4), layout="constrained", height_ratios=[4, 8], sharex=True)
 for panel, values, rows in zip(panels, maps, names, strict=True):
-    image = panel.pcolormesh(values, cmap="RdBu", vmin=-1, vmax=1, edgecolors="white", linewidth=1.5)
+    image = panel.pcolormesh(values, cmap="RdBu_r", vmin=-1, vmax=1, edgecolors="white", linewidth=1.5)
     for (row, column), value in np.ndenumerate(values):
         if abs(value) > 0.1:
             shade = "white" if abs(value) > 0.6 else "black"
-            panel.text(column + 0.5, row + 0.5, f"{value:.0%}", ha="center", va="center", color=shade, fontsize=8)
+            panel.text(
+                column + 0.5,
+                row + 0.5,
+                f"{value:+.0%}".replace("-", "−"),
+                ha="center",
+                va="center",
+                color=shade,
+                fontsize=8,
+            )
     panel.axhline(len(rows) / 2, color="black", linewidth=1)
     panel.set_yticks(np.arange(len(rows)) + 0.5, rows)
     panel.set(ylim=(len(rows), 0), frame_on=False)
     panel.tick_params(length=0)
 panels[1].set_xticks(np.arange(12) + 0.5, letters)
-bar = figure.colorbar(image, ax=panels, aspect=40, label="restored by patching this place alone", format="{x:.0%}")
+panels[1].set_xlabel("token at which the activation is patched")
+bar = figure.colorbar(
+    image, ax=panels, aspect=40, label="log-probability restored (0%: corrupted run, 100%: clean run)"
+)
+bar.set_ticks(
+    np.linspace(-1, 1, 9), labels=[f"{tick:+.0%}".replace("-", "−") if tick else "0%" for tick in np.linspace(-1, 1, 9)]
+)
 bar.outline.set_visible(False)
 figure.suptitle(
     "Layer 0 marks B as what follows A; at the last A, layer 1 finds the mark", x=0.02, ha="left", weight="bold"

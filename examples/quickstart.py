@@ -33,7 +33,7 @@ print(selection)
 pairs = [
     ("The doctor cured the patient.", "A physician healed the sick man."),
     ("How do I reset my password?", "I forgot my login credentials."),
-    ("The bank approved my loan.", "We sat on the bank of the river."),
+    ("The bank approved my loan.", "We swam to the bank."),
 ]
 batch = tokenizer([sentence for pair in pairs for sentence in pair], padding=True, return_tensors="pt")
 
@@ -56,17 +56,24 @@ part, layer, row, spot = np.unravel_index(maps.argmin(), maps.shape)  # what pus
 lowest, limit = maps[part, layer, row, spot], np.abs(maps).max()
 parts, tokens = ("attention", "feed-forward"), [tokenizer(sentence).tokens() for sentence in pairs[-1]]
 
+
+def signed(value):
+    """Two decimals, with a sign unless it is zero."""
+    return f"{value:+.2f}".replace("-", "−") if round(value, 2) else "0"
+
+
 figure, panels = plt.subplots(2, 2, figsize=(11, 6.5), layout="constrained")
 for (i, j), panel in np.ndenumerate(panels):
     values = maps[j, :, i, : len(tokens[i])]
-    image = panel.pcolormesh(values, cmap="RdBu", vmin=-limit, vmax=limit, edgecolors="white", linewidth=1.5)
+    image = panel.pcolormesh(values, cmap="RdBu_r", vmin=-limit, vmax=limit, edgecolors="white", linewidth=1.5)
     panel.set_title(f"{parts[j]}: “{pairs[-1][i]}”", loc="left", fontsize=11)
     panel.set_xticks(np.arange(len(tokens[i])) + 0.5, tokens[i], rotation=30, ha="right", rotation_mode="anchor")
     panel.set_yticks(np.arange(len(values)) + 0.5, range(len(values)))
     panel.set(ylabel="layer" if j == 0 else None, ylim=(len(values), 0), frame_on=False)
     panel.tick_params(length=0)
-panels[row, part].text(spot + 0.5, layer + 0.5, f"{lowest:.2f}", ha="center", va="center", color="white", fontsize=9)
+panels[row, part].text(spot + 0.5, layer + 0.5, signed(lowest), ha="center", va="center", color="white", fontsize=9)
 bar = figure.colorbar(image, ax=panels, aspect=30, label="added to the cosine similarity (gradient × activation)")
+bar.ax.yaxis.set_major_formatter(lambda value, _: signed(value))
 bar.outline.set_visible(False)
 title = f"The two banks are told apart early: at “{tokens[row][spot]}”, {parts[part]} in layer {layer}\n"
 title += f"lowers the similarity of the sentences ({similarity[-1]:.2f}) more than any other output"

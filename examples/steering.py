@@ -80,7 +80,7 @@ for path in vectors.keys():  # noqa: SIM118  a TensorDict is no dict
 
 paths = list(vectors.keys())
 after = {concept: {path: curves[path, concept][2] for path in paths} for concept in concepts}
-best = max(paths[:-1], key=lambda path: after["cooking"][path])  # behind the last layer nothing is left to steer
+best = max(paths[:-1], key=lambda path: after["cooking"][path])  # nothing is left to steer after the last layer
 for concept in concepts:
     print(f"similarity to {concept}: {before[concept]:.2f} before, {after[concept][best]:.2f} steered at {best}")
 

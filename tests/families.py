@@ -208,27 +208,29 @@ OWN: dict[str, dict[str, Any]] = {
 """Settings of single families."""
 
 _TEXT = """
-afmoe albert apertus arcee bamba bart bert bert-generation big_bird bigbird_pegasus biogpt bitnet blenderbot
-blenderbot-small bloom camembert codegen cohere cohere2 convbert cpmant ctrl data2vec-text deberta deberta-v2
-deepseek_v2 deepseek_v3 diffllama distilbert doge dots1 electra ernie ernie4_5 ernie4_5_moe esm eurobert exaone4
-falcon falcon_h1 falcon_mamba flaubert flex_olmo fnet fsmt funnel gemma gemma2 gemma3_text gemma3n_text glm glm4
-glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granitemoe granitemoehybrid
-granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe ibert jamba jetmoe layoutlm led lfm2 lfm2_moe llama
-llama4_text longformer longt5 luke m2m_100 mamba mamba2 marian markuplm mbart megatron-bert minimax ministral
-mistral mixtral mobilebert modernbert modernbert-decoder mpnet mpt mt5 mvp nemotron nemotron_h nllb-moe
-nystromformer olmo olmo2 olmo3 olmoe openai-gpt opt pegasus pegasus_x persimmon phi phi3 phimoe plbart prophetnet
-qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next recurrent_gemma rembert roberta roberta-prelayernorm roc_bert roformer
-rwkv seed_oss smollm3 splinter squeezebert stablelm starcoder2 switch_transformers t5 t5gemma umt5 vaultgemma xglm
-xlm xlm-roberta xlm-roberta-xl xlnet xlstm xmod yoso zamba
+afmoe albert apertus arcee bailing_hybrid bamba bart bert bert-generation big_bird bigbird_pegasus biogpt bitnet
+blenderbot blenderbot-small bloom camembert codegen cohere cohere2 cohere2_moe convbert cpmant ctrl cwm data2vec-text
+deberta deberta-v2 deepseek_v2 deepseek_v3 diffllama distilbert doge dots1 dpr electra ernie ernie4_5 ernie4_5_moe esm
+eurobert exaone4 exaone_moe falcon falcon_h1 falcon_mamba flaubert flex_olmo fnet fsmt funnel gemma gemma2 gemma3_text
+gemma3n_text git glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granitemoe
+granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax ibert jais2 jamba
+jetmoe jina_embeddings_v3 laguna layoutlm led lfm2 lfm2_moe lfm3 llama llama4_text longformer longt5 luke m2m_100
+mamba mamba2 marian markuplm mbart megatron-bert mellum minimax minimax_m2 ministral ministral3 mistral mixtral
+mobilebert modernbert modernbert-decoder mpnet mpt mt5 mvp nanochat nemotron nemotron_h nllb-moe nomic_bert
+nystromformer olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt pegasus pegasus_x persimmon phi phi3 phimoe plbart
+prophetnet qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next recurrent_gemma rembert roberta roberta-prelayernorm roc_bert
+roformer rwkv seed_oss smollm3 solar_open splinter squeezebert stablelm starcoder2 switch_transformers t5 t5gemma
+trocr ultrabert umt5 vaultgemma xglm xlm xlm-roberta xlm-roberta-xl xlnet xlstm xmod yoso zamba
 """
 _SEEING = """
-aimv2_vision_model beit bit chinese_clip_vision_model clip_vision_model clip clipseg convnext data2vec-vision deit
-dinov2 dinov2_with_registers dinov3_vit dpt focalnet ijepa levit pvt segformer siglip siglip_vision_model swin
-swinv2 timesformer videomae vit vit_mae vit_msn vitdet vivit yolos
+aimv2_vision_model altclip beit bit chinese_clip chinese_clip_vision_model clip clip_vision_model clipseg convnext
+data2vec-vision deit dinov2 dinov2_with_registers dinov3_vit dpt flava focalnet groupvit ijepa imagegpt levit
+metaclip_2 mlcd_vision_model owlvit pixio pixtral pvt segformer siglip siglip_vision_model swin swinv2 timesformer
+videomae vit vit_mae vit_msn vitdet vivit yolos
 """
 _HEARING = """
-audio-spectrogram-transformer data2vec-audio hubert moonshine sew speech_to_text unispeech unispeech-sat wav2vec2
-wav2vec2-bert wav2vec2-conformer wavlm whisper
+audio-spectrogram-transformer data2vec-audio hubert moonshine sew speech_to_text speecht5 unispeech unispeech-sat
+wav2vec2 wav2vec2-bert wav2vec2-conformer wavlm whisper
 """
 FAMILIES = tuple(" ".join((_TEXT, _SEEING, _HEARING)).split())
 

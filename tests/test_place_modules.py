@@ -23,6 +23,7 @@ from tdcache import (
     Names,
     SelectionError,
     SteeringVectors,
+    UnfiredSiteWarning,
     cache_activations,
     select,
 )
@@ -206,6 +207,36 @@ def test_a_run_reads_and_sets_names():
             hooked.get(hooked.cache, "blocks.0.attn.z", direction="fwd_pre")
 
 
+def test_a_verb_s_positions_and_units_are_along_the_axes_of_the_name():
+    model = Transformer()
+    clean, _ = captured(model)
+    with ActivationCaching("embed", names=table(model)).prepare(model) as hooked:
+        with hooked.run(ids()) as run:
+            query = run.get("blocks.1.attn.q", positions=-1, units=[0])
+            run.set("blocks.0.attn.pattern", torch.zeros(2, HEADS, 5), positions=2)
+            pattern = run.get("blocks.0.attn.pattern")
+            before = run.get("blocks.0.attn.q", positions=[0, 1])
+        assert torch.equal(before.resolve(), clean["attn.q", 0][:, :, :2])
+        assert query.resolve().shape == (2, HEADS, 1)
+        assert not pattern.resolve()[:, :, 2].any()
+        assert torch.equal(pattern.resolve()[:, :, 3], clean["attn.pattern", 0][:, :, 3])
+
+
+def test_a_name_is_skipped_where_it_is_a_module():
+    model = Transformer()
+    clean, _ = captured(model)
+    with ActivationCaching("embed", names=table(model)).prepare(model) as hooked:
+        with hooked.run(ids()) as run:
+            run.skip("blocks.2.mlp.contribution", lambda x: 0 * x)
+            post = run.get("blocks.2.resid_post")
+        assert torch.equal(post.resolve(), clean["resid_mid", 2])
+        with (
+            hooked.run(ids()) as run,
+            pytest.raises(EditError, match=r"^'blocks.1.attn.z' is the input of blocks.1.attn.out"),
+        ):
+            run.skip("blocks.1.attn.z", lambda x: x)
+
+
 def test_names_are_selected_and_printed_without_a_hook():
     model = Transformer()
     selection = select(model, r"blocks\.(?P<layer>\d)\.attn\.(z|q)", names=table(model))
@@ -361,3 +392,16 @@ def test_another_layout_is_a_view_that_is_read_and_written():
         viewed = model(ids())
     with Ablation("blocks.0.attn.z", heads=[1], names=names).prepare(model):
         assert torch.equal(viewed, model(ids()))
+
+
+def test_names_that_saw_nothing_are_reported_with_their_places():
+    model = Transformer()
+    names = Names(
+        {"unused": NamedPlace(path="blocks.2.attn.out", side="fwd_pre"), "no": "blocks.0::softmax"}, model=model
+    )
+    model.blocks[2].forward = lambda x: x
+    with (
+        pytest.warns(UnfiredSiteWarning, match=r"'unused', 'no', which are 'input of blocks.2.attn.out'"),
+        ActivationCaching(".*", names=names).prepare(model),
+    ):
+        model(ids())

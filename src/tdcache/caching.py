@@ -236,6 +236,7 @@ class ActivationCaching(HookingContextFactory):
         places = call_places(partial(context.select, root=root), self._calls, **options) if self._calls else ()
         dims, regions = self._named_axes(selection)
         recorder = self._capture.recorder(context.cache, selection, places, dims, regions)
+        recorder.names = self.names
         handle = MultiHookHandle()
         with handle.installing():
             self._capture.place(selection, recorder, handle)

@@ -39,6 +39,7 @@ from tdcache.types import HookDirection, Match, Pick, Selector
 __all__ = [
     "PlaceModule",
     "axis_of",
+    "dims_of",
     "is_module_output",
     "module_behind",
     "named_selection",
@@ -341,20 +342,20 @@ def region_in(region: Region, place: NamedPlace, heads: Any = None) -> Region:
     Raises:
         EditError: heads of a place that has no axis of heads, without their number.
     """
-    axes = place.axes
-    position, head = axis_of(place, "position", "query", "key"), axis_of(place, "head", "kv_head")
+    head = axis_of(place, "head", "kv_head")
+    known = dims_of(place)
     dims: dict[str, Any] = {}
-    if position is not None and region.position_dim == 1:
-        dims["position_dim"] = position
-    if "unit" in axes and region.unit_dim == -1:
-        dims["unit_dim"] = axes.index("unit") - len(axes)
+    if region.position_dim == 1 and "position_dim" in known:
+        dims["position_dim"] = known["position_dim"]
+    if region.unit_dim == -1 and "unit_dim" in known:
+        dims["unit_dim"] = known["unit_dim"]
     if head is not None:
         dims["head_dim"] = head
     if heads is not None:
         counted = isinstance(heads, tuple) and len(heads) == 2
         if head is None and not counted:
             raise EditError(
-                f"{place.name!r} has no axis of heads ({', '.join(axes) or 'its axes are not known'}), so "
+                f"{place.name!r} has no axis of heads ({', '.join(place.axes) or 'its axes are not known'}), so "
                 f"heads={heads!r} does not say which units; give heads=(n_heads, which)"
             )
         dims["heads"] = heads if counted else (None, heads)
@@ -384,6 +385,13 @@ def refuse_at_names(names: Names | None, directions: Iterable[str]) -> None:
                 f"a canonical name is one value: 'fwd' is that value and 'bwd' its gradient, got {direction!r}; what "
                 "goes into a block or a norm has a name of its own"
             )
+
+
+def dims_of(place: NamedPlace) -> dict[str, int]:
+    """``position_dim`` and ``unit_dim`` of a place's value, as far as its axes are known; units count from the end."""
+    position, unit = axis_of(place, "position", "query", "key"), axis_of(place, "unit")
+    dims = {} if position is None else {"position_dim": position}
+    return dims if unit is None else {**dims, "unit_dim": unit - len(place.axes)}
 
 
 def axis_of(place: NamedPlace, *names: str) -> int | None:

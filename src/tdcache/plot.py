@@ -1,8 +1,10 @@
-"""Pictures of scores, from the TensorDict alone: heat maps, coloured tokens, layer by position maps, edge graphs.
+"""Pictures of scores from a TensorDict: heat maps, coloured tokens, layer by position maps, edge graphs.
+
+All of them share one colour convention, so that pictures can be compared: positive scores are red, negative ones blue,
+zero is white, and the range is symmetric about zero. NaN is a missing score; it is grey and does not affect the range.
 
 matplotlib is imported when a picture is drawn: ``pip install tdcache[plot]``. Every function returns what it drew on,
-and neither shows nor saves nor closes anything. Positive scores are red, negative ones blue, zero is white; NaN is a
-missing score, drawn in grey, and has no part in the range of the colours. Text is drawn as it is, ``$`` included.
+and does not show, save or close anything. Text is drawn literally, ``$`` included.
 """
 
 from __future__ import annotations
@@ -18,28 +20,67 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
 
-__all__ = ["edge_graph", "image_maps", "layer_map", "token_html", "tokens"]
+__all__ = ["color_bar", "edge_graph", "image_maps", "layer_map", "token_html", "tokens"]
 
 _COLORS = "RdBu_r"
-_MISSING = "0.75"  # matplotlib's grey, which is no colour of the map
+_MISSING = "0.75"  # a grey of matplotlib's that does not occur in the colour map
+
+
+def color_bar(axes: Axes | Sequence[Axes], *, limit: float, label: str | None = None) -> Colorbar:
+    """A colour bar beside one picture or several, with signed ticks.
+
+    Args:
+        axes: what it stands beside, such as the axes of several :func:`tokens` with one ``limit``.
+        limit: the score of the deepest colour.
+        label: what the colours mean, with the unit.
+
+    Returns:
+        matplotlib's colour bar.
+
+    Example:
+        >>> words, scores = [["good", "film"], ["bad", "film"]], [torch.tensor([2.0, 0.5]), torch.tensor([-1.0, 0.5])]
+        >>> import matplotlib.pyplot as plt
+        >>> figure, lines = plt.subplots(2, 1, layout="constrained")
+        >>> for line, *each in zip(lines, words, scores):
+        ...     axes = tokens(*each, axes=line, limit=2.0)
+        >>> bar = color_bar(list(lines), limit=2.0, label="added to the logit")
+        >>> plt.close(figure)
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    panels: list[Any] = [*axes] if isinstance(axes, Sequence) else [axes]
+    colors = ScalarMappable(Normalize(-limit, limit), _colors())
+    bar: Colorbar = panels[0].figure.colorbar(colors, ax=panels, aspect=30, format=_signed, label=label)
+    outline: Any = bar.outline
+    outline.set_visible(False)
+    return bar
 
 
 def image_maps(
-    images: Tensor, scores: Mapping[str, Tensor] | TensorDictBase, *, titles: Sequence[str] | None = None
+    images: Tensor,
+    scores: Mapping[str, Tensor] | TensorDictBase,
+    *,
+    titles: Sequence[str] | None = None,
+    label: str | None = None,
 ) -> Any:
     """Images in the first column and their scores in the others, one row per image.
+
+    Every map has its own range, from minus to plus its largest score, since methods differ in scale.
 
     Args:
         images: ``(rows, channels, height, width)`` or ``(rows, height, width)``.
         scores: per column title, scores of the same rows; channels are summed, and smaller maps are enlarged.
-        titles: what stands beside each row.
+        titles: a label for each row, at its left.
+        label: what the colours mean; with it a colour bar is drawn, from -1 to +1 of each map's largest score.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: images, scores and titles are not equally many.
+        ValueError: images, scores and titles differ in number.
     """
     import matplotlib.pyplot as plt
 
@@ -47,7 +88,11 @@ def image_maps(
         _same_number(f"{name!r}", len(values), "rows", len(images), "images")
     rows, columns = len(images), 1 + len(list(scores.keys()))
     figure, panels = plt.subplots(
-        rows, columns, figsize=(1.7 * columns + 0.6, 1.7 * rows + 0.4), squeeze=False, layout="constrained"
+        rows,
+        columns,
+        figsize=(1.8 * columns + (0.6 if label is None else 1.8), 1.7 * rows + 0.4),
+        squeeze=False,
+        layout="compressed",
     )
     height, width = images.shape[-2:]
     for row in range(rows):
@@ -64,6 +109,8 @@ def image_maps(
         panel.set(xticks=[], yticks=[])
         for side in panel.spines.values():
             side.set_color("0.8")
+    if label is not None:
+        color_bar(list(panels.flat), limit=1.0, label=label)
     return figure
 
 
@@ -74,13 +121,13 @@ def _flat(image: Any, *, mean: bool = False) -> Tensor:
 
 
 def _limit(values: Tensor) -> float:
-    """The score of the deepest colour: the largest finite size, or 1 where there is none."""
+    """The score of the deepest colour: the largest finite magnitude, or 1 if there is none."""
     sizes = values[values.isfinite()].abs()
     return (sizes.max().item() if len(sizes) else 0.0) or 1.0
 
 
 def _shown(values: Tensor) -> tuple[Any, float]:
-    """The values as an array, infinite ones at the limit (matplotlib takes them as missing), and the limit."""
+    """The values as an array, and the limit; infinite ones are clamped to it, since matplotlib would mask them."""
     limit = _limit(values)
     return values.clamp(-limit, limit).numpy(), limit
 
@@ -91,6 +138,11 @@ def _colors() -> Any:
     return plt.get_cmap(_COLORS).with_extremes(bad=_MISSING)
 
 
+def _color(share: float) -> Any:
+    """The colour of a score that is ``share`` of the limit."""
+    return _MISSING if isnan(share) else _colors()(0.5 + 0.5 * max(-1.0, min(1.0, share)))
+
+
 def _same_number(subject: str, found: int, things: str, expected: int, others: str) -> None:
     if found != expected:
         raise ValueError(f"{subject} has {found} {things} for {expected} {others}; give one of each, in the same order")
@@ -99,17 +151,19 @@ def _same_number(subject: str, found: int, things: str, expected: int, others: s
 def tokens(words: Sequence[str], scores: Tensor, *, axes: Axes | None = None, limit: float | None = None) -> Axes:
     """Words in a line, each on the colour of its score.
 
+    Lines that are compared with each other need the same ``limit``; :func:`color_bar` shows the range.
+
     Args:
         words: the tokens.
-        scores: one score each, ``(tokens,)``.
+        scores: one score per token, ``(tokens,)``.
         axes: where to draw; a new figure by default.
-        limit: the score of the deepest colour; the largest finite one by default.
+        limit: the score of the deepest colour; by default the largest finite magnitude.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: not one score per word.
+        ValueError: the number of scores is not the number of words.
     """
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
@@ -118,13 +172,12 @@ def tokens(words: Sequence[str], scores: Tensor, *, axes: Axes | None = None, li
     limit = limit or _limit(scores)
     if axes is None:
         _, axes = plt.subplots(figsize=(0.12 * sum(len(word) + 2 for word in words) + 0.5, 0.6), layout="constrained")
-    colors, at = _colors(), 0.0
+    at = 0.0
     for word, value in zip(words, values, strict=True):
         share = value / limit
         width = len(word) + 1.4
-        color = _MISSING if isnan(share) else colors(0.5 + 0.42 * max(-1.0, min(1.0, share)))
-        axes.add_patch(Rectangle((at, 0), width - 0.2, 1, color=color))
-        ink = "white" if abs(share) > 0.75 else "black"
+        axes.add_patch(Rectangle((at, 0), width - 0.2, 1, color=_color(share)))
+        ink = "white" if abs(share) > 0.65 else "black"
         place: Any = {"ha": "center", "va": "center", "color": ink, "family": "monospace", "fontsize": 11}
         axes.text(at + width / 2 - 0.1, 0.5, word, parse_math=False, **place)
         at += width
@@ -134,7 +187,9 @@ def tokens(words: Sequence[str], scores: Tensor, *, axes: Axes | None = None, li
 
 
 def token_html(words: Sequence[str], scores: Tensor, *, limit: float | None = None) -> str:
-    """The same as HTML: one ``span`` per word, its score as the title. Needs no matplotlib.
+    """:func:`tokens` as HTML for a notebook or a page; does not need matplotlib.
+
+    Each word is a ``span`` that shows its score as a tooltip. In a notebook: ``IPython.display.HTML(token_html(...))``.
 
     >>> token_html(["a", "<b>"], torch.tensor([1.0, -0.5]))  # doctest: +ELLIPSIS
     '<span style="background:rgba(202,0,32,1.00)..." title="1">a</span> <span ...title="-0.5">&lt;b&gt;</span>'
@@ -167,21 +222,23 @@ def layer_map(
     words: Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
     axes: Axes | None = None,
+    label: str | None = None,
 ) -> Axes:
-    """Layers from bottom to top, positions from left to right.
+    """Layers from bottom to top, positions from left to right, with a colour bar.
 
     Args:
         scores: per layer, one score per position ``(positions,)``; a TensorDict such as ``td["attr"]`` of one row, or a
-            mapping with keys of any kind. The members of a tuple, and of a nested TensorDict's key, are joined by dots.
-        words: the tokens.
-        labels: what stands beside the layers; the keys by default.
+            mapping with keys of any type. Tuples and nested keys of a TensorDict are joined by dots.
+        words: the tokens, as labels of the positions.
+        labels: the labels of the layers; the keys by default.
         axes: where to draw; a new figure by default.
+        label: what the colours mean, as the label of the colour bar.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: a layer has not one score per position, or words or labels are too many or too few.
+        ValueError: a layer does not have one score per position, or words or labels are too many or too few.
     """
     import matplotlib.pyplot as plt
 
@@ -197,20 +254,28 @@ def layer_map(
     if axes is None:
         _, axes = plt.subplots(figsize=(0.5 * values.shape[1] + 2, 0.32 * len(names) + 1), layout="constrained")
     shown, limit = _shown(values)
-    mesh = axes.pcolormesh(shown, cmap=_colors(), vmin=-limit, vmax=limit, edgecolors="white", linewidth=1)
+    axes.pcolormesh(shown, cmap=_colors(), vmin=-limit, vmax=limit, edgecolors="white", linewidth=1)
     axes.set_yticks([at + 0.5 for at in range(len(names))], labels or names, parse_math=False)
-    if words is not None:
-        slanted: Any = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
-        axes.set_xticks([at + 0.5 for at in range(len(words))], words, parse_math=False, **slanted)
+    _name_positions(axes, values.shape[1], words)
     axes.tick_params(length=0)
     axes.set_frame_on(False)
-    bar = axes.figure.colorbar(mesh, ax=axes, aspect=30, format=_signed)
-    bar.outline.set_visible(False)
+    color_bar(axes, limit=limit, label=label)
     return axes
 
 
+def _name_positions(axes: Axes, number: int, words: Sequence[str] | None) -> None:
+    """Label the columns at their centres: with words, or with at most a dozen of their numbers."""
+    if words is None:
+        shown = range(0, number, -(-number // 12) or 1)
+        axes.set_xticks([at + 0.5 for at in shown], [str(at) for at in shown])
+        axes.set_xlabel("position")
+        return
+    slanted: Any = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks([at + 0.5 for at in range(number)], words, parse_math=False, **slanted)
+
+
 def _signed(value: float, _: int | None = None) -> str:
-    """A tick of a colour bar: its colours mean signs."""
+    """A tick of a colour bar with its sign."""
     return f"{value:+g}".replace("-", "\N{MINUS SIGN}") if value else "0"
 
 
@@ -221,18 +286,23 @@ def edge_graph(
     threshold: float = 0.0,
     labels: Mapping[str, str] | None = None,
     axes: Axes | None = None,
+    label: str | None = None,
 ) -> Axes:
-    """Edges between writers and readers, as wide as their scores are large, from bottom to top.
+    """Edges from writers to readers, from bottom to top; width and colour show the score.
 
     Args:
         edges: ``edges[writer][reader]``, scalars; a TensorDict such as ``td["attr"].mean(0)``.
-        order: the nodes' rows, from below; each entry is a path, or several joined by ``"|"`` that stand side by side.
-        threshold: edges of this size and smaller are left out, and so are nodes without edges.
-        labels: what nodes are called; their paths by default.
+        order: the rows of nodes, from the bottom; each entry is a path, or several side by side, joined by ``"|"``.
+        threshold: edges up to this magnitude are left out, as are nodes without edges.
+        labels: the names of nodes; their paths by default.
         axes: where to draw; a new figure by default.
+        label: what the colours mean; with it a colour bar is drawn.
 
     Returns:
         The axes.
+
+    Raises:
+        ValueError: ``order`` lacks a node that has an edge.
     """
     import matplotlib.pyplot as plt
 
@@ -241,7 +311,7 @@ def edge_graph(
         (writer, reader): float(value)
         for writer, each in writers
         for reader, value in each.items()
-        if not abs(float(value)) <= threshold  # NaN, too, is drawn
+        if not abs(float(value)) <= threshold  # NaN is drawn as well
     }
     places = _places(order)
     used = {name for edge in found for name in edge}
@@ -259,11 +329,13 @@ def edge_graph(
     width = max((abs(x) for x, _ in places.values()), default=0.0) + 0.8
     axes.set(xlim=(-width, width), ylim=(-0.4, len(order) - 0.6))
     axes.set_axis_off()
+    if label is not None:
+        color_bar(axes, limit=limit, label=label)
     return axes
 
 
 def _places(order: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Where each node stands: rows from below, the nodes of a row side by side."""
+    """The coordinates of each node: rows from the bottom, the nodes of a row side by side."""
     return {
         name: (at - (len(row.split("|")) - 1) / 2, float(height))
         for height, row in enumerate(order)
@@ -276,9 +348,10 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], sha
 
     rows = end[1] - start[1]
     side = 1 if start[0] + end[0] < 0 else -1
+    gap = 16 if start[0] == end[0] else 24  # the boxes of nodes are wider than high
     arrow = FancyArrowPatch(
         start, end, connectionstyle=f"arc3,rad={0.0 if rows <= 1 else -0.22 * side}", arrowstyle="-|>",
-        mutation_scale=11, shrinkA=16, shrinkB=16, linewidth=1.0 if isnan(share) else 0.6 + 5 * min(1.0, abs(share)),
-        color=_MISSING if isnan(share) else _colors()(0.5 + 0.45 * max(-1.0, min(1.0, share))),
+        mutation_scale=11, shrinkA=gap, shrinkB=gap, linewidth=1.0 if isnan(share) else 0.6 + 5 * min(1.0, abs(share)),
+        color=_color(share),
     )  # fmt: skip
     axes.add_patch(arrow)

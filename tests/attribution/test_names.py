@@ -5,7 +5,7 @@ import torch
 from tensordict import TensorDict
 
 from named_model import HEADS, LAYERS, Transformer, ids, table
-from tdcache import AttributionError, CanonicalNameError, DirectionError, Names
+from tdcache import AttributionError, CanonicalNameError, DirectionError, NamedPlace, Names
 from tdcache.attribution import (
     AttentionRollout,
     AttributionPatching,
@@ -13,7 +13,9 @@ from tdcache.attribution import (
     EdgeAttributionPatching,
     GradientXActivation,
     LogitLens,
+    QKAttributionPatching,
     StopGradient,
+    Unit,
     attention_rollout,
 )
 from tdcache.named_places import ResidualStream
@@ -125,3 +127,32 @@ def test_a_modifier_takes_names(model, names):
 def test_attribution_of_inputs_of_names_is_refused(names):
     with pytest.raises(DirectionError, match="a canonical name is one value"):
         GradientXActivation("embed", direction="fwd_pre", target=right, names=names)
+
+
+def test_queries_and_keys_are_patched_by_name_whatever_turns_them():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 20, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    path = "model.layers.0.self_attn"
+    axes = ("batch", "head", "query", "unit")
+    places = {role: NamedPlace(path=f"{path}::{role}", axes=axes) for role in ("q", "k", "pattern")}
+    names = Names(places, model=model)
+    method = QKAttributionPatching("q", "k", "pattern", target=lambda data: data["logits"][:, -1, 3], names=names)
+    inputs = {"input": torch.tensor([[2, 3, 4]])}
+    data = TensorDict({**inputs, "corrupt": TensorDict({"input": torch.tensor([[2, 5, 4]])}, batch_size=[1])}, [1])
+    with method.prepare(model, out_keys=["logits"]) as hooked:
+        found = hooked(data)["attr"]
+    assert found["q"].shape == (1, 3, 4)
+    assert found["k"].shape == (1, 3, 2)
+    assert found["q"][:, 0].eq(0).all()  # one key is all that the first query sees
+    with pytest.raises(TypeError, match=r"^QKAttributionPatching takes heads=, the number of query heads, or names="):
+        QKAttributionPatching("q", "k", "pattern")
+
+
+def test_a_unit_of_a_name_is_a_target(model, names):
+    unit = Unit("blocks.1.mlp.post", (-1, 2))
+    found = scores(GradientXActivation("blocks.0.resid_post", target=unit, names=names), model)
+    plain = scores(GradientXActivation(r"blocks\.0", target=Unit("blocks.1.mlp.1", (-1, 2))), model)
+    assert torch.equal(found["attr", "blocks.0.resid_post"], plain["attr", "blocks.0"])

@@ -4,10 +4,12 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from torch import nn
 
 from call_models import Attention, Block, Chain
 from model_state import state_of
 from tdcache.errors import SelectionError
+from tdcache.function_calls import record
 from tdcache.function_calls.record import calls, record_calls
 from tdcache.function_calls.sites import CallPattern
 from tdcache.selection import select
@@ -20,7 +22,7 @@ def test_a_table_names_the_calls_with_shapes_and_source():
         ("layers.1::gelu", 1, ((2, 16),), ((2, 16),), "y = F.gelu(self.up(y))"),
         ("layers.1::add", 1, ((2, 8), (2, 8)), ((2, 8),), "return x + y"),
     ]
-    lines = str(table).splitlines()
+    lines = str(record.select(model, r"layers\.1::.*", x)).splitlines()
     assert lines[0].split() == ["place", "count", "arguments", "result", "source"]
     assert lines[1].split()[:4] == ["layers.1::gelu", "1", "2x16", "2x16"]
 
@@ -35,7 +37,27 @@ def test_the_source_is_shown_with_the_names_beside_it():
 
 def test_a_notebook_shows_the_source_escaped():
     table = calls(Chain(), "layers.1", torch.randn(2, 8))
-    assert table._repr_html_().startswith("<pre>    def forward(self, x):")
+    shown = table._repr_html_()
+    assert shown.startswith("<div><p>2 calls in one forward</p><table>")
+    assert '<td style="text-align:left">layers.1::gelu</td>' in shown
+    assert "<pre>    def forward(self, x):" in shown
+    assert "y = F.gelu(self.up(y))" in shown
+
+
+def test_the_calls_of_one_module_print_as_its_source_and_many_as_a_table():
+    shown = str(calls(Chain(), "layers.1", torch.randn(2, 8)))
+    assert shown == calls(Chain(), "layers.1", torch.randn(2, 8)).annotated()
+    assert shown.splitlines()[2].split("# ")[1] == "::gelu"
+    assert str(record.select(Chain(), r"layers\.1::.*", torch.randn(2, 8))).startswith("place ")
+    attention = str(calls(Attention(), "", torch.randn(1, 3, 32))).splitlines()
+    assert attention[-1] == "(root) makes one attention call: ::q ::k ::v ::scores ::pattern ::z"
+
+
+def test_a_class_without_a_file_is_shown_by_its_names():
+    namespace = {"nn": nn, "torch": torch}
+    exec("class Made(nn.Module):\n    def forward(self, x):\n        return torch.relu(x) + 1", namespace)  # noqa: S102
+    shown = str(calls(namespace["Made"](), "", torch.ones(2)))
+    assert shown == "# the source of Made.forward is not at hand\n# in helpers: ::relu ::add"
 
 
 @pytest.mark.parametrize("kernel", [True, False])

@@ -25,7 +25,7 @@ from tdcache import (
     UnfiredSiteWarning,
     select,
 )
-from tdcache.function_calls import calls
+from tdcache.function_calls import CallSite, attach_attention, calls
 from tdcache.introspect import function_mode_count
 from tdcache.reducers import Stack
 
@@ -396,3 +396,22 @@ def test_a_locked_cache_is_filled_and_voided_at_calls():
             hooked(-torch.ones(2))
         assert cache["::relu"].isnan().all()
         assert cache["::abs"].tolist() == [1, 1]
+
+
+class AttendsInAMethod(nn.Module):
+    """Attention whose softmax is in a method that the forward calls, as GPT-J's is."""
+
+    def attend(self, q, k, v):
+        return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+    def forward(self, x):
+        return self.attend(x, x + 1, x + 2)
+
+
+def test_queries_and_keys_are_found_where_a_method_of_the_module_attends():
+    model, x, kept = AttendsInAMethod(), torch.randn(2, 3, 4), {}
+    for offset, place in enumerate("qkv"):
+        keep = attach_attention(model, CallSite("", place), lambda m, a, k, value, at=place: kept.update({at: value}))
+        with keep:
+            model(x)
+        assert torch.equal(kept[place], x + offset)

@@ -9,7 +9,7 @@ from torch import nn
 import tdcache
 from model_state import state_of
 from named_model import LAYERS, Transformer, ids
-from tdcache import ActivationCaching, CanonicalNameError, HookedModule, NamedPlace, PathError
+from tdcache import ActivationCaching, CanonicalNameError, HookedModule, NamedPlace, PathError, SelectionError
 from tiny_transformers import bert, gpt2, llama
 
 MAPPING = {
@@ -142,6 +142,28 @@ def test_a_mapping_may_name_a_model_whose_blocks_nothing_finds():
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     table = tdcache.names(model, torch.ones(3, 2), mapping={"blocks.0.resid_post": "1"}, prove=False)
     assert (table["blocks.0.resid_post"].path, table.streams[""].blocks) == ("1", 1)
+
+
+def test_what_is_no_model_and_what_is_no_place_is_refused(own):
+    with pytest.raises(CanonicalNameError, match=r"^names\(\) takes an nn.Module, got int"):
+        tdcache.names(3)
+    with pytest.raises(SelectionError, match=r"^'embed' stands for 3 \(int\); a name stands for a path"):
+        tdcache.names(own[0], mapping={"embed": 3})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
+def test_a_quantised_copy_takes_the_names_of_its_original(own):
+    model, table = own
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(CanonicalNameError, match="this is another one"):
+        tdcache.select(quantised, ".*", names=table)
+    names = tdcache.names(quantised, ids(), mapping=table, prove=False)
+    assert list(names) == list(table)
+    with ActivationCaching(".*", names=names).prepare(quantised) as hooked, torch.no_grad():
+        quantised(ids())
+    cache = hooked.cache
+    assert torch.equal(cache["resid_pre", 1] + cache["attn.contribution", 1], cache["resid_mid", 1])
+    assert cache["attn.z", 1].shape == (2, 2, 5, 4)
 
 
 def test_an_unknown_style_is_refused(own):

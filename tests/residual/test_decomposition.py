@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import regex
 import torch
 
 from residual.hand import FAMILIES, TOKENS
@@ -130,6 +131,8 @@ def test_a_block_without_attention_is_taken_apart_although_its_attention_is_refu
     parts = residual.decompose(cache, heads=True, names=table)
     near(sum(parts.values()), this.cache["blocks.2.resid_post"])
     assert "blocks.1.mixer.contribution" in list(parts.keys())
+    heads = residual.head_results(cache, names=table)
+    assert {key.split(".")[1] for key in heads.keys()} == {"0", "2"}  # noqa: SIM118
 
 
 def test_rows_and_positions_that_the_model_holds_in_one_axis_are_told_apart(case):
@@ -165,6 +168,12 @@ def test_the_heads_of_granite_are_scaled_as_the_model_scales_them(case):
     near(found["blocks.1.attn.head.2"], 0.22 * z[..., 2, :] @ weight[8:12])
 
 
+def this_head(this, block, head):
+    """What one head adds, by the weights of Llama."""
+    z, (weight, _) = this.cache[f"blocks.{block}.attn.z"], w_o(this, block)
+    return z[..., head, :] @ weight[4 * head : 4 * head + 4]
+
+
 @pytest.mark.parametrize("positions", [None, -1, slice(2, 4)])
 def test_heads_that_are_scaled_unit_by_unit_without_a_module_are_scaled(case, positions):
     this = case("llama")
@@ -178,6 +187,9 @@ def test_heads_that_are_scaled_unit_by_unit_without_a_module_are_scaled(case, po
     wanted = residual.head_results(this.cache, layers=1, positions=positions, names=this.table)
     for key, part in wanted.items():
         near(found[key], scale * part)
+    row = scaled.apply(lambda value: value[:1])
+    last = residual.head_results(row, layers=1, positions=-1, names=table)  # one row, told by the other positions
+    near(last["blocks.1.attn.head.2"], scale * this_head(this, 1, 2)[:1, -1])
     one = scaled.apply(lambda value: value[:1, :1])
     with pytest.raises(
         ResidualError, match=r"'blocks.1.attn.contribution' is not what 'model.layers.1.self_attn.o_proj'"
@@ -276,8 +288,6 @@ def test_a_role_is_stacked_over_its_blocks(case):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_pattern_of_what_is_needed_suffices(case, family):
-    import regex
-
     this = case(family)
     pattern = residual.needed(this.table, heads=True, neurons=family != "mixtral", mid=family != "neox")
     kept = this.cache.select(*[key for key in this.cache.keys() if regex.fullmatch(pattern, key)])  # noqa: SIM118

@@ -114,6 +114,11 @@ def test_heads_that_do_not_make_the_contribution_are_refused(case):
         ResidualError, match=r"'blocks.1.attn.contribution' is not what 'transformer.h.1.attn.c_proj' makes"
     ):
         residual.head_results(cache, names=this.table)
+    cache["blocks.1.attn.z"] = cache["blocks.1.attn.z"][:1]
+    with pytest.raises(
+        ResidualError, match=r"'blocks.1.attn.contribution' is not what 'transformer.h.1.attn.c_proj' makes"
+    ):
+        residual.head_results(cache, names=this.table)
     stream = ResidualStream(layouts=("pre-norm",) * 3)
     table = Names(dict(this.table), streams={"": stream}, model=this.model)
     with pytest.raises(
@@ -136,9 +141,9 @@ def test_a_norm_that_is_none_cannot_be_frozen(case):
         ResidualError, match=r"the scale of the norm 'transformer.h.0.mlp' cannot be frozen: .* is a GPT2MLP"
     ):
         residual.apply_norm(parts, norm="transformer.h.0.mlp")
-    group = nn.GroupNorm(1, 6)
-    with pytest.raises(ResidualError, match=r"the scale of the norm 'group' cannot be frozen|works on axes"):
-        NormStep.of(group, "group", torch.randn(2, 6, 6))
+    two = nn.LayerNorm((3, 4))
+    with pytest.raises(ResidualError, match=r"the norm 'two' works on axes \(-2, -1\), not on the units of the stream"):
+        NormStep.of(two, "two", torch.randn(2, 3, 4))
 
 
 def test_a_scale_needs_the_whole_value(case):

@@ -12,7 +12,7 @@ import tdcache
 from families import build
 from residual.hand import FAMILIES, TOKENS, jolted
 from residual.test_decomposition import FLOAT32_INSIDE, near
-from tdcache import ActivationCaching, Concatenate, Names, residual
+from tdcache import ActivationCaching, Concatenate, NamedPlace, Names, residual
 from tdcache.attribution import DirectLogitAttribution, LogitLens
 from tdcache.errors import CanonicalNameError, ResidualError
 
@@ -133,6 +133,22 @@ def test_each_stack_of_an_encoder_and_decoder_is_taken_apart():
     silent = Names(dict(table), streams=streams, model=model)
     with pytest.raises(CanonicalNameError, match=r"with prefix ''; its prefixes are 'encoder.', 'decoder.'"):
         residual.decompose(cache, names=silent)
+
+
+def test_a_mapping_of_ones_own_is_enough(case):
+    this = case("own")
+    mapping = {
+        "embed": "embed",
+        "blocks.{i}.resid_pre": NamedPlace(path="layers.{i}", side="fwd_pre"),
+        "blocks.{i}.resid_post": "layers.{i}",
+        "blocks.{i}.attn.contribution": "layers.{i}.merge",
+        "blocks.{i}.mlp.contribution": "layers.{i}.scale",
+        "unembed": "head",
+    }
+    cache, logits = kept(this.model, tdcache.names(this.model, TOKENS, mapping=mapping))
+    scores = residual.logit_attribution(residual.decompose(cache), TOKENS)
+    near(sum(scores.values()), logits.gather(-1, TOKENS[..., None])[..., 0])
+    near(residual.logit_lens(cache)["blocks.1.resid_post"], logits)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "granite", "neox"])

@@ -71,7 +71,8 @@ def test_some_heads_are_normalised_like_the_whole(case):
     this = case("llama")
     heads = residual.head_results(this.cache, layers=1, names=this.table)
     every = residual.apply_norm(residual.decompose(this.cache, heads=True, names=this.table))
-    for stack in (heads, heads.select("blocks.1.attn.head.3"), heads.clone(), heads.exclude("blocks.1.attn.head.0")):
+    picked = (heads.select("blocks.1.attn.head.3"), heads.exclude("blocks.1.attn.head.0"))
+    for stack in (heads, *picked, heads.clone(), heads.detach(), heads.to(torch.float64)):
         normed = residual.apply_norm(stack)
         near(normed["blocks.1.attn.head.3"], every["blocks.1.attn.head.3"])
     plain = TensorDict({"x": heads["blocks.1.attn.head.3"]})

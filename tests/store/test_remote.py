@@ -223,3 +223,26 @@ def test_a_server_without_ranges_is_refused_and_its_bytes_are_not_believed(local
     ):
         ActivationDataset.open(f"{address}/a.acts")[5]
     assert len(ActivationDataset.open(f"{address}/a.acts")) == len(there)  # whole files are what it can give
+
+
+def test_workers_have_connections_of_their_own(local, server):
+    pytest.importorskip("aiohttp")
+    there = ActivationDataset.open(f"{server[0]}/a.acts")
+    whole = there["seq"][...].tolist()  # this process has a connection by now
+    loader = DataLoader(there.iterable(7), batch_size=None, num_workers=2)
+    assert sorted(int(each) for batch in loader for each in batch["seq"]) == sorted(whole)
+
+
+def test_a_store_that_was_replaced_there_is_noticed_after_some_seconds(local, url, tmp_path, monkeypatch):
+    there = ActivationDataset.open(url)
+    there[...]
+    system, base = fsspec.filesystem("memory"), url.removeprefix("memory:/")
+    other = ActivationDataset.open(local).repack(tmp_path / "b.acts", shuffle=True)  # equal columns, another order
+    system.rm(base, recursive=True)
+    other.upload(url)
+    there[3]  # asked a moment ago
+    monkeypatch.setattr("tdcache.store.reader._ASKED_EVERY", 0.0)
+    text = "holds another store than the one that was opened; open it again"
+    for read in (lambda: there[3], lambda: there[[5, 1]], lambda: list(there.batches(7)), there.verify, there.refresh):
+        with pytest.raises(SpecError, match=text):
+            read()

@@ -50,8 +50,9 @@ def test_an_open_reader_notices_that_its_folder_is_another_store(folder, tmp_pat
     if spec is SPEC:
         assert READS[read](ActivationDataset.open(folder)) is not None
     else:
-        with pytest.raises(SpecError, match="holds another store than the one that was opened; open it again"):
-            dataset.refresh()
+        for call in (dataset.refresh, dataset.verify):
+            with pytest.raises(SpecError, match="holds another store than the one that was opened; open it again"):
+                call()
 
 
 def test_a_copy_of_the_same_store_in_its_place_is_the_same_store(folder, tmp_path):

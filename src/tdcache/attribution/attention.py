@@ -16,6 +16,7 @@ from tdcache.attribution.place import Place
 from tdcache.attribution.point import wide
 from tdcache.errors import AttributionError
 from tdcache.function_calls.sites import is_call
+from tdcache.place_modules import axis_of
 from tdcache.types import Match, Pick, Selector
 
 __all__ = ["Mask", "QKAttributionPatching"]
@@ -43,7 +44,7 @@ class QKAttributionPatching(RoleAttribution):
         query: which modules give the queries, ``(batch, position, heads, d_head)`` or ``(batch, position, d_model)``.
         key: which give the keys, as many; they may have fewer heads.
         pattern: which give the attention probabilities, ``(batch, heads, query, key)``, as many.
-        heads: the number of query heads.
+        heads: the number of query heads; with ``names=`` that of the values.
         scale: what logits are multiplied by; ``d_head ** -0.5`` by default.
         mask: ``"causal"``, or a boolean tensor that expands to ``(batch, heads, query, key)`` and is True where a query
             sees a key. None tells it from the pattern's zeros, and refuses where some may have come from underflow.
@@ -58,7 +59,7 @@ class QKAttributionPatching(RoleAttribution):
         key: Selector,
         pattern: Selector,
         *,
-        heads: int,
+        heads: int | None = None,
         scale: float | None = None,
         mask: Mask = None,
         pick: Pick = None,
@@ -67,6 +68,8 @@ class QKAttributionPatching(RoleAttribution):
     ) -> None:
         super().__init__(**options)
         self.select_by(match, query=query, key=key, pattern=pattern)
+        if heads is None and self.names is None:
+            raise TypeError("QKAttributionPatching takes heads=, the number of query heads, or names=")
         self.heads = heads
         self.scale = scale
         self.mask = mask
@@ -110,17 +113,20 @@ class QKAttributionPatching(RoleAttribution):
     def _split(self, value: Tensor, width: int | None, path: str) -> tuple[Tensor, int]:
         """``(batch, heads, position, d_head)``, and ``d_head``, which for keys is that of the queries."""
         value = wide(value)
+        if self.names is not None and axis_of(self.names[path], "head", "kv_head") == 1:
+            value = value.transpose(1, 2)
+        heads = self.heads or (value.shape[-2] if value.ndim == 4 else 0)
         if value.ndim == 3:
-            parts = self.heads if width is None else value.shape[-1] // width
+            parts = heads if width is None else value.shape[-1] // width
             if parts == 0 or value.shape[-1] % parts:
-                raise AttributionError(f"{path!r} gives {value.shape[-1]} features, not those of {self.heads} heads")
+                raise AttributionError(f"{path!r} gives {value.shape[-1]} features, not those of {heads} heads")
             value = value.unflatten(-1, (parts, -1))
         if not is_call(path):  # as attention sees them, heads come before positions
             value = value.transpose(1, 2)
-        fits = value.shape[1] == self.heads if width is None else self.heads % value.shape[1] == 0
+        fits = value.shape[1] == heads if width is None else heads % value.shape[1] == 0
         if not fits or value.shape[-1] != (width or value.shape[-1]):
             raise AttributionError(
-                f"{path!r} gives {value.shape[1]} heads of {value.shape[-1]} features, which do not fit {self.heads} "
+                f"{path!r} gives {value.shape[1]} heads of {value.shape[-1]} features, which do not fit {heads} "
                 f"query heads{'' if width is None else f' of {width}'}; give heads= of the queries"
             )
         return value, value.shape[-1]

@@ -295,6 +295,7 @@ def _runner(module: HookedModule, data: TensorDictBase, forward: Forward, crowd:
         survey=survey,
         create_graph=any(factory.create_graph for factory in factories),
         snapshot=any(copies) if copies else None,
+        tables=[factory.names for factory in factories if factory.names is not None],
     )
 
 

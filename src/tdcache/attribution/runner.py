@@ -25,6 +25,8 @@ from tdcache.errors import ContextError
 from tdcache.function_calls.stand_in import resolve_site
 from tdcache.hooks import MultiHookHandle, Order, attach, attach_ports
 from tdcache.hooks.attach import AttachedElsewhere
+from tdcache.named_places import Names
+from tdcache.place_modules import place_at
 from tdcache.types import CacheKey
 
 __all__ = ["Runner"]
@@ -66,6 +68,7 @@ class Runner:
         survey: Survey,
         create_graph: bool,
         snapshot: bool | None,
+        tables: Sequence[Names] = (),
     ) -> None:
         self.model = model
         self.data = data
@@ -80,6 +83,7 @@ class Runner:
         self._forward = forward
         self._survey = survey
         self._modules = modules
+        self._tables = tables
         self._create_graph = create_graph
         self._snapshot = survey.inplace if snapshot is None else snapshot
         self._stacks = data.batch_dims > 0 and not watched and not survey.statistics
@@ -252,7 +256,9 @@ class Runner:
         """The module that is hooked for a place."""
         path = str(place.name)
         if path not in self._modules:
-            self._modules[path] = resolve_site(self.model, path)[1]
+            table = next((each for each in self._tables if path in each), None)
+            found = resolve_site(self.model, path) if table is None else place_at(table, self.model, path)
+            self._modules[path] = found[1]
         return self._modules[path]
 
     def _taps(self, asks: list[Ask], rows: PointRows | None) -> dict[Place, SiteTap]:

@@ -101,7 +101,7 @@ class Arrivals:
             self._by_key[key] = [_Arrival(0, value, mask) for value, mask in values]
 
     def clear(self) -> None:
-        """Drop all values."""
+        """Drop all values at every site."""
         self._by_key.clear()
         self._latest.clear()
         self._watch.clear()

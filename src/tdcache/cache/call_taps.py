@@ -107,7 +107,7 @@ class _MakeTap:
             return CallbackTap(
                 path, channel, capture.recorder, capture.order, key=key, row=row, callback=capture.callback
             )
-        if capture.in_graph:
+        if capture.pick is None and channel.takes_aliases and not channel.is_gradient and isinstance(port, OutputPort):
             return OutputTap(path, channel, capture.recorder, capture.order)
         if channel.is_gradient and isinstance(port, OutputPort):
             return GradientTap(port, channel, capture.recorder, capture.order)

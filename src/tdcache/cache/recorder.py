@@ -34,6 +34,7 @@ from tdcache.introspect import (
     keep_frames_out_of_graphs,
     why_not_called,
 )
+from tdcache.named_places import Names
 from tdcache.types import CacheKey
 
 __all__ = ["Recorder"]
@@ -70,6 +71,8 @@ class Recorder(Transient):
         """Which forwards of ``generate()`` count (``steps=``); None for all."""
         self.left_out = 0
         """How many forwards ``steps=`` left out."""
+        self.names: Names | None = None
+        """The table of canonical names that sites are called by, where they are."""
         self.calls: list[CallTaps] = []
         """The taps at function calls inside forwards."""
         self.stop_after: frozenset[str] = frozenset()
@@ -364,7 +367,12 @@ class Recorder(Transient):
             return f"{what}; the {noun} of {listed(graphless)} {why}"
         if channel.is_gradient:
             return f"{what}; no gradient came, or they did not require grad: was backward() called inside the block?"
-        reasons = dict.fromkeys(reason for path in silent if (reason := why_not_called(model, path)))
+        paths = silent
+        if self.names is not None:
+            places = [self.names[path] for path in silent]
+            what = f"{what}, which are {listed([place.where for place in places])}"
+            paths = [place.path.partition("::")[0] for place in places]
+        reasons = dict.fromkeys(reason for path in paths if (reason := why_not_called(model, path)))
         return "; ".join([what, *reasons])
 
     def warn_of_second_call(self, path: str) -> None:

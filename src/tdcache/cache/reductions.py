@@ -107,7 +107,7 @@ class Reductions:
         self.dirty = bool(reducers)
 
     def clear(self) -> None:
-        """Drop all reducers."""
+        """Drop the reducers of all keys."""
         self._by_key.clear()
         self._arrivals.clear()
         self.dirty = False

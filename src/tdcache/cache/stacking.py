@@ -200,7 +200,7 @@ class GrowingStackBy(StackBy):
             self._check_present(name, [*sites, *owners])
 
     def add(self, site: Site) -> None:
-        """Add a site."""
+        """Add a site that was discovered."""
         if all(site.path != known.path for known in self._sites):
             self._sites.append(site)
             self._stale = True

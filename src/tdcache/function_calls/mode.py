@@ -79,12 +79,12 @@ class CallMode(TorchFunctionMode):
             push_function_mode(mode)
 
 
-class _Thread(threading.local):
+class _OwnMode(threading.local):
     def __init__(self) -> None:
         self.mode = CallMode()
 
 
-thread = _Thread()
+thread = _OwnMode()
 """The mode of the current thread."""
 
 

@@ -69,10 +69,20 @@ def may_attend(kind: type[nn.Module]) -> bool:
     function = innermost(kind.forward)
     if function is None:
         return True
-    helpers = _helpers(function)
+    helpers = [helper for method in _own_methods(kind, function) for helper in _helpers(method)]
     named = {name.lower() for helper in helpers for code in _codes(helper.__code__) for name in code.co_names}
     foreign = [value for value in global_functions(kind.forward).values() if value not in helpers]
     return bool(foreign) or any("softmax" in name for name in named)
+
+
+def _own_methods(kind: type[nn.Module], forward: FunctionType) -> list[FunctionType]:
+    """The forward of a class and the methods that it calls, as GPT-J's attention takes its softmax in one."""
+    found = [forward]
+    for function in found:  # grows while it is gone through
+        names = {name for code in _codes(function.__code__) for name in code.co_names}
+        methods = (innermost(getattr(kind, name, None)) for name in sorted(names))
+        found += [method for method in dict.fromkeys(methods) if method is not None and method not in found]
+    return found
 
 
 def parameters_of(name: str, module: nn.Module) -> tuple[str, ...]:

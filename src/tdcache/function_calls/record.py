@@ -29,10 +29,12 @@ from tdcache.named_places import Names
 from tdcache.named_selection import select_names
 from tdcache.selection import Selection, Site, as_matcher
 from tdcache.selection import select as select_modules
+from tdcache.tables import html_note, html_table, text_table
 from tdcache.types import Match, Selector
 
-__all__ = ["CallRow", "CallSelection", "CallTable", "calls", "record_calls", "select"]
+__all__ = ["CallRow", "CallSelection", "CallSource", "CallTable", "calls", "record_calls", "select"]
 
+_HEAD = ("place", "count", "arguments", "result", "source")
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
@@ -85,24 +87,23 @@ class CallTable(Sequence[CallRow]):
         return (*(str(row.site) for row in self.rows), *derived)
 
     def __str__(self) -> str:
-        cells = [("place", "count", "arguments", "result", "source")]
-        cells += [
+        return "\n".join((*text_table(_HEAD, self._cells()), *self._derived()))
+
+    __repr__ = __str__
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
             (str(row.site), str(row.count), _spell(row.given), _spell(row.returned), f"{row.line}: {row.source}")
             for row in self.rows
         ]
-        widths = [max(len(row[at]) for row in cells) for at in range(4)]
-        lines = [
-            "  ".join((*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4])) for row in cells
-        ]
-        derived = [
+
+    def _derived(self) -> list[str]:
+        return [
             f"{path or '(root)'} makes {'one attention call' if n == 1 else f'{n} attention calls'}: "
             f"{' '.join('::' + name for name in self.places)}"
             for path, n in self.attention.items()
             if self.places
         ]
-        return "\n".join(line.rstrip() for line in (*lines, *derived))
-
-    __repr__ = __str__
 
     def annotated(self) -> str:
         """The source of each module's forward with the names of the calls beside the lines."""
@@ -110,8 +111,11 @@ class CallTable(Sequence[CallRow]):
 
     def _beside(self, path: str, module: nn.Module) -> Iterator[str]:
         function = inspect.unwrap(type(module).forward)
-        file = inspect.getsourcefile(function) or ""
-        lines, start = inspect.getsourcelines(function)
+        try:
+            file = inspect.getsourcefile(function) or ""
+            lines, start = inspect.getsourcelines(function)
+        except (OSError, TypeError):  # a class that was made without a file
+            file, lines, start = "", [f"# the source of {type(module).__name__}.forward is not at hand\n"], 0
         names: dict[int, list[str]] = {}
         for row in self.rows:
             if row.site.path == path and row.file == file:
@@ -126,7 +130,20 @@ class CallTable(Sequence[CallRow]):
             yield "# in helpers: " + " ".join(elsewhere)
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(self.annotated())}</pre>"
+        notes = "".join(map(html_note, self._derived()))
+        source = f"<pre>{html.escape(self.annotated())}</pre>"
+        return html_table(f"{len(self.rows)} calls in one forward", _HEAD, self._cells()) + notes + source
+
+
+class CallSource(CallTable):
+    """The calls of one module, printed as the source of its forward with the names beside the lines."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "\n".join((self.annotated(), *self._derived()))
+
+    __repr__ = __str__
 
 
 def _spell(shapes: tuple[tuple[int, ...], ...]) -> str:
@@ -294,7 +311,7 @@ def select(
     return record_calls(model, sites, pattern, inputs)
 
 
-def calls(model: nn.Module, path: str, inputs: Any) -> CallTable:
+def calls(model: nn.Module, path: str, inputs: Any) -> CallSource:
     """The calls that the forward of one module makes in one forward of ``model``: what can be selected inside it.
 
     Args:
@@ -303,7 +320,7 @@ def calls(model: nn.Module, path: str, inputs: Any) -> CallTable:
         inputs: a tensor, a tuple of arguments, a mapping of keyword arguments, or a TensorDict.
 
     Returns:
-        The table; ``print(table)`` for its rows, ``print(table.annotated())`` for the forward's source with the names.
+        The calls, printed as the forward's source with the names beside the lines, as HTML in a notebook.
 
     Raises:
         SelectionError: ``model`` has no such module.
@@ -314,7 +331,8 @@ def calls(model: nn.Module, path: str, inputs: Any) -> CallTable:
         ('::add', '::add.1', '::relu', '::add.2')
     """
     sites = select_modules(model, regex.escape(path) if path else "")
-    return record_calls(model, list(sites), CallPattern.parse("::.*"), inputs)
+    table = record_calls(model, list(sites), CallPattern.parse("::.*"), inputs)
+    return CallSource(table.rows, table.attention, table.modules, table.places)
 
 
 def _run(model: nn.Module, inputs: Any) -> None:

@@ -126,8 +126,7 @@ def harvest(
     """
     request = Request.of(model, data, path, HarvestOptions.among(locals()))
     share, sent = Share.of(model, rank, world), None if upload is None else (upload, storage_options)
-    run = HarvestRun.begun(request, share, resume=resume, shown=progress, files=files, upload=sent)
-    run.go(recheck=recheck)
+    HarvestRun.begun(request, share, resume=resume, shown=progress, files=files, upload=sent).go(recheck=recheck)
     return ActivationDataset.open(request.folder)
 
 

@@ -222,7 +222,7 @@ class GradientHandle:
             handle.mute()
 
     def unmute(self) -> None:
-        """Undo :meth:`mute`."""
+        """Let the hook act again after :meth:`mute`."""
         self._tap.alive = True
         for handle in self._handles:
             handle.unmute()

@@ -181,6 +181,8 @@ class MultiHookHandle:
     """Several registrations that are undone together, last first; the sum of two handles is one over both.
 
     Example:
+        >>> from torch import nn
+        >>> from tdcache.hooks.attach import attach
         >>> handle = MultiHookHandle()
         >>> with handle.installing():  # all that the block adds, or none
         ...     handle.add(attach(nn.ReLU(), lambda module, args, output: None))

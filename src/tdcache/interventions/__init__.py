@@ -1,4 +1,8 @@
-"""Changing a run: patching, sweeps, steering, ablation, path patching, causal tracing, resuming from a layer."""
+"""Changing a run: patching, sweeps, steering, ablation, path patching, causal tracing, resuming from a layer.
+
+They share where and when an edit acts (positions, units, heads, rows, calls, steps), so that a new method only says
+what happens to a value.
+"""
 
 from tdcache.interventions.ablation import Ablation
 from tdcache.interventions.addition import ActivationAddition

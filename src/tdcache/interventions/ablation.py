@@ -1,4 +1,8 @@
-"""Ablation: taking away what a site says, in four ways."""
+"""Ablation: removes the information at a site, in four ways.
+
+The ways differ in what they assume. Zero is rarely a value that the model has seen; a mean, another example's value or
+a projection stays closer to its distribution, so they are modes of one class and easy to compare.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ class _Zero:
 
 @dataclass(frozen=True, slots=True)
 class _MeanValue:
-    """The mean that is given, broadcast to the value; else that over the batch."""
+    """The given mean, broadcast to the value; by default the mean over the batch."""
 
     path: str
     mean: Tensor | None
@@ -50,7 +54,7 @@ class _MeanValue:
 
 @dataclass(frozen=True, slots=True)
 class _Resample:
-    """Rows of the given activations, or the batch's own rows, of which none stays where it is."""
+    """Rows of the given activations, or the batch's own rows in an order that keeps none in place."""
 
     path: str
     rows: Tensor | None
@@ -101,7 +105,7 @@ class _Project:
 
 
 def _basis(directions: Tensor) -> Tensor:
-    """An orthonormal basis ``(features, rank)`` of what the directions span; dependent ones count once."""
+    """An orthonormal basis ``(features, rank)`` of the span of the directions, which may be linearly dependent."""
     wide = (directions if directions.ndim == 2 else directions[None]).double()
     left, values, _ = torch.linalg.svd(wide.T, full_matrices=False)
     kept = values > values.max() * max(wide.shape) * torch.finfo(directions.dtype).eps
@@ -117,7 +121,7 @@ def _misfit(what: str, path: str, given: Tensor, value: Tensor) -> EditError:
 
 
 class Ablation(Intervention):
-    """Takes away what the selected sites say, to see what the model does without.
+    """Removes the information at the selected sites, to see what the model does without it.
 
     ================  =====================================================  =======================================
     mode              the value becomes                                      ``source``
@@ -125,22 +129,22 @@ class Ablation(Intervention):
     ``"zero"``        zero                                                   none
     ``"mean"``        a mean: the given one, or the batch's                  means by path, for instance of a cache
                                                                              with ``reducer=Mean()``; or none
-    ``"resample"``    that of another example, drawn with ``seed``           activations by path, rows first; or none
+    ``"resample"``    the value of another example, drawn with ``seed``      activations by path, rows first; or none
                                                                              for other rows of the same batch
-    ``"project"``     what is orthogonal to some directions                  directions by path, ``(features,)`` or
+    ``"project"``     its component orthogonal to some directions            directions by path, ``(features,)`` or
                                                                              ``(k, features)``
     ================  =====================================================  =======================================
 
     Args:
         selector: which modules.
         mode: see the table. Resampling is causal scrubbing's (Chan et al. 2022).
-        source: what the mode needs: a TensorDict or mapping by path, or one tensor for all sites.
-        seed: of ``"resample"``; the same rows are drawn at every site and in every forward of one size.
-        center: of ``"project"``: what is subtracted before projecting, by path or one for all; zero by default.
+        source: see the table: a TensorDict or mapping by path, or one tensor for all sites.
+        seed: for ``"resample"``; the same rows are drawn at every site and in every forward of the same size.
+        center: for ``"project"``: subtracted before projecting, by path or one for all; zero by default.
         **options: where and when it acts: ``positions``, ``units`` and the others of :class:`tdcache.EditOptions`.
 
     Raises:
-        EditError: an unknown mode; a source that is missing, needless, or does not fit.
+        EditError: the mode is unknown, or the source is missing, superfluous, or does not fit.
 
     Example:
         >>> import torch
@@ -177,7 +181,7 @@ class Ablation(Intervention):
         self.center = center
 
     def edit_at(self, site: Site, context: InterventionContext) -> Edit | RegionEdit:
-        """What the mode does."""
+        """The edit of the mode at this site."""
         given = self._given(self.source, site.path, "source=")
         if self.mode == "zero":
             return _Zero(site.path)

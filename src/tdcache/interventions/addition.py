@@ -1,4 +1,8 @@
-"""Activation addition: a steering vector from two sets of inputs, applied in the same call."""
+"""Activation addition: computes a steering vector from two sets of inputs and applies it in the same call.
+
+Pooling must leave out padding and the two runs must see the same sites, which is easy to get wrong in a script of one's
+own.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ Pool = Literal["tokens", "last", "batch"]
 
 
 class _Fit:
-    """The vectors of a bound model, and the run that brings them."""
+    """The vectors of a bound model, and the run that computes them."""
 
     def __init__(self) -> None:
         self.vectors: dict[str, Tensor] = {}
@@ -50,7 +54,7 @@ class _Fit:
 
 @dataclass(frozen=True, slots=True)
 class _Pooling:
-    """Keeps the vector of each value while vectors are being made."""
+    """Keeps the pooled vector of each value while vectors are computed."""
 
     recipe: ActivationAddition
     fit: _Fit
@@ -69,10 +73,10 @@ class _AddFitted:
     path: str
     coefficient: float
     units: Region
-    """Which entries of the vector."""
+    """Which entries of the vector to add."""
 
     def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
-        """The steered part; None while vectors are being made, and before there are any."""
+        """The steered part; None while vectors are being computed, and before there are any."""
         vector = self.fit.vectors.get(self.path)
         if vector is None or self.fit.pooled.mode == "record":
             return None
@@ -83,18 +87,18 @@ class ActivationAddition(Intervention):
     """Steers by the difference of means between positive and negative inputs.
 
     Turner et al. 2023, "Activation Addition", arXiv:2308.10248. ``hooked(data)`` runs ``data["positive", in_key]`` and
-    ``data["negative", in_key]``, takes the difference of the mean activations at every site, and then, where ``data``
+    ``data["negative", in_key]``, takes the difference of the mean activations at every site, and then, if ``data``
     has the model's own inputs, runs those with ``coefficient`` times the difference added. It returns a TensorDict
     without batch size that shares the entries of ``data`` and has the vectors under ``("steer", path)``; the outputs
-    are written to ``data`` too. Until the block ends the vectors go on steering other calls, such as
-    ``model.generate(...)``; in another block, hand them to :class:`SteeringVectors`.
+    are written to ``data`` as well. Until the block ends, the vectors also steer other calls, such as
+    ``model.generate(...)``; to use them in another block, pass them to :class:`SteeringVectors`.
 
     Args:
         selector: which modules.
-        positive_key: where the positive inputs are.
-        negative_key: where the negative ones are.
-        steer_key: where the vectors are written.
-        coefficient: what they are multiplied by.
+        positive_key: the key of the positive inputs.
+        negative_key: the key of the negative inputs.
+        steer_key: the key under which the vectors are written.
+        coefficient: the factor of the vectors.
         pool: how a value ``(batch, ..., features)`` becomes a vector: the mean over all but ``unit_dim``
             (``"tokens"``), the mean over the batch at the last position (``"last"``), or over the batch alone
             (``"batch"``). Padding is left out of the first two: ``mask_key`` is an argument of the model or an
@@ -128,7 +132,7 @@ class ActivationAddition(Intervention):
         self.pool = pool
 
     def edit_at(self, site: Site, context: InterventionContext) -> Edit:
-        """Add the vector, once there is one."""
+        """The edit that adds the vector, once there is one."""
         units = Region(units=self.units, unit_dim=self.region_at(site.path).unit_dim)
         return _AddFitted(context.state, site.path, self.coefficient, units)
 
@@ -167,7 +171,7 @@ class ActivationAddition(Intervention):
         return found
 
     def pooled(self, path: str, value: Tensor, call: CurrentCall) -> Tensor:
-        """The vector that a value becomes."""
+        """The pooled vector of a value."""
         if self.pool == "batch" or value.ndim < 3:
             return value.mean(self.region.row_axis(value))
         region = self.region_at(path)

@@ -1,4 +1,8 @@
-"""What every intervention shares: a selector, a region, a direction, and one tap per site."""
+"""The base class of interventions: a selector, a region, a direction, and one tap per site.
+
+Subclasses only define :meth:`Intervention.edit_at`. Everything that can go wrong between a pattern and a changed value
+(masks, structured outputs, shared modules, half-registered hooks) is handled here.
+"""
 
 from __future__ import annotations
 
@@ -40,16 +44,16 @@ __all__ = ["Intervention", "InterventionContext", "entry_of", "with_inputs_of", 
 
 
 class InterventionContext(HookingContext):
-    """The context of an intervention; ``state`` is what its recipe keeps of the bound model, also while paused."""
+    """The context of an intervention; ``state`` is for the recipe, and survives a pause."""
 
     state: Any = None
     current_call: CurrentCall | None = None
-    """The forward under way, where the options ask for it."""
+    """The tracker of the current forward, if the options need it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.call_taps: list[CallTaps] = []
-        """The taps at calls inside forwards."""
+        """The taps at function calls inside forwards."""
 
     def _finish(self, error: BaseException | None) -> None:
         self.state = self.current_call = None
@@ -60,25 +64,25 @@ class InterventionContext(HookingContext):
 
 
 class Intervention(HookingContextFactory):
-    """A recipe that changes values at the selected sites; the methods are its subclasses.
+    """Base of all recipes that change values at selected sites.
 
-    Every argument of a subclass is kept as an attribute of the same name, which is what saving and the repr rely on.
+    Every argument of a subclass is kept as an attribute of the same name, on which saving and the repr rely.
 
     Args:
         selector: which modules; see :class:`tdcache.ActivationCaching`.
-        **options: those of :class:`EditOptions`, each kept as an attribute as well.
+        **options: those of :class:`EditOptions`, which also become attributes.
 
     Raises:
-        SelectionError: an unusable selector; on entering, one that matches nothing.
-        TypeError: an option that there is not.
-        EditError: an option that cannot be used; see :class:`EditOptions`.
+        SelectionError: the selector is invalid; on entering, it matches nothing.
+        TypeError: an option does not exist.
+        EditError: an option is invalid; see :class:`EditOptions`.
     """
 
     _hooking_context_class: ClassVar[type[HookingContext]] = InterventionContext
     _sweeps_heads: ClassVar[bool] = False
     """Whether ``heads=`` may be an int."""
     _finds_calls: bool = False
-    """Whether calls inside forwards are found as they are made; where not, their names must be spelled out."""
+    """Whether function calls are discovered as they are made; otherwise their names must be spelled out."""
     _region_by_name: dict[str, Region]
     __signature__: ClassVar[Any]
 
@@ -109,7 +113,7 @@ class Intervention(HookingContextFactory):
             raise EditError(f"heads={self.options.heads} does not say which: heads=(n_heads, which), such as (12, [3])")
         for name in OPTION_NAMES:
             setattr(self, name, getattr(self.options, name))
-        # An unusable selector is refused here, not on entering.
+        # Refuse an invalid selector now rather than on entering.
         self._modules, self._calls = (selector, ()) if named else split_selector(selector)
         refuse_direction(self._calls, self.options.direction)
         if self._calls and not self._finds_calls:
@@ -131,7 +135,7 @@ class Intervention(HookingContextFactory):
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def select(self, module: HookedModule) -> Selection:
-        """The sites in the model that a context is bound to; those of the last entry where the modules are the same."""
+        """The selected sites of the bound model; reused from the last entry if the modules have not changed."""
         context = module.hooking_context
         if self._modules is None:
             return Selection((), selector=self.selector, model_name=type(context.model).__name__)
@@ -139,7 +143,7 @@ class Intervention(HookingContextFactory):
         return selection
 
     def call_places(self, module: HookedModule) -> list[CallPlace]:
-        """Where the calls inside forwards are made that the selector means."""
+        """The modules in whose forwards the selected function calls are made."""
         found = call_places(module.hooking_context.select, self._calls, match=self.match, allow_empty=False)
         modules: dict[Any, CallPlace] = {}
         for place in found:
@@ -147,11 +151,11 @@ class Intervention(HookingContextFactory):
         return list(modules.values())
 
     def region_at(self, path: str, region: Region | None = None) -> Region:
-        """The part of the value at one site that is meant: at a canonical name, along the axes that it has there.
+        """The region of the value at one site; for a canonical name, along the axes that the table gives.
 
         Args:
             path: the site.
-            region: what is meant, where it is not the recipe's own.
+            region: the region, if not the recipe's own.
         """
         if self.names is None:
             if region is not None or not has_heads_first(path):
@@ -161,19 +165,19 @@ class Intervention(HookingContextFactory):
         heads = None if swept else [self.heads] if isinstance(self.heads, int) else self.heads
         if region is not None:
             return region_in(region, self.names[path], heads)
-        if path not in self._region_by_name:  # one object, by which a call remembers the columns that it found
+        if path not in self._region_by_name:  # one object, since a call caches columns by its identity
             self._region_by_name[path] = region_in(self.region, self.names[path], heads)
         return self._region_by_name[path]
 
     def edit_at(self, site: Site, context: InterventionContext) -> Edit | RegionEdit:
-        """What is done at one site; subclasses say."""
+        """The edit at one site; subclasses define it."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it does at {site.path!r}: define edit_at")
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         return self.hook_sites(module, self.select(module))
 
     def hook_sites(self, module: HookedModule, selection: Selection) -> MultiHookHandle:
-        """Put the edit of each site on it, either all of them or none; once on a module of several names."""
+        """Attach the edit of each site, all or none; once to a module with several names."""
         context: InterventionContext = module.hooking_context
         edits = [(site, self.edit_at(site, context)) for site in distinct_sites(selection)]
         handle = MultiHookHandle()
@@ -189,7 +193,7 @@ class Intervention(HookingContextFactory):
         return handle
 
     def follow_calls(self, module: HookedModule, handle: MultiHookHandle) -> CurrentCall | None:
-        """What ``positions``, ``steps`` and ``calls`` go by, where one of them is given."""
+        """The tracker for ``positions``, ``steps`` and ``calls``, or None if none of them is given."""
         if not self.options.asks_for_call:
             return None
         call = CurrentCall(module.model, self.options)
@@ -199,7 +203,7 @@ class Intervention(HookingContextFactory):
     def add_edits(
         self, handle: MultiHookHandle, edits: list[tuple[Site, Edit | RegionEdit]], call: CurrentCall | None = None
     ) -> None:
-        """Put an edit on each site."""
+        """Attach an edit to each site."""
         taps = [
             (site.module, EditTap(port_at(site.path, self.direction, self.pick), edit, region=region, call=call))
             for site, edit in edits
@@ -208,7 +212,7 @@ class Intervention(HookingContextFactory):
         attach_ports(taps, self._hook_direction, handle, Order.EDIT)
 
     def add_call_edits(self, module: HookedModule, handle: MultiHookHandle, call: CurrentCall | None) -> None:
-        """Put an edit at each call that the selector means, when it is first made."""
+        """Attach an edit to each selected function call, when it is first made."""
         context: InterventionContext = module.hooking_context
 
         def make(site: Site, port: Port) -> EditTap:
@@ -225,13 +229,13 @@ class Intervention(HookingContextFactory):
     def add_call_reads(
         self, module: HookedModule, handle: MultiHookHandle, read: Callable[[str, Tensor], None]
     ) -> None:
-        """Show the final value at each call to ``read(path, value)``."""
+        """Call ``read(path, value)`` with the final value at each selected function call."""
         self._add_call_taps(module, handle, lambda site, port: ReadTap(port, read), use="read", order=Order.CAPTURE)
 
     def add_reads(
         self, handle: MultiHookHandle, selection: Iterable[Site], read: Callable[[str, Tensor], None]
     ) -> None:
-        """Show the final value at each site to ``read(path, value)``."""
+        """Call ``read(path, value)`` with the final value at each site."""
         taps = [(site.module, ReadTap(port_at(site.path, self.direction, self.pick), read)) for site in selection]
         attach_ports(taps, self._hook_direction, handle, Order.CAPTURE)
 
@@ -244,10 +248,10 @@ Intervention.__signature__ = signature_with_options(Intervention)
 
 
 def entry_of(source: Any, path: str, direction: Side, what: str) -> Any:
-    """The entry for a site of a TensorDict or mapping: under its path, or under the direction or as a run names it.
+    """The entry of a TensorDict or mapping for a site: under its path, its direction and path, or a run's key.
 
     Raises:
-        EditError: there is none; the message names what is near.
+        EditError: there is no such entry; the message lists the nearest keys.
     """
     keys: tuple[CacheKey, ...] = (path, (direction, path), f"{path}_{direction_row(direction).noun}")
     for key in keys:
@@ -271,7 +275,7 @@ def _get(source: Any, key: CacheKey) -> Any:
 
 
 def write_outputs(data: TensorDictBase, key: CacheKey, ran: TensorDictBase, out_keys: list[CacheKey]) -> None:
-    """Write the outputs of a run on the inputs below ``key`` back to where these are."""
+    """Write the outputs of a run on the inputs below ``key`` next to these inputs."""
     inner: Any = data.get(key)
     for name in out_keys:
         if name != "_":
@@ -279,7 +283,7 @@ def write_outputs(data: TensorDictBase, key: CacheKey, ran: TensorDictBase, out_
 
 
 def with_inputs_of(data: TensorDictBase, key: CacheKey, in_keys: list[CacheKey], owner: Any) -> TensorDictBase:
-    """The TensorDict below ``key`` with the model's inputs; those that it lacks are taken from ``data``.
+    """The TensorDict below ``key`` with the model's inputs; missing ones are taken from ``data``.
 
     Raises:
         ContextError: there is no such TensorDict, or it has none of the inputs.

@@ -1,4 +1,8 @@
-"""Interventions side by side: blocks of rows of one batch, each of them patched in its own way."""
+"""Several interventions in one forward: blocks of rows of one batch, each patched in its own way.
+
+A sweep of thousands of patches would be thousands of forwards of a small batch; stacked, it is a few forwards of a
+large one.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ __all__ = ["PatchBlocks", "SweepState", "block_of", "repeated", "rows_of"]
 
 @dataclass(slots=True)
 class SweepState:
-    """What the taps of a sweep look at while the chunks run."""
+    """State shared by the taps of a sweep while its chunks run."""
 
     rows: int = 0
     blocks: int = 1
@@ -32,7 +36,7 @@ class SweepState:
 
 @dataclass(frozen=True, slots=True)
 class PatchBlocks:
-    """Patches, at one site, the blocks of the batch that are due there."""
+    """Patches, at one site, the blocks of the batch that are patched there."""
 
     path: str
     state: SweepState
@@ -41,7 +45,7 @@ class PatchBlocks:
     calls: Any = None
 
     def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
-        """The value with every due block patched; None where there is none."""
+        """The value with its blocks patched; None if no block is patched here."""
         due = self.state.assigned.get(self.path)
         if not due:
             return None
@@ -65,7 +69,7 @@ class PatchBlocks:
 
 
 def block_of(stacked: Tensor, block: int, state: SweepState, what: str) -> Tensor:
-    """The rows of one intervention among those that run side by side.
+    """The rows of one intervention in a stacked batch.
 
     Raises:
         EditError: the tensor has no row for each.
@@ -91,7 +95,7 @@ def _misfit(path: str, source: Tensor, value: Tensor) -> EditError:
 
 
 def rows_of(data: TensorDictBase, in_keys: list[CacheKey]) -> int:
-    """How many rows a batch has: its batch size, or the first axis of the model's first input."""
+    """The number of rows of a batch: its batch size, or the first axis of the model's first input."""
     if data.batch_size:
         return int(data.batch_size[0])
     first: Any = data.get(in_keys[0])
@@ -99,7 +103,7 @@ def rows_of(data: TensorDictBase, in_keys: list[CacheKey]) -> int:
 
 
 def repeated(data: TensorDictBase, keys: list[CacheKey], blocks: int, rows: int) -> TensorDictBase:
-    """Some entries of a batch, as often along the batch as there are blocks."""
+    """Some entries of a batch, repeated along the batch once per block."""
     inputs = TensorDict(batch_size=[], device=data.device)
     for key in keys:
         value = data.get(key, None)

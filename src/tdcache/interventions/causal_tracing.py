@@ -1,4 +1,4 @@
-"""Causal tracing: noise at the embeddings, and the clean activation put back at one place after another."""
+"""Causal tracing: adds noise to the embeddings and restores the clean activation at one place after another."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _AddNoise:
 
 
 class _Trace:
-    """The sweep of one bound model, its noise, and what the embedding gave."""
+    """The sweep of one bound model, its noise, and the output of the embedding."""
 
     def __init__(self, sweep: Sweep, noise: _AddNoise, call: CurrentCall) -> None:
         self.sweep = sweep
@@ -50,12 +50,12 @@ class _Trace:
         self.embedded = Memory("clean")
         self.call = call
         self.subject: Region | None = None
-        """The subject's columns in the batch that runs."""
+        """The subject's columns in the current batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Embedded:
-    """Keeps what the embedding gave, and which of its columns are the subject's."""
+    """Keeps the output of the embedding, and which of its columns belong to the subject."""
 
     state: _Trace
     subject: Region
@@ -67,36 +67,36 @@ class _Embedded:
 
 
 class CausalTracing(Intervention):
-    """Which activations carry what the corrupted tokens said? Restores them one by one in a run on noised embeddings.
+    """Which activations carry the information of the corrupted tokens? Restores them one by one in a noised run.
 
     Meng et al. 2022, "Locating and Editing Factual Associations in GPT", arXiv:2202.05262. ``hooked(data)`` runs the
     model clean, then with Gaussian noise on the embeddings of the ``subject`` positions, then once per site and
-    position with the clean value put back there (and in a ``window`` of sites around it). It returns a TensorDict with
+    position with the clean value restored there (and in a ``window`` of sites around it). It returns a TensorDict with
     the metric of the clean and of the corrupted run under ``"clean"`` and ``"corrupted"``, and under ``"restored"`` one
-    entry per site, ``(positions,)``. Gradients are off.
+    entry per site, ``(positions,)``. Gradients are disabled.
 
     Args:
         selector: the sites, in the order of the layers.
         embedding: the module whose output is noised.
-        subject: which positions of it.
+        subject: the positions to add noise to.
         metric: ``metric(data) -> scalar``, as in :class:`ActivationPatching`; it sees ``samples`` copies of the rows.
         noise: standard deviation of the noise, in standard deviations of the embedding's output.
-        samples: how many draws of noise, side by side along the batch.
-        seed: of the draws.
+        samples: the number of noise samples, stacked along the batch.
+        seed: the seed of the noise.
         window: how many neighbouring sites are restored together.
         sweep: True (whole sites), ``"position"``, ``"head"`` or both.
-        chunk: how many interventions run in one forward, as in :class:`ActivationPatching`.
+        chunk: the number of interventions per forward, as in :class:`ActivationPatching`.
         replay: whether layers before the first patch of a forward are replayed, as in :class:`ActivationPatching`.
         stack_by: the named group of the pattern that becomes a leading axis of the restored values.
-        **options: what is restored: ``positions``, ``units`` and the others of :class:`tdcache.EditOptions`, without
-            ``steps``. A sweep over heads needs ``heads=``.
+        **options: the part that is restored: ``positions``, ``units`` and the others of :class:`tdcache.EditOptions`,
+            without ``steps``. A sweep over heads needs ``heads=``.
 
     Raises:
-        EditError: options that do not go together, or an embedding that does not run once in a forward.
-        SelectionError: a selector that matches nothing, or several modules as the embedding.
+        EditError: options are incompatible, or the embedding does not run exactly once per forward.
+        SelectionError: a selector matches nothing, or the embedding is several modules.
     """
 
-    source: Any = "clean"  # what a sweep asks: whether values come from a run before
+    source: Any = "clean"  # tells a sweep that values come from an earlier run
     patch_fn = None
     patch_key = "patched"
     _sweeps_heads: ClassVar[bool] = True
@@ -131,7 +131,7 @@ class CausalTracing(Intervention):
         self._subject = Region(positions=subject, position_dim=self.position_dim)
 
     def value_at(self, path: str) -> Any:
-        """Nothing yet: the clean run brings it."""
+        """None, since the clean run provides the values."""
         return None
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:

@@ -1,4 +1,8 @@
-"""The hook of every intervention: at one site it hands part of a value to an edit, and puts back what comes."""
+"""The hook of every intervention: passes part of a value to an edit, and writes the result back.
+
+Edits see tensors only. Containers, regions, positions and the question whether the edit acts in this call are handled
+here once.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +22,14 @@ __all__ = ["Edit", "EditTap", "ReadTap", "RegionEdit", "attach_taps"]
 
 
 class Edit(Protocol):
-    """What is done at one site."""
+    """Computes the new value at one site."""
 
     def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
-        """The new part, or None for no change; ``part`` is the region of ``full``. Neither may be written to."""
+        """The new part, or None for no change; ``part`` is the region of ``full``. Do not write to either."""
 
 
 class RegionEdit(Protocol):
-    """An edit that takes the same part of other tensors, and so has to know which one it is in this call."""
+    """An edit that takes the same region of other tensors, and so needs the region of this call."""
 
     def edit_region(self, part: Tensor, full: Tensor, region: Region) -> Tensor | None:
         """The new part, or None for no change; ``region.take(full)`` is ``part``."""
@@ -35,11 +39,11 @@ class EditTap:
     """Changes the output or the input of one module.
 
     Args:
-        port: what is changed.
-        edit: what is done.
-        region: to which part.
-        call: of the forward under way: whether the edit is due, and which columns the region's positions are.
-        order: where it stands among the hooks of its module.
+        port: the value to change.
+        edit: computes the new value.
+        region: the part to change.
+        call: tells, for the current forward, whether the edit acts and which columns the region's positions are.
+        order: its position among the hooks of its module.
     """
 
     __slots__ = ("by_region", "call", "edit", "order", "path", "plain", "port", "region")
@@ -79,7 +83,7 @@ class EditTap:
 
     def _edited(self, old: Tensor) -> Tensor | None:
         region = self.region if self.call is None else self.call.region_at(self.path, old, self.region)
-        if region is None:  # none of its positions is fed in this forward
+        if region is None:  # this forward feeds none of its positions
             return None
         part = old if region.whole else region.take(old, self.path)
         new: Tensor | None = self.edit.edit_region(part, old, region) if self.by_region else self.edit(part, old)
@@ -90,7 +94,7 @@ class EditTap:
 
 
 class ReadTap:
-    """Shows the final value at one port to a function ``(path, tensor)``."""
+    """Calls a function ``(path, tensor)`` with the final value at one port."""
 
     __slots__ = ("order", "port", "read")
     use = "read"  # of a value that is derived from an attention call
@@ -104,11 +108,11 @@ class ReadTap:
         return f"{type(self).__name__}({self.port.path!r})"
 
     def on_call(self, module: nn.Module, args: Any, rest: Any) -> None:
-        """Show the value to the reader."""
+        """Call the reader with the value."""
         self.read(self.port.path, self.port.read(module, args, rest))
 
 
 def attach_taps(module: nn.Module, handle: MultiHookHandle, *taps: EditTap | ReadTap) -> None:
-    """Put taps on one module, each at its port and in its order."""
+    """Attach taps to one module, each at its port and in its order."""
     for tap in taps:
         handle.add(attach(module, tap.on_call, tap.port.direction, order=tap.order))

@@ -1,4 +1,7 @@
-"""The values of one run at some sites, on their way into another run."""
+"""Keeps the values of one run at some sites, to be pasted into another run.
+
+A module may run several times per forward, so values are matched call by call.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ __all__ = ["Memory"]
 
 
 class Memory:
-    """Copies of what passed each site, call by call; given out again in the same order.
+    """Copies of the values at each site, call by call, which are returned in the same order.
 
     Args:
         what: the run that fills it, for messages.
@@ -32,14 +35,14 @@ class Memory:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Forget what there was, and keep what passes inside the block."""
+        """Clear the memory, and record values inside the block."""
         self.values = {}
         with self._in_mode("record"):
             yield
 
     @contextmanager
     def recalling(self) -> Iterator[None]:
-        """Give the values out inside the block, each site from its first call on."""
+        """Return recorded values inside the block, for each site from its first call on."""
         self._calls = {}
         with self._in_mode("recall"):
             yield
@@ -53,7 +56,7 @@ class Memory:
             self.mode = before
 
     def record(self, path: str, value: Tensor) -> None:
-        """Keep a copy, while recording."""
+        """Keep a copy of a value while recording."""
         if self.mode == "record" and not in_backward():
             self.values.setdefault(path, []).append(value.clone())
 
@@ -61,7 +64,7 @@ class Memory:
         """The value of this call, or None while not recalling.
 
         Raises:
-            EditError: there is no value of this call, or it is a checkpoint's recomputation, of either run.
+            EditError: there is no value for this call, or it is the recomputation of a checkpoint.
         """
         if in_backward() and self.values:
             raise EditError(

@@ -1,4 +1,7 @@
-"""The options that every intervention takes, in one frozen object: where in a value it acts, in which values, when."""
+"""The options of every intervention in one frozen object: in which values it acts, in which part of them, and when.
+
+One definition, so that ``positions=-1`` means the same in ablation, steering and patching.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ Calls = int | slice | Sequence[int] | None
 
 
 class WhereKeywords(TypedDict, total=False):
-    """The options of :class:`EditOptions` except ``positions`` and ``units``, for classes that take these by place."""
+    """The options of :class:`EditOptions` except ``positions`` and ``units``, for classes with these as parameters."""
 
     heads: int | Heads | Sequence[int] | None
     rows: Along
@@ -64,36 +67,35 @@ class EditOptions:
     """Where and when an intervention acts; every intervention takes these as keyword arguments.
 
     Args:
-        positions: which tokens of each row, along ``position_dim``: an int, a slice, a sequence of ints; or, with a
-            choice of its own for each row, an integer tensor ``(batch, k)`` or a bool mask ``(batch, seq)`` of columns.
-            Padding does not count, so that 0 is the first and -1 the last token of each row, and tokens that are
-            cached do; see the page on positions, steps and rows. None is all of the value, padding included.
+        positions: which tokens of each row, along ``position_dim``: an int, a slice, a sequence of ints; or, separately
+            for each row, an integer tensor ``(batch, k)`` or a bool mask ``(batch, seq)`` of columns. Padding is not
+            counted, so that 0 is the first and -1 the last token of each row, but cached tokens are; see the page on
+            positions, steps and rows. None is the whole value, including padding.
         units: which features, along ``unit_dim``: an int, a slice, or a sequence of ints. All by default.
-        heads: ``(n_heads, which)``: which heads where ``unit_dim`` holds ``n_heads`` heads side by side, as the input
-            of an attention's output projection does. An int alone says only how many there are, which is what a sweep
-            over heads needs.
-        rows: which rows of the batch: an int, a slice, a sequence of ints, or a bool mask ``(batch,)``. Several
-            interventions with ``rows`` of their own give each prompt of a batch an edit of its own in one forward.
-            Rows are axis 0, or axis 1 where positions are axis 0.
+        heads: ``(n_heads, which)``: which heads, if ``unit_dim`` is the concatenation of ``n_heads`` heads, as in the
+            input of an attention's output projection. An int alone gives only their number, for a sweep over heads.
+        rows: which rows of the batch: an int, a slice, a sequence of ints, or a bool mask ``(batch,)``. With several
+            interventions, each prompt of a batch can get its own edit in one forward. Rows are axis 0, or axis 1 if
+            positions are axis 0.
         calls: which calls of a module that runs several times in one forward of the model: an int, a slice or a
             sequence of ints, from 0. All by default.
         direction: ``"fwd"`` to change outputs, ``"fwd_pre"`` to change inputs.
         pick: which tensor of a structured value: an index, a key or a path of these; the first by default. The rest of
-            the value is kept. The first run in which nothing reads the tensor that was picked warns.
+            the value does not change. If nothing reads the picked tensor, the first run warns.
         steps: in which forwards of ``generate()``: ``"prefill"``, ``"decode"``, or a predicate of a
             :class:`tdcache.Step`.
-        mask_key: which argument of the call says what is padding; found by its name by default. ``"~name"`` for one
-            in which 1 is padding, and None for no mask: then positions are columns.
-        match: how the selector's patterns are held against paths: ``"full"``, ``"prefix"`` or ``"search"``.
-        position_dim: the axis of positions; 0 in a model of the layout ``(seq, batch, features)``.
+        mask_key: the argument of the call that marks padding; by default found by its name. ``"~name"`` if 1 means
+            padding, and None for no mask: positions are then columns.
+        match: how the selector's patterns are compared with paths: ``"full"``, ``"prefix"`` or ``"search"``.
+        position_dim: the axis of positions; 0 for the layout ``(seq, batch, features)``.
         unit_dim: the axis of units, counted from the end; -3 for the channels of images.
-        names: the canonical names of the model, ``tdcache.names(model)``, which the selector then means. A name is one
-            value, so ``direction`` stays ``"fwd"``. Positions and units are along the axes that the table says they
-            are, and of a name with an axis of heads ``heads`` just says which: ``heads=[3, 7]``.
+        names: the canonical names of the model, ``tdcache.names(model)``, to which the selector then refers. A name is
+            one value, so ``direction`` stays ``"fwd"``. The table gives the axes of positions and units, and for a name
+            with an axis of heads, ``heads`` just lists them: ``heads=[3, 7]``.
 
     Raises:
-        DirectionError: another direction.
-        EditError: a region, calls, steps or pick that cannot be used.
+        DirectionError: the direction is neither ``"fwd"`` nor ``"fwd_pre"``.
+        EditError: the region, calls, steps or pick are invalid.
     """
 
     positions: Along = None
@@ -110,7 +112,7 @@ class EditOptions:
     unit_dim: int = -1
     names: Names | None = None
     region: Region = field(init=False, repr=False, compare=False)
-    """The part of each value that is meant."""
+    """The part of each value that is changed."""
 
     def __post_init__(self) -> None:
         refuse_at_names(self.names, [self.direction])
@@ -133,7 +135,7 @@ class EditOptions:
 
     @property
     def asks_for_call(self) -> bool:
-        """Whether an edit has to know the forward that it takes part in."""
+        """Whether an edit needs the arguments of the current forward."""
         return self.positions is not None or self.steps is not None or self.calls is not None
 
 
@@ -142,7 +144,7 @@ OPTION_NAMES = tuple(each.name for each in _OPTIONS)
 
 
 def _check_calls(calls: Any) -> None:
-    """Refuse what does not name calls from 0."""
+    """Refuse anything but calls counted from 0."""
     if calls is None or (type(calls) is int and calls >= 0):
         return
     if isinstance(calls, slice):
@@ -160,7 +162,7 @@ def _check_calls(calls: Any) -> None:
 def signature_with_options(kind: type) -> inspect.Signature:
     """The signature of a class whose ``__init__`` ends with ``**options``, with every option spelled out.
 
-    Help, repr and saving go by it.
+    Help, repr and saving use it.
     """
     inner = list(inspect.signature(kind.__init__).parameters.values())[1:]  # type: ignore[misc]  # without self
     if not inner or inner[-1].kind is not inspect.Parameter.VAR_KEYWORD:
@@ -175,7 +177,7 @@ def signature_with_options(kind: type) -> inspect.Signature:
 
 
 def brief(value: Any) -> str:
-    """A value as the repr of an intervention shows it."""
+    """A value in the form used in the repr of an intervention."""
     if isinstance(value, Tensor):
         return f"Tensor{tuple(value.shape)}"
     if isinstance(value, Mapping) or hasattr(value, "batch_size"):

@@ -1,4 +1,4 @@
-"""Activation patching: values of one run pasted into another."""
+"""Activation patching: pastes values of one run into another."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ PatchFn = Callable[..., Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class Paste:
-    """Puts a given value in place, or what ``patch_fn`` makes of the two."""
+    """Pastes a given value, or the result of ``patch_fn`` on both values."""
 
     path: str
     value: Callable[[], Tensor | None]
     patch_fn: PatchFn | None = None
     source_positions: Along = None
     is_part: bool = False
-    """Whether the value is the part that goes into the region, and not all that the source has at the site."""
+    """Whether the given value is only the part for the region rather than the whole value of the source."""
 
     def edit_region(self, part: Tensor, full: Tensor, region: Region) -> Tensor | None:
-        """The new part; None while there is nothing to paste."""
+        """The new part; None if there is nothing to paste yet."""
         given = self.value()
         if given is None:
             return None
@@ -53,7 +53,7 @@ class Paste:
             given = _with_rows_of(part, given, region.part_row_axis(full))
         else:
             given = self._part_of(_with_rows_of(full, given, region.row_axis(full)), full, region)
-        # Copies: neither the source nor the model's own value may change with what is done to the new one.
+        # Copies, so that later changes of the new value affect neither the source nor the model's own value.
         if self.patch_fn is None:
             return given.clone()
         given, there = given.clone(), part.clone()
@@ -63,14 +63,14 @@ class Paste:
         return made if made is given or made is there or not isinstance(made, Tensor) else made.clone()
 
     def _part_of(self, given: Tensor, full: Tensor, region: Region) -> Tensor:
-        """What of the source goes into the region."""
+        """The part of the source that goes into the region."""
         if self.source_positions is not None:
             return replace(region, positions=self.source_positions).take(given, self.path)
         return region.take(given, self.path) if given.shape == full.shape and not region.whole else given
 
 
 def _with_rows_of(full: Tensor, given: Tensor, axis: int) -> Tensor:
-    """A source of one row for every row of the value."""
+    """A source with one row, expanded to all rows of the value."""
     if given.ndim != full.ndim or given.ndim < 2 or given.shape[axis] != 1:
         return given
     return given.expand(*given.shape[:axis], full.shape[axis], *given.shape[axis + 1 :])
@@ -78,14 +78,14 @@ def _with_rows_of(full: Tensor, given: Tensor, axis: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PasteWhole:
-    """Puts a copy of a value that is there already in place: the plain case of :class:`Paste`."""
+    """Pastes a copy of a whole, known value: the plain case of :class:`Paste`."""
 
     path: str
     tensor: Tensor
     region: Region
 
     def __call__(self, part: Tensor, full: Tensor) -> Tensor:
-        """Return a copy of the tensor, or of its rows, that fits the place."""
+        """A copy of the tensor, expanded to the rows of the value."""
         if self.tensor.shape == full.shape:
             return self.tensor.clone()
         return _with_rows_of(full, self.tensor, self.region.row_axis(full)).clone()
@@ -93,24 +93,24 @@ class PasteWhole:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A value that is there already."""
+    """A value that is known on entering."""
 
     tensor: Tensor
 
     def __call__(self) -> Tensor:
-        """Return the tensor that is patched in."""
+        """The tensor to paste."""
         return self.tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """The value of a proxy, when it is needed."""
+    """The value of a proxy, resolved when it is needed."""
 
     proxy: Any
     path: str
 
     def __call__(self) -> Tensor:
-        """Return the tensor that the proxy stands for."""
+        """The value of the proxy."""
         value = self.proxy.resolve()
         if not isinstance(value, Tensor):
             raise EditError(
@@ -122,7 +122,7 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class Recalled:
-    """The value of the same call in the run before."""
+    """The value of the same call in the first run."""
 
     memory: Memory
     path: str
@@ -134,14 +134,14 @@ class Recalled:
 
 @dataclass(frozen=True, slots=True)
 class KeepPart:
-    """Keeps what is patched of the first run's values; positions are those of that run's own tokens."""
+    """Keeps the patched part of the first run's values; positions count that run's own tokens."""
 
     memory: Memory
     call: CurrentCall | None
     region: Region
 
     def __call__(self, path: str, value: Tensor) -> None:
-        """Keep the part of one value, in the run that gives values."""
+        """Keep the part of one value, in the first run."""
         if self.memory.mode != "record":
             return
         single = value.ndim > 0 and value.shape[self.region.row_axis(value)] == 1
@@ -153,23 +153,24 @@ class KeepPart:
 
 
 class _KeepAtCall(KeepPart):
-    """The same at calls inside a forward, where an attention's heads and positions are axes of their own."""
+    """:class:`KeepPart` for function calls inside a forward, where attention heads and positions are separate axes."""
 
     def __call__(self, path: str, value: Tensor) -> None:
         KeepPart(self.memory, self.call, at_call(self.region, path))(path, value)
 
 
 class ActivationPatching(Intervention):
-    """Pastes activations of one run into another: what would the model do if this activation were another's?
+    """Pastes activations of one run into another: what would the model do with the activation of another input?
 
-    Three kinds of sources. A **cache** by path (a TensorDict, as :class:`tdcache.ActivationCaching` leaves it): every
-    forward in the block is patched. A **proxy** of a run, for one site, or a mapping from path to proxies. None: a
-    **second input** beside the first in the same TensorDict; ``hooked(data)`` first runs ``data[in_key]``, then
-    ``data[patch_key, in_key]`` with the activations of the first run pasted in, and writes the outputs of both, at
-    ``out_key`` and ``(patch_key, out_key)``. A clean first input with a corrupted second one is denoising, the other
-    way round noising (Heimersheim and Nanda 2024, arXiv:2404.15255).
+    There are three kinds of sources. A **cache** by path (a TensorDict such as that of
+    :class:`tdcache.ActivationCaching`): every forward in the block is patched. A **proxy** of a run, for one site, or a
+    mapping from paths to proxies. None: a **second input** in the same TensorDict; ``hooked(data)`` first runs
+    ``data[in_key]``, then ``data[patch_key, in_key]`` with the activations of the first run pasted in, and writes the
+    outputs of both, at ``out_key`` and ``(patch_key, out_key)``. A clean first input with a corrupted second one is
+    denoising, the other way round noising (Heimersheim and Nanda 2024, arXiv:2404.15255).
 
-    With ``sweep`` each site is patched alone, and ``hooked(data)`` returns a TensorDict of ``metric`` values by path.
+    With ``sweep`` each site is patched separately, and ``hooked(data)`` returns a TensorDict of ``metric`` values by
+    path.
     Gradients flow through the pasted values, except in a sweep.
 
     Args:
@@ -177,24 +178,24 @@ class ActivationPatching(Intervention):
         source: see above.
         patch_fn: ``patch_fn(module_key=, output=, output_to_patch=)`` gets the path, copies of the value there and of
             the source's (of the region, where one is given), and returns the new value; None for the source's.
-        positions: which positions are patched, all by default; in a sweep over positions, which are swept.
-        units: which features are patched, all by default.
-        patch_key: where the second input is.
+        positions: the positions to patch, all by default; in a sweep over positions, those to sweep.
+        units: the features to patch, all by default.
+        patch_key: the key of the second input.
         sweep: True (one site at a time), ``"position"``, ``"head"``, or both: ``("position", "head")``.
         metric: ``metric(data) -> scalar or tensor``, called once per intervention with a TensorDict that holds the
-            inputs, the patched outputs and whatever else ``data`` holds.
-        chunk: of a sweep: how many interventions run in one forward, stacked along the batch. With 1 nothing is
-            stacked, which any model can take.
-        replay: of a sweep: layers in front of the first patch of a forward are not computed again, but replayed from
-            the unpatched run. Switch it off for a model whose layers do more than return values.
-        stack_by: of a sweep: the named group of the pattern that becomes a leading axis of the result.
-        source_positions: which positions of the source go to ``positions``, the same ones by default. With them source
-            and run may differ in length, as in Patchscopes (Ghandeharioun et al. 2024, arXiv:2401.06102).
+            inputs, the patched outputs and all other entries of ``data``.
+        chunk: for a sweep: the number of interventions per forward, stacked along the batch. With 1 nothing is stacked,
+            which works for any model.
+        replay: for a sweep: layers before the first patch of a forward are not computed again, but replayed from the
+            unpatched run. Disable it for a model whose layers do more than return values.
+        stack_by: for a sweep: the named group of the pattern that becomes a leading axis of the result.
+        source_positions: the positions of the source that are pasted into ``positions``, by default the same ones. The
+            source may then differ in length, as in Patchscopes (Ghandeharioun et al. 2024, arXiv:2401.06102).
         **options: where and when it acts: ``direction``, ``heads`` and the others of :class:`tdcache.EditOptions`. A
             sweep over heads needs ``heads=n_heads``, or ``(n_heads, which)`` for some of them.
 
     Raises:
-        EditError: options that do not go together; a source without an entry for a site; a value that does not fit.
+        EditError: options are incompatible, the source has no entry for a site, or a value does not fit.
 
     Example:
         >>> import torch
@@ -247,11 +248,11 @@ class ActivationPatching(Intervention):
 
     @property
     def runs_module(self) -> bool:
-        """Whether calls need a TensorDict: for a second input, or for a sweep."""
+        """Whether calls need a TensorDict, for a second input or for a sweep."""
         return self.source is None or self._over is not None
 
     def edit_at(self, site: Site, context: InterventionContext) -> Edit | RegionEdit:
-        """Paste the source's value."""
+        """The edit that pastes the value of the source."""
         value: Any = Recalled(context.state, site.path) if self.source is None else self.value_at(site.path)
         if (
             isinstance(value, Given)
@@ -263,7 +264,7 @@ class ActivationPatching(Intervention):
         return Paste(site.path, value, self.patch_fn, self.source_positions, is_part=self.source is None)
 
     def value_at(self, path: str) -> Given | Resolved:
-        """Where the value for one site comes from."""
+        """The source of the value for one site."""
         found = self.source
         if isinstance(found, TensorDictBase | Mapping):
             found = entry_of(found, path, self.direction, "source=")

@@ -1,4 +1,4 @@
-"""Path patching: changing what one site tells another, and nothing else."""
+"""Path patching: changes the edge from one site to another, and nothing else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["PathPatching"]
 
 
 class _Paths:
-    """What passes at the three kinds of sites of one bound model."""
+    """The recorded values at the three kinds of sites of one bound model."""
 
     def __init__(self) -> None:
         self.sent = Memory("first")
@@ -36,31 +36,31 @@ class _Paths:
 
 
 class PathPatching(Intervention):
-    r"""Patches the edge from one site into another only; everything else is frozen to the receiving run.
+    r"""Patches only the edge from one site to another; everything else is frozen to the values of the receiving run.
 
     Wang et al. 2022, "Interpretability in the Wild", arXiv:2211.00593; Goldowsky-Dill et al. 2023, arXiv:2304.05969.
     As in :class:`ActivationPatching` the sender's value comes from the first input, ``data[in_key]``, and goes into the
     run on ``data[patch_key, in_key]`` (or, with ``source``, from there into the run on ``data[in_key]``). That run is
-    done three times: as it is, to know the values of the ``freeze`` sites; with the sender's value pasted and the
-    frozen sites held, to see what arrives at the receiver; and with only the receiver's input pasted.
+    repeated three times: unchanged, to record the ``freeze`` sites; with the sender's value pasted and the frozen sites
+    fixed, to record the receiver's input; and with only the receiver's input pasted.
 
     Args:
-        sender: the module whose output is sent; several, for the paths from all of them.
+        sender: the module whose output is sent, or several, for the paths from all of them.
         receiver: the module whose input is changed; ``""`` cannot be one.
-        freeze: what is held between them, for instance ``r"h\.\d+\.(attn|mlp)"``: everything that writes to the
-            residual stream. The sender is never held, nor what it is part of; nor a receiver whose output is
-            changed. What is not held lets indirect paths through.
-        source: a cache by path with the sender's value, in place of a first input.
-        patch_key: where the second input is.
+        freeze: the modules to freeze between them, for instance ``r"h\.\d+\.(attn|mlp)"``: everything that writes to
+            the residual stream. The sender and the modules that contain it are never frozen, nor is a receiver whose
+            output is changed. Modules that are not frozen let indirect paths through.
+        source: a cache by path with the sender's value, instead of a first input.
+        patch_key: the key of the second input.
         receiver_direction: ``"fwd_pre"`` to change the receiver's input, ``"fwd"`` its output. With ``names=`` the
             value of the receiver's name is changed.
-        **options: which part of the sender's value is sent: ``positions``, ``heads`` (with ``direction="fwd_pre"`` at
-            the projection after the heads) and the others of :class:`tdcache.EditOptions`, without ``steps`` and
-            ``calls``. ``pick`` and ``match`` hold for all sites.
+        **options: the part of the sender's value to send: ``positions``, ``heads`` (with ``direction="fwd_pre"`` at the
+            projection after the heads) and the others of :class:`tdcache.EditOptions`, without ``steps`` and ``calls``.
+            ``pick`` and ``match`` apply to all sites.
 
     Raises:
-        SelectionError: a selector that matches nothing.
-        ContextError: a call without the second input.
+        SelectionError: a selector matches nothing.
+        ContextError: a call lacks the second input.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class PathPatching(Intervention):
         self.receiver_direction: Side = receiver_direction
 
     def edit_at(self, site: Site, context: InterventionContext) -> RegionEdit:
-        """Send the value, while the edge is measured."""
+        """The edit that sends the value while the receiver's input is recorded."""
         return Paste(site.path, Recalled(context.state.sent, site.path), is_part=self.source is None)
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
@@ -114,11 +114,11 @@ class PathPatching(Intervention):
         return handle
 
     def _module_path(self, path: str) -> str:
-        """The path of the module at a site, or in whose forward a name's value is."""
+        """The path of the module at a site, or of the module whose forward computes a name's value."""
         return path if self.names is None else self.names[path].path.partition("::")[0]
 
     def _hold(self, handle: MultiHookHandle, sites: Selection, memory: Memory, side: Side) -> None:
-        """Let the values at the sites be recorded in one run and put in place in another."""
+        """Record the values at the sites in one run and paste them in another."""
         for site in sites:
             paste = Paste(site.path, Recalled(memory, site.path))
             port = port_at(site.path, side, self.pick)

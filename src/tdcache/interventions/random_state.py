@@ -1,4 +1,4 @@
-"""One random state for the runs of one comparison, so that dropout is no difference between them."""
+"""One random state for all runs of a comparison, so that they do not differ by dropout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class SharedRandomState:
     """Starts every run with the state that the first one found, and leaves the generators as the first one did.
 
     Args:
-        model: whose devices' generators are meant, beside the CPU's.
+        model: the model; the generators of its devices are included, besides the CPU's.
 
     Example:
         >>> shared = SharedRandomState(nn.Dropout())

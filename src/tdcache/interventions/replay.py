@@ -1,7 +1,7 @@
-"""Not computing again what is known: layers give their recorded outputs in place of running.
+"""Avoids recomputation: layers return their recorded outputs instead of running.
 
-A layer can be left out only if nothing but its output reaches the rest of the model. That is watched while the outputs
-are recorded: see :class:`SideChannels`.
+A layer may be skipped only if the rest of the model depends on its output alone. This is checked while the outputs are
+recorded: see :class:`SideChannels`.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ def chain_members(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class SideChannels(TorchDispatchMode):
-    """Finds modules that hand the rest of the model more than their output: a dict that they fill, a shared cache.
+    """Finds modules that pass more than their output to the rest of the model: a dict that they fill, a shared cache.
 
-    For every operation it is noted which module was running when a storage was written. An operation outside of that
-    module that takes the storage reads a side channel, because what the module returns is passed on as a copy.
+    It records which module was running when a storage was written. An operation outside that module that reads the
+    storage uses a side channel, since the module's output is passed on as a copy.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.running: list[str] = []
         self.leaking: set[str] = set()
-        """The modules of which something beside the output is read."""
+        """The modules of which the model reads more than the output."""
         self._quiet = False
-        self._writers: dict[StorageWeakRef, str] = {}  # a weak reference keeps the address from being used twice
+        self._writers: dict[StorageWeakRef, str] = {}  # weak references, since addresses are reused
 
     def leave(self, path: str, output: ModuleOutput, args: Any) -> Any:
-        """A module is through; gives what is passed on: a copy, so that its user does not use what the module keeps."""
+        """A module has run: returns a copy of its output, so that later code does not use the module's own storages."""
         self._quiet = True
         try:
             return output.again(1, -1, args)
@@ -63,7 +63,7 @@ class SideChannels(TorchDispatchMode):
             self.running.remove(path)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note who reads and who writes."""
+        """Record reads and writes."""
         if self._quiet:
             return func(*args, **(kwargs or {}))
         taken = set(_storages((args, kwargs or {})))
@@ -95,10 +95,10 @@ def _storages(value: Any) -> Iterator[StorageWeakRef]:
 
 
 class Recording:
-    """The raw outputs of chain members in one forward, before any edit, and what ran before what.
+    """The raw outputs of chain members in one forward, before any edit, and the order in which they ran.
 
-    Members that are called twice in the forward, that are in the model under several names, or of which anything beside
-    the output is read, are never left out.
+    Members are never skipped if they are called twice in the forward, have several names in the model, or have side
+    channels.
     """
 
     order = Order.FIRST
@@ -109,7 +109,7 @@ class Recording:
         self.members = {path: module for path, module in members.items() if modules.count(module) == 1}
         self.outputs: dict[str, ModuleOutput] = {}
         self.before: dict[str, tuple[str, ...]] = {}
-        """For each site: the members that were through when it first fired."""
+        """For each site: the members that had run when it first fired."""
         self._repeated: set[str] = set()
         self._channels = SideChannels()
 
@@ -128,11 +128,11 @@ class Recording:
         self.outputs[path] = output
 
     def reached(self, path: str) -> None:
-        """Note which members were through when a site fired first."""
+        """Record which members had run when a site first fired."""
         self.before.setdefault(path, tuple(self.outputs))
 
     def done_before(self, paths: tuple[str, ...]) -> tuple[str, ...]:
-        """The members that need not run again when something changes first at one of ``paths``."""
+        """The members that need not run again if the first change is at one of ``paths``."""
         if not all(path in self.before for path in paths):
             return ()
         common = min((self.before[path] for path in paths), key=len)
@@ -140,7 +140,7 @@ class Recording:
 
     @contextmanager
     def replaying(self, skipped: tuple[str, ...], blocks: int, rows: int) -> Iterator[None]:
-        """Inside the block the skipped members give what they gave, for ``blocks`` copies of the batch of ``rows``."""
+        """Inside the block, skipped members return their recorded outputs, repeated for ``blocks`` batches."""
         with MultiHookHandle() as handle:
             for path in skipped:
                 handle.add(replace_forward(self.members[path], _Replay(self.outputs[path], blocks, rows)))
@@ -148,12 +148,12 @@ class Recording:
 
 
 class MemberTap:
-    """Tells when a layer runs, and passes a copy of its output on, for what comes next may write into it.
+    """Reports when a layer runs, and passes a copy of its output on, since later code may write into it.
 
     Args:
         path: the layer.
-        channels: what watches for anything else that it hands on.
-        keep: shown the output, by path.
+        channels: watches for side channels.
+        keep: called with the path and the output.
     """
 
     order = Order.FIRST
@@ -166,16 +166,16 @@ class MemberTap:
         self.keep = keep
 
     def attach(self, module: nn.Module, handle: MultiHookHandle) -> None:
-        """Put the tap on both sides of the layer."""
+        """Attach the tap to both sides of the layer."""
         handle.add(attach(module, self.on_input, "fwd_pre_kwargs", order=self.order))
         handle.add(attach(module, self.on_output, "fwd", order=self.order))
 
     def on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """The layer begins to run, so that what it calls counts as part of it."""
+        """The layer starts; operations that it calls belong to it from now on."""
         self.channels.running.append(self.path)
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The layer is through."""
+        """The layer has run."""
         kept = ModuleOutput(module, args, output)
         if self.keep is not None:
             self.keep(self.path, kept)
@@ -183,7 +183,7 @@ class MemberTap:
 
 
 class ModuleOutput:
-    """What a member returned; of a TensorDict module, which writes into what it is given, the entries it wrote."""
+    """The output of a member; for a TensorDict module, which writes into its input, the entries that it wrote."""
 
     def __init__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.value = output
@@ -192,7 +192,7 @@ class ModuleOutput:
             self.entries = {key: output.get(key) for key in getattr(module, "out_keys", ()) if key != "_"}
 
     def again(self, blocks: int, rows: int, args: Any) -> Any:
-        """A copy of it, as often along the batch as there are blocks."""
+        """A copy, repeated along the batch once per block."""
         if self.entries is not None:
             given: TensorDictBase = args[0]
             for key, value in self.entries.items():
@@ -203,7 +203,7 @@ class ModuleOutput:
 
 
 class _Replay:
-    """Stands in for a member's forward."""
+    """Replaces a member's forward."""
 
     def __init__(self, output: ModuleOutput, blocks: int, rows: int) -> None:
         self.output = output
@@ -222,7 +222,7 @@ def expanded(tensor: Tensor, blocks: int, rows: int) -> Tensor:
 
 
 def _rebuilt(value: Any, parts: Mapping[tuple[int | str, ...], Tensor], above: tuple[int | str, ...] = ()) -> Any:
-    """``value`` with its tensors exchanged for ``parts``."""
+    """``value`` with its tensors replaced by ``parts``."""
     if isinstance(value, Tensor):
         return parts[above]
     if not any(steps[: len(above)] == above for steps in parts):

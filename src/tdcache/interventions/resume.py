@@ -1,4 +1,8 @@
-"""Resuming a forward after a cached site: the layers before it do not run again."""
+"""Resumes a forward after a cached site, without running the layers before it.
+
+That is right only for a model that passes each layer's output to the next layer and uses it nowhere else. Every other
+use is detected, because a skipped layer returns a tensor subclass that refuses computation.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +33,14 @@ __all__ = ["ResumeFrom", "Skipped", "resume_from"]
 
 
 class Skipped(torch.Tensor):
-    """Stands for the output of a layer that did not run. Passing it on is fine, computing with it an error."""
+    """The placeholder for the output of a layer that did not run: it can be passed on, but not computed with."""
 
     path: str
     like: Tensor
 
     @classmethod
     def of(cls, path: str, like: Tensor) -> Skipped:
-        """The stand-in for the output of the module at ``path``; answers for shape, dtype and device as ``like``."""
+        """The placeholder for the output of the module at ``path``, with the shape, dtype and device of ``like``."""
         made = torch.empty(0).as_subclass(cls)
         made.path, made.like = path, like
         return made
@@ -46,10 +50,10 @@ class Skipped(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer what can be answered, refuse the rest."""
+        """Allow metadata, refuse everything else."""
         mine = next(arg for arg in _flat(args, kwargs or {}) if isinstance(arg, Skipped))
         if func is torch.Tensor.__getitem__ and not isinstance(args[1], tuple):
-            return mine  # of a block that returns a tuple, the model takes the first entry
+            return mine  # the model takes the first entry of a tuple
         if getattr(func, "__name__", "") == "__get__" and func.__self__ in _ANSWERED:
             return func(mine.like)
         path = mine.path
@@ -73,7 +77,7 @@ def _flat(args: Any, kwargs: Mapping[str, Any]) -> Iterator[Any]:
 
 
 class _Skip:
-    """In place of a layer's forward."""
+    """Replaces a layer's forward."""
 
     def __init__(self, path: str, value: Tensor) -> None:
         self.path = path
@@ -93,7 +97,7 @@ class _Skip:
 
 
 class _Enter:
-    """Puts the value in place of the stand-in that reaches the next layer."""
+    """Replaces the placeholder that reaches the next layer by the value."""
 
     def __init__(self, path: str, after: str, value: Tensor) -> None:
         self.path = path
@@ -110,26 +114,27 @@ class _Enter:
 
 
 class ResumeFrom(HookingContextFactory):
-    """Runs only what comes after one layer, from a value that was cached there (and perhaps changed since).
+    """Runs only the layers after a given one, from a value that was cached there (and possibly changed since).
 
-    The layer is a member of a ``ModuleList`` or ``Sequential``. What runs before the list (embeddings, masks)
-    runs, its members up to the layer do not, and the next one gets the value. That a model passes each member's output
-    on to the next member and uses it nowhere else is watched while it runs: otherwise it is an error. So is a layer
-    that hands anything beside its output to later ones, which the first use in a model finds out by one whole forward.
-    Layers that were left out do not fill a key-value cache, so call the model itself, not ``generate()``.
+    The layer must be a member of a ``ModuleList`` or ``Sequential``. Modules before the list (embeddings, masks) run,
+    its members up to the layer do not, and the next one gets the value. It is an error if the model uses the output of
+    a skipped layer elsewhere than in the next layer, or if a layer passes more than its output to later ones; the first
+    use in a model checks the latter with one complete forward. Skipped layers do not fill a key-value cache, so call
+    the model itself, not ``generate()``.
 
     Args:
-        path: the layer whose output is given.
+        path: the layer to resume after.
         source: the value: a tensor, or a cache by path; for a TensorDict module that writes several entries, a
             TensorDict of them under its path.
-        names: the canonical names of the model, ``tdcache.names(model)``; ``path`` is then the name of what a layer
-            returns, such as ``"blocks.3.resid_post"``.
+        names: the canonical names of the model, ``tdcache.names(model)``; ``path`` is then the name of a layer's
+        output,
+            such as ``"blocks.3.resid_post"``.
 
     Raises:
         PathError: no such path.
         CanonicalNameError: no such name.
-        EditError: the layer is no member of a list, or the last one of a ``ModuleList``; when the model runs, a value
-            that does not fit the inputs, or a model that is not sequential there.
+        EditError: the layer is not a member of a list, or is the last one of a ``ModuleList``; when the model runs, the
+            value does not fit the inputs, or the model is not sequential there.
 
     Example:
         >>> import torch
@@ -188,7 +193,7 @@ class ResumeFrom(HookingContextFactory):
         return handle
 
     def _layer_path(self) -> str:
-        """The path of the layer whose output is given."""
+        """The path of the layer to resume after."""
         if self.names is None:
             return self.path
         place = self.names[self.path]
@@ -203,7 +208,7 @@ class ResumeFrom(HookingContextFactory):
     def _stand_ins(
         handle: MultiHookHandle, parent: nn.Module, path: str, value: Any, skipped: Mapping[str, nn.Module]
     ) -> dict[str, Callable[..., Any]]:
-        """What the layers give in place of running, and what puts the value in place of that."""
+        """The replacements for the forwards of skipped layers, and the edit that inserts the value."""
         if not isinstance(value, Tensor):
             raise EditError(f"the value for {path!r} is a tensor, got {type(value).__name__}")
         stubs: dict[str, Callable[..., Any]] = {each: _Skip(each, value) for each in skipped}
@@ -227,7 +232,7 @@ class ResumeFrom(HookingContextFactory):
 
 
 class _GiveValue:
-    """In place of the last layer that is left out of a Sequential: gives the value itself."""
+    """Replaces the last skipped layer of a Sequential: returns the value itself."""
 
     def __init__(self, skip: _Skip) -> None:
         self.skip = skip
@@ -238,7 +243,7 @@ class _GiveValue:
 
 
 class _SkipEntries:
-    """In place of the forward of a TensorDict module: writes the value, if it is the last that is left out."""
+    """Replaces the forward of a TensorDict module: writes the value, if it is the last one skipped."""
 
     def __init__(self, path: str, module: nn.Module, value: Any) -> None:
         self.path = path
@@ -246,7 +251,7 @@ class _SkipEntries:
         self.value = value
 
     def __call__(self, data: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
-        for key in self.keys:  # what a run before has left there is not this run's
+        for key in self.keys:  # entries of an earlier run are not this run's
             if data.get(key, None) is not None:
                 data.del_(key)
         if self.value is None:

@@ -1,4 +1,4 @@
-"""Whether layers may be left out of a forward: one whole run that watches what they hand to the rest of the model."""
+"""Checks whether layers may be skipped in a forward: one complete run that looks for side channels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tdcache.introspect import post_hooks, pre_hooks
 
 __all__ = ["check_once"]
 
-# What was found out, by model and path: the layers whose state is read elsewhere.
+# Results by model and path: the layers whose state is read elsewhere.
 _CHECKED: WeakKeyDictionary[nn.Module, dict[str, tuple[str, ...]]] = WeakKeyDictionary()
 
 
@@ -32,7 +32,7 @@ def check_once(
     replaced: Sequence[ReplacedForward],
     handle: MultiHookHandle,
 ) -> None:
-    """Have the first call of a model watched for what the skipped layers hand on beside their outputs."""
+    """Watch the first call of a model for side channels of the layers to skip."""
     check = _Check(model, path, skipped, replaced)
     handle.add(attach(model, check.on_call, "fwd_pre_kwargs", order=Order.FIRST))
 
@@ -49,7 +49,7 @@ class _Check:
         self.found = _CHECKED.setdefault(model, {})
 
     def on_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """The model is called: run it in full first, unless that was done before."""
+        """The model is called: run it completely first, unless that was done before."""
         if self.path not in self.found:
             self.found[self.path] = self._leaking(module, args, kwargs)
         leaking = self.found[self.path]
@@ -80,7 +80,7 @@ class _Check:
 
 
 def _of_ones_own(argument: Any) -> Any:
-    """An argument that the run may change: a cache, a TensorDict."""
+    """A copy of an argument that the run may change, such as a cache or a TensorDict."""
     if isinstance(argument, Tensor) or argument is None:
         return argument
     return argument.copy() if is_entries(argument) else copy.deepcopy(argument)
@@ -88,7 +88,7 @@ def _of_ones_own(argument: Any) -> Any:
 
 @contextmanager
 def _as_it_is(model: nn.Module) -> Iterator[None]:
-    """Leave hooks out inside the block, and random numbers and buffers as they were after it."""
+    """Disable hooks inside the block, and restore random states and buffers after it."""
     hooks = [(each, dict(each)) for module in model.modules() for each in (post_hooks(module), pre_hooks(module))]
     buffers = [(each, each.clone()) for each in model.buffers()] if model.training else []
     random = SharedRandomState(model)

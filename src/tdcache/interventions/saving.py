@@ -1,4 +1,7 @@
-"""Interventions in a directory: a JSON file with the arguments and a safetensors file with their tensors; no pickle."""
+"""Saves interventions to a directory: arguments as JSON, their tensors as safetensors.
+
+Loading a pickle runs code, so an intervention from somebody else would have to be trusted; these files are only data.
+"""
 
 from __future__ import annotations
 
@@ -38,21 +41,21 @@ _KINDS: Mapping[str, type[Intervention | ResumeFrom]] = {
     )
 }  # fmt: skip
 _CONFIG, _FORMAT, _MOST = "intervention.json", 1, 10_000_000
-# The config names the one that counts, so that its own renaming is what replaces both files at once.
+# The config names the current one, so that renaming the config replaces both files atomically.
 _TENSORS = ("tensors.safetensors", "tensors.1.safetensors")
 
 
 def save_intervention(intervention: Intervention | ResumeFrom, directory: str | os.PathLike[str]) -> None:
-    """Write an intervention with its tensors to a directory, which is made where it is not there.
+    """Write an intervention with its tensors to a directory, which is created if necessary.
 
-    One that is there is replaced at once: whatever fails, the directory holds the old one or the new one.
+    An existing one is replaced atomically: whatever fails, the directory holds either the old or the new one.
 
-    What cannot be data stays out: a function (``patch_fn``, ``steer_fn``, ``metric``, a predicate) and a table of
-    names, which is one model's, have to be given again to :func:`load_intervention`, and a selector has to be a regex,
-    or a sequence of these.
+    Functions (``patch_fn``, ``steer_fn``, ``metric``, a predicate) and tables of names, which belong to one model, are
+    not saved and have to be passed again to :func:`load_intervention`; a selector has to be a regex, or a sequence of
+    these.
 
     Raises:
-        StoreError: an argument that is not data; or a subclass of one's own, which could not be found again.
+        StoreError: an argument is not data, or the class is a user's subclass, which could not be found on loading.
 
     Example:
         >>> import tempfile, torch
@@ -88,7 +91,7 @@ def _tensor_names(folder: Path) -> tuple[str, str]:
     """The file that the config of a directory names, and the one to write."""
     try:
         there = _read_config(folder / _CONFIG)["tensors"]
-    except DamagedError:  # or none at all
+    except DamagedError:  # or there is none
         there = _TENSORS[1]
     return there, _TENSORS[there == _TENSORS[0]]
 
@@ -97,12 +100,12 @@ def load_intervention(directory: str | os.PathLike[str], **functions: Any) -> An
     """The intervention that was saved in a directory, for any model with the same paths.
 
     Args:
-        directory: where it was saved.
-        **functions: the functions that it was made with, by the names of the arguments; they are not in the files.
+        directory: the directory that it was saved to.
+        **functions: the functions that it was made with, by argument name; they are not in the files.
 
     Raises:
         DamagedError: a file is missing, damaged, or does not describe an intervention.
-        StoreError: a function is missing, or is none of those that are asked for.
+        StoreError: a function is missing, or was not an argument.
     """
     folder = Path(directory)
     config = _read_config(folder / _CONFIG)
@@ -148,7 +151,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _as_data(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` in JSON's types; tensors go into ``tensors`` under names that begin with ``name``."""
+    """``value`` as JSON types; tensors are put into ``tensors`` under names that begin with ``name``."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Steering: adding a direction to what a model computes."""
+"""Steering: adds a direction to activations of a model."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ __all__ = ["AddVector", "CallSteer", "SteeringVectors", "UnitAxis"]
 
 @dataclass(slots=True)
 class AddVector:
-    """Adds ``coefficient * vector``, cast and moved to the value; once for a vector that stays as it is."""
+    """Adds ``coefficient * vector``, cast and moved to the value; the cast is cached while the vector is unchanged."""
 
     path: str
     vector: Tensor
     coefficient: float
     axis: UnitAxis | None = None
-    """What to look at in the first value, before anything is added to it."""
+    """The check of the first value, before anything is added."""
     _cast: tuple[int, Tensor] | None = field(init=False, default=None, repr=False)
-    """The version of the vector, and what it was cast to."""
+    """The version counter of the vector, and its cast."""
 
     def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
-        """The steered part; None, so that not one bit changes, for the coefficient zero."""
+        """The steered part; for coefficient zero None, so that the value stays bit-identical."""
         if self.coefficient == 0:
             return None
         if self.axis is not None:
@@ -55,7 +55,7 @@ class AddVector:
         vector = self.vector
         if _alike(vector, part):
             return vector
-        # A kept cast would hold on to a graph that is freed, or be an inference tensor outside of that mode.
+        # A cached cast could refer to a freed graph, or be an inference tensor outside of inference mode.
         if vector.requires_grad or vector.is_inference() or torch.is_inference_mode_enabled():
             return vector.to(part)
         if self._cast is None or self._cast[0] != vector._version or not _alike(self._cast[1], part):
@@ -65,17 +65,17 @@ class AddVector:
 
 @dataclass(frozen=True, slots=True)
 class UnitAxis:
-    """Whether the last axis of a value is what a vector of one axis means."""
+    """Checks that a one-dimensional vector is meant to run along the last axis."""
 
     path: str
     channels: str | None
-    """The type of the module, if its features are channels before axes of space."""
+    """The type of the module, if its features are channels before spatial axes."""
 
     def check(self, value: Tensor, vector: Tensor) -> None:
-        """Refuse a vector that would run along the width; warn where two axes have its size.
+        """Refuse a vector that would run along the width; warn if two axes have its size.
 
         Raises:
-            EditError: it says how to give channels.
+            EditError: the message says how to steer channels.
         """
         size, shape = vector.shape[0], tuple(value.shape)
         if self.channels is not None:
@@ -106,23 +106,23 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class CallSteer:
-    """Asks ``steer_fn`` for the new value."""
+    """Calls ``steer_fn`` for the new value."""
 
     path: str
     steer_fn: Callable[..., Tensor | None]
 
     def __call__(self, part: Tensor, full: Tensor) -> Tensor | None:
-        """What the function returns, or a copy; it gets a copy, which it may write to."""
+        """The result of the function, which gets a copy that it may modify."""
         given = part.clone()
         made = self.steer_fn(module_key=self.path, output=given)
         return made if made is given or not isinstance(made, Tensor) else made.clone()
 
 
 class SteeringVectors(Intervention):
-    """Adds a vector at every selected site, or whatever ``steer_fn`` does there.
+    """Adds a vector at every selected site, or applies ``steer_fn`` there.
 
-    Rimsky et al. 2023, "Steering Llama 2 via Contrastive Activation Addition", arXiv:2312.06681. With coefficient 0
-    not one bit of the model's result changes. Gradients flow to the vectors.
+    Rimsky et al. 2023, "Steering Llama 2 via Contrastive Activation Addition", arXiv:2312.06681. With coefficient 0 the
+    model's result is bit-identical. Gradients flow to the vectors.
 
     Args:
         selector: which modules.
@@ -130,12 +130,13 @@ class SteeringVectors(Intervention):
             along ``unit_dim``, or anything that broadcasts to the value. Cast and moved to the value's dtype and
             device.
         steer_fn: ``steer_fn(module_key=, output=)`` gets the path and a copy of the value there, and returns the new
-            value; None for no change. May stand in the place of ``vectors``.
-        coefficient: what the vectors are multiplied by.
+            value, or None for no change. It may be given instead of ``vectors``, also by position.
+        coefficient: the factor of the vectors.
         **options: where and when it acts: ``positions``, ``units`` and the others of :class:`tdcache.EditOptions`.
 
     Raises:
-        EditError: not exactly one of ``vectors`` and ``steer_fn``; no vector for a site; a vector that does not fit.
+        EditError: not exactly one of ``vectors`` and ``steer_fn`` is given; a site has no vector, or one that does not
+            fit.
 
     Example:
         >>> import torch
@@ -166,7 +167,7 @@ class SteeringVectors(Intervention):
         self.coefficient = coefficient
 
     def edit_at(self, site: Site, context: InterventionContext) -> Edit:
-        """Add the vector, or ask the function."""
+        """The edit that adds the vector or calls the function."""
         if self.steer_fn is not None:
             return CallSteer(site.path, self.steer_fn)
         vector = self.vectors

@@ -1,4 +1,8 @@
-"""Calling a plain module with a TensorDict."""
+"""Calls a plain module with a TensorDict.
+
+A context makes one of these whenever it is entered, so making one must cost less than registering the hooks. Results
+with named parts (dicts, dataclasses, Hugging Face outputs) are matched to ``out_keys`` by name.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ __all__ = ["ModelCall", "entries_of", "holds_entries", "init_module"]
 
 
 def init_module(module: nn.Module) -> None:
-    """``nn.Module.__init__(module)``, at a third of the cost; the state is the same, in the same order."""
+    """``nn.Module.__init__(module)`` at a third of the cost, with the same state in the same order."""
     state = module.__dict__
     state.update(_BLANK)
     for name, kind in _CONTAINERS:
@@ -27,25 +31,25 @@ def init_module(module: nn.Module) -> None:
 
 
 _BLANK = vars(nn.Module())
-"""The state of a new module."""
+"""The attributes of a new module."""
 _CONTAINERS = [(name, type(value)) for name, value in _BLANK.items() if type(value) in (dict, OrderedDict, set)]
-"""What each module has one of its own of: name, and what makes an empty one."""
+"""The attributes that each module needs its own instance of, and the type of each."""
 
 
 def holds_entries(value: Any) -> TypeGuard[TensorDictBase]:
-    """Whether ``value`` is a TensorDict; a test of an abstract class, which plain tensors are spared."""
+    """Whether ``value`` is a TensorDict; the check against an abstract class is slow and skipped for plain tensors."""
     return type(value) is not Tensor and isinstance(value, TensorDictBase)
 
 
 def entries_of(data: Any) -> TensorDictBase:
-    """The TensorDict inside a tensorclass: what is written to it is in the tensorclass, fields and other keys alike."""
+    """The TensorDict inside a tensorclass; what is written to it appears in the tensorclass."""
     entries: TensorDictBase = data._tensordict  # noqa: SLF001  (to_tensordict() would copy)
     return entries
 
 
 @dataclass(slots=True)
 class _CallKeys:
-    """What is read and written; one attribute, put past nn.Module.__setattr__, which costs more than making it."""
+    """The keys that are read and written, in one attribute that is set without the slow ``nn.Module.__setattr__``."""
 
     reads: list[CacheKey]
     keywords: tuple[str, ...] | None
@@ -59,8 +63,8 @@ class ModelCall(TensorDictModuleBase):
         module: any module.
         in_keys: the entries passed as positional arguments, in order; or a mapping of entries to the names of keyword
             arguments, as in ``TensorDictModule``.
-        out_keys: where results go. Of a mapping-like result (a dict, a Hugging Face ``ModelOutput``, a dataclass) an
-            entry is taken by name where the names agree; otherwise results are taken in order. ``"_"`` skips one.
+        out_keys: where results are written. Entries of a mapping-like result (a dict, a Hugging Face ``ModelOutput``, a
+            dataclass) are matched by name if the names agree; otherwise results are taken in order. ``"_"`` skips one.
     """
 
     module: nn.Module
@@ -100,7 +104,7 @@ class ModelCall(TensorDictModuleBase):
         self.call.writes = list(keys)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """A TensorDict in, the same TensorDict out; anything else goes to the module as it is."""
+        """A TensorDict in, the same TensorDict out; other arguments are passed to the module unchanged."""
         if len(args) != 1 or not isinstance(args[0], TensorDictBase):
             return self.module(*args, **kwargs)
         data = args[0]

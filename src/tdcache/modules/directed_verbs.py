@@ -1,4 +1,8 @@
-"""The forms of the verbs for inputs and gradients, which a hooked module and a run of it share."""
+"""The forms of the verbs for inputs and gradients, shared by hooked modules and runs.
+
+``set_grad_output(...)`` reads better than ``set(..., direction="bwd")``. These forms only add the direction to the
+verbs, which are implemented elsewhere.
+"""
 
 from __future__ import annotations
 

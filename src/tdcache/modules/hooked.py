@@ -1,4 +1,8 @@
-"""The callable that a context yields."""
+"""The callable that a context yields.
+
+It forwards everything to the user's model, attributes included. It exists so that a TensorDict call, the cache and the
+verbs have a place without planting attributes on the model.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ __all__ = ["HookedModule", "OwningContext"]
 
 
 class OwningContext(Protocol):
-    """What a hooked module asks of the context it belongs to."""
+    """The part of a context that its hooked module uses."""
 
     _in_context: bool
     model: nn.Module
@@ -41,16 +45,16 @@ class OwningContext(Protocol):
 
 
 class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
-    """A model inside an open context, or one made by :meth:`from_module` without a context.
+    """A model inside an open context, or without a context if made by :meth:`from_module`.
 
     Called with a TensorDict (or a tensorclass) it reads ``in_keys``, runs the model, writes ``out_keys`` and returns
     the same TensorDict; called with anything else it passes everything to the model and returns the model's own result.
     A forward that was stopped early returns the TensorDict without outputs, or None.
 
     Args:
-        td_module: what is called.
-        hooking_context: the context it belongs to; calling it while that is closed is an error.
-        relative_path: where below this module the user's own model is; paths are relative to it.
+        td_module: the module to call.
+        hooking_context: the context that it belongs to; calling it while that is closed is an error.
+        relative_path: the path from this module to the user's own model; all other paths are relative to the latter.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
         hooking_context: OwningContext | None = None,
         relative_path: str = "td_module",
     ) -> None:
-        # Made and written past nn.Module.__init__ and __setattr__, which cost more than all else that entering does.
+        # Without nn.Module.__init__ and __setattr__, which cost more than everything else in entering a context.
         init_module(self)
         self._modules["td_module"] = td_module
         self.__dict__["_hooking_context"] = hooking_context
@@ -74,7 +78,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
         *,
         hooking_context: OwningContext | None = None,
     ) -> HookedModule:
-        """A hooked module around ``module`` without a context: for runs, and for hooks of one's own."""
+        """A hooked module around ``module`` without a context, for runs and for hooks of your own."""
         if isinstance(module, TensorDictModuleBase):
             return cls(module, hooking_context=hooking_context)
         return cls(
@@ -83,7 +87,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
 
     @property
     def relative_path(self) -> str:
-        """Where below this module the user's own model is."""
+        """The path from this module to the user's own model."""
         return cast(str, self._relative_path)
 
     @property
@@ -93,7 +97,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
 
     @property
     def model(self) -> nn.Module:
-        """The user's own model, which all paths are relative to."""
+        """The user's own model, to which all paths are relative."""
         context = self._hooking_context
         if context is not None:
             model: nn.Module = context.model
@@ -105,7 +109,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
 
     @property
     def names(self) -> Names | None:
-        """The canonical names that the context was opened with; None where keys are paths of modules."""
+        """The table of canonical names of the context; None if keys are module paths."""
         context = self._hooking_context
         return None if context is None else context.names
 
@@ -134,7 +138,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
         return context.call(self, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        # What the wrapper does not have is the model's: hooked.generate(...), hooked.config.
+        # Missing attributes are looked up on the model: hooked.generate(...), hooked.config.
         if name == "td_module":  # asked several times in every call
             return self.__dict__["_modules"][name]
         try:
@@ -145,7 +149,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
             return getattr(self.model, name)
 
     def call_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model without asking the context; a stopped forward gives the TensorDict, or None."""
+        """Run the model, bypassing the context; a stopped forward returns the TensorDict, or None."""
         called: Any = self._modules["td_module"]  # attribute access to a submodule costs more than this whole method
         if type(called) is ModelCall and not (args and holds_entries(args[0])):
             called = called._modules["module"]
@@ -168,7 +172,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
             key: the path, relative to the user's own model; ``""`` is the model.
             hook: called with the direction's parameters.
             direction: which value.
-            prepend: in front of the hooks that are there.
+            prepend: register before existing hooks.
             relative: with False, the path is relative to this wrapper.
 
         Raises:
@@ -185,11 +189,11 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
         return nullcontext() if context is None else fencing(context.fence)
 
     def find_site(self, key: str, relative: bool = True) -> tuple[str, nn.Module]:
-        """The canonical path and the module of ``key``; warns of a container, which is never called.
+        """The canonical path and the module of ``key``; warns if it is a container, which is never called.
 
         Raises:
             PathError: no such path.
-            ContextError: it is inside a TorchScript module.
+            ContextError: the module is inside a TorchScript module.
         """
         context = self._hooking_context
         if context is not None and not context._in_context:
@@ -209,7 +213,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Suspend the context's hooks inside a block; what was captured stays."""
+        """Suspend the context's hooks inside a block; captured values stay in the cache."""
         with self._needed_context().paused():
             yield
 
@@ -217,7 +221,7 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
 
     @contextmanager
     def disable_context(self) -> Iterator[nn.Module]:
-        """Suspend the context inside a block, and give the user's own model."""
+        """Suspend the context inside a block; yields the user's own model."""
         with self._needed_context().disable() as module:
             yield module
 

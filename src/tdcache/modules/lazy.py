@@ -1,7 +1,8 @@
-"""Values that a run will bring, and what is computed with them before they are there.
+"""Lazy values: stand for tensors that a run will produce, and record what is computed with them before that.
 
-A proxy stands for a tensor that does not exist while the block of a run is written. Operators, tensor methods and
-``torch`` functions on it are noted down as a :class:`Computed`, which a ``set`` carries out when it needs the value.
+Inside the block of a run the model has not run yet, so ``run.get(...)`` can only return a proxy. Operators, tensor
+methods and ``torch`` functions on it are recorded as a :class:`Computed`, which a ``set`` evaluates when it needs the
+value. What cannot be deferred, such as a condition, is refused with an error that names the alternatives.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ _VIEWS = ("T", "mT", "H", "mH", "real", "imag")
 
 
 class NoValueYet(Exception):  # noqa: N818  (it never reaches a user)
-    """A proxy inside of an expression has no value yet."""
+    """A proxy inside an expression has no value yet."""
 
 
 class Lazy:
-    """Something that will be a tensor; see :class:`tdcache.modules.taps.ValueProxy` for the one that a run gives."""
+    """Base of values that are not known yet; a run returns a :class:`tdcache.modules.taps.ValueProxy`."""
 
     def resolve(self) -> Any:
-        """The value, or None where it is not there yet."""
+        """The value, or None if it does not exist yet."""
         raise NotImplementedError
 
     @property
     def value(self) -> Any:
-        """The value itself, once the run has ended.
+        """The value, once the run has ended.
 
         Raises:
-            ContextError: it is not there yet.
+            ContextError: the run has not ended.
         """
         value = self.resolve()
         if value is None:
@@ -94,11 +95,11 @@ class Lazy:
 
 
 class Computed(Lazy):
-    """A call that is carried out when its arguments are there: each time it is asked, for a run may give new values.
+    """A deferred call. It is evaluated at each :meth:`resolve`, since another run may produce new values.
 
     Args:
-        function: what is called.
-        args: its arguments, proxies anywhere inside tuples, lists, mappings and slices of them.
+        function: the function to call.
+        args: its arguments; proxies may occur anywhere inside tuples, lists, mappings and slices.
         kwargs: its keyword arguments.
     """
 
@@ -112,11 +113,11 @@ class Computed(Lazy):
         return f"{getattr(self._function, '__name__', self._function)}({', '.join(given)})"
 
     def resolve(self) -> Any:
-        """The result, or None where an argument has no value yet.
+        """The result, or None if an argument has no value yet.
 
         Raises:
-            InplaceModificationError: an in-place operation overwrote one of the values since.
-            Exception: what the function raises; a note names the expression.
+            InplaceModificationError: an in-place operation has overwritten one of the values.
+            Exception: any exception of the function, with a note that names the expression.
         """
         try:
             args, kwargs = resolved(self._args), resolved(self._kwargs)
@@ -130,7 +131,7 @@ class Computed(Lazy):
 
 
 class _TensorMethod:
-    """A tensor method of a value that is not there yet."""
+    """A tensor method of a value that does not exist yet."""
 
     def __init__(self, owner: Lazy, name: str) -> None:
         self.owner = owner
@@ -144,7 +145,7 @@ class _TensorMethod:
 
 
 def resolved(value: Any) -> Any:
-    """``value`` with every proxy in it, inside tuples, lists, mappings and slices too, replaced by what it stands for.
+    """``value`` with every proxy replaced by its value, including those inside tuples, lists, mappings and slices.
 
     Raises:
         NoValueYet: one of them has no value yet.
@@ -190,7 +191,7 @@ def _refused(symbol: str) -> Callable[..., NoReturn]:
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-_COMPARED = frozenset(getattr(Tensor, name) for name in _COMPARISONS)  # what tensor == proxy arrives as
+_COMPARED = frozenset(getattr(Tensor, name) for name in _COMPARISONS)  # how torch dispatches tensor == proxy
 _NOT_LAZY = frozenset({"item", "tolist", "numpy", "size", "dim", "backward", "values", "register_hook"})
 
 for _name in _BINARY:

@@ -1,4 +1,8 @@
-"""One run of a model, declared in a ``with`` block and carried out when the block ends."""
+"""One run of a model, declared in a ``with`` block and carried out when the block ends.
+
+Edits that a handle removes last until somebody remembers to remove it. Those of a run apply to one call of the model,
+and to no call if the block raises.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import nn
 
 from tdcache.current_call import CurrentCall
-from tdcache.errors import ContextError, StopForward, UnfiredSiteWarning, listed, warn_user
-from tdcache.hooks.attach import attach
+from tdcache.errors import ContextError, EditError, StopForward, UnfiredSiteWarning, listed, warn_user
+from tdcache.hooks.attach import AttachedElsewhere, attach
 from tdcache.hooks.compiled import running_eagerly
 from tdcache.hooks.directions import direction_row
 from tdcache.hooks.registrations import MultiHookHandle, Order
@@ -31,7 +35,7 @@ _Tap = GetTap | SetTap | SkipTap
 
 
 class Runnable(Protocol):
-    """What a run asks of the hooked module that it runs."""
+    """The part of a hooked module that a run uses."""
 
     @property
     def model(self) -> nn.Module:
@@ -44,12 +48,12 @@ class Runnable(Protocol):
         """Canonical path and module of ``key``."""
 
     def declare_set(self, module_key: str, value: Any, **options: Any) -> tuple[SetTap, nn.Module]:
-        """What replaces a value, and the module it is for."""
+        """The tap that replaces a value, and its module."""
 
     def declare_get(
         self, cache: Any, module_key: str, cache_key: CacheKey | None, **options: Any
     ) -> tuple[GetTap, nn.Module]:
-        """What keeps a value, and the module it is for."""
+        """The tap that keeps a value, and its module."""
 
     def attach_tap(self, tap: GetTap | SetTap, module: nn.Module) -> Removable:
         """Register the hook of a verb."""
@@ -59,11 +63,11 @@ class Runnable(Protocol):
 
 
 class HookedModuleRun(DirectedForms):
-    """A run that :meth:`HookedModule.run` gives; its arguments are explained there.
+    """A run, made by :meth:`HookedModule.run`, which documents the arguments.
 
-    In the block, ``get``, ``set``, ``save``, ``skip`` and ``stop`` (and the forms for inputs and gradients) say what is
-    to happen at which path, in this run alone: the hooks are there while it runs. The model runs when the block ends,
-    and not at all if the block raised. What ``get`` and ``save`` give are proxies, which can be computed with: a
+    In the block, ``get``, ``set``, ``save``, ``skip`` and ``stop`` (and the forms for inputs and gradients) declare
+    what happens at which path in this run; their hooks exist only while it runs. The model runs when the block ends,
+    and not at all if the block raises. ``get`` and ``save`` return proxies, which can be used in computations: a
     ``set`` in the same run (at a path that runs later) or in another run resolves them when it needs the value.
 
     Raises:
@@ -94,7 +98,7 @@ class HookedModuleRun(DirectedForms):
         self._in_context = False
         self._stopped_at: str | None = None
         self.result: Any = None
-        """What the call of the model returned; None before it, and where it was stopped."""
+        """The return value of the model; None before the call, and if the run was stopped."""
 
     def __repr__(self) -> str:
         model = type(self._module.model).__name__
@@ -102,7 +106,7 @@ class HookedModuleRun(DirectedForms):
 
     @property
     def cache(self) -> TensorDictBase:
-        """Where ``get`` writes, and ``save`` where no other cache was given."""
+        """The TensorDict that ``get`` writes to, and ``save`` too unless the run was given another one."""
         if self._cache is None:
             self._cache = TensorDict(batch_size=[])
         return self._cache
@@ -152,7 +156,7 @@ class HookedModuleRun(DirectedForms):
                 self.result = self._data if isinstance(self._data, TensorDictBase) else None
 
     def _calls_of(self, taps: list[_Tap]) -> list[CurrentCall]:
-        """What tells the taps which forward is under way: one for all that ask for the same."""
+        """The trackers of the current forward, one for all taps with the same options."""
         calls: dict[Any, CurrentCall] = {}
         for tap in taps:
             if isinstance(tap, SkipTap) or not tap.where.asks_for_call:
@@ -176,9 +180,9 @@ class HookedModuleRun(DirectedForms):
         relative: bool = True,
         **options: Any,
     ) -> None:
-        """Replace a value in this run; the arguments are those of :meth:`HookedModule.set`.
+        """Replace a value in this run, with the arguments of :meth:`HookedModule.set`.
 
-        The value may hold proxies, also computed with, or inside a tuple. Options are ``pick=`` and those of
+        The value may contain proxies, expressions of proxies, or tuples of them. Options are ``pick=`` and those of
         :class:`~tdcache.modules.value_part.ValuePart`: ``positions=`` and ``units=`` for part of the value, ``steps=``
         for some forwards of ``generate()``.
         """
@@ -199,11 +203,11 @@ class HookedModuleRun(DirectedForms):
         relative: bool = True,
         **options: Any,
     ) -> ValueProxy:
-        """Have a value written to the run's own cache; the arguments are those of :meth:`HookedModule.get`.
+        """Write a value to the run's own cache, with the arguments of :meth:`HookedModule.get`.
 
-        Options are ``pick=``, ``hold=``; ``positions=``, ``units=`` and ``steps=`` as in :meth:`set`; and ``reducer=``,
-        what is kept of several calls: ``Stack()`` for every step of ``generate()``. Without one the last is kept, with
-        a warning. What is gathered is there when the run has ended.
+        Options are ``pick=``, ``hold=``; ``positions=``, ``units=`` and ``steps=`` as in :meth:`set`; and ``reducer=``
+        for several calls, such as ``Stack()`` for every step of ``generate()``. Without a reducer the last value is
+        kept, with a warning. The result of a reducer is available when the run has ended.
 
         Returns:
             A proxy of the value.
@@ -225,7 +229,7 @@ class HookedModuleRun(DirectedForms):
         relative: bool = True,
         **options: Any,
     ) -> ValueProxy:
-        """Have a value written to the cache that the run was given, as ``"run.<path>_output"``; see :meth:`get`."""
+        """Write a value to the cache that the run was given, as ``"run.<path>_output"``; see :meth:`get`."""
         self._needs_block("save", direction)
         cache = self.cache if self._outer_cache is None else self._outer_cache
         cache_key = cache_key or f"{self._prefix}{key}_{direction_row(direction).noun}"
@@ -240,25 +244,30 @@ class HookedModuleRun(DirectedForms):
         return tap.proxy
 
     def skip(self, key: str, value: Any) -> None:
-        """Do not run the module at ``key``; its hooks, and other verbs at this path, see ``value`` as its output.
+        """Skip the module at ``key``; its hooks, and other verbs at this path, see ``value`` as its output.
 
         Args:
             key: the path.
-            value: the whole of what the module would return (for an attention module often a tuple), in which proxies
-                may stand; or a function of the module's arguments, such as ``lambda x: x``.
+            value: the complete return value of the module (for an attention module often a tuple), which may contain
+                proxies; or a function of the module's arguments, such as ``lambda x: x``.
 
         Raises:
             PathError: no such path.
-            EditError: when the model runs, a proxy has no value yet.
+            EditError: a canonical name that is no module's output; when the model runs, a proxy has no value yet.
         """
         self._needs_block("skip", "fwd")
         path, module = self._module.find_site(key)
+        if isinstance(module, AttachedElsewhere):
+            raise EditError(
+                f"{key!r} is the {module.extra_repr()}, and what can be skipped is a module; set its value, or "
+                "give the path of a module"
+            )
         tap = SkipTap(path, value)
         self._taps.append(tap)
         self._placing.append(partial(skip_module, module, tap))
 
     def stop(self, key: str) -> None:
-        """End the run after the module at ``key``: the forward, and what ``run_callback`` would do after it."""
+        """End the run after the module at ``key``: both the forward and the rest of ``run_callback``."""
         self._needs_block("stop", "fwd")
         path, module = self._module.find_site(key)
         self._placing.append(partial(attach, module, _StopRun().on_output, "fwd", order=Order.STOP))
@@ -309,7 +318,7 @@ def _outside(verb: str) -> str:
 
 
 class _RunStopped(BaseException):
-    """Ends a run; no StopForward: the hooked module swallows that, and ``run_callback`` would go on without output."""
+    """Ends a run. The hooked module would swallow a StopForward, and ``run_callback`` would go on without output."""
 
 
 class _StopRun:

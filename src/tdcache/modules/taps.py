@@ -1,4 +1,8 @@
-"""The hooks behind the verbs of a hooked module: one takes the value at a path, one replaces it."""
+"""The hooks that implement the verbs of a hooked module: one takes the value at a path, one replaces it.
+
+They differ from the taps of a caching context in that they serve one path, resolve proxies when they fire, and write to
+any cache.
+"""
 
 from __future__ import annotations
 
@@ -42,38 +46,38 @@ class Forwards(Transient):
 
 
 class ValueProxy(Lazy, CacheProxy):
-    """A value that a ``get`` or ``save`` will bring: made before the forward, resolved when it is needed.
+    """The value of a ``get`` or ``save``: made before the forward, resolved when it is needed.
 
-    It may be handed to a ``set``, also of another run, and to ``ActivationPatching(source=...)``, and computed with:
-    ``proxy[:, -1] * 2 + bias`` and ``torch.relu(proxy)`` are carried out when their result is needed. After the run
-    ``proxy.value`` is the value. It keeps its value and the cache alive; a value that another ``get`` writes to the
-    same key later is not its own.
+    It can be passed to a ``set`` of this or another run and to ``ActivationPatching(source=...)``, and be used in
+    computations: ``proxy[:, -1] * 2 + bias`` and ``torch.relu(proxy)`` are evaluated when their result is needed. After
+    the run, ``proxy.value`` is the tensor. A proxy keeps its value and the cache alive, and is not affected by another
+    ``get`` that later writes to the same key.
     """
 
     def __init__(self, key: CacheKey, cache: Any, path: str) -> None:
         self._key = key
         self._held = cache
         self.path = path
-        """Where the value is taken."""
+        """The path at which the value is taken."""
         self._value: Any = None
         self._watch = InplaceWatch()
 
     @property
     def key(self) -> CacheKey:
-        """Where in the cache the value is."""
+        """The key of the value in the cache."""
         return self._key
 
     def resolve(self) -> Any:
-        """The value, or None where none was seen yet.
+        """The value, or None if the site has not fired yet.
 
         Raises:
-            InplaceModificationError: an in-place operation overwrote it since.
+            InplaceModificationError: an in-place operation has overwritten it.
         """
         self.check()
         return self._value
 
     def check(self) -> None:
-        """Raise if the value that is kept was overwritten.
+        """Raise if the kept value has been overwritten.
 
         Raises:
             InplaceModificationError: it names the path and the remedy.
@@ -81,7 +85,7 @@ class ValueProxy(Lazy, CacheProxy):
         self._watch.check()
 
     def write(self, value: Any) -> None:
-        """Put the value into the cache, and keep what lies there then: others may write to the same key."""
+        """Write the value to the cache and keep the stored entry, since others may write to the same key."""
         cache = self._held.resolve() if hasattr(self._held, "resolve") else self._held
         if cache.is_locked:
             Target(cache, None, 0).put(self._key, value)
@@ -137,21 +141,21 @@ class GetTap(Transient):
 
     @property
     def use(self) -> str:
-        """What is done with a value that is derived from an attention call: its graph is followed, or it is read."""
+        """How the tap uses a value derived from an attention call: it follows its graph, or reads it."""
         return "watch" if self.row.gradient or self.keep.hold == "live" else "read"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r}, {self.row.name!r})"
 
     def clashes_with(self, other: GetTap) -> bool:
-        """Whether the other tap takes another value for the same entry of the same cache."""
+        """Whether the other tap writes a different value to the same entry of the same cache."""
         if not self.proxy.same_entry(other.proxy):
             return False
         mine, its = ((tap.row, tap.order, tap.callback, tap.reducer, tap.where.steps) for tap in (self, other))
         return mine != its or not (self.where.whole and other.where.whole)
 
     def on_call(self, *args: Any) -> None:
-        """Take the value of this call, or of its gradient, and hand it to the callback if there is one."""
+        """Take the value of this call, or its gradient, and pass it to the callback if there is one."""
         if not self.row.gradient and in_backward():  # the recomputation of a checkpoint
             return
         if self.call is not None and not self.call.is_due(self.path):
@@ -180,10 +184,10 @@ class GetTap(Transient):
         self.reducer.update(kept)
 
     def finish(self) -> None:
-        """The run is over: write what was gathered, and look for values that were overwritten.
+        """The run has ended: write the reduced values, and check for values that were overwritten.
 
         Raises:
-            InplaceModificationError: one was.
+            InplaceModificationError: a kept value was overwritten.
         """
         self.watch.check()
         if self.reducer is not None and self.fired:
@@ -205,10 +209,10 @@ class GetTap(Transient):
 
 
 def _picked_at(port: Any, row: Direction, args: tuple[Any, ...]) -> Any:
-    """The tensor that is meant, among what a hook of any direction is called with.
+    """The picked tensor among the arguments of a hook of any direction.
 
     Raises:
-        CaptureError: there is none.
+        CaptureError: there is no such tensor.
     """
     if not row.gradient:
         return read_at(port, row, args)
@@ -223,7 +227,7 @@ def _callback_sees_all(path: str) -> str:
 
 
 class SetTap(Transient):
-    """Replaces the value at one path, by a value, a proxy's, or what a callback returns."""
+    """Replaces the value at one path by a tensor, the value of a proxy, or the result of a callback."""
 
     __slots__ = ("call", "callback", "fired", "order", "path", "port", "row", "value", "where")
 
@@ -259,7 +263,7 @@ class SetTap(Transient):
         return f"{type(self).__name__}({self.path!r}, {self.row.name!r}, {what!r})"
 
     def on_call(self, *args: Any) -> Any:
-        """Return the new value, which torch passes on in place of the old one."""
+        """Return the new value, with which torch replaces the old one."""
         if self.call is not None and not self.call.is_due(self.path):
             return None
         self.fired = True
@@ -279,12 +283,12 @@ class SetTap(Transient):
         return write_at(self.port, self.row, args, new)
 
     def _holds(self, args: tuple[Any, ...], new: Tensor) -> bool:
-        """Whether a tensor is one of the module's own value."""
+        """Whether a tensor is part of the value that is replaced."""
         return any(each is new for _, each in leaves(args[self.row.returns_index]))
 
 
 class SkipTap:
-    """Gives a value in place of a module's forward."""
+    """Returns a value instead of running a module's forward."""
 
     __slots__ = ("fired", "path", "value")
 
@@ -297,7 +301,7 @@ class SkipTap:
         return f"{type(self).__name__}({self.path!r})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module returns; of a fixed value a copy, which later in-place operations may write into."""
+        """The value that the module returns; a fixed one is copied, so that in-place operations do not change it."""
         self.fired = True
         if callable(self.value):
             return self.value(*args, **kwargs)
@@ -308,7 +312,7 @@ class SkipTap:
 
 
 def _needed(value: Any, path: str) -> Any:
-    """The value that something at ``path`` needs now, proxies in it resolved.
+    """``value`` with its proxies resolved, for use at ``path``.
 
     Raises:
         EditError: one of them has no value yet.

@@ -1,4 +1,8 @@
-"""Which part of a value a verb of a run means, and in which forwards of generation."""
+"""The part of a value that a verb of a run acts on, and the forwards of ``generate()`` in which it acts.
+
+Recipes have the same options; these follow the same rules, so that ``positions=-1`` means the last real token in a run
+as well.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ class WhereOptions(TypedDict, total=False):
 class ValuePart:
     """The part that is read or replaced; see ``docs/positions.md`` for what positions and steps mean.
 
-    A single number takes its axis off what is read, as indexing does; what is set may have that axis or not.
+    A single number removes its axis from what is read, as indexing does; a value to set may have that axis or not.
 
     Args:
         positions: which real tokens of each row, along ``position_dim``: a number (0 the first, -1 the last), several,
@@ -40,13 +44,13 @@ class ValuePart:
         units: which features, along ``unit_dim``. All by default.
         steps: in which forwards of ``generate()``: ``"prefill"``, ``"decode"``, or a predicate of a
             :class:`tdcache.Step`.
-        mask_key: which argument of the call says what is padding; found by its name. None counts columns.
+        mask_key: the argument of the call that marks padding; by default found by its name. None counts columns.
         position_dim: the axis of positions.
         unit_dim: the axis of units, counted from the end.
 
     Raises:
-        EditError: a region that cannot be used.
-        SelectionError: steps that are none.
+        EditError: the region is invalid.
+        SelectionError: the steps are invalid.
     """
 
     positions: Along = None
@@ -57,7 +61,7 @@ class ValuePart:
     unit_dim: int = -1
 
     region: Region = field(init=False, repr=False, compare=False)
-    """The part that is meant; one object, by which a call remembers the columns that it found."""
+    """The part as a region. One object is reused, since a call caches the columns of a region by its identity."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
@@ -68,17 +72,17 @@ class ValuePart:
 
     @property
     def calls(self) -> None:
-        """A verb acts in every call of its module."""
+        """None: a verb acts in every call of its module."""
         return None
 
     @property
     def whole(self) -> bool:
-        """Whether it is all of each value."""
+        """Whether the part is the whole value."""
         return self.positions is None and self.units is None
 
     @property
     def asks_for_call(self) -> bool:
-        """Whether the forward that is under way has to be known."""
+        """Whether the arguments of the current forward are needed."""
         return self.positions is not None or self.steps is not None
 
     def take(self, path: str, value: Tensor, call: CurrentCall | None) -> Tensor | None:
@@ -105,7 +109,7 @@ class ValuePart:
         return part.squeeze(axes) if axes else part
 
     def put(self, path: str, value: Tensor, new: Any, call: CurrentCall | None) -> Tensor | None:
-        """A copy of ``value`` with ``new`` in the place of the part; None if this forward feeds none of its positions.
+        """A copy of ``value`` with the part replaced by ``new``; None if this forward feeds none of its positions.
 
         Raises:
             EditError: the value has no such part, or ``new`` does not fit it.
@@ -130,7 +134,7 @@ class ValuePart:
         return self.region if call is None else call.region_at(path, value, self.region)
 
     def _single_axes(self, value: Tensor, region: Region) -> tuple[int, ...]:
-        """The axes of the part that one number chose along."""
+        """The axes of the part along which a single number was chosen."""
         axes = []
         if _is_number(self.positions):
             axes.append(1 if isinstance(region.positions, Tensor) else self.position_dim % value.ndim)

@@ -1,4 +1,7 @@
-"""The verbs of a hooked module: reading, changing and stopping at one path."""
+"""The verbs of a hooked module: read, change and stop at one path.
+
+A recipe acts at all sites that a pattern matches; these are for one place at a time, interactively or in a run.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from tdcache.modules.run import HookedModuleRun
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
 from tdcache.modules.value_part import ValuePart, WhereOptions
 from tdcache.named_places import Names
-from tdcache.place_modules import refuse_at_names
+from tdcache.place_modules import dims_of, refuse_at_names
 from tdcache.reducers import Reducer
 from tdcache.types import CacheKey, Hold, HookDirection, Pick, Removable
 
@@ -30,7 +33,7 @@ __all__ = ["ModuleVerbs"]
 
 
 class ModuleVerbs(DirectedForms):
-    """What a hooked module does at one path, at once and until the returned handle is removed; and runs of it."""
+    """The verbs of a hooked module, each in effect until the returned handle is removed; and runs of it."""
 
     if TYPE_CHECKING:  # the hooked module's
 
@@ -64,15 +67,16 @@ class ModuleVerbs(DirectedForms):
         grad_enabled: bool = False,
         run_callback: Callable[[Any, Any], Any] | None = None,
     ) -> HookedModuleRun:
-        """One run of the model: in the block say what to get, set and save; the model runs when the block ends.
+        """One run of the model: declare in the block what to get, set and save; the model runs when the block ends.
 
         Args:
-            data: what the model is called with: a TensorDict, a mapping of keyword arguments, or one value.
-            cache: where ``save`` writes; by default the run's own cache.
-            run_name: how keys of saved values begin, ``"run"`` by default.
-            run_cache: where ``get`` writes; a new TensorDict by default.
+            data: the input of the model: a TensorDict, a mapping of keyword arguments, or one value.
+            cache: the TensorDict that ``save`` writes to; by default the run's own cache.
+            run_name: the prefix of the keys of saved values, ``"run"`` by default.
+            run_cache: the TensorDict that ``get`` writes to; a new one by default.
             grad_enabled: run with gradients. Asking for a gradient in the block does so too.
-            run_callback: called as ``run_callback(hooked, data)`` in place of ``hooked(data)``; put a backward here.
+            run_callback: called as ``run_callback(hooked, data)`` instead of ``hooked(data)``, for instance to run a
+                backward.
 
         Example:
             >>> import torch
@@ -101,18 +105,19 @@ class ModuleVerbs(DirectedForms):
 
         Args:
             module_key: the path, relative to the user's own model.
-            value: a tensor, which replaces the picked tensor and is copied on the way in; a whole value of the type
-                that is there (a tuple of arguments, of gradients); or a proxy of a ``get``.
+            value: a tensor, a copy of which replaces the picked tensor; a complete value of the same type as the old
+                one (a tuple of arguments or gradients); or a proxy of a ``get``.
             callback: called with the direction's parameters, ``value=`` and ``direction=``; returns the new value, or
                 None for no change.
             direction: which value.
-            prepend: in front of the hooks that are there.
+            prepend: register before existing hooks.
             relative: with False, the path is relative to the hooked module.
             pick: which tensor of a structured value.
 
         Raises:
             PathError: no such path.
-            EditError: nothing to set; when the model runs, a value that does not fit or is not there yet.
+            EditError: neither ``value`` nor ``callback`` is given; or, when the model runs, the value does not fit or
+                does not exist yet.
         """
         self._warn_if_skipped(module_key)
         tap, module = self.declare_set(
@@ -185,11 +190,12 @@ class ModuleVerbs(DirectedForms):
         pick: Pick = None,
         **where: Unpack[WhereOptions],
     ) -> tuple[SetTap, nn.Module]:
-        """The hook of a :meth:`set` and the module it is for, not registered yet; ``where``: which part is meant."""
+        """The unregistered hook of a :meth:`set` and its module; ``where``: which part of the value."""
         row, path, module = self._place(module_key, direction, callback, relative, "value")
         default = Order.EDIT_GRADIENT if row.gradient else Order.EDIT
         order = Order.FIRST if prepend else default
-        return SetTap(path, row, value, callback=callback, pick=pick, order=order, where=ValuePart(**where)), module
+        part = self._part(module_key, where)
+        return SetTap(path, row, value, callback=callback, pick=pick, order=order, where=part), module
 
     def declare_get(
         self,
@@ -207,22 +213,22 @@ class ModuleVerbs(DirectedForms):
         reducer: Reducer | None = None,
         **where: Unpack[WhereOptions],
     ) -> tuple[GetTap, nn.Module]:
-        """The hook of a :meth:`get` and the module it is for, not registered yet.
+        """The unregistered hook of a :meth:`get` and its module.
 
-        ``forwards`` lets it tell a second call from a second forward, ``reducer`` gathers over all of them, and
-        ``where`` says which part of a value is meant.
+        ``forwards`` lets it tell a second call from a second forward, ``reducer`` reduces the values of all of them,
+        and ``where`` is the part of the value.
         """
         row, path, module = self._place(module_key, direction, callback, relative, "key")
         proxy = ValueProxy(cache_key or f"{module_key}_{row.noun}", cache, path)
         order = Order.FIRST if prepend else Order.CAPTURE
         tap = GetTap(
             proxy, row, callback=callback, pick=pick, hold=hold, forwards=forwards, order=order,
-            where=ValuePart(**where), reducer=None if reducer is None else Reducer.of(reducer).fresh(),
+            where=self._part(module_key, where), reducer=None if reducer is None else Reducer.of(reducer).fresh(),
         )  # fmt: skip
         return tap, module
 
     def attach_tap(self, tap: GetTap | SetTap, module: nn.Module) -> Removable:
-        """Register the hook of a verb at its module."""
+        """Register the hook of a verb on its module."""
         with self.fencing():
             return attach(module, tap.on_call, tap.row.name, order=tap.order, path=tap.path)
 
@@ -241,6 +247,13 @@ class ModuleVerbs(DirectedForms):
         elif is_call(path):  # what a hook of 'bwd' returns is the gradient of the arguments
             refuse_direction((path,), "grad_in" if row.name == "bwd" and extra == "value" else row.name)
         return row, path, module
+
+    def _part(self, key: str, where: WhereOptions) -> ValuePart:
+        """The part of a value that a verb means; of a name, along the axes that the table says it has."""
+        if self.names is not None and key in self.names:
+            known: Any = dims_of(self.names[key])
+            return ValuePart(**{**known, **where})
+        return ValuePart(**where)
 
     def _warn_if_skipped(self, key: str) -> None:
         if has_stale_graph(self.model):

@@ -67,6 +67,8 @@ def names(
         >>> names(model, torch.tensor([[1, 2, 3]]))["blocks.1.mlp.contribution"].path
         '2.down'
     """
+    if not isinstance(model, nn.Module):
+        raise CanonicalNameError(f"names() takes an nn.Module, got {type(model).__name__}", selector=model)
     if style is not None and style not in STYLES:
         known = ", ".join(map(repr, STYLES))
         raise CanonicalNameError(f"there is no style {style!r}; the styles are {known}, or None", selector=style)

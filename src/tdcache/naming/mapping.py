@@ -33,18 +33,18 @@ def mapped(model: nn.Module, inputs: Any, mapping: Mapping[str, str | NamedPlace
     """The table of a mapping, not proved yet.
 
     What is known of the streams (whether a block adds before or after its norm) is found by the data flow, where that
-    sees blocks; places are those of the mapping alone.
+    sees blocks; where the mapping is another model's table, it is what that says. Places are those of the mapping.
 
     Raises:
         CanonicalNameError: an entry for every block, ``"blocks.{i}..."``, that no path fits.
         PathError: a path that the model does not have; the message names the nearest.
     """
     places: dict[str, NamedPlace] = {}
-    for name, given in mapping.items():
-        place = given if isinstance(given, NamedPlace) else NamedPlace(path=given)
+    for name, place in Names(mapping).items():  # which refuses what is no place
         for spelled, at in _spread(model, name, place):
             places[spelled] = replace(at, name=spelled, axes=at.axes or _axes_of(spelled))
-    return Names(places, streams=_streams(model, inputs, places), model=model)
+    streams = mapping.streams if isinstance(mapping, Names) else _streams(model, inputs, places)
+    return Names(places, streams=streams, model=model)
 
 
 def _axes_of(name: str) -> tuple[str, ...]:

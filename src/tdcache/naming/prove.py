@@ -100,9 +100,16 @@ def _key(model: nn.Module, names: Names, inputs: Any, skipped: tuple[str, ...]) 
     config = getattr(model, "config", None)
     parts = (type(model).__module__, type(model).__qualname__, str(config), str(model))
     shapes = [(name, tuple(each.shape)) for name, each in model.named_parameters()]
+    kinds_of_modules = {type(module) for module in model.modules()}
+    code = sorted(str(_code_of(kind)) for kind in kinds_of_modules)  # a class that is defined anew is another one
     kinds = None if inputs is None else str(sorted(inputs) if isinstance(inputs, dict) else type(inputs))
-    text = repr((parts, shapes, sorted(map(repr, names.values())), repr(dict(names.streams)), kinds, skipped))
+    text = repr((parts, shapes, code, sorted(map(repr, names.values())), repr(dict(names.streams)), kinds, skipped))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _code_of(kind: type[nn.Module]) -> tuple[Any, ...]:
+    code = getattr(kind.forward, "__code__", None)
+    return (kind.__qualname__,) if code is None else (kind.__qualname__, code.co_code, code.co_names, code.co_varnames)
 
 
 def _verdict(copy: WorkingCopy, names: Names, inputs: Any, skipped: tuple[str, ...]) -> Verdict:

@@ -43,12 +43,25 @@ def check_sums(bench: ProofBench) -> None:
 
 def _middles(bench: ProofBench, head: str, parts: Sequence[str]) -> dict[str, str]:
     """After which contribution which middle stands."""
-    first = next((part for part in parts if part in (f"{head}attn.contribution", f"{head}mixer.contribution")), None)
-    found = {first: head + "resid_mid"} if first is not None else {}
+    mixing = [part for part in parts if part in (f"{head}attn.contribution", f"{head}mixer.contribution")]
+    found = {} if not mixing else {mixing[_sum_nearest(bench, head, mixing)]: head + "resid_mid"}
     cross = f"{head}cross_attn.contribution"
     if cross in parts:
         found[cross] = head + "resid_mid_cross"
     return {part: middle for part, middle in found.items() if middle in bench.places}
+
+
+def _sum_nearest(bench: ProofBench, head: str, parts: Sequence[str]) -> int:
+    """How many more than the first of ``parts`` it takes to come from ``resid_pre`` to ``resid_mid``."""
+    if len(parts) < 2 or not bench.has(head + "resid_pre", head + "resid_mid"):
+        return 0
+    total, errors = bench[head + "resid_pre"], []
+    for part in parts:
+        if bench[part].numel() != total.numel():
+            return 0
+        total = total + bench[part].reshape(total.shape)
+        errors.append(deviation(total, bench[head + "resid_mid"]))
+    return errors.index(min(errors))
 
 
 def _check_sum(bench: ProofBench, head: str, names: list[str], layout: str, first: int = 0) -> None:
@@ -82,34 +95,38 @@ def check_norms(bench: ProofBench) -> None:
         labels = bench.labels(head, "contribution")
         for name in [each for each in bench.places if each.startswith(head + "ln") and bench.has(each)]:
             number, _, after = name.removeprefix(head + "ln").partition("_")
-            if not number.isdigit() or (layout == "post-norm" and not after):
+            if not number.isdigit() or not labels or (layout == "post-norm" and not after):
                 continue  # part of the block's sum
-            label = labels[int(number) - 1] if int(number) <= len(labels) else None
-            _check_norm(bench, head, name, _read_by(layout, int(number), label, after=bool(after)))
-            end = f"{head}{label}.contribution"
-            if not after and label is not None and bench.has(end):
-                reached = leads(bench.readings.values[name], bench.readings.values[end])
-                bench.true(f"ln{number} leads to {label}.contribution", (name,), reached)
+            at = min(int(number), len(labels)) - 1
+            if after:
+                _check_norm(bench, head, name, [f"{label}.out" for label in labels[at:]])
+            else:
+                first = int(number) == 1 or layout == "parallel"
+                _check_norm(bench, head, name, ["resid_pre"] if first else ["resid_mid", "resid_mid_cross"])
+                _check_reader(bench, head, name, labels[:1] if int(number) == 1 else labels[at:])
 
 
-def _read_by(layout: str, number: int, label: str | None, *, after: bool) -> tuple[str, ...]:
-    """What the norm of that number is applied to."""
-    if after:
-        return (f"{label}.out",)
-    if number == 1 or layout == "parallel":
-        return ("resid_pre",)
-    return ("resid_mid_cross", "resid_mid") if label != "cross_attn" else ("resid_mid",)
+def _check_reader(bench: ProofBench, head: str, name: str, labels: Sequence[str]) -> None:
+    """Check that a sublayer reads the norm: of two norms of one stream, that tells which is whose."""
+    ends = [label for label in labels if bench.has(f"{head}{label}.contribution")]
+    values = bench.readings.values
+    reads = [label for label in ends if leads(values[name], values[f"{head}{label}.contribution"])]
+    if ends:
+        words = reads[0] if reads else ends[0]
+        bench.true(f"{name.removeprefix(head)} leads to {words}.contribution", (name,), bool(reads))
 
 
-def _check_norm(bench: ProofBench, head: str, name: str, streams: tuple[str, ...]) -> None:
+def _check_norm(bench: ProofBench, head: str, name: str, streams: Sequence[str]) -> None:
     module, short = bench.module(name), name.removeprefix(head)
-    source = next((stream for stream in streams if bench.has(head + stream)), None)
-    if source is None:
-        return
-    made = None if module is None else apply_module(module, bench[head + source])
-    error = float("inf") if made is None else deviation(made, bench[name])
-    check = IdentityCheck(f"{short} == norm({source})", (name,), error, FLOAT32_INSIDE[bench.dtype])
-    bench.checks.append(check)
+    errors = []
+    for stream in streams:
+        if bench.has(head + stream):
+            made = None if module is None else apply_module(module, bench[head + stream])
+            errors.append((float("inf") if made is None else deviation(made, bench[name]), stream))
+    if errors:
+        error, stream = min(errors)
+        check = IdentityCheck(f"{short} == norm({stream})", (name,), error, FLOAT32_INSIDE[bench.dtype])
+        bench.checks.append(check)
 
 
 def check_ends(bench: ProofBench) -> None:

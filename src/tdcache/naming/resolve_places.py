@@ -75,11 +75,15 @@ class Placer:
         return call.ordinal if self.runs[call.path] > 1 else None
 
     def _earlier(self, value: TracedValue, within: ModuleRun | None) -> NamedPlace | None:
-        """The module that returns the same numbers in another tensor, as a copy or a view of the same shape."""
-        given = main_operand(value.op) if value.op is not None and value.op.name in PASS else None
-        if given is None or given.shape != value.shape or not torch.equal(given.data, value.data):
-            return None
-        return self.module_output(given, within) or self._earlier(given, within)
+        """The module that returns the same numbers in another tensor, as a copy or a view that was shaped back."""
+        given: TracedValue | None = value
+        while given is not None and given.op is not None and given.op.name in PASS:
+            given = main_operand(given.op)
+            if given is not None and given.shape == value.shape and torch.equal(given.data, value.data):
+                found = self.module_output(given, within)
+                if found is not None:
+                    return found
+        return None
 
 
 def _pick(steps: tuple[int | str, ...]) -> Pick:

@@ -1,4 +1,8 @@
-"""Pipelines of hooks that compose, gradient taps, and splices; called by hand or attached to module paths."""
+"""Pipelines of hooks that compose, gradient hooks, and splices; called by hand or attached to module paths.
+
+For code with a hand-written forward that calls its own hooks (``x = hooks.mlp.post_act(x)``), and to run such code on
+any model without rewriting its forward.
+"""
 
 from tdcache.pipeline.attach import AttachedPipeline, attach
 from tdcache.pipeline.autoencoder import Autoencoder, AutoencoderHooks

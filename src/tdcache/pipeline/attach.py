@@ -1,4 +1,7 @@
-"""``attach``: pipelines that were written for a hand-written forward, on the module paths of any model."""
+"""``attach``: runs pipelines that were written for a hand-written forward at module paths of any model.
+
+Without it a pipeline would need a model whose forward calls it; here a forward hook makes that call.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ _NONE: dict[str, Any] = dict.fromkeys(VARYING)
 
 
 class _ForwardCounter:
-    """Which forward it is."""
+    """Counts the forwards of a model."""
 
     def __init__(self) -> None:
         self.forward = -1
@@ -53,26 +56,26 @@ class _ForwardCounter:
 
 @dataclass(slots=True, eq=False)
 class _AttachedHook:
-    """The pipeline of one site, as a hook of the module there."""
+    """The pipeline of one site, as a hook on its module."""
 
     port: Port
     steps: tuple[HookStep, ...]
     counter: _ForwardCounter
     call: CurrentCall | None = None
-    """Which forward of ``generate()`` it is, where only some are meant."""
+    """The call tracker for ``steps=``; None if the pipeline acts in all forwards."""
     order: int = Order.EDIT
     calls: int = 0
-    """How often the module ran in the forward that ``forward`` numbers."""
+    """How often the module has run in the current forward."""
     forward: int = -1
     counts: bool = field(init=False)
-    """Whether any hook asks which call it is."""
+    """Whether some hook takes ``call=``."""
 
     def __post_init__(self) -> None:
         self.counts = any(step.varying for step in self.steps)
 
     @property
     def hook(self) -> Callable[..., Any]:
-        """Return the method to register: the fast one for outputs that are plain tensors, where none is picked."""
+        """The method to register: the fast one for plain tensor outputs, unless ``pick`` is given."""
         if self.call is not None:
             return self.on_step
         return self.on_plain if isinstance(self.port, OutputPort) and self.port.pick is None else self.on_call
@@ -81,7 +84,7 @@ class _AttachedHook:
         return {"call": self._next_call(), "forward": self.forward} if self.counts else _NONE
 
     def _next_call(self) -> int | None:
-        """The number of this call; None where a checkpoint recomputes one of several."""
+        """The number of this call; None if a checkpoint recomputes one of several calls."""
         if in_backward():
             return 0 if self.calls == 1 else None
         if self.forward != self.counter.forward:
@@ -90,15 +93,15 @@ class _AttachedHook:
         return self.calls - 1
 
     def on_step(self, module: nn.Module, args: Any, rest: Any) -> Any:
-        """:meth:`on_call` in the forwards that are meant."""
+        """:meth:`on_call` in the forwards that ``steps`` select."""
         call = self.call
         return self.on_call(module, args, rest) if call is None or call.is_due(self.port.path) else None
 
     def on_plain(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """:meth:`on_call` for an output that is a tensor, at the cost of a hook written by hand."""
+        """:meth:`on_call` for a tensor output, at the cost of a hand-written hook."""
         try:
             version = output._version
-        except (AttributeError, RuntimeError):  # an inference tensor, or no tensor
+        except (AttributeError, RuntimeError):  # an inference tensor, or not a tensor
             version = NO_COUNTER
         if version == NO_COUNTER or type(output) is not Tensor:
             return self.on_call(module, args, output)
@@ -138,32 +141,32 @@ class _AttachedHook:
 
 @torch.compiler.substitute_in_graph(_AttachedHook.on_plain, skip_signature_check=True)
 def _on_plain_in_graph(self: _AttachedHook, module: nn.Module, args: Any, output: Any) -> Any:
-    """:meth:`_AttachedHook.on_plain` in a compiled graph, where a version is not known when the graph is made."""
+    """:meth:`_AttachedHook.on_plain` in a compiled graph, where version counters are not known while tracing."""
     return self.on_call(module, args, output)
 
 
 def _is_made_here(module: nn.Module, args: Any, x: Tensor) -> bool:
-    """Whether ``module`` computed ``x`` and no hook is on it yet, so that its gradient can be watched on it itself."""
+    """Whether ``module`` computed ``x`` and it has no hook yet, so that a tensor hook on ``x`` itself is enough."""
     if x.grad_fn is None or x._base is not None or has_tensor_hooks(x) or not torch.is_grad_enabled():
         return False
     return args[0] is not x if len(args) == 1 and type(args[0]) is Tensor else not handed_on(module, x, args)
 
 
 class AttachedPipeline(HookingContextFactory):
-    r"""A pipeline at every selected module, as a recipe: what :func:`attach` binds to a model.
+    r"""A pipeline at every selected module, as a recipe; :func:`attach` binds it to a model.
 
     Each module gets its own deep copy, with the keyword arguments ``path``, the named groups of the pattern (decimal
     ones as integers, so that ``(?P<layer>\d+)`` gives ``layer=3``), ``call`` (the number of the module's call in this
-    forward, from 0) and ``forward`` (the number of the forward since entering) in scope. A module of several names is
-    meant once, under the first.
+    forward, from 0) and ``forward`` (the number of the forward since entering) in scope. A module with several names is
+    selected once, under the first.
 
-    Pipelines are edits: they run before captures at their site, in the order the contexts were entered. A graph that
-    was made inside the block keeps its gradient hooks, as it keeps the edited values.
+    Pipelines are edits: they run before captures at their site, in the order in which contexts were entered. A graph
+    made inside the block keeps its gradient hooks after the block, as it keeps the edited values.
 
     Args:
-        selector: which modules; for a tree such as :class:`~tdcache.pipeline.TransformerHooks`, a mapping of dotted
-            names in it to a selector each.
-        pipeline: anything callable, as ``x -> x``: ``Hooks``, ``FwdBwdHooks``, ``AutoencoderHooks``, a function.
+        selector: which modules; for a tree such as :class:`~tdcache.pipeline.TransformerHooks`, a mapping from dotted
+            names in it to selectors.
+        pipeline: any callable ``x -> x``: ``Hooks``, ``FwdBwdHooks``, ``AutoencoderHooks``, a function.
         direction: ``"fwd"`` for the output or ``"fwd_pre"`` for the input.
         pick: which tensor of a structured value: an index, a key or a path of these; the first by default.
         match: ``"full"``, ``"prefix"`` or ``"search"``.
@@ -174,9 +177,9 @@ class AttachedPipeline(HookingContextFactory):
 
     Raises:
         HookSignatureError: the pipeline cannot be called.
-        SelectionError: steps that are none; an unusable selector; on entering, one that matches nothing.
+        SelectionError: the steps or the selector are invalid; on entering, the selector matches nothing.
         PathError: the tree has no such name.
-        ValueError: on entering, the pipeline has bound itself what the pattern's groups bind.
+        ValueError: on entering, the pipeline itself has bound a name that a group of the pattern binds.
 
     Example:
         >>> import torch
@@ -244,7 +247,7 @@ def _places(selector: Where, pipeline: Any, match: Match) -> Iterator[tuple[Hook
             raise HookSignatureError(f"a mapping of names to selectors is for a HookCollection, got {pipeline!r}")
         for name, each in selector.items():
             node = pipeline.at(name)
-            check_selector(each, match)  # an unusable selector is refused here, not on entering
+            check_selector(each, match)  # refuse an invalid selector now rather than on entering
             yield _callable_only(node, f"{name!r} is"), each
     else:
         _callable_only(pipeline, "the pipeline is")

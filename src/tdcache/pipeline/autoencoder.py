@@ -1,4 +1,8 @@
-"""A value through an encode/decode pair, with its error term: the arithmetic of every splice, and its form as hooks."""
+"""The arithmetic of splices: a value through an encode/decode pair, with its error term; also in the form of hooks.
+
+``reconstruction + (x - reconstruction)`` differs from ``x`` by rounding, so a spliced model that nobody edited would
+give other results than the model itself. The form used here is exact.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +25,21 @@ __all__ = ["Autoencoder", "AutoencoderHooks", "Sites", "as_autoencoder"]
 class Autoencoder:
     """An encode/decode pair: a sparse autoencoder, a transcoder, a linear basis.
 
-    Both must be deterministic: the decoder runs twice where an error term is added.
+    Both must be deterministic, since the decoder runs twice if an error term is added.
     """
 
     encode: Callable[[Tensor], Tensor]
     """From the value ``(..., d)`` to latents of any shape."""
     decode: Callable[..., Tensor]
-    """From latents to a value of the shape that is replaced."""
+    """From latents to a value of the shape of the one it replaces."""
     needs_source: bool = False
-    """Whether ``decode`` takes what was encoded as a second argument, as with a skip connection."""
+    """Whether ``decode`` takes the encoded value as a second argument, as for a skip connection."""
 
     def latents_of(self, source: Tensor) -> Tensor:
-        """Encode.
+        """The latents of ``source``.
 
         Raises:
-            EditError: the encoder gives no tensor.
+            EditError: the encoder does not return a tensor.
         """
         latents: Any = self.encode(source)
         if not isinstance(latents, Tensor):
@@ -46,10 +50,10 @@ class Autoencoder:
         return latents
 
     def decoded(self, latents: Tensor, like: Tensor, source: Tensor | None = None) -> Tensor:
-        """Decode, in the dtype of ``like``; ``source`` is what was encoded, ``like`` itself by default.
+        """Decode, in the dtype of ``like``; ``source`` is the encoded value, by default ``like`` itself.
 
         Raises:
-            EditError: the decoder gives another shape.
+            EditError: the decoder returns another shape.
         """
         found: Any = (
             self.decode(latents, like if source is None else source) if self.needs_source else self.decode(latents)
@@ -67,7 +71,7 @@ def as_autoencoder(given: Any) -> Autoencoder:
     """A pair ``(encode, decode)``, or anything with these two methods, as an :class:`Autoencoder`.
 
     Raises:
-        HookSignatureError: it is neither.
+        HookSignatureError: ``given`` is neither.
     """
     if isinstance(given, Autoencoder):
         return given
@@ -82,10 +86,10 @@ def as_autoencoder(given: Any) -> Autoencoder:
 
 
 def _summed(x: Tensor, plain: Tensor, reconstruction: Tensor, error: Tensor) -> Tensor:
-    """The sum of reconstruction and error, without what rounding would take from ``x``."""
+    """The sum of reconstruction and error, with exactly the value of ``x``."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return x - ((plain - reconstruction) + ((x - plain) - error))
-    total = reconstruction + error  # its graph is all that is wanted: of both, the gradient is that of the sum
+    total = reconstruction + error  # for its graph: the gradients of both are that of the sum
     with torch.no_grad():
         total.copy_(x - ((plain - reconstruction) + ((x - plain) - error)))
     return total
@@ -93,14 +97,14 @@ def _summed(x: Tensor, plain: Tensor, reconstruction: Tensor, error: Tensor) -> 
 
 @dataclass(frozen=True, slots=True)
 class Sites:
-    """The functions that latents, reconstruction and error pass through; they may read, edit, or watch gradients."""
+    """Functions that latents, reconstruction and error pass through, to read or edit them or watch gradients."""
 
     latents: Callable[[Tensor], Tensor]
     reconstruction: Callable[[Tensor], Tensor]
     error: Callable[[Tensor], Tensor]
 
     def run(self, x: Tensor, autoencoder: Autoencoder, *, add_error: bool, source: Tensor | None = None) -> Tensor:
-        """What replaces ``x``.
+        """The value that replaces ``x``.
 
         With the error term, where z = encode(x), r = decode(z), e = x - r, and z', r', e' are what the sites return,
 
@@ -114,8 +118,8 @@ class Sites:
         Args:
             x: the value to replace, ``(..., d)``.
             autoencoder: the pair.
-            add_error: add what the reconstruction misses; otherwise the output is the reconstruction alone.
-            source: what is encoded, if not ``x``.
+            add_error: add the error of the reconstruction; otherwise the output is the reconstruction alone.
+            source: the value to encode, if not ``x``.
 
         Raises:
             EditError: the pair does not fit, or the error was edited and is not added.
@@ -124,7 +128,7 @@ class Sites:
         if not add_error:
             return self._reconstruct(x, latents, autoencoder, source)
         plain = autoencoder.decoded(latents, x, source)
-        # Whoever edits in place at a site must hit neither the graph of the unedited branch nor the model's own value.
+        # An in-place edit at a site must not reach the graph of the unedited branch or the model's own value.
         graph = torch.is_grad_enabled() and latents.requires_grad
         if graph or shares_memory(latents, x) or (source is not None and shares_memory(latents, source)):
             latents = latents.clone()
@@ -149,17 +153,17 @@ class Sites:
 
 
 class AutoencoderHooks(HookCollection):
-    """A hook that passes a value through an encode/decode pair, with hooks on what is in between.
+    """A hook that passes a value through an encode/decode pair, with hooks on the values in between.
 
     The places are ``latents``, ``reconstruction`` and ``error``, each a :class:`~tdcache.pipeline.FwdBwdHooks`.
     With ``add_error`` the output is the value itself until something is edited, and an edit of the latents changes it
-    by what the decoder makes of the change; gradients are those of :class:`tdcache.Splice`. Without, the output is the
-    reconstruction, and ``error`` can only be read. Deep copies share the pair.
+    by the decoded change; gradients are those of :class:`tdcache.Splice`. Without it, the output is the reconstruction,
+    and ``error`` is read-only. Deep copies share the pair.
 
     Args:
         encode: from the value ``(..., d)`` to latents.
         decode: from latents to a value.
-        add_error: add what the reconstruction misses.
+        add_error: add the error of the reconstruction.
 
     Example:
         >>> hooks = AutoencoderHooks(lambda x: x / 2, lambda z: 2 * z, add_error=True)
@@ -185,7 +189,7 @@ class AutoencoderHooks(HookCollection):
         return Sites(*sites).run(x, Autoencoder(self.encode, self.decode), add_error=self.add_error)
 
     def is_empty(self) -> bool:
-        """Never: the pair itself may change the value."""
+        """False, since the pair itself may change the value."""
         return False
 
     def title(self) -> str:

@@ -1,4 +1,7 @@
-"""Calling what a user appended: with the keyword arguments it takes, and no others."""
+"""Calls a user's hook with the keyword arguments that it takes, and no others.
+
+Otherwise every hook of a pipeline would need ``**kwargs``, only because another hook needs ``layer``.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,20 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 @dataclass(frozen=True, slots=True)
 class HookCall:
-    """A callable and which of the keyword arguments in scope it is called with.
+    """A callable, and the keyword arguments that it takes.
 
-    A hook ``lambda x: ...`` and one ``def hook(x, layer): ...`` may stand in one pipeline: each gets what it names, and
-    one with ``**kwargs`` gets everything.
+    Hooks ``lambda x: ...`` and ``def hook(x, layer): ...`` can be in one pipeline: each gets the arguments that it
+    names, and one with ``**kwargs`` gets all of them.
 
     Raises:
-        HookSignatureError: it cannot be called.
+        HookSignatureError: the hook is not callable.
     """
 
     hook: Callable[..., Any]
     names: frozenset[str] | None = field(init=False, repr=False)
-    """The keyword arguments it takes; None for all of them."""
+    """The keyword arguments that it takes; None for all."""
     needed: tuple[str, ...] = field(init=False, repr=False)
-    """Those without a default."""
+    """The keyword arguments without a default."""
 
     def __post_init__(self) -> None:
         if not callable(self.hook):
@@ -41,7 +44,7 @@ class HookCall:
         object.__setattr__(self, "needed", needed)
 
     def __call__(self, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call it with ``x``, the positional arguments, and those of the keyword arguments that it takes.
+        """Call it with ``x``, the positional arguments, and the keyword arguments that it takes.
 
         Raises:
             HookSignatureError: one that it needs is not in scope.
@@ -49,11 +52,11 @@ class HookCall:
         return self.hook(x, *args, **self.taken(kwargs, is_enough=bool(args)))
 
     def taken(self, kwargs: Mapping[str, Any], *, is_enough: bool = False) -> Mapping[str, Any]:
-        """Those of the keyword arguments in scope that it is called with.
+        """The keyword arguments in scope that it takes.
 
         Args:
-            kwargs: all of them.
-            is_enough: positional arguments may stand for some that it needs.
+            kwargs: all keyword arguments in scope.
+            is_enough: do not report missing ones, since positional arguments may supply them.
 
         Raises:
             HookSignatureError: one that it needs is not in scope.
@@ -83,7 +86,7 @@ def _accepted(hook: Callable[..., Any]) -> tuple[frozenset[str] | None, tuple[st
     except (TypeError, ValueError):  # some builtins have no signature; they take no context either
         return frozenset(), ()
     if parameters and parameters[0].kind in _POSITIONAL:
-        del parameters[0]  # the value itself
+        del parameters[0]  # the value
     if any(each.kind is each.VAR_KEYWORD for each in parameters):
         names = None
     else:
@@ -95,7 +98,7 @@ def _accepted(hook: Callable[..., Any]) -> tuple[frozenset[str] | None, tuple[st
 
 
 def only_positional(hook: Callable[..., Any]) -> str | None:
-    """The name of the one parameter that can be given by position; None where there are several, or none is known."""
+    """The name of the only parameter that can be given by position; None if there are several or it is unknown."""
     try:
         parameters = inspect.signature(hook.forward if isinstance(hook, nn.Module) else hook).parameters.values()
     except (TypeError, ValueError):
@@ -105,6 +108,6 @@ def only_positional(hook: Callable[..., Any]) -> str | None:
 
 
 def spell(hook: Any) -> str:
-    """A hook for a repr or a message: functions by name, without an address that differs from run to run."""
+    """A hook as text for a repr or a message: functions by name, without an address that differs between runs."""
     name = getattr(hook, "__name__" if inspect.isbuiltin(hook) else "__qualname__", None)
     return name.rpartition("<locals>.")[2] if isinstance(name, str) else repr(hook)

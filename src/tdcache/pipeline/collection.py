@@ -1,4 +1,8 @@
-"""``HookCollection``: named places in a model, each with its hooks; ``FwdBwdHooks``: the sequences of one place."""
+"""``HookCollection``: named places in a model, each with its hooks; ``FwdBwdHooks``: the sequences of one place.
+
+A tree of places can be made, listed and filled before there is a model, and bound per layer; a model's forward only
+calls it.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +23,10 @@ PlacePart = Literal["fwd", "bwd", "fwd2"]
 
 
 class HookCollection(HookNode):
-    """Named children, which are sequences of hooks or collections themselves; attributes and in ``all_hooks``.
+    """Named children, either sequences of hooks or collections; available as attributes and in ``all_hooks``.
 
-    A hand-written forward calls the children: ``x = hooks.mlp.post_act(x)``. For a model with layers, give each one its
-    own ``deepcopy(hooks).bind(layer=number)``: copies have their own structure and bindings, and share the hooks.
+    A hand-written forward calls the children: ``x = hooks.mlp.post_act(x)``. For a model with layers, give each layer
+    its own ``deepcopy(hooks).bind(layer=number)``: copies have their own structure and bindings, and share the hooks.
 
     Example:
         >>> hooks = HookCollection().add_subhooks("post_act", FwdBwdHooks())
@@ -36,19 +40,19 @@ class HookCollection(HookNode):
 
     @property
     def all_hooks(self) -> Mapping[str, HookNode]:
-        """The children by name, in the order they were added; a live view that cannot be written to."""
+        """The children by name, in the order they were added; a live read-only view."""
         return MappingProxyType(self._children)
 
     def add_subhooks(self, name: str | int, subhooks: HookNode) -> Self:
         """Add a child; returns this collection.
 
         Args:
-            name: of the child. One that is no identifier, such as the number of a layer, is reached by its path or by
-                ``all_hooks``; a number is the name ``"3"``.
+            name: of the child. A number becomes the name ``"3"``. Names that are not identifiers are reached by their
+                path or through ``all_hooks``.
             subhooks: the child.
 
         Raises:
-            ValueError: the name is empty, in use, private or has a dot, or the child is no sequence or collection.
+            ValueError: the name is empty, in use, private or has a dot, or the child is not a sequence or collection.
         """
         name = str(name)
         taken = name in self._children or hasattr(type(self), name)
@@ -67,7 +71,7 @@ class HookCollection(HookNode):
     def __getattr__(self, name: str) -> Any:
         children = (
             {} if name.startswith("_") else self._children
-        )  # private names are asked for before there are children
+        )  # copy and pickle look up private names before there are children
         if name not in children:
             raise AttributeError(
                 f"{type(self).__name__} has no {name!r}; its children are {listed(list(children), 20)}"
@@ -85,7 +89,7 @@ class HookCollection(HookNode):
         """The sequence or collection with this dotted name.
 
         Raises:
-            PathError: there is none; the message has the nearest names.
+            PathError: there is no such name; the message lists the nearest ones.
         """
         node: HookNode = self
         for name in path.split("."):
@@ -105,7 +109,7 @@ class HookCollection(HookNode):
         """Append a hook to the sequence with this dotted name, such as ``"resid.torso.post_mlp.fwd"``; returns this.
 
         Raises:
-            PathError: there is none, or it is a collection of several.
+            PathError: there is no such name, or it is a collection.
         """
         node = self.at(path)
         if not isinstance(node, Hooks):
@@ -117,18 +121,18 @@ class HookCollection(HookNode):
         return self
 
     def append_all(self, hook: Hook, *, part: PlacePart = "fwd") -> Self:
-        """Append a hook once at every place below; returns this collection.
+        """Append a hook at every place below, once each; returns this collection.
 
         Args:
             hook: the hook.
-            part: which sequence of the places that have three.
+            part: which sequence of places that have three.
         """
         for sequence in {id(each): each for each in self.targets(part)}.values():
             sequence.append(hook)
         return self
 
     def targets(self, part: str) -> Iterator[Hooks]:
-        """One sequence for each place below."""
+        """One sequence per place below."""
         for child in self._children.values():
             yield from child.targets(part)
 
@@ -162,9 +166,9 @@ class HookCollection(HookNode):
 class FwdBwdHooks(HookCollection):
     """The hooks of one place: ``fwd`` on the value, then ``bwd`` on its gradient, then ``fwd2`` on the value again.
 
-    Gradients are those of the value after the edits of ``fwd`` and before those of ``fwd2``. Within each sequence hooks
-    run in the order they were appended, in the backward too: an ablation of the gradient that is appended before a save
-    is seen by the save. A value that needs no gradient is an error where ``bwd`` holds a hook.
+    Gradients are those of the value after the edits of ``fwd`` and before those of ``fwd2``. The hooks of each sequence
+    run in the order in which they were appended, in the backward as well: a save sees the effect of an ablation that
+    was appended before it. If ``bwd`` holds a hook, a value that does not require grad is an error.
     """
 
     def __init__(self) -> None:
@@ -199,7 +203,7 @@ class FwdBwdHooks(HookCollection):
         """The sequence that ``part`` names.
 
         Raises:
-            ValueError: it is none of the three.
+            ValueError: ``part`` is not one of the three.
         """
         if part not in self._children:
             raise ValueError(f"part is one of {', '.join(map(repr, self._children))}, got {part!r}")

@@ -1,4 +1,8 @@
-"""Hooks that apply under a condition: to the whole value, to a part of it, or not at all."""
+"""Hooks that apply under a condition: to the whole value, to a part of it, or not at all.
+
+A hook that checks its layer or slices its positions itself cannot be combined with one that does not; here the
+condition is separate from what is done.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +22,17 @@ __all__ = ["AtCalls", "AtLayers", "AtPositions", "AtRows", "ConditionalHooks"]
 
 
 class ConditionalHooks(Hooks):
-    """A sequence of hooks that is called where a condition says so.
+    """A sequence of hooks that is called if, or where, a condition holds.
 
-    Where it answers with a mask (by batch row, by position), the hooks get that part of the value, as a tensor of its
-    own, and what they make of it is put back; nothing else of the value changes, and hooks that read see the part only.
-    A part that is no rectangle, as of ``Rows(0) | Positions(1)``, arrives as ``(marked, *rest)``.
+    If the condition returns a mask (over batch rows, over positions), the hooks get a copy of that part of the value,
+    and their result is written back; the rest of the value does not change. A part that is not rectangular, as for
+    ``Rows(0) | Positions(1)``, has shape ``(marked, *rest)``.
 
     Args:
         condition: a :class:`~tdcache.pipeline.conditions.Condition`, or any predicate of the value and of the keyword
             arguments in scope that it names; it returns a bool, or a boolean mask over the value's leading dimensions.
-            One whose only positional parameter names such a keyword, as ``lambda layer: layer == 3``, gets that.
+            If its only positional parameter has the name of such a keyword, as in ``lambda layer: layer == 3``, it gets
+            that keyword.
         *hooks: the first hooks.
 
     Example:
@@ -42,11 +47,11 @@ class ConditionalHooks(Hooks):
         super().__init__(*hooks)
 
     def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Ask the condition, with what is bound here in scope, and run the hooks accordingly.
+        """Evaluate the condition, with the bound keyword arguments in scope, and run the hooks accordingly.
 
         Raises:
             SelectionError: the mask does not fit the value.
-            EditError: what the hooks made of a part does not fit it.
+            EditError: the result of the hooks does not fit the part.
         """
         scope = self._in_scope(kwargs)
         answer = checked(self.condition(x, *args, **scope), self.condition)
@@ -76,7 +81,7 @@ class ConditionalHooks(Hooks):
 
 
 def _index_of(x: Tensor, mask: Tensor) -> Any:
-    """What selects the marked part of ``x``: one index vector a dimension where it is a rectangle, else the mask."""
+    """The index of the marked part of ``x``: a vector per dimension if it is a rectangle, otherwise the mask."""
     dims = mask.dim()
     try:
         full = mask.to(x.device).expand(x.shape[:dims])
@@ -104,14 +109,14 @@ def _several(given: Any) -> tuple[Any, ...]:
 
 
 class AtLayers(ConditionalHooks):
-    """Hooks in some layers only, by the keyword ``layer``: ``AtLayers(3)``, ``AtLayers([3, 4])``."""
+    """Hooks in some layers only, according to the keyword ``layer``: ``AtLayers(3)``, ``AtLayers([3, 4])``."""
 
     def __init__(self, layers: int | Iterable[int], *hooks: Hook) -> None:
         super().__init__(Layers(*_several(layers)), *hooks)
 
 
 class AtCalls(ConditionalHooks):
-    """Hooks in some calls of a module that runs several times in a forward, by the keyword ``call``, from 0."""
+    """Hooks in some calls of a module that runs several times per forward: the keyword ``call``, counted from 0."""
 
     def __init__(self, calls: int | Iterable[int], *hooks: Hook) -> None:
         super().__init__(Calls(*_several(calls)), *hooks)

@@ -1,7 +1,7 @@
-"""When hooks apply: conditions on the layer, the call, the batch row, the position, or anything; they combine.
+"""Conditions under which hooks apply: on the layer, the call, the batch row, the position, or anything else.
 
-A condition is asked with the value and the keyword arguments in scope. It answers yes or no, or with a mask over the
-leading dimensions of the value, which names the part that is meant. ``&``, ``|`` and ``~`` combine both kinds.
+A condition is called with the value and the keyword arguments in scope. It returns a bool, or a mask over the leading
+dimensions of the value, for hooks that apply to a part of it. ``&``, ``|`` and ``~`` combine both kinds.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ __all__ = [
 ]
 
 Answer = bool | Tensor
-"""Yes, no, or a boolean mask over the leading dimensions of the value."""
+"""A bool, or a boolean mask over the leading dimensions of the value."""
 
 
 class Condition(ABC):
-    """What all conditions are: asked by a call, combined by ``&``, ``|`` and ``~``."""
+    """Base of all conditions: evaluated by a call, combined by ``&``, ``|`` and ``~``."""
 
     @abstractmethod
     def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> Answer:
@@ -57,7 +57,7 @@ class Condition(ABC):
 
 @dataclass(frozen=True, slots=True, init=False)
 class Keyword(Condition):
-    """A keyword argument in scope has one of some values: ``Keyword("kind", "mlp")``."""
+    """Holds if a keyword argument in scope has one of the given values: ``Keyword("kind", "mlp")``."""
 
     name: str
     values: tuple[Any, ...]
@@ -67,10 +67,10 @@ class Keyword(Condition):
         object.__setattr__(self, "values", values)
 
     def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> bool:
-        """Look the keyword up.
+        """Compare the keyword with the values.
 
         Raises:
-            HookSignatureError: there is none of this name in scope.
+            HookSignatureError: no keyword of this name is in scope.
         """
         if self.name in kwargs and kwargs[self.name] is None:
             raise HookSignatureError(
@@ -88,7 +88,7 @@ class Keyword(Condition):
 
 
 class Layers(Keyword):
-    """In these layers, by the keyword ``layer``."""
+    """Holds in these layers, according to the keyword ``layer``."""
 
     def __init__(self, *layers: int) -> None:
         super().__init__("layer", *layers)
@@ -98,7 +98,7 @@ class Layers(Keyword):
 
 
 class Calls(Keyword):
-    """In these calls of a module that runs several times in one forward, counted from 0, by the keyword ``call``."""
+    """Holds in these calls of a module that runs several times per forward: the keyword ``call``, counted from 0."""
 
     def __init__(self, *calls: int) -> None:
         super().__init__("call", *calls)
@@ -109,7 +109,7 @@ class Calls(Keyword):
 
 @dataclass(frozen=True, slots=True, init=False)
 class Part(Condition):
-    """Some indices along one dimension of the value; negative ones count from its end."""
+    """Marks indices along one dimension of the value; negative ones count from its end."""
 
     dim: int
     indices: tuple[int | slice, ...]
@@ -149,7 +149,7 @@ def _spelled(index: int | slice) -> str:
 
 
 class Rows(Part):
-    """These rows of the batch: dimension 0."""
+    """Marks rows of the batch: dimension 0."""
 
     def __init__(self, *rows: int | slice) -> None:
         super().__init__(0, *rows)
@@ -159,7 +159,7 @@ class Rows(Part):
 
 
 class Positions(Part):
-    """These positions of the sequence: dimension 1, or another."""
+    """Marks positions of the sequence: dimension 1 by default."""
 
     def __init__(self, *positions: int | slice, dim: int = 1) -> None:
         super().__init__(dim, *positions)
@@ -177,7 +177,7 @@ class When(Condition):
     predicate: Callable[..., Any]
 
     def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> Answer:
-        """Ask the predicate.
+        """Call the predicate.
 
         Raises:
             HookSignatureError: it returned neither a bool nor a boolean mask.
@@ -193,18 +193,18 @@ class When(Condition):
 
 @dataclass(frozen=True, slots=True, init=False)
 class _Joined(Condition):
-    """Several conditions as one; asked in order, until one of them decides."""
+    """Several conditions as one, evaluated in order until one of them decides."""
 
     members: tuple[Condition, ...]
     deciding: ClassVar[bool]
-    """The answer of a member after which the rest is not asked."""
+    """The result of a member that decides, so that the rest is not evaluated."""
     sign: ClassVar[str]
 
     def __init__(self, *members: Condition) -> None:
         object.__setattr__(self, "members", members)
 
     def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> Answer:
-        """Ask the members in order."""
+        """Evaluate the members in order."""
         join = torch.logical_or if self.deciding else torch.logical_and
         neutral = not self.deciding
         found: Any = neutral
@@ -220,14 +220,14 @@ class _Joined(Condition):
 
 
 class All(_Joined):
-    """Where all members apply; after the first no, the rest is not asked."""
+    """Holds where all members hold; after the first False, the rest is not evaluated."""
 
     __slots__ = ()
     deciding, sign = False, "&"
 
 
 class Either(_Joined):
-    """Where any member applies; after the first yes, the rest is not asked."""
+    """Holds where any member holds; after the first True, the rest is not evaluated."""
 
     __slots__ = ()
     deciding, sign = True, "|"
@@ -235,7 +235,7 @@ class Either(_Joined):
 
 @dataclass(frozen=True, slots=True)
 class Not(Condition):
-    """Where the other does not apply."""
+    """Holds where the member does not."""
 
     member: Condition
 
@@ -253,17 +253,17 @@ def _in_brackets(member: Condition) -> str:
 
 
 def _aligned(one: Any, other: Any) -> tuple[Tensor, Tensor]:
-    """Two masks, whose dimensions are the leading ones of a value, with as many dimensions each."""
+    """Two masks over leading dimensions of a value, with trailing axes added so that both have the same number."""
     dims = max(one.dim(), other.dim())
     one, other = (mask.reshape(*mask.shape, *(1,) * (dims - mask.dim())) for mask in (one, other))
     return one, other
 
 
 def checked(answer: Any, asked: Any) -> Answer:
-    """An answer as a bool or a boolean mask.
+    """The result of a condition as a bool or a boolean mask.
 
     Raises:
-        HookSignatureError: it is neither.
+        HookSignatureError: the result is neither.
     """
     if isinstance(answer, Tensor) and answer.dtype == torch.bool:
         return answer if answer.dim() else bool(answer)
@@ -274,5 +274,5 @@ def checked(answer: Any, asked: Any) -> Answer:
 
 
 def as_condition(condition: Callable[..., Any]) -> Condition:
-    """A condition as it is, any other predicate as one."""
+    """A condition unchanged; any other predicate wrapped in :class:`When`."""
     return condition if isinstance(condition, Condition) else When(condition)

@@ -1,4 +1,8 @@
-"""Sparse dictionaries as modules: autoencoders, transcoders, crosscoders; none is trained here."""
+"""Sparse dictionaries as modules, to be spliced into models: autoencoders, transcoders, crosscoders.
+
+Libraries write the same few formulas with different names, orders and normalisations. One module with one set of
+tensors computes all of them, and differences between files are settled when they are read. Training is out of scope.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from tdcache.errors import listed
 __all__ = ["Architecture", "Dictionary", "DictionaryConfig", "Normalization"]
 
 Architecture = Literal["relu", "topk", "jumprelu", "gated"]
-"""How latents are made of pre-activations."""
+"""How latents are computed from pre-activations."""
 
 Normalization = Literal["none", "layer_norm", "constant_norm_rescale"]
 """How activations are normalised before they are encoded."""
@@ -31,19 +35,19 @@ _LAYER_NORM_EPS = 1e-5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DictionaryConfig:
-    """What its tensors do not say about a dictionary."""
+    """The properties of a dictionary that its tensors do not determine."""
 
     architecture: Architecture = "relu"
     k: int | None = None
-    """How many latents are kept of each vector (``topk``)."""
+    """How many latents of each vector are kept (``topk``)."""
     center: bool = True
-    """Whether the decoder's bias is subtracted from what is encoded."""
+    """Whether the decoder's bias is subtracted from the input before encoding."""
     normalize: Normalization = "none"
-    """What is done to activations before; undone after decoding, unless it is a transcoder."""
+    """How activations are normalised before encoding; undone after decoding, except for a transcoder."""
     rescale_by_decoder_norm: bool = False
-    """Whether pre-activations count times the norm of their decoder row (``topk``); decoding divides by it again."""
+    """Whether pre-activations are multiplied by the norm of their decoder row (``topk``); decoding divides by it."""
     transcodes: bool = False
-    """Whether the output is another activation than the input, which may have another size."""
+    """Whether the output predicts another activation than the input, possibly of another size."""
 
     def __repr__(self) -> str:
         shown = [
@@ -67,9 +71,9 @@ class DictionaryConfig:
 
 
 class Dictionary(nn.Module):
-    """A sparse dictionary: latents of activations, and activations of latents. Made for :class:`tdcache.Splice`.
+    """A sparse dictionary, which encodes activations into latents and decodes them, for :class:`tdcache.Splice`.
 
-    With p = (x - b_dec) W_enc + b_enc (x itself, where it does not center), latents are
+    With p = (x - b_dec) W_enc + b_enc (without ``center``, p = x W_enc + b_enc), latents are
 
     - ``relu``: max(p, 0) (Bricken et al., "Towards Monosemanticity", 2023);
     - ``topk``: max(p, 0) where p is among the k largest, else 0 (Gao et al., arXiv:2406.04093);
@@ -77,28 +81,28 @@ class Dictionary(nn.Module):
     - ``gated``: max((x - b_dec) (W_enc exp(r_mag)) + b_mag, 0) where (x - b_dec) W_enc + b_gate > 0, else 0
       (Rajamanoharan et al., arXiv:2404.16014);
 
-    and the reconstruction is z W_dec + b_dec. Around this,
+    and the reconstruction is z W_dec + b_dec. Options change this as follows:
 
     - ``normalize``: x is replaced by (x - m) / (s + 1e-5), with its mean m and standard deviation s (``layer_norm``),
       or by x sqrt(d_in) / norm(x) (``constant_norm_rescale``), and the reconstruction r by r s + m or
       r norm(x) / sqrt(d_in);
     - ``rescale_by_decoder_norm``: p is multiplied by the norms of W_dec's rows, z divided by them before decoding;
-    - a transcoder's reconstruction is another activation, such as an MLP's output of its input, and stays as it is;
-    - with ``W_skip``, x W_skip^T is added, for x as it came (Paulo et al., arXiv:2501.18823);
+    - a transcoder predicts another activation, such as an MLP's output from its input, and is not normalised back;
+    - with ``W_skip``, x W_skip^T is added, for x before normalisation (Paulo et al., arXiv:2501.18823);
     - a crosscoder has ``W_enc`` ``(layers, d, n)``, ``W_dec`` ``(n, layers, d)``, ``b_dec`` ``(layers, d)``, and its
       latents are shared by all layers of x ``(..., layers, d)`` (Lindsey et al., "Sparse Crosscoders", 2024).
 
-    Gradients are those of these formulas as they stand: none reaches a threshold or a gate. Values are cast to the
-    dictionary's dtype.
+    Gradients are those of these formulas, so none reaches a threshold or a gate. Values are cast to the dictionary's
+    dtype.
 
     Args:
         tensors: ``W_enc`` ``(d_in, n)``, ``W_dec`` ``(n, d_out)``, ``b_dec`` ``(d_out,)``, and ``b_enc`` ``(n,)`` or
             ``b_gate``, ``r_mag``, ``b_mag`` ``(n,)``; ``threshold`` ``(n,)``; ``W_skip`` ``(d_out, d_in)`` if there
             is a skip connection. They become parameters.
-        config: the rest.
+        config: the properties that the tensors do not determine.
 
     Raises:
-        ValueError: a tensor is missing, superfluous, of the wrong shape, or not of floating point.
+        ValueError: a tensor is missing, superfluous, of the wrong shape, or not floating point.
 
     Example:
         >>> eye = torch.eye(3)
@@ -127,7 +131,7 @@ class Dictionary(nn.Module):
 
     @property
     def needs_source(self) -> bool:
-        """Whether decoding needs the activations that were encoded: their scale, or a skip connection."""
+        """Whether decoding needs the encoded activations, for their scale or for a skip connection."""
         return self.skips or (self.config.normalize != "none" and not self.config.transcodes)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -159,11 +163,11 @@ class Dictionary(nn.Module):
         """Activations ``(..., d_out)`` of latents ``(..., n)``.
 
         Args:
-            latents: what :meth:`encode` gives.
-            source: the activations that were encoded, if ``needs_source``.
+            latents: the result of :meth:`encode`, possibly edited.
+            source: the encoded activations, if ``needs_source``.
 
         Raises:
-            ValueError: they are needed and were not given.
+            ValueError: ``source`` is needed and was not given.
         """
         if source is None and self.needs_source:
             raise ValueError(
@@ -184,7 +188,7 @@ class Dictionary(nn.Module):
         return found.unflatten(-1, self.b_dec.shape) if self.b_dec.dim() > 1 else found
 
     def _scales(self, x: Tensor) -> tuple[Tensor | float, Tensor, float]:
-        """What is subtracted from activations, what they are divided by, and what is added to that."""
+        """The shift and scale of activations, and the epsilon that is added to the scale."""
         if self.config.normalize == "layer_norm":
             return x.mean(-1, keepdim=True), x.std(-1, keepdim=True), _LAYER_NORM_EPS
         return 0.0, x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5, 0.0
@@ -235,11 +239,11 @@ def _check(tensors: Mapping[str, Tensor], config: DictionaryConfig) -> None:
 
 
 def _shapes(tensors: Mapping[str, Tensor], config: DictionaryConfig) -> dict[str, tuple[int | None, ...]]:
-    """The shapes by name, with None for any size; under ``""`` that of a tensor with one number per latent."""
+    """The expected shapes by name, with None for any size; under ``""`` that of tensors with one number per latent."""
     matrix = tuple(tensors["W_enc"].shape)
     *inner, count = matrix if len(matrix) in (2, 3) else (None, None)
     bias = tuple(tensors["b_dec"].shape)
-    # What is not centred, nor scaled back, may be of another size than the input.
+    # Without centring and normalisation, the output may differ in size from the input.
     free = not config.center and (config.transcodes or config.normalize == "none")
     outer = tuple(bias) if free and len(bias) == len(inner) else tuple(inner)
     return {

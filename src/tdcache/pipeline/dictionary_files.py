@@ -1,4 +1,8 @@
-"""Dictionaries in files: the layouts of several libraries, each read as the same arithmetic or refused."""
+"""Reads dictionaries from the file layouts of several libraries, and writes one of them.
+
+A file either computes the same as in the library that wrote it, or is refused: an ignored setting would give latents
+that look plausible and are wrong.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from tdcache.store.safetensors import read_tensors, write_tensors
 
 __all__ = ["load_dictionary", "save_dictionary"]
 
-# What other libraries call the same things; a matrix under such a name is transposed.
+# Names of the same tensors in other libraries; matrices under these names are transposed.
 _TENSOR_NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
 _NUMPY_NAMES = {"w_enc": "W_enc", "w_dec": "W_dec"}
 _CONFIG_FILES = ("cfg.json", "config.json")
@@ -42,20 +46,19 @@ _AVERAGE = "expected_average_only_in"
 def load_dictionary(folder: str | Path, *, norm_scaling_factor: float | None = None) -> Dictionary:
     """Read a dictionary from a folder with a JSON config and a safetensors file, or with Gemma Scope's ``params.npz``.
 
-    Understands what :func:`save_dictionary` writes, the layouts of SAELens (``standard``, ``topk``, ``jumprelu``,
-    ``gated``, transcoders with and without skip connection) and of sparsify (``topk``, with ``transcode`` and
-    ``skip_connection``), and crosscoders in the same files, with a layer axis in their tensors. A setting that would
-    change what is computed, and is not implemented here, is refused. The parameters are on the CPU and do not require
-    grad.
+    Reads the files of :func:`save_dictionary`, the layouts of SAELens (``standard``, ``topk``, ``jumprelu``, ``gated``,
+    transcoders with and without skip connection) and of sparsify (``topk``, with ``transcode`` and
+    ``skip_connection``), and crosscoders in the same files, with a layer axis in their tensors. A setting that affects
+    the result and is not implemented is an error. The parameters are on the CPU and do not require grad.
 
     Args:
-        folder: where the files are.
-        norm_scaling_factor: what activations were multiplied by in training, for ``normalize_activations`` =
-            ``"expected_average_only_in"``; it becomes part of the weights. Read from ``activation_scaler.json`` if it
-            is there.
+        folder: the folder of the files.
+        norm_scaling_factor: the factor that activations were multiplied by in training, for ``normalize_activations`` =
+            ``"expected_average_only_in"``; it becomes part of the weights. By default read from
+            ``activation_scaler.json``.
 
     Raises:
-        StoreError: a file is missing or damaged, or the dictionary is of a kind that is not implemented; ``path`` is
+        StoreError: a file is missing or damaged, or the dictionary needs a setting that is not implemented; ``path`` is
             the file or folder.
     """
     folder = Path(folder)
@@ -87,7 +90,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _gemma_scope(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and settings of an archive of arrays, which has no config: always JumpReLU, never centred."""
+    """Tensors and settings of an ``npz`` archive, which has no config: always JumpReLU, never centred."""
     import numpy as np
 
     try:
@@ -99,10 +102,10 @@ def _gemma_scope(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _factor(folder: Path) -> float:
-    """The factor that was saved beside a checkpoint.
+    """The scaling factor that was saved with a checkpoint.
 
     Raises:
-        ValueError: it was not.
+        ValueError: no factor was saved.
     """
     file = folder / "activation_scaler.json"
     factor = _read_json(file).get("scaling_factor") if file.is_file() else None
@@ -115,7 +118,7 @@ def _factor(folder: Path) -> float:
 
 
 def _scaled(tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """The weights that do to x what these do to ``factor * x``, divided by ``factor`` again."""
+    """Weights that map x to the result of these weights on ``factor * x``, divided by ``factor``."""
     scales = {"W_enc": factor, "W_dec": 1 / factor, "b_dec": 1 / factor}
     return {name: each * scales[name] if name in scales else each for name, each in tensors.items()}
 
@@ -146,7 +149,7 @@ def _config_of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Di
         if settings.get(name) not in off:
             raise ValueError(f"it was made with {name}={settings[name]!r}, which is not implemented")
     normalize: Any = settings.get("normalize_activations") or "none"  # older files say false
-    normalize = "none" if normalize == _AVERAGE else normalize  # part of the weights by now
+    normalize = "none" if normalize == _AVERAGE else normalize  # already part of the weights
     if normalize not in get_args(Normalization):
         raise ValueError(f"it was made with normalize_activations={normalize!r}, which is not implemented")
     if bool(settings.get("skip_connection", "W_skip" in tensors)) != ("W_skip" in tensors):
@@ -176,7 +179,7 @@ def _config_of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Di
 
 
 def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
-    """Write a dictionary as ``cfg.json`` and ``sae_weights.safetensors``, in the layout of SAELens; makes the folder.
+    """Write a dictionary as ``cfg.json`` and ``sae_weights.safetensors`` in the layout of SAELens; creates the folder.
 
     Example:
         >>> import tempfile

@@ -1,4 +1,8 @@
-"""Gradient taps: identities whose backward may read or replace the gradient, or let none through."""
+"""Hooks in the forward that act in the backward: they read, replace or block the gradient of a value.
+
+A tensor hook on the value itself would see the gradients of all its uses; one on a copy sees only what comes from after
+this point of the pipeline.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +24,14 @@ __all__ = ["GradientHook", "grad_hook_wrapper", "stop_gradient"]
 
 @dataclass(frozen=True, slots=True)
 class GradientHook:
-    """A hook for the forward that calls ``hook(grad)`` in the backward: the value goes through unchanged.
+    """A forward hook that leaves the value unchanged and calls ``hook(grad)`` in the backward.
 
-    The gradient is the one that arrives from whatever uses the value *after* this hook, and from nothing else. What
-    ``hook`` returns, if not None, goes on in its place. ``hook`` gets a copy, so that it may write into it and keep it.
-    It is called in every backward through the value, as long as the graph lives, with the keyword arguments that were
-    in scope in the forward.
+    The gradient is the one from all uses of the value *after* this hook, and from no other. A return value other than
+    None replaces it. ``hook`` gets a copy, which it may modify and keep. It is called in every backward through the
+    value, as long as the graph exists, with the keyword arguments that were in scope in the forward.
 
     Raises:
-        CaptureError: in the forward, the value needs no gradient, so that ``hook`` would never be called.
+        CaptureError: in the forward, the value does not require grad, so that ``hook`` would never be called.
     """
 
     hook: Hook
@@ -38,10 +41,10 @@ class GradientHook:
         object.__setattr__(self, "call", HookCall(self.hook))
 
     def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> Tensor:
-        """Give an alias-free copy of ``x`` whose gradient passes through the hook."""
+        """Return a copy of ``x`` whose gradient passes through the hook."""
         if not isinstance(x, Tensor) or not x.requires_grad or not torch.is_grad_enabled():
             raise self._no_gradient(x, kwargs.get("path"))
-        # A copy, no view: a later in-place operation on a view would take the view, and its hook, out of the graph.
+        # A copy, since a later in-place operation on a view would remove the view, with its hook, from the graph.
         tapped = x.clone()
         add_tensor_hook(tapped, partial(self._on_grad, args, kwargs))
         return tapped
@@ -73,7 +76,7 @@ class GradientHook:
 
 
 def grad_hook_wrapper(hook: Hook) -> GradientHook:
-    """Make of a hook on gradients a hook for the forward; see :class:`GradientHook`.
+    """Turn a hook on gradients into a hook for the forward; see :class:`GradientHook`.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
@@ -85,5 +88,5 @@ def grad_hook_wrapper(hook: Hook) -> GradientHook:
 
 
 def stop_gradient(x: Tensor) -> Tensor:
-    """Let the value through and no gradient back: ``x.detach()``, which shares memory with ``x``."""
+    """Pass the value and block its gradient: ``x.detach()``, which shares memory with ``x``."""
     return x.detach()

@@ -1,4 +1,8 @@
-"""``Hooks``: an ordered sequence of callables that is itself one."""
+"""``Hooks``: an ordered sequence of callables that is itself a callable.
+
+Keyword arguments (``layer``, ``call``) reach each hook by name, and may be bound at any level of a tree, so that the
+same hook can be used in every layer without a closure over the layer's number.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,13 @@ from tdcache.pipeline.calling import HookCall, spell
 __all__ = ["Hook", "HookNode", "Hooks", "WrapperHooks", "run"]
 
 Hook = Callable[..., Any]
-"""``x -> x``, or ``x -> None`` for one that only looks; keyword arguments in scope are passed where it names them."""
+"""``x -> x``, or ``x -> None`` for one that only reads; it gets the keyword arguments in scope that it names."""
 
 _INDENT = 4 * " "
 
 
 def run(calls: Iterable[HookCall], x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Pass ``x`` through the calls in order; one that gives None leaves it as it is."""
+    """Pass ``x`` through the calls in order; one that returns None leaves it unchanged."""
     for call in calls:
         new = call(x, args, kwargs)
         if new is not None:
@@ -29,7 +33,7 @@ def run(calls: Iterable[HookCall], x: Any, args: tuple[Any, ...], kwargs: Mappin
 
 @dataclass(frozen=True, slots=True)
 class _HooksAsOne:
-    """The hooks of a sequence at one moment, as one hook."""
+    """A snapshot of the hooks of a sequence, as one hook."""
 
     calls: tuple[HookCall, ...]
     takes_any_keyword: ClassVar[bool] = True
@@ -42,14 +46,14 @@ class _HooksAsOne:
 
 
 class HookNode:
-    """What sequences and collections have in common: bound keyword arguments, separate copies, a nested repr.
+    """Base of sequences and collections: bound keyword arguments, separate copies, a nested repr.
 
-    A keyword bound here reaches every hook below; where one is bound at several levels, the binding nearest to the hook
-    counts, before what is passed with the call.
+    A keyword bound here reaches every hook below. If it is bound at several levels, the binding nearest to the hook
+    wins, also over an argument of the call.
     """
 
     takes_any_keyword: ClassVar[bool] = True
-    """So that a call need not look at the signature."""
+    """Precomputed, so that a call need not inspect the signature."""
 
     def __init__(self) -> None:
         self._own: dict[str, Any] = {}
@@ -64,7 +68,7 @@ class HookNode:
         """Fix keyword arguments for every hook below; returns this object.
 
         Raises:
-            ValueError: one of them is bound on this very object already; nothing is bound then.
+            ValueError: one of them is already bound on this object; nothing is bound then.
         """
         taken = [f"{name}={self._own[name]!r}" for name in kwargs if name in self._own]
         if taken:
@@ -95,12 +99,12 @@ class HookNode:
         return self
 
     def inherit(self, scope: Mapping[str, Any]) -> None:
-        """Take over what is bound further up, in place of what was."""
+        """Replace the bindings from further up."""
         self._inherited = dict(scope)
         self._pass_scope_on()
 
     def _pass_scope_on(self) -> None:
-        """Hand what is bound to the nodes below."""
+        """Pass the bindings to the nodes below."""
 
     def is_empty(self) -> bool:
         """Whether nothing would be called."""
@@ -111,7 +115,7 @@ class HookNode:
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy of the structure, to be bound and appended to apart; the hooks in it are the same objects."""
+        """A copy of the structure, with separate bindings and sequences; the hooks in it are the same objects."""
         new = copy.copy(self)
         memo[id(self)] = new
         new._separate(memo)  # noqa: SLF001 - the copy's own
@@ -125,7 +129,7 @@ class HookNode:
         return f"{type(self).__name__}()"
 
     def lines(self) -> list[str]:
-        """The repr, line by line: the title with what is bound here, then what is below, indented."""
+        """The lines of the repr: the title with the bindings of this object, then the nodes below, indented."""
         own = ", ".join(f"{name}={value!r}" for name, value in self._own.items())
         return [f"{self.title()} [{own}]" if own else self.title(), *(_INDENT + line for line in self._lines_below())]
 
@@ -139,8 +143,8 @@ class HookNode:
 class Hooks(HookNode):
     """An ordered sequence of hooks ``x -> x``, called one after the other.
 
-    A hook that returns None leaves the value as it is. Hooks are called with the keyword arguments in scope that they
-    name (all, if they take ``**kwargs``). Calling is plain Python: gradients flow as the hooks let them.
+    A hook that returns None leaves the value unchanged. Hooks are called with the keyword arguments in scope that they
+    name (all, if they take ``**kwargs``). Calling is plain Python, so autograd works through the hooks as usual.
 
     Args:
         *hooks: the first ones; :meth:`append` adds more.
@@ -161,7 +165,7 @@ class Hooks(HookNode):
         return run(self._calls, x, args, self._in_scope(kwargs))
 
     def _in_scope(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What is bound, added to the keyword arguments of this very call."""
+        """The bindings, merged with the keyword arguments of this call."""
         if self._inherited:
             kwargs.update(self._inherited)
         if self._own:
@@ -172,8 +176,8 @@ class Hooks(HookNode):
         """Add a hook at the end; returns this object.
 
         Raises:
-            HookSignatureError: it is not callable.
-            ValueError: it is, or holds, this very sequence.
+            HookSignatureError: the hook is not callable.
+            ValueError: the hook is, or contains, this sequence.
         """
         call = HookCall(hook)
         if isinstance(hook, Hooks) and any(node is self for node in _nodes(hook)):
@@ -191,7 +195,7 @@ class Hooks(HookNode):
         return not self._calls
 
     def targets(self, part: str) -> Iterator[Hooks]:
-        """This sequence, whatever the part."""
+        """This sequence, for any part."""
         yield self
 
     def __len__(self) -> int:
@@ -229,11 +233,11 @@ def _nodes(hooks: Hooks) -> Iterator[Hooks]:
 
 
 class WrapperHooks(Hooks):
-    """A sequence that is handed, as one hook, to ``wrapper``, which makes of it the hook that is called.
+    """A sequence that is passed, as one hook, to ``wrapper``, which returns the hook that is called.
 
-    The sequence is wrapped as a whole, so that the order within it is the order in which hooks were appended, also
-    where the wrapper runs it in the backward: with :func:`~tdcache.pipeline.grad_hook_wrapper`, an edit that is
-    appended before a save is seen by the save.
+    The sequence is wrapped as a whole, so that its hooks run in the order in which they were appended even if the
+    wrapper runs them in the backward: with :func:`~tdcache.pipeline.grad_hook_wrapper`, a save sees the effect of an
+    edit that was appended before it.
 
     Args:
         wrapper: takes a hook and returns a hook; called again when the sequence has changed, and not while it is empty.
@@ -246,7 +250,7 @@ class WrapperHooks(Hooks):
         super().__init__(*hooks)
 
     def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Wrap the hooks as they are now, and call the result."""
+        """Wrap the current hooks if they have changed, and call the result."""
         if not self._calls:
             return x
         if self._wrapped is None:
@@ -254,7 +258,7 @@ class WrapperHooks(Hooks):
         return self._wrapped(x, *args, **self._in_scope(kwargs))
 
     def append(self, hook: Hook) -> Self:
-        """Add a hook at the end, and have the sequence wrapped again before the next call; returns this object."""
+        """Add a hook at the end; the sequence is wrapped again before the next call. Returns this object."""
         self._wrapped = None
         return super().append(hook)
 

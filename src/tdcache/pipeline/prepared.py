@@ -1,7 +1,7 @@
-"""Pipelines laid out flat for one site: what is called, in order, and with which keyword arguments.
+"""Flattens a pipeline for one site into a list of calls with their keyword arguments.
 
-A pipeline looks up what is bound, and what each hook takes, in every call, because both may change between two calls.
-An attached pipeline is a copy that nobody else has, so there all of it is looked up once, on entering.
+A pipeline looks up its bindings and the arguments of each hook in every call, because both may change between calls. An
+attached pipeline is a private copy, so all of this is looked up once, on entering.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from tdcache.pipeline.hooks import Hook, HookNode, Hooks, WrapperHooks
 __all__ = ["GradientSteps", "HookStep", "VARYING", "laid_out", "run_steps"]
 
 VARYING = ("call", "forward")
-"""The keyword arguments in scope that differ from call to call."""
+"""The keyword arguments in scope that vary from call to call."""
 
 
 class HookStep(NamedTuple):
     """One hook of a pipeline at one site."""
 
     hook: Hook
-    """With the keyword arguments bound to it that are the same in every call."""
+    """The hook, with the keyword arguments that are the same in every call."""
     varying: tuple[str, ...]
-    """The names of those that are not."""
+    """The names of the keyword arguments that vary."""
     gradient: GradientSteps | None = None
-    """Where all that the hook does is to watch the gradient of its value: what watches it."""
+    """If the hook only watches the gradient of its value: the hook on the gradient."""
 
 
 def run_steps(steps: Sequence[HookStep], x: Any, values: Mapping[str, Any]) -> Any:
@@ -46,7 +46,7 @@ def run_steps(steps: Sequence[HookStep], x: Any, values: Mapping[str, Any]) -> A
 
 
 def laid_out(pipeline: Any, scope: Mapping[str, Any]) -> Iterator[HookStep]:
-    """The steps of a pipeline with these keyword arguments in scope; those bound nearest to a hook count.
+    """The steps of a pipeline with these keyword arguments in scope; the binding nearest to a hook wins.
 
     Raises:
         HookSignatureError: a hook needs a keyword argument that is not in scope.
@@ -91,11 +91,11 @@ class GradientSteps:
     takes_any_keyword: ClassVar[bool] = True
 
     def __call__(self, x: Any, /, **kwargs: Any) -> Any:
-        """Pass a gradient through."""
+        """Pass a gradient through the steps."""
         return run_steps(self.steps, x, kwargs)
 
     def on_grad(self, grad: Tensor, values: Mapping[str, Any] | None = None) -> Any:
-        """Pass a copy of the gradient through the steps; what comes out goes on."""
+        """Pass a copy of the gradient through the steps and return the result."""
         new = run_steps(self.steps, grad.clone(), values or {})
         check_fits(new, grad, self.path)
         return new

@@ -1,4 +1,8 @@
-"""Showing a module in a model's tree under a path beside one that is there, until the handle is removed."""
+"""Adds a module to a model's tree, next to an existing one, until the handle is removed.
+
+Selectors, captures and edits all work by path; so for a splice's latents to be ordinary sites they need a path in
+``named_modules()``, although no forward of the model calls them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ def shown_path(path: str) -> str:
 
 
 class Planted:
-    """A module under a name in another module's children; ``remove()`` takes it out."""
+    """A module that was added to another module's children; ``remove()`` takes it out."""
 
     def __init__(self, holder: nn.Module, name: str, module: nn.Module) -> None:
         self.holder = holder
@@ -37,11 +41,11 @@ class Planted:
         return f"{type(self).__name__}({self.name!r})"
 
     def show(self, *_: Any) -> None:
-        """Put it at the end of the children."""
+        """Add it at the end of the children."""
         self.holder._modules[self.name] = self.module
 
     def hide(self, *_: Any) -> None:
-        """Take it out of the children, if it is there."""
+        """Remove it from the children, if it is there."""
         if self.holder._modules.get(self.name) is self.module:
             del self.holder._modules[self.name]
 
@@ -50,15 +54,15 @@ class Planted:
 
 
 def plant(model: nn.Module, path: str, module: nn.Module, suffix: str, handle: MultiHookHandle) -> None:
-    """Show ``module`` at ``shown_path(path) + suffix`` in ``named_modules()``; ``handle`` takes it out again.
+    """Make ``module`` appear at ``shown_path(path) + suffix`` in ``named_modules()``, until ``handle`` is removed.
 
-    It is put among the children of the parent, at their end; for a call, among those of the module that makes it.
-    Containers (``ModuleList``, ``ModuleDict``, ``Sequential``) are iterated over by whoever runs them, and a child more
-    would run as well: there it is put, under a name with dots, into the nearest ancestor that is none; where all are
+    It becomes the last child of the parent or, for a function call, of the module that makes the call. Code that
+    iterates over a container (``ModuleList``, ``ModuleDict``, ``Sequential``) would run an additional child, so in that
+    case it becomes, under a name with dots, a child of the nearest ancestor that is not a container; if all are
     containers, it is hidden while the outermost one runs.
 
     Raises:
-        ContextError: there is a module of that path.
+        ContextError: there is a module at that path already.
     """
     ancestors = _ancestors(model, path)
     path = shown_path(path)
@@ -73,7 +77,7 @@ def plant(model: nn.Module, path: str, module: nn.Module, suffix: str, handle: M
 
 
 def _ancestors(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
-    """The modules above ``path``, outermost first, each with the prefix that the names of its children have."""
+    """The modules above ``path``, outermost first, each with the prefix of its children's names."""
     if is_call(path):
         host = CallSite.parse(path).path
         return [*_ancestors(model, host), (f"{host}.", resolve(model, host))] if host else [("", model)]

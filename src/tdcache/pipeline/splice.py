@@ -1,4 +1,8 @@
-"""``Splice``: an encode/decode pair in a running model; latents, reconstruction and error are sites of their own."""
+"""``Splice``: puts an encode/decode pair into a running model, with latents, reconstruction and error as sites.
+
+Replacing a module by a wrapper would change paths, state dict and class; a hook that only calls an autoencoder would
+leave its latents out of reach of selectors, caches and interventions.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +30,9 @@ __all__ = ["Splice", "SpliceContext", "SpliceSite", "sparse_latents"]
 
 
 class SpliceSite(nn.Module):
-    """What a splice shows in the model's tree: identities that its latents, reconstruction and error pass through.
+    """The modules that a splice adds to the model's tree: identities for its latents, reconstruction and error.
 
-    It has no parameters: the autoencoder's stay outside of the model.
+    It has no parameters: those of the autoencoder stay outside the model.
     """
 
     autoencoder: Autoencoder
@@ -41,17 +45,17 @@ class SpliceSite(nn.Module):
         super().__init__()
         self.path = path
         self.add_error = add_error
-        self.__dict__["autoencoder"] = autoencoder  # past nn.Module, which would register a module
+        self.__dict__["autoencoder"] = autoencoder  # not by setattr, which would register a module
         shown = {name: nn.Identity() for name in ("latents", "reconstruction", "error")}
         for name, module in shown.items():
             self.add_module(name, module)
         self.__dict__["sites"] = Sites(**shown)
 
     def forward(self, *values: Any) -> Tensor:
-        """Replace the first value, by encoding the second; called by the splice's own hook, with these two.
+        """Replace the first value by encoding the second; only the splice's own hook calls this.
 
         Raises:
-            ContextError: somebody else calls it.
+            ContextError: other code calls it.
         """
         if len(values) != 2:
             raise ContextError(
@@ -68,15 +72,15 @@ class SpliceSite(nn.Module):
 
 @dataclass(slots=True, eq=False)
 class _SourceTap:
-    """Notes what a spliced module is called with, where that is encoded."""
+    """Records the input of a spliced module, if the input is what is encoded."""
 
     port: InputPort
     order: int = Order.CAPTURE
     noted: list[tuple[Tensor, int]] = field(default_factory=list)
-    """The inputs of the calls under way, with their versions."""
+    """The inputs of the running calls, with their version counters."""
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the first tensor of the input; of a TensorDict, the first that the module reads."""
+        """Record the first tensor of the input; of a TensorDict, the first entry that the module reads."""
         source = self.port.read(module, args, kwargs)
         self.noted.append((source, eager_version_of(source)))
 
@@ -94,7 +98,7 @@ class _SourceTap:
 
 @dataclass(slots=True, eq=False)
 class _DictionaryTap:
-    """Sends the output of a module through its splice."""
+    """Passes the output of a module through its splice."""
 
     port: OutputPort
     site: SpliceSite
@@ -102,19 +106,19 @@ class _DictionaryTap:
     order: int = Order.EDIT
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Replace the picked tensor of the output by what it, or the input, encodes to."""
+        """Replace the picked tensor of the output by the result of the splice."""
         x = self.port.read(module, args, output)
         source = x if self.source is None else self.source.taken()
         return self.port.write(module, args, output, self.site(x, source))
 
 
 class SpliceContext(HookingContext):
-    """The context of a splice, which owns the sites that it opened."""
+    """The context of a splice, which owns the modules that it added."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sites: dict[str, SpliceSite] = {}
-        """What is shown in the model's tree, by the path of the spliced module; kept while the context is paused."""
+        """The modules added to the model's tree, by the path of the spliced module; kept while paused."""
 
     def _leave(self, error: BaseException | None) -> None:
         try:
@@ -127,23 +131,23 @@ class Splice(HookingContextFactory):
     """Puts an encode/decode pair into a model: the output of each selected module passes through it.
 
     While the context is open, ``latents``, ``reconstruction`` and ``error`` are modules of the model, under paths such
-    as ``"layers.3.mlp/sae.latents"``; at a call ``"layers.3::gelu"``, ``"layers.3.gelu/sae.latents"``. Whatever is
-    entered after the splice selects, captures, reduces, edits and differentiates them like any other; in a composite,
-    list the splice first. Captures at the spliced site itself see what comes out of the splice. Everything is taken
-    away again on leaving; the autoencoder's parameters never become part of the model.
+    as ``"layers.3.mlp/sae.latents"``; at a call ``"layers.3::gelu"``, ``"layers.3.gelu/sae.latents"``. Contexts entered
+    after the splice can select, capture, reduce, edit and differentiate them like any other site; in a composite, list
+    the splice first. Captures at the spliced site itself see the output of the splice. Everything is removed on exit;
+    the autoencoder's parameters never become part of the model.
 
-    With the error term the forward is the identity, and so is the gradient with respect to what goes in. The gradient
-    of the latents is the decoder transpose applied to the gradient of the output, that of the error the gradient of the
-    output; an edit of the latents changes the output by exactly what the decoder makes of the change. Without the error
-    term the output is the reconstruction, and ``error`` can be read only.
+    With the error term the splice is the identity, in the forward and for the gradient of its input. The gradient of
+    the latents is the decoder transpose applied to the gradient of the output, that of the error is the gradient of the
+    output; an edit of the latents changes the output by exactly the decoded change. Without the error term the output
+    is the reconstruction, and ``error`` is read-only.
 
     Args:
-        selector: which modules; one that has several names is spliced once.
-        autoencoder: an object with ``encode(x)`` and ``decode(latents)``, a pair of such functions, or a mapping of
-            paths to one for each. Both must be deterministic, and on the model's device.
-        add_error: add what the reconstruction misses.
-        reads: what is encoded: the module's ``"output"``, or its ``"input"``, as for a transcoder.
-        name: what stands after the slash in paths; two splices on one module need two names.
+        selector: which modules; one with several names is spliced once.
+        autoencoder: an object with ``encode(x)`` and ``decode(latents)``, a pair of such functions, or a mapping from
+            paths to these. Both must be deterministic, and on the model's device.
+        add_error: add the error of the reconstruction.
+        reads: the value to encode: the module's ``"output"``, or its ``"input"``, as for a transcoder.
+        name: the part of paths after the slash; two splices on one module need two names.
         pick: which tensor of a structured output is replaced, the first by default; the rest is kept.
         match: ``"full"``, ``"prefix"`` or ``"search"``.
         names: the canonical names of the model, ``tdcache.names(model)``: the selector and the mapping then mean names,
@@ -151,8 +155,8 @@ class Splice(HookingContextFactory):
             encoded.
 
     Raises:
-        HookSignatureError: no autoencoder.
-        SelectionError: an unusable selector; on entering, one that matches nothing, or a path without an autoencoder.
+        HookSignatureError: ``autoencoder`` is not one.
+        SelectionError: the selector is invalid; on entering, it matches nothing, or a path has no autoencoder.
         ContextError: on entering, the name is in use.
         EditError: in the forward, the autoencoder does not fit the output.
 
@@ -233,8 +237,8 @@ class Splice(HookingContextFactory):
 def sparse_latents(*, direction: str = "fwd", **named: Any) -> Tensor:
     r"""A ``callback`` for :class:`~tdcache.ActivationCaching` that keeps values as sparse COO tensors, without graph.
 
-    ``ActivationCaching(r".*/sae\.latents", callback=sparse_latents)``: the dense latents are not kept alive. It may
-    stand at any site whose values are mostly zero.
+    ``ActivationCaching(r".*/sae\.latents", callback=sparse_latents)`` does not keep the dense latents alive. It can be
+    used at any site whose values are mostly zero.
     """
     value = first_tensor(named[direction_row(direction).value])
     if value is None:

@@ -1,4 +1,7 @@
-"""Ready trees: the places in a transformer where a hand-written forward may call hooks."""
+"""Ready-made trees of the places in a transformer where a hand-written forward may call hooks.
+
+They fix the names, so that hooks written for one model can be used in another.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ __all__ = [
 
 
 class _Tree(HookCollection):
-    """A collection whose children are made from the class's table."""
+    """A collection whose children are listed in a class attribute."""
 
     places: ClassVar[Mapping[str, type[HookCollection]]] = {}
 
@@ -35,7 +38,7 @@ class MLPHooks(_Tree):
 
 
 class AttentionHooks(_Tree):
-    """An attention layer: queries, keys, values, scores, softmax denominators, pattern, input of the projection."""
+    """An attention layer: queries, keys, values, scores, softmax denominators, pattern, output before projection."""
 
     places: ClassVar[Mapping[str, type[HookCollection]]] = dict.fromkeys(
         ("q", "k", "v", "qk_logits", "qk_softmax_denominator", "qk_probs", "v_out"), FwdBwdHooks
@@ -43,7 +46,7 @@ class AttentionHooks(_Tree):
 
 
 class NormalizationHooks(_Tree):
-    """A normalisation layer: after the mean is subtracted, the scale it divides by, and after the division."""
+    """A normalisation layer: the centred value, the scale that it is divided by, and the normalised value."""
 
     places: ClassVar[Mapping[str, type[HookCollection]]] = dict.fromkeys(
         ("post_mean_subtraction", "scale", "post_scale"), FwdBwdHooks
@@ -51,7 +54,7 @@ class NormalizationHooks(_Tree):
 
 
 class ResidualStreamTorsoHooks(_Tree):
-    """The residual stream in one layer: normalised inputs of both sublayers, what each adds, the stream after each."""
+    """The residual stream in one layer: normalised inputs and outputs of both sublayers, and the stream after each."""
 
     places: ClassVar[Mapping[str, type[HookCollection]]] = {
         "post_ln_attn": FwdBwdHooks,
@@ -66,7 +69,7 @@ class ResidualStreamTorsoHooks(_Tree):
 
 
 class ResidualStreamHooks(_Tree):
-    """The residual stream from the embedding to the final normalisation; ``torso`` is what each layer does."""
+    """The residual stream from the embedding to the final normalisation; ``torso`` is for each layer."""
 
     places: ClassVar[Mapping[str, type[HookCollection]]] = {
         "post_emb": FwdBwdHooks,

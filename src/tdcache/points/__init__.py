@@ -1,4 +1,8 @@
-"""Hook points: named places inside a forward, as TransformerLens users know them."""
+"""Hook points: named places inside a forward, with the interface of TransformerLens.
+
+Code written for ``HookPoint``, ``run_with_cache`` and ``run_with_hooks`` runs after changing the import; hook points
+can also be inserted into models that were written without any.
+"""
 
 from tdcache.points.hook_point import HookPoint, LensHandle
 from tdcache.points.report import HookReport, HookRow, list_hooks

@@ -1,6 +1,6 @@
-"""Runs of a model with hook points that keep what passes them.
+"""Runs that cache the values at hook points.
 
-Names and order of the parameters are TransformerLens'.
+Names and order of the parameters are those of TransformerLens, so that positional calls work unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Cache = TensorDictBase | MutableMapping[str, Any]
 
 
 class CachingSurface(PointSurface):
-    """What a model with hook points can do."""
+    """The methods of a model with hook points, including caches."""
 
     def get_caching_hooks(
         self,
@@ -45,9 +45,9 @@ class CachingSurface(PointSurface):
         hold: Hold = "snapshot",
         reducer: Reducer | None = None,
     ) -> tuple[Any, list[Any], list[Any]]:
-        """Hooks that cache, to be combined with one's own in :meth:`hooks` or :meth:`run_with_hooks`.
+        """Hooks that cache, to be combined with other hooks in :meth:`hooks` or :meth:`run_with_hooks`.
 
-        What they keep are copies by default, since nothing says for how long it must stay true.
+        They keep copies by default, since it is not known for how long the values must stay unchanged.
 
         Returns:
             The cache (a new TensorDict unless one was given), the pairs for ``fwd_hooks``, and those for ``bwd_hooks``.
@@ -70,7 +70,7 @@ class CachingSurface(PointSurface):
         hold: Hold = "snapshot",
         reducer: Reducer | None = None,
     ) -> Any:
-        """Add hooks that cache until :meth:`reset_hooks`; gives the cache, which every forward brings up to date."""
+        """Add hooks that cache until :meth:`reset_hooks`; returns the cache, which every forward updates."""
         options = _options(incl_bwd, device, remove_batch_dim, pos_slice, hold=hold, reducer=reducer)
         kept = PointCache() if cache is None else cache
         self._leave_hooks(PointCapture(self.chosen_points(names_filter), options, kept))
@@ -92,34 +92,35 @@ class CachingSurface(PointSurface):
         keep_parameter_grads: bool = False,
         **model_kwargs: Any,
     ) -> tuple[Any, TensorDictBase]:
-        """Run the model once and keep what passes its hook points.
+        """Run the model once and cache the values at its hook points.
 
         Args:
-            *model_args: the model's.
-            names_filter: a name, a regex on the whole name, a predicate on names, or several of these; None means
-                every point. One that matches nothing is an error.
+            *model_args: positional arguments of the model.
+            names_filter: a name, a regex on the whole name, a predicate on names, or several of these; None selects
+                every point. A filter that matches nothing is an error.
             device: move entries there.
-            remove_batch_dim: take off the first axis, which must have size 1.
+            remove_batch_dim: remove the first axis, which must have size 1.
             incl_bwd: call ``backward()`` on the output (the first tensor in it) and keep gradients, under the points'
                 names with ``"_grad"`` appended.
-            reset_hooks_end: with False the caching hooks stay, as those of :meth:`add_caching_hooks` do.
+            reset_hooks_end: with False, the caching hooks stay, like those of :meth:`add_caching_hooks`.
             clear_contexts: empty the points' ``ctx`` at the end.
             pos_slice: a position, a slice, a tuple of its arguments, or several positions: see :class:`PositionSlice`.
             hold: ``"detached"`` (an alias; overwriting it in place is an error), ``"snapshot"`` (a copy) or ``"live"``
-                (with its graph). By default an alias, and a copy where the points have hooks, which may edit in place.
-            reducer: what is kept of a point that fires more than once: ``Last()``, which warns, ``Stack()``...
-            gradient: the gradient of the output, where that is no scalar.
-            keep_parameter_grads: let the backward add to the parameters' ``.grad``; otherwise they are left alone.
-            **model_kwargs: the model's.
+                (with its graph). By default an alias, but a copy if the points have hooks, which may edit in place.
+            reducer: for points that fire more than once: ``Last()``, which warns, ``Stack()``...
+            gradient: the gradient of the output, if that is not a scalar.
+            keep_parameter_grads: let the backward accumulate into the parameters' ``.grad``; by default these do not
+                change.
+            **model_kwargs: keyword arguments of the model.
 
         Returns:
             The model's output, and a TensorDict with an entry per point.
 
         Raises:
             SelectionError: the filter matches nothing.
-            CaptureError: a batch of more than one with ``remove_batch_dim``; positions that are not there.
+            CaptureError: a batch of more than one with ``remove_batch_dim``; positions out of range.
             InplaceModificationError: a kept alias was overwritten; ask for ``hold="snapshot"``.
-            ContextError: ``incl_bwd`` without a scalar output or ``gradient``.
+
         """
         points = self.hook_dict
         hold = hold or ("snapshot" if any(point.fwd_hooks for point in points.values()) else "detached")
@@ -136,14 +137,14 @@ class CachingSurface(PointSurface):
             if incl_bwd:
                 backward(output, gradient, self.points_root.parameters(), keep_parameter_grads)
             capture.recorder.refresh()
-            if names_filter is not None:  # one who asks for everything means everything that runs
+            if names_filter is not None:  # without a filter, points that do not run are not reported
                 capture.recorder.report_unfired(self.points_root)
         if clear_contexts:
             self.clear_contexts()
         return output, cast(TensorDictBase, capture.cache)
 
     def _leave_hooks(self, capture: PointCapture) -> None:
-        """Add a capture's hooks to its points, where they stay."""
+        """Add the hooks of a capture to its points permanently."""
         self.refuse_stale_graph()
         with MultiHookHandle().installing() as handle:
             for gradient in (False, True)[: 1 + capture.options.incl_bwd]:
@@ -174,10 +175,10 @@ def _options(
 
 
 def backward(output: Any, gradient: Tensor | None, parameters: Iterable[nn.Parameter], keep_grads: bool) -> None:
-    """Run the backward of the first tensor in ``output``; unless told otherwise, leave the parameters' grads alone.
+    """Run the backward of the first tensor in ``output``; without ``keep_grads``, restore the parameters' grads.
 
     Raises:
-        ContextError: nothing to differentiate, or no scalar and no ``gradient``.
+        ContextError: the output has no graph, or is not a scalar and ``gradient`` is not given.
     """
     loss = first_tensor(output)
     if loss is None or not loss.requires_grad:

@@ -1,4 +1,8 @@
-"""Keeping what passes some hook points: the taps of one capture, and the state they share."""
+"""Captures at hook points: the taps of one capture, and their shared state.
+
+They differ from those of module paths in that values are shown as the hooks of a point see them (converted, scaled,
+sliced), and that gradients are entries of their own, with ``"_grad"`` appended to the name.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +37,12 @@ __all__ = [
 ]
 
 GRADIENT = "_grad"
-"""What TransformerLens appends to a name for the gradient there."""
+"""The suffix that TransformerLens uses for gradients."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureOptions:
-    """What is kept of a value; the options are those of ``run_with_cache``."""
+    """The options of ``run_with_cache`` that decide what is kept of a value."""
 
     incl_bwd: bool
     device: torch.device | str | None
@@ -49,19 +53,19 @@ class CaptureOptions:
 
     @property
     def keep(self) -> Keep:
-        """How a value is held once it has its shape."""
+        """How a value is held after slicing."""
         return Keep(hold=self.hold, device=None if self.device is None else torch.device(self.device))
 
     @property
     def shapes(self) -> bool:
-        """Whether something is cut off."""
+        """Whether only a part of each value is kept."""
         return self.remove_batch_dim or self.pos_slice is not None
 
     def shaped(self, value: Any, name: str, pos_dim: int | None) -> Tensor:
-        """The part of a value that is kept: the first tensor in it, its positions sliced, its batch axis taken off.
+        """The kept part of a value: its first tensor, with positions sliced and the batch axis removed.
 
         Raises:
-            CaptureError: no tensor, positions that are not there, or a batch that is not of size 1.
+            CaptureError: there is no tensor, a position is out of range, or the batch size is not 1.
         """
         tensor = first_tensor(value)
         if tensor is None:
@@ -87,7 +91,7 @@ class CaptureOptions:
 
 
 class _MappingTarget:
-    """Entries into a plain dict, for those who hand one in."""
+    """Writes entries into a plain dict that the user passed."""
 
     node = None
     in_place = False
@@ -104,7 +108,7 @@ class _MappingTarget:
         self._written = dict.fromkeys(entries)
 
     def put(self, key: CacheKey, value: Any) -> None:
-        """Write one entry at once, beside those that are there."""
+        """Write one entry at once, keeping the others."""
         self.cache[key] = value
         self._written[key] = None
 
@@ -115,16 +119,16 @@ class _MappingTarget:
         self._written.clear()
 
     def ensure(self) -> None:
-        """Do nothing: a plain dict has no node of a direction."""
+        """Do nothing: a plain dict has no nodes for directions."""
 
 
 class PointCapture:
-    """One cache over some hook points; entries are the points' names, and for gradients these with ``"_grad"``.
+    """One cache over some hook points; keys are the points' names, with ``"_grad"`` appended for gradients.
 
     Args:
         points: the points, by the name of their entry.
-        options: what is kept.
-        cache: where it goes.
+        options: what is kept of values.
+        cache: the TensorDict or dict to write to.
     """
 
     def __init__(
@@ -153,7 +157,7 @@ class PointCapture:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the latest value of each point is kept, and nothing is done to it but, perhaps, a copy made."""
+        """Whether the latest value of each point is kept, unmodified or as a plain copy."""
         values = self.channels[0]
         return (
             self.options.device is None
@@ -164,7 +168,7 @@ class PointCapture:
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
-        """Have taps on the points, and the ends of forwards of ``model`` noted, for the length of a block."""
+        """Inside a block, capture at the points and follow the forwards of ``model``."""
         with MultiHookHandle() as handle:
             make = self._gradient_tap if self.options.incl_bwd else self._tap
             attach_outputs(((point, make(name, point)) for name, point in self.points.items()), handle, Order.CAPTURE)
@@ -182,20 +186,20 @@ class PointCapture:
         return PointGradientTap(name + GRADIENT, self.channels[1], self.recorder, point, self.options, take).on_call
 
     def hooks(self, *, gradient: bool) -> list[tuple[str, Callable[..., Any]]]:
-        """Pairs of a name and a hook, to be added to the points by hand."""
+        """Pairs of a name and a hook, for the user to add to the points."""
         channel = self.channels[1 if gradient else 0]
         suffix = GRADIENT if gradient else ""
         return [(name, SavingHook(name + suffix, self, channel)) for name in self.points]
 
     def bracketed(self, model: nn.Module) -> Removable:
-        """Tell the capture when forwards of ``model`` begin and end, until each handle from here is removed."""
+        """Tell the capture when forwards of ``model`` begin and end, until all handles returned here are removed."""
         if not self._brackets:
             bracket(model, self.recorder.begin, self.recorder.end, self._bracket)
         self._brackets += 1
         return _BracketHandle(self)
 
     def unbracket(self) -> None:
-        """One of the handles was removed."""
+        """Remove the hooks on the model when the last handle is removed."""
         self._brackets -= 1
         if not self._brackets:
             self._bracket.remove()
@@ -210,12 +214,12 @@ class _BracketHandle:
         self.capture = capture
 
     def remove(self) -> None:
-        """Let go; called once."""
+        """Release the bracket; called once."""
         self.capture.unbracket()
 
 
 class PointTap(Tap):
-    """Takes the value at a point as its hooks see it: converted, sliced, without its batch axis."""
+    """Takes the value at a point as its hooks see it: converted, sliced, without the batch axis."""
 
     __slots__ = ("options", "point")
 
@@ -227,16 +231,16 @@ class PointTap(Tap):
         self.options = options
 
     def on_call(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Keep the value, converted and in the shape that the options ask for."""
+        """Keep the value, converted and sliced according to the options."""
         kept = self.options.shaped(converted(self.point, output), self.path, self.point.pos_dim)
         self.recorder.take(self.channel, self.path, self.path, kept)
 
 
 class PointGradientTap(GradientTap):
-    """Takes the value by another tap, and the gradient as hooks see it: scaled, converted, sliced.
+    """Takes the value through another tap, and the gradient as hooks see it: scaled, converted, sliced.
 
-    A point passes on the tensor it is given, of which a tensor hook would see the gradients of all other uses too; so
-    the hook is set on an alias.
+    A point returns its input, and a tensor hook on that would also see the gradients of all its other uses; so the hook
+    is registered on an alias.
     """
 
     __slots__ = ("options", "plain", "point", "take_value")
@@ -257,7 +261,7 @@ class PointGradientTap(GradientTap):
         self.plain = not options.shapes and point.hook_conversion is None and point.backward_scale == 1
 
     def on_call(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Keep the value, and hand on an alias whose gradient is this point's own."""
+        """Keep the value, and return an alias whose gradient is that of this point alone."""
         self.take_value(module, args, output)
         tensor = first_tensor(output)
         if tensor is None or not tensor.requires_grad or not torch.is_grad_enabled():
@@ -281,12 +285,12 @@ class PointGradientTap(GradientTap):
 
 
 def converted(point: HookPoint, value: Any) -> Any:
-    """A value in the layout that hooks see."""
+    """A value in the layout of the point's hooks."""
     return value if point.hook_conversion is None else point.hook_conversion.convert(value)
 
 
 class SavingPointHook(PointHook):
-    """A :class:`SavingHook` at a point, as torch calls it: at once, where a value is only copied or kept as it is."""
+    """A :class:`SavingHook` at a point as a torch hook, with a fast path for values kept unmodified or copied."""
 
     __slots__ = ("copies", "name", "values")
 
@@ -297,7 +301,7 @@ class SavingPointHook(PointHook):
         self.values = hook.channel.values if hook.is_plain and not self.aliases else None
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Keep the value; a second one of a forward, and one outside of a forward, find their place taken."""
+        """Keep the value; a second call in a forward, or a call outside of one, takes the slow path."""
         values, name = self.values, self.name
         if values is None or type(output) is not Tensor or name in values or self.point.hook_conversion is not None:
             return super().on_output(module, args, output)
@@ -311,10 +315,10 @@ class SavingPointHook(PointHook):
 
 
 class SavingHook:
-    """Keeps what a point shows it: a hook for ``hook(tensor, hook=point)``, to be added by hand.
+    """A hook ``hook(tensor, hook=point)`` that keeps the value, for the user to add.
 
-    Within ``hooks()``, ``run_with_hooks`` and ``add_hook`` of a root, each forward replaces the entries of the one
-    before, and a point that fires twice in one of them is told of. Added to a point directly, each call replaces.
+    Within ``hooks()``, ``run_with_hooks`` and ``add_hook`` of a root, each forward replaces the entries of the previous
+    one, and a point that fires twice in a forward causes a warning. Added to a point directly, each call replaces.
     """
 
     __slots__ = ("capture", "channel", "name")
@@ -333,7 +337,7 @@ class SavingHook:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a value is kept as it is, or as a copy, without anything else being done to it."""
+        """Whether values are kept unmodified or as plain copies."""
         return not self.channel.is_gradient and self.capture.is_plain
 
     def __call__(self, tensor: Any, hook: Any) -> None:
@@ -341,7 +345,7 @@ class SavingHook:
         self.capture.recorder.take(self.channel, self.name, self.name, self._shaped(tensor, hook))
 
     def for_call(self) -> Callable[..., None]:
-        """What keeps the gradient of the call that is under way."""
+        """The hook for the gradient of the current call."""
         return partial(self._keep_gradient, self.channel.number, self.capture.recorder.next_serial())
 
     def _keep_gradient(self, number: int, serial: int, tensor: Any, hook: Any) -> None:

@@ -1,4 +1,8 @@
-"""Hooks at hook points for the length of a block."""
+"""Hooks at hook points for the length of a block.
+
+TransformerLens removes hooks by level, which also removes hooks that somebody else added at that level; here a block
+removes the hooks that it added.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +24,13 @@ Pairs = tuple[tuple[Any, Callable[..., Any]], ...]
 
 
 class HookedByName(Protocol):
-    """What a context needs of a model that holds hook points."""
+    """The part of a model with hook points that a context uses."""
 
     context_level: int
 
     @property
     def called_model(self) -> nn.Module:
-        """The module that runs call."""
+        """The module that a run calls."""
 
     def install(
         self,
@@ -35,19 +39,19 @@ class HookedByName(Protocol):
         dir: Literal["fwd", "bwd"],  # noqa: A002  (TransformerLens' name)
         **options: Any,
     ) -> list[LensHandle]:
-        """Add a hook to every point that a name means, or to none."""
+        """Add a hook to every point that a filter matches, or to none."""
 
     def refuse_stale_graph(self) -> None:
-        """Refuse hooks that are to stay where a traced graph would skip them."""
+        """Refuse permanent hooks if a traced graph would skip them."""
 
     def clear_contexts(self) -> None:
         """Give every point an empty ``ctx``."""
 
 
 class PointHooks:
-    """What ``model.hooks(...)`` gives: adds its hooks, all or none, and removes these and no others.
+    """The context of ``model.hooks(...)``: adds its hooks, all or none, and removes exactly these.
 
-    Can be entered again after it was left, and contexts of one model may be left in any order; entering it inside
+    It can be entered again after it has exited, and contexts of one model may exit in any order; entering it inside
     itself is an error.
     """
 

@@ -1,6 +1,7 @@
-"""A hook point: an identity module that gives an intermediate value a name, and hooks a place to sit.
+"""A hook point: an identity module that gives an intermediate value a name and a place for hooks.
 
-The surface is that of TransformerLens' ``HookPoint``; parameters stand in its order, so that its call forms work.
+The interface is that of TransformerLens' ``HookPoint``, with the same order of parameters, so that code written for it
+runs unchanged. Without a module, an intermediate value in a forward has no path and cannot be selected.
 """
 
 from __future__ import annotations
@@ -38,24 +39,24 @@ PointDirection = Literal["fwd", "bwd", "both"]
 
 @dataclass(frozen=True, eq=False)
 class LensHandle:
-    """One hook at a hook point: how it is removed, and what was asked for when it was added."""
+    """The handle of one hook at a hook point, with the options it was added with."""
 
     hook: Removable
-    """``handle.hook.remove()`` takes the hook away, and the point forgets it."""
+    """``handle.hook.remove()`` removes the hook from the point."""
     is_permanent: bool = False
     """Whether only ``including_permanent=True`` removes it."""
     context_level: int | None = None
-    """How many ``hooks()`` contexts were open around it; None for a hook that was added outside of any."""
+    """The number of ``hooks()`` contexts that were open when it was added; None outside of any."""
     user_hook: Callable[..., Any] | None = None
     """The callable as the user gave it."""
 
     def matches(self, including_permanent: bool, level: int | None) -> bool:
-        """Whether a removal or a listing with these arguments means this hook."""
+        """Whether a removal or listing with these arguments includes this hook."""
         return (including_permanent or not self.is_permanent) and level in (None, self.context_level)
 
 
 class PointRegistration:
-    """What removes a hook from torch and from the list of its point; ``extra`` goes with it."""
+    """Removes a hook from torch and from the list of its point, and ``extra`` with it."""
 
     __slots__ = ("extra", "inner", "lens", "listed")
 
@@ -66,7 +67,7 @@ class PointRegistration:
         self.extra: Removable | None = None
 
     def remove(self) -> None:
-        """Remove; a second call does nothing."""
+        """Remove the hook; a second call does nothing."""
         self.inner.remove()
         if self.lens is not None and self.lens in self.listed:
             self.listed.remove(self.lens)
@@ -76,21 +77,21 @@ class PointRegistration:
 
 
 class HookPoint(nn.Module):
-    """Returns what it is given. Hooks that are added here see it, under a name, and may replace it.
+    """Returns its input; hooks added here see the value, under a name, and may replace it.
 
-    A hook is called as ``hook(tensor, hook=point)``; what it returns, if not None, takes the tensor's place (with
-    ``dir="bwd"``, the gradient's). Without hooks a call costs what ``nn.Identity`` costs. As a module with a path a
-    point is also a site for every selector, cache and intervention of this library. Hooks that edit run before those
-    that cache, in the order they were added in; a copy of the model has hooks of its own.
+    A hook is called as ``hook(tensor, hook=point)``; a return value other than None replaces the tensor (with
+    ``dir="bwd"``, the gradient). Without hooks a call costs as much as ``nn.Identity``. Since a point is a module with
+    a path, every selector, cache and intervention of this library can use it. Hooks that edit run before those that
+    cache, in the order in which they were added; a copy of the model has its own hooks.
 
     Attributes:
         name: the dotted path below the root; set by the root's ``setup()``.
         ctx: scratch space for hooks.
         fwd_hooks: the handles of the hooks on the value.
-        bwd_hooks: those on its gradient.
+        bwd_hooks: the handles of the hooks on its gradient.
         hook_conversion: see :meth:`enable_reshape`.
-        backward_scale: hooks and caches see the gradient times this; what flows on in the model does not change.
-        pos_dim: the axis that ``pos_slice`` means; None for the usual one.
+        backward_scale: hooks and caches see the gradient multiplied by this; the model's gradient does not change.
+        pos_dim: the axis of ``pos_slice``; None for the usual one.
 
     Example:
         >>> import torch
@@ -128,19 +129,20 @@ class HookPoint(nn.Module):
         """Add a hook.
 
         Args:
-            hook: called as ``hook(tensor, hook=point)``. On the value: the tensor that flows, so that an in-place edit
-                takes effect. On the gradient: a copy, in-place edits of which take effect as well.
-            dir: ``"fwd"`` for the value, ``"bwd"`` for the gradient of what comes out of this point.
-            is_permanent: stays unless a removal says ``including_permanent=True``.
+            hook: called as ``hook(tensor, hook=point)``, with the model's own tensor, or with a copy of the gradient;
+            in
+                both cases in-place edits take effect.
+            dir: ``"fwd"`` for the value, ``"bwd"`` for the gradient of the point's output.
+            is_permanent: only ``including_permanent=True`` removes it.
             level: recorded in the handle, for removals that name a level.
-            prepend: before the hooks that are there.
-            alias_names: call the hook once per name, with a point of that name, each on what the one before returned.
+            prepend: add it before existing hooks.
+            alias_names: call the hook once per name, with a point of that name, each on the result of the previous one.
 
         Returns:
             The handle.
 
         Raises:
-            DirectionError: ``dir`` is neither.
+            DirectionError: ``dir`` is neither ``"fwd"`` nor ``"bwd"``.
             HookSignatureError: the hook cannot be called as ``hook(tensor, hook=point)``.
         """
         if dir not in ("fwd", "bwd"):
@@ -174,7 +176,7 @@ class HookPoint(nn.Module):
         including_permanent: bool = True,
         level: int | None = None,
     ) -> bool:
-        """Whether a hook is here that these arguments mean."""
+        """Whether there is a hook that matches these arguments."""
         return any(handle.matches(including_permanent, level) for handle in self.handles(dir))
 
     def remove_hooks(
@@ -183,9 +185,9 @@ class HookPoint(nn.Module):
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """Remove the hooks that were added here and that these arguments mean; other hooks on this module stay.
+        """Remove the hooks that were added here and match these arguments; other hooks on this module stay.
 
-        Note the default of ``dir``, which is TransformerLens'.
+        Note that ``dir`` defaults to ``"fwd"``, as in TransformerLens.
         """
         for handle in self.handles(dir):
             if handle.matches(including_permanent, level):
@@ -205,7 +207,7 @@ class HookPoint(nn.Module):
         self.ctx = {}
 
     def enable_reshape(self, hook_conversion: Any = None) -> None:
-        """Show hooks the value in another layout, and bring what they return back; None ends that.
+        """Show the value to hooks in another layout, and convert their results back; None disables this.
 
         Args:
             hook_conversion: an object with ``convert(value)`` and ``revert(value)``, or the two functions as a tuple.
@@ -214,10 +216,10 @@ class HookPoint(nn.Module):
         self.hook_conversion = as_conversion(hook_conversion)
 
     def layer(self) -> int:
-        """The layer in the name: the second part, as in ``"blocks.3.hook_z"``, or else the first that is a number.
+        """The layer in the name: its second part, as in ``"blocks.3.hook_z"``, otherwise the first numeric part.
 
         Raises:
-            ValueError: no name, or none of its parts is a number.
+            ValueError: the point has no name, or no part of the name is a number.
         """
         return _layer_in(self.name)
 
@@ -229,14 +231,14 @@ class HookPoint(nn.Module):
 
 
 class AliasedHookPoint:
-    """A hook point as a hook sees it under another name; everything else is the point's."""
+    """A hook point under another name; all other attributes are those of the point."""
 
     def __init__(self, name: str, point: HookPoint) -> None:
         self.name = name
         self._point = point
 
     def __getattr__(self, attribute: str) -> Any:
-        if attribute == "_point":  # asked for while a copy is being made
+        if attribute == "_point":  # looked up by copy before it is set
             raise AttributeError(attribute)
         return getattr(self._point, attribute)
 
@@ -249,7 +251,7 @@ class AliasedHookPoint:
 
 
 class PointHook:
-    """A user's hook at a point, as torch calls it."""
+    """Adapts a user's hook at a point to torch's hook signature."""
 
     __slots__ = ("aliases", "direction", "hook", "order", "permanent", "point")
 
@@ -284,16 +286,16 @@ class PointHook:
         return made
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Show the hook the value."""
+        """Call the hook with the value."""
         return self._ask(output, is_copy=False)
 
     def for_call(self) -> Callable[..., Any]:
-        """:meth:`on_grad` for the call of the point that is under way."""
+        """:meth:`on_grad` for the current call of the point."""
         return partial(self.on_grad, hook=self.hook.for_call())
 
     def on_grad(self, module: nn.Module, grads: tuple[Tensor | None, ...], hook: Any = None) -> Any:
-        """Show the hook the gradient; what it returns is brought back to the scale of the model."""
-        if len(grads) > 1:  # the value is a tuple; so is what the hook sees
+        """Call the hook with the scaled gradient; its result is scaled back."""
+        if len(grads) > 1:  # the value is a tuple, and so is its gradient
             return self._ask(grads, is_copy=False, hook=hook)
         (grad,) = grads
         if grad is None:
@@ -317,7 +319,7 @@ class PointHook:
         return grad / scale
 
     def _ask(self, value: Any, *, is_copy: bool, hook: Any = None) -> Any:
-        """What takes the place of ``value``, or None."""
+        """The hook's replacement for ``value``, or None."""
         conversion = self.point.hook_conversion
         current = shown = value if conversion is None else conversion.convert(value)
         before = version_of(shown)
@@ -338,17 +340,17 @@ class PointHook:
 
 
 def check_direction(direction: str) -> None:
-    """Refuse what is neither a direction of hook points nor ``"both"``.
+    """Refuse anything but a direction of hook points or ``"both"``.
 
     Raises:
-        DirectionError: it is not.
+        DirectionError: ``direction`` is something else.
     """
     if direction not in ("fwd", "bwd", "both"):
         raise DirectionError(f"a direction of a hook point is 'fwd', 'bwd' or 'both', got {direction!r}")
 
 
 def hook_name(hook: Any) -> str:
-    """A hook's name for people: never the repr of what it holds, which may be large."""
+    """The name of a hook for display; never the repr of the objects it holds, which may be large."""
     inner = getattr(hook, "func", None)
     if inner is not None:
         return f"partial({hook_name(inner)}, ...)"
@@ -362,7 +364,7 @@ def _check_callable(hook: Any) -> None:
         return
     try:
         signature = inspect.signature(hook)
-    except (TypeError, ValueError):  # some builtins have none; the call itself will tell
+    except (TypeError, ValueError):  # some builtins have no signature; calling them will show
         return
     try:
         signature.bind(None, hook=None)

@@ -1,4 +1,8 @@
-"""Which hook points a filter means."""
+"""Resolves a filter to the hook points that it selects.
+
+A filter that selects nothing, for instance because of a typo, would silently cache or edit nothing; here it is an
+error.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +18,16 @@ from tdcache.selection import PathPattern, as_matcher
 __all__ = ["NamesFilter", "choose"]
 
 NamesFilter: TypeAlias = "str | regex.Pattern[str] | Callable[[str], bool] | Iterable[str | regex.Pattern[str]] | None"
-"""All points (None), one by name, those whose whole name a regex matches, those a predicate says yes to, or several."""
+"""All points (None), one by name, those whose whole name matches a regex, those accepted by a predicate, or several."""
 
 
 def choose(names: Sequence[str], wanted: NamesFilter, model_name: str) -> list[str]:
-    """The names that ``wanted`` means, in the order of ``names``.
+    """The names that ``wanted`` selects, in the order of ``names``.
 
-    A string that is a name means that point and no other; any other string is a regex that covers the whole name.
+    A string that equals a name selects that point only; any other string is a regex that must match the whole name.
 
     Raises:
-        SelectionError: a name, a pattern or a predicate that matches nothing, or something that is none of these.
+        SelectionError: a name, pattern or predicate matches nothing, or the filter has another type.
     """
     if not names:
         raise SelectionError(

@@ -1,4 +1,4 @@
-"""The TensorDict that runs of models with hook points give, which also answers what TransformerLens asks of a dict."""
+"""The TensorDict that runs of models with hook points return, which also behaves like the dict of TransformerLens."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["PointCache"]
 
 
 class PointCache(TensorDict):
-    """A TensorDict without batch dimensions that can stand where a dict of activations is expected.
+    """A TensorDict without batch dimensions that can be used where a dict of activations is expected.
 
-    TransformerLens' ``ActivationCache`` asks its dict for shorthands before it spells them out, ``("q", 0) in cache``,
-    and iterates over it for the names. A plain TensorDict refuses the one and, without a batch, the other. Views,
+    TransformerLens' ``ActivationCache`` looks shorthands up in its dict before it expands them, ``("q", 0) in cache``,
+    and iterates over it for the names. A plain TensorDict refuses the former and, without a batch, the latter. Views,
     copies and results of arithmetic may be plain TensorDicts.
 
     Example:

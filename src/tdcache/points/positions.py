@@ -1,4 +1,8 @@
-"""Which positions of a sequence are kept of an activation."""
+"""Slices the positions of cached activations (``pos_slice=``).
+
+Which axis holds the positions depends on the point (queries have an axis of heads, residual streams do not), so plain
+indexing of all entries with one index would slice heads in some of them.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +19,18 @@ from tdcache.inplace import shares_memory
 
 __all__ = ["PositionSlice"]
 
-# With heads between position and features, as TransformerLens names such activations.
+# TransformerLens' names of activations with an axis of heads between positions and features.
 _PER_HEAD = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_result")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PositionSlice:
-    """A part of the position axis; what is kept is a copy, so that it does not pin the rest.
+    """A part of the position axis; the result is a copy, so that it does not keep the rest alive.
 
-    The axis is a point's own ``pos_dim``, else the third from last for ``hook_q``, ``hook_k``, ``hook_v``, ``hook_z``
-    and ``hook_result``, else the second from last (of attention patterns: the queries). The first axis is the batch and
-    never sliced unless ``pos_dim`` says so; an activation that has no other axis for it is kept whole.
+    The axis is the point's ``pos_dim`` if set, otherwise the third from last for ``hook_q``, ``hook_k``, ``hook_v``,
+    ``hook_z`` and ``hook_result``, and the second from last for all others (for attention patterns, the queries). The
+    first axis is the batch and never sliced unless ``pos_dim`` names it; an activation without another axis is kept
+    whole.
     """
 
     index: int | slice | Tensor
@@ -33,10 +38,10 @@ class PositionSlice:
 
     @classmethod
     def of(cls, given: Any) -> PositionSlice | None:
-        """From a number (whose axis stays, with size 1), a slice or a tuple of its arguments, or several positions.
+        """From a number (its axis stays, with size 1), a slice or a tuple of its arguments, or several positions.
 
         Raises:
-            ValueError: none of these.
+            ValueError: ``given`` is none of these.
         """
         if type(given).__name__ == "Slice" and hasattr(given, "mode"):  # TransformerLens' own object
             return None if given.mode == "identity" else cls(_plain(given.slice), given)

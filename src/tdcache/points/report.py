@@ -1,4 +1,8 @@
-"""Which hooks sit where on a model, in which order, and whose they are."""
+"""A report of the hooks on a model: where, in which order, and whose they are.
+
+Wrong results after an interrupted experiment are often due to a hook that was left behind; torch has no public way to
+list hooks.
+"""
 
 from __future__ import annotations
 
@@ -24,26 +28,26 @@ EVERYWHERE = "(every module)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HookRow:
-    """One row of the report: where a hook sits, whose it is, and what it does."""
+    """One row of the report: the place of a hook, its owner, and its name."""
 
     path: str
     """The module, ``""`` for the root, or ``"(every module)"`` for one of torch's global hooks."""
     kind: str
     """When it is called: ``"fwd_pre"``, ``"fwd"``, ``"bwd_pre"`` or ``"bwd"``."""
     position: int
-    """Its place among the module's hooks of this kind, in the order they are called."""
+    """Its position among the module's hooks of this kind, in the order of calls."""
     owner: str
     """``"tdcache"`` or ``"foreign"``."""
     name: str
-    """Ours as it calls itself, and the user's function where there is one; of others the function or class."""
+    """For this library's hooks, their repr and the user's function if there is one; otherwise the function or class."""
     permanent: bool
     """Whether it was added to a hook point as a permanent one."""
     hook: Any
-    """What is called."""
+    """The hook itself."""
 
 
 class HookReport(Sequence[HookRow]):
-    """The hooks of one model; printed, a table. ``ours`` and ``foreign`` are the halves of it."""
+    """The hooks of one model, printed as a table; ``ours`` and ``foreign`` split it in two."""
 
     def __init__(self, rows: Sequence[HookRow], model_name: str) -> None:
         self._rows = tuple(rows)
@@ -64,12 +68,12 @@ class HookReport(Sequence[HookRow]):
 
     @property
     def ours(self) -> HookReport:
-        """The hooks that this library registered, those of users at hook points included."""
+        """The hooks that this library registered, including users' hooks at hook points."""
         return HookReport([row for row in self if row.owner == OURS], self.model_name)
 
     @property
     def foreign(self) -> HookReport:
-        """The hooks of everybody else."""
+        """The hooks that other code registered."""
         return HookReport([row for row in self if row.owner == FOREIGN], self.model_name)
 
     def __repr__(self) -> str:
@@ -94,10 +98,10 @@ _HEAD = ("path", "kind", "#", "owner", "hook", "")
 
 
 def list_hooks(model: nn.Module) -> HookReport:
-    """Every forward and backward hook on a model, in the order of its modules and, at one of them, of the calls.
+    """Every forward and backward hook on a model, by module and, within a module, in the order of calls.
 
-    A gradient hook of ours is a forward hook to torch, and stands where it sits; its name says what it is, and whether
-    it is muted because its context is paused. Where a module has several names, the first is used.
+    This library's gradient hooks are forward hooks for torch and are listed as such; their name tells what they are,
+    and whether they are muted because their context is paused. If a module has several names, the first is used.
 
     Example:
         >>> from torch import nn
@@ -136,7 +140,7 @@ def _described(hook: Any) -> tuple[str, str, bool]:
     if isinstance(holder, MutedHook):
         owner, name, permanent = _described(holder.hook)
         return owner, f"{name} (muted)", permanent
-    if isinstance(holder, GradOutputHook | GradInputHook):  # ours around a hook on gradients
+    if isinstance(holder, GradOutputHook | GradInputHook):  # wraps a hook on gradients
         _, name, permanent = _described(holder.hook)
         return OURS, f"{name} (on the gradient)", permanent
     if isinstance(holder, PointHook):

@@ -1,4 +1,8 @@
-"""Showing hooks another layout than the model computes in: a pair of functions, there and back."""
+"""Shows values to hooks in another layout than the model's, by a pair of functions.
+
+A hook written for ``(batch, position, head, d_head)`` can then be used on a model that keeps heads and features in one
+axis.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ __all__ = ["Conversion", "Reshape", "as_conversion"]
 
 @runtime_checkable
 class Conversion(Protocol):
-    """What a hook point is given to change the layout: any object with these two methods."""
+    """Changes the layout of values at a hook point: any object with these two methods."""
 
     def convert(self, value: Any, /) -> Any:
         """From the model's layout to the hook's."""
@@ -41,7 +45,7 @@ def as_conversion(given: Any) -> Conversion | None:
     """None, an object with ``convert`` and ``revert``, or a pair of functions.
 
     Raises:
-        HookSignatureError: something else.
+        HookSignatureError: ``given`` is something else.
     """
     if isinstance(given, tuple) and len(given) == 2 and all(map(callable, given)):
         return Reshape(*given)

@@ -1,4 +1,7 @@
-"""The two ways to the surface of hook points: a base class of one's own model, and a companion of any model."""
+"""The two ways to use hook points: a base class for your own model, and a companion object for any model.
+
+A model that comes from a library cannot be given a base class; the companion has the same methods.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ __all__ = ["HookRoot", "HookedRootModule", "hook_root"]
 
 
 class HookedRootModule(CachingSurface, nn.Module):
-    """A base for models that are written with hook points, or a mixin before another model class.
+    """A base class for models that are written with hook points, or a mixin before another model class.
 
     Example:
         >>> import torch
@@ -38,30 +41,30 @@ class HookedRootModule(CachingSurface, nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         following = super().__init__
         if getattr(following, "__func__", None) is nn.Module.__init__:
-            args, kwargs = (), {}  # as in TransformerLens, a root without another base takes what it is given
+            args, kwargs = (), {}  # as in TransformerLens, a root without another base class accepts any arguments
         following(*args, **kwargs)
         self.is_caching = False
         self.context_level = 0
 
     @property
     def points_root(self) -> nn.Module:
-        """Return the module that names of points are relative to, the model itself."""
+        """The module to which names of points are relative: the model itself."""
         return self
 
 
 class HookRoot(CachingSurface):
-    """The surface of a model with hook points, beside the model; see :func:`hook_root`."""
+    """The methods of :class:`HookedRootModule` for any model, in a separate object; see :func:`hook_root`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.is_caching = False
         self.context_level = 0
         self.spliced = MultiHookHandle()
-        """The points that were put in through this root."""
+        """The points that were inserted through this root."""
 
     @property
     def points_root(self) -> nn.Module:
-        """The model that names are relative to: for a compiled one, the model inside it."""
+        """The model to which names are relative; if it is compiled, the model inside."""
         return self.model.get_submodule("_orig_mod") if is_optimized_module(self.model) else self.model
 
     @property
@@ -77,13 +80,13 @@ class HookRoot(CachingSurface):
         return f"{type(self).__name__}({type(self.model).__name__}, {len(self.hook_dict)} hook points)"
 
     def insert(self, path: str, name: str, *, before: bool = False, pick: Pick = None) -> HookPoint:
-        """:func:`insert_hook_point`; :meth:`remove_points` takes out all that were put in here."""
+        """:func:`insert_hook_point`; :meth:`remove_points` removes all points inserted this way."""
         spliced = insert_hook_point(self.points_root, path, name, before=before, pick=pick)
         self.spliced.add(spliced)
         return spliced.point
 
     def remove_points(self) -> None:
-        """Take out the hook points that were put in through this root."""
+        """Remove the hook points that were inserted through this root."""
         self.spliced.remove()
 
     def __enter__(self) -> HookRoot:
@@ -96,15 +99,15 @@ class HookRoot(CachingSurface):
 
 
 def hook_root(model: nn.Module, points: Mapping[str, str] | None = None) -> HookRoot:
-    """What :class:`HookedRootModule` has, for a model that is none.
+    """The methods of :class:`HookedRootModule` for a model of another class.
 
     Args:
         model: any model; its hook points get their names.
-        points: hook points to put in, each name with the path of the module it goes after. A ``with`` block around
-            the root takes them out again, as does :meth:`HookRoot.remove_points`.
+        points: hook points to insert: names, each with the path of the module that it follows. A ``with`` block around
+            the root removes them at its end, as does :meth:`HookRoot.remove_points`.
 
     Raises:
-        PathError: no such module, or a name that cannot be had; nothing is put in then.
+        PathError: a module does not exist, or a name cannot be used; nothing is inserted then.
 
     Example:
         >>> import torch

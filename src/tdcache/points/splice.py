@@ -1,4 +1,8 @@
-"""Hook points for models that were written without any."""
+"""Inserts hook points into models that were written without any.
+
+Changing the model's code or class would change its state dict or its ``forward``; a point inserted here has no
+parameters, and is called by a hook.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,11 @@ __all__ = ["PointShelf", "SpliceTap", "SplicedPoint", "insert_hook_point"]
 
 
 class PointShelf(nn.Module):
-    """Holds hook points whose names lead through no module of the model, such as ``"blocks.0.hook_mlp_out"``."""
+    """Holds hook points with names such as ``"blocks.0.hook_mlp_out"`` in a model that has no such parent module."""
 
 
 class SpliceTap:
-    """Sends the value at a port through a hook point."""
+    """Passes the value at a port through a hook point."""
 
     __slots__ = ("point", "port")
 
@@ -37,14 +41,14 @@ class SpliceTap:
         return f"{type(self).__name__}({self.point.name!r} {side} {self.port.path!r})"
 
     def on_call(self, module: nn.Module, args: Any, rest: Any) -> Any:
-        """Send the value through."""
+        """Pass the value through the hook point."""
         value = self.port.read(module, args, rest)
         changed = self.point(value)
         return None if changed is value else self.port.write(module, args, rest, changed)
 
 
 class _Shelved:
-    """A hook point under its name in a model; ``remove()`` takes it out, and the shelves that held nothing else."""
+    """A hook point registered in a model under its name; ``remove()`` also removes shelves that become empty."""
 
     def __init__(self, model: nn.Module, name: str, point: HookPoint) -> None:
         self.parts = name.split(".")
@@ -58,7 +62,7 @@ class _Shelved:
         self.through[-1].add_module(self.parts[-1], point)
 
     def remove(self) -> None:
-        """Take the hook point out of the model, and shelves that hold nothing more."""
+        """Remove the hook point from the model, and shelves that become empty."""
         for part, holder in zip(reversed(self.parts), reversed(self.through), strict=True):
             delattr(holder, part)
             if not isinstance(holder, PointShelf) or any(True for _ in holder.children()):
@@ -66,7 +70,7 @@ class _Shelved:
 
 
 class SplicedPoint:
-    """A hook point that :func:`insert_hook_point` put into a model; also a context that takes it out at its end."""
+    """A hook point that :func:`insert_hook_point` inserted; also a context manager that removes it at its end."""
 
     def __init__(self, name: str, point: HookPoint, handle: MultiHookHandle) -> None:
         self.name = name
@@ -77,7 +81,7 @@ class SplicedPoint:
         return f"{type(self).__name__}({self.name!r}{'' if len(self._handle) else ', removed'})"
 
     def remove(self) -> None:
-        """Take the point out, with its hooks; a second call does nothing."""
+        """Remove the point with its hooks; a second call does nothing."""
         self._handle.remove()
 
     def __enter__(self) -> HookPoint:
@@ -92,25 +96,26 @@ class SplicedPoint:
 def insert_hook_point(
     model: nn.Module, path: str, name: str, *, before: bool = False, pick: Pick = None
 ) -> SplicedPoint:
-    """Put a hook point after a module of an existing model, or before it; ``remove()`` takes it out again.
+    """Insert a hook point after (or before) a module of an existing model, until ``remove()`` is called.
 
-    The point is a submodule of the model under ``name``, so that everything that goes by paths finds it; it has no
-    parameters, so the keys of the state dict do not change. The module itself, and its class, stay as they are.
+    The point becomes a submodule of the model under ``name``, so that everything that works by path finds it; it has no
+    parameters, so the keys of the state dict do not change. The module itself and its class do not change.
 
     Args:
         model: any model.
         path: the module whose output (or input) goes through the point.
-        name: the point's own path. Where it leads through no module (``"blocks.0.hook_mlp_out"`` in a model that has no
-            ``blocks``), empty ones are made.
-        before: the input instead of the output.
-        pick: which tensor of a structured value, as everywhere: see :class:`~tdcache.hooks.OutputPort` and
-            :class:`~tdcache.hooks.InputPort`. By default the first; of a TensorDict module, its own entry.
+        name: the path of the point. Missing parents (``blocks`` for ``"blocks.0.hook_mlp_out"``) are created as empty
+            modules.
+        before: use the input instead of the output.
+        pick: which tensor of a structured value: see :class:`~tdcache.hooks.OutputPort` and
+            :class:`~tdcache.hooks.InputPort`. By default the first; for a TensorDict module, its own entry.
 
     Raises:
         CaptureError: in the forward, there is no tensor, or ``pick`` finds none.
-        EditError: in the forward, what a hook returned does not fit in the value's place.
-        PathError: no module at ``path``; a ``name`` that is taken, or would make the point a step of a container.
-        ContextError: the model was compiled and traced, so that the point would be skipped.
+        EditError: in the forward, the result of a hook does not fit.
+        PathError: no module at ``path``; ``name`` is taken, or would add the point to a container that runs its
+        members.
+        ContextError: the model is compiled and has been traced, so that the point would be skipped.
 
     Example:
         >>> import torch
@@ -122,7 +127,7 @@ def insert_hook_point(
         tensor([[1., 1.]])
     """
     path, module = resolve_all(model, path)
-    if type(module).forward is nn.Module.forward:  # a ModuleList, or another that has none
+    if type(module).forward is nn.Module.forward:  # a ModuleList or another container without a forward
         raise PathError(f"{path!r} is a {type(module).__name__}, which is never called; choose one of its members")
     if has_stale_graph(model):
         raise ContextError(

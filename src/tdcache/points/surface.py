@@ -1,6 +1,6 @@
-"""The surface of a model that holds hook points: hooks by name, and runs with hooks.
+"""The methods of a model with hook points: hooks by name, and runs with hooks.
 
-Names and order of the parameters are TransformerLens', so that its call forms, also positional ones, work as they are.
+Names and order of the parameters are those of TransformerLens, so that positional calls work unchanged.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ Hooks = Sequence[tuple[NamesFilter, Callable[..., Any]]]
 
 
 class PointSurface:
-    """What a model with hook points can do; all but its caches."""
+    """The methods of a model with hook points, except for caches."""
 
     is_caching: bool
     context_level: int
 
     @property
     def points_root(self) -> nn.Module:
-        """The module that names are relative to."""
+        """The module to which names are relative."""
         raise NotImplementedError
 
     @property
     def called_model(self) -> nn.Module:
-        """The module that runs call: the same, or a wrapper around it."""
+        """The module that runs call: the root itself or a wrapper around it."""
         return self.points_root
 
-    # Names. Nothing is stored that a later change of the model could make stale.
+    # Names. They are not stored, since a later change of the model would make them stale.
 
     def setup(self) -> None:
-        """Give every hook point its name. Call it at the end of ``__init__``, and again when points were added."""
+        """Set the name of every hook point. Call it at the end of ``__init__``, and again after adding points."""
         for name, point in self.hook_dict.items():
             point.name = name
 
     @property
     def mod_dict(self) -> dict[str, nn.Module]:
-        """Every submodule by name, as it is now; one with several names under the first."""
+        """Every current submodule by name; one with several names under the first."""
         named = {id(module): name for name, module in reversed(walk(self.points_root))}
         return {name: module for name, module in walk(self.points_root) if named[id(module)] == name}
 
     @property
     def hook_dict(self) -> dict[str, HookPoint]:
-        """Every hook point by name, as it is now; one with several names under the first."""
+        """Every current hook point by name; one with several names under the first."""
         found: dict[str, HookPoint] = {}
         seen: set[int] = set()
         for name, module in walk(self.points_root):
@@ -67,19 +67,19 @@ class PointSurface:
         return found
 
     def hook_points(self) -> Iterable[HookPoint]:
-        """Return every hook point of the model, in the order of ``hook_dict``."""
+        """Every hook point of the model, in the order of ``hook_dict``."""
         return self.hook_dict.values()
 
     def chosen_points(self, names_filter: NamesFilter) -> dict[str, HookPoint]:
-        """The hook points that a filter means, by name.
+        """The hook points that a filter selects, by name.
 
         Raises:
-            SelectionError: it means none; the message has the nearest names.
+            SelectionError: the filter selects none; the message lists the nearest names.
         """
         return self.choose_among(self.hook_dict, names_filter)
 
     def choose_among(self, points: dict[str, HookPoint], names_filter: NamesFilter) -> dict[str, HookPoint]:
-        """:meth:`chosen_points` where :attr:`hook_dict` is at hand."""
+        """:meth:`chosen_points` among ``points``, for callers that have :attr:`hook_dict`."""
         if names_filter is None and points:
             return points
         if isinstance(names_filter, str) and names_filter not in points:
@@ -104,11 +104,11 @@ class PointSurface:
         level: int | None = None,
         prepend: bool = False,
     ) -> list[LensHandle]:
-        """Add a hook to the points that a name, a regex, a predicate or several names mean; to all of them or to none.
+        """Add a hook to all points that a name, regex, predicate or several of these select, or to none.
 
         Raises:
-            SelectionError: no point is meant.
-            ContextError: the model was compiled and traced, so that hooks added now would be skipped.
+            SelectionError: the filter selects no point.
+            ContextError: the model is compiled and has been traced, so that hooks added now would be skipped.
         """
         self.refuse_stale_graph()
         return self.install(name, hook, dir, is_permanent=is_permanent, level=level, prepend=prepend)
@@ -131,7 +131,7 @@ class PointSurface:
         is_permanent: bool = False,
         prepend: bool = False,
     ) -> None:
-        """Override to refuse a hook by raising; every hook that goes by a name passes here."""
+        """Override this to refuse a hook by raising; it is called for every hook that is added by name."""
 
     def check_and_add_hook(
         self,
@@ -143,7 +143,7 @@ class PointSurface:
         level: int | None = None,
         prepend: bool = False,
     ) -> None:
-        """Ask :meth:`check_hooks_to_add`, then add the hook."""
+        """Call :meth:`check_hooks_to_add`, then add the hook."""
         self.check_hooks_to_add(hook_point, hook_point_name, hook, dir=dir, is_permanent=is_permanent, prepend=prepend)
         hook_point.add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)
 
@@ -154,7 +154,7 @@ class PointSurface:
         dir: Literal["fwd", "bwd"],  # noqa: A002
         **options: Any,
     ) -> list[LensHandle]:
-        """:meth:`add_hook` for a model whose graph was looked at already."""
+        """:meth:`add_hook` without the check for a traced graph."""
         added: list[LensHandle] = []
         with MultiHookHandle().installing() as handle:
             for point_name, point in self.chosen_points(name).items():
@@ -167,10 +167,10 @@ class PointSurface:
         return added
 
     def refuse_stale_graph(self) -> None:
-        """Refuse hooks that are to stay where a traced graph would skip them.
+        """Refuse permanent hooks if a traced graph would skip them.
 
         Raises:
-            ContextError: the model was traced.
+            ContextError: the model has been traced.
         """
         if has_stale_graph(self.called_model):
             raise ContextError(
@@ -182,7 +182,7 @@ class PointSurface:
     def remove_all_hook_fns(
         self, direction: PointDirection = "both", including_permanent: bool = False, level: int | None = None
     ) -> None:
-        """Remove the hooks of all points that these arguments mean; hooks of others on the same modules stay."""
+        """Remove the hooks of all points that match these arguments; other hooks on the same modules stay."""
         for point in self.hook_points():
             point.remove_hooks(direction, including_permanent=including_permanent, level=level)
 
@@ -198,7 +198,7 @@ class PointSurface:
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """:meth:`clear_contexts`, unless told otherwise, and :meth:`remove_all_hook_fns`."""
+        """Call :meth:`clear_contexts` (unless disabled) and :meth:`remove_all_hook_fns`."""
         if clear_contexts:
             self.clear_contexts()
         self.remove_all_hook_fns(direction, including_permanent, level=level)
@@ -210,11 +210,11 @@ class PointSurface:
         dir: PointDirection = "both",  # noqa: A002
         including_permanent: bool = True,
     ) -> dict[str, list[LensHandle]]:
-        """The handles of every point that has any; :func:`tdcache.points.list_hooks` shows all hooks of a model.
+        """The handles of all points that have some; :func:`tdcache.points.list_hooks` shows all hooks of a model.
 
         Raises:
             DirectionError: unknown direction.
-            SelectionError: the filter means no point.
+            SelectionError: the filter selects no point.
         """
         points = self.chosen_points(name_filter) if name_filter is not None else self.hook_dict
         found = {
@@ -232,9 +232,9 @@ class PointSurface:
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> PointHooks:
-        """A context with these hooks, each a pair of a filter and a callable; can be entered again after it was left.
+        """A context with these hooks, each a pair of a filter and a callable; it can be entered again after it exits.
 
-        Leaving removes these hooks and no others, whatever their level.
+        Exiting removes exactly these hooks, whatever their level.
 
         Args:
             fwd_hooks: on the values.
@@ -265,7 +265,7 @@ class PointSurface:
 
 
 def bracket_with(handle: LensHandle, hook: Callable[..., Any], root: nn.Module) -> None:
-    """Where ``hook`` caches, have it told of the forwards of ``root`` for as long as ``handle`` is there."""
+    """If ``hook`` caches, tell it about the forwards of ``root`` until ``handle`` is removed."""
     if isinstance(hook, SavingHook):
         cast(PointRegistration, handle.hook).extra = hook.capture.bracketed(root)
 

@@ -1,4 +1,8 @@
-"""Reducers: what is kept of the values that pass one site."""
+"""Reducers: what is kept of the values at one site, such as the last one, all of them, or a mean.
+
+They are independent of hooks, so that statistics over a data set use the same code in a cache, in a harvest and on
+their own, and the results of several processes can be merged.
+"""
 
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.calls import First, Last, Stack

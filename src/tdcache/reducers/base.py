@@ -1,4 +1,8 @@
-"""What every reducer is."""
+"""The base class of reducers.
+
+``merge`` is part of the interface so that every reducer can be computed in parts: over data shards, over processes, and
+over two entries of a context.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +20,24 @@ __all__ = ["Reducer"]
 
 
 class Reducer(ABC):
-    """What is kept of the values that pass one site, over calls, forwards and (after ``merge``) processes.
+    """Reduces the values at one site, over calls, forwards and (with ``merge``) processes.
 
-    Subclasses are dataclasses: their fields are the configuration, their state is not part of it. A factory holds one
-    as a recipe; every site of every context gets its own :meth:`fresh` one.
+    Subclasses are dataclasses whose fields are the configuration; the state is kept elsewhere. A factory holds one as a
+    prototype; every site of every context gets its own :meth:`fresh` copy.
     """
 
     ordered: ClassVar[bool] = True
-    """Whether the order of updates changes the result; gradients arrive in reverse, and are put in order for these."""
+    """Whether the order of updates affects the result; if so, gradients, which arrive in reverse, are sorted first."""
 
     aliases: ClassVar[bool] = False
-    """Whether :meth:`update` keeps the tensor itself, so that a later in-place operation would change what is kept."""
+    """Whether :meth:`update` keeps the tensor itself, so that a later in-place operation would change the result."""
 
     @staticmethod
     def of(given: Reducer | type[Reducer]) -> Reducer:
-        """A reducer as it is, and of a class one with its defaults.
+        """``given`` itself if it is a reducer; a new one with defaults if it is a class.
 
         Raises:
-            ValueError: it is neither.
+            ValueError: ``given`` is neither.
         """
         if isinstance(given, type) and issubclass(given, Reducer):
             return given()
@@ -43,35 +47,35 @@ class Reducer(ABC):
 
     @abstractmethod
     def update(self, value: Tensor) -> None:
-        """Take one more value in, on the device it is to stay on.
+        """Add a value, which is already on the device where it is kept.
 
-        Those that keep values whole keep its graph too, where it has one (``hold="live"``); the others detach it.
+        Reducers that keep whole values keep their graph too (``hold="live"``); the others detach them.
         """
 
     @abstractmethod
     def merge(self, other: Self) -> None:
-        """Take in what ``other`` saw, as if its values had come after these; ``other`` must not be used any more."""
+        """Add the values of ``other``, as if they came after this reducer's; ``other`` must not be used afterwards."""
 
     @abstractmethod
     def compute(self) -> Tensor | TensorDict:
-        """What is kept, so far; updates may follow.
+        """The result so far; updates may follow.
 
         Raises:
-            CaptureError: nothing was seen.
+            CaptureError: there was no value.
         """
 
     @property
     @abstractmethod
     def empty(self) -> bool:
-        """Whether nothing was seen yet."""
+        """Whether there was no value yet."""
 
     @property
     def full(self) -> bool:
-        """Whether further values would change nothing, so that they need not be kept for :meth:`update`."""
+        """Whether further values would not change the result, so that they need not be copied for :meth:`update`."""
         return False
 
     def own(self, copied: Callable[[Tensor], Tensor]) -> None:
-        """Exchange every tensor that is kept for what ``copied`` makes of it."""
+        """Replace every kept tensor by ``copied`` of it."""
         for name, kept in list(vars(self).items()):
             if isinstance(kept, Tensor):
                 setattr(self, name, copied(kept))
@@ -83,12 +87,12 @@ class Reducer(ABC):
         return dataclasses.replace(self)  # type: ignore[type-var]  # every subclass is a dataclass
 
     def check_mergeable(self, other: Reducer) -> None:
-        """Refuse another kind of reducer, or one with another configuration."""
+        """Refuse a reducer of another class or configuration."""
         if self != other:
             raise ValueError(
                 f"{self!r} can be merged with a reducer of the same kind and configuration, not with {other!r}"
             )
 
     def nothing_seen(self) -> CaptureError:
-        """The error of :meth:`compute` before any update."""
+        """The error that :meth:`compute` raises before any update."""
         return CaptureError(f"{self!r} saw no value; run a forward that reaches its site first")

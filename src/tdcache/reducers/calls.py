@@ -1,4 +1,7 @@
-"""Reducers that keep values whole: the last, the first, or every one."""
+"""Reducers that keep whole values: the last, the first, or all of them.
+
+These keep aliases of the model's tensors; all other reducers copy or compute.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,20 @@ __all__ = ["First", "Last", "Stack"]
 
 @dataclass(eq=True)
 class _OneValue(Reducer):
-    """Keeps the value of one call as it is."""
+    """Keeps the value of one call, unmodified."""
 
     aliases: ClassVar[bool] = True
     _value: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def compute(self) -> Tensor:
-        """Return the value that is kept."""
+        """The value that is kept, unmodified."""
         if self._value is None:
             raise self.nothing_seen()
         return self._value
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was seen yet."""
+        """Whether there was no value yet."""
         return self._value is None
 
 
@@ -38,11 +41,11 @@ class Last(_OneValue):
     """Keeps the value of the latest call; in a caching context, of the latest forward only (the default)."""
 
     def update(self, value: Tensor) -> None:
-        """Take the value in place of the one before."""
+        """Replace the kept value."""
         self._value = value
 
     def merge(self, other: Last) -> None:
-        """Take the other's value, if it has one."""
+        """Take the value of ``other``, if it has one."""
         self.check_mergeable(other)
         if other._value is not None:
             self._value = other._value
@@ -53,19 +56,19 @@ class First(_OneValue):
     """Keeps the value of the first call and ignores the others."""
 
     def update(self, value: Tensor) -> None:
-        """Take the value if it is the first."""
+        """Keep the value if it is the first."""
         if self._value is None:
             self._value = value
 
     def merge(self, other: First) -> None:
-        """Keep the own value, or take the other's where there is none."""
+        """Take the value of ``other`` if this one has none."""
         self.check_mergeable(other)
         if self._value is None:
             self._value = other._value
 
     @property
     def full(self) -> bool:
-        """Whether there is a value, which no further one replaces."""
+        """Whether there is a value; it is never replaced."""
         return self._value is not None
 
 
@@ -73,9 +76,9 @@ class First(_OneValue):
 class Stack(Reducer):
     """Keeps the value of every call, in order: one entry per call, or per step of ``generate()``.
 
-    ``compute()`` gives a dense tensor ``(calls, *shape)`` (the new axis at ``dim``) where the calls agree in shape, and
-    a TensorDict with one entry per call under its number (``"0"``, ``"1"``, ...) where they do not, as between prefill
-    and decoding. ``index=(slice(None), -1)`` in the caching context makes them agree.
+    ``compute()`` returns a dense tensor ``(calls, *shape)`` (the new axis at ``dim``) if all values have one shape, and
+    otherwise, as for prefill and decoding, a TensorDict with one entry per call under its number (``"0"``, ``"1"``,
+    ...). ``index=(slice(None), -1)`` in the caching context makes the shapes equal.
     """
 
     aliases: ClassVar[bool] = True
@@ -87,12 +90,12 @@ class Stack(Reducer):
         self._values.append(value)
 
     def merge(self, other: Stack) -> None:
-        """Append the other's values."""
+        """Append the values of ``other``."""
         self.check_mergeable(other)
         self._values.extend(other._values)
 
     def compute(self) -> Tensor | TensorDict:
-        """The stacked values, or a TensorDict of them where shapes differ."""
+        """The stacked values, or a TensorDict of them if shapes differ."""
         if not self._values:
             raise self.nothing_seen()
         if len({value.shape for value in self._values}) == 1:
@@ -101,5 +104,5 @@ class Stack(Reducer):
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was seen yet."""
+        """Whether there was no value yet."""
         return not self._values

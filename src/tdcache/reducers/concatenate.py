@@ -1,4 +1,7 @@
-"""The reducer that makes rows: values joined along one dimension, within a row budget and with bounded memory."""
+"""Concatenates the values of all calls along one dimension, within a row budget and with bounded memory.
+
+A list and one ``torch.cat`` at the end would need twice the memory of the result.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ __all__ = ["Concatenate"]
 
 @dataclass(eq=True)
 class Concatenate(RowReducer):
-    """Joins the values of all calls along ``dim``; every value is copied without its graph, so nothing pins a batch.
+    """Joins the values of all calls along ``dim``. Values are copied without their graph, so no batch is kept alive.
 
-    Peak memory is the result and the value that is copied in (on an accelerator growing copies: give ``max_rows``).
-    ``compute()`` gives the rows themselves: contiguous where ``dim`` is 0, and a view otherwise.
+    Peak memory is the result and one value (on an accelerator, growing copies the result: give ``max_rows``).
+    ``compute()`` returns the rows without a copy: contiguous if ``dim`` is 0, otherwise a view.
 
     Args:
         dim: the dimension that rows are counted along.
-        max_rows: the most rows that are kept, exactly; what comes after is ignored. Room for them is made at once,
-            where it can be had.
+        max_rows: the exact maximum of rows to keep; further rows are ignored. Memory for them is allocated at once if
+            possible.
         flatten: how many leading dimensions are merged into rows first; ``2`` makes ``(batch, seq, d)`` into
             ``(batch * seq, d)``, a negative number leaves that many trailing dimensions.
     """
@@ -39,12 +42,12 @@ class Concatenate(RowReducer):
 
     @property
     def rows(self) -> int:
-        """How many rows are kept."""
+        """The number of kept rows."""
         return 0 if self._kept is None else self._kept.rows
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was seen yet."""
+        """Whether there was no value yet."""
         return self._kept is None
 
     @property
@@ -53,11 +56,11 @@ class Concatenate(RowReducer):
         return self.max_rows is not None and self.rows >= self.max_rows
 
     def update(self, value: Tensor, mask: Tensor | None = None) -> None:
-        """Copy the value's rows in, or those that the mask selects, as many as the budget still allows."""
+        """Append the value's rows, or those that the mask selects, as far as the budget allows."""
         self._append(self._counted_rows(value, mask))
 
     def merge(self, other: Concatenate) -> None:
-        """Append the other's rows, within the own budget."""
+        """Append the rows of ``other``, within this reducer's budget."""
         self.check_mergeable(other)
         if not other.empty:
             self._append(other.compute().movedim(other.dim, 0))

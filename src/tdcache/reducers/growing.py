@@ -1,4 +1,7 @@
-"""Rows that grow in place: one stretch of memory, never copied to become longer."""
+"""A growing tensor of rows that is not copied to become longer.
+
+Doubling a buffer by copying would need three times the memory of the rows at its peak.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ _LEAST_BYTES = 1 << 20
 class GrowingRows:
     """A tensor of rows that can be appended to, ``(rows, *shape)``.
 
-    On the CPU it is a private mapping, which the kernel makes longer by moving page tables (``mremap``), and whose
-    pages take memory only once they are written: room for twice the rows costs nothing. Elsewhere (an accelerator, an
-    operating system without ``mremap``, rows that somebody still looks at) growing copies.
+    On the CPU it is a private mapping, which the kernel extends by moving page tables (``mremap``) and whose pages take
+    memory only once they are written, so that room for twice the rows costs nothing. Otherwise (on an accelerator, on
+    an operating system without ``mremap``, or if a view of the rows is still in use) growing copies.
 
     Args:
-        like: rows, whose shape after the first dimension, dtype and device are those of all rows.
-        room: how many rows to make room for at once.
+        like: example rows; all rows have their dtype, device, and shape after the first dimension.
+        room: the number of rows to allocate at once.
     """
 
     def __init__(self, like: Tensor, room: int) -> None:
@@ -40,7 +43,7 @@ class GrowingRows:
 
     @classmethod
     def holding(cls, rows: Tensor) -> GrowingRows:
-        """Rows that begin with ``rows``."""
+        """Growing rows that start with ``rows``."""
         growing = cls(rows, rows.shape[0])
         growing.append(rows)
         return growing
@@ -49,7 +52,7 @@ class GrowingRows:
         return GrowingRows.holding, (self.tensor(),)
 
     def append(self, rows: Tensor) -> None:
-        """Copy rows to the end, in a larger buffer if there is no room left."""
+        """Copy rows to the end, after enlarging the buffer if necessary."""
         end = self.rows + rows.shape[0]
         if end > self._room:
             self._make_room(max(end, 2 * self._room))
@@ -57,7 +60,7 @@ class GrowingRows:
         self.rows = end
 
     def tensor(self) -> Tensor:
-        """The rows so far, ``(rows, *shape)``, without a copy; its storage holds them and no more."""
+        """The rows so far, ``(rows, *shape)``, without a copy; the storage holds only them."""
         if self._memory is None or not self.rows:
             whole = self._whole()
             return whole if self.rows == self._room else whole[: self.rows].clone()
@@ -70,8 +73,8 @@ class GrowingRows:
 
     @torch.inference_mode(mode=False)  # a tensor made in inference mode could not be written outside of it
     def _mapped(self, rows: int) -> Tensor:
-        # frombuffer keeps the object alive, but its buffer not exported; the view does that, so that nothing is moved
-        # away from under a tensor.
+        # frombuffer keeps the mapping alive but does not lock its buffer; the memoryview does, so that the mapping
+        # cannot be moved while a tensor uses it.
         seen = memoryview(cast(mmap.mmap, self._memory))
         flat = torch.frombuffer(seen, dtype=torch.uint8, count=rows * self._row_bytes)
         return flat.view(self.dtype).view(rows, *self.shape)
@@ -79,7 +82,7 @@ class GrowingRows:
     @torch.inference_mode(mode=False)
     def _make_room(self, room: int) -> None:
         if self._memory is not None:
-            self._tensor = None  # a mapping that is looked at cannot be moved
+            self._tensor = None  # a mapping with views cannot be moved
             try:
                 self._memory.resize(room * self._row_bytes)
             except (BufferError, SystemError, OSError):

@@ -1,4 +1,7 @@
-"""What the reducers over rows share: which dimensions of a value are rows, and which of these rows count."""
+"""The base of reducers over rows: which dimensions of a value are rows, and which rows a mask selects.
+
+Handled once here, so that a mean, a variance and a top-k over one mask count the same tokens.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ Dims = int | tuple[int, ...]
 
 
 class RowReducer(Reducer):
-    """A reducer that takes values apart into rows, and counts all of them or those that a mask selects.
+    """A reducer that splits values into rows, and counts all of them or those that a mask selects.
 
-    Subclasses are dataclasses with the fields ``dim`` and ``flatten``: first the leading dimensions are merged as
-    ``flatten`` says, then rows lie along ``dim``.
+    Subclasses are dataclasses with the fields ``dim`` and ``flatten``: first ``flatten`` leading dimensions are merged,
+    then rows are taken along ``dim``.
     """
 
     dim: Dims
@@ -27,19 +30,19 @@ class RowReducer(Reducer):
 
     @abstractmethod
     def update(self, value: Tensor, mask: Tensor | None = None) -> None:
-        """Take the value's rows in; its graph is not kept.
+        """Add the rows of a value; its graph is not kept.
 
         Args:
-            value: rows along ``dim``; a number is a row of its own.
-            mask: boolean, which rows count: ``(batch, seq)`` for the tokens of ``(batch, seq, d)``, in general of the
-                shape of the leading dimensions of ``value``. Each of these must be one along which rows lie.
+            value: rows along ``dim``; a scalar is one row.
+            mask: a boolean mask of the rows that count, with the shape of the leading dimensions of ``value``, such as
+                ``(batch, seq)`` for the tokens of ``(batch, seq, d)``. Rows must lie along each of these dimensions.
 
         Raises:
-            CaptureError: the mask does not fit the value, or the rows do not fit those before.
+            CaptureError: the mask does not fit the value, or the rows do not fit earlier ones.
         """
 
     def _rows_of(self, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The rows ``(rows, *rest)``, without a copy where they lie together, and the mask ``(rows,)``."""
+        """The rows ``(rows, *rest)``, without a copy if possible, and the mask ``(rows,)``."""
         value = value.detach() if value.requires_grad else value
         value = value.unsqueeze(0) if value.dim() == 0 else value
         merged = self._merged(value)
@@ -53,7 +56,7 @@ class RowReducer(Reducer):
         return _to_front(value, dims), None if mask is None else self._mask_of_rows(mask, value, dims)
 
     def _counted_rows(self, value: Tensor, mask: Tensor | None) -> Tensor:
-        """The rows that count, ``(rows, *rest)``."""
+        """The rows that the mask selects, ``(rows, *rest)``."""
         rows, mask = self._rows_of(value, mask)
         return rows if mask is None else rows[mask]
 
@@ -62,7 +65,7 @@ class RowReducer(Reducer):
         return (self.dim,) if isinstance(self.dim, int) else self.dim
 
     def _merged(self, value: Tensor) -> int:
-        """How many leading dimensions become one."""
+        """The number of leading dimensions to merge."""
         if self.flatten is None:
             return 1
         return max(1, self.flatten if self.flatten > 0 else value.dim() + self.flatten)
@@ -80,7 +83,7 @@ class RowReducer(Reducer):
         return mask.to(value.device)
 
     def _mask_of_rows(self, mask: Tensor, value: Tensor, dims: tuple[int, ...]) -> Tensor:
-        """The mask spread over all dimensions along which rows lie, in the order of the rows."""
+        """The mask expanded to all dimensions along which rows lie, in the order of the rows."""
         if not set(range(mask.dim())) <= set(dims):
             raise CaptureError(
                 f"{self!r} got a mask over {mask.dim()} leading dimensions of {tuple(value.shape)}, but rows lie along "
@@ -92,7 +95,7 @@ class RowReducer(Reducer):
 
 
 def _to_front(value: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The dimensions ``dims`` as one, in front of the others."""
+    """The dimensions ``dims`` merged into one, before the others."""
     if dims == (0,):
         return value
     return value.movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1)

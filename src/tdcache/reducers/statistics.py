@@ -1,4 +1,8 @@
-"""Reducers that keep statistics over rows: memory does not grow with the number of values."""
+"""Reducers for statistics over rows, whose memory does not grow with the number of values.
+
+Each is exact under any split of the data into updates and merges; sums of squares in float32, the usual shortcut, lose
+all digits of the variance of activations with a large mean.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,13 @@ from tdcache.reducers.totals import Total, accumulation_dtype
 
 __all__ = ["Mean", "TopK", "Variance"]
 
-# How much of a value is widened at a time: on the CPU 2 MB of float64, which stay in its cache, elsewhere 128 MB, which
-# bound the memory without many small kernels.
+# How much of a value is converted to float64 at a time: on the CPU 2 MB, which fit its cache; elsewhere 128 MB, to
+# bound the memory without launching many small kernels.
 _ELEMENTS_ON_CPU, _ELEMENTS_ELSEWHERE = 1 << 18, 1 << 24
 
 
 def _result_dtype(value: Tensor) -> torch.dtype:
-    """The value's own dtype, but float32 (complex64) for half precision and the default dtype for whole numbers."""
+    """The value's own dtype, but float32 (complex64) for half precision and the default dtype for integers."""
     if value.is_complex():
         return torch.complex64 if value.dtype.itemsize < 8 else value.dtype
     if value.is_floating_point():
@@ -54,11 +58,11 @@ class _Moments(RowReducer):
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was seen yet; a value without rows was seen."""
+        """Whether there was no value yet; a value without rows counts."""
         return self._total is None
 
     def update(self, value: Tensor, mask: Tensor | None = None) -> None:
-        """Take the value's rows in, or those that the mask selects."""
+        """Add the rows of the value, or those that the mask selects."""
         self._dtype = self._dtype or _result_dtype(value)
         rows = self._counted_rows(value, mask)
         elements = _ELEMENTS_ON_CPU if rows.device.type == "cpu" else _ELEMENTS_ELSEWHERE
@@ -74,7 +78,7 @@ class _Moments(RowReducer):
         self._join(count, Total(total), squares, total.shape)
 
     def merge(self, other: _Moments) -> None:
-        """Join the other's moments."""
+        """Add the moments of ``other``."""
         self.check_mergeable(other)
         if other._total is not None:
             self._dtype = self._dtype or other._dtype
@@ -100,11 +104,10 @@ class _Moments(RowReducer):
 
 @dataclass(eq=True)
 class Mean(_Moments):
-    """The mean over rows, all calls together: ``value.mean(dim)`` of the values concatenated along ``dim``.
+    """The mean over the rows of all calls: ``value.mean(dim)`` of the values concatenated along ``dim``.
 
-    Accumulated in float64 (on a device without it in float32, with the rounding errors summed beside), so that a row
-    counts after 10^8 others. The result has the dtype of the values, and float32 for half precision; it is NaN where no
-    row was seen.
+    Sums are in float64 (on a device without it in float32 with compensated summation), so that a row still counts after
+    10^8 others. The result has the dtype of the values, but float32 for half precision; without rows it is NaN.
 
     Args:
         dim: the dimension, or dimensions, averaged over; ``(0, 1)`` gives one vector for ``(batch, seq, d)``.
@@ -124,20 +127,20 @@ class Mean(_Moments):
 
 @dataclass(eq=True)
 class Variance(_Moments):
-    """The variance over rows, all calls together, as ``torch.var(dim, correction=correction)`` of all rows.
+    """The variance over the rows of all calls: ``torch.var(dim, correction=correction)`` of all rows.
 
-    Accumulated as in :class:`Mean`, and of the same dtype (of a complex value's parts).
+    Precision and dtype are those of :class:`Mean` (for complex values, the dtype of their parts).
 
     Args:
         dim: the dimension, or dimensions, that rows lie along.
-        correction: subtracted from the number of rows in the divisor (1 is Bessel's).
+        correction: subtracted from the number of rows in the divisor (1 is Bessel's correction).
         flatten: how many leading dimensions are merged into one first; see :class:`Concatenate`.
     """
 
     correction: int = 1
 
     def compute(self) -> Tensor:
-        """The variance so far; NaN where there are not more rows than ``correction``."""
+        """The variance so far; NaN if there are not more rows than ``correction``."""
         if self._squares is None or self._dtype is None:
             raise self.nothing_seen()
         squares = self._squares.value()
@@ -148,16 +151,16 @@ class Variance(_Moments):
 
 @dataclass(eq=True)
 class TopK(RowReducer):
-    """The ``k`` largest (or smallest) values over rows, per remaining position, with the numbers of their rows.
+    """The ``k`` largest (or smallest) values over rows, for each remaining element, with the numbers of their rows.
 
-    For the top activating inputs of every neuron or latent. ``compute()`` gives a TensorDict with ``"values"`` and
-    ``"indices"``, both ``(k, *rest)`` with the axis at ``dim``. Row numbers count all rows that passed the site, those
-    that a mask left out too: number ``n`` is row ``n`` of the flattened values concatenated along ``dim``.
+    For the top activating inputs of every neuron or latent. ``compute()`` returns a TensorDict with ``"values"`` and
+    ``"indices"``, both ``(k, *rest)`` with the axis at ``dim``. Row numbers count all rows at the site, including those
+    that a mask left out: number ``n`` is row ``n`` of the flattened values concatenated along ``dim``.
 
     Args:
-        k: how many; fewer where fewer rows were seen.
+        k: the number of values to keep; fewer if there are fewer rows.
         dim: the dimension that rows lie along.
-        largest: the largest values, or else the smallest.
+        largest: keep the largest values, or with False the smallest.
         flatten: how many leading dimensions are merged into one first; see :class:`Concatenate`.
     """
 
@@ -175,11 +178,11 @@ class TopK(RowReducer):
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was seen yet."""
+        """Whether there was no value yet."""
         return self._values is None
 
     def update(self, value: Tensor, mask: Tensor | None = None) -> None:
-        """Take the value's rows in, or those that the mask selects."""
+        """Add the rows of the value, or those that the mask selects."""
         rows, mask = self._rows_of(value, mask)
         candidates = rows if mask is None else rows[mask]
         values, numbers = candidates.topk(min(self.k, candidates.shape[0]), dim=0, largest=self.largest)
@@ -189,7 +192,7 @@ class TopK(RowReducer):
         self.rows += rows.shape[0]
 
     def merge(self, other: TopK) -> None:
-        """Take in the other's candidates; its row numbers go on after the own ones."""
+        """Add the candidates of ``other``; its row numbers continue after this reducer's."""
         self.check_mergeable(other)
         if other._values is not None and other._indices is not None:
             self._join(other._values, other._indices + self.rows)

@@ -1,4 +1,7 @@
-"""Sums that go on counting after many small terms, in double precision or without it."""
+"""Running sums that stay accurate over very many terms, with or without double precision.
+
+In float32 a sum of 10^8 equal terms stops growing after 2^24 of them; MPS and some XPUs have no float64.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ __all__ = ["Total", "accumulation_dtype"]
 
 
 def accumulation_dtype(value: Tensor) -> torch.dtype:
-    """The dtype that values are summed in: float64 (complex128), or float32 (complex64) on a device without it."""
+    """The dtype for sums: float64 (complex128), or float32 (complex64) on a device without it."""
     if _has_double(value.device.type):
         return torch.complex128 if value.is_complex() else torch.float64
     return torch.complex64 if value.is_complex() else torch.float32
@@ -26,7 +29,7 @@ def _has_double(device: str) -> bool:
 
 
 class Total:
-    """A running sum. In single precision the rounding error of every addition is summed beside it.
+    """A running sum. In single precision, the rounding errors of all additions are summed separately.
 
     Source: Knuth, "The Art of Computer Programming", volume 2 (1969), section 4.2.2, theorem B: ``two_sum``.
 
@@ -44,12 +47,12 @@ class Total:
         if total.dtype in (torch.float32, torch.complex64):
             back = total - self._sum
             error = (self._sum - (total - back)) + (term - back)
-            error = torch.where(total.isfinite(), error, 0)  # of an infinite sum it would be inf - inf
+            error = torch.where(total.isfinite(), error, 0)  # for an infinite sum it would be inf - inf
             self._error = error if self._error is None else self._error + error
         self._sum = total
 
     def join(self, other: Total) -> None:
-        """Add what another total has."""
+        """Add the terms of another total."""
         self.add(other._sum)
         if other._error is not None:
             self.add(other._error)

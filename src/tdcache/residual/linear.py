@@ -143,6 +143,17 @@ class LinearMap:
 
     @classmethod
     @torch.no_grad()
+    def that_made(cls, result: Tensor, given: Tensor, module: nn.Module, path: str) -> LinearMap:
+        """The map that a module computes, where one row ``(width,)`` that it was given and its result are known.
+
+        The weight is taken as it is written if that leads from one to the other, and probed as in :meth:`of` if not.
+        """
+        written = cls._written(module, len(given))
+        found = (each for each in written if deviation(each.to(given)(given), result) <= tolerance(given))
+        return next(found, None) or cls.of(module, path, len(given))
+
+    @classmethod
+    @torch.no_grad()
     def of(cls, module: nn.Module, path: str, width: int) -> LinearMap:
         """The map that a module computes: its weight as it stands or transposed, else what it makes of unit vectors.
 
@@ -162,11 +173,14 @@ class LinearMap:
         out = _probed(module, path, torch.stack([0 * wave, wave]))
         if out.ndim != 2 or len(out) != 2:
             raise _not_affine(module, path, f"returned {tuple(out.shape)} for {(2, width)}")
-        for found in cls._candidates(module, path, width, like):
-            here = deviation(found(wide(wave)), out[1])
-            if here <= tolerance(like):
-                return found
-        raise _not_affine(module, path, f"differs by {here:.1e} from the map of its unit vectors")
+        written = (
+            each for each in cls._written(module, width) if deviation(each(wide(wave)), out[1]) <= tolerance(like)
+        )
+        found = next(written, None) or cls._of_unit_vectors(module, path, width, like)
+        off = deviation(found(wide(wave)), out[1])
+        if off > tolerance(like):
+            raise _not_affine(module, path, f"differs by {off:.1e} from the map of its unit vectors")
+        return found
 
     def to(self, like: Tensor) -> LinearMap:
         """The map in the dtype and on the device of ``like``."""
@@ -177,20 +191,23 @@ class LinearMap:
         return self.with_bias(x @ self.weight)
 
     def with_bias(self, result: Tensor) -> Tensor:
-        """``result + bias``."""
+        """What ``x @ weight`` gives, with the bias added where there is one."""
         return result if self.bias is None else result + self.bias
 
     @classmethod
-    def _candidates(cls, module: nn.Module, path: str, width: int, like: Tensor) -> Iterator[LinearMap]:
+    def _written(cls, module: nn.Module, width: int) -> Iterator[LinearMap]:
         weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
         if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
             added = wide(bias).detach() if isinstance(bias, Tensor) else None
             for each in (weight.T, weight):  # nn.Linear, and GPT-2's Conv1D
                 if len(each) == width and (added is None or added.shape == each.shape[1:]):
                     yield cls(wide(each).detach(), added)
+
+    @classmethod
+    def _of_unit_vectors(cls, module: nn.Module, path: str, width: int, like: Tensor) -> LinearMap:
         eye = torch.eye(width, dtype=like.dtype, device=like.device)
         out = _probed(module, path, torch.cat([eye, 0 * eye[:1]]))
-        yield cls(out[:-1] - out[-1], out[-1] if bool(out[-1].any()) else None)
+        return cls(out[:-1] - out[-1], out[-1] if bool(out[-1].any()) else None)
 
 
 def _probed(module: nn.Module, path: str, rows: Tensor) -> Tensor:

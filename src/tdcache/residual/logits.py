@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tdcache.errors import ResidualError
 from tdcache.named_places import Names
 from tdcache.norms import wide
+from tdcache.residual.columns import Columns
 from tdcache.residual.decomposition import accumulated
 from tdcache.residual.linear import LinearMap, run
-from tdcache.residual.norm import apply_norm, final_norm
+from tdcache.residual.norm import final_norm, frozen_norm
 from tdcache.residual.parts import Parts, tensors
 from tdcache.residual.stream import CachedStream, names_of
 from tdcache.tokens import Positions
@@ -89,16 +90,23 @@ def logit_attribution(
     else:
         table, normed = names_of(stack, names), stack.normed if normed is None else normed
         prefix = stack.prefix if prefix is None else prefix
-    if not normed:
-        stack = apply_norm(stack, cache, positions=positions, mask=mask, names=table, prefix=prefix)
-    stream = CachedStream.of(Parts(), table, prefix)
-    width = next(iter(tensors(stack).values())).shape[-1]
-    directions = _Directions.of(stream, tokens, incorrect, width)
-    scores = {key: directions.score(part, key) for key, part in tensors(stack).items()}
+    stream = CachedStream.of(Parts() if cache is None else cache, table, prefix, Columns(positions, mask))
+    parts = tensors(stack)
+    key, first = next(iter(parts.items()))
+    directions = _Directions.of(stream, tokens, incorrect, first.shape[-1])
+    aligned, biases = directions.over(first, key), {}
+    path = None if normed else final_norm(stream)
+    if path is not None:
+        name = stream.name("final_norm")
+        norm = frozen_norm(stack, stream, path, name)
+        if norm.bias is not None:
+            biases[f"{name}.bias"] = (norm.bias * aligned).sum(-1)
+        aligned = norm.back(aligned)  # once, in place of the norm of every part
     if directions.bias is not None:
-        like = next(iter(scores.values()))
-        scores[stream.name("unembed.bias")] = _leading(directions.bias, like.ndim).expand_as(like)
-    return TensorDict(scores)
+        biases[stream.name("unembed.bias")] = _leading(directions.bias, first.ndim - 1)
+    scores = {key: (part * aligned).sum(-1) for key, part in parts.items()}
+    like = next(iter(scores.values()))
+    return TensorDict({**scores, **{key: bias.to(like).expand_as(like) for key, bias in biases.items()}})
 
 
 def logit_lens(
@@ -202,8 +210,8 @@ class _Directions:
         rows = linear.weight.T[index] * scale
         return cls(rows, None if linear.bias is None else linear.bias[index] * scale)
 
-    def score(self, part: Tensor, key: str) -> Tensor:
-        """The product of a part ``(batch, position, unit)`` with the directions of its rows."""
+    def over(self, part: Tensor, key: str) -> Tensor:
+        """The direction of every row of a part ``(batch, position, unit)``, to be broadcast over the others."""
         rows = self.weight.shape[:-1]
         if part.ndim <= len(rows) or part.shape[: len(rows)] != rows:
             raise ResidualError(
@@ -211,7 +219,7 @@ class _Directions:
                 "for each row, or one for each row and position",
                 names=[key],
             )
-        return (part * _leading(self.weight.to(part), part.ndim, keep=1)).sum(-1)
+        return _leading(self.weight.to(part), part.ndim, keep=1)
 
 
 def _leading(value: Tensor, ndim: int, *, keep: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ from tdcache.residual.parts import Parts, tensors
 from tdcache.residual.stream import CachedStream, names_of
 from tdcache.tokens import Positions
 
-__all__ = ["apply_norm", "final_norm"]
+__all__ = ["apply_norm", "final_norm", "frozen_norm"]
 
 
 def apply_norm(
@@ -60,18 +60,32 @@ def apply_norm(
     of = stack.of if isinstance(stack, Parts) else None
     if path is None:
         return Parts.made(tensors(stack), table, stream.stream.prefix, of=of, normed=True)
-    (module,) = stream.modules(path)
-    name = norm or stream.name("final_norm")
     if recompute:
+        (module,) = stream.modules(path)
         found = {key: _fresh(module, part) for key, part in tensors(stack).items()}
         return Parts.made(found, table, stream.stream.prefix, normed=True)
-    frozen = NormStep.of(module, path, _whole(stack, stream, at))
-    found = {key: frozen(_fitting(part, key, frozen)) for key, part in tensors(stack).items()}
-    if stream.keeps(name):
-        _compare(stream, name, module, _whole(stack, stream, at))
+    name = norm or stream.name("final_norm")
+    frozen = frozen_norm(stack, stream, path, name, at)
+    found = {key: frozen(part) for key, part in tensors(stack).items()}
     if frozen.bias is not None:
         found[f"{name}.bias"] = frozen.bias.expand_as(next(iter(found.values())))
     return Parts.made(found, table, stream.stream.prefix, of=of, normed=True)
+
+
+def frozen_norm(stack: TensorDictBase, stream: CachedStream, path: str, name: str, at: str | None = None) -> NormStep:
+    """The norm with the scale that it has at the whole value, which the entries of ``stack`` are parts of.
+
+    Raises:
+        ResidualError: that value is not known, has other rows than an entry, or is not what the norm read.
+    """
+    (module,) = stream.modules(path)
+    whole = _whole(stack, stream, at)
+    frozen = NormStep.of(module, path, whole)
+    for key, part in tensors(stack).items():
+        _check_rows(part, key, frozen)
+    if stream.keeps(name):
+        _compare(stream, name, module, whole)
+    return frozen
 
 
 def final_norm(stream: CachedStream) -> str | None:
@@ -100,7 +114,7 @@ def _whole(stack: TensorDictBase, stream: CachedStream, at: str | None) -> Tenso
     return stream.value(stream.last())
 
 
-def _fitting(part: Tensor, key: str, norm: NormStep) -> Tensor:
+def _check_rows(part: Tensor, key: str, norm: NormStep) -> None:
     rows = norm.inverse_scale.shape[:-1]
     if part.shape[:-1] != rows:
         raise ResidualError(
@@ -108,7 +122,6 @@ def _fitting(part: Tensor, key: str, norm: NormStep) -> Tensor:
             "some positions pass positions=, for parts of another value at=",
             names=[key],
         )
-    return part
 
 
 def _fresh(module: torch.nn.Module, part: Tensor) -> Tensor:

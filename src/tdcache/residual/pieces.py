@@ -111,7 +111,7 @@ def _pieces(
     values = _read(stream, name)
     pieces, units = values.shape[-2:]
     (module,) = stream.modules(path)
-    linear = LinearMap.of(module, path, pieces * units).to(values)
+    linear = _projection(stream, name, module, path, values.flatten(-2)).to(values)
     weight = linear.weight.reshape(pieces, units, -1)
     results = _results(values, weight) if all_at_once else None
     given = linear(values.flatten(-2)) if results is None else linear.with_bias(results.sum(-2))
@@ -127,6 +127,15 @@ def _pieces(
             names=[f"{name}.contribution"],
         )
     return Pieces(name, kind, values, weight, linear.bias, step, results)
+
+
+def _projection(stream: CachedStream, name: str, module: nn.Module, path: str, given: Tensor) -> LinearMap:
+    """The map of the projection, told where that is possible by what it made of the first row."""
+    width, added = given.shape[-1], stream.value(f"{name}.contribution")
+    if given.shape[:-1] != added.shape[:-1]:
+        return LinearMap.of(module, path, width)
+    first = (0,) * (given.ndim - 1)
+    return LinearMap.that_made(added[first], given[first], module, path)
 
 
 def _step_to_stream(stream: CachedStream, name: str, given: Tensor) -> LinearStep | None:

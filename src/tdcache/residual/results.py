@@ -34,7 +34,7 @@ def head_results(
 
     Args:
         cache: canonical names to values, ``attn.z`` and ``attn.contribution`` among them.
-        layers: which blocks; those up to the last ``resid_post`` that is kept by default.
+        layers: which blocks; by default those up to the last ``resid_post`` that is kept, where they have attention.
         onto: ``(unit,)``, or a direction for each position: give the heads' products with it instead.
         remainder: also what the heads leave of the last ``resid_post`` that is kept, as ``"remainder"``.
         positions: which positions; None for all.
@@ -50,7 +50,7 @@ def head_results(
     """
     stream = CachedStream.of(cache, names, prefix, Columns(positions, mask))
     found: dict[str, Tensor] = {}
-    for block in stream.blocks(layers):
+    for block in stream.blocks(layers, "attn"):
         pieces = heads_of(stream, block, all_at_once=onto is None)
         found.update(pieces.parts(range(len(pieces.weight)), onto=onto))
     return _results(stream, found, onto, remainder)
@@ -92,7 +92,7 @@ def neuron_results(
     """
     stream = CachedStream.of(cache, names, prefix, Columns(positions, mask))
     found: dict[str, Tensor] = {}
-    for block in stream.blocks(layers):
+    for block in stream.blocks(layers, "mlp"):
         pieces = neurons_of(stream, block, all_at_once=False)
         every = range(len(pieces.weight))
         found.update(pieces.parts(every[neurons] if isinstance(neurons, slice) else neurons, onto=onto))

@@ -234,15 +234,20 @@ class CachedStream:
     def _canonical_of(self, name: str) -> str:
         return next((each for each, spelled in self.names.spelling.items() if spelled == name), name)
 
-    def blocks(self, layers: int | Sequence[int] | None) -> list[int]:
+    def blocks(self, layers: int | Sequence[int] | None, kind: str = "") -> list[int]:
         """Numbers of blocks, counted from either end; None for those up to the last ``resid_post`` that is kept.
+
+        Args:
+            layers: which ones.
+            kind: with None, those that have this contribution alone: in some models attention is not in every block.
 
         Raises:
             SelectionError: there is no such block.
         """
         count = self.stream.blocks
         if layers is None:
-            return list(range(self.until(None)[1] + 1))
+            found = range(self.until(None)[1] + 1)
+            return [block for block in found if not kind or kind in self.contributions(block)]
         asked = [layers] if isinstance(layers, int) else list(layers)
         if wrong := [each for each in asked if not -count <= each < count]:
             raise SelectionError(f"layers={wrong[0]!r} is none of {count} blocks", selector=layers)

@@ -263,7 +263,9 @@ class ActivationDataset(StoreReader, torch.utils.data.Dataset[TensorDict]):
         Raises:
             DamagedError: a byte was flipped or is missing; it names shard, column and block. Further damage is in its
                 notes.
+            SpecError: another store has taken the place of the one that was opened.
         """
+        self.check_same()
         found = find_damage(self.path)
         if found:
             for further in found[1:]:

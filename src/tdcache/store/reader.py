@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor
 from tdcache.errors import SpecError, listed
 from tdcache.paths import near_misses
 from tdcache.store.layout import StoreFiles
-from tdcache.store.remote import Place, as_place
+from tdcache.store.remote import Place, RemotePath, as_place
 from tdcache.store.rows import ROW_COLUMNS, by_shard, put_rows, row_numbers
 from tdcache.store.scaling import Scaling
 from tdcache.store.shard import Shard, ShardCache
@@ -32,6 +33,7 @@ from tdcache.store.summary import summarised
 __all__ = ["StoreReader"]
 
 _STATISTICS_BYTES = 1 << 26
+_ASKED_EVERY = 10.0  # seconds
 
 
 class StoreReader:
@@ -66,6 +68,7 @@ class StoreReader:
         self._chosen: Tensor | None = None
         """The numbers of the rows, of some of them only."""
         self._scalings: Mapping[str, Scaling] = {}
+        self._asked_at = time.monotonic()
         self._load({})
 
     def _load(self, known: Mapping[int, Shard]) -> None:
@@ -92,12 +95,27 @@ class StoreReader:
             raise SpecError(
                 "rows that were chosen stay the same: refresh the store itself and choose again", path=self.path
             )
+        self.check_same()
+        self._load(self._by_unit)
+        return self
+
+    def check_same(self) -> None:
+        """Look whether the folder still holds the store that was opened.
+
+        Raises:
+            SpecError: it holds another one.
+        """
         if spec_id(read_spec(self.path)) != self.id:
             raise SpecError(
                 f"{self.path} holds another store than the one that was opened; open it again", path=self.path
             )
-        self._load(self._by_unit)
-        return self
+
+    def _ask_now_and_then(self) -> None:
+        """A disk shows when a file was replaced, each time that it is opened; elsewhere asking costs a request."""
+        now = time.monotonic()
+        if isinstance(self.path, RemotePath) and now - self._asked_at > _ASKED_EVERY:
+            self._asked_at = now
+            self.check_same()
 
     def checking(self) -> Self:
         """The same rows, each block compared with its checksum when it is read for the first time."""
@@ -233,6 +251,7 @@ class StoreReader:
         self, spans: Sequence[Span], into: Mapping[str, Tensor], *, readers: Executor | None = None
     ) -> Sequence[Future[None]]:
         """Read several spans of rows, one after the other, into memory; see :func:`tdcache.store.spans.read_spans`."""
+        self._ask_now_and_then()
         if self._chosen is None and not self._scalings:
             targets = {self.in_shard(key): column for key, column in into.items()}
             return read_spans(targets, self._shards, self._starts, spans, readers=readers)
@@ -255,6 +274,7 @@ class StoreReader:
 
     def _gather(self, numbers: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
         """Each of ``numbers``, rows of the whole store, one shard after the other."""
+        self._ask_now_and_then()
         names = [self.in_shard(key) for key in keys]
         stored = {key: self._contract.columns[name] for key, name in zip(keys, names, strict=True)}
         found = {key: torch.empty((numbers.numel(), *shape), dtype=dtype) for key, (dtype, shape) in stored.items()}
