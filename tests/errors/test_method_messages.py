@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from tdcache.attribution.gradients import Seen
 from tdcache.errors import AttributionError, DirectionError, EditError
+from tdcache.hooks import InputPort
 from tdcache.interventions import ActivationPatching, SteeringVectors
 
 MESSAGES = {
@@ -22,6 +24,11 @@ MESSAGES = {
         lambda: ActivationPatching("layer", sweep=["head", 3], heads=2, metric=lambda data: data["output"]),
         EditError,
         "sweep is True, 'position', 'head' or both of them, got 3",
+    ),
+    "a place for a new value that only a function finds": (
+        lambda: InputPort("layer", lambda args: args[0]).write(nn.ReLU(), (torch.ones(2),), {}, torch.ones(2)),
+        EditError,
+        "a callable pick= cannot say where to put the new value at 'layer'; use an index or a key",
     ),
     "no target": (lambda: Seen([]).needed_target(), AttributionError, "the target was not computed"),
 }
