@@ -123,3 +123,24 @@ def test_a_layer_map_takes_keys_of_any_kind_and_its_bar_shows_signs():
         axes.figure.canvas.draw()
         ticks = {label.get_text() for label in axes.figure.axes[1].get_yticklabels()}
         assert {"+1", "0", "−1"} <= ticks
+
+
+def test_a_label_draws_a_colour_bar_that_several_lines_can_share():
+    maps = plot.image_maps(torch.rand(1, 2, 2), {"a": torch.rand(1, 2, 2)}, label="score")
+    assert [axes.get_ylabel() for axes in maps.axes[2:]] == ["score"]
+    graph = plot.edge_graph({"a": {"b": -2.0}}, order=["a", "b"], label="change of the logit")
+    assert graph.figure.axes[1].get_ylabel() == "change of the logit"
+    assert graph.figure.axes[1].get_ylim() == (-2, 2)
+    _, (first, second) = plt.subplots(2, 1)
+    for line, scores in ((first, torch.tensor([2.0])), (second, torch.tensor([1.0]))):
+        plot.tokens(["a"], scores, axes=line, limit=2.0)
+    bar = plot.color_bar([first, second], limit=2.0, label="added")
+    for line, value in ((first, 2.0), (second, 1.0)):
+        assert line.patches[0].get_facecolor() == bar.cmap(bar.norm(value))
+
+
+def test_positions_without_words_are_numbered_at_the_centres_of_their_columns():
+    axes = plot.layer_map({"a": torch.zeros(30)})
+    assert axes.get_xticks().tolist() == [at + 0.5 for at in range(0, 30, 3)]
+    assert [label.get_text() for label in axes.get_xticklabels()][:2] == ["0", "3"]
+    assert axes.get_xlabel() == "position"

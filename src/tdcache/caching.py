@@ -1,7 +1,7 @@
 """Caching activations and gradients: the reference recipe, to be read first and copied.
 
 A recipe is configuration (``__init__``), a selection (which sites), and one tap per site (what is taken there). The
-context that it is bound to holds all state; entering it calls ``_hook_module``, leaving it removes what that returned.
+context that it is bound to holds all state; entering it calls ``_hook_module``, exiting removes what that returned.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ __all__ = ["ActivationCaching", "CachingOptions", "cache_activations"]
 
 
 class ActivationCaching(HookingContextFactory):
-    r"""Keeps what flows through every selected module, in a TensorDict.
+    r"""Caches activations and gradients of every selected module in a TensorDict.
 
     Entries are keyed by path: ``cache["layers.0.attn"]``, or ``cache["fwd", "layers.0.attn"]`` with several directions
     or ``use_nested_keys``. They are detached aliases by default, on the device they were computed on, valid as long as
-    nothing overwrites them in place (which raises). Each forward replaces the entries of the one before, unless a
-    ``reducer`` gathers over forwards; its result is in ``hooked.cache`` when that is read and when the block ends.
+    nothing overwrites them in place (which raises). Each forward replaces the entries of the previous one, unless a
+    ``reducer`` covers all forwards; its result is in ``hooked.cache`` whenever that is read and when the block ends.
     Gradients arrive during the user's own backward, inside the block.
 
     Args:
         key_pattern: which modules: a regex on the whole path, a compiled pattern, a module class, a predicate
             ``(path, module) -> bool``, or a sequence of these. Can be set between two uses.
         relative: match and name paths relative to the model; with False, relative to the hooked module around it.
-        cache: the TensorDict to write to. With a device: values are moved there. Locked or memory-mapped: values are
-            copied into the entries that are there.
+        cache: the TensorDict to write to. If it has a device, values are moved there; if it is locked or
+            memory-mapped, they are copied into its existing entries.
         callback: called as ``callback(module=, args=, output=, key=, direction=)`` (the gradient directions get
             ``grad_input=, grad_output=`` instead of the last two values, as torch has them); returns what is kept.
         directions: any of ``"fwd"`` (output; the default), ``"fwd_pre"`` (input), ``"bwd"`` (gradient of the output),
@@ -61,43 +61,43 @@ class ActivationCaching(HookingContextFactory):
         match: ``"full"``, ``"prefix"`` or ``"search"``.
         pick: which tensor of a structured value: an index, a key, a path of these, a callable, ``"all"`` for every
             tensor under nested keys, or None for the first.
-        index: kept part of the tensor, as in ``tensor[index]``; copied, so that it does not pin the rest.
+        index: the part of the tensor to keep, as in ``tensor[index]``; copied, so that it does not keep the rest alive.
         hold: ``"detached"`` (an alias without graph), ``"live"`` (with its graph) or ``"snapshot"`` (a copy).
         dtype: cast to it; a ``torch.dtype`` or its name. Complex values need a complex one.
         device: move there; from an accelerator to the CPU asynchronously, by pinned memory.
-        reducer: what is kept over calls: ``Last()`` (default), ``First()``, ``Stack()``, ``Concatenate()``, statistics.
+        reducer: reduces several calls: ``Last()`` (default), ``First()``, ``Stack()``, ``Concatenate()``, statistics.
         batch_dims: the number of leading dimensions that all entries share, as batch size of the cache.
         stack_by: the named group of the pattern that becomes a leading axis: sites that differ only in it are stacked.
             Several groups become several axes, in the order given.
         stop_early: end the forward once every site has fired (not with gradients). Call ``hooked(...)``, which then
             returns no output.
-        allow_empty: a selector that matches nothing is no error.
+        allow_empty: accept a selector that matches nothing.
         prepend: see values before edits at the same site; by default captures see the final value.
-        check: how an alias that was overwritten in place is found: ``"versions"`` asks torch's counter, for nothing;
-            ``"values"`` compares checksums as well, for a hunt for writes that no counter sees.
+        check: how an alias that was overwritten in place is detected: ``"versions"`` reads torch's version counter, at
+            no cost; ``"values"`` also compares checksums, to find writes that the counter misses.
         positions: which of each row's real tokens are kept, by the attention mask of the call: a number (0 the first,
-            -1 the last; its axis is taken off), several, a slice, an integer tensor ``(batch, k)`` or a bool mask
+            -1 the last; its axis is removed), several, a slice, an integer tensor ``(batch, k)`` or a bool mask
             ``(batch, seq)``; ``slice(None)`` for every real token, so that ``reducer=Mean(flatten=2)`` is the mean
-            over them. None keeps all columns, padding included. See ``docs/positions.md``.
-        mask_key: the name of the mask among the model's arguments, found by itself by default; None counts columns.
+            over them. None keeps all columns, including padding. See ``docs/positions.md``.
+        mask_key: the name of the mask among the model's arguments, by default found automatically; None counts columns.
         position_dim: the axis of positions in the values.
-        rows: which rows of the batch are kept: an int (its axis is taken off), a slice, a sequence of ints, or a bool
-            mask ``(batch,)``. Rows are axis 0, or axis 1 where positions are axis 0.
-        units: which features, along ``unit_dim``: an int (its axis is taken off), a slice, or a sequence of ints.
-        heads: ``(n_heads, which)``, in place of ``units``: ``unit_dim`` holds that many heads side by side, as the
-            input of an attention's output projection does; those that are kept stay side by side. At ``names=`` with an
-            axis of heads just which.
+        rows: which rows of the batch are kept: an int (its axis is removed), a slice, a sequence of ints, or a bool
+            mask ``(batch,)``. Rows are axis 0, or axis 1 if positions are axis 0.
+        units: which features, along ``unit_dim``: an int (its axis is removed), a slice, or a sequence of ints.
+        heads: ``(n_heads, which)``, instead of ``units``, if ``unit_dim`` is the concatenation of that many heads, as
+            in the input of an attention's output projection; the selected heads stay concatenated. With ``names=`` and
+            an axis of heads, just which.
         unit_dim: the axis of units, counted from the end.
         steps: in which forwards of ``generate()`` values are kept: ``"prefill"``, ``"decode"``, or a predicate of a
-            :class:`tdcache.Step`. The entries outlast the forwards that are left out. All by default.
+            :class:`tdcache.Step`. Forwards that are left out do not replace entries. All by default.
         names: the canonical names of the model, ``tdcache.names(model)``. Then ``key_pattern`` means names, such as
             ``r"blocks\.(?P<layer>\d+)\.attn\.pattern"``, and names are the keys; ``"fwd"`` is the value of a name and
             ``"bwd"`` its gradient. The cache is a :class:`tdcache.NamedCache`.
 
     Raises:
         DirectionError: unknown direction, or a gradient with ``stop_early``.
-        EditError: rows, units or heads that cannot be used.
-        SelectionError: an unusable selector; on entering, one that matches nothing.
+        EditError: rows, units or heads are invalid.
+        SelectionError: the selector is invalid; on entering, it matches nothing.
 
     Example:
         >>> import torch
@@ -288,7 +288,7 @@ class CachingOptions(TypedDict, total=False):
 def cache_activations(
     model: nn.Module, pattern: Selector, **options: Unpack[CachingOptions]
 ) -> AbstractContextManager[TensorDictBase]:
-    """Cache what a block runs, in one line; inside it the model is called as usual.
+    """Cache activations inside a block, in one line; the model is called as usual.
 
     Args:
         model: any ``nn.Module``.

@@ -1,9 +1,10 @@
-"""The in-place check: was a tensor that is kept overwritten after it was seen?
+"""The in-place check: was a kept tensor overwritten after it was captured?
 
-Aliases are what makes capture free, and what an in-place operation (``ReLU(inplace=True)``, ``x += y``) silently turns
-into another value. Every tensor has a version counter that such an operation raises, on it or on any alias of it.
-Whoever keeps an alias notes the version here and asks before the value is used. Writes that raise no counter (through
-``.data``, numpy, dlpack, ``swap_tensors``, some fused optimisers) are only seen by comparing checksums.
+Aliases make capturing free, but an in-place operation (``ReLU(inplace=True)``, ``x += y``) silently turns them into
+other values. Every tensor has a version counter, which such an operation on it or on an alias of it increments. Code
+that keeps an alias records the version here and compares it before the value is used. Writes that do not increment the
+counter (through ``.data``, numpy, dlpack, ``swap_tensors``, some fused optimisers) are only found by comparing
+checksums.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an attention mask says: which columns are tokens, in every form that masks come in.
+"""Interprets attention masks of every form: which columns are tokens.
 
 Libraries disagree on whether True means "look here" or "leave out", on whether a float is a flag or a summand, and on
 the axes. A mask taken the wrong way round averages the padding and nothing else, so what a mask means is decided here

@@ -1,4 +1,4 @@
-"""Names of modules: joining them, finding the module behind one, and the nearest names to a wrong one."""
+"""Names of modules: joining them, finding the module at one, and the nearest names to a wrong one."""
 
 from __future__ import annotations
 

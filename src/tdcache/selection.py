@@ -1,4 +1,8 @@
-"""Which modules a selector means: pure, printable, and testable without a forward."""
+"""Resolves a selector to modules: pure, printable, and testable without a forward.
+
+Everything that acts on modules goes through here, so that a pattern means the same everywhere, and one that matches
+nothing is an error with near misses rather than an empty result.
+"""
 
 from __future__ import annotations
 

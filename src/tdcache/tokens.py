@@ -1,7 +1,7 @@
 """The real tokens of a batch, and what ``positions=`` means among them.
 
-Padding may stand left or right, tokens may be cached already, several sequences may be packed into one row. Edits,
-captures, statistics, harvests and scores all ask the object that is made here, so that position -1 is the last real
+Padding may be on the left or right, tokens may be cached already, several sequences may be packed into one row. Edits,
+captures, statistics, harvests and scores all use the object that is made here, so that position -1 is the last real
 token in each of them.
 """
 

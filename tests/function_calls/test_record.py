@@ -105,3 +105,13 @@ def test_looking_changes_nothing():
 def test_a_module_that_is_not_there_is_refused():
     with pytest.raises(SelectionError, match="matches none of"):
         calls(Chain(), "layer.1", torch.randn(2, 8))
+
+
+def test_a_pattern_that_no_call_matches_is_an_error_that_names_those_there_are():
+    model = nn.Sequential(nn.ReLU())
+    with pytest.raises(SelectionError) as raised:
+        record.select(model, "0::rellu", torch.zeros(1))
+    said = "'0::rellu' matches none of the calls of 1 modules in this forward; they call 'relu'"
+    assert str(raised.value) == said
+    assert raised.value.near == ("relu",)
+    assert record.select(model, "0::rellu", torch.zeros(1), allow_empty=True).sites == ()

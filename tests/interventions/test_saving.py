@@ -155,6 +155,10 @@ def edit(folder, change):
         ),
         (lambda folder: edit(folder, lambda config: config.update(kind=["x"])), "does not describe an intervention"),
         (lambda folder: edit(folder, lambda config: config.update(format=99)), "is of format 99"),
+        (
+            lambda folder: edit(folder, lambda config: config.update(tensors="../other")),
+            r"names '\.\./other' as its tensors, not 'tensors\.safetensors'",
+        ),
         (lambda folder: edit(folder, lambda config: config["arguments"].update(other=1)), "has no argument 'other'"),
         (
             lambda folder: edit(folder, lambda config: config["arguments"].update(vectors={"tensor": "gone"})),

@@ -15,6 +15,7 @@ SHORT = {
     "bert": {"attn.contribution and mlp.contribution swapped", "factor", "resid_mid is resid_pre"},
     "granite": {"before its norm or scale", "attn.out and mlp.out swapped", "mlp.pre and mlp.post swapped"},
     "t5": {"an encoder's in a decoder"},
+    "llama": {"ln1 and ln2 swapped"},
 }
 
 
@@ -43,3 +44,11 @@ def test_the_reason_of_a_refusal_names_the_identity_and_the_error():
     early = next(lie for lie in lies(model, table) if lie.kind == "before its norm or scale")
     with pytest.raises(ValueError, match="is refused for Gemma2ForCausalLM: resid_pre"):
         proved(early.model, early.table)["blocks.1.attn.contribution"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_norm_of_which_nothing_says_what_it_is_applied_to_is_refused():
+    model = families.build("segformer")  # whose convolution mixes positions: it has no resid_mid
+    table = proved(model, resolve(model))
+    assert "vision.stages.0.blocks.1.ln1" in table
+    assert table.refused["vision.stages.0.blocks.1.ln2"].startswith("no identity of the proof reaches it")

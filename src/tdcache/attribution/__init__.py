@@ -1,4 +1,8 @@
-"""Attribution: taps, modifiers and reducers around one forward and one backward."""
+"""Attribution: taps, modifiers and reducers around one forward and one backward.
+
+Methods only ask for activations and gradients. What all of them have in common (rows, targets, baselines, chunks,
+several methods in one pass) is done by the pass, so that a new method is its formula.
+"""
 
 from tdcache.attribution.attention import QKAttributionPatching
 from tdcache.attribution.base import Attribution, SiteAttribution

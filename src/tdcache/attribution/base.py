@@ -1,7 +1,7 @@
-"""What every attribution method is: a recipe that asks a shared pass for activations and gradients, and reduces them.
+"""The base of attribution methods: recipes that request activations and gradients from a shared pass and reduce them.
 
-All methods that are open on one model take part in the pass of whichever is called: the outermost one collects what
-each asks for, runs it, and writes every method's scores.
+All methods that are open on one model share a pass: the outermost one collects the requests of all, runs them, and
+writes every method's scores. Otherwise four methods would cost four forwards and backwards.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from tdcache.types import CacheKey, HookDirection, Match, Pick, Selector
 __all__ = ["Attribution", "RoleAttribution", "Scores", "SiteAttribution", "Work"]
 
 Scores: TypeAlias = Mapping[tuple[Any, ...], Any]
-"""What is written: full key to tensor, such as ``("attr", "layers.0")``."""
+"""The scores by full key, such as ``("attr", "layers.0")``."""
 
 Forward: TypeAlias = Callable[[TensorDictBase], TensorDictBase]
 
 Work: TypeAlias = Generator[Iterable[Ask], None, Scores]
-"""A method at work: it yields what it asks for, is resumed when its sinks have seen that, and returns its scores."""
+"""A running method: a generator that yields requests, is resumed once its sinks have the values, and returns scores."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -67,20 +67,20 @@ class Attribution(HookingContextFactory):
     """Base of the methods; override :meth:`work`, and :meth:`selectors_by_role` where sites are selected.
 
     Args:
-        target: what is explained, one scalar per row: a callable on the output TensorDict, an index into the last axis
+        target: the scalar per row to explain: a callable on the output TensorDict, an index into the last axis
             of the first output, a tensor of one index per row, ``(out_key, index)``, or a list or dict of these, whose
             scores are keyed by position or name.
-        name: an additional key, ``("attr", name, ...)``, where several methods would write the same entry.
-        modifiers: what changes the meaning of this method's backward, and of no other's.
-        chunk: how many points (steps of a path, samples) one forward takes; None for all of them.
+        name: an additional key, ``("attr", name, ...)``, in case several methods would write the same entry.
+        modifiers: modifiers of the backward, for this method only.
+        chunk: the number of points (steps of a path, samples) per forward; None for all.
         create_graph: keep the scores differentiable.
-        snapshot: copy activations when they are seen; by default where the model has modules that work in place.
-        inputs: the keys of the inputs that are explained and moved along paths; the others are held constant. All
+        snapshot: copy activations when they are captured; by default if the model has modules that work in place.
+        inputs: the keys of the inputs that are scored and moved along paths; the others are held constant. All
             floating-point inputs by default.
-        allow_unused: what the target does not depend on has scores of zero, and modules that do not run have none,
-            instead of being errors.
-        names: the canonical names of the model, ``tdcache.names(model)``. Selectors then mean names, and scores are
-            keyed by names.
+        allow_unused: give sites that the target does not depend on scores of zero, and modules that do not run no
+            scores, instead of raising an error.
+        names: the canonical names of the model, ``tdcache.names(model)``, to which selectors then refer and by which
+            scores are keyed.
     """
 
     reduce: int | Sequence[int] | None = None
@@ -121,11 +121,11 @@ class Attribution(HookingContextFactory):
         return {}
 
     def places(self, role: str, paths: Sequence[str]) -> list[Place]:
-        """The places that are meant at the modules of one role."""
+        """The places to score at the modules of one role."""
         return [Place("out", path) for path in paths]
 
     def work(self, frame: Frame) -> Work:
-        """Ask for points, reduce what is seen, and return the scores."""
+        """Request points, reduce their values, and return the scores."""
         raise NotImplementedError
 
     def _summed(self, scores: Tensor) -> Tensor:
@@ -163,14 +163,14 @@ class SiteAttribution(Attribution):
     """Base of the methods that explain values inside the model.
 
     Args:
-        selector: which modules; None for the inputs of the model, where the method explains these.
-        match: how patterns are held against paths.
-        direction: ``"fwd"`` for what modules return, ``"fwd_pre"`` for what they read. The gradient of an input is that
-            of the module's own use of it.
-        pick: which tensor of a structured value; a list of picks for several, whose scores are written below the path:
+        selector: which modules; None for the inputs of the model, if the method supports these.
+        match: how patterns are compared with paths.
+        direction: ``"fwd"`` for the outputs of modules, ``"fwd_pre"`` for their inputs. The gradient of an input is
+            that from the module's own use of it.
+        pick: which tensor of a structured value; or a list of picks, whose scores are written below the path:
             ``("attr", path, "0")``.
         call: which call of a module that runs several times in one forward; 0 the first, -1 the last.
-        reduce: axes of the scores that are summed, such as -1 for the features.
+        reduce: the axes of the scores to sum, such as -1 for the features.
         **options: see :class:`Attribution`.
     """
 
@@ -187,7 +187,7 @@ class SiteAttribution(Attribution):
     ) -> None:
         super().__init__(**options)
         if selector is not None:
-            check_selector(selector, match)  # an unusable selector is refused here, not on entering
+            check_selector(selector, match)  # refuse an invalid selector now rather than on entering
         if direction not in ("fwd", "fwd_pre"):
             raise DirectionError(
                 f"attribution explains what modules return, 'fwd', or read, 'fwd_pre'; got {direction!r}"
@@ -211,7 +211,7 @@ class SiteAttribution(Attribution):
         return {} if self.selector is None else {"sites": (self.selector, self.match)}
 
     def places(self, role: str, paths: Sequence[str]) -> list[Place]:
-        """The places that are meant at the selected modules."""
+        """The places to score at the selected modules."""
         kind = "out" if self.direction == "fwd" else "in"
         if not isinstance(self.pick, list):
             return [Place(kind, path, self.pick, self.call) for path in paths]
@@ -300,7 +300,7 @@ def _runner(module: HookedModule, data: TensorDictBase, forward: Forward, crowd:
 
 
 def _without_inference(data: TensorDictBase) -> TensorDictBase:
-    """Inference tensors take part in no backward: they are copied."""
+    """A copy of inference tensors, which cannot take part in a backward."""
     copies = {
         key: value.clone()
         for key, value in data.items(include_nested=True, leaves_only=True)
@@ -320,7 +320,7 @@ def _runs_otherwise(module: HookedModule) -> bool:
 
 
 def _work_together(runner: Runner, works: list[tuple[_Member, Work]], base: Point) -> dict[tuple[Any, ...], Any]:
-    """Let all methods ask, run what they ask for together, and so on until each has returned its scores."""
+    """Collect the requests of all methods and run them together, until each method has returned its scores."""
     scores: dict[tuple[Any, ...], Any] = {}
     while works:
         asks: list[Ask] = []

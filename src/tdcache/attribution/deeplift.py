@@ -33,11 +33,11 @@ RESCALED: tuple[type[nn.Module], ...] = (*ELEMENTWISE, *_POOLS, *_SOFTMAXES)
 
 
 class Rescale:
-    """At elementwise modules the slope between input and reference takes the derivative's place (the rescale rule).
+    """The rescale rule: at elementwise modules, the slope between input and reference replaces the derivative.
 
-    A max pool hands what its output rises by to the input's maximum, or to the reference's where that is larger. A
-    softmax has a rule of its own (:class:`_Softmax`), complete for every output and indifferent to a constant added to
-    all logits.
+    A max pool assigns the change of its output to the maximum of the input, or to that of the reference if that is
+    larger. A softmax has its own rule (:class:`_Softmax`), complete for every output and invariant to a constant added
+    to all logits.
 
     Args:
         selector: which modules; by default the classes of :data:`RESCALED`. Those that are neither max pools nor
@@ -63,11 +63,11 @@ class Rescale:
 
 
 _Pair = tuple[Tensor, Tensor]
-"""What a module read and returned in one call of the reference's forward."""
+"""The input and output of a module in one call of the reference's forward."""
 
 
 class _References:
-    """A modifier for the reference's rows: notes what every module with a rule reads and returns there."""
+    """A modifier for the reference's rows: records the input and output of every module with a rule."""
 
     def __init__(self, rule: Rescale) -> None:
         self.rule = rule
@@ -81,7 +81,7 @@ class _References:
 
 
 class _Reference(ReplacedBackward):
-    """Notes one module's calls; changes nothing."""
+    """Records one module's calls; changes nothing."""
 
     def __init__(self, path: str, found: _References, rows: PointRows | None) -> None:
         super().__init__(path, _Slope([], 0), rows)
@@ -120,10 +120,10 @@ class _Paired:
     pairs: list[_Pair]
 
     def reference(self, call: ModuleCall, x: Tensor) -> _Pair:
-        """What the module read and returned for the reference.
+        """The input and output of the module for the reference.
 
         Raises:
-            AttributionError: it ran otherwise there.
+            AttributionError: the module ran differently there.
         """
         if call.number < len(self.pairs) and self.pairs[call.number][0].shape == x.shape:
             return self.pairs[call.number]
@@ -219,16 +219,16 @@ def _logarithmic_mean(high: Tensor, low: Tensor) -> Tensor:
 
 
 class DeepLift(Attribution):
-    """Differences from a reference, passed back by the rescale rule (Shrikumar et al. 2017, arXiv:1704.02685).
+    """Differences from a reference, propagated by the rescale rule (Shrikumar et al. 2017, arXiv:1704.02685).
 
     The reference runs first, and then the input with its rules. The scores sum to ``f(input) - f(reference)`` where the
     model is made of linear modules and those that ``rule`` selects, called as modules or selected by name; ``("gap",
-    ...)`` holds, per row, by how much they miss it.
+    ...)`` holds the remaining difference of each row.
 
     Args:
         baseline: the reference; see :class:`IntegratedGradients`.
-        rule: where the slope takes the derivative's place.
-        multiply_by_inputs: multiply by the difference; without, the scores are the multipliers.
+        rule: the modules at which the slope replaces the derivative.
+        multiply_by_inputs: multiply by the difference; with False, the scores are the multipliers.
         **options: see :class:`Attribution`.
     """
 

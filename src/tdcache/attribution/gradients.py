@@ -41,7 +41,7 @@ def key_of(name: str | None, target: str | None, place: Place | str) -> tuple[An
 class Seen:
     """A sink that keeps the values and gradients of one point, and the target's values.
 
-    Places that did not run, or got no gradient, are left out; the pass has refused those that may not be missing.
+    Places that did not run or got no gradient are left out; the pass raises for those that must not be missing.
     """
 
     places: Sequence[Place]
@@ -52,7 +52,7 @@ class Seen:
     with_grads: bool = True
 
     def __call__(self, view: View) -> None:
-        """Keep what the view shows."""
+        """Keep the values and gradients of the view."""
         if self.with_values:
             self.values = {place: view.value(place) for place in self.places if view.ran(place)}
         if self.with_grads:
@@ -63,7 +63,7 @@ class Seen:
         """The target's values.
 
         Raises:
-            AttributionError: there are none.
+            AttributionError: the target was not computed.
         """
         if self.target is None:
             raise AttributionError("the target was not computed")
@@ -75,7 +75,7 @@ class Seen:
 
 
 def one_backward(frame: Frame, places: Sequence[Place]) -> tuple[dict[str | None, Seen], list[Ask]]:
-    """For each target what is seen of the user's own rows, values and gradients, and the asks that bring it."""
+    """For each target the sink for the user's own rows, and the requests that fill it."""
     seen = {name: Seen(places) for name in frame.targets}
     asks = [
         frame.ask(frame.base, seen[name], target, values=places, grads=places) for name, target in frame.targets.items()
@@ -87,7 +87,7 @@ class _OneGradient(Attribution):
     """A method that scores the model's floating-point inputs, or the selected sites, from one gradient."""
 
     def work(self, frame: Frame) -> Work:
-        """Ask for what the scores need, and compute them."""
+        """Request the values and gradients, and compute the scores."""
         places = frame.subjects()
         seen, asks = one_backward(frame, places)
         yield asks
@@ -105,7 +105,7 @@ class Saliency(_OneGradient):
     """The gradient of the target with respect to the inputs (Simonyan et al. 2014, arXiv:1312.6034).
 
     Args:
-        absolute: without its sign.
+        absolute: take absolute values.
         **options: see :class:`Attribution`.
 
     Example:
@@ -134,13 +134,13 @@ class InputXGradient(_OneGradient):
 
 
 class GuidedBackpropagation(Saliency):
-    """The gradient through ReLUs that let only positive gradients pass (Springenberg et al. 2015, arXiv:1412.6806).
+    """The gradient through ReLUs that pass only positive gradients (Springenberg et al. 2015, arXiv:1412.6806).
 
     Only ``nn.ReLU`` modules are changed, so the result may be negative.
 
     Args:
         selector: which modules count as ReLUs; all instances of ``nn.ReLU`` by default.
-        absolute: without its sign.
+        absolute: take absolute values.
         **options: see :class:`Attribution`.
     """
 
@@ -154,7 +154,7 @@ class GradientXActivation(_OneGradient, SiteAttribution):
 
     Args:
         selector: which modules.
-        multiply_by_inputs: multiply by the activation; without, the scores are the gradients.
+        multiply_by_inputs: multiply by the activation; with False, the scores are the gradients.
         **options: see :class:`SiteAttribution`.
 
     Example:
@@ -182,7 +182,7 @@ class GradCAM(_OneGradient, SiteAttribution):
 
     Args:
         selector: which modules, usually the last convolution.
-        relu: keep only what speaks for the target.
+        relu: keep only positive scores.
         **options: see :class:`SiteAttribution`.
     """
 

@@ -23,7 +23,7 @@ __all__ = ["IntegratedGradients", "PathEnds", "WeightedSum", "WeightedTerm", "ga
 
 
 def gap_key(name: str | None, target: str | None, place: Place) -> tuple[Any, ...]:
-    """Where the completeness gap of a score is written: the score's key below ``"gap"``."""
+    """The key of a score's completeness gap: the key of the score below ``"gap"``."""
     return ("gap", *key_of(name, target, place)[1:])
 
 
@@ -34,7 +34,7 @@ class WeightedSum:
         self.sums: dict[Place, Tensor] = {}
 
     def at(self, place: Place, like: Tensor) -> Tensor:
-        """The sum, or zeros where no gradient came."""
+        """The sum, or zeros if there was no gradient."""
         return self.sums[place] if place in self.sums else torch.zeros_like(wide(like))
 
 
@@ -47,7 +47,7 @@ class WeightedTerm:
     places: list[Place]
 
     def __call__(self, view: View) -> None:
-        """Add the gradient of each place that one reached."""
+        """Add the gradients of the point."""
         sums = self.total.sums
         for place in self.places:
             if not view.reached(place):
@@ -59,21 +59,21 @@ class WeightedTerm:
 class IntegratedGradients(SiteAttribution):
     r"""The gradient averaged along the straight path from a baseline, times the difference (Sundararajan et al. 2017).
 
-    Without a selector the inputs are explained. With one, every selected module's output: the path then runs from its
-    activation for the baseline inputs to its activation for the inputs, one module at a time. The scores of a module
-    whose output all information passes through sum to ``f(input) - f(baseline)``; those of a branch to the effect of
-    that branch alone. ``("gap", ...)`` holds, per row, by how much the sum misses this, from points of the same pass.
+    Without a selector the inputs are scored. With one, the output of every selected module is scored: the path then
+    runs from its activation for the baseline inputs to its activation for the inputs, one module at a time. The scores
+    of a module that all information passes through sum to ``f(input) - f(baseline)``; those of a branch to the effect
+    of that branch alone. ``("gap", ...)`` holds the remaining difference of each row, from points of the same pass.
 
     Args:
         selector: which modules; None for the inputs.
         n_steps: the number of points on the path.
         method: ``"gausslegendre"``, ``"trapezoid"``, ``"left"``, ``"middle"`` or ``"right"``.
-        baseline: where ``("baseline", in_key)`` is not given: a number, a tensor, a callable of the input, or a dict of
-            these by in_key; zeros by default. For modules, a number or tensor takes the place of their activation; by
-            default that of zero inputs, or zeros where all inputs are integers.
-        multiply_by_inputs: multiply by the difference; without, the scores are averaged gradients.
+        baseline: used if ``("baseline", in_key)`` is not given: a number, a tensor, a callable of the input, or a dict
+            of these by in_key; zeros by default. For modules, a number or tensor replaces their activation; by default
+            the activation for zero inputs, or zeros if all inputs are integers.
+        multiply_by_inputs: multiply by the difference; with False, the scores are averaged gradients.
         joint: move all selected modules along their paths at the same time, so that their scores share one sum; by
-            default one module at a time. What one of them computes from another is then no longer part of either score.
+            default one module at a time. The effect of one selected module on another is then part of neither score.
         **options: see :class:`SiteAttribution`.
 
     Example:
@@ -139,7 +139,7 @@ class IntegratedGradients(SiteAttribution):
     def _along(
         self, frame: Frame, path: Callable[[float], Point], integrals: Mapping[str | None, _Integral]
     ) -> list[Ask]:
-        """The points of one path, its end and its beginning."""
+        """The points of one path, its end and its start."""
         unused = self.selector is None or self.allow_unused
         asks: list[Ask] = []
         for name, target in frame.targets.items():
@@ -150,7 +150,7 @@ class IntegratedGradients(SiteAttribution):
         return asks
 
     def _start(self, frame: Frame) -> tuple[Point, bool]:
-        """The baseline's point, and whether the activations there are wanted."""
+        """The baseline's point, and whether the activations there are needed."""
         if isinstance(self.baseline, Tensor | int | float):
             return frame.base, False
         known = frame.baselines(self.baseline)
@@ -196,14 +196,14 @@ class PathEnds:
         self.low = Seen((), with_values=False)
 
     def asks(self, frame: Frame, path: Callable[[float], Point], target: Target) -> list[Ask]:
-        """Ask for the target at the path's beginning, and at the user's own rows."""
+        """Request the target at the path's start, and at the user's own rows."""
         return [frame.ask(path(0.0), self.low, target), frame.ask(frame.base, self.high, target)]
 
     def rise(self) -> Tensor:
-        """By how much the target rises along the path.
+        """The change of the target along the path.
 
         Raises:
-            AttributionError: the model did not run at one of them.
+            AttributionError: the model did not run at one of the ends.
         """
         if self.high.target is None or self.low.target is None:
             raise AttributionError("the target was not computed at both ends of the path")
@@ -221,7 +221,7 @@ class _Integral(PathEnds):
 
 @dataclass(frozen=True, slots=True)
 class _SitePath:
-    """The points between what modules give for the baseline and for the inputs."""
+    """The points between the activations for the baseline and for the inputs."""
 
     frame: Frame
     ends: Mapping[Place, tuple[Tensor, Tensor]]

@@ -1,6 +1,6 @@
 """The surface of TransformerLens: its names for hook points and for the roots of models that hold them.
 
-What stands behind them is :mod:`tdcache.points`; a script for TransformerLens needs no other change than its imports.
+They are those of :mod:`tdcache.points`; a script for TransformerLens needs no other change than its imports.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import inspect
 import linecache
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, overload
@@ -16,7 +17,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 
-from tdcache.errors import SelectionError
+from tdcache.errors import SelectionError, listed
 from tdcache.function_calls.attach import CallsLike, attach_rules
 from tdcache.function_calls.attention_calls import PRODUCTS, SDPA, SOFTMAX, progress, role_of
 from tdcache.function_calls.handlers import Call
@@ -282,8 +283,8 @@ def select(
             is its name, and its module the one at the place.
 
     Raises:
-        SelectionError: nothing matches (the nearest names are in the message), the selector is not one, or its
-            pattern backtracks for more than a second; ``inputs`` for a selector of modules.
+        SelectionError: no module, or with ``inputs`` no call, matches (the nearest names are in the message), the
+            selector is not one, or its pattern backtracks for more than a second; ``inputs`` for a selector of modules.
         CanonicalNameError: the names are those of another model, or a pattern means only refused ones.
 
     Example:
@@ -308,7 +309,22 @@ def select(
     sites = list(select_modules(model, pattern.path, match=match, allow_empty=allow_empty))
     if inputs is None:
         return CallSelection(sites, selector=selector, model_name=type(model).__name__)
-    return record_calls(model, sites, pattern, inputs)
+    table = record_calls(model, sites, pattern, inputs)
+    if not (table.sites or allow_empty):
+        raise _no_such_call(record_calls(model, sites, CallPattern.parse("::.*"), inputs), selector)
+    return table
+
+
+def _no_such_call(there: CallTable, selector: str) -> SelectionError:
+    """The error for a selector that matches none of the calls in ``there``, all those of its modules."""
+    names = list(dict.fromkeys(row.site.label for row in there.rows))
+    near = tuple(sorted(names, key=lambda name: -SequenceMatcher(None, selector.partition("::")[2], name).ratio()))
+    calls = f"they call {listed(near, 8)}" if near else "they call none that has a name"
+    return SelectionError(
+        f"{selector!r} matches none of the calls of {len(there.modules)} modules in this forward; {calls}",
+        selector=selector,
+        near=near,
+    )
 
 
 def calls(model: nn.Module, path: str, inputs: Any) -> CallSource:

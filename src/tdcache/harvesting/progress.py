@@ -63,7 +63,7 @@ class Progress:
 
 def _bar(total: int | None) -> Any:
     try:
-        tqdm: Any = importlib.import_module("tqdm")
+        tqdm: Any = importlib.import_module("tqdm.auto")  # a widget in a notebook, text elsewhere
     except ImportError:
         return None
     return tqdm.tqdm(total=total, unit="row", unit_scale=True)

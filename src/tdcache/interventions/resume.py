@@ -126,9 +126,8 @@ class ResumeFrom(HookingContextFactory):
         path: the layer to resume after.
         source: the value: a tensor, or a cache by path; for a TensorDict module that writes several entries, a
             TensorDict of them under its path.
-        names: the canonical names of the model, ``tdcache.names(model)``; ``path`` is then the name of a layer's
-        output,
-            such as ``"blocks.3.resid_post"``.
+        names: the canonical names of the model, ``tdcache.names(model)``; ``path`` is then the name of a
+            layer's output, such as ``"blocks.3.resid_post"``.
 
     Raises:
         PathError: no such path.

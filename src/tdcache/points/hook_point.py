@@ -129,9 +129,8 @@ class HookPoint(nn.Module):
         """Add a hook.
 
         Args:
-            hook: called as ``hook(tensor, hook=point)``, with the model's own tensor, or with a copy of the gradient;
-            in
-                both cases in-place edits take effect.
+            hook: called as ``hook(tensor, hook=point)``, with the model's own tensor, or with a copy of the gradient.
+                In-place edits take effect in both cases.
             dir: ``"fwd"`` for the value, ``"bwd"`` for the gradient of the point's output.
             is_permanent: only ``including_permanent=True`` removes it.
             level: recorded in the handle, for removals that name a level.

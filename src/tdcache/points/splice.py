@@ -114,7 +114,7 @@ def insert_hook_point(
         CaptureError: in the forward, there is no tensor, or ``pick`` finds none.
         EditError: in the forward, the result of a hook does not fit.
         PathError: no module at ``path``; ``name`` is taken, or would add the point to a container that runs its
-        members.
+            members.
         ContextError: the model is compiled and has been traced, so that the point would be skipped.
 
     Example:

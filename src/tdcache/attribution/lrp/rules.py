@@ -183,7 +183,7 @@ class _Signed:
     def share(self, relevance: Tensor, eps: float) -> Tensor:
         """The relevance, shared in proportion to the contributions."""
         total = self.linear(self.high, self.with_high, self.bias)
-        if not self.both:  # behind a ReLU
+        if not self.both:  # after a ReLU
             return self.high * _vjp(self.linear, self.high, self.with_high, relevance / stabilised(total, eps))
         per_unit = relevance / stabilised(total + self.linear(self.low, self.with_low, None), eps)
         of_high = _vjp(self.linear, self.high, self.with_high, per_unit)
