@@ -33,7 +33,7 @@ PEER_TESTS = (
     "tests/store/test_repack.py",
 )
 
-# Those that validator/ puts its requests to, beside hooks by hand and a class in the style of baukit.
+# Those that tests/validator/ puts its requests to, beside hooks by hand and a class in the style of baukit.
 VALIDATED_PEERS = ("captum", "nnsight", "transformer-lens", "pyvene", "torchlens")
 
 # What shows that an installed wheel is whole: imports, contexts, the pages' code, and a part that needs transformers.

@@ -97,10 +97,10 @@ def _made_with(peers: Mapping[str, Answers], models: int) -> str:
         f"This run: {models} models, Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {installed('transformers')}, {', '.join(found)}; float32 on the CPU, each library in a "
         f"process of its own. A value agrees when it is off by at most {TOLERANCE:g} of the largest magnitude, a score "
-        f"(captum returns differences of scores) by at most {SCORE_TOLERANCE:g}; `validator/compare.py` says why. "
-        'tdcache copies what it keeps here (`hold="snapshot"`), as the hooks do; by default it refuses a value that '
-        "the model then overwrites in place. `baukit_style` is a class of ours in the style of baukit, which is on no "
-        "package index."
+        f"(captum returns differences of scores) by at most {SCORE_TOLERANCE:g}; `tests/validator/compare.py` says "
+        'why. tdcache copies what it keeps here (`hold="snapshot"`), as the hooks do; by default it refuses a value '
+        "that the model then overwrites in place. `baukit_style` is a class of ours in the style of baukit, which is "
+        "on no package index."
     )
     return "\n".join([text, "", *missing, *partly]).strip()
 
@@ -154,6 +154,6 @@ def _where(where: Mapping[str, Sequence[str]]) -> str:
 
 
 def _faults(faults: Sequence[Mapping[str, str]]) -> str:
-    intro = 'A function of `validator/known_faults.py` tries each; "no" means that this version does not show it.'
+    intro = 'A function of `tests/validator/known_faults.py` tries each; "no" means that this version does not show it.'
     rows = [[row["peer"], row["what"], row["seen"]] for row in faults]
     return f"{intro}\n\n{table(['library', 'fault', 'seen'], rows)}"
