@@ -20,6 +20,9 @@ if os.environ.get("TDCACHE_OTHER_CPU"):
 
     other_cpu.install()
 
+# Each of its files imports a library that is there only for the validator; doctests are looked for by importing.
+collect_ignore = ["validator"]
+
 # pytest-xdist runs one worker per core: with torch's default each of them would start a thread per core as well.
 torch.set_num_threads(1)
 
