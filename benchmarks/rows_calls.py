@@ -213,7 +213,7 @@ def calls(plan: Plan) -> list[Table]:
     table = Table(f"Places inside a forward: {LAYERS}-layer Llama under SDPA, no_grad", head)
     for name in _makers(64):
         ratios = {width: _ratio(samples, name) for width, samples in by_width.items() if name in samples}
-        table.rows.append([name, *(f"{ratio:.3f}" for ratio in ratios.values())])
+        table.rows.append([name, *(f"{ratios[width]:.3f}" if width in ratios else "" for width in SHAPES)])
         for width, ratio in ratios.items():
             if name in LIMITS[width]:
                 table.goals.append(Goal(f"{name}, d={width}", ratio, LIMITS[width][name]))
