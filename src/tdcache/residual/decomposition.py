@@ -194,10 +194,8 @@ class _RunningSum:
         """
         name, refused = self._stream.name(role, block), self._stream.refused(block) if role == "resid_post" else []
         if not self._stream.keeps(name):
-            if refused:
-                raise self._stream.names.error(
-                    refused[0]
-                )  # a block without attention, or one whose attention is not seen
+            if refused:  # a block without attention, or one whose attention is not seen
+                raise self._stream.error(refused[0])
             return
         off = deviation(self.total, self._stream.value(name))
         if not off <= tolerance(self._stream.raw(name)):
