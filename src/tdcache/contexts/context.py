@@ -328,7 +328,8 @@ class HookingContext:
         """
         if self.names is not None:
             options: Any = {"match": match, "allow_empty": allow_empty, "matcher": matcher}
-            return named_selection(self.model, self.names, selector, **options)
+            self._selected.append(named_selection(self.model, self.names, selector, **options))
+            return self._selected[-1]
         root = self.model if root is None else root
         if split_selector(selector)[1]:
             find, shown = partial(self.select, root=root), len(self._selected)
