@@ -4,7 +4,8 @@ import pytest
 from torch import nn
 
 from tdcache import CanonicalNameError, NamedPlace, Names, SelectionError
-from tdcache.named_places import Proof, ProvedIdentity, ResidualStream
+from tdcache.named_places import ResidualStream
+from tdcache.named_proof import Proof, ProvedIdentity
 
 PATTERN = "blocks.{}.attn.pattern"
 MID = "attention and MLP read the same value; nearest is 'blocks.{}.resid_pre'"

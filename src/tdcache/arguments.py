@@ -10,9 +10,19 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-__all__ = ["CACHE_NAMES", "Cached", "cached_in", "forward_names", "length_of_first", "named_arguments", "tokens_fed"]
+__all__ = [
+    "CACHE_NAMES",
+    "Cached",
+    "cached_in",
+    "call_with",
+    "forward_names",
+    "length_of_first",
+    "named_arguments",
+    "tokens_fed",
+]
 
 CACHE_NAMES = (
     "past_key_values",
@@ -45,6 +55,18 @@ def forward_names(module: nn.Module) -> tuple[str, ...]:
     except (TypeError, ValueError):
         return ()
     return tuple(each.name for each in parameters if each.kind in _POSITIONAL)
+
+
+def call_with(model: nn.Module, inputs: Any) -> Any:
+    """Call a model with what a user passes as ``inputs=``, and return what it returns.
+
+    Args:
+        model: the model.
+        inputs: a tuple of arguments, a mapping of keyword arguments, or a tensor, TensorDict or other single argument.
+    """
+    if isinstance(inputs, Mapping) and not isinstance(inputs, TensorDictBase):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def named_arguments(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Any, Any]:

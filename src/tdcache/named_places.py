@@ -12,10 +12,11 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import regex
-from torch import nn
+from torch import Tensor, nn
 
-from tdcache.errors import CanonicalNameError, SelectionError, listed
+from tdcache.errors import CanonicalNameError, EditError, SelectionError, listed
 from tdcache.named_models import root_among, structure_of
+from tdcache.named_proof import Proof
 from tdcache.named_roles import name_in_block, names_in_blocks
 from tdcache.named_rows import place_rows, refusal_rows
 from tdcache.paths import near_misses
@@ -25,8 +26,6 @@ from tdcache.types import Pick
 __all__ = [
     "NamedPlace",
     "Names",
-    "Proof",
-    "ProvedIdentity",
     "ResidualStream",
     "Side",
 ]
@@ -79,6 +78,30 @@ class NamedPlace:
         call = "" if self.call is None else f", call {self.call}"
         return f"{side}{self.path or '(root)'}{pick}{call}"
 
+    def shown(self, value: Tensor) -> Tensor:
+        """A value of the model as the place has it: a view with heads split off and axes in order.
+
+        Raises:
+            EditError: the axis that holds the heads does not fall into that many.
+        """
+        if self.heads is not None:
+            count, axis = self.heads
+            if value.shape[axis] % count:
+                raise EditError(
+                    f"{self.name!r} has {count} heads along axis {axis}, and its value has shape {tuple(value.shape)}"
+                )
+            value = value.unflatten(axis, (count, -1))
+        return value if self.order is None else value.permute(self.order)
+
+    def given_back(self, value: Tensor) -> Tensor:
+        """What :meth:`shown` made of a value, back in the layout that the model has."""
+        if self.order is not None:
+            value = value.permute([self.order.index(axis) for axis in range(len(self.order))])
+        if self.heads is not None:
+            axis = self.heads[1] % (value.ndim - 1)
+            value = value.flatten(axis, axis + 1)
+        return value
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidualStream:
@@ -112,50 +135,6 @@ class ResidualStream:
     def blocks(self) -> int:
         """The number of blocks."""
         return len(self.layouts)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProvedIdentity:
-    """One identity that was checked, over all places that it speaks of.
-
-    Attributes:
-        identity: the identity, ``"resid_pre + attn.contribution + mlp.contribution == resid_post"``.
-        names: the canonical names that it proves.
-        error: the largest deviation found, relative to the largest value.
-        tolerance: what was allowed.
-    """
-
-    identity: str
-    names: tuple[str, ...] = ()
-    error: float = 0.0
-    tolerance: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proof:
-    """What was checked before a table was given out; ``print(proof)`` shows it.
-
-    Attributes:
-        inputs: the input that the values were taken from, in words.
-        dtype: the dtype of the model during the check.
-        identities: what held.
-        skipped: the names of what was asked to be left out.
-    """
-
-    inputs: str = ""
-    dtype: str = ""
-    identities: tuple[ProvedIdentity, ...] = ()
-    skipped: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        head = f"checked on {self.inputs or 'no input'}" + (f" in {self.dtype}" if self.dtype else "")
-        rows = [
-            (each.identity, f"{each.error:.1e}", f"{each.tolerance:.0e}", f"{len(each.names)}")
-            for each in self.identities
-        ]
-        table = text_table(("identity", "largest error", "allowed", "names"), rows) if rows else []
-        skipped = [f"skipped: {', '.join(self.skipped)}"] if self.skipped else []
-        return "\n".join([head, *table, *skipped])
 
 
 class Names(Mapping[str, NamedPlace]):
@@ -268,10 +247,21 @@ class Names(Mapping[str, NamedPlace]):
     def bound_to(self, model: nn.Module) -> Names:
         """The same table, of the model that is hooked with it: ``self`` where it is the one that the names are from."""
         root = self.root_in(model)
-        if root is self.model:
-            return self
-        known: dict[str, Any] = {"refused": self.refused, "streams": self.streams, "spelling": self.spelling}
-        return Names(self._places, **known, proof=self.proof, style=self.style, model=root)
+        return self if root is self.model else self.replaced(model=root)
+
+    def replaced(self, **changes: Any) -> Names:
+        """The same table but for the arguments in ``changes``, as :func:`dataclasses.replace` has it."""
+        kept = {
+            "places": self._places,
+            "refused": self.refused,
+            "streams": self.streams,
+            "proof": self.proof,
+            "style": self.style,
+            "model": self.model,
+            "made_for": self.made_for,
+            "spelling": self.spelling,
+        }
+        return Names(**{**kept, **changes})
 
     def root_in(self, model: nn.Module) -> nn.Module:
         """The module that the paths of the table are relative to, where ``model`` is to be hooked.

@@ -135,28 +135,6 @@ class PlaceModule(AttachedElsewhere):
         names = parameters_of(CallSite.parse(place.path).name, self.target) if is_call(place.path) else None
         return InputPort(place.path, place.pick, names)
 
-    def shown(self, value: Tensor) -> Tensor:
-        """The value as the place has it: heads split off, axes in order."""
-        place = self.place
-        if place.heads is not None:
-            count, axis = place.heads
-            if value.shape[axis] % count:
-                raise EditError(
-                    f"{place.name!r} has {count} heads along axis {axis}, and its value has shape {tuple(value.shape)}"
-                )
-            value = value.unflatten(axis, (count, -1))
-        return value if place.order is None else value.permute(place.order)
-
-    def given_back(self, value: Tensor) -> Tensor:
-        """What :meth:`shown` made of a value, back in the layout that the model has."""
-        place = self.place
-        if place.order is not None:
-            value = value.permute([place.order.index(axis) for axis in range(len(place.order))])
-        if place.heads is not None:
-            axis = place.heads[1] % (value.ndim - 1)
-            value = value.flatten(axis, axis + 1)
-        return value
-
 
 @dataclass(frozen=True, slots=True)
 class _OneCallOf:
@@ -232,9 +210,10 @@ class _PlaceHook(Transient):
             arguments = (args, kwargs) if self.direction == "fwd_kwargs" else ((*args, *kwargs.values()),)
             new = self.hook(module, *arguments, value)
             return None if new is value else new
-        shown = self.place_module.shown(value)
+        place = self.place_module.place
+        shown = place.shown(value)
         new = self._called(shown)
-        return None if new is None or new is shown else self.place_module.given_back(new)
+        return None if new is None or new is shown else place.given_back(new)
 
     def _called(self, value: Tensor) -> Any:
         place_module = self.place_module

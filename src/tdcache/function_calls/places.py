@@ -32,6 +32,7 @@ __all__ = [
     "MakeTap",
     "call_places",
     "calls_fit_graph",
+    "nearest_calls",
     "port_of",
     "refuse_direction",
     "what_is_called",
@@ -282,7 +283,7 @@ class _AtPlace:
 def what_is_called(selector: str, path: str, module: nn.Module) -> str:
     """What the forward of a module was seen to call, nearest to ``selector`` first; nothing if it did not run."""
     names = _called_in(module)
-    return f"{path or '(root)'} calls {listed(_nearest(selector, names), 8)}" if names else ""
+    return f"{path or '(root)'} calls {listed(nearest_calls(selector, names), 8)}" if names else ""
 
 
 def _called_in(module: nn.Module) -> list[str]:
@@ -301,6 +302,7 @@ def _code_names(module: nn.Module) -> tuple[str, ...]:
     return () if code is None else code.co_names
 
 
-def _nearest(selector: str, names: list[str]) -> list[str]:
+def nearest_calls(selector: str, names: Iterable[str]) -> list[str]:
+    """The names of calls, those most like the part of ``selector`` after ``::`` first."""
     wanted = selector.partition("::")[2]
     return sorted(names, key=lambda name: -SequenceMatcher(None, wanted, name).ratio())

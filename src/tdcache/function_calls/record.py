@@ -7,22 +7,22 @@ import inspect
 import linecache
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, overload
 
 import regex
 import torch
-from tensordict import TensorDictBase
 from torch import nn
 
+from tdcache.arguments import call_with
 from tdcache.errors import SelectionError, listed
 from tdcache.function_calls.attach import CallsLike, attach_rules
 from tdcache.function_calls.attention_calls import PRODUCTS, SDPA, SOFTMAX, progress, role_of
 from tdcache.function_calls.handlers import Call
 from tdcache.function_calls.names import DERIVED
 from tdcache.function_calls.overlay import INTERFACE
+from tdcache.function_calls.places import nearest_calls
 from tdcache.function_calls.sites import CallPattern, CallSite, is_call
 from tdcache.hooks.registrations import Order
 from tdcache.hooks.values import leaves
@@ -216,7 +216,7 @@ def record_calls(model: nn.Module, sites: Sequence[Site], inside: CallPattern, i
     seen = CallPattern.parse("::.*") if inside.attention() else inside
     handle = attach_rules(model, [(site.module, CallsLike(site.path, seen, recorder.note)) for site in sites])
     with handle, torch.no_grad(), torch.random.fork_rng(devices=[]):
-        _run(model, inputs)
+        call_with(model, inputs)
     rows = tuple(row for row in recorder.rows if row.count and inside.takes(row.site.label))
     places = DERIVED if inside.everything else inside.derived()
     return CallTable(rows, recorder.attention, {site.path: site.module for site in sites}, places)
@@ -318,7 +318,7 @@ def select(
 def _no_such_call(there: CallTable, selector: str) -> SelectionError:
     """The error for a selector that matches none of the calls in ``there``, all those of its modules."""
     names = list(dict.fromkeys(row.site.label for row in there.rows))
-    near = tuple(sorted(names, key=lambda name: -SequenceMatcher(None, selector.partition("::")[2], name).ratio()))
+    near = tuple(nearest_calls(selector, names))
     calls = f"they call {listed(near, 8)}" if near else "they call none that has a name"
     return SelectionError(
         f"{selector!r} matches none of the calls of {len(there.modules)} modules in this forward; {calls}",
@@ -349,12 +349,3 @@ def calls(model: nn.Module, path: str, inputs: Any) -> CallSource:
     sites = select_modules(model, regex.escape(path) if path else "")
     table = record_calls(model, list(sites), CallPattern.parse("::.*"), inputs)
     return CallSource(table.rows, table.attention, table.modules, table.places)
-
-
-def _run(model: nn.Module, inputs: Any) -> None:
-    if isinstance(inputs, Mapping) and not isinstance(inputs, TensorDictBase):
-        model(**inputs)
-    elif isinstance(inputs, tuple):
-        model(*inputs)
-    else:
-        model(inputs)

@@ -126,12 +126,6 @@ class CallPattern:
         return self.takes(name) or self.inside.fullmatch(f"{name}.", partial=True) is not None
 
     @property
-    def literal(self) -> str | None:
-        """The one label that is meant, if B spells it out."""
-        label = self.inside.pattern.replace("\\.", ".")
-        return label if _LABEL.fullmatch(label) else None
-
-    @property
     def labels(self) -> tuple[str, ...] | None:
         """The labels that are meant, if B spells them out: one, or several between bars; None if it does not."""
         text = self.inside.pattern.replace("\\.", ".")

@@ -14,7 +14,8 @@ from typing import Any
 import regex
 from torch import nn
 
-from tdcache.named_places import Names, Proof, ProvedIdentity
+from tdcache.named_places import Names
+from tdcache.named_proof import Proof, ProvedIdentity
 from tdcache.naming.copies import WorkingCopy, in_best_dtype
 from tdcache.naming.inputs import like, own_inputs
 from tdcache.naming.prove_attention import check_attention
@@ -72,7 +73,7 @@ def proved(model: nn.Module, names: Names, inputs: Any = None, *, skip: Iterable
     unproved = dict.fromkeys(alone, _ALONE)
     refused = {**names.refused, **unproved, **verdict.refused}
     places = {name: place for name, place in names.items() if name not in refused}
-    return Names(places, refused=refused, streams=names.streams, proof=verdict.proof, style=names.style, model=model)
+    return names.replaced(places=places, refused=refused, proof=verdict.proof, model=model)
 
 
 def verdict_of(model: nn.Module, names: Names, inputs: Any = None, *, skip: Iterable[str] = ()) -> Verdict:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from tdcache.arguments import call_with
 from tdcache.errors import TdcacheError
 from tdcache.function_calls import CallSite, attach_attention, attach_call, is_call
 from tdcache.hooks.attach import attach
@@ -17,11 +18,10 @@ from tdcache.hooks.port import port_at
 from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.named_places import NamedPlace
 from tdcache.naming.gradients import edge_of
-from tdcache.naming.trace import call_model
 from tdcache.paths import resolve
 from tdcache.types import HookDirection, Removable
 
-__all__ = ["Reading", "Readings", "arranged", "read_places"]
+__all__ = ["Reading", "Readings", "read_places"]
 
 _COMPUTED = ("scores", "pattern")
 
@@ -66,7 +66,7 @@ class _Take:
             return
         tensor = port_at(self.place.path, self.place.side, self.place.pick).read(module, args, rest)
         edge = edge_of(tensor)
-        self.readings.values[self.name] = Reading(arranged(tensor.detach().clone(), self.place), edge)
+        self.readings.values[self.name] = Reading(self.place.shown(tensor.detach().clone()), edge)
 
     def of_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Take what a function returned."""
@@ -75,13 +75,6 @@ class _Take:
     def before_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Take what a function is given."""
         self.take(module, args, kwargs)
-
-
-def arranged(tensor: Tensor, place: NamedPlace) -> Tensor:
-    """A tensor with the axes of its place: an axis that holds heads is split, then axes are put in order."""
-    if place.heads is not None:
-        tensor = tensor.unflatten(place.heads[1], (place.heads[0], -1))
-    return tensor if place.order is None else tensor.permute(place.order)
 
 
 def read_places(model: nn.Module, places: Mapping[str, NamedPlace], inputs: Any) -> Readings:
@@ -137,7 +130,7 @@ def _read_in_parts(model: nn.Module, places: Mapping[str, NamedPlace], inputs: A
 
 def _read(model: nn.Module, places: Mapping[str, NamedPlace], inputs: Any, readings: Readings) -> None:
     with MultiHookHandle(list(_hooks(model, places, readings))), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        readings.result = call_model(model, inputs)
+        readings.result = call_with(model, inputs)
 
 
 def _hooks(model: nn.Module, places: Mapping[str, NamedPlace], readings: Readings) -> Iterator[Removable]:

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
+from tdcache.arguments import call_with
 from tdcache.function_calls.names import call_name
 from tdcache.hooks.attach import attach
 from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.values import leaves
+from tdcache.inplace import storage_address
 from tdcache.naming.gradients import edge_of
 
-__all__ = ["ForwardTrace", "ModuleRun", "TracedOp", "TracedValue", "call_model", "trace"]
+__all__ = ["ForwardTrace", "ModuleRun", "TracedOp", "TracedValue", "trace"]
 
 
 @dataclass(eq=False, slots=True, repr=False)
@@ -122,6 +124,7 @@ class _TraceRecorder(TorchFunctionMode):
         self.stack: list[ModuleRun] = []
         self.runs: dict[str, int] = {}
         self.busy = False
+        self.time = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -163,7 +166,7 @@ class _TraceRecorder(TorchFunctionMode):
 
     def near(self, tensor: Tensor) -> list[Tensor]:
         """The tensors seen so far that share memory with this one."""
-        return self.aliases.get(_storage(tensor), [])
+        return self.aliases.get(_memory_of(tensor), [])
 
     def value(self, tensor: Tensor) -> TracedValue:
         key = (id(tensor), tensor._version)
@@ -173,11 +176,11 @@ class _TraceRecorder(TorchFunctionMode):
                 data = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
             edge = edge_of(tensor)
             found = self.values[key] = TracedValue(tensor, data, edge)
-            self.aliases.setdefault(_storage(tensor), []).append(tensor)
+            self.aliases.setdefault(_memory_of(tensor), []).append(tensor)
         return found
 
     def now(self) -> int:
-        self.time = getattr(self, "time", 0) + 1
+        self.time += 1
         return self.time
 
     def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -206,11 +209,8 @@ class _TraceRecorder(TorchFunctionMode):
         return tuple((steps, self.value(tensor)) for steps, tensor in found)
 
 
-def _storage(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # a subclass without a storage
-        return id(tensor)
+def _memory_of(tensor: Tensor) -> int:
+    return storage_address(tensor) or id(tensor)  # a subclass without a storage shares it with no other
 
 
 def _swapped(value: Any, known: Mapping[int, TracedValue]) -> Any:
@@ -251,13 +251,6 @@ def _hooks(model: nn.Module, recorder: _TraceRecorder) -> Iterator[Any]:
         yield attach(module, _LeaveCall(recorder), "fwd", order=Order.CAPTURE)
 
 
-def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call a model with a tensor, a tuple of arguments or a mapping of keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-
-
 def trace(model: nn.Module, inputs: Any) -> ForwardTrace:
     """Run ``model`` once, eagerly and with a graph, and take the forward down.
 
@@ -274,7 +267,7 @@ def trace(model: nn.Module, inputs: Any) -> ForwardTrace:
         torch.random.fork_rng(devices=[]),
         recorder,
     ):
-        result = call_model(model, inputs)
+        result = call_with(model, inputs)
     root = recorder.calls[0]
     given = {".".join(map(str, steps)): value for steps, value in root.given}
     return ForwardTrace(model, recorder.ops, recorder.calls, result, given, dict(root.made))

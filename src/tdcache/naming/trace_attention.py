@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from tdcache.function_calls.attention_calls import PRODUCTS, SDPA, SOFTMAX
 from tdcache.naming.trace import ForwardTrace, TracedOp, TracedValue
-from tdcache.naming.trace_flow import PASS, main_operand, sources
+from tdcache.naming.trace_flow import PASS, main_operand
 
-__all__ = ["AttentionCall", "FUSED", "attentions", "leads_to"]
+__all__ = ["AttentionCall", "FUSED", "attentions"]
 
 FUSED = "multi_head_attention_forward"
 """torch's own attention: one call from input to output, with no place inside that could be read."""
@@ -116,16 +116,3 @@ def _product_before(value: TracedValue) -> TracedOp | None:
         seen.update(new)
         todo.extend(new)
     return None
-
-
-def leads_to(value: TracedValue, end: TracedValue) -> bool:
-    """Whether ``end`` was computed from ``value``."""
-    todo, seen = [end], {end}
-    while todo:
-        each = todo.pop()
-        if each is value:
-            return True
-        new = [given for given in sources(each) if given not in seen]
-        seen.update(new)
-        todo.extend(new)
-    return False

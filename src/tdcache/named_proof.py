@@ -1,0 +1,56 @@
+"""What was checked before a table of canonical names was given out, to be read and printed.
+
+A table without its proof could not be told from one that somebody guessed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tdcache.tables import text_table
+
+__all__ = ["Proof", "ProvedIdentity"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProvedIdentity:
+    """One identity that was checked, over all places that it speaks of.
+
+    Attributes:
+        identity: the identity, ``"resid_pre + attn.contribution + mlp.contribution == resid_post"``.
+        names: the canonical names that it proves.
+        error: the largest deviation found, relative to the largest value.
+        tolerance: what was allowed.
+    """
+
+    identity: str
+    names: tuple[str, ...] = ()
+    error: float = 0.0
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """What was checked before a table was given out; ``print(proof)`` shows it.
+
+    Attributes:
+        inputs: the input that the values were taken from, in words.
+        dtype: the dtype of the model during the check.
+        identities: what held.
+        skipped: the names of what was asked to be left out.
+    """
+
+    inputs: str = ""
+    dtype: str = ""
+    identities: tuple[ProvedIdentity, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        head = f"checked on {self.inputs or 'no input'}" + (f" in {self.dtype}" if self.dtype else "")
+        rows = [
+            (each.identity, f"{each.error:.1e}", f"{each.tolerance:.0e}", f"{len(each.names)}")
+            for each in self.identities
+        ]
+        table = text_table(("identity", "largest error", "allowed", "names"), rows) if rows else []
+        skipped = [f"skipped: {', '.join(self.skipped)}"] if self.skipped else []
+        return "\n".join([head, *table, *skipped])
