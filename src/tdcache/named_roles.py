@@ -1,13 +1,36 @@
-"""From a role and a layer to a name: ``("attn.pattern", 3)``, in any spelling."""
+"""Names and their parts: the block and the role in a name, and the name of a role and a layer in any spelling."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import regex
 
 from tdcache.errors import CanonicalNameError, listed
 
-__all__ = ["name_in_block", "names_in_blocks"]
+__all__ = ["BlockName", "block_name", "name_in_block", "names_in_blocks"]
+
+_BLOCK = regex.compile(r"(?P<prefix>.*?)blocks\.(?P<number>\d+)\.(?P<role>.+)")
+
+
+class BlockName(NamedTuple):
+    """The parts of a name that belongs to a block."""
+
+    prefix: str
+    """Of the stack, with its dot: ``"encoder."``; empty where there is one stack."""
+    number: int
+    role: str
+
+
+def block_name(name: str) -> BlockName | None:
+    """The parts of a name; None for one that belongs to no block.
+
+    >>> block_name("encoder.blocks.3.attn.q")
+    BlockName(prefix='encoder.', number=3, role='attn.q')
+    """
+    found = _BLOCK.fullmatch(name)
+    return None if found is None else BlockName(found["prefix"], int(found["number"]), found["role"])
 
 
 class _NamesByRole(Protocol):
@@ -29,10 +52,9 @@ def name_in_block(names: _NamesByRole, role: str, layer: int) -> str:
     """The name of a role in one block; see :meth:`tdcache.Names.in_block`."""
     numbers: dict[str, int] = {}
     for name in (*names, *names.refused):
-        prefix, found, rest = name.partition("blocks.")
-        number = rest.partition(".")[0]
-        if found and number.isdecimal():
-            numbers[prefix] = max(numbers.get(prefix, 0), int(number) + 1)
+        parsed = block_name(name)
+        if parsed is not None:
+            numbers[parsed.prefix] = max(numbers.get(parsed.prefix, 0), parsed.number + 1)
     prefix = next((each for each in sorted(numbers, key=len, reverse=True) if role.startswith(each)), "")
     count = numbers.get(prefix, 0)
     if not -count <= layer < count:

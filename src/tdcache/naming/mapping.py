@@ -6,27 +6,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import regex
 from torch import nn
 
 from tdcache.errors import CanonicalNameError, PathError, TdcacheError
 from tdcache.named_places import NamedPlace, Names, ResidualStream
+from tdcache.named_roles import block_name
 from tdcache.naming.resolve import resolve
+from tdcache.naming.resolve_roles import ATTENTION_AXES
 from tdcache.paths import resolve as module_at
 
 __all__ = ["mapped"]
 
 _BLOCK = "{i}"
 _STREAM = ("batch", "position", "unit")
-_AXES = {
-    "attn.q": ("batch", "head", "query", "unit"),
-    "attn.k": ("batch", "head", "key", "unit"),
-    "attn.v": ("batch", "head", "key", "unit"),
-    "attn.z": ("batch", "head", "query", "unit"),
-    "attn.scores": ("batch", "head", "query", "key"),
-    "attn.pattern": ("batch", "head", "query", "key"),
-}
-"""The axes of names whose place is a path alone; all others are along the stream."""
 
 
 def mapped(model: nn.Module, inputs: Any, mapping: Mapping[str, str | NamedPlace]) -> Names:
@@ -48,7 +40,9 @@ def mapped(model: nn.Module, inputs: Any, mapping: Mapping[str, str | NamedPlace
 
 
 def _axes_of(name: str) -> tuple[str, ...]:
-    return next((axes for role, axes in _AXES.items() if name.endswith(f".{role}")), _STREAM)
+    """The axes of a name whose place is a path alone: how many heads keys have is not known of it."""
+    axes = next((axes for role, axes in ATTENTION_AXES.items() if name.endswith(f".attn.{role}")), _STREAM)
+    return tuple("head" if axis == "kv_head" else axis for axis in axes)
 
 
 def _spread(model: nn.Module, name: str, place: NamedPlace) -> Iterator[tuple[str, NamedPlace]]:
@@ -93,10 +87,9 @@ def _streams(model: nn.Module, inputs: Any, places: Mapping[str, NamedPlace]) ->
         found = {}
     blocks: dict[str, int] = {}
     for name in places:
-        parsed = regex.fullmatch(r"(?P<prefix>.*?)blocks\.(?P<number>\d+)\..*", name)
+        parsed = block_name(name)
         if parsed is not None:
-            prefix = parsed["prefix"]
-            blocks[prefix] = max(blocks.get(prefix, 0), int(parsed["number"]) + 1)
+            blocks[parsed.prefix] = max(blocks.get(parsed.prefix, 0), parsed.number + 1)
     return {
         prefix: _with_ends(found[prefix], places)
         if prefix in found and found[prefix].blocks == count

@@ -48,13 +48,7 @@ def before_rotation(model: nn.Module, names: Names, inputs: Any = None) -> Names
             refused[name] = f"no module returns it before it is rotated, normed or scaled; nearest: {turned}"
         else:
             places[name] = projected
-    known: dict[str, Any] = {
-        "streams": names.streams,
-        "proof": names.proof,
-        "style": names.style,
-        "made_for": names.made_for,
-    }
-    return Names(places, refused=refused, spelling=spelling, model=names.model, **known)
+    return names.replaced(places=places, refused=refused, spelling=spelling)
 
 
 def _projections(model: nn.Module, names: Names, inputs: Any) -> Iterator[tuple[str, NamedPlace | None]]:

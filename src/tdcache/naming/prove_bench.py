@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tdcache.errors import TdcacheError
 from tdcache.function_calls import is_call
 from tdcache.named_places import NamedPlace, ResidualStream
+from tdcache.named_roles import block_name
 from tdcache.naming.prove_values import Readings
 from tdcache.paths import resolve
 
@@ -124,13 +125,7 @@ class ProofBench:
 
     def blocks(self) -> Iterator[tuple[str, str, int, str]]:
         """Each block that has names: its stream's prefix, what its names begin with, its number, and its layout."""
-        seen: set[tuple[str, int]] = set()
-        for name in self.places:
-            prefix, found, rest = name.partition("blocks.")
-            number = rest.partition(".")[0]
-            if found and number.isdigit():
-                seen.add((prefix, int(number)))
-        for prefix, at in sorted(seen):
+        for prefix, at in sorted({(each.prefix, each.number) for each in map(block_name, self.places) if each}):
             stream = self.streams.get(prefix)
             layout = stream.layouts[at] if stream is not None and at < stream.blocks else ""
             yield prefix, f"{prefix}blocks.{at}.", at, layout

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tdcache.named_places import NamedPlace, Names
+from tdcache.named_roles import block_name
 from tdcache.naming.prove_values import Readings
 
 __all__ = ["fit_axes"]
@@ -16,7 +17,7 @@ def fit_axes(names: Names, readings: Readings) -> Names:
     """The table with axes that fit what was seen; names whose place showed nothing are refused."""
     places = {name: _fitted(name, place, readings) for name, place in names.items() if name in readings}
     refused = {**names.refused, **readings.missing}
-    return Names(places, refused=refused, streams=names.streams, style=names.style, model=names.model)
+    return names.replaced(places=places, refused=refused)
 
 
 def _fitted(name: str, place: NamedPlace, readings: Readings) -> NamedPlace:
@@ -36,8 +37,9 @@ def _fitted(name: str, place: NamedPlace, readings: Readings) -> NamedPlace:
 
 def _stream_of(name: str, readings: Readings) -> tuple[int, ...] | None:
     """The shape of the stream that a name belongs to."""
-    prefix, found, _ = name.partition("blocks.")
-    first = (prefix if found else name.rpartition(".")[0] and name.rpartition(".")[0] + ".") + "blocks.0.resid_pre"
+    parsed, head = block_name(name), name.rpartition(".")[0]
+    first = (f"{head}." if head else "") if parsed is None else parsed.prefix
+    first += "blocks.0.resid_pre"
     return tuple(readings[first].shape) if first in readings else None
 
 

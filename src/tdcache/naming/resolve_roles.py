@@ -16,9 +16,9 @@ from tdcache.naming.trace import TracedValue
 from tdcache.naming.trace_attention import AttentionCall
 from tdcache.naming.trace_flow import PASS, DataFlow, main_operand
 
-__all__ = ["FoundNames", "block_names", "norm_place", "stream_axes"]
+__all__ = ["ATTENTION_AXES", "FoundNames", "block_names", "norm_place", "stream_axes"]
 
-_PATTERN_AXES = {
+ATTENTION_AXES = {
     "q": ("batch", "head", "query", "unit"),
     "k": ("batch", "kv_head", "key", "unit"),
     "v": ("batch", "kv_head", "key", "unit"),
@@ -26,6 +26,7 @@ _PATTERN_AXES = {
     "pattern": ("batch", "head", "query", "key"),
     "z": ("batch", "head", "query", "unit"),
 }
+"""The axes of the values of an attention call, by what follows ``attn.`` in their names."""
 
 
 @dataclass(slots=True)
@@ -155,7 +156,7 @@ def _attention(found: FoundNames, name: str, term: StreamTerm, base: TracedValue
         if one is None:
             found.refuse(f"{name}.{place}", reason)
         else:
-            found.put(f"{name}.{place}", _at_attention(found, one, place), axes=_PATTERN_AXES[place])
+            found.put(f"{name}.{place}", _at_attention(found, one, place), axes=ATTENTION_AXES[place])
     call = projection(base, found.flow.trace)
     plain = call is not None and one is not None and _is_z(call.given[0][1], one) and _in_order(base, out)
     return call.path if plain and call is not None else None

@@ -8,6 +8,7 @@ from dataclasses import replace
 import regex
 
 from tdcache.named_places import NamedPlace, Names
+from tdcache.named_roles import block_name
 
 __all__ = ["in_style"]
 
@@ -63,14 +64,10 @@ def in_style(names: Names, style: str) -> Names:
     places = {_spelled(name, spell): lay_out(place) for name, place in names.items()}
     spelling = {name: _spelled(names.spelled(name), spell) for name in (*names, *names.refused, *names.spelling)}
     refused = {_spelled(name, spell): _in_words(reason, spelling) for name, reason in names.refused.items()}
-    return Names(
-        {name: replace(place, name=name) for name, place in places.items()},
+    return names.replaced(
+        places={name: replace(place, name=name) for name, place in places.items()},
         refused={**_computed_elsewhere(places), **refused},
-        streams=names.streams,
-        proof=names.proof,
         style=style,
-        model=names.model,
-        made_for=names.made_for,
         spelling=spelling,
     )
 
@@ -95,8 +92,8 @@ def _in_words(reason: str, spelling: Mapping[str, str]) -> str:
 
 
 def _spelled(name: str, spell: Callable[[str, str, str], str]) -> str:
-    parsed = regex.fullmatch(r"(?P<prefix>.*?)(?P<block>blocks\.\d+\.)(?P<role>.+)", name)
+    parsed = block_name(name)
     if parsed is not None:
-        return spell(parsed["prefix"], parsed["block"], parsed["role"])
+        return spell(parsed.prefix, f"blocks.{parsed.number}.", parsed.role)
     prefix = next((each for each in ("encoder.", "decoder.", "vision.", "audio.") if name.startswith(each)), "")
     return spell(prefix, "", name.removeprefix(prefix))
