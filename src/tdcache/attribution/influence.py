@@ -57,8 +57,9 @@ class InternalInfluence(_PathMethod):
         frame.explained()  # integers have no path: the error says what to do
         path = frame.path(self.baseline)
         sums = {name: WeightedSum() for name in frame.targets}
+        values = places if self.allow_unused else ()  # where no gradient comes, zeros of their shape
         yield [
-            frame.ask(path(node), WeightedTerm(sums[name], weight, places), target, grads=places)
+            frame.ask(path(node), WeightedTerm(sums[name], weight, places), target, values=values, grads=places)
             for name, target in frame.targets.items()
             for node, weight in self.nodes
         ]

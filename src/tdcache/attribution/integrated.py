@@ -50,9 +50,12 @@ class WeightedTerm:
         """Add the gradients of the point."""
         sums = self.total.sums
         for place in self.places:
-            if not view.reached(place):
+            if view.reached(place):
+                term = wide(view.grad(place))
+            elif view.ran(place):
+                term = torch.zeros_like(wide(view.value(place)))
+            else:
                 continue
-            term = wide(view.grad(place))
             sums[place] = torch.add(sums[place], term, alpha=self.weight) if place in sums else term * self.weight
 
 

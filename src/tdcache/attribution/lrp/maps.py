@@ -99,12 +99,15 @@ class Rules:
         return next(self._fitting(path, module), None)
 
     def forgotten(self, model: nn.Module, *, canonise: bool) -> dict[str, nn.Module]:
-        """Modules without parts of their own that no pair selects, and whose gradient does not conserve relevance."""
+        """Modules that compute something themselves, that no pair selects, and that do not conserve relevance.
+
+        These have no submodules, or parameters of their own beside them, as ``nn.MultiheadAttention`` has.
+        """
         conserving = (*_CONSERVING, *(BATCH_NORMS if canonise else ()))
         return {
             path: module
             for path, module in [("", model), *walk(model)]
-            if not any(True for _ in module.children())
+            if (next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None)
             and not isinstance(module, conserving)
             and not any(True for _ in self._fitting(path, module))
         }
