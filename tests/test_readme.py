@@ -13,6 +13,7 @@ import torch
 
 import tdcache
 from tdcache import errors, points
+from tdcache.public_names import PACKAGES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -129,7 +130,7 @@ def test_a_page_of_the_reference_leaves_out_only_what_another_describes(page):
 
 def test_the_reference_has_a_page_for_every_subpackage():
     pages = {page.stem for page in REFERENCE}
-    assert set(tdcache._PACKAGES) <= pages
+    assert set(PACKAGES) <= pages
     index = (REPOSITORY / "docs" / "reference" / "index.md").read_text(encoding="utf-8")
     assert pages <= set(index.splitlines())
 
