@@ -179,7 +179,10 @@ class HookingContextFactory:
         )
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
-        """Register the hooks, either all of them or none, and return the handle that removes them."""
+        """Register the hooks, either all of them or none, and return the handle that removes them.
+
+        The handle of a single hook, one of tdcache's or of torch's, may be returned as it is.
+        """
         return MultiHookHandle()
 
     def _run_module(
