@@ -10,7 +10,9 @@ from torch import nn
 
 from tdcache.attribution.lrp.linear import ELEMENTWISE, LINEAR, is_linear
 from tdcache.attribution.lrp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZPlus
+from tdcache.errors import AttributionError
 from tdcache.selection import Matcher, as_matcher, walk
+from tdcache.tables import shorten
 from tdcache.types import Selector
 
 __all__ = [
@@ -91,7 +93,12 @@ class Rules:
     @classmethod
     def of(cls, rules: RuleMap | Rule) -> Rules:
         """Parse; a single rule is :func:`uniform`."""
-        pairs = uniform(rules) if isinstance(rules, Rule) else rules
+        pairs: Any = uniform(rules) if isinstance(rules, Rule) else rules
+        if not isinstance(pairs, Sequence) or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
+            raise AttributionError(
+                "rules= is a rule such as Epsilon(), a map such as epsilon_plus(), or pairs of a selector and a rule, "
+                f"got {shorten(repr(rules), 80)}"
+            )
         return cls(tuple((as_matcher(selector), rule) for selector, rule in pairs))
 
     def at(self, path: str, module: nn.Module) -> Any:
