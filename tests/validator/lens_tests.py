@@ -47,7 +47,7 @@ def source_of(version: str, folder: Path) -> Path:
 def outcomes(source: Path, tests: Sequence[str], *, ours: bool, report: Path) -> dict[str, str]:
     """Run the tests of ``source``, with our hook points or with its own; gives by test what came of it."""
     # pytest runs in another folder, so what is relative here has to be absolute there.
-    already = [os.path.abspath(place) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    already = [str(Path(place).resolve()) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
     places = os.pathsep.join([str(source), str(FOLDER), *already])
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": places}
     plugin = ("-p", PLUGIN) if ours else ()
@@ -73,7 +73,7 @@ def compared(theirs: dict[str, str], ours: dict[str, str]) -> tuple[str, list[st
     rest = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items())) or "none"
     return (
         f"{len(passed) - len(lost)} of the {len(passed)} tests that pass with TransformerLens' hook points pass with "
-        f"tdcache's (not counted, as they pass with neither or were skipped: {rest})",
+        f"tdcache's (not counted, as they fail with its own or were skipped: {rest})",
         lost,
     )
 
