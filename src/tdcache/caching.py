@@ -242,8 +242,8 @@ class ActivationCaching(HookingContextFactory):
             self._capture.place(selection, recorder, handle)
             self._capture.place_calls(module.model, places, recorder, handle)
             part = recorder.channels[0].part
-            if part is not None and part.positions is not None:
-                handle.add(attach(module.model, part.positions.on_call, "fwd_pre_kwargs", order=part.positions.order))
+            if part is not None and part.fed is not None:
+                handle.add(attach(module.model, part.fed.on_call, "fwd_pre_kwargs", order=part.fed.order))
             if self._capture.steps is None:
                 bracket(module.model, recorder.begin, recorder.end, handle)
             else:

@@ -66,7 +66,7 @@ class CurrentCall:
 
     Attributes:
         further: arguments beside those of the call among which the mask may be.
-        wants_tokens: whether :meth:`tokens_at` will be asked.
+        wants_tokens: whether :meth:`tokens_at` or :meth:`region_at` will be asked.
     """
 
     def __init__(self, model: nn.Module, options: CallOptions) -> None:
@@ -144,8 +144,13 @@ class CurrentCall:
         """The columns that the region's positions are in this call; None if it has none of them.
 
         Raises:
-            SelectionError: a row has too few tokens, or the mask is not one of this value.
+            SelectionError: a row has too few tokens, the mask is not one of this value, or the value does not have the
+                rows of the call.
         """
+        if region.rows is None and region.positions is None:
+            return region
+        if value.ndim:
+            self._fed().check_rows(path, value, region.row_axis(value))
         if region.positions is None or value.ndim < 2:
             return region
         batch, length = value.shape[region.row_axis(value)], value.shape[region.position_dim % value.ndim]
@@ -156,16 +161,21 @@ class CurrentCall:
 
     def tokens_at(self, path: str, batch: int, length: int, device: torch.device | None) -> Tokens | None:
         """The real tokens of a value; None where each of its columns is one, numbered from 0."""
+        sequences = self._fed()
+        if all(each.mask is None and each.past == 0 and not each.ids for each in sequences.fed):
+            return None
+        tokens = sequences.at(path, batch=batch, length=length, device=device)
+        plain = tokens.before is not None and not bool(tokens.before.any()) and bool(tokens.real.all())
+        return None if plain and tokens.sequence is None else tokens
+
+    def _fed(self) -> Sequences:
+        """What the forward under way feeds."""
         if self._sequences is None:
             if in_backward() and not self._running and self._latest is not None:  # a checkpoint runs the module again
                 self._sequences = self._latest
             else:
                 self._sequences = self._sequences_of(self._running[0][1] if self._running else {})
-        if all(each.mask is None and each.past == 0 for each in self._sequences.fed):
-            return None
-        tokens = self._sequences.at(path, batch=batch, length=length, device=device)
-        plain = tokens.before is not None and not bool(tokens.before.any()) and bool(tokens.real.all())
-        return None if plain and tokens.sequence is None else tokens
+        return self._sequences
 
     def _columns(
         self, path: str, batch: int, length: int, device: torch.device | None, region: Region

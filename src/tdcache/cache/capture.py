@@ -18,7 +18,7 @@ from tdcache.cache.channel import Channel
 from tdcache.cache.gradient_taps import GradientTap, InputGradientTap, OutputAndGradientTap, PlainGradientTap
 from tdcache.cache.keep import Keep
 from tdcache.cache.part import PartFilter
-from tdcache.cache.positions import PositionFilter
+from tdcache.cache.positions import FedByCall, PositionFilter
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.taps import CallbackTap, OutputTap, StopTap, ValueTap
@@ -147,11 +147,14 @@ class Capture:
         return Recorder(channels, fits_graph=self.fits_graph and channels[0].takes_aliases)
 
     def _part(self, position_dims: Mapping[str, int] | None, regions: Mapping[str, Region]) -> PartFilter | None:
-        positions = None
+        fed = positions = None
         if self.positions is not None:
-            positions = PositionFilter(self.positions, self.mask_key, self.position_dim, position_dims)
+            fed = FedByCall(self.mask_key)
+            positions = PositionFilter(self.positions, fed, self.position_dim, position_dims)
+        elif any(each.rows is not None for each in (self.region, *regions.values())):
+            fed = FedByCall(None)
         whole = self.region.whole and all(region.whole for region in regions.values())
-        return None if positions is None and whole else PartFilter(self.region, positions, regions)
+        return None if positions is None and whole else PartFilter(self.region, fed, positions, regions)
 
     def place_calls(
         self, root: nn.Module, places: Sequence[CallPlace], recorder: Recorder, handle: MultiHookHandle
