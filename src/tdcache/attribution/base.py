@@ -7,6 +7,7 @@ writes every method's scores. Otherwise four methods would cost four forwards an
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -153,7 +154,7 @@ class Attribution(HookingContextFactory):
             return forward(data)
         token = _RUNNING.set(running | {id(model)})
         try:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
                 return _any_batch(module, data, forward, list(_OPEN.get(model, ())))
         finally:
             _RUNNING.reset(token)
@@ -259,37 +260,51 @@ def _any_batch(module: HookedModule, data: TensorDictBase, forward: Forward, cro
 
 
 def _shared_pass(module: HookedModule, data: TensorDictBase, forward: Forward, crowd: list[_Member]) -> TensorDictBase:
-    results = {"attr", "gap", "leak", "baseline", "corrupt"}
-    bare = data.exclude(*(key for key in results if key in data)) if results & set(data.keys()) else data
-    runner = _runner(module, _without_inference(bare), forward, crowd)
+    results = [key for key in _RESULTS if key in data]
+    bare = data.exclude(*results) if results else data
+    given = dict(_leaves(bare))
+    runner = _runner(module, _without_inference(bare, given), forward, crowd)
     base = Point(label="base")
-    frames = [Frame(runner, data, member.factory, member.selections, base=base) for member in crowd]
-    scores = _work_together(runner, [(m, m.factory.work(f)) for m, f in zip(crowd, frames, strict=True)], base)
-    final = runner.finish(base)
+    works = [(m, m.factory.work(Frame(runner, data, m.factory, m.selections, base=base))) for m in crowd]
+    scores = _work_together(runner, works, base)
     graph = any(member.factory.create_graph for member in crowd)
-    given = set(bare.keys(include_nested=True, leaves_only=True))
-    for key in final.keys(include_nested=True, leaves_only=True):
+    for key, value in _leaves(runner.finish(base)):
         if key not in given or key in runner.out_keys:
-            value = final.get(key)
             data.set(key, value if graph else value.detach())
     for key, value in scores.items():
         _write(data, key, value)
     return data
 
 
+_RESULTS = ("attr", "gap", "leak", "baseline", "corrupt")
+
+
+def _leaves(data: TensorDictBase) -> Iterable[tuple[Any, Any]]:
+    """The entries, with those of nested TensorDicts in their place."""
+    flat = list(data.items())
+    for _, value in flat:
+        if not isinstance(value, Tensor):
+            return data.items(include_nested=True, leaves_only=True)
+    return flat
+
+
 def _runner(module: HookedModule, data: TensorDictBase, forward: Forward, crowd: list[_Member]) -> Runner:
-    survey = Survey.of(module.model)
+    model, called = module.model, module.td_module
+    survey = Survey.of(model)
     factories = [member.factory for member in crowd]
     chunks = [factory.chunk for factory in factories if factory.chunk is not None]
     copies = [factory.snapshot for factory in factories if factory.snapshot is not None]
-    selections = [selection for member in crowd for selection in member.selections.values()]
+    modules: dict[str, nn.Module] = {}
+    for member in crowd:
+        for selection in member.selections.values():
+            modules.update((path, submodule) for path, submodule, _ in selection)
     return Runner(
-        module.model,
+        model,
         forward,
         data,
-        in_keys=module.in_keys,
-        out_keys=module.out_keys,
-        modules={path: submodule for selection in selections for path, submodule, _ in selection},
+        in_keys=called.in_keys,
+        out_keys=called.out_keys,
+        modules=modules,
         chunk=min(chunks) if chunks else None,
         watched=survey.watched or _runs_otherwise(module),
         survey=survey,
@@ -299,14 +314,10 @@ def _runner(module: HookedModule, data: TensorDictBase, forward: Forward, crowd:
     )
 
 
-def _without_inference(data: TensorDictBase) -> TensorDictBase:
+def _without_inference(data: TensorDictBase, given: Mapping[Any, Any]) -> TensorDictBase:
     """A copy of inference tensors, which cannot take part in a backward."""
-    copies = {
-        key: value.clone()
-        for key, value in data.items(include_nested=True, leaves_only=True)
-        if isinstance(value, Tensor) and value.is_inference()
-    }
-    return data.copy().update(copies) if copies else data
+    found = {key: value.clone() for key, value in given.items() if isinstance(value, Tensor) and value.is_inference()}
+    return data.copy().update(found) if found else data
 
 
 def _runs_otherwise(module: HookedModule) -> bool:
