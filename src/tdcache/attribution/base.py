@@ -7,7 +7,6 @@ writes every method's scores. Otherwise four methods would cost four forwards an
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -152,10 +151,12 @@ class Attribution(HookingContextFactory):
         running = _RUNNING.get()
         if id(model) in running:  # another method's pass: it asks us when it is our turn
             return forward(data)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self._run_module(module, data, forward)
         token = _RUNNING.set(running | {id(model)})
         try:
-            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-                return _any_batch(module, data, forward, list(_OPEN.get(model, ())))
+            return _any_batch(module, data, forward, list(_OPEN.get(model, ())))
         finally:
             _RUNNING.reset(token)
 
@@ -260,23 +261,26 @@ def _any_batch(module: HookedModule, data: TensorDictBase, forward: Forward, cro
 
 
 def _shared_pass(module: HookedModule, data: TensorDictBase, forward: Forward, crowd: list[_Member]) -> TensorDictBase:
-    results = [key for key in _RESULTS if key in data]
-    bare = data.exclude(*results) if results else data
+    given, bare = dict(data.items()), data
+    if not _RESULTS.isdisjoint(given):
+        bare = data.exclude(*_RESULTS.intersection(given))
     given = dict(_leaves(bare))
     runner = _runner(module, _without_inference(bare, given), forward, crowd)
     base = Point(label="base")
-    works = [(m, m.factory.work(Frame(runner, data, m.factory, m.selections, base=base))) for m in crowd]
+    works = []
+    for member in crowd:
+        frame = Frame(runner, data, member.factory, member.selections, base=base)
+        works.append((member.factory, member.factory.work(frame)))
     scores = _work_together(runner, works, base)
-    graph = any(member.factory.create_graph for member in crowd)
     for key, value in _leaves(runner.finish(base)):
         if key not in given or key in runner.out_keys:
-            data.set(key, value if graph else value.detach())
+            data.set(key, value if runner.create_graph else value.detach())
     for key, value in scores.items():
         _write(data, key, value)
     return data
 
 
-_RESULTS = ("attr", "gap", "leak", "baseline", "corrupt")
+_RESULTS = frozenset({"attr", "gap", "leak", "baseline", "corrupt"})
 
 
 def _leaves(data: TensorDictBase) -> Iterable[tuple[Any, Any]]:
@@ -291,27 +295,18 @@ def _leaves(data: TensorDictBase) -> Iterable[tuple[Any, Any]]:
 def _runner(module: HookedModule, data: TensorDictBase, forward: Forward, crowd: list[_Member]) -> Runner:
     model, called = module.model, module.td_module
     survey = Survey.of(model)
-    factories = [member.factory for member in crowd]
-    chunks = [factory.chunk for factory in factories if factory.chunk is not None]
-    copies = [factory.snapshot for factory in factories if factory.snapshot is not None]
-    modules: dict[str, nn.Module] = {}
-    for member in crowd:
-        for selection in member.selections.values():
-            modules.update((path, submodule) for path, submodule, _ in selection)
-    return Runner(
+    runner = Runner(
         model,
         forward,
         data,
         in_keys=called.in_keys,
         out_keys=called.out_keys,
-        modules=modules,
-        chunk=min(chunks) if chunks else None,
         watched=survey.watched or _runs_otherwise(module),
         survey=survey,
-        create_graph=any(factory.create_graph for factory in factories),
-        snapshot=any(copies) if copies else None,
-        tables=[factory.names for factory in factories if factory.names is not None],
     )
+    for member in crowd:
+        runner.add(member.factory, member.selections.values())
+    return runner
 
 
 def _without_inference(data: TensorDictBase, given: Mapping[Any, Any]) -> TensorDictBase:
@@ -330,13 +325,13 @@ def _runs_otherwise(module: HookedModule) -> bool:
     return False
 
 
-def _work_together(runner: Runner, works: list[tuple[_Member, Work]], base: Point) -> dict[tuple[Any, ...], Any]:
+def _work_together(runner: Runner, works: list[tuple[Attribution, Work]], base: Point) -> dict[tuple[Any, ...], Any]:
     """Collect the requests of all methods and run them together, until each method has returned its scores."""
     scores: dict[tuple[Any, ...], Any] = {}
     while works:
         asks: list[Ask] = []
         left = []
-        for member, work in works:
+        for factory, work in works:
             try:
                 asks += next(work)
             except StopIteration as done:
@@ -345,10 +340,10 @@ def _work_together(runner: Runner, works: list[tuple[_Member, Work]], base: Poin
                         raise AttributionError(
                             f"two methods in one pass write {key!r}; tell them apart with name='...'"
                         ) from None
-                    keep = member.factory.create_graph or not isinstance(value, Tensor)
+                    keep = factory.create_graph or not isinstance(value, Tensor)
                     scores[key] = value if keep else value.detach()
             else:
-                left.append((member, work))
+                left.append((factory, work))
         works = left
         if asks:
             runner.run(asks, base)

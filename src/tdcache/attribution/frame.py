@@ -89,8 +89,12 @@ class Frame:
         keys = self.method.inputs
         if keys is not None:
             self._refuse_unknown("inputs=", keys)
-        found = {key: self.data.get(key) for key in self.runner.in_keys if keys is None or key in keys}
-        return {key: tensor for key, tensor in found.items() if tensor is not None and tensor.is_floating_point()}
+        found: dict[CacheKey, Tensor] = {}
+        for key in self.runner.in_keys:
+            tensor = self.data.get(key) if keys is None or key in keys else None
+            if tensor is not None and tensor.is_floating_point():
+                found[key] = tensor
+        return found
 
     def explained(self) -> list[Place]:
         """The inputs that can be explained.
@@ -144,7 +148,7 @@ class Frame:
 
     def _refuse_misspelt(self, node: str) -> None:
         """Refuse ``data["baselines", ...]``: what it holds would count as not given, and so as zeros."""
-        nodes = [key for key, value in self.data.items() if isinstance(key, str) and isinstance(value, TensorDictBase)]
+        nodes = [key for key, value in self.data.items() if isinstance(value, TensorDictBase)]
         read = {key[0] for key in (*self.runner.in_keys, *self.runner.out_keys) if isinstance(key, tuple)}
         others = set(nodes) - read - {"attr", "gap", "baseline", "corrupt"}
         for key in get_close_matches(node, others, n=1, cutoff=0.75):

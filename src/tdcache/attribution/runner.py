@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from operator import attrgetter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -31,6 +31,7 @@ from tdcache.hooks import MultiHookHandle, Order, attach, attach_ports
 from tdcache.hooks.attach import AttachedElsewhere
 from tdcache.named_places import Names
 from tdcache.place_modules import place_at
+from tdcache.selection import Selection
 from tdcache.types import CacheKey
 
 __all__ = ["Runner"]
@@ -43,6 +44,15 @@ Forward = Callable[[TensorDictBase], TensorDictBase]
 _GRADS = attrgetter("grads")
 
 
+class PassOptions(Protocol):
+    """The options of a method that concern the pass; see :class:`~tdcache.attribution.base.Attribution`."""
+
+    create_graph: bool
+    chunk: int | None
+    snapshot: bool | None
+    names: Names | None
+
+
 class Runner:
     """Runs points for the length of one call of a hooked module.
 
@@ -52,12 +62,8 @@ class Runner:
         data: the user's TensorDict, without results.
         in_keys: what the model reads.
         out_keys: what it writes.
-        modules: the modules by path.
-        chunk: how many points one forward may take; None for all.
         watched: whether something else looks on.
         survey: what is known of the model.
-        create_graph: whether gradients are differentiable.
-        snapshot: whether values are copied; None for where the model has modules that work in place.
     """
 
     def __init__(
@@ -68,13 +74,8 @@ class Runner:
         *,
         in_keys: Sequence[CacheKey],
         out_keys: Sequence[CacheKey],
-        modules: dict[str, nn.Module],
-        chunk: int | None,
         watched: bool,
         survey: Survey,
-        create_graph: bool,
-        snapshot: bool | None,
-        tables: Sequence[Names] = (),
     ) -> None:
         self.model = model
         self.data = data
@@ -88,13 +89,13 @@ class Runner:
         """The TensorDict after the forward of the user's own rows."""
         self._forward = forward
         self._survey = survey
-        self._modules = modules
-        self._tables = tables
-        self._create_graph = create_graph
-        self._snapshot = survey.inplace if snapshot is None else snapshot
+        self._modules: dict[str, nn.Module] = {}
+        self._tables: list[Names] = []
+        self.create_graph = False
+        """Whether gradients are differentiable."""
+        self._snapshot: bool | None = None
         self._stacks = data.batch_dims > 0 and not watched and not survey.statistics
-        self._chunk = (chunk or 1 << 30) if self._stacks else 1
-        self._modified = not (watched or create_graph)
+        self._chunk = 1 << 30 if self._stacks else 1
         self._base: Point | None = None
         self._giving: set[Any] = set()
         """The labels of the points whose outputs are those of the user's rows."""
@@ -103,6 +104,18 @@ class Runner:
         self._shown = False
         """Whether a forward of the user's rows was shown to those that capture."""
         self._calls: dict[Place, int] = {}
+
+    def add(self, method: PassOptions, selections: Iterable[Selection]) -> None:
+        """Take the options of a method, and the modules that it selected, into account."""
+        self.create_graph |= method.create_graph
+        if method.chunk is not None:
+            self._chunk = min(self._chunk, method.chunk)
+        if method.snapshot is not None:
+            self._snapshot = self._snapshot or method.snapshot
+        if method.names is not None:
+            self._tables.append(method.names)
+        for selection in selections:
+            self._modules.update((path, module) for path, module, _ in selection)
 
     def run(self, asks: Iterable[Ask], base: Point) -> None:
         """Run the points that are asked for, each once, and hand the sinks their views."""
@@ -117,7 +130,8 @@ class Runner:
             self._run_points(groups, base)
 
     def _run_points(self, groups: list[list[Ask]], base: Point) -> None:
-        self._giving = giving_own_outputs([group[0].point for group in groups], modified=self._modified)
+        modified = not (self.watched or self.create_graph)
+        self._giving = giving_own_outputs([group[0].point for group in groups], modified=modified)
         given = self._giving or any(group[0].base_follows for group in groups)
         if self._stacks and self.final is None and not given:
             groups.append([_only_run(base)])  # so that the outputs need no forward of their own
@@ -176,7 +190,7 @@ class Runner:
         rows = self._rows(points, asks)
         data, inputs = self._stack(points, asks)
         taps, handle = self._hook(points, rows, asks)
-        graph = self._create_graph or any(map(_GRADS, asks))
+        graph = self.create_graph or any(map(_GRADS, asks))
         shown = not self._shown and self._is_final(points[0])
         with torch.set_grad_enabled(graph), self._survey.unchanged(kept=shown and self.final is None):
             with handle, self._unseen(shown):
@@ -248,7 +262,7 @@ class Runner:
         inputs: dict[Place, Tensor] = {}
         for place, differentiated in needed.items():
             tensor: Tensor = stacked.get(place.name)
-            if differentiated and not (self._create_graph and tensor.requires_grad):
+            if differentiated and not (self.create_graph and tensor.requires_grad):
                 tensor = tensor.detach().requires_grad_()
                 stacked.set(place.name, tensor)
             inputs[place] = tensor
@@ -300,13 +314,14 @@ class Runner:
 
     def _taps(self, asks: list[Ask], rows: PointRows | None) -> dict[Place, SiteTap]:
         taps: dict[Place, SiteTap] = {}
+        snapshot = self._survey.inplace if self._snapshot is None else self._snapshot
         for ask in asks:
             wanted = (("wants_value", ask.values), ("wants_grad", ask.grads), ("is_target", _read_by(ask.target)))
             for what, places in wanted:
                 for place in places:
                     if place.kind != "key":
                         if place not in taps:
-                            taps[place] = SiteTap(place, rows, snapshot=self._snapshot, live=self._create_graph)
+                            taps[place] = SiteTap(place, rows, snapshot=snapshot, live=self.create_graph)
                         setattr(taps[place], what, True)
         return taps
 
@@ -343,11 +358,11 @@ class Runner:
             grads: dict[Place, Tensor] = {}
             if number in backwards:
                 asks = [ask for ask, _ in entries if ask.grads]
-                keep = number != backwards[-1] or self._create_graph
-                grads = gradients(targets, asks[0].target, asks, inputs, keep=keep, graph=self._create_graph)
+                keep = number != backwards[-1] or self.create_graph
+                grads = gradients(targets, asks[0].target, asks, inputs, keep=keep, graph=self.create_graph)
             for ask, part in entries:
                 seen = targets.found.get((number, part))
-                ask.sink(View(part, values, grads, seen if seen is None or self._create_graph else seen.detach()))
+                ask.sink(View(part, values, grads, seen if seen is None or self.create_graph else seen.detach()))
 
 
 @contextmanager
