@@ -265,39 +265,40 @@ def may_be_compiled(model: nn.Module) -> bool:
     return is_optimized_module(model) or _is_compiled_in_place(model)
 
 
-def has_stale_graph(model: nn.Module) -> bool:
+def has_stale_graph(model: nn.Module, *, noticed: bool = False) -> bool:
     """Whether ``torch.compile`` has made a graph with modules like these in it, which skips hooks that are added now.
 
     It may be that of a part, or of another module or function that calls the model. Guards name classes, not modules:
     a graph is taken for one of this model if it was made for something of the model's class, or if it begins with a
-    module of the class of a part.
+    module of the class of a part. A model of torch.nn's classes that was compiled in place never makes a graph (its
+    frames are skipped), but would have every hook compiled by itself; it counts as traced from the beginning.
 
-    A model of torch.nn's classes that was compiled in place never makes a graph (its frames are skipped), but would
-    have every hook compiled by itself; it counts as traced from the beginning.
+    With ``noticed``, only hooks on the model itself may be skipped, and a graph of its own forward skips none of them.
     """
     if not may_be_compiled(model):
         return False
     inner = model.get_submodule("_orig_mod") if is_optimized_module(model) else model
     modules = list(inner.modules())
-    if any(_is_torchs_own(type(module)) and _is_compiled_in_place(module) for module in modules):
+    if any(type(each).__module__.startswith("torch.nn.") and _is_compiled_in_place(each) for each in modules):
         return True
-    kinds = {str(id(type(module))) for module in modules}
-    graphs = map(_guarded_classes, _graphs())
-    return any(str(id(type(inner))) in graph.inside or not kinds.isdisjoint(graph.first) for graph in graphs)
+    kind, parts = str(id(type(inner))), {str(id(type(module))) for module in modules}
+    own = getattr(getattr(type(inner), "forward", None), "__code__", None)
+    return any(
+        kind in graph.inside and not (code is own and kind in graph.first)
+        if noticed
+        else kind in graph.inside or not parts.isdisjoint(graph.first)
+        for code, graph in _graphs()
+    )
 
 
-def _is_torchs_own(kind: type) -> bool:
-    return kind.__module__.startswith("torch.nn.")
-
-
-def _graphs() -> Iterator[Any]:
-    """The guards of every graph that ``torch.compile`` keeps in this process."""
+def _graphs() -> Iterator[tuple[CodeType, _Classes]]:
+    """Every graph that ``torch.compile`` keeps in this process: the code it was made of, and what it guards."""
     dynamo = sys.modules["torch._dynamo"]
     for reference in list(dynamo.convert_frame.input_codes.seen):
         code = reference()
         if code is not None:
             for entry in dynamo.eval_frame._debug_get_cache_entry_list(code):
-                yield entry.guard_manager
+                yield code, _guarded_classes(entry.guard_manager)
 
 
 class _Classes(NamedTuple):
@@ -314,12 +315,11 @@ _classes_by_guards: WeakKeyDictionary[Any, _Classes] = WeakKeyDictionary()
 
 
 def _guarded_classes(guards: Any) -> _Classes:
-    known = _classes_by_guards.get(guards)
-    if known is None:
+    if guards not in _classes_by_guards:
         found = _TYPE_GUARD.findall(str(guards))
         first = frozenset(number for source, number in found if "_modules" not in source)
-        known = _classes_by_guards[guards] = _Classes(first, frozenset(number for _, number in found))
-    return known
+        _classes_by_guards[guards] = _Classes(first, frozenset(number for _, number in found))
+    return _classes_by_guards[guards]
 
 
 def keep_frames_out_of_graphs(*functions: Callable[..., Any]) -> None:
