@@ -224,3 +224,23 @@ def test_a_model_inside_a_compiled_function_is_captured_in_every_block():
                 model(x + at)
             for key, value in eager.cache.items():
                 assert torch.equal(hooked.cache[key], value)
+
+
+def test_calls_of_the_compiled_model_itself_are_part_of_its_graph():
+    model, x = Gated(), torch.randn(2, 8)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled, made = torch.compile(model, backend=counter, fullgraph=True), []
+    with torch.no_grad():
+        for at in range(3):
+            with (
+                Ablation("::gated", units=[at]).prepare(compiled),
+                ActivationCaching("::gated").prepare(model) as hooked,
+            ):
+                assert torch.equal(compiled(x), model(x))
+                assert torch.equal(compiled(x + at), model(x + at))
+                compiled(x)
+            assert hooked.cache["::gated"][:, at].count_nonzero() == 0
+            assert hooked.cache["::gated"].count_nonzero() == 30
+            made.append(counter.frame_count)
+        assert not torch.equal(compiled(x)[0], model.down.bias)
+    assert made == [1, 1, 1]

@@ -24,7 +24,7 @@ from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.port import InputPort, Port, port_at
 from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.values import leaves
-from tdcache.introspect import may_be_compiled
+from tdcache.introspect import may_be_compiled, uncompiled
 from tdcache.selection import Site
 from tdcache.selection import select as select_modules
 from tdcache.types import HookDirection, Match, Pick
@@ -74,7 +74,7 @@ def call_places(select: FindModules, selectors: Iterable[str], *, match: Match, 
     for selector in selectors:
         pattern = CallPattern.parse(selector)
         found = select(pattern.path, match=match, allow_empty=allow_empty)
-        places += [CallPlace(site, pattern, selector) for site in found]
+        places += [CallPlace(Site(path, uncompiled(each), groups), pattern, selector) for path, each, groups in found]
     return places
 
 

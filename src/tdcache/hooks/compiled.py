@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tdcache.errors import ContextError, TdcacheWarning, warn_user
-from tdcache.introspect import has_stale_graph, is_compiled, is_optimized_module, may_be_compiled, scripted_ancestor
+from tdcache.introspect import has_stale_graph, is_compiled, may_be_compiled, scripted_ancestor, uncompiled
 
 __all__ = ["refuse_scripted", "running_eagerly"]
 
@@ -80,8 +80,7 @@ _told: WeakSet[nn.Module] = WeakSet()
 
 
 def _tell(model: nn.Module) -> None:
-    if is_optimized_module(model):
-        model = model.get_submodule("_orig_mod")
+    model = uncompiled(model)
     if model in _told:
         return
     _told.add(model)
