@@ -52,6 +52,10 @@ class Recipe(Protocol):
         """Whether the hooks may become part of a compiled graph of the model."""
 
     @property
+    def hooks_calls_only(self) -> bool:
+        """Whether all sites are function calls, where graphs notice hooks."""
+
+    @property
     def prepares_module(self) -> bool:
         """Whether :meth:`_prepare_module` does something, which :meth:`_restore_module` undoes."""
 
@@ -179,7 +183,9 @@ class HookingContext:
             if self.factory.prepares_module:
                 self._to_undo().callback(self.factory._restore_module, prepared, *keys)
             if may_be_compiled(self.model):
-                eagerly = running_eagerly(self.model, fits_graph=self._fits_graph, tell=not self.runs_module)
+                noticed = self.factory.hooks_calls_only
+                tell = not self.runs_module
+                eagerly = running_eagerly(self.model, fits_graph=self._fits_graph, noticed=noticed, tell=tell)
                 self._to_undo().enter_context(eagerly)
             hooked: HookedModule = self.factory._spawn_hooked_module(prepared, self, extra)
             self._hooked_module = hooked

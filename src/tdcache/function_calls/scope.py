@@ -22,6 +22,7 @@ from tdcache.function_calls.mode import run_forward
 from tdcache.function_calls.names import is_torch_name
 from tdcache.function_calls.overlay import PythonCall, Registry, global_functions, innermost, is_registry, overlaid
 from tdcache.function_calls.sites import CallSite
+from tdcache.introspect import eval_frame
 
 __all__ = ["ForwardScope", "OwnForward", "fits_graph", "frontier", "has_rules"]
 
@@ -46,6 +47,8 @@ class ForwardScope:
         """As ``found``, by the names of Python functions."""
         self.members: frozenset[int] = frozenset()
         self.holders = 0
+        self.is_top = False
+        """Whether the module is one that the user calls: where it is compiled, a graph begins with its forward."""
         self.everything = False
         """Whether the mode is on from the beginning of the forward to its end."""
         self.traced: Any = None
@@ -67,7 +70,7 @@ class ForwardScope:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward, with its calls shown to the handlers."""
-        if is_dynamo_compiling() and self.traced is not None:
+        if self.traced is not None and (is_dynamo_compiling() or (self.is_top and eval_frame() is not None)):
             return self.traced(self.module, *args, **kwargs)
         return run_forward(self, args, kwargs)
 
@@ -118,7 +121,7 @@ class ForwardScope:
         else:
             held[_FORWARD] = self.own
         self.module = self.own = self.body = self.traced = None
-        self.members = frozenset()
+        self.members, self.is_top = frozenset(), False
         self.found.forget()
         self.python.forget()
 

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from tdcache.errors import ContextError, TdcacheWarning, warn_user
-from tdcache.introspect import has_stale_graph, is_compiled, is_optimized_module, may_be_compiled, scripted_ancestor
+from tdcache.introspect import has_stale_graph, is_compiled, may_be_compiled, scripted_ancestor, uncompiled
 
 __all__ = ["refuse_scripted", "running_eagerly"]
 
 
 def running_eagerly(
-    model: nn.Module, *, fits_graph: bool = False, tell: bool = False
+    model: nn.Module, *, fits_graph: bool = False, noticed: bool = False, tell: bool = False
 ) -> AbstractContextManager[None, None]:
     """Make ``model`` run eagerly inside the block if its compiled graphs would ignore its hooks.
 
@@ -32,12 +32,13 @@ def running_eagerly(
 
     Args:
         model: the hooked model.
-        fits_graph: whether the hooks may become part of a graph that does not exist yet.
+        fits_graph: whether the hooks may become part of a graph.
+        noticed: whether graphs notice these hooks, as they do at function calls: one that exists is made anew.
         tell: warn, once per model, if it is compiled and has no graph yet, since the user may expect one to be used.
     """
     if not may_be_compiled(model):
         return _AS_IT_IS
-    if has_stale_graph(model):
+    if has_stale_graph(model, noticed=fits_graph and noticed):
         return _stance
     if fits_graph or not is_compiled(model):
         return _AS_IT_IS
@@ -79,14 +80,14 @@ _told: WeakSet[nn.Module] = WeakSet()
 
 
 def _tell(model: nn.Module) -> None:
-    if is_optimized_module(model):
-        model = model.get_submodule("_orig_mod")
+    model = uncompiled(model)
     if model in _told:
         return
     _told.add(model)
     warn_user(
         f"{type(model).__name__} is compiled, and runs eagerly while this context is open; what can be part of a graph "
-        "is an ActivationCaching of 'fwd' that keeps outputs as they are (no reducer=, pick=, callback=, stop_early=)",
+        "is an ActivationCaching of 'fwd' that keeps outputs as they are (no reducer=, pick=, callback=, stop_early=), "
+        "and what reads or edits calls of Python functions alone ('path::function')",
         TdcacheWarning,
     )
 
