@@ -21,6 +21,7 @@ from tdcache.errors import CaptureError, listed
 from tdcache.function_calls.sites import is_call
 from tdcache.function_calls.stand_in import resolve_site
 from tdcache.hooks import MultiHookHandle, Order, Port, attach, port_at
+from tdcache.hooks.transient import Transient
 from tdcache.selection import walk
 
 __all__ = ["RowAxes", "UnstackableError"]
@@ -124,7 +125,7 @@ def _probing(axes: RowAxes, modules: Sequence[tuple[str, nn.Module]], places: se
 
 
 @dataclass(frozen=True, slots=True)
-class _Noting:
+class _Noting(Transient):
     """Notes the shape of every tensor at one side of a module."""
 
     axes: RowAxes

@@ -16,6 +16,7 @@ from tdcache.arguments import forward_names, named_arguments
 from tdcache.errors import CaptureError
 from tdcache.function_calls.sites import at_call
 from tdcache.hooks.registrations import Order
+from tdcache.hooks.transient import Transient
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
 from tdcache.regions import Region
@@ -25,7 +26,7 @@ from tdcache.tokens import Positions, Tokens, check_positions
 __all__ = ["PositionFilter"]
 
 
-class PositionFilter:
+class PositionFilter(Transient):
     """Picks positions of the values of one forward; a pre-hook on the model hands it the arguments of the call.
 
     Args:

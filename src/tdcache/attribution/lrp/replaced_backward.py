@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tdcache.attribution.point import PointRows
 from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach
+from tdcache.hooks.transient import Transient
 
 __all__ = ["AfterTaps", "ModuleCall", "ReplacedBackward", "ReplacedRule", "install_replaced"]
 
@@ -25,7 +26,7 @@ class ReplacedRule(Protocol):
         """
 
 
-class ReplacedBackward:
+class ReplacedBackward(Transient):
     """The hooks of one module.
 
     Args:
@@ -81,7 +82,7 @@ class ReplacedBackward:
 
 
 @dataclass(frozen=True, slots=True)
-class AfterTaps:
+class AfterTaps(Transient):
     """A pre-hook that runs after the taps of inputs, so that it sees the alias that they hand on."""
 
     hook: Callable[..., Any]
