@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tdcache.arguments import forward_names, named_arguments
 from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle, Order, attach, bracket
+from tdcache.hooks.transient import Transient
 from tdcache.introspect import in_backward
 from tdcache.regions import Region
 from tdcache.sequences import Sequences
@@ -90,7 +91,7 @@ class CurrentCall:
         for path, module in listening.items():
             ears = _Ears(self, path, forward_names(module))
             handle.add(attach(module, ears.on_call, "fwd_pre_kwargs", order=Order.FIRST))
-            bracket(module, _nothing, ears.end, handle)
+            bracket(module, ears.begin, ears.end, handle)
 
     def begin(self, path: str, names: tuple[str, ...], args: Any, kwargs: Mapping[str, Any]) -> None:
         """A forward of the model, or of a module that receives its cache, begins."""
@@ -196,7 +197,7 @@ class CurrentCall:
         return dataclasses.replace(region, positions=chosen)
 
 
-class _Ears:
+class _Ears(Transient):
     """Listens to one module."""
 
     order = Order.FIRST
@@ -210,13 +211,12 @@ class _Ears:
         """Note that a forward begins, with its arguments."""
         self.call.begin(self.path, self.names, args, kwargs)
 
+    def begin(self, module: nn.Module, args: Any) -> None:
+        """Do nothing: the arguments are needed, which the hook of a bracket is not given."""
+
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Note that the forward is over."""
         self.call.end(self.path)
-
-
-def _nothing(module: nn.Module, args: Any) -> None:
-    """What a bracket begins with where the beginning is heard elsewhere."""
 
 
 def _count(positions: Any) -> int:

@@ -310,6 +310,7 @@ def _graphs() -> Iterator[tuple[CodeType, frozenset[str], frozenset[str]]]:
 
 
 _TYPE_GUARD = re.compile(r"___check_type_id\((.*?), (\d+)\)")
+_NO_GRAPH = "no graph can hold this hook of tdcache; compile without fullgraph=True, or run once before the block"
 _classes_by_guards: WeakKeyDictionary[Any, tuple[frozenset[str], frozenset[str]]] = WeakKeyDictionary()
 
 
@@ -341,10 +342,8 @@ def keep_frames_out_of_graphs(*functions: Callable[..., Any]) -> None:
 def keep_out_of_graphs(*functions: Callable[..., Any]) -> None:
     """What ``torch.compiler.disable`` does, without a wrapper that every call would pay for."""
     keep_frames_out_of_graphs(*functions)
-    for function in functions:
-        marked: Any = function
-        marked._torchdynamo_disable = True
-        marked._torchdynamo_disable_msg = "no graph can hold this hook of tdcache; open the context before compiling"
+    for marked in cast(tuple[Any, ...], functions):
+        marked._torchdynamo_disable, marked._torchdynamo_disable_msg = True, _NO_GRAPH
 
 
 def break_graph() -> None:

@@ -16,6 +16,7 @@ from tdcache.arguments import forward_names, named_arguments
 from tdcache.errors import CaptureError
 from tdcache.function_calls.sites import at_call
 from tdcache.hooks.registrations import Order
+from tdcache.hooks.transient import Transient
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
 from tdcache.regions import Region
@@ -25,7 +26,7 @@ from tdcache.tokens import Positions, Tokens, check_positions
 __all__ = ["FedByCall", "PositionFilter"]
 
 
-class FedByCall:
+class FedByCall(Transient):
     """What the call under way feeds; its pre-hook on the model is given the arguments.
 
     Args:

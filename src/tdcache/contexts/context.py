@@ -16,11 +16,11 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
-from tdcache.contexts.opened import begin_opening, closed
 from tdcache.errors import ContextError, StopForward
 from tdcache.function_calls.sites import split_selector
 from tdcache.function_calls.stand_in import select_sites
 from tdcache.hooks.compiled import refuse_scripted, running_eagerly
+from tdcache.hooks.opened import begin_opening, closed
 from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.hooks.threads import Fence, RunningThread, fencing
 from tdcache.introspect import may_be_compiled

@@ -7,6 +7,8 @@ cannot run faithfully (gradients, reducers, edits that depend on values) must no
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
@@ -40,7 +42,7 @@ def running_eagerly(
         return _AS_IT_IS
     if has_stale_graph(model, noticed=fits_graph and noticed):
         return _stance
-    if fits_graph or not is_compiled(model):
+    if fits_graph or not (is_compiled(model) or _wrappers.need_whole_graph_of(model)):
         return _AS_IT_IS
     if tell:
         _tell(model)
@@ -76,6 +78,29 @@ class _EagerStance:
 
 
 _stance = _EagerStance()
+
+
+class _Wrappers:
+    """What ``torch.compile(module)`` has returned in this process; the module does not know of it.
+
+    They are looked for among all objects, which takes a while, and again only if their number has changed.
+    """
+
+    def __init__(self) -> None:
+        self._found: WeakSet[Any] = WeakSet()
+        self._seen = (-1, -1)
+
+    def need_whole_graph_of(self, model: nn.Module) -> bool:
+        """Whether ``model`` is in a wrapper with ``fullgraph=True``, which fails where a hook fits no graph."""
+        kind = sys.modules["torch._dynamo"].OptimizedModule
+        if self._seen != (sys.getrefcount(kind), len(self._found)):  # a class counts its instances as references
+            self._found = WeakSet(each for each in gc.get_objects() if type(each) is kind)
+            self._seen = (sys.getrefcount(kind), len(self._found))
+        whole = [each for each in self._found if getattr(each.dynamo_ctx, "fullgraph", False)]
+        return any(model is part for each in whole for part in each.modules())
+
+
+_wrappers = _Wrappers()
 _told: WeakSet[nn.Module] = WeakSet()
 
 
