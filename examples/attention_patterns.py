@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from tdcache import Ablation, ActivationCaching, select
+from tdcache.plot import color_bar
 
 model = AutoModel.from_pretrained(get_model_path(), attn_implementation="sdpa").eval()
 tokenizer = AutoTokenizer.from_pretrained(get_model_path())
@@ -64,23 +65,26 @@ print(f"similarity {plain:.3f}; without head {head} of layer {layer} {plain + ch
 # The head without which the two sentences are most alike, and where it looks.
 figure, panels = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained", width_ratios=[1.25, 1, 1])
 limit = np.abs(change).max()
-image = panels[0].pcolormesh(change, cmap="RdBu", vmin=-limit, vmax=limit, edgecolors="white", linewidth=1)
+panels[0].pcolormesh(change, cmap="RdBu_r", vmin=-limit, vmax=limit, edgecolors="white", linewidth=1)
 panels[0].add_patch(plt.Rectangle((head, layer), 1, 1, fill=False, linewidth=2))
-panels[0].set(xlabel="head", ylabel="layer", ylim=(layers, 0), title="change of the similarity without the head")
+panels[0].set(xlabel="head", ylabel="layer", ylim=(layers, 0), title="Each head in turn ablated")
 panels[0].set_xticks(np.arange(heads) + 0.5, range(heads))
 panels[0].set_yticks(np.arange(layers) + 0.5, range(layers))
-figure.colorbar(image, ax=panels[0], aspect=30).outline.set_visible(False)
+color_bar(panels[0], limit=limit, label="change of the cosine similarity")
 for panel, row, sentence in zip(panels[1:], patterns[layer, :, head], sentences, strict=True):
     tokens = tokenizer(sentence).tokens()
-    panel.pcolormesh(row[: len(tokens), : len(tokens)], cmap="Blues", vmin=0, vmax=1)
+    image = panel.pcolormesh(row[: len(tokens), : len(tokens)], cmap="Blues", vmin=0, vmax=1)
     panel.set_xticks(np.arange(len(tokens)) + 0.5, tokens, rotation=60, ha="right", rotation_mode="anchor")
     panel.set_yticks(np.arange(len(tokens)) + 0.5, tokens)
-    panel.set(ylim=(len(tokens), 0), aspect="equal", title=f"“{sentence}”")
+    panel.set(ylim=(len(tokens), 0), aspect="equal", xlabel="key", title=f"“{sentence}”")
+panels[1].set_ylabel("query")
+figure.colorbar(image, ax=panels[1:], aspect=30, label=f"attention of head {head}").outline.set_visible(False)
 for panel in panels:
     panel.set_frame_on(False)
     panel.tick_params(length=0)
 title = (
-    f"Without head {head} of layer {layer} the two banks are {change[layer, head]:+.2f} more alike ({plain:.2f} with)"
+    f"Without head {head} of layer {layer} the two sentences are more alike: "
+    f"{plain:.2f} becomes {plain + change[layer, head]:.2f}"
 )
 figure.suptitle(title, x=0.02, ha="left", fontsize=13, weight="bold")
 figure.savefig(Path("attention_patterns.png"), dpi=120)
@@ -166,18 +170,19 @@ for at, name in enumerate(("first", "second")):
     )
     label = "to the one after the last occurrence" if at == 0 else None
     panels[0].bar(bars + 4.6 * at + 0.4, induction[at], 0.4, color="tab:blue", label=label)
-    panels[0].text(1.7 + 4.6 * at, -0.17, f"{name} layer", ha="center")
+    panels[0].text(1.7 + 4.6 * at, -0.17, f"head of the {name} layer", ha="center")
 panels[0].set_xticks([*(bars + 0.2), *(bars + 4.8)], [*range(4), *range(4)])
-panels[0].set(ylim=(0, 1.05), title="share of the attention, by head")
+panels[0].set(ylim=(0, 1.2), yticks=[0, 0.5, 1], ylabel="share of the attention", title="All heads")
 panels[0].legend(frameon=False, loc="upper left")
 before = int(previous[0].argmax())
 for panel, layer, head, name in ((panels[1], 0, before, "first"), (panels[2], 1, strongest, "second")):
-    panel.pcolormesh(found[layer, 0, head], cmap="Blues", vmin=0, vmax=1)
+    image = panel.pcolormesh(found[layer, 0, head], cmap="Blues", vmin=0, vmax=1)
     panel.set(
         ylim=(2 * half, 0), aspect="equal", xlabel="key", ylabel="query", title=f"head {head} of the {name} layer"
     )
     panel.axhline(half, color="grey", linewidth=0.5)
     panel.axvline(half, color="grey", linewidth=0.5)
+figure.colorbar(image, ax=panels[1:], aspect=30, label="attention").outline.set_visible(False)
 for panel in panels:
     panel.set_frame_on(False)
     panel.tick_params(length=0)

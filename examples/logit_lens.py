@@ -28,6 +28,7 @@ from transformers import (
 
 import tdcache
 from tdcache import ActivationCaching, residual
+from tdcache.plot import color_bar
 
 # %%
 # **Train.** Random sequences, each repeated; the loss counts the second time only.
@@ -102,17 +103,17 @@ labels = [f"t{'₁₂₃₄₅₆₇₈'[position % length]}" for position in ra
 
 figure, panels = plt.subplots(2, 1, figsize=(9, 7.4), layout="constrained", height_ratios=[5, 11], sharex=True)
 limit = np.abs(maps[1]).max()
-styles = [{"cmap": "viridis", "vmin": 0, "vmax": 1}, {"cmap": "RdBu", "vmin": -limit, "vmax": limit}]
-bars = ["probability of the right next token", "added to its logit, less another's"]
+styles = [{"cmap": "Blues", "vmin": 0, "vmax": 1}, {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}]
 titles = ["Logit lens", "Direct logit attribution"]
-for panel, values, rows, style, bar, title in zip(panels, maps, names, styles, bars, titles, strict=True):
-    image = panel.pcolormesh(values, edgecolors="white", linewidth=1.5, **style)
+for panel, values, rows, style, title in zip(panels, maps, names, styles, titles, strict=True):
+    panel.pcolormesh(values, edgecolors="white", linewidth=1.5, **style)
     panel.axvline(length, color="black", linewidth=1)
     panel.set_title(title, loc="left", fontsize=11)
     panel.set_yticks(np.arange(len(rows)) + 0.5, rows)
     panel.set(ylim=(len(rows), 0), frame_on=False)
     panel.tick_params(length=0)
-    figure.colorbar(image, ax=panel, aspect=18, label=bar).outline.set_visible(False)
+figure.colorbar(panels[0].collections[0], ax=panels[0], aspect=30, label="probability of\nthe right next token")
+color_bar(panels[1], limit=limit, label="added to the logit of the right token, minus a wrong token's")
 panels[0].set_ylabel("read from the stream")
 panels[1].set_ylabel("written to the stream")
 panels[1].set_xticks(np.arange(len(labels)) + 0.5, labels)
