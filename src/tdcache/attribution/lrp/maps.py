@@ -109,12 +109,15 @@ class Rules:
         return next(self._fitting(path, module), None)
 
     def forgotten(self, model: nn.Module, *, canonise: bool) -> dict[str, nn.Module]:
-        """Leaf modules that no pair selects and whose ordinary gradient does not conserve relevance."""
+        """Modules that no pair selects and whose ordinary gradient does not conserve relevance.
+
+        Those are leaves, and modules with parameters of their own beside their children, as ``nn.MultiheadAttention``.
+        """
         conserving = (*_CONSERVING, *(BATCH_NORMS if canonise else ()))
         return {
             path: module
             for path, module in [("", model), *walk(model)]
-            if not any(True for _ in module.children())
+            if (next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None)
             and not isinstance(module, conserving)
             and not any(True for _ in self._fitting(path, module))
         }
