@@ -3,9 +3,9 @@ Attention patterns under a fused kernel: heads ablated, induction heads found
 =============================================================================
 
 ``scaled_dot_product_attention`` does not return its attention patterns. At ``"...::pattern"`` they can be read, edited
-and differentiated all the same, without reloading the model. First in a pretrained sentence encoder: which heads tell
-"bank" from "bank"? Then in a small transformer that is trained here to continue repeated sequences: its induction heads
-(Olsson et al. 2022, arXiv:2209.11895) show in their patterns.
+and differentiated, without reloading the model. First in a pretrained sentence encoder: which heads distinguish the
+two meanings of "bank"? Then in a small transformer that is trained here to continue repeated sequences: its induction
+heads (Olsson et al. 2022, arXiv:2209.11895) show in their patterns.
 """
 
 from pathlib import Path
@@ -50,7 +50,7 @@ layers, _, heads, _, _ = patterns.shape
 print(f"{tuple(patterns.shape)}: rows sum to one: {torch.allclose(patterns.sum(-1), torch.ones(()))}")
 
 # %%
-# **Edit.** Each head in turn is ablated at its pattern, so that it mixes nothing: what becomes of the similarity?
+# **Edit.** Ablate each head in turn by setting its pattern to zero. How does the similarity change?
 change = np.zeros((layers, heads))
 with torch.no_grad():
     for layer in range(layers):
@@ -62,7 +62,7 @@ layer, head = np.unravel_index(change.argmax(), change.shape)
 print(f"similarity {plain:.3f}; without head {head} of layer {layer} {plain + change[layer, head]:.3f}")
 
 # %%
-# The head without which the two sentences are most alike, and where it looks.
+# The head without which the two sentences are most alike, and what it attends to.
 figure, panels = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained", width_ratios=[1.25, 1, 1])
 limit = np.abs(change).max()
 panels[0].pcolormesh(change, cmap="RdBu_r", vmin=-limit, vmax=limit, edgecolors="white", linewidth=1)
@@ -91,8 +91,8 @@ figure.savefig(Path("attention_patterns.png"), dpi=120)
 
 
 # %%
-# **Induction heads.** Two layers of attention learn to continue sequences that are repeated once. What comes next is
-# what came after this token the last time, so some head has to look there.
+# **Induction heads.** Two layers of attention learn to continue a sequence that is repeated once. The next token is the
+# one that followed the current token the first time, so some head has to attend to it.
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
@@ -136,8 +136,8 @@ for _ in range(400):
     optimiser.step()
 
 # %%
-# How much attention each head pays to the token before, while the sequence is new, and to the token after the last
-# occurrence, while it is repeated; and what it costs to ablate one such head, and all of them.
+# How much attention each head pays to the previous token in the first half, and to the token after the last occurrence
+# in the second half; then the loss without one such head, and without all of them.
 half = 13
 ids = repeated(64, half)
 with torch.no_grad(), ActivationCaching(r"layers\.(?P<layer>\d)::pattern", stack_by="layer").prepare(small) as hooked:
@@ -161,7 +161,7 @@ for which in ([strongest], [0, 1, 2, 3]):
         print(f"loss without heads {which} of the second layer: {loss_of(hooked):.3f}")
 
 # %%
-# The first layer attends to the token before, the second to what came after this token the last time.
+# The first layer attends to the previous token, the second to the token after the last occurrence.
 figure, panels = plt.subplots(1, 3, figsize=(13, 4.3), layout="constrained", width_ratios=[1, 1, 1])
 bars = np.arange(4)
 for at, name in enumerate(("first", "second")):
@@ -191,6 +191,6 @@ figure.suptitle(title, x=0.02, ha="left", fontsize=13, weight="bold")
 figure.savefig(Path("induction_heads.png"), dpi=120)
 
 # %%
-# **Check.** The second layer looks where an induction head looks, and the first at the token before.
+# **Check.** The second layer has induction heads, and the first has heads that attend to the previous token.
 assert induction[1].max() > 0.5
 assert previous[0].max() > 0.5

@@ -33,7 +33,7 @@ from tdcache.plot import color_bar
 # %%
 # **Train.** Random sequences, each repeated; the loss counts the second time only.
 torch.manual_seed(0)
-torch.set_num_threads(1)  # so small a model gains nothing from more
+torch.set_num_threads(1)  # more threads do not help a model this small
 tokens, heads, length, steps = 32, 4, 8, 400
 config = LlamaConfig(
     num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=heads, hidden_size=64, intermediate_size=64,
@@ -61,9 +61,9 @@ table = tdcache.names(model)
 print(table)
 
 # %%
-# **Keep, take apart, read.** ``decompose`` gives parts whose sum is the stream after the last block: the embedding,
-# every head, every MLP. Their scores sum to the logit, here to the difference between the right next token and another
-# token of the sequence.
+# **Decompose.** ``decompose`` returns parts whose sum is the stream after the last block: the embedding, every head,
+# every MLP. Their scores sum to the logit, here to the difference between the right next token and another token of the
+# sequence.
 once = torch.rand(256, tokens).argsort(1)[:, :length]
 ids = torch.cat([once, once], 1)
 answer, other = ids.roll(-1, 1), ids.roll(-4, 1)
@@ -81,7 +81,7 @@ gap = logits.gather(-1, answer[..., None]) - logits.gather(-1, other[..., None])
 torch.testing.assert_close(sum(scores.values()), gap.squeeze(-1), rtol=1e-4, atol=1e-4)  # sums of float32
 
 # %%
-# **Look.** Means over 256 sequences, at each position but the last, whose next token nobody knows.
+# **Look.** Means over 256 sequences, at each position but the last, which has no next token.
 chance = torch.stack([value.softmax(-1).gather(-1, answer[..., None]).squeeze(-1).mean(0) for value in lens.values()])
 added = torch.stack([score.mean(0) for score in scores.values()])
 maps = [each[:, :-1].numpy() for each in (chance, added)]
