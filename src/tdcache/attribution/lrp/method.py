@@ -70,7 +70,7 @@ class _Forget:
         self.followers = followers
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Drop them."""
+        """Drop the outputs of this forward."""
         self.followers.clear()
 
 
