@@ -312,6 +312,9 @@ def cache_activations(
     return _CacheBlock(cast(HookingContextWithCache, ActivationCaching(pattern, **options).prepare(model)))
 
 
+_NOT_ENTERED = "nothing was cached: write `with cache_activations(model, pattern) as cache:` and call the model inside"
+
+
 class _CacheBlock(AbstractContextManager[TensorDictBase, bool]):
     """A caching context that gives its cache; reading it without ``with`` is an error that says so."""
 
@@ -328,6 +331,7 @@ class _CacheBlock(AbstractContextManager[TensorDictBase, bool]):
         return stopped
 
     def __getitem__(self, key: object) -> NoReturn:
-        raise ContextError(
-            "nothing was cached: write `with cache_activations(model, pattern) as cache:` and call the model inside"
-        )
+        raise ContextError(_NOT_ENTERED)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(_NOT_ENTERED)

@@ -1,7 +1,7 @@
-"""What a hook has to know of the forward it takes part in: the step, the real tokens, which call of a module it is.
+"""What a hook needs to know about the current forward: the step, the real tokens, and the number of a module's call.
 
-An edit or a capture sits on one module, and none of these can be seen there. They are told by the arguments of the
-model's own forward, which hooks on the model see.
+None of these can be seen from the module that an edit or a capture is on. They follow from the arguments of the model's
+own forward, which hooks on the model receive.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class CallOptions(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class InSteps:
-    """The options of something that acts in some forwards, on the whole of each value."""
+    """The options of something that acts in some forwards, on whole values."""
 
     steps: Steps
     positions: None = None
@@ -198,7 +198,7 @@ class CurrentCall:
 
 
 class _Ears(Transient):
-    """Listens to one module."""
+    """The hooks on one module that receives arguments of interest."""
 
     order = Order.FIRST
 
@@ -226,7 +226,7 @@ def _count(positions: Any) -> int:
 
 
 def among(number: int, calls: Any) -> bool:
-    """Whether the call of this number is meant."""
+    """Whether the call with this number is selected."""
     if isinstance(calls, slice):
         return number in range(calls.start or 0, calls.stop if calls.stop is not None else number + 1, calls.step or 1)
     return number == calls if isinstance(calls, int) else number in calls

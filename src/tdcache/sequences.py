@@ -1,7 +1,7 @@
-"""The sequences that one call of a model feeds, with the mask of each: which tokens a value at some site consists of.
+"""The input sequences of one call of a model, with their masks: which tokens the values at a site belong to.
 
-A call can feed two sequences (encoder and decoder), a mask can be longer than what is fed (a cache), and each library
-names masks its own way. A site must get the mask of its own sequence, or none at all and an error.
+A call can have two input sequences (encoder and decoder), a mask can be longer than the input (a cache), and each
+library names masks differently. A site must get the mask of its own sequence, or an error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CROSS = regex.compile(r"(?i).*(cross_?att|encoder_attn|encdecattention|multihea
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fed:
-    """One sequence that a call feeds."""
+    """One input sequence of a call."""
 
     role: Role
     length: int | None

@@ -106,7 +106,7 @@ class ActivationStore:
                     hooked.restore()
 
     def clear(self) -> None:
-        """Drop the activations."""
+        """Drop the activations kept so far."""
         for hooked in self._hooks:
             hooked.hooking_context.clear()
         self._cache = {}

@@ -71,7 +71,7 @@ class _Forget(Transient):
         self.followers = followers
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Drop them."""
+        """Drop the outputs of this forward."""
         self.followers.clear()
 
 
