@@ -189,12 +189,10 @@ class Sequences:
         fits = [each for each in self.fed if each.length in (None, length)]
         if len(self.fed) == 1:
             fits = list(self.fed)
-        if len(fits) > 1 and all(each.mask is None and each.past == 0 for each in fits):
-            return fits[0]
         if len(fits) > 1 and not _CROSS.fullmatch(path):
             under = next((part for part in path.split(".") if part in ("encoder", "decoder")), None)
             fits = [each for each in fits if each.role == under] or fits
-        if len(fits) == 1:
+        if len(fits) == 1 or (fits and all(each.mask is None and each.past == 0 for each in fits)):
             return fits[0]
         lengths = [f"{each.role or 'the only one'}: {each.length}" for each in self.fed]
         found = "no sequence" if not fits else "more than one sequence"
