@@ -6,10 +6,10 @@ context that it is bound to holds all state; entering it calls ``_hook_module``,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, ClassVar, TypedDict, Unpack, cast, get_args
+from typing import Any, ClassVar, NoReturn, TypedDict, Unpack, cast, get_args
 
 import torch
 from tensordict import TensorDictBase
@@ -18,7 +18,7 @@ from torch import nn
 from tdcache.cache import Capture, Keep
 from tdcache.cache.step_gate import StepGate
 from tdcache.contexts import HookingContext, HookingContextFactory, HookingContextWithCache
-from tdcache.errors import DirectionError
+from tdcache.errors import ContextError, DirectionError
 from tdcache.function_calls.places import call_places, calls_fit_graph, refuse_direction
 from tdcache.function_calls.sites import split_selector
 from tdcache.function_calls.stand_in import check_selector
@@ -310,11 +310,25 @@ def cache_activations(
         >>> cache["0"].shape
         torch.Size([5, 3])
     """
-    return _cache_of(cast(HookingContextWithCache, ActivationCaching(pattern, **options).prepare(model)))
+    return _CacheBlock(cast(HookingContextWithCache, ActivationCaching(pattern, **options).prepare(model)))
 
 
-@contextmanager
-def _cache_of(context: HookingContextWithCache) -> Iterator[TensorDictBase]:
-    with context as hooked:
-        yield hooked.cache
-    context.report_empty()
+class _CacheBlock(AbstractContextManager[TensorDictBase, bool]):
+    """A caching context that gives its cache; reading it without ``with`` is an error that says so."""
+
+    def __init__(self, context: HookingContextWithCache) -> None:
+        self._context = context
+
+    def __enter__(self) -> TensorDictBase:
+        return self._context.__enter__().cache
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> bool:
+        stopped = self._context.__exit__(kind, error, traceback)
+        if kind is None or stopped:
+            self._context.report_empty()
+        return stopped
+
+    def __getitem__(self, key: object) -> NoReturn:
+        raise ContextError(
+            "nothing was cached: write `with cache_activations(model, pattern) as cache:` and call the model inside"
+        )

@@ -8,7 +8,7 @@ import pytest
 from architecture.source_tree import PACKAGE, Source, imports_of, package_sources
 
 FLOORS = (
-    ("errors", "types"),
+    ("errors", "public_names", "types"),
     (
         *("arguments", "inplace", "masks", "named_models", "named_places", "named_proof", "named_roles", "named_rows"),
         *("named_selection", "norms", "options", "paths", "regions", "selection", "tables", "tokens"),

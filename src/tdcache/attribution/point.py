@@ -120,7 +120,7 @@ class PointRows(NamedTuple):
             UnstackableError: all rows share it.
         """
         steps = next((steps for steps, each in port.parts(module, args, rest) if each is tensor), None)
-        key = (port.direction, port.path, steps)
+        key = (port.direction, id(module), steps)
         axis = None if self.axes is None else self.axes.at(key, tensor.shape, self.total, port.path)
         if axis is None:
             raise UnstackableError(f"all rows share the value at {port.path!r}", paths=(port.path,))

@@ -7,7 +7,8 @@ apart, points run one after the other and the user's own rows last, so that what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from tdcache.attribution.rows import RowAxes, UnstackableError
 from tdcache.attribution.survey import Survey
 from tdcache.attribution.taps import Replacement, SiteTap, check_unchanged
 from tdcache.attribution.targets import Target, Unit
+from tdcache.contexts.cached import capturing_contexts
 from tdcache.errors import ContextError
 from tdcache.function_calls.stand_in import resolve_site
 from tdcache.hooks import MultiHookHandle, Order, attach, attach_ports
@@ -93,6 +95,9 @@ class Runner:
         self._giving: set[Any] = set()
         """The labels of the points whose outputs are those of the user's rows."""
         self._last: Point | None = None
+        """The point of the last forward; None if that was a probe."""
+        self._shown = False
+        """Whether a forward of the user's rows was shown to those that capture."""
         self._calls: dict[Place, int] = {}
 
     def run(self, asks: Iterable[Ask], base: Point) -> None:
@@ -128,7 +133,7 @@ class Runner:
     def finish(self, base: Point) -> TensorDictBase:
         """The TensorDict after a forward of the user's own rows; the last forward, where something looks on."""
         self._base = base
-        if self.final is None or (self.watched and self._last is not None and self._last.label != base.label):
+        if self.final is None or (self.watched and (self._last is None or self._last.label != base.label)):
             self._run_chunk([[_only_run(base)]])
         if self.final is None:
             raise ContextError("the model did not run")
@@ -164,8 +169,10 @@ class Runner:
         graph = self._create_graph or any(ask.grads for ask in asks)
         kept = self.final is None and self._is_final(points[0])
         with torch.set_grad_enabled(graph), self._survey.unchanged(kept=kept):
-            with handle:
+            shown = not self._shown and self._is_final(points[0])
+            with handle, nullcontext() if shown else self._unseen():
                 after = self._forward(data)
+            self._shown |= shown
             self._check_outputs(after, asks)
             check_unchanged(taps.values())
             self.fired |= {place: tap.when for place, tap in taps.items() if place not in self.fired}
@@ -189,8 +196,22 @@ class Runner:
         return [PointRows(at * batch, (at + 1) * batch, total, axes) for at in range(len(points))]
 
     def _axes(self, places: Iterable[Place], total: int) -> RowAxes:
+        hooked = {place: self.module_at(place) for place in places if place.kind != "key"}
         with self._survey.unchanged():
-            return RowAxes.of(self.model, self._forward, self.data, places, total)
+            return RowAxes.of(self.model, self._probe, self.data, hooked, total)
+
+    def _probe(self, data: TensorDictBase) -> TensorDictBase:
+        self._last = None
+        with self._unseen():
+            return self._forward(data)
+
+    @contextmanager
+    def _unseen(self) -> Iterator[None]:
+        """Pause what captures: reducers over several forwards would count rows that are not the user's."""
+        with ExitStack() as stack:
+            for context in capturing_contexts(self.model) if self.watched else ():
+                stack.enter_context(context.paused())
+            yield
 
     def _stack(self, points: list[Point], asks: list[Ask]) -> tuple[TensorDictBase, dict[CacheKey, Tensor]]:
         """The TensorDict of all points, and the inputs that need a gradient."""

@@ -25,7 +25,7 @@ TargetLike: TypeAlias = (
 Target: TypeAlias = Callable[[TensorDictBase], Tensor]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False, repr=False, slots=True)
 class At:
     """The entry ``key`` of the outputs at ``index`` of its last axis; a tensor of indices has one per row.
 
@@ -45,6 +45,9 @@ class At:
     def is_one_for_all(self) -> bool:
         """Whether every row has the same index."""
         return not isinstance(self.index, Tensor) or self.index.ndim == 0
+
+    def __repr__(self) -> str:  # as it was given
+        return repr(self.index if self.key is None else (self.key, self.index))
 
     def __eq__(self, other: object) -> bool:  # equal targets share one backward
         return isinstance(other, At) and self._identity == other._identity
@@ -70,7 +73,12 @@ class At:
                     f"give one per row, shape {tuple(output.shape[:-1])}"
                 )
             return output.gather(-1, where.unsqueeze(-1)).squeeze(-1)
-        return output[(..., *self.index) if isinstance(self.index, tuple) else (..., self.index)]
+        try:
+            return output[(..., *self.index) if isinstance(self.index, tuple) else (..., self.index)]
+        except IndexError as error:
+            raise AttributionError(
+                f"target={self!r} does not fit the output {key!r} of shape {tuple(output.shape)}: {error}"
+            ) from None
 
 
 @dataclass(frozen=True, eq=False, slots=True)

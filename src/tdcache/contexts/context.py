@@ -205,8 +205,15 @@ class HookingContext:
         """Install the recipe's hooks, all or none."""
         begin_opening(self)
         with fencing(self.fence):
-            handle: MultiHookHandle = self.factory._hook_module(hooked)
-        return handle
+            hooks: Any = self.factory._hook_module(hooked)
+        if isinstance(hooks, MultiHookHandle):
+            return hooks
+        if not hasattr(hooks, "remove"):
+            raise ContextError(
+                f"{type(self.factory).__name__}._hook_module returned {hooks!r}, which cannot remove its hooks: return "
+                "a MultiHookHandle, or the handle of the one hook"
+            )
+        return MultiHookHandle([hooks])
 
     @property
     def handle(self) -> MultiHookHandle:

@@ -13,7 +13,7 @@ from torch import nn
 
 from tdcache.hooks.threads import Fence, RunningThread, this_thread
 
-__all__ = ["Opened", "begin_opening", "closed", "open_contexts"]
+__all__ = ["Opened", "begin_opening", "closed", "open_contexts", "overlap"]
 
 
 class Opened(Protocol):
@@ -45,7 +45,7 @@ def begin_opening(context: Opened) -> None:
         fence.others.update(each for each in _threads if each is not me and _runs(each, context.model))
         for other in open_contexts:
             theirs = other.fence
-            if other.thread is me or theirs is None or me in theirs.others or not _overlap(other.model, context.model):
+            if other.thread is me or theirs is None or me in theirs.others or not overlap(other.model, context.model):
                 continue
             theirs.keep_out(me)
 
@@ -59,8 +59,9 @@ def closed(context: Opened) -> None:
 
 def _runs(thread: RunningThread, model: nn.Module) -> bool:
     """Whether a thread opened a context on ``model``, on part of it or on what it is part of."""
-    return any(_overlap(each, model) for each in thread.models)
+    return any(overlap(each, model) for each in thread.models)
 
 
-def _overlap(one: nn.Module, other: nn.Module) -> bool:
+def overlap(one: nn.Module, other: nn.Module) -> bool:
+    """Whether one module is the other, or part of it."""
     return one is other or any(each is other for each in one.modules()) or any(each is one for each in other.modules())

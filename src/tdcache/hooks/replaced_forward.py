@@ -90,12 +90,12 @@ class ReplacedForward:
 
     @property
     def is_there(self) -> bool:
-        """Whether it has not been removed."""
+        """Whether it is still registered."""
         stack = _STACKS.get(self.module)
         return stack is not None and self in stack.replacements
 
     def put_behind(self, fence: Fence) -> None:
-        """Have it act in no thread that is fenced off."""
+        """Make it ignore the threads that the fence excludes."""
         self.fence = fence
         self._settle()
 

@@ -25,11 +25,18 @@ from tdcache.modules.run import HookedModuleRun
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
 from tdcache.modules.value_part import ValuePart, WhereOptions
 from tdcache.named_places import Names
+from tdcache.options import refuse_unknown
 from tdcache.place_modules import dims_of, refuse_at_names
 from tdcache.reducers import Reducer
 from tdcache.types import CacheKey, Hold, HookDirection, Pick, Removable
 
 __all__ = ["ModuleVerbs"]
+
+
+_OPTIONS = (
+    *("callback", "direction", "hold", "pick", "prepend", "reducer", "relative"),
+    *WhereOptions.__annotations__,
+)
 
 
 class ModuleVerbs(DirectedForms):
@@ -250,6 +257,7 @@ class ModuleVerbs(DirectedForms):
 
     def _part(self, key: str, where: WhereOptions) -> ValuePart:
         """The part of a value that a verb means; of a name, along the axes that the table says it has."""
+        refuse_unknown("this verb", where, _OPTIONS)
         if self.names is not None and key in self.names:
             known: Any = dims_of(self.names[key])
             return ValuePart(**{**known, **where})

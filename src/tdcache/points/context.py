@@ -6,14 +6,14 @@ removes the hooks that it added.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from torch import nn
 
-from tdcache.errors import ContextError
+from tdcache.errors import ContextError, HookSignatureError
 from tdcache.hooks import MultiHookHandle
 from tdcache.hooks.compiled import running_eagerly
 from tdcache.points.hook_point import LensHandle, hook_name
@@ -58,6 +58,10 @@ class PointHooks:
     def __init__(
         self, root: HookedByName, fwd_hooks: Pairs, bwd_hooks: Pairs, reset_hooks_end: bool, clear_contexts: bool
     ) -> None:
+        pair: Any
+        for pair in (*fwd_hooks, *bwd_hooks):
+            if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2 or not callable(pair[1]):
+                raise HookSignatureError(f"hooks are pairs of a name and a hook, [('hook_embed', hook)], got {pair!r}")
         self.root = root
         self.fwd_hooks = fwd_hooks
         self.bwd_hooks = bwd_hooks

@@ -61,7 +61,7 @@ class RelevanceRules(Installed):
 
 
 class _Forget:
-    """Lets go of the outputs that were kept to recognise who reads them."""
+    """Drops, when the forward ends, the outputs that were kept to recognise the norms that read them."""
 
     order = Order.EDIT
     rowwise = True
@@ -70,7 +70,7 @@ class _Forget:
         self.followers = followers
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """The forward is over."""
+        """Drop them."""
         self.followers.clear()
 
 
@@ -85,7 +85,7 @@ class _Applied:
         return repr(self.rule)
 
     def check(self, module: nn.Module) -> None:
-        """Refuse a rule with weights at a module without."""
+        """Refuse a rule that needs weights at a module that has none."""
         if isinstance(self.rule, Rule) and not isinstance(self.rule, Pass) and not is_linear(module):
             raise AttributionError(
                 f"{self.rule!r} needs a linear module, and {self.path!r} is a {type(module).__name__}; choose others, "

@@ -1,4 +1,8 @@
-"""Hooks that keep a module's forward and exchange its backward, in some rows."""
+"""Hooks that keep a module's forward and exchange its backward, in some rows.
+
+A rule needs input, output and gradient of one call together, and rows of other methods in the same pass must keep the
+ordinary backward; torch's full backward hooks offer neither, and fail before an in-place activation.
+"""
 
 from __future__ import annotations
 
