@@ -18,6 +18,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdcache.public_names import MissingName
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colorbar import Colorbar
@@ -360,3 +362,6 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], sha
         color=_color(share),
     )  # fmt: skip
     axes.add_patch(arrow)
+
+
+__getattr__ = MissingName(__name__)

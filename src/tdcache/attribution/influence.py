@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdcache.attribution.base import SiteAttribution, Work
 from tdcache.attribution.frame import Baseline, Frame
-from tdcache.attribution.gradients import key_of
+from tdcache.attribution.gradients import key_of, same_rows
 from tdcache.attribution.integrated import PathEnds, WeightedSum, WeightedTerm, gap_key
 from tdcache.attribution.place import Place
 from tdcache.attribution.point import Ask, View, wide
@@ -132,9 +132,10 @@ class _Steps:
             if place not in self.waiting[low] or place not in self.waiting[low + 1]:
                 continue
             (before, grad), (after, next_grad) = self.waiting[low][place], self.waiting[low + 1][place]
+            change = same_rows(place, after, before) - before
             slope = (grad + next_grad) / 2 if self.average else grad
-            term = slope * (after - before)  # g_k (a_{k+1} - a_k)
-            self.sums[place] = self.sums[place] + term if place in self.sums else term
+            term = slope * change  # g_k (a_{k+1} - a_k)
+            self.sums[place] = same_rows(place, self.sums[place], term) + term if place in self.sums else term
         self.done.add(low)
         for at in (low, low + 1):  # a point between two steps that are done is not needed any more
             if (at == 0 or at - 1 in self.done) and (at == self.count - 1 or at in self.done):

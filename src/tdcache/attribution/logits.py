@@ -18,7 +18,8 @@ from tdcache.attribution.point import Point, expanded, wide
 from tdcache.attribution.reductions import gradient_x_activation
 from tdcache.errors import AttributionError
 from tdcache.hooks.values import first_tensor
-from tdcache.named_places import Names, ResidualStream
+from tdcache.named_places import Names
+from tdcache.named_streams import ResidualStream
 from tdcache.norms import NormForm
 from tdcache.paths import resolve
 from tdcache.place_modules import module_behind, refuse_at_names
@@ -186,10 +187,10 @@ class LogitLens(SiteAttribution):
 def _writers_of(names: Names) -> list[str]:
     """The names of all that is added to the one stream that logits are made of."""
     stream = names.reading_stream()
-    if "post-norm" in stream.layouts:
+    if {"post-norm", "mixed"} & set(stream.layouts):
         raise AttributionError(
-            f"the blocks of {names.model_name or 'this model'} norm the stream after each addition, so its value at "
-            "the end is no sum of contributions, and no part of a logit is theirs directly; give writers="
+            f"the blocks of {names.model_name or 'this model'} norm or scale the stream between additions, so its "
+            "value at the end is no sum of contributions, and no part of a logit is theirs directly; give writers="
         )
     parts = ("attn", "mixer", "cross_attn", "mlp", "mlp2")
     written = names.in_blocks(*(f"{part}.contribution" for part in parts), prefix=stream.prefix)

@@ -25,7 +25,7 @@ TargetLike: TypeAlias = (
 Target: TypeAlias = Callable[[TensorDictBase], Tensor]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False, repr=False, slots=True)
 class At:
     """The entry ``key`` of the outputs at ``index`` of its last axis; a tensor of indices has one per row.
 
@@ -44,6 +44,9 @@ class At:
     @property
     def _identity(self) -> tuple[Any, ...]:
         return (id(self.index) if isinstance(self.index, Tensor) else repr(self.index), self.key, self.default)
+
+    def __repr__(self) -> str:  # as it was given
+        return repr(self.index if self.key is None else (self.key, self.index))
 
     def __eq__(self, other: object) -> bool:  # equal targets share one backward
         return isinstance(other, At) and self._identity == other._identity
@@ -69,7 +72,12 @@ class At:
                     f"give one per row, shape {tuple(output.shape[:-1])}"
                 )
             return output.gather(-1, where.unsqueeze(-1)).squeeze(-1)
-        return output[(..., *self.index) if isinstance(self.index, tuple) else (..., self.index)]
+        try:
+            return output[(..., *self.index) if isinstance(self.index, tuple) else (..., self.index)]
+        except IndexError as error:
+            raise AttributionError(
+                f"target={self!r} does not fit the output {key!r} of shape {tuple(output.shape)}: {error}"
+            ) from None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
