@@ -7,8 +7,12 @@ cannot run faithfully (gradients, reducers, edits that depend on values) must no
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import repeat
+from operator import itemgetter
 from threading import Lock
 from typing import Any
 from weakref import WeakSet
@@ -40,7 +44,7 @@ def running_eagerly(
         return _AS_IT_IS
     if has_stale_graph(model, noticed=fits_graph and noticed):
         return _stance
-    if fits_graph or not is_compiled(model):
+    if fits_graph or not (is_compiled(model) or _wrappers.need_whole_graph_of(model)):
         return _AS_IT_IS
     if tell:
         _tell(model)
@@ -76,6 +80,29 @@ class _EagerStance:
 
 
 _stance = _EagerStance()
+
+
+class _Wrappers:
+    """What ``torch.compile(module)`` has returned in this process; the module does not know of it.
+
+    They are looked for among all objects, which takes a while, and again only if their number has changed.
+    """
+
+    def __init__(self) -> None:
+        self._found: WeakSet[Any] = WeakSet()
+        self._seen = (-1, -1)
+
+    def need_whole_graph_of(self, model: nn.Module) -> bool:
+        """Whether ``model`` is in a wrapper with ``fullgraph=True``, which fails where a hook fits no graph."""
+        kind = sys.modules["torch._dynamo"].OptimizedModule
+        if self._seen != (sys.getrefcount(kind), len(self._found)):  # a class counts its instances as references
+            self._found = WeakSet(each for each in gc.get_objects() if type(each) is kind)
+            self._seen = (sys.getrefcount(kind), len(self._found))
+        whole = [each for each in self._found if getattr(each.dynamo_ctx, "fullgraph", False)]
+        return any(model is part for each in whole for part in each.modules())
+
+
+_wrappers = _Wrappers()
 _told: WeakSet[nn.Module] = WeakSet()
 
 
@@ -98,7 +125,8 @@ def refuse_scripted(model: nn.Module, places: Sequence[tuple[Any, ...]]) -> None
     Raises:
         ContextError: it names the first one, and the script module, which can be hooked itself.
     """
-    if not any(issubclass(kind, torch.jit.ScriptModule) for kind in {type(each[1]) for each in places}):
+    kinds = set(map(type, map(itemgetter(1), places)))
+    if True not in map(issubclass, kinds, repeat(torch.jit.ScriptModule)):
         return
     for path in [each[0] for each in places if isinstance(each[1], torch.jit.ScriptModule)]:
         ancestor = scripted_ancestor(model, path)
