@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import statistics
+import timeit
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -169,18 +171,19 @@ def _nnsight(stack: ExitStack, width: int = 64) -> Call:
     return again
 
 
-def _torchlens(stack: ExitStack) -> Call:
-    import torchlens
-
+def _times_of_torchlens(skipped: dict[str, str]) -> float:
+    """How many forwards one trace takes; 0 where it is not installed. It takes seconds, so there is one."""
+    try:
+        import torchlens
+    except ImportError as error:
+        skipped[TORCHLENS] = str(error)
+        return 0.0
     call = _called(copy.deepcopy(_llama(64, "sdpa")), 64)
-
-    def again() -> Any:
-        traced = torchlens.trace(call.func, call.args)
-        if len(traced) < LAYERS:
-            raise RuntimeError(f"{len(traced)} operations were seen, {LAYERS} or more expected")
-        return traced
-
-    return again
+    forward = min(timeit.repeat(call, number=1, repeat=20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values that the masks of transformers ask for
+        traced = timeit.timeit(lambda: torchlens.trace(call.func, call.args), number=1)
+    return traced / forward
 
 
 def _calls(stack: ExitStack, width: int, labels: Sequence[str]) -> Call:
@@ -224,9 +227,7 @@ def calls(plan: Plan) -> list[Table]:
     with torch.no_grad():
         for width in SHAPES:
             by_width[width] = measure_makers(_makers(width), plan, skipped, copies=2)
-        slow = measure_makers(
-            {IDLE: partial(_plain, width=64), TORCHLENS: _torchlens}, plan, skipped, copies=1, rounds=3
-        )
+        lens = _times_of_torchlens(skipped)
     head = ["variant", *(f"d={width}: x forward" for width in SHAPES)]
     table = Table(f"Places inside a forward: {LAYERS}-layer Llama under SDPA, no_grad", head)
     for name in _makers(64):
@@ -235,8 +236,7 @@ def calls(plan: Plan) -> list[Table]:
         for width, ratio in ratios.items():
             if name in LIMITS[width]:
                 table.goals.append(Goal(f"{name}, d={width}", ratio, LIMITS[width][name]))
-    if TORCHLENS in slow:
-        table.rows.append([TORCHLENS, f"{_ratio(slow, TORCHLENS):.0f}", ""])
+    table.rows += [[TORCHLENS, f"{lens:.0f}", ""]] if lens else []
     table.notes += [rounds_note(by_width.values()), *(f"{name}: {why}" for name, why in skipped.items())]
     with torch.no_grad():
         return [table, _compiled(plan)]
