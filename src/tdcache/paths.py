@@ -23,7 +23,7 @@ _FUZZY_SECONDS = 0.5
 
 def join(*parts: str) -> str:
     """Join the non-empty parts with dots: ``join("encoder", "", "layer")`` is ``"encoder.layer"``."""
-    return ".".join(part for part in parts if part)
+    return ".".join(filter(None, parts))
 
 
 def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -220,7 +220,8 @@ def _along(tensor: Tensor, dim: int, index: Any, path: str, what: str) -> tuple[
     elif index.dtype == torch.bool:
         outside = index.shape != (size,)
     else:
-        outside = index.device.type == "cpu" and index.numel() > 0
+        # On an accelerator, and in a compiled graph, which cannot look at values, indexing itself raises.
+        outside = index.device.type == "cpu" and index.numel() > 0 and not torch.compiler.is_compiling()
         outside = outside and not bool((-size <= index.min()) & (index.max() < size))
     if outside:
         hint = "; in generate(), steps='prefill' leaves the steps of one token out" if what == "positions" else ""

@@ -94,6 +94,11 @@ class HookingContextFactory:
         return self.fits_graph
 
     @property
+    def hooks_calls_only(self) -> bool:
+        """Whether all sites are function calls: ``torch.compile`` notices hooks there, and not those on modules."""
+        return False
+
+    @property
     def hooked_module_class(self) -> type[HookedModule]:
         """The class of the hooked module that the context yields."""
         return self._hooked_module_class
@@ -173,7 +178,9 @@ class HookingContextFactory:
     ) -> HookedModule:
         """The hooked module that the context yields."""
         kwargs = dict(self._hooked_module_kwargs)
-        relative_path = join(kwargs.pop("relative_path", "td_module"), extra_relative_path)
+        relative_path = kwargs.pop("relative_path", "td_module")
+        if extra_relative_path:
+            relative_path = join(relative_path, extra_relative_path)
         return self._hooked_module_class(
             prep_module, hooking_context=hooking_context, relative_path=relative_path, **kwargs
         )
