@@ -22,7 +22,7 @@ from tdcache.errors import DirectionError
 from tdcache.function_calls.places import call_places, calls_fit_graph, refuse_direction
 from tdcache.function_calls.sites import split_selector
 from tdcache.function_calls.stand_in import check_selector
-from tdcache.hooks import MultiHookHandle, attach, bracket
+from tdcache.hooks import MultiHookHandle, bracket
 from tdcache.introspect import may_be_compiled
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
@@ -243,7 +243,7 @@ class ActivationCaching(HookingContextFactory):
             self._capture.place_calls(module.model, places, recorder, handle)
             part = recorder.channels[0].part
             if part is not None and part.positions is not None:
-                handle.add(attach(module.model, part.positions.on_call, "fwd_pre_kwargs", order=part.positions.order))
+                part.positions.attach(module.model, handle)
             if self._capture.steps is None:
                 bracket(module.model, recorder.begin, recorder.end, handle)
             else:

@@ -23,6 +23,7 @@ from tdcache.tables import html_table
 __all__ = ["Clock", "Step", "Steps", "check_steps"]
 
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
+_INPUTS = ("input_features", "input_values", "pixel_values")
 _BY_PAST = "; give steps= a predicate of what is cached, such as lambda step: step.past < 12 for a prompt of 12 tokens"
 _BY_FED = "; give steps= a predicate of what is fed, such as lambda step: step.fed > 1"
 
@@ -80,9 +81,9 @@ class Clock:
     """Tells the step of each forward from what it feeds and what its cache holds.
 
     It listens to the models that receive the cache: every module whose forward takes a cache and tokens, wherever it
-    sits below a wrapper; of those that run inside one another the outermost counts. A model without any is one forward
-    after the other. The clock registers no hook: whoever uses it calls :meth:`begin` before and :meth:`end` after each
-    forward of the modules in ``receivers``, also after one that raised.
+    sits below a wrapper, and every encoder; of those that run inside one another the outermost counts. A model without
+    any is one forward after the other. The clock registers no hook: whoever uses it calls :meth:`begin` before and
+    :meth:`end` after each forward of the modules in ``receivers``, also after one that raised.
 
     A forward is *prefill* if nothing is cached, or if it feeds several tokens beside a cache: a chunk of a prompt, the
     prompt of a second turn. It is *decode* if it feeds one token beside a cache; if it feeds what ``logits_to_keep``
@@ -160,9 +161,10 @@ class Clock:
 
 
 def _receivers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose forward takes a cache and tokens, and the root if it takes a cache.
+    """The modules whose forward takes a cache and tokens, and the root if it takes a cache; beside them the encoders.
 
-    Without any the outermost that take a cache; for layers in a list the model that has the list.
+    Without any the outermost that take a cache; for layers in a list the model that has the list. An encoder reads
+    tokens, images or sound without a cache, and may be called by itself.
     """
     modules = dict(model.named_modules())
     takes = [
@@ -172,7 +174,13 @@ def _receivers(model: nn.Module) -> dict[str, nn.Module]:
     ]
     found = [path for path in takes if not path or any(name in _TOKENS for name in forward_names(modules[path]))]
     found = found or _outermost([_owner(path, modules) for path in _outermost(takes)]) or [""]
-    return {path: modules[path] for path in found}
+    reads = [
+        path
+        for path, module in modules.items()
+        if any(module.children()) and next(iter(forward_names(module)), "") in (*_TOKENS[:2], *_INPUTS)
+    ]
+    apart = [path for path in reads if not any(path == each or _inside(each, path) for each in found)]
+    return {path: modules[path] for path in (*found, *_outermost(apart))}
 
 
 def _outermost(paths: list[str]) -> list[str]:

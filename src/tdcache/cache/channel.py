@@ -23,7 +23,7 @@ from tdcache.cache.part import PartFilter
 from tdcache.cache.reductions import Reductions
 from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.stand_ins import ABSENT, CopyInGraph
-from tdcache.cache.target import EntryTarget
+from tdcache.cache.target import EntryTarget, path_of
 from tdcache.errors import CaptureError
 from tdcache.hooks.directions import direction_row
 from tdcache.inplace import InplaceWatch, overwritten, shares_memory
@@ -123,6 +123,9 @@ class Channel:
         Args:
             alone: whether no other thread is running a forward; if one is, hooks must keep taking the slow path.
         """
+        if self.target.apart and not self.is_gradient:
+            self.check()
+            self.target.own_apart(copies=self.keep.hold != "live")
         if alone or self.is_gradient:
             self.values.clear()
             self._idle = False
@@ -181,7 +184,7 @@ class Channel:
         if len(self.values) == len(self.paths) and not (self._idle or self.has_parts):
             self.fired.update(self.paths)
         else:
-            self.fired.update(_path_of(key) for key in (*self.values, *self.copies) if self.has(key))
+            self.fired.update(path_of(key) for key in (*self.values, *self.copies) if self.has(key))
 
     def _unwrap_copies(self) -> None:
         self.has_copies = False
@@ -289,22 +292,23 @@ class Channel:
 
         With ``stack_by`` it waits for the values that it is stacked with.
         """
-        if self.part is not None:
-            self.fired.add(path)
-            self.part.refuse_outside(path)
         if self.stack_by is not None:
-            part = None if self.part is None else self.part.of(path, tensor, self.reducer)
-            kept, is_alias = self._keep(tensor if part is None else part[0], path)
             self.fired.add(path)
-            self.transfers.wait()
-            self.waiting[key] = kept.clone() if is_alias else kept
+            part = (tensor, None) if self.part is None else self.part.of(path, tensor, self.reducer)
+            if part is not None:
+                kept, is_alias = self._keep(part[0], path)
+                self.transfers.wait()
+                self.waiting[key] = kept.clone() if is_alias else kept
             if self.stack_by.complete(self.waiting):
                 self.target.write(self.stack_by(self.waiting), complete=False)
                 self.waiting.clear()
             return
         self.take(key, path, tensor)
+        if not self.has(key):  # none of the positions was fed
+            return
         self.transfers.wait()
         kept = self.copies.get(key)
+        self.target.set_apart(key)
         self.target.put(key, self.values[key] if kept is None else kept)
         if kept is not None:
             self.idle()
@@ -351,7 +355,7 @@ class Channel:
         if self._idle:
             values = {key: value for key, value in values.items() if value is not ABSENT}
         if any(map(is_wrapped, values.values())) and not in_transform():
-            raise escaped([_path_of(key) for key, value in values.items() if is_wrapped(value)])
+            raise escaped([path_of(key) for key, value in values.items() if is_wrapped(value)])
         if self.keep.hold == "live" or self.target.in_place:
             return
         if self._watch.seen:
@@ -390,10 +394,6 @@ class Channel:
             self.part.forget()
         self.number += 1
         self.accepting = -1
-
-
-def _path_of(key: CacheKey) -> str:
-    return key if isinstance(key, str) else key[0]
 
 
 def _copy_of(watched: set[int], tensor: Tensor) -> Tensor:

@@ -7,26 +7,26 @@ padding, and in decode steps, where a forward sees one column of a longer sequen
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tdcache.arguments import forward_names, named_arguments
+from tdcache.current_call import CurrentCall
 from tdcache.errors import CaptureError
 from tdcache.function_calls.sites import at_call
-from tdcache.hooks.registrations import Order
+from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
 from tdcache.regions import Region
-from tdcache.sequences import Sequences
+from tdcache.steps import Steps
 from tdcache.tokens import Positions, Tokens, check_positions
 
 __all__ = ["PositionFilter"]
 
 
 class PositionFilter:
-    """Picks positions of the values of one forward; a pre-hook on the model hands it the arguments of the call.
+    """Picks positions of the values of one forward, whose arguments tell the real tokens.
 
     Args:
         positions: see :class:`tdcache.ActivationCaching`.
@@ -35,7 +35,8 @@ class PositionFilter:
         dims: by path, the axis of positions at sites where it differs.
     """
 
-    order = Order.FIRST
+    steps: Steps = None
+    calls = None
 
     def __init__(
         self, positions: Positions, mask_key: Any, position_dim: int, dims: Mapping[str, int] | None = None
@@ -46,28 +47,20 @@ class PositionFilter:
         self.mask_key = mask_key
         self.position_dim = position_dim
         self.dims = dims or {}
-        self._sequences: Sequences | None = None
+        self._call: CurrentCall | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.positions!r})"
 
-    def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward begins: use its masks."""
-        arguments = named_arguments(forward_names(module), args, kwargs)
-        self._sequences = Sequences(arguments, mask_key=self.mask_key)
+    def attach(self, model: nn.Module, handle: MultiHookHandle) -> None:
+        """Listen to the model, and to the modules in it that are called by themselves."""
+        self._call = CurrentCall(model, self)
+        self._call.attach(handle)
 
     def forget(self) -> None:
-        """Drop the current call."""
-        self._sequences = None
-
-    @staticmethod
-    def outside(path: str) -> CaptureError:
-        """The error for a site that ran outside of a call of the model."""
-        return CaptureError(
-            f"positions= counts the tokens of a call of the model, and {path!r} ran outside of one; call the model "
-            "itself, or use index=, which is plain indexing",
-            paths=(path,),
-        )
+        """Drop what is known of the latest call."""
+        if self._call is not None:
+            self._call.forget()
 
     def of(self, path: str, value: Tensor, reducer: Reducer) -> tuple[Tensor, Tensor | None] | None:
         """The part of a value that is kept, and the mask of its rows for a reducer that accepts one.
@@ -113,11 +106,16 @@ class PositionFilter:
         return dim % value.dim()
 
     def _tokens_of(self, path: str, value: Tensor, dim: int) -> tuple[Tokens, Tensor]:
-        if self._sequences is None:
-            raise self.outside(path)
         moved = value.movedim(dim, 1)
         batch, length = moved.shape[:2]
-        return self._sequences.at(path, batch=batch, length=length, device=value.device), moved
+        sequences = cast(CurrentCall, self._call).sequences_now()
+        if sequences is None:
+            raise CaptureError(
+                f"positions= counts the tokens of a call of the model, and {path!r} ran outside of one; call the model "
+                "itself, or use index=, which is plain indexing",
+                paths=(path,),
+            )
+        return sequences.at(path, batch=batch, length=length, device=value.device), moved
 
     def _is_numbers(self) -> bool:
         return isinstance(self.positions, tuple) or (

@@ -114,6 +114,9 @@ class Recorder(Transient):
         self._depth += 1
         if self._depth > 1:
             return
+        if module is not self._root and self._root is not None:  # an encoder, and then the model that decodes
+            for channel in self.channels:
+                channel.target.set_apart()
         self._root = module
         self._delivered = False
         self._begin_channels()
@@ -324,7 +327,7 @@ class Recorder(Transient):
         self.open = False
         for channel in self.channels:
             channel.release()
-            channel.target = CLOSED
+            channel.target, channel.part = CLOSED, None  # the part knows the model
         self.calls.clear()
         self._root = None
 
