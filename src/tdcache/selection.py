@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Any, NamedTuple, Protocol, TypeGuard, overload
 
 import regex
-from torch import nn
+from torch import Tensor, nn
 
 from tdcache.errors import SelectionError, listed
 from tdcache.paths import near_misses, walk, wrapped
@@ -44,6 +44,8 @@ _MATCH_SECONDS = 1.0
 # A quantified group, a back reference, many quantifiers or many alternations can backtrack without end. What is simpler
 # is at worst polynomial in the length of a path, and regex's own timeout costs five times the match.
 _RISKY = regex.compile(r"(?s)\)[*+{]|\\[1-9]|\(\?[P&R<0-9]*[>=(]|(?:[*+{].*){4,}|(?:\|[^()]*\).*){6,}")
+# TransformerLens' names, and ours: their users write them where paths are meant.
+_CANONICAL = regex.compile(r".*\bhook_|\^?blocks\b")
 
 
 class Groups(dict[str, str]):
@@ -180,22 +182,32 @@ def as_matcher(selector: Selector, match: Match = "full") -> Matcher:
         return AnyOf(tuple(as_matcher(member, match) for member in selector))
     if callable(selector) and not isinstance(selector, type | nn.Module):
         return Where(selector)
-    if isinstance(selector, nn.Module):
-        got = f"the module {type(selector).__name__} itself; the model comes first, then the pattern"
-    else:
-        got = f"{shorten(repr(selector), 120)} ({type(selector).__name__})"
     raise SelectionError(
         "a selector is a regex string, a compiled pattern, a module class, a predicate (path, module) -> bool, "
-        f"or a sequence of these; got {got}",
+        f"or a sequence of these; got {_described(selector)}",
         selector=selector,
     )
+
+
+def _described(stranger: Any) -> str:
+    """What is no selector, in a line: a model or a tensor would print as many."""
+    kind = type(stranger).__name__
+    if isinstance(stranger, nn.Module):
+        return (
+            f"the module {kind} itself: write its path or its class; a factory gets the model from prepare(model), "
+            "and functions take the model first, then the pattern"
+        )
+    if isinstance(stranger, Tensor):
+        return f"a {kind} of shape {tuple(stranger.shape)}"
+    return f"{shorten(repr(stranger), 120)} ({kind})"
 
 
 def _compile(pattern: str, flags: int = 0) -> regex.Pattern[str]:
     try:
         return regex.compile(pattern, flags)
     except regex.error as error:
-        raise SelectionError(f"pattern {pattern!r} is not a valid regex: {error}", selector=pattern) from None
+        glob = "; in a regex, '.*' is what '*' is in a glob" if str(error).startswith("nothing to repeat") else ""
+        raise SelectionError(f"pattern {pattern!r} is not a valid regex: {error}{glob}", selector=pattern) from None
 
 
 def _is_compiled(selector: Any) -> TypeGuard[regex.Pattern[str]]:
@@ -279,7 +291,7 @@ def select(model: nn.Module, selector: Selector, *, match: Match = "full", allow
     Args:
         model: any ``nn.Module``.
         selector: a regex on the path, a compiled pattern, a module class, a predicate ``(path, module) -> bool``, or
-            a sequence of these (their union).
+            a sequence of these (their union, in which every string must match something).
         match: ``"full"`` (the pattern covers the whole path), ``"prefix"`` or ``"search"``.
         allow_empty: return an empty selection where nothing matches.
 
@@ -311,8 +323,10 @@ def select_matching(
         sites = _matches(walk(inner), matcher)
     if _wants_root(selector):
         sites.insert(0, Site("", model))
-    if not sites and not allow_empty:
-        raise _nothing_matches(model, selector, match)
+    if not allow_empty:
+        if not sites:
+            raise _nothing_matches(model, selector, match)
+        _refuse_unmatched_member(model, matcher, selector, match)
     return Selection(sites, selector=selector, model_name=type(model).__name__)
 
 
@@ -356,12 +370,24 @@ def _wants_root(selector: Selector) -> bool:
     return isinstance(selector, Sequence) and any(_wants_root(member) for member in selector)
 
 
+def _refuse_unmatched_member(model: nn.Module, matcher: Matcher, selector: Selector, match: Match) -> None:
+    """Refuse a list in which some string matches nothing: it is misspelt. Classes and predicates may match nothing."""
+    if isinstance(matcher, AnyOf) and isinstance(selector, Sequence):
+        for member, each in zip(selector, matcher.members, strict=True):
+            if not isinstance(member, str):
+                _refuse_unmatched_member(model, each, member, match)
+            elif member:
+                select_matching(model, each, member, match=match)
+
+
 def _nothing_matches(model: nn.Module, selector: Selector, match: Match) -> SelectionError:
     names = [path for path, _ in walk(model)]
     patterns = patterns_of(selector)
     near = tuple(dict.fromkeys(name for pattern in patterns for name in near_misses(pattern, names)))
     what = f"pattern {patterns[0]!r}" if len(patterns) == 1 else f"selector {selector!r}"
     hint = f"; did you mean {listed(near, 3)}?" if near else f"; the paths are {listed(names)}" if names else ""
+    if any(_CANONICAL.match(pattern) for pattern in patterns):
+        hint += "; canonical names need names=tdcache.names(model), those with 'hook_' style='transformer_lens' in it"
     whole = match == "full" and bool(patterns)
     how = " (patterns match the whole path; match='search' finds them anywhere in it)" if whole else ""
     return SelectionError(

@@ -1,7 +1,7 @@
 """The clock of generation: which forwards read a prompt, and which add tokens to it.
 
 ``generate()`` calls a model once for the prompt and then once for each token. An edit for one of these phases has to
-tell them apart, and everything it can see is what one call feeds and what its cache holds. All of the library asks this
+tell them apart, from nothing but the tokens of one call and the contents of its cache. All of the library uses this
 clock, so that ``steps="decode"`` means the same in an edit, a capture and a run.
 """
 
@@ -23,7 +23,7 @@ from tdcache.tables import html_table
 __all__ = ["Clock", "Step", "Steps", "check_steps"]
 
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
-_INPUTS = ("input_features", "input_values", "pixel_values")
+_READ = tuple((name,) for name in (*_TOKENS[:2], "input_features", "input_values", "pixel_values"))
 _BY_PAST = "; give steps= a predicate of what is cached, such as lambda step: step.past < 12 for a prompt of 12 tokens"
 _BY_FED = "; give steps= a predicate of what is fed, such as lambda step: step.fed > 1"
 
@@ -78,7 +78,7 @@ def check_steps(steps: Any) -> Steps:
 
 
 class Clock:
-    """Tells the step of each forward from what it feeds and what its cache holds.
+    """Determines the step of each forward from its tokens and the contents of its cache.
 
     It listens to the models that receive the cache: every module whose forward takes a cache and tokens, wherever it
     sits below a wrapper, and every encoder; of those that run inside one another the outermost counts. A model without
@@ -96,6 +96,7 @@ class Clock:
 
     Attributes:
         receivers: the modules that tick, by path.
+        encoders: the paths of those without a cache, which tick when they are called by themselves.
 
     Example:
         >>> clock = Clock(nn.Linear(2, 2))
@@ -105,7 +106,7 @@ class Clock:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.receivers = _receivers(model)
+        self.receivers, self.encoders = _receivers(model)
         self._counters = {path: _Counter(forward_names(each)) for path, each in self.receivers.items()}
         self._running: list[str] = []
         self._step: Step | None = None
@@ -160,27 +161,22 @@ class Clock:
             each.reset()
 
 
-def _receivers(model: nn.Module) -> dict[str, nn.Module]:
+def _receivers(model: nn.Module) -> tuple[dict[str, nn.Module], frozenset[str]]:
     """The modules whose forward takes a cache and tokens, and the root if it takes a cache; beside them the encoders.
 
     Without any the outermost that take a cache; for layers in a list the model that has the list. An encoder reads
     tokens, images or sound without a cache, and may be called by itself.
     """
     modules = dict(model.named_modules())
-    takes = [
-        path
-        for path, module in modules.items()
-        if takes_cache(forward_names(module)) and not (path and type(module).__module__.startswith("torch.nn"))
-    ]
-    found = [path for path in takes if not path or any(name in _TOKENS for name in forward_names(modules[path]))]
+    names = {path: forward_names(module) for path, module in modules.items()}
+    built_in = {path for path, module in modules.items() if path and type(module).__module__.startswith("torch.nn")}
+    takes = [path for path in modules if path not in built_in and takes_cache(names[path])]
+    found = [path for path in takes if not path or any(name in _TOKENS for name in names[path])]
     found = found or _outermost([_owner(path, modules) for path in _outermost(takes)]) or [""]
-    reads = [
-        path
-        for path, module in modules.items()
-        if any(module.children()) and next(iter(forward_names(module)), "") in (*_TOKENS[:2], *_INPUTS)
-    ]
+    reads = [path for path in modules if names[path][:1] in _READ and any(modules[path].children())]
     apart = [path for path in reads if not any(path == each or _inside(each, path) for each in found)]
-    return {path: modules[path] for path in (*found, *_outermost(apart))}
+    encoders = frozenset(_outermost(apart))
+    return {path: modules[path] for path in (*found, *encoders)}, encoders
 
 
 def _outermost(paths: list[str]) -> list[str]:

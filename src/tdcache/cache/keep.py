@@ -54,6 +54,11 @@ class Keep:
     def __post_init__(self) -> None:
         if self.hold not in get_args(Hold):
             raise ValueError(f"hold is one of {', '.join(map(repr, get_args(Hold)))}, got {self.hold!r}")
+        if isinstance(self.index, str):
+            raise ValueError(
+                f"index= is what a tensor is indexed with, such as (slice(None), -1), got {self.index!r}; an entry of "
+                "a structured value is pick="
+            )
         given = self.dtype
         dtype = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
         if given is not None and not isinstance(dtype, torch.dtype):

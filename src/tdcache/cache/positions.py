@@ -7,7 +7,7 @@ padding, and in decode steps, where a forward sees one column of a longer sequen
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,48 +19,79 @@ from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
 from tdcache.regions import Region
+from tdcache.sequences import Sequences
 from tdcache.steps import Steps
 from tdcache.tokens import Positions, Tokens, check_positions
 
-__all__ = ["PositionFilter"]
+__all__ = ["FedByCall", "PositionFilter"]
 
 
-class PositionFilter:
-    """Picks positions of the values of one forward, whose arguments tell the real tokens.
+class FedByCall:
+    """What the call under way feeds: of the model, or of a module in it that is called by itself.
 
     Args:
-        positions: see :class:`tdcache.ActivationCaching`.
         mask_key: the name of the mask among the arguments; see :class:`tdcache.sequences.Sequences`.
-        position_dim: the axis of positions in values; the batch is axis 0.
-        dims: by path, the axis of positions at sites where it differs.
     """
 
+    positions = None
     steps: Steps = None
     calls = None
 
-    def __init__(
-        self, positions: Positions, mask_key: Any, position_dim: int, dims: Mapping[str, int] | None = None
-    ) -> None:
-        self.positions = check_positions(positions)
-        self.single = not isinstance(positions, Tensor) and hasattr(positions, "__index__")
-        """Whether a single number was given, which removes its axis, as indexing does."""
+    def __init__(self, mask_key: Any) -> None:
         self.mask_key = mask_key
-        self.position_dim = position_dim
-        self.dims = dims or {}
         self._call: CurrentCall | None = None
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.positions!r})"
+        return f"{type(self).__name__}({self.mask_key!r})"
 
     def attach(self, model: nn.Module, handle: MultiHookHandle) -> None:
         """Listen to the model, and to the modules in it that are called by themselves."""
         self._call = CurrentCall(model, self)
+        self._call.wants_tokens = True
         self._call.attach(handle)
+
+    @property
+    def sequences(self) -> Sequences | None:
+        """The sequences of the call; None outside of one."""
+        return None if self._call is None else self._call.sequences_now()
 
     def forget(self) -> None:
         """Drop what is known of the latest call."""
         if self._call is not None:
             self._call.forget()
+
+
+class PositionFilter:
+    """Picks positions of the values of one forward.
+
+    Args:
+        positions: see :class:`tdcache.ActivationCaching`.
+        fed: what the call under way feeds.
+        position_dim: the axis of positions in values; the batch is axis 0.
+        dims: by path, the axis of positions at sites where it differs.
+    """
+
+    def __init__(
+        self, positions: Positions, fed: FedByCall, position_dim: int, dims: Mapping[str, int] | None = None
+    ) -> None:
+        self.positions = check_positions(positions)
+        self.single = not isinstance(positions, Tensor) and hasattr(positions, "__index__")
+        """Whether a single number was given, which removes its axis, as indexing does."""
+        self.fed = fed
+        self.position_dim = position_dim
+        self.dims = dims or {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.positions!r})"
+
+    @staticmethod
+    def outside(path: str) -> CaptureError:
+        """The error for a site that ran outside of a call of the model."""
+        return CaptureError(
+            f"positions= counts the tokens of a call of the model, and {path!r} ran outside of one; call the model "
+            "itself, or use index=, which is plain indexing",
+            paths=(path,),
+        )
 
     def of(self, path: str, value: Tensor, reducer: Reducer) -> tuple[Tensor, Tensor | None] | None:
         """The part of a value that is kept, and the mask of its rows for a reducer that accepts one.
@@ -106,15 +137,11 @@ class PositionFilter:
         return dim % value.dim()
 
     def _tokens_of(self, path: str, value: Tensor, dim: int) -> tuple[Tokens, Tensor]:
+        sequences = self.fed.sequences
+        if sequences is None:
+            raise self.outside(path)
         moved = value.movedim(dim, 1)
         batch, length = moved.shape[:2]
-        sequences = cast(CurrentCall, self._call).sequences_now()
-        if sequences is None:
-            raise CaptureError(
-                f"positions= counts the tokens of a call of the model, and {path!r} ran outside of one; call the model "
-                "itself, or use index=, which is plain indexing",
-                paths=(path,),
-            )
         return sequences.at(path, batch=batch, length=length, device=value.device), moved
 
     def _is_numbers(self) -> bool:

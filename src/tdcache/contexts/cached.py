@@ -10,19 +10,21 @@ from collections.abc import Iterator
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
+from torch import nn
 
 from tdcache.cache.named_cache import NamedCache
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.reductions import Carried
 from tdcache.cache.target import Written, first_clash
 from tdcache.contexts.context import HookingContext
-from tdcache.contexts.opened import open_contexts
 from tdcache.errors import CacheWriteError, ContextError, StopForward, UnfiredSiteWarning, warn_user
+from tdcache.hooks.opened import open_contexts, overlap
 from tdcache.hooks.registrations import MultiHookHandle
+from tdcache.hooks.threads import this_thread
 from tdcache.modules.call import holds_entries
 from tdcache.modules.hooked import HookedModule
 
-__all__ = ["HookingContextWithCache"]
+__all__ = ["HookingContextWithCache", "capturing_contexts"]
 
 _NEVER_ENTERED = (
     "this context was never entered, so its cache is empty; write `with context as hooked:` and call the model inside "
@@ -226,3 +228,10 @@ class HookingContextWithCache(HookingContext):
                 self._carried = [each.reductions.carry() if each.reductions else None for each in recorder.channels]
         finally:
             recorder.close()
+
+
+def capturing_contexts(model: nn.Module) -> list[HookingContextWithCache]:
+    """The open contexts of this thread that keep values of ``model``, and are not paused."""
+    caching = [each for each in list(open_contexts) if isinstance(each, HookingContextWithCache)]
+    mine = [each for each in caching if each.thread is this_thread() and overlap(each.model, model)]
+    return [each for each in mine if each.recorder is not None and each.recorder.open]

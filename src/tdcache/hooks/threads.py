@@ -1,13 +1,13 @@
 """Hooks and threads: a context acts only in the forwards of the thread that opened it.
 
-Hooks sit on the modules, which several threads may run at once. Where each of them has a context open on one model, the
-hooks of one would see, and change, the values of the other. So every thread that opens a context on a model is fenced
-off from the hooks that other threads have there. Threads that open none (the replicas of ``DataParallel``, a pool) are
-not: they work for whoever called them. As long as one thread opens contexts there is no fence, and no cost.
+Hooks sit on the modules, which several threads may run at once. If two threads had a context open on one model, the
+hooks of each would see, and change, the values of the other. So a thread that opens a context on a model is fenced off
+from the hooks that other threads have there. Threads that open none (the replicas of ``DataParallel``, a pool) are not:
+they work for whoever called them. As long as only one thread opens contexts there is no fence, and no cost.
 
-A thread may come at any moment, also while another is half way through entering or leaving. So a fence exists from the
-first hook to the last, and knows what was registered under it; hooks are put behind it when the first thread is fenced
-off.
+Another thread may start at any time, also while a context is half way through entering or exiting. So a fence exists
+from the first hook to the last and records what was registered under it; the hooks are wrapped when the first thread is
+fenced off.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ one_at_a_time = RLock()
 
 
 class RunningThread:
-    """One thread that runs models. The numbers that Python gives to threads are given again when a thread has ended."""
+    """A thread that runs models; Python reuses the identifiers of threads that have ended, so they will not do."""
 
     __slots__ = ("__weakref__", "models")
 
@@ -56,7 +56,7 @@ class Placed(Protocol):
         """Whether it has not been removed."""
 
     def put_behind(self, fence: Fence) -> None:
-        """Have it act in no thread that is fenced off."""
+        """Make it ignore the threads that the fence excludes."""
 
 
 class Fence:
@@ -70,14 +70,14 @@ class Fence:
         self._pruned_at = 32
 
     def take_in(self, placed: Placed) -> None:
-        """Something was registered under the fence; what was removed since is forgotten now and then."""
+        """Record a registration under the fence; removed ones are dropped from time to time."""
         self.placed.append(placed)
         if len(self.placed) > self._pruned_at:
             self.placed = [each for each in self.placed if each.is_there]
             self._pruned_at = 32 + 2 * len(self.placed)
 
     def keep_out(self, thread: RunningThread) -> None:
-        """Fence a thread off, from what is registered and from what will be."""
+        """Exclude a thread from what is registered now and later."""
         with one_at_a_time:
             self.others.add(thread)
             for placed in self.placed:
@@ -109,18 +109,18 @@ _here = _Here()
 
 
 def this_thread() -> RunningThread:
-    """The thread that asks; the object is dropped when it ends."""
+    """The calling thread; the object is dropped when the thread ends."""
     return _here.thread
 
 
 def active_fence() -> Fence | None:
-    """The fence under which this thread registers hooks, if some thread is fenced off by it."""
+    """The fence under which this thread registers hooks, if it excludes some thread."""
     fence = _here.fence
     return fence if fence is not None and fence.others else None
 
 
 def note_placed(placed: Placed) -> None:
-    """Something is registered: threads that are fenced off later are kept from it too."""
+    """Record a registration, so that threads that are fenced off later do not run it either."""
     if _here.fence is not None:
         _here.fence.take_in(placed)
 
