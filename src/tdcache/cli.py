@@ -65,7 +65,7 @@ def _is_of_user_code(error: BaseException) -> bool:
 
 
 class _RecipeError(Exception):
-    """Code that the user named has failed; the cause is its own error."""
+    """The code named by the user failed; the cause is its own error."""
 
 
 def _parser() -> argparse.ArgumentParser:
