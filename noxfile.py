@@ -114,21 +114,21 @@ def soak(session):
 
 @nox.session
 def names_zoo(session):
-    """Find and prove canonical names in 190 families of transformers; writes docs/names_table.md."""
+    """Find and prove canonical names in 224 families of transformers; writes docs/names_table.md."""
     install(session, "-e", ".[examples]")
     session.run("python", "tests/names_zoo.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session
 def residual_zoo(session):
-    """Take the residual streams of 190 families of transformers apart; every sum has to be exact, or refused."""
+    """Take the residual streams of 224 families of transformers apart; every sum has to be exact, or refused."""
     install(session, "-e", ".[examples]")
     session.run("python", "tests/residual_zoo.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session
 def names_lies(session):
-    """Plant wrong names in 190 families of transformers; every one has to be refused."""
+    """Plant wrong names in 224 families of transformers; every one has to be refused."""
     install(session, "-e", ".[examples]")
     session.run("python", "tests/names_lies.py", *session.posargs, env=OFFLINE)
 
