@@ -67,6 +67,12 @@ def install_group(session, group, *requirements):
     install(session, *nox.project.dependency_groups(PROJECT, group), *requirements)
 
 
+def run_script(session, requirement, path, *defaults):
+    """Run a script of the checkout; arguments after ``--`` take the place of ``defaults``."""
+    install(session, "-e", requirement)
+    session.run("python", path, *(session.posargs or defaults), env=OFFLINE)
+
+
 @nox.session
 def demo(session):
     """Run the quickstart on real weights: prints the selection, writes a picture."""
@@ -85,9 +91,8 @@ def tests(session):
 
 @nox.session
 def fuzz(session):
-    """Hold ten thousand random captures against hooks written with torch alone; arguments after ``--`` go to it."""
-    install(session, "-e", ".")
-    session.run("python", "tests/differential.py", *(session.posargs or ("--cases", "10000")), env=OFFLINE)
+    """Hold ten thousand random captures against hooks written with torch alone."""
+    run_script(session, ".", "tests/differential.py", "--cases", "10000")
 
 
 @nox.session
@@ -101,36 +106,31 @@ def matrix(session):
 @nox.session
 def kills(session):
     """Kill a thousand processes that write stores, copies and states, and hold what is left against one whole run."""
-    install(session, "-e", ".")
-    session.run("python", "tests/kills.py", *(session.posargs or ("--kills", "1000")), env=OFFLINE)
+    run_script(session, ".", "tests/kills.py", "--kills", "1000")
 
 
 @nox.session
 def soak(session):
     """Take fifty million rows through everything that reads and writes them: each is checked, memory is measured."""
-    install(session, "-e", ".[examples]")
-    session.run("python", "benchmarks/soak.py", *(session.posargs or ("--rows", "50000000")), env=OFFLINE)
+    run_script(session, ".[examples]", "benchmarks/soak.py", "--rows", "50000000")
 
 
 @nox.session
 def names_zoo(session):
     """Find and prove canonical names in 224 families of transformers; writes docs/names_table.md."""
-    install(session, "-e", ".[examples]")
-    session.run("python", "tests/names_zoo.py", *session.posargs, env=OFFLINE)
+    run_script(session, ".[examples]", "tests/names_zoo.py")
 
 
 @nox.session
 def residual_zoo(session):
     """Take the residual streams of 224 families of transformers apart; every sum has to be exact, or refused."""
-    install(session, "-e", ".[examples]")
-    session.run("python", "tests/residual_zoo.py", *session.posargs, env=OFFLINE)
+    run_script(session, ".[examples]", "tests/residual_zoo.py")
 
 
 @nox.session
 def names_lies(session):
     """Plant wrong names in 224 families of transformers; every one has to be refused."""
-    install(session, "-e", ".[examples]")
-    session.run("python", "tests/names_lies.py", *session.posargs, env=OFFLINE)
+    run_script(session, ".[examples]", "tests/names_lies.py")
 
 
 @nox.session
@@ -172,6 +172,14 @@ def validate(session):
     session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision")
     options = session.posargs or ("--page", "docs/validator.md")
     session.run("python", "-W", "ignore", "-m", "validator", *options, env={**OFFLINE, "PYTHONPATH": "tests"})
+
+
+@nox.session
+def lens_tests(session):
+    """Run TransformerLens' own tests on tdcache's hook points; ``-- --source PATH`` takes a checkout of it."""
+    install_group(session, "tests", "-e", ".", "transformer-lens", "pytest-rerunfailures")
+    env = {**OFFLINE, "PYTHONPATH": "tests"}
+    session.run("python", "-W", "ignore", "-m", "validator.lens_tests", *session.posargs, env=env)
 
 
 @nox.session

@@ -67,6 +67,18 @@ SIZES: dict[str, Any] = {
 LEAVE = object()
 """In place of a size: that of the family's default stays."""
 
+SWIN = {
+    "num_attention_heads": LEAVE,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 2,
+    "image_size": 16,
+    "patch_size": 2,
+    "num_layers": LEAVE,
+    "hidden_size": LEAVE,
+}
+
 OWN: dict[str, dict[str, Any]] = {
     "albert": {"num_hidden_groups": 1, "inner_group_num": 1},
     "biogpt": {"vocab_size": VOCABULARY},
@@ -103,28 +115,8 @@ OWN: dict[str, dict[str, Any]] = {
     "longformer": {"attention_window": 4},
     "led": {"attention_window": 4},
     "convnext": {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2, "image_size": 32},
-    "swin": {
-        "num_attention_heads": LEAVE,
-        "embed_dim": 16,
-        "depths": [2, 2],
-        "num_heads": [2, 4],
-        "window_size": 2,
-        "image_size": 16,
-        "patch_size": 2,
-        "num_layers": LEAVE,
-        "hidden_size": LEAVE,
-    },
-    "swinv2": {
-        "num_attention_heads": LEAVE,
-        "embed_dim": 16,
-        "depths": [2, 2],
-        "num_heads": [2, 4],
-        "window_size": 2,
-        "image_size": 16,
-        "patch_size": 2,
-        "num_layers": LEAVE,
-        "hidden_size": LEAVE,
-    },
+    "swin": SWIN,
+    "swinv2": SWIN,
     "hiera": {
         "num_attention_heads": LEAVE,
         "patch_size": [4, 4],

@@ -138,7 +138,7 @@ def vit() -> Family:
 
 
 class Tagger(nn.Module):
-    """An LSTM over a sequence."""
+    """An LSTM over a sequence, which returns a tuple with a tuple in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,11 +169,11 @@ def plain(kind: Callable[[], nn.Module], *shape: int, **options: Any) -> Callabl
 
 
 class Images(nn.Module):
-    """A CNN whose activations write in place."""
+    """A CNN; by default its activation overwrites what the convolution returned."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, inplace: bool = True) -> None:
         super().__init__()
-        self.conv, self.act, self.norm = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(4)
+        self.conv, self.act, self.norm = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=inplace), nn.BatchNorm2d(4)
         self.pool, self.flat, self.head = nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
 import tdcache
+from tdcache import attribution, points
+from tdcache.public_names import PACKAGES
 
 
 def test_subpackages_are_loaded_when_they_are_asked_for_and_not_before():
@@ -26,10 +29,22 @@ def test_a_name_of_a_subpackage_says_where_it_is():
 
 
 def test_a_near_miss_is_named():
-    with pytest.raises(AttributeError, match=r"no attribute 'ActivationCashing'; did you mean 'ActivationCaching'\?"):
+    with pytest.raises(AttributeError, match=r"'ActivationCashing'; did you mean 'ActivationCaching', in tdcache\?$"):
         tdcache.ActivationCashing  # noqa: B018
     with pytest.raises(AttributeError, match=r"no attribute 'xyzzy'$"):
         tdcache.xyzzy  # noqa: B018
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_name_of_another_package_says_where_it_is(package):
+    with pytest.raises(AttributeError, match=r"has no attribute 'ActivationCaching'; it is in tdcache$"):
+        import_module(f"tdcache.{package}").ActivationCaching  # noqa: B018
+
+
+def test_a_near_miss_in_another_package_is_named():
+    for module in (tdcache, attribution, points):
+        with pytest.raises(AttributeError, match=r"; did you mean 'IntegratedGradients', in tdcache.attribution\?$"):
+            module.IntegratedGradient  # noqa: B018
 
 
 def test_dir_lists_what_there_is():

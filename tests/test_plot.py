@@ -125,6 +125,25 @@ def test_a_layer_map_takes_keys_of_any_kind_and_its_bar_shows_signs():
         assert {"+1", "0", "−1"} <= ticks
 
 
+def test_layers_whose_keys_read_the_same_are_all_drawn():
+    row = torch.tensor([-1.0, 1.0])
+    axes = plot.layer_map({0: row, "0": row, ("0",): row})
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "0", "0"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "got"),
+    [
+        ({}, "no layers"),
+        ({"a": torch.zeros(2), "b": torch.zeros(3)}, r"\(2,\) and \(3,\)"),
+        ({"a": torch.zeros(2, 4)}, r"\(2, 4\)"),
+    ],
+)
+def test_layers_need_scores_of_one_length(scores, got):
+    with pytest.raises(ValueError, match=rf"one score per position, as many in every layer; got {got}$"):
+        plot.layer_map(scores)
+
+
 def test_a_label_draws_a_colour_bar_that_several_lines_can_share():
     maps = plot.image_maps(torch.rand(1, 2, 2), {"a": torch.rand(1, 2, 2)}, label="score")
     assert [axes.get_ylabel() for axes in maps.axes[2:]] == ["score"]

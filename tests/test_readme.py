@@ -1,4 +1,7 @@
-"""Every Python block of the README and of docs/ runs, in order, in one namespace per file; so does the quickstart."""
+"""Every Python block of the README and of docs/ runs, in order, in one namespace per file; so does the quickstart.
+
+A recipe is pasted without the rest of its page, so each section of that page runs alone.
+"""
 
 import runpy
 from importlib import import_module
@@ -10,6 +13,7 @@ import torch
 
 import tdcache
 from tdcache import errors, points
+from tdcache.public_names import PACKAGES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -17,6 +21,7 @@ PAGES = [
     *sorted((REPOSITORY / "docs").glob("*.md")),
     *sorted((REPOSITORY / "docs" / "errors").glob("*.md")),
 ]
+RECIPES = REPOSITORY / "docs" / "recipes.md"
 # A block may stand in a list or an admonition: its indentation is taken off every line.
 FENCE = regex.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^(?P=indent)```$", regex.MULTILINE | regex.DOTALL)
 
@@ -30,13 +35,18 @@ def blocks_of(text):
 
 
 def pages_with_blocks():
-    return [page for page in PAGES if blocks_of(page.read_text(encoding="utf-8"))]
+    return [page for page in PAGES if page != RECIPES and blocks_of(page.read_text(encoding="utf-8"))]
 
 
-def run_page(path):
-    """Run the blocks of a page; what they define lives until the page ends. Gives their number."""
+def recipes():
+    """Each section of the page of recipes by its title."""
+    return dict(regex.findall(r"^## (.+)\n((?s:.*?))(?=^## |\Z)", RECIPES.read_text(encoding="utf-8"), regex.MULTILINE))
+
+
+def run_page(path, text=None):
+    """Run the blocks of a page, or of a part of it; what they define lives until it ends. Gives their number."""
     namespace = {"__name__": "__main__"}
-    blocks = blocks_of(path.read_text(encoding="utf-8"))
+    blocks = blocks_of(path.read_text(encoding="utf-8") if text is None else text)
     for block in blocks:
         exec(compile(block, str(path), "exec"), namespace)  # noqa: S102 - the project's own pages
     return len(blocks)
@@ -46,6 +56,19 @@ def run_page(path):
 def test_every_block_of_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # blocks write files
     assert run_page(page) > 0
+
+
+@pytest.mark.parametrize("title", recipes())
+def test_a_recipe_runs_alone(title, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_page(RECIPES, recipes()[title]) == 1
+
+
+def test_the_page_of_recipes_links_to_each():
+    page = RECIPES.read_text(encoding="utf-8")
+    anchors = {regex.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in recipes()}
+    assert set(regex.findall(r"\]\(#([\w-]+)\)", page)) == anchors
+    assert len(anchors) == 16  # the title of the page, its index entry and the README say sixteen
 
 
 def test_the_pages_that_promise_executed_blocks_have_some():
@@ -107,7 +130,7 @@ def test_a_page_of_the_reference_leaves_out_only_what_another_describes(page):
 
 def test_the_reference_has_a_page_for_every_subpackage():
     pages = {page.stem for page in REFERENCE}
-    assert set(tdcache._PACKAGES) <= pages
+    assert set(PACKAGES) <= pages
     index = (REPOSITORY / "docs" / "reference" / "index.md").read_text(encoding="utf-8")
     assert pages <= set(index.splitlines())
 

@@ -64,9 +64,9 @@ class NamedWrapper(Wrapper):
         return self.inner(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
 
 
-def steps_seen(model, site, run, **options):
+def steps_seen(model, site, run):
     """The steps at the input of one module while ``run()`` runs."""
-    clock, seen = Clock(model, **options), []
+    clock, seen = Clock(model), []
     handles = [model.get_submodule(site).register_forward_pre_hook(lambda *_: seen.append(clock.step_at(site)))]
     for path, module in clock.receivers.items():
         begin = lambda _, args, kwargs, path=path: clock.begin(path, args, kwargs)  # noqa: E731
@@ -123,12 +123,27 @@ def test_chunks_of_a_prompt_are_one_prefill(make, cache, size):
     assert [step.past for step in seen] == [*range(0, 6, size), 6, 7, 8]
 
 
-def test_chunks_of_one_token_need_the_length_of_the_prompt():
+def test_chunks_of_one_token_are_told_by_a_predicate_alone():
     model, site = llama()
-    with pytest.raises(ContextError, match=r"a single token whose mask is a view of .*prompt=\.\.\., or pass masks"):
-        steps_seen(model, site, lambda: generate(model, prefill_chunk_size=1))
-    seen = steps_seen(model, site, lambda: generate(model, prefill_chunk_size=1), prompt=6)
-    assert [step.decoded for step in seen] == [0, 0, 0, 0, 0, 0, 1, 2, 3]
+    seen = steps_seen(model, site, lambda: generate(model, prefill_chunk_size=1))
+    assert seen[0].decoded == 0
+    with pytest.raises(ContextError, match=r"a single token whose mask is a view of .*steps= a predicate of"):
+        print(seen[1].decoded)
+    assert [step.past < 6 for step in seen] == [True] * 6 + [False] * 3
+    assert "not told" in seen[1]._repr_html_()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_rest_of_a_prompt_of_a_model_without_positions_is_not_guessed(size):
+    model = transformers.BloomForCausalLM(config(transformers.BloomConfig, hidden_size=8, n_layer=1, n_head=2)).eval()
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    run = lambda mask: generate(model, input_ids=ids, attention_mask=mask, prefill_chunk_size=size)  # noqa: E731
+    masked = steps_seen(model, "transformer.h.0", lambda: run(torch.tensor([[0, 1, 1, 1, 1]])))
+    assert [step.decoded for step in masked] == [0] * -(-5 // size) + [1, 2, 3]
+    if size == 2:  # one forward before the single token is any prompt
+        plain = steps_seen(model, "transformer.h.0", lambda: run(None))
+        with pytest.raises(ContextError, match=r"a single token after several chunks of a prompt .*step\.past < 12"):
+            print(plain[2].is_prefill)
 
 
 @pytest.mark.parametrize("wrap", [Wrapper, NamedWrapper, lambda model: Wrapper(NamedWrapper(model))])
@@ -184,10 +199,10 @@ def test_an_assistant_with_a_cache_of_its_own_does_not_disturb():
 def test_assisted_decoding_without_logits_to_keep_is_refused():
     model, site = t5()
     options = {"prompt_lookup_num_tokens": 2, "max_new_tokens": 10, "input_ids": IDS[1:], "attention_mask": MASK[1:]}
-    with pytest.raises(ContextError, match=r"tokens beside \d+ cached ones can be candidates of assisted decoding or"):
-        steps_seen(model, site, lambda: generate(model, **options))
-    seen = steps_seen(model, site, lambda: generate(model, **options), prompt=1)
-    assert all(step.decoded == step.past + step.fed - 1 for step in seen)
+    seen = steps_seen(model, site, lambda: generate(model, **options))
+    with pytest.raises(ContextError, match=r"tokens beside \d+ cached ones can be candidates of .*step\.past < 12"):
+        print(seen[-1].decoded)
+    assert [step.past < 1 for step in seen] == [True] + [False] * (len(seen) - 1)
 
 
 def test_encoder_and_decoder_have_steps_of_their_own():
@@ -376,5 +391,3 @@ def test_what_are_no_steps_is_refused():
     assert check_steps("decode") == "decode"
     with pytest.raises(SelectionError, match=r"steps is 'prefill', 'decode', a predicate of a Step, or None .* got 3"):
         check_steps(3)
-    with pytest.raises(SelectionError, match=r"prompt is the number of its tokens, from 1, got 0"):
-        Clock(nn.Linear(1, 1), prompt=0)

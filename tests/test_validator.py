@@ -1,16 +1,22 @@
 """The validator's short form: tdcache beside hooks by hand; and that it would show a library that is wrong."""
 
+import sys
+from importlib import import_module
 from types import SimpleNamespace
+from xml.etree.ElementTree import fromstring
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
+from tdcache import points
 from validator import by_hand, by_tdcache
 from validator.answers import Answer, Answers, ask, asked_of, read, write
 from validator.compare import verdict
+from validator.lens_tests import compared, outcome_of
 from validator.page import page
+from validator.points_in_lens import OURS, Exchanging
 from validator.subject_list import SHORT, subjects
 from validator.subjects import NotOfferedError
 
@@ -69,3 +75,34 @@ def test_rounding_is_told_from_a_difference():
     assert verdict(wanted, wanted).sign == "same"
     assert verdict(near, wanted).sign == "close"
     assert verdict(off, wanted).sign == "differs"
+
+
+def test_the_hook_points_of_another_library_are_exchanged_before_its_modules_take_them(tmp_path, monkeypatch):
+    package = tmp_path / "transformer_lens"
+    package.mkdir()
+    (package / "__init__.py").write_text("from .hook_points import HookPoint\nfrom .HookedRootModule import NAME")
+    (package / "hook_points.py").write_text("class HookPoint: pass\nclass LensHandle: pass")
+    (package / "HookedRootModule.py").write_text("NAME = 'kept'\nclass HookedRootModule: pass")
+    loaded = [name for name in sys.modules if name.partition(".")[0] == "transformer_lens"]
+    for name in ("transformer_lens", *OURS, *loaded):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [Exchanging(), *sys.meta_path])
+    lens = import_module("transformer_lens")
+    assert lens.HookPoint is points.HookPoint
+    assert lens.HookedRootModule.HookedRootModule is points.HookedRootModule
+    assert lens.NAME == "kept"
+    for name in ("transformer_lens", *OURS):
+        del sys.modules[name]
+
+
+def test_tests_that_pass_with_the_other_librarys_classes_only_are_listed():
+    report = "<x><testcase/><testcase><failure/></testcase><testcase><skipped/></testcase></x>"
+    assert [outcome_of(case) for case in fromstring(report)] == ["passed", "failure", "skipped"]
+    theirs = {"a": "passed", "b": "passed", "c": "error", "d": "skipped"}
+    said, lost = compared(theirs, {"a": "passed", "b": "failure", "c": "passed"})
+    assert lost == ["b"]
+    assert said == (
+        "1 of the 2 tests that pass with TransformerLens' hook points pass with tdcache's (not counted, as they fail "
+        "with its own or were skipped: 1 error, 1 skipped)"
+    )

@@ -1,6 +1,5 @@
 """tdcache: read, keep and change what flows through any PyTorch model."""
 
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -55,6 +54,7 @@ from tdcache.interventions import (
 from tdcache.modules import HookedModule, HookedModuleRun
 from tdcache.named_places import NamedPlace, Names
 from tdcache.pipeline import Splice
+from tdcache.public_names import PACKAGES, MissingName
 from tdcache.reducers import Concatenate, First, Last, Mean, Reducer, Stack, TopK, Variance
 from tdcache.selection import Selection, Site
 from tdcache.steps import Step
@@ -146,37 +146,15 @@ _LATER = {
     "harvest": "harvesting",
     "names": "naming",
 }
-_PACKAGES = (
-    *(
-        "attribution",
-        "function_calls",
-        "harvesting",
-        "interventions",
-        "naming",
-        "pipeline",
-        "plot",
-        "points",
-        "reducers",
-        "residual",
-        "store",
-    ),
-)
 
 
 def __getattr__(name: str) -> object:
     if name in _LATER:
         return getattr(import_module(f"tdcache.{_LATER[name]}"), name)
-    if name in _PACKAGES:
+    if name in PACKAGES:
         return import_module(f"tdcache.{name}")
-    hint = ""
-    if not name.startswith("_"):
-        homes = [
-            package for package in _PACKAGES if name in getattr(import_module(f"tdcache.{package}"), "__all__", ())
-        ]
-        near = get_close_matches(name, __all__, n=1)
-        hint = f"; it is in tdcache.{homes[0]}" if homes else f"; did you mean {near[0]!r}?" if near else ""
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+    return MissingName(__name__)(name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER, *_PACKAGES})
+    return sorted({*globals(), *_LATER, *PACKAGES})

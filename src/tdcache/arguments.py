@@ -1,46 +1,45 @@
 """The arguments of a forward by name, and how much a key-value cache among them holds.
 
-Masks, caches and token ids may come by position, by keyword, or as entries of a mapping or TensorDict. What reads them
-reads them here, so that all of the library finds the same ones.
+Masks, caches and token ids may be passed by position, by keyword, or as entries of a mapping or TensorDict. They are
+looked up here only, so that all of the library finds the same ones.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import regex
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 __all__ = [
-    "CACHE_NAMES",
     "Cached",
     "cached_in",
     "call_with",
     "forward_names",
     "length_of_first",
     "named_arguments",
+    "takes_cache",
     "tokens_fed",
 ]
 
-CACHE_NAMES = (
-    "past_key_values",
-    "cache_params",
-    "state",
-    "mems",
-    "past_buckets_states",
-    "past_key_value",
-    "past",
-    "cache",
-    "kv_cache",
-    "hx",
+_CACHE = regex.compile(
+    r"(?:(?:past|prev|previous|last|init|initial|incremental|recurrent|rnn|lstm|gru|ssm|conv|layer|decoder|h|c)_)*"
+    r"(?:states?|hidden|(?<!last_)hidden_state|carry|hx)"
+    r"|(?:(?:past|prev|previous|kv|k|v|key|value|keys|values|and|layer|attn|decoder)_)*(?:caches?|mems?|memories|pasts?|kv)"
+    r"|past_key_values?|past_buckets_states|cache_params|inference_params"
 )
-"""What a forward calls the argument with the state of the tokens before, in the order they are looked for."""
+"""What a forward calls the argument with the state of the tokens before."""
+
+_OFFSETS = ("cache_position", "input_pos", "start_pos")
+"""What a forward that keeps the cache in itself calls the number of the first token that is fed."""
 
 # Legacy caches under these names hold keys of shape (batch, heads, tokens, d_head); other states do not tell a length.
-_KEYS_AND_VALUES = ("past_key_values", "past_key_value", "past", "cache", "kv_cache")
-_FED = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "tgt")
+_KEYS_AND_VALUES = ("past_key_values", "past_key_value", "past", "layer_past", "cache", "kv_cache")
+_FED = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "tgt", "tokens", "idx")
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -58,7 +57,7 @@ def forward_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def call_with(model: nn.Module, inputs: Any) -> Any:
-    """Call a model with what a user passes as ``inputs=``, and return what it returns.
+    """Call a model with a user's ``inputs=``, and return its result.
 
     Args:
         model: the model.
@@ -90,7 +89,7 @@ class Cached(NamedTuple):
     """The cache that a call was given."""
 
     cache: Any
-    """The object itself, None if there is none."""
+    """The cache object, or None."""
     length: int | None
     """How many tokens it holds; None if it holds some and does not say how many."""
 
@@ -100,25 +99,41 @@ class Cached(NamedTuple):
         return self.length != 0
 
 
+@functools.cache
+def _is_cache(name: Any) -> bool:
+    return isinstance(name, str) and _CACHE.fullmatch(name) is not None
+
+
+def takes_cache(names: Sequence[str]) -> bool:
+    """Whether a forward with these parameters is told what was fed before; the first of them is what is fed now."""
+    return any(_is_cache(name) or name in _OFFSETS for name in names[1:])
+
+
 def cached_in(arguments: Mapping[Any, Any]) -> Cached:
-    """The first cache among the arguments of a call, with its length."""
-    for name in CACHE_NAMES:
-        cache = arguments.get(name)
-        if cache is not None:
-            return Cached(cache, _length(cache, name, arguments))
-    return Cached(None, 0)
+    """The first cache among the arguments of a call, with its length; what is fed is none, whatever its name."""
+    given = {name: each for name, each in arguments.items() if each is not None and _is_cache(name)}
+    if given:
+        fed = tokens_fed(arguments)
+        for name, cache in given.items():
+            if cache is not fed:
+                return Cached(cache, _length(cache, name, arguments))
+    return Cached(None, _offset(arguments) or 0)
+
+
+def _offset(arguments: Mapping[Any, Any]) -> int | None:
+    position = next((arguments[name] for name in _OFFSETS if arguments.get(name) is not None), None)
+    if isinstance(position, Tensor) and position.numel():
+        return int(position.reshape(-1)[0])
+    return position if type(position) is int else None
 
 
 def _length(cache: Any, name: str, arguments: Mapping[Any, Any]) -> int | None:
     if hasattr(cache, "get_seq_length"):
-        try:
-            return int(cache.get_seq_length())
-        except (ValueError, NotImplementedError):  # transformers' caches of linear attention (Mamba) count no tokens
-            has_state = getattr(cache, "has_previous_state", None)
-            return None if not callable(has_state) or has_state() else 0
-    position = arguments.get("cache_position")
-    if isinstance(position, Tensor) and position.numel():
-        return int(position.reshape(-1)[0])
+        return _counted(cache)
+    position = getattr(cache, "seqlen_offset", None)  # of mamba_ssm
+    position = _offset(arguments) if position is None else position
+    if position is not None:
+        return int(position)
     first = cache
     while isinstance(first, Mapping | tuple | list) and first:
         first = next(iter(first.values() if isinstance(first, Mapping) else first))
@@ -127,6 +142,19 @@ def _length(cache: Any, name: str, arguments: Mapping[Any, Any]) -> int | None:
     if name in _KEYS_AND_VALUES and isinstance(first, Tensor) and first.dim() >= 3:
         return int(first.shape[-2])
     return None
+
+
+def _counted(cache: Any) -> int | None:
+    """How many tokens a cache of transformers says it holds."""
+    try:
+        length = int(cache.get_seq_length())
+        if not length:  # of the first layer alone, which may count nothing (MiniMax)
+            layers = [each for each in getattr(cache, "layers", ()) if hasattr(each, "get_seq_length")]
+            length = max((int(each.get_seq_length()) for each in layers), default=0)
+        return length
+    except (ValueError, NotImplementedError):  # transformers' caches of linear attention (Mamba) count no tokens
+        has_state = getattr(cache, "has_previous_state", None)
+        return None if not callable(has_state) or has_state() else 0
 
 
 def tokens_fed(arguments: Mapping[Any, Any]) -> Tensor | None:

@@ -6,10 +6,10 @@ context that it is bound to holds all state; entering it calls ``_hook_module``,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, ClassVar, TypedDict, Unpack, cast, get_args
+from typing import Any, ClassVar, NoReturn, TypedDict, Unpack, cast, get_args
 
 import torch
 from tensordict import TensorDictBase
@@ -18,18 +18,17 @@ from torch import nn
 from tdcache.cache import Capture, Keep
 from tdcache.cache.step_gate import StepGate
 from tdcache.contexts import HookingContext, HookingContextFactory, HookingContextWithCache
-from tdcache.errors import DirectionError
-from tdcache.function_calls.places import call_places, calls_fit_graph, refuse_direction
+from tdcache.errors import ContextError, DirectionError
+from tdcache.function_calls.places import call_places, graph_shows, refuse_direction
 from tdcache.function_calls.sites import split_selector
 from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import MultiHookHandle, attach, bracket
-from tdcache.introspect import may_be_compiled
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
 from tdcache.place_modules import position_dims, refuse_at_names, region_in
 from tdcache.reducers import Last, Reducer
 from tdcache.regions import Along, Region
-from tdcache.selection import Matcher, Selection, as_matcher, select
+from tdcache.selection import Matcher, Selection, as_matcher
 from tdcache.steps import Steps
 from tdcache.tokens import Positions
 from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector
@@ -185,16 +184,16 @@ class ActivationCaching(HookingContextFactory):
         )
         self.key_pattern = key_pattern
 
-    @property
-    def fits_graph(self) -> bool:
-        """Whether the hooks may become part of a compiled graph: those for plain outputs may."""
-        return self._capture.fits_graph and self.names is None
-
     def fits_graph_of(self, model: nn.Module) -> bool:
-        """Whether the calls that are meant, if any, are such that dynamo can trace them."""
-        if not self._calls or not self.fits_graph or not may_be_compiled(model):
-            return self.fits_graph
-        return calls_fit_graph(call_places(partial(select, model), self._calls, match=self._match, allow_empty=True))
+        """Whether the hooks may become part of a compiled graph: those for plain outputs, and at calls it can trace."""
+        if self.names is not None or not self._capture.fits_graph_at(calls_only=self.hooks_calls_only):
+            return False
+        return not self._calls or graph_shows(model, self._calls, self._match)
+
+    @property
+    def hooks_calls_only(self) -> bool:
+        """Whether all sites are function calls, where graphs notice hooks."""
+        return self._modules is None
 
     @property
     def key_pattern(self) -> Selector:
@@ -218,36 +217,36 @@ class ActivationCaching(HookingContextFactory):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._key_pattern!r}, directions={list(self._capture.directions)!r})"
 
-    def _named_axes(self, selection: Selection) -> tuple[dict[str, int], dict[str, Region]]:
+    def _named_axes(self, selection: Selection, names: Names) -> tuple[dict[str, int], dict[str, Region]]:
         """By canonical name, the axis of positions, and the part that is kept."""
-        if self.names is None:
-            return {}, {}
-        regions = {at.path: region_in(self._capture.region, self.names[at.path], self._heads) for at in selection}
-        return position_dims(self.names, selection), regions
+        regions = {at.path: region_in(self._capture.region, names[at.path], self._heads) for at in selection}
+        return position_dims(names, selection), regions
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context: HookingContextWithCache = module.hooking_context
-        root = module.model if self._relative else module
+        model = context.model
+        root = model if self._relative else module
         options: Any = {"match": self._match, "allow_empty": self._allow_empty}
         if self._modules is None:
-            selection = Selection((), selector=self._key_pattern, model_name=type(module.model).__name__)
+            selection = Selection((), selector=self._key_pattern, model_name=type(model).__name__)
         else:
             selection = context.select(self._modules, root=root, matcher=self._matcher, **options)
         places = call_places(partial(context.select, root=root), self._calls, **options) if self._calls else ()
-        dims, regions = self._named_axes(selection)
+        dims, regions = ({}, {}) if self.names is None else self._named_axes(selection, self.names)
         recorder = self._capture.recorder(context.cache, selection, places, dims, regions)
         recorder.names = self.names
         handle = MultiHookHandle()
         with handle.installing():
             self._capture.place(selection, recorder, handle)
-            self._capture.place_calls(module.model, places, recorder, handle)
+            if places:
+                self._capture.place_calls(model, places, recorder, handle)
             part = recorder.channels[0].part
-            if part is not None and part.positions is not None:
-                handle.add(attach(module.model, part.positions.on_call, "fwd_pre_kwargs", order=part.positions.order))
+            if part is not None and part.fed is not None:
+                handle.add(attach(model, part.fed.on_call, "fwd_pre_kwargs", order=part.fed.order))
             if self._capture.steps is None:
-                bracket(module.model, recorder.begin, recorder.end, handle)
+                bracket(model, recorder.begin, recorder.end, handle)
             else:
-                StepGate(module.model, self._capture.steps, recorder).attach(handle)
+                StepGate(model, self._capture.steps, recorder).attach(handle)
         context.record(recorder)
         return handle
 
@@ -310,11 +309,29 @@ def cache_activations(
         >>> cache["0"].shape
         torch.Size([5, 3])
     """
-    return _cache_of(cast(HookingContextWithCache, ActivationCaching(pattern, **options).prepare(model)))
+    return _CacheBlock(cast(HookingContextWithCache, ActivationCaching(pattern, **options).prepare(model)))
 
 
-@contextmanager
-def _cache_of(context: HookingContextWithCache) -> Iterator[TensorDictBase]:
-    with context as hooked:
-        yield hooked.cache
-    context.report_empty()
+_NOT_ENTERED = "nothing was cached: write `with cache_activations(model, pattern) as cache:` and call the model inside"
+
+
+class _CacheBlock(AbstractContextManager[TensorDictBase, bool]):
+    """A caching context that gives its cache; reading it without ``with`` is an error that says so."""
+
+    def __init__(self, context: HookingContextWithCache) -> None:
+        self._context = context
+
+    def __enter__(self) -> TensorDictBase:
+        return self._context.__enter__().cache
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> bool:
+        stopped = self._context.__exit__(kind, error, traceback)
+        if kind is None or stopped:
+            self._context.report_empty()
+        return stopped
+
+    def __getitem__(self, key: object) -> NoReturn:
+        raise ContextError(_NOT_ENTERED)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(_NOT_ENTERED)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 __all__ = [
+    "ALONE",
     "CALL_IMPL",
     "HookEntry",
     "NO_TASK",
@@ -29,6 +30,7 @@ __all__ = [
     "break_graph",
     "calls_on_stack",
     "current_node",
+    "eval_frame",
     "function_mode_at",
     "function_mode_count",
     "global_hooks",
@@ -55,6 +57,7 @@ __all__ = [
     "set_hook_dicts",
     "skip_frame",
     "storage_users",
+    "uncompiled",
     "why_not_called",
 ]
 
@@ -69,6 +72,8 @@ pop_function_mode: Callable[[], Any] = torch._C._pop_torch_function_stack
 
 set_eval_frame: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame
 """Exchange dynamo's callback of this thread for another one, None for plain Python; returns the one before."""
+eval_frame: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
+"""That callback: None outside of compiled code."""
 
 
 def skip_frame(code: CodeType) -> None:
@@ -102,9 +107,8 @@ def hooks_with_kwargs(module: nn.Module, *, before: bool) -> Any:
     return module._forward_pre_hooks_with_kwargs if before else module._forward_hooks_with_kwargs
 
 
-def hooks_always_called(module: nn.Module) -> Any:
-    """The dict of the registration numbers of forward hooks that are called also when the forward raises."""
-    return module._forward_hooks_always_called
+hooks_always_called: Callable[[nn.Module], Any] = attrgetter("_forward_hooks_always_called")
+"""The dict of the registration numbers of a module's forward hooks that are called also when the forward raises."""
 
 
 _tensor_hooks = count(1)
@@ -136,23 +140,23 @@ has_tensor_hooks = attrgetter("_backward_hooks")
 """What says whether anyone has set a tensor hook on this very tensor."""
 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
-
-
 _address = attrgetter("_cdata")
+
+ALONE = 2
+"""What :func:`storage_users` counts for a tensor that shares its memory with none."""
 
 
 def storage_users(tensors: Collection[Tensor]) -> list[int]:
-    """How many tensors (saved ones of a graph included) have the memory of each of these, itself among them.
+    """How many have the memory of each: tensors (saved ones of a graph included), and the object that is asked here.
 
-    Where torch does not say, or the memory is not the tensor's own, 2: somebody else may have it.
+    More than ``ALONE`` where torch does not say, or the memory is not the tensor's own: somebody else may have it.
     """
     if _use_count is None:
-        return [2] * len(tensors)
+        return [ALONE + 1] * len(tensors)
     try:
-        counts = list(map(_use_count, map(_address, map(Tensor.untyped_storage, tensors))))
+        return list(map(_use_count, map(_address, map(Tensor.untyped_storage, tensors))))
     except (NotImplementedError, RuntimeError):  # sparse, nested or wrapper tensors among them
-        return [2] * len(tensors) if len(tensors) == 1 else [storage_users((each,))[0] for each in tensors]
-    return [count - 1 for count in counts]  # the storage object that is asked counts as well
+        return [ALONE + 1] if len(tensors) == 1 else [storage_users((each,))[0] for each in tensors]
 
 
 class HookEntry(NamedTuple):
@@ -246,6 +250,11 @@ def is_optimized_module(model: nn.Module) -> bool:
     return type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What ``torch.compile(module)`` was given, for what it returns; any other model itself."""
+    return model.get_submodule("_orig_mod") if is_optimized_module(model) else model
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether ``torch.compile(module)`` or ``module.compile()`` was called for this model or a part of it."""
     return any(is_optimized_module(module) or _is_compiled_in_place(module) for module in model.modules())
@@ -259,67 +268,60 @@ def may_be_compiled(model: nn.Module) -> bool:
     """Whether :func:`is_compiled` and :func:`has_stale_graph` are worth asking; does not walk the model."""
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
-        backends = dynamo.eval_frame.cached_backends.values()  # torch.compiler.disable() leaves None there
-        if any(backend is not None for backend in backends) or dynamo.convert_frame.input_codes.seen:
+        backends = list(dynamo.eval_frame.cached_backends.values())  # torch.compiler.disable() leaves None there
+        if backends.count(None) < len(backends) or dynamo.convert_frame.input_codes.seen:
             return True
     return is_optimized_module(model) or _is_compiled_in_place(model)
 
 
-def has_stale_graph(model: nn.Module) -> bool:
+def has_stale_graph(model: nn.Module, *, noticed: bool = False) -> bool:
     """Whether ``torch.compile`` has made a graph with modules like these in it, which skips hooks that are added now.
 
     It may be that of a part, or of another module or function that calls the model. Guards name classes, not modules:
     a graph is taken for one of this model if it was made for something of the model's class, or if it begins with a
-    module of the class of a part.
+    module of the class of a part. A model of torch.nn's classes that was compiled in place never makes a graph (its
+    frames are skipped), but would have every hook compiled by itself; it counts as traced from the beginning.
 
-    A model of torch.nn's classes that was compiled in place never makes a graph (its frames are skipped), but would
-    have every hook compiled by itself; it counts as traced from the beginning.
+    With ``noticed``, only hooks on the model itself may be skipped, and a graph of its own forward skips none of them.
     """
     if not may_be_compiled(model):
         return False
-    inner = model.get_submodule("_orig_mod") if is_optimized_module(model) else model
+    inner = uncompiled(model)
     modules = list(inner.modules())
-    if any(_is_torchs_own(type(module)) and _is_compiled_in_place(module) for module in modules):
+    if any(type(each).__module__.startswith("torch.nn.") and _is_compiled_in_place(each) for each in modules):
         return True
-    kinds = {str(id(type(module))) for module in modules}
-    graphs = map(_guarded_classes, _graphs())
-    return any(str(id(type(inner))) in graph.inside or not kinds.isdisjoint(graph.first) for graph in graphs)
+    kind, parts = str(id(type(inner))), {str(id(type(module))) for module in modules}
+    own = getattr(getattr(type(inner), "forward", None), "__code__", None)
+    return any(
+        kind in inside and not (code is own and kind in first)
+        if noticed
+        else kind in inside or not parts.isdisjoint(first)
+        for code, first, inside in _graphs()
+    )
 
 
-def _is_torchs_own(kind: type) -> bool:
-    return kind.__module__.startswith("torch.nn.")
-
-
-def _graphs() -> Iterator[Any]:
-    """The guards of every graph that ``torch.compile`` keeps in this process."""
+def _graphs() -> Iterator[tuple[CodeType, frozenset[str], frozenset[str]]]:
+    """Every graph that ``torch.compile`` keeps in this process: the code it was made of, and what it guards."""
     dynamo = sys.modules["torch._dynamo"]
     for reference in list(dynamo.convert_frame.input_codes.seen):
         code = reference()
         if code is not None:
             for entry in dynamo.eval_frame._debug_get_cache_entry_list(code):
-                yield entry.guard_manager
-
-
-class _Classes(NamedTuple):
-    """The ids of the classes that the guards of a graph name, as text."""
-
-    first: frozenset[str]
-    """Of what the graph gets at directly."""
-    inside: frozenset[str]
-    """Of everything in it."""
+                yield code, *_guarded_classes(entry.guard_manager)
 
 
 _TYPE_GUARD = re.compile(r"___check_type_id\((.*?), (\d+)\)")
-_classes_by_guards: WeakKeyDictionary[Any, _Classes] = WeakKeyDictionary()
+_NO_GRAPH = "no graph can hold this hook of tdcache; compile without fullgraph=True, or run once before the block"
+_classes_by_guards: WeakKeyDictionary[Any, tuple[frozenset[str], frozenset[str]]] = WeakKeyDictionary()
 
 
-def _guarded_classes(guards: Any) -> _Classes:
-    known = _classes_by_guards.get(guards)
-    if known is None:
+def _guarded_classes(guards: Any) -> tuple[frozenset[str], frozenset[str]]:
+    """The ids, as text, of the classes that guards name: of what the graph gets at directly, and of all in it."""
+    if guards not in _classes_by_guards:
         found = _TYPE_GUARD.findall(str(guards))
         first = frozenset(number for source, number in found if "_modules" not in source)
-        known = _classes_by_guards[guards] = _Classes(first, frozenset(number for _, number in found))
-    return known
+        _classes_by_guards[guards] = first, frozenset(number for _, number in found)
+    return _classes_by_guards[guards]
 
 
 def keep_frames_out_of_graphs(*functions: Callable[..., Any]) -> None:
@@ -341,10 +343,8 @@ def keep_frames_out_of_graphs(*functions: Callable[..., Any]) -> None:
 def keep_out_of_graphs(*functions: Callable[..., Any]) -> None:
     """What ``torch.compiler.disable`` does, without a wrapper that every call would pay for."""
     keep_frames_out_of_graphs(*functions)
-    for function in functions:
-        marked: Any = function
-        marked._torchdynamo_disable = True
-        marked._torchdynamo_disable_msg = "no graph can hold this hook of tdcache; open the context before compiling"
+    for marked in cast(tuple[Any, ...], functions):
+        marked._torchdynamo_disable, marked._torchdynamo_disable_msg = True, _NO_GRAPH
 
 
 def break_graph() -> None:

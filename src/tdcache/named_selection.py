@@ -58,6 +58,8 @@ def _refuse_unmatched(names: Names, sites: list[Site], selector: Selector, match
         near = tuple(dict.fromkeys(name for pattern in patterns for name in near_misses(pattern, list(names))))
         what = f"pattern {patterns[0]!r}" if len(patterns) == 1 else f"selector {selector!r}"
         hint = f"; did you mean {listed(near, 3)}?" if near else "; print(table) shows the names that there are"
+        if any("hook_" in pattern for pattern in patterns) and names.style is None:
+            hint += ", and tdcache.names(model, style='transformer_lens') has those with 'hook_'"
         raise CanonicalNameError(
             f"{what} matches none of the {len(names)} names of {names.model_name or 'this model'}{hint}",
             selector=selector,

@@ -23,7 +23,7 @@ _FUZZY_SECONDS = 0.5
 
 def join(*parts: str) -> str:
     """Join the non-empty parts with dots: ``join("encoder", "", "layer")`` is ``"encoder.layer"``."""
-    return ".".join(part for part in parts if part)
+    return ".".join(filter(None, parts))
 
 
 def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -60,10 +60,11 @@ def resolve(root: nn.Module, path: str) -> nn.Module:
     return resolve_all(root, path)[1]
 
 
-def resolve_all(root: nn.Module, path: str) -> tuple[str, nn.Module]:
+def resolve_all(root: nn.Module, path: Any) -> tuple[str, nn.Module]:
     """Canonical name (``"layers.11"`` for ``"layers[-1]"``) and module of a path, as :func:`resolve` understands it."""
     if not isinstance(path, str):
-        raise PathError(f"a path is a string such as 'layers.0', got {path!r} ({type(path).__name__})", selector=path)
+        got = "the module itself" if isinstance(path, nn.Module) else f"{path!r}"  # a model prints as many lines
+        raise PathError(f"a path is a string such as 'layers.0', got {got} ({type(path).__name__})", selector=path)
     module, names, end = root, [], 0
     while end < len(path):
         dotted = _dotted_child(module, path, end)
@@ -124,7 +125,8 @@ def _no_such_path(root: nn.Module, path: str) -> PathError:
 def near_misses(pattern: str, names: Sequence[str], limit: int = 3) -> tuple[str, ...]:
     """The names that ``pattern`` nearly matches, by fewest edits (``regex``'s fuzzy matching), best first.
 
-    Bounded in time: at most half a second is spent, whatever the pattern.
+    If there are none, those that end as it does: ``h.0`` and ``model.h.0`` both mean ``transformer.h.0``. Bounded in
+    time: at most half a second is spent on either, whatever the pattern.
     """
     edits = max(1, min(4, len(pattern) // 4))
     try:
@@ -132,7 +134,21 @@ def near_misses(pattern: str, names: Sequence[str], limit: int = 3) -> tuple[str
     except regex.error:
         return ()
     scored = [(edits, -SequenceMatcher(None, pattern, name).ratio(), name) for edits, name in _scores(fuzzy, names)]
-    return tuple(name for _, _, name in sorted(scored)[:limit])
+    return tuple(name for _, _, name in sorted(scored)[:limit]) or _same_ending(pattern, names)[:limit]
+
+
+def _same_ending(pattern: str, names: Sequence[str]) -> tuple[str, ...]:
+    """The names that ``pattern`` matches once a leading part is added, or its own first part exchanged for one."""
+    _, *rest = regex.split(r"\\?\.", pattern, maxsplit=1)
+    for tail in (pattern, *(tail for tail in rest if "." in tail)):
+        try:
+            ending = regex.compile(rf"(?:.+\.)?(?:{tail})")
+        except regex.error:  # the first dot stood within a group
+            continue
+        found = tuple(name for _, name in _scores(ending, names))
+        if found:
+            return found
+    return ()
 
 
 def _scores(fuzzy: regex.Pattern[str], names: Iterable[str]) -> Iterable[tuple[int, str]]:

@@ -18,6 +18,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdcache.public_names import MissingName
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colorbar import Colorbar
@@ -217,7 +219,7 @@ def _checked(words: Sequence[str], scores: Tensor) -> list[float]:
 
 
 def layer_map(
-    scores: Mapping[str, Tensor] | TensorDictBase,
+    scores: Mapping[Any, Tensor] | TensorDictBase,
     *,
     words: Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
@@ -243,10 +245,15 @@ def layer_map(
     import matplotlib.pyplot as plt
 
     leaves: Any = scores.items(True, True) if isinstance(scores, TensorDictBase) else scores.items()
-    named = {".".join(map(str, key)) if isinstance(key, tuple) else str(key): value for key, value in leaves}
-    names, values = list(named), torch.stack([value.detach().float().cpu() for value in named.values()])
-    if values.ndim != 2:
-        raise ValueError(f"a layer map needs one score per position, got shape {tuple(values.shape[1:])} per layer")
+    names, rows = [], []
+    for key, value in leaves:
+        names.append(".".join(map(str, key)) if isinstance(key, tuple) else str(key))
+        rows.append(value.detach().float().cpu())
+    shapes = list(dict.fromkeys(tuple(row.shape) for row in rows))
+    if len(shapes) != 1 or len(shapes[0]) != 1:
+        got = " and ".join(map(str, shapes)) or "no layers"
+        raise ValueError(f"a layer map needs one score per position, as many in every layer; got {got}")
+    values = torch.stack(rows)
     if words is not None:
         _same_number("words=", len(words), "words", values.shape[1], "positions")
     if labels is not None:
@@ -355,3 +362,6 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], sha
         color=_color(share),
     )  # fmt: skip
     axes.add_patch(arrow)
+
+
+__getattr__ = MissingName(__name__)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from time import monotonic
 from typing import Any, NamedTuple, Protocol, TypeGuard, overload
 
 import regex
-from torch import nn
+from torch import Tensor, nn
 
 from tdcache.errors import SelectionError, listed
 from tdcache.paths import near_misses, walk, wrapped
@@ -44,6 +44,8 @@ _MATCH_SECONDS = 1.0
 # A quantified group, a back reference, many quantifiers or many alternations can backtrack without end. What is simpler
 # is at worst polynomial in the length of a path, and regex's own timeout costs five times the match.
 _RISKY = regex.compile(r"(?s)\)[*+{]|\\[1-9]|\(\?[P&R<0-9]*[>=(]|(?:[*+{].*){4,}|(?:\|[^()]*\).*){6,}")
+# TransformerLens' names, and ours: their users write them where paths are meant.
+_CANONICAL = regex.compile(r".*\bhook_|\^?blocks\b")
 
 
 class Groups(dict[str, str]):
@@ -180,22 +182,32 @@ def as_matcher(selector: Selector, match: Match = "full") -> Matcher:
         return AnyOf(tuple(as_matcher(member, match) for member in selector))
     if callable(selector) and not isinstance(selector, type | nn.Module):
         return Where(selector)
-    if isinstance(selector, nn.Module):
-        got = f"the module {type(selector).__name__} itself; the model comes first, then the pattern"
-    else:
-        got = f"{shorten(repr(selector), 120)} ({type(selector).__name__})"
     raise SelectionError(
         "a selector is a regex string, a compiled pattern, a module class, a predicate (path, module) -> bool, "
-        f"or a sequence of these; got {got}",
+        f"or a sequence of these; got {_described(selector)}",
         selector=selector,
     )
+
+
+def _described(stranger: Any) -> str:
+    """What is no selector, in a line: a model or a tensor would print as many."""
+    kind = type(stranger).__name__
+    if isinstance(stranger, nn.Module):
+        return (
+            f"the module {kind} itself: write its path or its class; a factory gets the model from prepare(model), "
+            "and functions take the model first, then the pattern"
+        )
+    if isinstance(stranger, Tensor):
+        return f"a {kind} of shape {tuple(stranger.shape)}"
+    return f"{shorten(repr(stranger), 120)} ({kind})"
 
 
 def _compile(pattern: str, flags: int = 0) -> regex.Pattern[str]:
     try:
         return regex.compile(pattern, flags)
     except regex.error as error:
-        raise SelectionError(f"pattern {pattern!r} is not a valid regex: {error}", selector=pattern) from None
+        glob = "; in a regex, '.*' is what '*' is in a glob" if str(error).startswith("nothing to repeat") else ""
+        raise SelectionError(f"pattern {pattern!r} is not a valid regex: {error}{glob}", selector=pattern) from None
 
 
 def _is_compiled(selector: Any) -> TypeGuard[regex.Pattern[str]]:
@@ -216,27 +228,32 @@ class Selection(Sequence[Site]):
     A sequence of :class:`Site`; ``print(selection)`` shows a table of path, class, parameters and named groups.
     """
 
-    __slots__ = ("_sites", "model_name", "paths", "selector")
+    __slots__ = ("_columns", "model_name", "modules", "paths", "selector")
 
-    def __init__(self, sites: Sequence[Site], *, selector: Selector, model_name: str) -> None:
-        self._sites = tuple(sites)
-        self.paths = tuple([site[0] for site in sites])
+    def __init__(self, sites: Sequence[tuple[Any, ...]], *, selector: Selector, model_name: str) -> None:
+        # Sites are made when they are asked for: most contexts need only paths and modules.
+        self._columns: tuple[Any, ...] = tuple(zip(*sites, strict=True)) or ((), ())
+        self.paths: tuple[str, ...] = self._columns[0]
         """The paths of the sites."""
+        self.modules: tuple[nn.Module, ...] = self._columns[1]
+        """The modules of the sites."""
         self.selector = selector
         self.model_name = model_name
 
     def __len__(self) -> int:
-        return len(self._sites)
+        return len(self.paths)
 
     @overload
     def __getitem__(self, index: int) -> Site: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[Site]: ...
     def __getitem__(self, index: int | slice) -> Site | Sequence[Site]:
-        return self._sites[index]
+        if isinstance(index, slice):
+            return tuple(self)[index]
+        return Site(*[column[index] for column in self._columns])
 
     def __iter__(self) -> Iterator[Site]:
-        return iter(self._sites)
+        return map(Site, *self._columns)
 
     def __repr__(self) -> str:
         head, rows = self._cells()
@@ -250,8 +267,8 @@ class Selection(Sequence[Site]):
         return f"{len(self)} sites of {self.model_name} selected by {self.selector!r}"
 
     def _cells(self) -> tuple[Sequence[str], list[Sequence[str]]]:
-        columns = 4 if any(site.groups for site in self._sites) else 3
-        return _HEAD[:columns], [_row(site)[:columns] for site in self._sites]
+        columns = 4 if any(site.groups for site in self) else 3
+        return _HEAD[:columns], [_row(site)[:columns] for site in self]
 
 
 _HEAD, _RIGHT = ("path", "class", "parameters", "groups"), ("parameters",)
@@ -279,7 +296,7 @@ def select(model: nn.Module, selector: Selector, *, match: Match = "full", allow
     Args:
         model: any ``nn.Module``.
         selector: a regex on the path, a compiled pattern, a module class, a predicate ``(path, module) -> bool``, or
-            a sequence of these (their union).
+            a sequence of these (their union, in which every string must match something).
         match: ``"full"`` (the pattern covers the whole path), ``"prefix"`` or ``"search"``.
         allow_empty: return an empty selection where nothing matches.
 
@@ -309,10 +326,12 @@ def select_matching(
     inner: nn.Module | None = model
     while not sites and inner is not None and (inner := wrapped(inner)) is not None:
         sites = _matches(walk(inner), matcher)
-    if _wants_root(selector):
+    if not (selector and type(selector) is str) and _wants_root(selector):
         sites.insert(0, Site("", model))
-    if not sites and not allow_empty:
-        raise _nothing_matches(model, selector, match)
+    if not allow_empty:
+        if not sites:
+            raise _nothing_matches(model, selector, match)
+        _refuse_unmatched_member(model, matcher, selector, match)
     return Selection(sites, selector=selector, model_name=type(model).__name__)
 
 
@@ -320,7 +339,7 @@ def depends_on_names_only(matcher: Matcher) -> bool:
     """Whether the same modules under the same names always give the same selection; a predicate may change its mind."""
     if isinstance(matcher, AnyOf):
         return all(map(depends_on_names_only, matcher.members))
-    return isinstance(matcher, PathPattern | IsInstance)
+    return type(matcher) in (PathPattern, IsInstance)
 
 
 def distinct_sites(selection: Selection) -> list[Site]:
@@ -331,23 +350,22 @@ def distinct_sites(selection: Selection) -> list[Site]:
     return list(first.values())
 
 
-def _matches(tree: list[tuple[str, nn.Module]], matcher: Matcher) -> list[Site]:
+def _matches(tree: list[tuple[str, nn.Module]], matcher: Matcher) -> list[Any]:
+    """The sites that are meant; without their groups, as in ``tree``, where these are known to be empty."""
     if not isinstance(matcher, PathPattern):
         return [Site(path, module, groups) for path, module in tree if (groups := matcher(path, module)) is not None]
     if matcher.pattern.groupindex:
         find = matcher.finder()  # the common case, without a Python call per module
         return [Site(path, module, Groups(hit)) for path, module in tree if (hit := find(path)) is not None]
-    return [_site((*tree[at], _NO_GROUPS)) for at in _hits(matcher, tuple([path for path, _ in tree]))]
+    paths: tuple[str, ...] = next(zip(*tree, strict=True), ())
+    return list(map(tree.__getitem__, _hits(matcher.pattern, matcher.match, paths)))
 
 
 @lru_cache(maxsize=16)
-def _hits(matcher: PathPattern, paths: tuple[str, ...]) -> tuple[int, ...]:
+def _hits(pattern: regex.Pattern[str], match: Match, paths: tuple[str, ...]) -> tuple[int, ...]:
     """Which of these names a pattern matches; recipes are used again and again on models of one structure."""
-    find = matcher.finder()
+    find = PathPattern(pattern, match).finder()
     return tuple([at for at, path in enumerate(paths) if find(path) is not None])
-
-
-_site: Callable[[tuple[Any, ...]], Site] = partial(tuple.__new__, Site)  # Site._make without a Python call
 
 
 def _wants_root(selector: Selector) -> bool:
@@ -356,12 +374,24 @@ def _wants_root(selector: Selector) -> bool:
     return isinstance(selector, Sequence) and any(_wants_root(member) for member in selector)
 
 
+def _refuse_unmatched_member(model: nn.Module, matcher: Matcher, selector: Selector, match: Match) -> None:
+    """Refuse a list in which some string matches nothing: it is misspelt. Classes and predicates may match nothing."""
+    if isinstance(matcher, AnyOf) and isinstance(selector, Sequence):
+        for member, each in zip(selector, matcher.members, strict=True):
+            if not isinstance(member, str):
+                _refuse_unmatched_member(model, each, member, match)
+            elif member:
+                select_matching(model, each, member, match=match)
+
+
 def _nothing_matches(model: nn.Module, selector: Selector, match: Match) -> SelectionError:
     names = [path for path, _ in walk(model)]
     patterns = patterns_of(selector)
     near = tuple(dict.fromkeys(name for pattern in patterns for name in near_misses(pattern, names)))
     what = f"pattern {patterns[0]!r}" if len(patterns) == 1 else f"selector {selector!r}"
     hint = f"; did you mean {listed(near, 3)}?" if near else f"; the paths are {listed(names)}" if names else ""
+    if any(_CANONICAL.match(pattern) for pattern in patterns):
+        hint += "; canonical names need names=tdcache.names(model), those with 'hook_' style='transformer_lens' in it"
     whole = match == "full" and bool(patterns)
     how = " (patterns match the whole path; match='search' finds them anywhere in it)" if whole else ""
     return SelectionError(

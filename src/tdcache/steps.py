@@ -1,7 +1,7 @@
 """The clock of generation: which forwards read a prompt, and which add tokens to it.
 
 ``generate()`` calls a model once for the prompt and then once for each token. An edit for one of these phases has to
-tell them apart, and everything it can see is what one call feeds and what its cache holds. All of the library asks this
+tell them apart, from nothing but the tokens of one call and the contents of its cache. All of the library uses this
 clock, so that ``steps="decode"`` means the same in an edit, a capture and a run.
 """
 
@@ -11,9 +11,10 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from tdcache.arguments import CACHE_NAMES, Cached, cached_in, forward_names, named_arguments, tokens_fed
+from tdcache.arguments import Cached, cached_in, forward_names, named_arguments, takes_cache, tokens_fed
 from tdcache.errors import ContextError, SelectionError, listed
 from tdcache.inplace import storage_address
 from tdcache.introspect import in_backward
@@ -22,6 +23,8 @@ from tdcache.tables import html_table
 __all__ = ["Clock", "Step", "Steps", "check_steps"]
 
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
+_BY_PAST = "; give steps= a predicate of what is cached, such as lambda step: step.past < 12 for a prompt of 12 tokens"
+_BY_FED = "; give steps= a predicate of what is fed, such as lambda step: step.fed > 1"
 
 
 class Step(NamedTuple):
@@ -42,8 +45,18 @@ class Step(NamedTuple):
         return self.decoded == 0
 
     def _repr_html_(self) -> str:
-        phase = "prefill" if self.is_prefill else "decode"
+        phase = "not told" if isinstance(self, _Untold) else "prefill" if self.is_prefill else "decode"
         return html_table(f"Step ({phase})", self._fields, [[str(value) for value in self]], right=self._fields)
+
+
+class _Untold(Step):
+    """One that can read a prompt or add to it: only asking which is an error."""
+
+    reason: str
+
+    @property
+    def decoded(self) -> int:
+        raise ContextError(self.reason)
 
 
 Steps = Literal["prefill", "decode"] | Callable[[Step], bool] | None
@@ -64,7 +77,7 @@ def check_steps(steps: Any) -> Steps:
 
 
 class Clock:
-    """Tells the step of each forward from what it feeds and what its cache holds.
+    """Determines the step of each forward from its tokens and the contents of its cache.
 
     It listens to the models that receive the cache: every module whose forward takes a cache and tokens, wherever it
     sits below a wrapper; of those that run inside one another the outermost counts. A model without any is one forward
@@ -75,11 +88,10 @@ class Clock:
     prompt of a second turn. It is *decode* if it feeds one token beside a cache; if it feeds what ``logits_to_keep``
     keeps (assisted decoding); or if, without a cache, it repeats the ids of the forward before with one more. The last
     chunk of a prompt may be a single token: it is known by its mask or position ids, which are the next part of the
-    memory of those of the chunk before.
+    memory of those of the chunk before. Where none of this tells, the ``decoded`` of a step is an error.
 
     Args:
         model: the model that the user holds.
-        prompt: the length of the prompt, where that cannot be told; then every token beyond it is decoded.
 
     Attributes:
         receivers: the modules that tick, by path.
@@ -91,12 +103,9 @@ class Clock:
         Step(forward=0, decoded=0, past=0, fed=0)
     """
 
-    def __init__(self, model: nn.Module, *, prompt: int | None = None) -> None:
-        if prompt is not None and (type(prompt) is not int or prompt < 1):
-            raise SelectionError(f"prompt is the number of its tokens, from 1, got {prompt!r}", selector=prompt)
-        self.prompt = prompt
+    def __init__(self, model: nn.Module) -> None:
         self.receivers = _receivers(model)
-        self._counters = {path: _Counter(forward_names(each), prompt) for path, each in self.receivers.items()}
+        self._counters = {path: _Counter(forward_names(each)) for path, each in self.receivers.items()}
         self._running: list[str] = []
         self._step: Step | None = None
 
@@ -104,11 +113,7 @@ class Clock:
         return f"Clock({listed(list(self.receivers))}, {self._step})"
 
     def begin(self, path: str, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """The forward of the receiver at ``path`` begins.
-
-        Raises:
-            ContextError: what it feeds can be a prompt or a continuation of one.
-        """
+        """The forward of the receiver at ``path`` begins."""
         while self._running and not _inside(path, self._running[-1]):  # left by an exception that no hook saw
             self._running.pop()
         if not self._running:
@@ -136,7 +141,11 @@ class Clock:
         return self._step
 
     def acts(self, steps: Steps, path: str) -> bool:
-        """Whether something with these ``steps`` acts at the site ``path`` now."""
+        """Whether something with these ``steps`` acts at the site ``path`` now.
+
+        Raises:
+            ContextError: no receiver is running, or it is not told whether it reads a prompt.
+        """
         if steps is None:
             return True
         step = self.step_at(path)
@@ -151,16 +160,30 @@ class Clock:
 
 
 def _receivers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose forward takes a cache and tokens; without any those nearest the root that take a cache."""
-    found: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        names = forward_names(module)
-        inside = any(_inside(path, each) for each in found)
-        built_in = type(module).__module__.startswith("torch.nn") and path
-        takes = any(name in names for name in CACHE_NAMES) and not built_in
-        if takes and (not inside or any(name in names for name in _TOKENS)):
-            found[path] = module
-    return found or {"": model}
+    """The modules whose forward takes a cache and tokens, and the root if it takes a cache.
+
+    Without any the outermost that take a cache; for layers in a list the model that has the list.
+    """
+    modules = dict(model.named_modules())
+    takes = [
+        path
+        for path, module in modules.items()
+        if takes_cache(forward_names(module)) and not (path and type(module).__module__.startswith("torch.nn"))
+    ]
+    found = [path for path in takes if not path or any(name in _TOKENS for name in forward_names(modules[path]))]
+    found = found or _outermost([_owner(path, modules) for path in _outermost(takes)]) or [""]
+    return {path: modules[path] for path in found}
+
+
+def _outermost(paths: list[str]) -> list[str]:
+    return [path for path in dict.fromkeys(paths) if not any(_inside(path, outer) for outer in paths)]
+
+
+def _owner(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """The path of a module, or if it is an entry of a list or dict, that of the module which has it."""
+    while isinstance(modules[outer := path.rpartition(".")[0]], nn.ModuleList | nn.ModuleDict) and path:
+        path = outer
+    return outer if isinstance(modules[path], nn.ModuleList | nn.ModuleDict) else path
 
 
 def _inside(path: str, outer: str) -> bool:
@@ -175,48 +198,66 @@ class _Decoding:
         self.prompt = total
         self.fed = 0
         self.decoding = False
+        self.chunks = 0
+        """Of how many forwards the prompt consists so far."""
         self.candidates = 0
         """Of the tokens of the first forward, how many an assistant may have proposed."""
+        self.untold = ""
+        """Why it is not told what its forwards do."""
         self.views: dict[Any, Tensor] = {}
 
 
 class _Counter:
     """The steps of one receiver."""
 
-    def __init__(self, names: tuple[str, ...], prompt: int | None) -> None:
+    def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
-        self._prompt = prompt
+        self._takes_cache = takes_cache(names)
         self.reset()
 
     def reset(self) -> None:
         """Forget what was seen."""
         self._forward = -1
         self._ids: Tensor | None = None
-        self._unnamed = _Decoding()
+        self._unnamed = self._latest = _Decoding()
         self._by_cache: dict[int, tuple[weakref.ref[Any], _Decoding]] = {}
 
     def count(self, arguments: Mapping[Any, Any]) -> Step:
         """The step of a forward with these arguments."""
         cached, tokens = cached_in(arguments), tokens_fed(arguments)
         fed = 0 if tokens is None else tokens.shape[1]
-        sequence, known = self._sequence_of(cached, grown=not cached.filled and self._grows(tokens, arguments))
+        before, growth = self._latest, self._growth(tokens)
+        uncached = not self._takes_cache or arguments.get("use_cache") is False or "use_cache" not in arguments
+        repeats = growth == "appended" and uncached and not cached.filled
+        sequence, known = (before, True) if repeats else self._sequence_of(cached)
+        if growth == "appended" and cached.length is not None and cached.length > sequence.total > 0:
+            repeats, cached = True, Cached(cached.cache, 0)  # the model cuts off what its cache holds (CPMAnt)
         past = sequence.total if cached.length is None else cached.length
         step = _Forward(arguments, past, fed, known)
-        if self._prompt is not None:
-            sequence.prompt = min(self._prompt, past + fed)
-            sequence.decoding = past + fed > self._prompt
+        if repeats:
+            sequence.decoding = True
         elif not cached.filled:
-            sequence.decoding = known
-            if not known:
-                sequence.prompt, sequence.candidates = fed, step.candidates
+            sequence.prompt, sequence.candidates, sequence.decoding = fed, step.candidates, False
+            if not self._takes_cache and before.fed and _is_token(tokens, before.fed):
+                sequence.untold = (
+                    "a single token of a model that takes no cache can be a prompt or one that is added" + _BY_FED
+                )
+            elif growth == "inserted" and (uncached or cached.cache is not None):
+                sequence.untold = "ids of the forward before with one between them can be another prompt" + _BY_FED
         elif step.decodes(sequence):
             self._begin_decoding(sequence, step)
         else:
             sequence.decoding, sequence.prompt = False, past + fed
+        self._latest = sequence
+        sequence.chunks = 0 if sequence.decoding else sequence.chunks + 1
         decoded = self._decoded(sequence, step)
         sequence.total, sequence.fed, sequence.views = past + fed, fed, step.views
         self._forward += 1
-        return Step(self._forward, decoded, past, fed)
+        if not sequence.untold:
+            return Step(self._forward, decoded, past, fed)
+        untold = _Untold(self._forward, None, past, fed)  # type: ignore[arg-type]
+        untold.reason = sequence.untold
+        return untold
 
     def _begin_decoding(self, sequence: _Decoding, step: _Forward) -> None:
         if sequence.decoding:
@@ -232,13 +273,12 @@ class _Counter:
         # A window that slides over the ids feeds no more of them, and yet adds one.
         return max(1, step.past + step.fed - sequence.prompt) if sequence.decoding else 0
 
-    def _sequence_of(self, cached: Cached, *, grown: bool) -> tuple[_Decoding, bool]:
+    def _sequence_of(self, cached: Cached) -> tuple[_Decoding, bool]:
         """What is known of the sequence that a cache belongs to, and whether anything is."""
-        if grown:
-            return self._unnamed, True
         if cached.cache is None:
-            self._unnamed = _Decoding()
-            return self._unnamed, False
+            known = cached.filled and self._unnamed.total == cached.length
+            self._unnamed = self._unnamed if known else _Decoding(cached.length or 0)
+            return self._unnamed, known
         key = id(cached.cache)
         reference, sequence = self._by_cache.get(key, (None, self._unnamed))
         known = reference is not None and reference() is cached.cache
@@ -253,21 +293,34 @@ class _Counter:
             self._unnamed = sequence
         return sequence, known
 
-    def _grows(self, tokens: Tensor | None, arguments: Mapping[Any, Any]) -> bool:
-        """Whether the fed ids are those of the forward before with one more: generation without a cache."""
+    def _growth(self, tokens: Tensor | None) -> Literal["", "appended", "inserted"]:
+        """How the fed ids are those of the forward before with one more; a full context window slides."""
         before, self._ids = self._ids, None
-        uses_cache = arguments.get("use_cache") is not False and "use_cache" in arguments
-        if tokens is None or tokens.dim() != 2 or tokens.is_floating_point() or uses_cache:
-            return False
+        if tokens is None or tokens.dim() != 2 or tokens.is_floating_point():
+            return ""
         self._ids = tokens.detach().clone()  # the caller may write into its own
         if before is None or before.shape[0] != tokens.shape[0] or before.device != tokens.device:
-            return False
-        if tokens.shape[1] == before.shape[1] and self._unnamed.decoding:
-            before = before[:, 1:]  # a full context window slides
+            return ""
+        if tokens.shape == before.shape and (self._latest.decoding or not torch.equal(tokens, before)):
+            before = before[:, 1:]
         if tokens.shape[1] != before.shape[1] + 1 or not before.shape[1]:
-            return False
-        # Beams change their rows: each begins as some row did.
-        return bool((tokens[:, None, :-1] == before[None]).all(-1).any(1).all())
+            return ""
+        if _begin_as(tokens[:, :-1], before):
+            return "appended"
+        same_end = before.shape[1] > 1 and torch.equal(tokens[:, -1], before[:, -1])  # such as a mask (XLM)
+        return "inserted" if same_end and _begin_as(tokens[:, :-2], before[:, :-1]) else ""
+
+
+def _begin_as(rows: Tensor, before: Tensor) -> bool:
+    """Whether each row is one of those before; beams change theirs."""
+    return bool((rows[:, None] == before[None]).all(-1).any(1).all())
+
+
+def _is_token(tokens: Tensor | None, before: int) -> bool:
+    """Whether one token a row is fed, after ``before``: an id, or a vector after several."""
+    if tokens is None or tokens.shape[1] != 1:
+        return False
+    return (tokens.dim() == 2 and not tokens.is_floating_point()) or (tokens.dim() == 3 and before > 1)
 
 
 class _Forward:
@@ -279,6 +332,8 @@ class _Forward:
         self.candidates = keep - 1 if type(keep) is int and 1 < keep <= fed else 0
         self.assisted = 1 < fed == self.candidates + 1
         self._is_encoder_decoder = "decoder_input_ids" in arguments and "logits_to_keep" not in arguments
+        self._takes_positions = "position_ids" in arguments
+        self._permutes = arguments.get("perm_mask") is not None
         self.views = {
             name: each
             for name, each in arguments.items()
@@ -286,23 +341,31 @@ class _Forward:
         }
 
     def decodes(self, sequence: _Decoding) -> bool:
-        """Whether it adds to the prompt, of which something is cached."""
+        """Whether it adds to the prompt, of which something is cached; in the sequence is noted if it is not told."""
         if self.fed > 1:
             if self._is_encoder_decoder and self.known:
-                raise ContextError(
+                sequence.untold = (
                     f"{self.fed} tokens beside {self.past} cached ones can be candidates of assisted decoding or more "
-                    "of the prompt, and this model takes no logits_to_keep, which tells them apart; give the clock "
-                    "the prompt's length: prompt=..."
+                    "of the prompt, and this model takes no logits_to_keep, which tells them apart" + _BY_PAST
                 )
+            elif self._permutes:
+                sequence.untold = "beside a perm_mask, tokens are fed again of which some are cached" + _BY_PAST
             return self.assisted
-        if sequence.decoding or not self.known or not self._continues(sequence):
+        if sequence.decoding or not self.known:
             return True
-        if sequence.fed > 1:
+        if self._continues(sequence):
+            if sequence.fed == 1:
+                sequence.untold = (
+                    "a single token whose mask is a view of the same memory as the one before can be a chunk of a "
+                    "prompt or a token that is added" + _BY_PAST
+                )
             return False  # the rest of a prompt that was cut into chunks
-        raise ContextError(
-            "a single token whose mask is a view of the same memory as the one before can be a chunk of a prompt or a "
-            "token that is added; give the clock the prompt's length: prompt=..., or pass masks of their own memory"
-        )
+        if sequence.chunks > 1 and not (self.views or self._takes_positions):
+            sequence.untold = (
+                "a single token after several chunks of a prompt can be the rest of it or a token that is added, as "
+                "neither a mask nor position_ids are given" + _BY_PAST
+            )
+        return True
 
     def _continues(self, sequence: _Decoding) -> bool:
         """Whether a mask or position ids are the next part of the tensor that those before were a part of."""

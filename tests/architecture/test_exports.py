@@ -37,7 +37,12 @@ def gathered_by(source: Source) -> set[str]:
     """Public names that an ``__init__`` imports, when loaded, from the package's own modules with ``from``."""
     froms = {node.lineno for node in ast.walk(source.tree) if isinstance(node, ast.ImportFrom)}
     own = [each for each in imports_of(source) if each.line in froms and each.when_loaded and each.at_run_time]
-    names = {each.name.rpartition(".")[2] for each in own if each.name.split(".")[0] == PACKAGE}
+    # public_names answers for names that are not exported; that is no export.
+    names = {
+        each.name.rpartition(".")[2]
+        for each in own
+        if each.name.split(".")[0] == PACKAGE and "public_names" not in each.name
+    }
     return {name for name in names if is_public(name)}
 
 

@@ -8,7 +8,7 @@ import pytest
 from architecture.source_tree import PACKAGE, Source, imports_of, package_sources
 
 FLOORS = (
-    ("errors", "types"),
+    ("errors", "public_names", "types"),
     (
         *(
             "arguments",

@@ -410,3 +410,17 @@ def test_what_a_module_without_a_rule_loses_is_reported_as_a_gap():
     torch.testing.assert_close(sites["gap", "1"], torch.zeros_like(value))
     ruled = run(LRP(target=1, rules=((Squared, Pass()), (nn.Linear, Epsilon(0.0)))), model, x)
     torch.testing.assert_close(ruled["gap", "input"], torch.zeros_like(value))
+
+
+def test_a_module_with_parameters_beside_its_submodules_needs_a_rule_too():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixed = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.mixed(x, x, x)[0].sum(1)
+
+    with pytest.warns(TdcacheWarning, match=r"LRP has no rule for 'mixed \(MultiheadAttention\)': "):
+        td = run(LRP(target=1), Attention().eval(), torch.randn(3, 5, 4))
+    assert td["gap", "input"].abs().max() > 1e-3

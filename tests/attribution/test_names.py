@@ -4,6 +4,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from attribution.nets import Counter
 from named_model import HEADS, LAYERS, Transformer, ids, table
 from tdcache import AttributionError, CanonicalNameError, DirectionError, NamedPlace, Names
 from tdcache.attribution import (
@@ -158,3 +159,21 @@ def test_a_unit_of_a_name_is_a_target(model, names):
     found = scores(GradientXActivation("blocks.0.resid_post", target=unit, names=names), model)
     plain = scores(GradientXActivation(r"blocks\.0", target=Unit("blocks.1.mlp.1", (-1, 2))), model)
     assert torch.equal(found["attr", "blocks.0.resid_post"], plain["attr", "blocks.0"])
+
+
+def test_rows_are_told_apart_at_names_so_that_points_share_a_forward(model, names, monkeypatch):
+    corrupt = {"corrupt": TensorDict({"input": torch.flip(ids(), dims=[1])}, batch_size=[2])}
+    every = r"blocks\.\d\.(attn\.(z|pattern)|mlp\.contribution)"
+    method = AttributionPatching(every, target=right, names=names, modifiers=[StopGradient("embed", names=names)])
+    expected = scores(AttributionPatching(every, target=right, names=names), model, **corrupt)
+    counter = Counter(model, monkeypatch)
+    found = scores(method, model, **corrupt)
+    assert counter.counts == (1, 1)  # the axes of rows are known from the call before
+    for key in expected["attr"].keys():  # noqa: SIM118
+        torch.testing.assert_close(found["attr", key], expected["attr", key])
+
+
+def test_gaps_are_known_at_names(model, names):
+    td = scores(DirectLogitAttribution(names=names, target=right), model)
+    # Float32 sums of 30 products of numbers below 2.
+    torch.testing.assert_close(td["gap", "bias"], torch.zeros(2), rtol=0, atol=1e-5)

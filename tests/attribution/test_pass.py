@@ -10,7 +10,7 @@ from model_state import state_of
 from rounding import assert_same_but_rounding
 from small_models import MLP, Pair, Residual, Tied
 from stable_ids import stable_id
-from tdcache import ActivationCaching, AttributionError, HookingContextFactory, MultiHookManager
+from tdcache import ActivationCaching, AttributionError, First, HookingContextFactory, Mean, MultiHookManager, Stack
 from tdcache import CompositeHookingContextFactory as Together
 from tdcache.attribution import (
     LRP,
@@ -121,6 +121,25 @@ def test_beside_caching_a_path_runs_apart_and_the_cache_holds_the_users_rows_las
         td = hooked(TensorDict({"input": x}, batch_size=[4]))
     torch.testing.assert_close(td["attr", "input"], alone["attr", "input"])
     torch.testing.assert_close(hooked.cache["c1"], model.c1(x).detach())
+
+
+@pytest.mark.parametrize("factory", [IntegratedGradients(target=0, n_steps=3), LRP("c1", target=0)], ids=type)
+def test_reducers_of_a_cache_count_the_users_rows_once(factory):
+    model, x = ConvNet().eval(), images()
+    seen = []
+    caches = [ActivationCaching("c1", reducer=Mean()), ActivationCaching("head", reducer=Stack())]
+    first = ActivationCaching("c2", reducer=First())
+    with first.prepare(model) as outer, Together(*caches, factory).prepare(model) as hooked:
+        handle = model.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+        hooked(TensorDict({"input": x}, batch_size=[4]))
+        handle.remove()
+    value = model.c1(x).detach()
+    # One mean over 576 numbers in float64, rounded once.
+    torch.testing.assert_close(hooked.cache["c1"], value.mean(0), rtol=0, atol=1e-6)
+    assert torch.equal(hooked.cache["head"], model(x).detach()[None])
+    assert torch.equal(outer.cache["c2"], model.c2(model.r1(value)).detach())
+    assert len(seen) > 1
+    assert torch.equal(seen[-1], model(x))  # a hook of the user's sees every forward, that of the rows last
 
 
 class AddOne(HookingContextFactory):

@@ -316,3 +316,12 @@ def test_a_baseline_that_names_no_input_at_all_is_refused():
         AttributionError, match=r"data\['baseline'\] is a tensor; say of which input, data\['baseline', 'i"
     ):
         run(IntegratedGradients(n_steps=2), Thrice(), data, 4)
+
+
+@pytest.mark.parametrize(("node", "key"), [("baseline", "baselines"), ("baseline", "Base_line"), ("corrupt", "corupt")])
+def test_misspelt_baselines_and_counterfactuals_do_not_count_as_zeros(node, key):
+    method = IntegratedGradients(n_steps=2) if node == "baseline" else AttributionPatching("layer", call=0)
+    data = {"input": torch.ones(4, 3), key: {"input": torch.ones(4, 3)}, "labels": {"input": torch.ones(4, 3)}}
+    with pytest.raises(AttributionError, match=rf"entries '{key}' and none '{node}'; did you mean data\['{node}', 'i"):
+        run(method, Thrice(), data, 4)
+    run(method, Thrice(), {**data, node: {"input": torch.zeros(4, 3)}}, 4)  # both: one of them is meant

@@ -6,6 +6,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from attribution.nets import ConvNet, Transformer
+from tdcache import AttributionError
 from tdcache import CompositeHookingContextFactory as Together
 from tdcache.attribution import (
     LRP,
@@ -239,3 +240,74 @@ def test_the_rows_of_a_gap_are_not_told_from_a_length():
     wanted = (model(x) - model(start))[:, 0].detach()
     torch.testing.assert_close(td["attr", "inner"].sum((0, 2)) - wanted, td["gap", "inner"], rtol=0, atol=1e-12)
     assert td["gap", "inner"].abs().max() < 1e-9
+
+
+class Routed(nn.Module):
+    """Two experts, each given only the tokens that its sign routes to it, as a list of rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        mixed = tokens
+        for number, expert in enumerate(self.experts):
+            rows = ((tokens[:, 0] > 0) == bool(number)).nonzero()[:, 0]
+            if len(rows):
+                mixed = mixed.index_add(0, rows, expert(tokens[rows]).tanh())
+        return self.head(mixed.view_as(x).mean(1))
+
+
+def routed():
+    torch.manual_seed(0)
+    model, x = Routed().double(), torch.randn(2, 3, 3, dtype=torch.float64)
+    x[..., 0] = torch.tensor([[1.0, 2.0, -1.0], [1.0, -1.0, -2.0]])
+    other = x.clone()
+    other[..., 0] = torch.tensor([[-1.0, -2.0, -1.0], [1.0, -1.0, -2.0]])  # one token for the second expert, not three
+    return model, x, other
+
+
+@pytest.mark.parametrize(
+    ("factory", "key"),
+    [
+        (AttributionPatching(r"experts\.1", target=0), "corrupt"),
+        (IntegratedGradients(r"experts\.1", target=0, n_steps=4), "baseline"),
+        (InternalInfluence(r"experts\.1", target=0, n_steps=4), "baseline"),
+        (Conductance(r"experts\.1", target=0, n_steps=4), "baseline"),
+        (EdgeAttributionPatching(r"experts\.1", "head", target=0), "corrupt"),
+    ],
+    ids=lambda each: type(each).__name__ if not isinstance(each, str) else each,
+)
+def test_an_expert_that_is_given_other_rows_is_refused_not_broadcast(factory, key):
+    model, x, other = routed()
+    with pytest.raises(AttributionError) as raised:
+        run(factory, model, {"input": x, key: {"input": other}})
+    assert str(raised.value).startswith("'experts.1' has shape (")
+    assert "for others, so that its rows cannot be compared; select modules that every row passes" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "key"), [(AttributionPatching, "corrupt"), (IntegratedGradients, "baseline")], ids=["patching", "path"]
+)
+def test_an_expert_that_some_inputs_never_reach_is_refused_where_two_runs_are_compared(method, key):
+    model, x, _ = routed()
+    away = x.clone()
+    away[..., 0] = -1.0
+    factory = method(r"experts\.1", target=0, allow_unused=True)
+    with pytest.raises(AttributionError, match=r"has shape \(3, 3\) for some inputs of this method and does not run"):
+        run(factory, model, {"input": x, key: {"input": away}})
+
+
+def test_a_path_to_zero_at_an_expert_is_that_of_its_own_rows():
+    model, x, _ = routed()
+    td = run(IntegratedGradients(r"experts\.1", target=0, n_steps=40, baseline=0.0), model, {"input": x})
+    kept = []
+    with model.experts[1].register_forward_hook(lambda module, args, output: kept.append(output.detach())):
+        with_expert = model(x)
+    with model.experts[1].register_forward_hook(lambda module, args, output: torch.zeros_like(output)):
+        without = model(x)
+    assert td["attr", "experts.1"].shape == kept[0].shape == (3, 3)
+    rise = (with_expert - without)[:, 0].sum().detach()
+    torch.testing.assert_close(td["attr", "experts.1"].sum(), rise, rtol=0, atol=1e-9)  # 40 Gauss points

@@ -134,8 +134,7 @@ def test_unused_layers_have_scores_of_zero_where_that_is_allowed(method, rows):
     td = run(method, Skips(), data, rows, in_keys=["x", "extra"])
     assert td["attr", "used"].abs().sum() > 0
     assert ("attr", "never") not in td
-    if not isinstance(method, InternalInfluence):
-        assert torch.equal(td["attr", "idle"], torch.zeros(2, 2))
+    assert torch.equal(td["attr", "idle"], torch.zeros(2, 2))
 
 
 def test_unused_inputs_have_scores_of_zero_where_that_is_allowed():

@@ -167,6 +167,43 @@ def test_disable_hooks_and_disable_as_a_tdhook_script_uses_them(model, x):
         assert torch.equal(hooked(x), plain + 1)
 
 
+@pytest.mark.parametrize("installed_by", ["tdcache", "torch"])
+def test_a_recipe_may_return_the_handle_of_its_one_hook(model, x, installed_by):
+    def one_more(module, args, output):
+        return output + 1
+
+    class One(HookingContextFactory):
+        def _hook_module(self, module):
+            if installed_by == "torch":
+                return module.model.register_forward_hook(one_more)
+            return module.register_submodule_hook("", one_more)
+
+    plain, before = model(x), state_of(model)
+    with CompositeHookingContextFactory(One(), One()).prepare(model) as hooked:
+        with hooked.disable_context() as own:
+            assert torch.equal(own(x), plain)
+        with hooked.paused():
+            assert torch.equal(hooked(x), plain)
+        assert torch.equal(hooked(x), plain + 1 + 1)
+    assert state_of(model) == before
+
+
+def test_a_recipe_that_returns_no_handle_is_told_what_to_return(model):
+    class Forgetful(HookingContextFactory):
+        def _hook_module(self, module):
+            return None
+
+    with (
+        pytest.raises(
+            ContextError,
+            match=r"^Forgetful\._hook_module returned None, which cannot remove its hooks: return a "
+            r"MultiHookHandle, or the handle of the one hook",
+        ),
+        Forgetful().prepare(model),
+    ):
+        pass
+
+
 def test_disable_restores_the_module_and_prepares_it_again(model):
     factory = Replacing()
     with factory.prepare(model) as hooked:

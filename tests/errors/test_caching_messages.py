@@ -287,7 +287,8 @@ ERRORS = {
     ),
     "a cache that a recipe does not have": (
         lambda: HookedModule.from_module(linears()).cache,
-        "this hooked module has no cache; prepare a caching factory such as ActivationCaching",
+        "this hooked module has no cache; prepare a caching factory such as ActivationCaching (scores of an "
+        "attribution are in the TensorDict that the call returns)",
     ),
     "a context that a hooked module does not have": (
         lambda: HookedModule.from_module(linears()).restore(),

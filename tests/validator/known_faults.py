@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from validator.answers import one_line
-from validator.own_models import Convolutions, Tied, WithNone
+from validator.own_models import Images, Tied, WithNone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +50,10 @@ def prompt() -> dict[str, Tensor]:
 def nnsight_keeps_what_is_overwritten() -> str | None:
     import nnsight
 
-    model, x = Convolutions(inplace=True).eval(), torch.randn(1, 3, 8, 8)
-    wanted, traced = model.first(x), nnsight.NNsight(model)
+    model, x = Images(inplace=True).eval(), torch.randn(1, 3, 8, 8)
+    wanted, traced = model.conv(x), nnsight.NNsight(model)
     with torch.no_grad(), traced.trace(x=x):
-        value = traced.first.output.save()
+        value = traced.conv.output.save()
     return None if torch.equal(value, wanted) else "the values after the ReLU were returned as those before it"
 
 

@@ -7,18 +7,8 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 
+from model_zoo import Images, Tagger
 from validator.subjects import Subject, found
-
-
-class Tagger(nn.Module):
-    """An LSTM over a sequence; the site returns a tuple with a tuple in it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x)[0])
 
 
 class Perceptron(nn.Module):
@@ -30,18 +20,6 @@ class Perceptron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
-
-
-class Convolutions(nn.Module):
-    """Two convolutions; the first one's output is overwritten by the ReLU after it if that is asked for."""
-
-    def __init__(self, *, inplace: bool) -> None:
-        super().__init__()
-        self.first, self.relu = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=inplace)
-        self.second, self.head = nn.Conv2d(4, 4, 3), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.relu(self.first(x))).mean((2, 3)))
 
 
 class Tied(nn.Module):
@@ -110,8 +88,8 @@ def own_subjects() -> list[Subject]:
     torch.manual_seed(0)
     return [
         subject("MLP", Perceptron(), "layers.0", (3, 6)),
-        subject("CNN", Convolutions(inplace=False), "first", (2, 3, 8, 8), 2),
-        subject("CNN, ReLU in place", Convolutions(inplace=True), "first", (2, 3, 8, 8), 2),
+        subject("CNN", Images(inplace=False), "conv", (2, 3, 8, 8), 2),
+        subject("CNN, ReLU in place", Images(inplace=True), "conv", (2, 3, 8, 8), 2),
         subject("LSTM", Tagger(), "rnn", (2, 5, 4)),
         subject("tied modules", Tied(), "alias", (2, 5, 4)),
         subject("(tensor, None)", WithNone(), "pair", (2, 5, 4)),

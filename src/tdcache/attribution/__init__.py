@@ -42,6 +42,7 @@ from tdcache.attribution.reductions import attention_rollout, difference_x_gradi
 from tdcache.attribution.rollout import AttentionRollout
 from tdcache.attribution.smoothgrad import SmoothGrad
 from tdcache.attribution.targets import Unit
+from tdcache.public_names import MissingName
 
 __all__ = [
     "ActivationMaximisation",
@@ -94,3 +95,5 @@ __all__ = [
     "transformer_rules",
     "uniform",
 ]
+
+__getattr__ = MissingName(__name__)

@@ -102,8 +102,8 @@ class QKAttributionPatching(RoleAttribution):
             key, _ = self._split(base.values[k], width, str(k.name))
             scale = width**-0.5 if self.scale is None else self.scale
             layer = _Layer.of(query, key, base.values[p], scale, self.mask, str(p.name))
-            new_query = self._split(other.values[q], None, str(q.name))[0]
-            new_key = self._split(other.values[k], width, str(k.name))[0]
+            new_query = self._split(other.beside(q, base.values[q]), None, str(q.name))[0]
+            new_key = self._split(other.beside(k, base.values[k]), width, str(k.name))[0]
             for name, seen in grads.items():
                 grad = wide(seen.grads[p])
                 scores[key_of(self.name, name, q)] = layer.query_effect(new_query, grad)

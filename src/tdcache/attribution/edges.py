@@ -90,7 +90,9 @@ class EdgeAttributionPatching(RoleAttribution):
                 (self._between(frame, corrupt, stream, clean, other, node), weight) for node, weight in self.nodes
             ]
             yield self._ask_gradients(frame, sums, points, readers)
-        change = {place: wide(other.values[place]) - wide(clean.values[place]) for place in writers}
+        change = {
+            place: wide(other.beside(place, clean.values[place])) - wide(clean.values[place]) for place in writers
+        }
         return {
             (*key_of(self.name, name, writer), str(reader.name)): self._score(change[writer], total.sums[reader])
             for name, total in sums.items()
@@ -113,7 +115,8 @@ class EdgeAttributionPatching(RoleAttribution):
     ) -> Point:
         """The point ``A' + node * (A - A')``, of the inputs or of the embeddings."""
         if stream:
-            mixed = Between({place: other.values[place] for place in stream}, clean.values, node)
+            ends = {place: other.beside(place, clean.values[place]) for place in stream}
+            mixed = Between(ends, clean.values, node)
             return frame.point(("edges", id(self), node), replace=mixed)
         if not frame.inputs():
             raise AttributionError(

@@ -89,8 +89,12 @@ class Frame:
         keys = self.method.inputs
         if keys is not None:
             self._refuse_unknown("inputs=", keys)
-        found = {key: self.data.get(key) for key in self.runner.in_keys if keys is None or key in keys}
-        return {key: tensor for key, tensor in found.items() if tensor is not None and tensor.is_floating_point()}
+        found: dict[CacheKey, Tensor] = {}
+        for key in self.runner.in_keys:
+            tensor = self.data.get(key) if keys is None or key in keys else None
+            if tensor is not None and tensor.is_floating_point():
+                found[key] = tensor
+        return found
 
     def explained(self) -> list[Place]:
         """The inputs that can be explained.
@@ -132,13 +136,26 @@ class Frame:
             raise AttributionError(
                 f"data[{node!r}] is a tensor; say of which input, data[{node!r}, {self.runner.in_keys[0]!r}]"
             )
-        if there is not None:
+        if there is None:
+            self._refuse_misspelt(node)
+        else:
             self._refuse_unknown(node, there.keys(include_nested=True, leaves_only=True))
         for key in self.runner.in_keys:
             value = self.data.get((node, key) if isinstance(key, str) else (node, *key), None)
             if value is not None:
                 given[key] = _fitted(value, self.data.get(key), node, key)
         return given
+
+    def _refuse_misspelt(self, node: str) -> None:
+        """Refuse ``data["baselines", ...]``: what it holds would count as not given, and so as zeros."""
+        nodes = [key for key, value in self.data.items() if isinstance(value, TensorDictBase)]
+        read = {key[0] for key in (*self.runner.in_keys, *self.runner.out_keys) if isinstance(key, tuple)}
+        others = set(nodes) - read - {"attr", "gap", "baseline", "corrupt"}
+        for key in get_close_matches(node, others, n=1, cutoff=0.75):
+            raise AttributionError(
+                f"the TensorDict has entries {key!r} and none {node!r}; did you mean data[{node!r}, "
+                f"{self.runner.in_keys[0]!r}]? Give the entries another name if they are none of {node!r}"
+            )
 
     def _refuse_unknown(self, node: str, keys: Iterable[Any]) -> None:
         """Refuse entries that name nothing: the input they are meant for would be compared with zeros."""

@@ -27,6 +27,7 @@ __all__ = [
     "Seen",
     "key_of",
     "one_backward",
+    "same_rows",
 ]
 
 
@@ -54,9 +55,9 @@ class Seen:
     def __call__(self, view: View) -> None:
         """Keep the values and gradients of the view."""
         if self.with_values:
-            self.values = {place: view.value(place) for place in self.places if view.ran(place)}
+            self.values = view.values(self.places)
         if self.with_grads:
-            self.grads = {place: view.grad(place) for place in self.places if view.reached(place)}
+            self.grads = view.grads(self.places)
         self.target = view.target
 
     def needed_target(self) -> Tensor:
@@ -69,9 +70,28 @@ class Seen:
             raise AttributionError("the target was not computed")
         return self.target
 
+    def beside(self, place: Place, value: Tensor) -> Tensor:
+        """What this run has at a place, to be compared with another run's ``value``; see :func:`same_rows`."""
+        return same_rows(place, self.values.get(place), value)
+
     def grad(self, place: Place, like: Tensor) -> Tensor:
         """The gradient, or zeros, in at least single precision."""
         return wide(self.grads[place]) if place in self.grads else torch.zeros_like(wide(like))
+
+
+def same_rows(place: Place, there: Tensor | None, value: Tensor) -> Tensor:
+    """``there``, which one run has at a place, to be combined with another run's ``value`` element by element.
+
+    Raises:
+        AttributionError: it has another shape, or there is none: a router gives an expert other rows in each run.
+    """
+    if there is None or there.shape != value.shape:
+        found = "does not run" if there is None else f"has shape {tuple(there.shape)}"
+        raise AttributionError(
+            f"{place.name!r} has shape {tuple(value.shape)} for some inputs of this method and {found} for others, so "
+            "that its rows cannot be compared; select modules that every row passes, such as the one around the experts"
+        )
+    return there
 
 
 def one_backward(frame: Frame, places: Sequence[Place]) -> tuple[dict[str | None, Seen], list[Ask]]:

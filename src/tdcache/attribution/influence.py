@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdcache.attribution.base import SiteAttribution, Work
 from tdcache.attribution.frame import Baseline, Frame
-from tdcache.attribution.gradients import key_of
+from tdcache.attribution.gradients import key_of, same_rows
 from tdcache.attribution.integrated import PathEnds, WeightedSum, WeightedTerm, gap_key
 from tdcache.attribution.place import Place
 from tdcache.attribution.point import Ask, View, wide
@@ -57,8 +57,9 @@ class InternalInfluence(_PathMethod):
         frame.explained()  # integers have no path: the error says what to do
         path = frame.path(self.baseline)
         sums = {name: WeightedSum() for name in frame.targets}
+        values = places if self.allow_unused else ()  # where no gradient comes, zeros of their shape
         yield [
-            frame.ask(path(node), WeightedTerm(sums[name], weight, places), target, grads=places)
+            frame.ask(path(node), WeightedTerm(sums[name], weight, places), target, values=values, grads=places)
             for name, target in frame.targets.items()
             for node, weight in self.nodes
         ]
@@ -131,9 +132,10 @@ class _Steps:
             if place not in self.waiting[low] or place not in self.waiting[low + 1]:
                 continue
             (before, grad), (after, next_grad) = self.waiting[low][place], self.waiting[low + 1][place]
+            change = same_rows(place, after, before) - before
             slope = (grad + next_grad) / 2 if self.average else grad
-            term = slope * (after - before)  # g_k (a_{k+1} - a_k)
-            self.sums[place] = self.sums[place] + term if place in self.sums else term
+            term = slope * change  # g_k (a_{k+1} - a_k)
+            self.sums[place] = same_rows(place, self.sums[place], term) + term if place in self.sums else term
         self.done.add(low)
         for at in (low, low + 1):  # a point between two steps that are done is not needed any more
             if (at == 0 or at - 1 in self.done) and (at == self.count - 1 or at in self.done):
@@ -149,10 +151,10 @@ class _StepSink:
 
     def __call__(self, view: View) -> None:
         steps, at = self.steps, self.at
-        values = {place: wide(view.value(place)) for place in steps.places if view.ran(place)}
-        grads = {place: wide(view.grad(place)) for place in values if view.reached(place)}
+        grads = view.grads(steps.places)
         steps.waiting[at] = {
-            place: (value, grads.get(place, torch.zeros_like(value))) for place, value in values.items()
+            place: (wide(value), wide(grads.get(place, torch.zeros_like(value))))
+            for place, value in view.values(steps.places).items()
         }
         for low in (at - 1, at):
             if low in steps.waiting and low + 1 in steps.waiting:

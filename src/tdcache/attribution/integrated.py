@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdcache.attribution.base import Scores, SiteAttribution, Work
 from tdcache.attribution.frame import Baseline, Frame, nothing
-from tdcache.attribution.gradients import Seen, key_of
+from tdcache.attribution.gradients import Seen, key_of, same_rows
 from tdcache.attribution.place import Place
 from tdcache.attribution.point import Ask, Between, Point, View, wide
 from tdcache.attribution.quadrature import quadrature
@@ -48,12 +48,13 @@ class WeightedTerm:
 
     def __call__(self, view: View) -> None:
         """Add the gradients of the point."""
-        sums = self.total.sums
-        for place in self.places:
-            if not view.reached(place):
-                continue
-            term = wide(view.grad(place))
-            sums[place] = torch.add(sums[place], term, alpha=self.weight) if place in sums else term * self.weight
+        sums, grads = self.total.sums, view.grads(self.places)
+        for place, value in view.values(self.places).items():
+            grads.setdefault(place, torch.zeros_like(value))
+        for place, grad in grads.items():
+            term = wide(grad)
+            known = same_rows(place, sums[place], term) if place in sums else None
+            sums[place] = term * self.weight if known is None else torch.add(known, term, alpha=self.weight)
 
 
 class IntegratedGradients(SiteAttribution):
@@ -126,7 +127,8 @@ class IntegratedGradients(SiteAttribution):
             frame.ask(frame.base, high, values=places),
             frame.ask(start, low if inputs else nothing, values=places if inputs else ()),
         ]
-        ends = {place: (self._low(low, top, place), top) for place, top in high.values.items()}
+        known = low if inputs else None
+        ends = {place: (self._low(known, top, place), top) for place, top in high.values.items()}
         asks: list[Ask] = []
         found = []
         for group in [list(ends)] if self.joint else [[place] for place in ends]:
@@ -158,9 +160,9 @@ class IntegratedGradients(SiteAttribution):
             return frame.base, False
         return frame.point(("baseline", id(self)), inputs=known), True
 
-    def _low(self, low: Seen, high: Tensor, place: Place) -> Tensor:
-        if low.values:
-            return low.values[place]
+    def _low(self, low: Seen | None, high: Tensor, place: Place) -> Tensor:
+        if low is not None:
+            return low.beside(place, high)
         value = 0.0 if self.baseline is None else self.baseline
         if not isinstance(value, Tensor):
             return torch.full_like(high, float(value))  # type: ignore[arg-type]  # others made a point

@@ -64,7 +64,7 @@ class DirectLogitAttribution(RoleAttribution):
             raise TypeError("DirectLogitAttribution takes writers and norm=, or names=tdcache.names(model)")
         if names is not None:
             writers = _writers_of(names) if writers is None else writers
-            norm = _exactly(names[names.spelled("final_norm")].name) if norm is None else norm
+            norm = regex.escape(names[names.spelled("final_norm")].name) if norm is None else norm
         norm = "" if norm is None else norm
         modifiers = (*options.pop("modifiers", ()), FreezeNorm(norm, names))
         super().__init__(modifiers=modifiers, names=names, **options)
@@ -146,7 +146,7 @@ class LogitLens(SiteAttribution):
         if names is None and (selector is None or unembed is None):
             raise TypeError("LogitLens takes a selector, norm= and unembed=, or names=tdcache.names(model)")
         if names is not None and selector is None:
-            selector = list(map(_exactly, names.in_blocks("resid_post")))
+            selector = list(map(regex.escape, names.in_blocks("resid_post")))
         super().__init__(selector, names=names, **options)
         self.norm = norm
         self.unembed = unembed
@@ -183,10 +183,6 @@ class LogitLens(SiteAttribution):
         return modules, stream
 
 
-def _exactly(name: str) -> str:
-    return regex.escape(name)
-
-
 def _writers_of(names: Names) -> list[str]:
     """The names of all that is added to the one stream that logits are made of."""
     stream = names.reading_stream()
@@ -197,4 +193,4 @@ def _writers_of(names: Names) -> list[str]:
         )
     parts = ("attn", "mixer", "cross_attn", "mlp", "mlp2")
     written = names.in_blocks(*(f"{part}.contribution" for part in parts), prefix=stream.prefix)
-    return [_exactly(name) for name in (*map(names.spelled, stream.embeddings), *written)]
+    return [regex.escape(name) for name in (*map(names.spelled, stream.embeddings), *written)]

@@ -56,7 +56,7 @@ class AttributionPatching(SiteAttribution):
         """Ask for what the scores need, and compute them."""
         places = frame.sites()
         corrupt = frame.counterfactual(required=False)
-        other = Seen(places, with_grads=False)
+        other = Seen(places, with_grads=False) if corrupt.inputs else None
         points = [frame.base] if self.drop is None else self._dropping(frame)
         seen = {(name, at): Seen(places) for name in frame.targets for at in range(len(points))}
         unused = self.allow_unused or self.drop is not None
@@ -64,8 +64,8 @@ class AttributionPatching(SiteAttribution):
             frame.ask(points[at], each, frame.targets[name], values=places, grads=places, unused=unused)
             for (name, at), each in seen.items()
         ]
-        if corrupt.inputs:
-            asks.append(frame.ask(corrupt, other, values=places))
+        if other is not None:
+            asks.append(frame.ask(corrupt, other, values=places, unused=unused))
         yield asks
         scores: dict[tuple[Any, ...], Tensor] = {}
         for name in frame.targets:
@@ -74,9 +74,9 @@ class AttributionPatching(SiteAttribution):
                 scores[key_of(self.name, name, place)] = parts[0] if self.drop is None else _mean_size(parts)
         return scores
 
-    def _score(self, seen: Seen, other: Seen, place: Place) -> Tensor:
+    def _score(self, seen: Seen, other: Seen | None, place: Place) -> Tensor:
         base = wide(seen.values[place])
-        patched = wide(other.values[place]) if other.values else torch.zeros_like(base)
+        patched = torch.zeros_like(base) if other is None else wide(other.beside(place, base))
         return self._summed(difference_x_gradient(base, patched, seen.grad(place, base)))
 
     def _dropping(self, frame: Frame) -> list[Any]:

@@ -7,7 +7,7 @@ the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from tdcache.attribution.place import Place
 from tdcache.errors import CaptureError, listed
-from tdcache.function_calls.sites import is_call
-from tdcache.function_calls.stand_in import resolve_site
 from tdcache.hooks import MultiHookHandle, Order, Port, attach, port_at
+from tdcache.hooks.transient import Transient
 from tdcache.selection import walk
+from tdcache.types import HookDirection
 
 __all__ = ["RowAxes", "UnstackableError"]
 
@@ -68,24 +68,33 @@ class RowAxes:
         model: nn.Module,
         forward: Callable[[TensorDictBase], Any],
         data: TensorDictBase,
-        places: Iterable[Place],
+        places: Mapping[Place, nn.Module],
         total: int,
     ) -> RowAxes:
-        """Run the model on a few copies of the first row, unless that was done before for inputs of these shapes."""
+        """Run the model on a few copies of the first row, unless that was done before for inputs of these shapes.
+
+        Args:
+            model: the user's model.
+            forward: runs it once.
+            data: the user's rows.
+            places: the places whose axes are wanted beside those of all modules, with what is hooked for them.
+            total: the number of rows that are to be told apart.
+
+        Raises:
+            UnstackableError: the model does not take another number of rows.
+        """
         known = _PROBED.setdefault(model, {})
-        modules = [("", model), *walk(model)]
+        modules = [model, *(module for _, module in walk(model))]
         rows = 3 if 2 in (total, len(data)) else 2
         shapes = [(key, value.shape[1:]) for key, value in data.items(include_nested=True, leaves_only=True)]
-        signature = (rows, len(modules), model.training, *sorted(shapes, key=repr))
+        signature = (rows, tuple(map(id, modules)), model.training, *sorted(shapes, key=repr))
         found = known.get(signature)
-        wanted = {place for place in places if place.kind != "key"}
-        if found is not None and all(place in found.shapes for place in wanted):
+        if found is not None and all(place in found.shapes for place in places):
             return found
         if found is None:
             known.clear()  # one batch size and length at a time
         found = known[signature] = cls(rows)
-        inside = [resolve_site(model, path) for path in {str(place.name) for place in wanted} if is_call(path)]
-        with _probing(found, [*modules, *inside], wanted), torch.no_grad(), _same_random_state(data):
+        with _probing(found, modules, places), torch.no_grad(), _same_random_state(data):
             try:
                 forward(TensorDict.cat([data[:1]] * rows))
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -110,33 +119,44 @@ def _grown(known: torch.Size, shape: torch.Size, rows: int, total: int) -> int:
     return grown[0] if len(grown) == 1 and (known[grown[0]], shape[grown[0]]) == (rows, total) else _UNLIKE
 
 
-def _probing(axes: RowAxes, modules: Sequence[tuple[str, nn.Module]], places: set[Place]) -> MultiHookHandle:
+def _probing(axes: RowAxes, modules: Iterable[nn.Module], places: Mapping[Place, nn.Module]) -> MultiHookHandle:
     handle = MultiHookHandle()
     with handle.installing():
-        for path, module in modules:
-            own = [place for place in places if place.name == path]
-            for kind, direction in (("out", "fwd"), ("in", "fwd_pre_kwargs")):
-                if is_call(path) and all(place.kind != kind for place in own):
-                    continue
-                noting = _Noting(axes, port_at(path, direction), tuple(place for place in own if place.kind == kind))
-                handle.add(attach(module, noting.on_call, direction, order=Order.STOP))  # type: ignore[arg-type]
+        for module in dict.fromkeys(modules):
+            for direction in _DIRECTIONS.values():
+                noting = _NotingAll(axes, port_at("", direction))
+                handle.add(attach(module, noting.on_call, direction, order=Order.STOP))
+        for place, module in places.items():
+            handle.add(attach(module, _NotingOne(axes, place).on_call, _DIRECTIONS[place.kind], order=Order.STOP))
     return handle
 
 
+_DIRECTIONS: Mapping[str, HookDirection] = {"out": "fwd", "in": "fwd_pre_kwargs"}
+
+
 @dataclass(frozen=True, slots=True)
-class _Noting:
+class _NotingAll(Transient):
     """Notes the shape of every tensor at one side of a module."""
 
     axes: RowAxes
     port: Port
-    places: tuple[Place, ...]
     order: int = Order.STOP
 
     def on_call(self, module: nn.Module, args: Any, rest: Any) -> None:
         for steps, tensor in self.port.parts(module, args, rest):
-            self.axes.note((self.port.direction, self.port.path, steps), tensor)
-        for place in self.places:
-            self.axes.note(place, place.port.read(module, args, rest))
+            self.axes.note((self.port.direction, id(module), steps), tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class _NotingOne(Transient):
+    """Notes the shape of the value at one place, which need not be a module's."""
+
+    axes: RowAxes
+    place: Place
+    order: int = Order.STOP
+
+    def on_call(self, module: nn.Module, args: Any, rest: Any) -> None:
+        self.axes.note(self.place, self.place.port.read(module, args, rest))
 
 
 def _same_random_state(data: TensorDictBase) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -18,7 +19,7 @@ from tdcache.cache.channel import Channel
 from tdcache.cache.gradient_taps import GradientTap, InputGradientTap, OutputAndGradientTap, PlainGradientTap
 from tdcache.cache.keep import Keep
 from tdcache.cache.part import PartFilter
-from tdcache.cache.positions import PositionFilter
+from tdcache.cache.positions import FedByCall, PositionFilter
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.taps import CallbackTap, OutputTap, StopTap, ValueTap
@@ -75,11 +76,17 @@ class Capture:
     mask_key: Any = "auto"
     position_dim: int = 1
     steps: Steps = None
-    fits_graph: bool = field(init=False)
-    """Whether the capture fits into a compiled graph: only the latest outputs, unmodified."""
+    keeps_all: bool = field(init=False)
+    """Whether all positions, rows, units and heads are kept."""
+    order: int = field(init=False)
+    """The position of the taps among the hooks of a site."""
+    _plain: bool = field(init=False)
+    """Whether only the latest values are kept, unmodified."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fits_graph", self._fits_graph())
+        object.__setattr__(self, "keeps_all", self.positions is None and self.region.whole)
+        object.__setattr__(self, "order", Order.FIRST if self.prepend else Order.CAPTURE)
+        object.__setattr__(self, "_plain", self._is_plain())
         check_positions(self.positions)
         check_steps(self.steps)
         if self.stack_by is not None and self.pick == "all":
@@ -95,20 +102,22 @@ class Capture:
                 )
 
     @property
-    def order(self) -> int:
-        """The position of the taps among the hooks of a site."""
-        return Order.FIRST if self.prepend else Order.CAPTURE
-
-    @property
     def needs_places(self) -> bool:
         """Whether the places must be known before the model runs: where gradients are watched on the way in."""
         with_callback = self.callback is not None and any(direction_row(each).gradient for each in self.directions)
         return "grad_in" in self.directions or with_callback
 
-    def _fits_graph(self) -> bool:
-        asked = (self.callback, self.pick, self.positions, self.steps)
+    def _is_plain(self) -> bool:
+        asked = (self.callback, self.positions, self.steps)
         asks_more = any(each is not None for each in asked) or self.stop_early or not self.region.whole
-        return self.directions == ("fwd",) and self.keep == Keep() and isinstance(self.reducer, Last) and not asks_more
+        named = self.pick != "all" and not callable(self.pick)
+        return self.keep == Keep() and isinstance(self.reducer, Last) and named and not asks_more
+
+    def fits_graph_at(self, *, calls_only: bool) -> bool:
+        """Whether the capture fits into a compiled graph: of outputs; at calls also of arguments, and with ``pick``."""
+        if calls_only:
+            return self._plain and self.directions in (("fwd",), ("fwd_pre",))
+        return self._plain and self.directions == ("fwd",) and self.pick is None
 
     def recorder(
         self,
@@ -135,23 +144,28 @@ class Capture:
             stack_by = StackBy(self.stack_by, selection)
         has_parts = self.pick == "all" or bool(places)
         by_value = self.check == "values"
-        part = self._part(position_dims, regions or {})
+        part = None if self.keeps_all and not regions else self._part(position_dims, regions or {})
         channels = []
         for direction in self.directions:
             target = Target(cache, direction if self.nested else None, self.batch_dims)
-            target.ensure()
-            if not has_parts:
+            if self.nested:
+                target.ensure()
+            if target.in_place and not has_parts:
                 target.check(selection.paths if stack_by is None else tuple(stack_by.members))
             options = (stack_by, has_parts, part, self.steps is not None, by_value)
             channels.append(Channel(direction, selection.paths, keep, target, self.reducer, *options))
-        return Recorder(channels, fits_graph=self.fits_graph and channels[0].takes_aliases)
+        fits = self.fits_graph_at(calls_only=bool(places) and not len(selection))
+        return Recorder(channels, fits_graph=fits and channels[0].takes_aliases)
 
     def _part(self, position_dims: Mapping[str, int] | None, regions: Mapping[str, Region]) -> PartFilter | None:
-        positions = None
+        fed = positions = None
         if self.positions is not None:
-            positions = PositionFilter(self.positions, self.mask_key, self.position_dim, position_dims)
+            fed = FedByCall(self.mask_key)
+            positions = PositionFilter(self.positions, fed, self.position_dim, position_dims)
+        elif any(each.rows is not None for each in (self.region, *regions.values())):
+            fed = FedByCall(None)
         whole = self.region.whole and all(region.whole for region in regions.values())
-        return None if positions is None and whole else PartFilter(self.region, positions, regions)
+        return None if positions is None and whole else PartFilter(self.region, fed, positions, regions)
 
     def place_calls(
         self, root: nn.Module, places: Sequence[CallPlace], recorder: Recorder, handle: MultiHookHandle
@@ -166,12 +180,12 @@ class Capture:
     def place(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:
         """Attach the taps to the sites; ``handle`` owns the registrations."""
         channels = list(recorder.channels)
-        if self._takes_pairs(channels):
+        if len(channels) > 1 and self._takes_pairs(channels):
             output, gradient = channels.pop(0), channels.pop(0)
             order = self.order
             pairs = [
                 (module, OutputAndGradientTap(path, output, recorder, order, gradient).on_both)
-                for path, module, _ in selection
+                for path, module in zip(selection.paths, selection.modules, strict=True)
             ]
             attach_outputs(pairs, handle, order)
         for channel in channels:
@@ -205,17 +219,14 @@ class Capture:
         self, selection: Selection, channel: Channel, recorder: Recorder
     ) -> list[tuple[nn.Module, Callable[..., Any]]]:
         as_it_is, order = self.pick is None and channel.takes_aliases, self.order
+        places = zip(selection.paths, selection.modules, strict=True)
         if as_it_is and not channel.is_gradient:
-            return [(module, OutputTap(path, channel, recorder, order).on_output) for path, module, _ in selection]
+            return [(module, OutputTap(path, channel, recorder, order).on_output) for path, module in places]
         if as_it_is and not self.prepend:
-            return [
-                (module, PlainGradientTap(path, channel, recorder, order).on_plain) for path, module, _ in selection
-            ]
+            return [(module, PlainGradientTap(path, channel, recorder, order).on_plain) for path, module in places]
         kind: Any = GradientTap if channel.is_gradient else ValueTap
-        return [
-            (module, kind(OutputPort(path, self.pick), channel, recorder, order).on_call)
-            for path, module, _ in selection
-        ]
+        port = partial(OutputPort, pick=self.pick)
+        return [(module, kind(port(path), channel, recorder, order).on_call) for path, module in places]
 
     def _attach_callback(
         self, site: Site, channel: Channel, recorder: Recorder, callback: Callable[..., Any]

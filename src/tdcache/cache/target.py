@@ -165,23 +165,28 @@ class Target:
         if self.in_place:
             self._fill(entries)
             return
-        self.refuse_lock()
-        stale: list[CacheKey] = []
         if complete:
             self._complete = self._complete or tuple(entries)
         else:
-            self.written.update(dict.fromkeys(self._complete))
-            self._complete = ()
-            stale = [key for key in self.written if key not in entries]
-            self.written.update(dict.fromkeys(entries))
-        for key in stale:
-            self._drop(key)
+            self._drop_all_but(entries)
         if self.batch_dims:
+            self.refuse_lock()
             self._write_batched(entries)
-        elif self.node is None:
-            self.cache.update(entries)
-        else:
-            self._own_node().update(entries)
+            return
+        node = self.cache if self.node is None else self._own_node()
+        try:
+            node.update(entries)
+        except RuntimeError:
+            self.refuse_lock()
+            raise
+
+    def _drop_all_but(self, entries: Mapping[CacheKey, Any]) -> None:
+        self.refuse_lock()
+        self.written.update(dict.fromkeys(self._complete))
+        self._complete = ()
+        for key in [key for key in self.written if key not in entries]:
+            self._drop(key)
+        self.written.update(dict.fromkeys(entries))
 
     def _fill(self, entries: Mapping[CacheKey, Any]) -> None:
         for key, value in entries.items():
@@ -229,7 +234,9 @@ class Target:
         if self.in_place:
             self._make_void(key for key in self._preallocated if key not in self._void)
             return
-        node = None if self.node is None else self.cache.get(self.node, None)
+        if not (self._complete or self.written):
+            return
+        node = None if self.node is None else self._own_node()
         if node is not None and not self.written and len(node.keys()) == len(self._complete):
             # All entries were written here, as after most forwards: a new node is cheaper than emptying this one.
             self.cache[self.node] = new_node(self.cache, self.cache.batch_size)
@@ -247,11 +254,11 @@ class Target:
     def _own_node(self) -> TensorDictBase:
         if self.node is None:
             return self.cache
-        node = self.cache.get(self.node, None)
-        if node is None:
+        try:
+            return cast(TensorDictBase, self.cache[self.node])  # three times faster than get()
+        except KeyError:
             self.cache[self.node] = new_node(self.cache)
-            node = self.cache.get(self.node)
-        return cast(TensorDictBase, node)
+            return cast(TensorDictBase, self.cache[self.node])
 
     def _drop(self, key: CacheKey) -> None:
         full = self._full(key)

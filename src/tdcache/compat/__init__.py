@@ -1,4 +1,4 @@
-"""The surfaces of other libraries, as thin adapters: their names and call forms over what tdcache has anyway.
+"""The interfaces of other libraries, as thin adapters over tdcache: existing scripts run after a changed import.
 
 ======================================= ==============================================================
 :mod:`tdcache.compat.transformer_lens`  TransformerLens: hook points, and models that hold them

@@ -1,4 +1,8 @@
-"""Dicts of tensors in files of four kinds, each name and dtype as it was."""
+"""Saves and loads dicts of tensors in four file formats, keeping names and dtypes.
+
+The formats lose something when used directly: NumPy has no bfloat16, ``np.savez`` cannot store every name, and
+safetensors refuses tensors that share memory. Loading never executes anything from the file.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from torch import Tensor
 from tdcache.errors import DamagedError, StoreError
 from tdcache.store.atomic import new_folder, replacing_file
 from tdcache.store.dtypes import DTYPES, dtype_name
-from tdcache.store.files import as_store_error
+from tdcache.store.files import as_store_error, save_by_torch
 from tdcache.store.memmap import check_memmap, load_memmap_folder, write_memmap_column, write_memmap_meta
 from tdcache.store.regular import open_regular
 from tdcache.store.safetensors import read_tensors, write_tensors
@@ -29,22 +33,21 @@ _DTYPES = "__dtypes__"
 
 
 def save_activations(acts: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
-    """Write named tensors; the suffix says how. What was there before stays whole until everything is written.
+    """Write named tensors in the format of the suffix; an existing file is replaced only once the new one is complete.
 
     ``.safetensors``; ``.npz`` (NumPy has no bfloat16 and no float8: such tensors are stored as float32, which is exact,
-    and come back as they were); ``.pt`` (loaded without running anything); ``.memmap``, a folder that
-    ``TensorDict.load_memmap`` reads. Without one of these suffixes ``.npz`` is added after the name, never in place of
-    a part of it.
+    and restored when loaded); ``.pt`` (loaded without executing anything); ``.memmap``, a folder that
+    ``TensorDict.load_memmap`` reads. If the path has none of these suffixes, ``.npz`` is appended to it.
 
     Args:
-        acts: tensors by name; any name.
-        path: where; folders are made.
+        acts: tensors by name; any string is a name.
+        path: the file; missing folders are created.
 
     Returns:
         The path that was written.
 
     Raises:
-        StoreError: the disk does not take it, or the format cannot hold a name or a dtype.
+        StoreError: the file cannot be written, or the format cannot hold a name or a dtype.
 
     Example:
         >>> import tempfile
@@ -79,11 +82,11 @@ def _save_folder(acts: Mapping[str, Tensor], target: Path) -> None:
 
 
 def _save_pt(acts: Mapping[str, Tensor], file: IO[bytes]) -> None:
-    torch.save(_of_their_own(acts), file)
+    save_by_torch(_of_their_own(acts), file)
 
 
 def _of_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors; a copy of each that is not the one and only user of all of its memory."""
+    """The tensors, with a copy of each that shares its storage or does not fill it."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -98,9 +101,9 @@ def _save_npz(acts: Mapping[str, Tensor], file: IO[bytes]) -> None:
     import numpy as np
 
     lost = {name: dtype_name(each.dtype) for name, each in acts.items() if _is_strange(each.dtype)}
-    with zipfile.ZipFile(file, "w", allowZip64=True) as archive:  # np.savez has parameters, which names may be
+    with zipfile.ZipFile(file, "w", allowZip64=True) as archive:  # np.savez refuses names of its own parameters
         for name, tensor in acts.items():
-            _add(archive, name, _for_numpy(tensor))  # one at a time: a copy is gone before the next is made
+            _add(archive, name, _for_numpy(tensor))  # one at a time, so that only one copy exists at once
         if lost:
             _add(archive, _DTYPES, np.array(json.dumps(lost)))
 
@@ -121,14 +124,14 @@ def _is_strange(dtype: torch.dtype) -> bool:
 
 
 def load_activations(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """What :func:`save_activations` wrote: names, shapes and dtypes as they were; nothing is executed.
+    """Load what :func:`save_activations` wrote, with the original names, shapes and dtypes; nothing is executed.
 
-    The tensors of a ``.memmap`` folder are read when they are used. Their maps are private: what is written to a tensor
-    does not reach the file.
+    The tensors of a ``.memmap`` folder are read when they are used, through private maps: writing to a tensor does not
+    change the file.
 
     Raises:
-        StoreError: no such file, or a suffix that says nothing.
-        DamagedError: a file that is not what was written: cut, forged, no regular file, or a link in a folder.
+        StoreError: no such file, or an unknown suffix.
+        DamagedError: the file is truncated, forged or not a regular file, or the folder contains a link.
     """
     source = Path(path)
     if not source.exists() and source.with_name(source.name + ".npz").exists():
@@ -160,7 +163,7 @@ def _load_pt(file: IO[bytes]) -> dict[str, Tensor]:
 
 
 def _refuse_compressed(archive: zipfile.ZipFile) -> None:
-    """A file of some kilobytes can say that it holds terabytes; what is stored as it is takes its own size."""
+    """Refuse compressed entries: a file of a few kilobytes could expand to terabytes."""
     for entry in archive.infolist():
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise ValueError(f"{entry.filename!r} is compressed, which save_activations never does")
@@ -175,7 +178,7 @@ def _load_npz(file: IO[bytes]) -> dict[str, Tensor]:
 
 
 def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Any:
-    """One array, whose header has to fit the size of its entry: otherwise NumPy would allocate whatever it says."""
+    """Read one array after comparing its header with the size of its entry; NumPy would allocate whatever it states."""
     import numpy as np
 
     with archive.open(entry) as file:

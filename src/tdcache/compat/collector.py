@@ -1,4 +1,7 @@
-"""The surface of nanochat's collector: rows of many batches, within one budget for all hook points."""
+"""The interface of nanochat's collector: rows of many batches, within one budget for all hook points.
+
+One budget per hook point would let the hook points keep different rows, which could then not be compared.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class _SiteRows:
 
     Args:
         site: the hook point.
-        max_rows: the most rows that are kept, exactly.
+        max_rows: how many rows are kept at most, exactly.
         device: where they are kept.
     """
 
@@ -50,7 +53,7 @@ class _SiteRows:
         return f"{self.kept.rows:,} rows of {self.site.name!r}"
 
     def __call__(self, *, module: nn.Module, key: Any, **hooked: Any) -> Tensor:
-        """Keep the output; before the forward the first tensor of the arguments, positional ones first."""
+        """Keep the output, or, as a pre-hook, the first tensor among the arguments, positional ones first."""
         port = port_at(self.site.path, "fwd" if "output" in hooked else "fwd_pre")
         self.take(port.read(module, hooked["args"], hooked["output"] if "output" in hooked else hooked["kwargs"]))
         return torch.empty(0)
@@ -59,7 +62,7 @@ class _SiteRows:
         """Copy the rows of ``(batch, features)`` or ``(batch, tokens, features)``, within the budget.
 
         Raises:
-            CaptureError: a value of another shape, of which it is not known what its rows are.
+            CaptureError: the value has another shape, so that it is not known what its rows are.
         """
         if not 2 <= value.dim() <= 3:
             name, shape = self.site.name, tuple(value.shape)
@@ -74,26 +77,26 @@ class _SiteRows:
         self.seen += len(rows)
 
     def clear(self) -> None:
-        """Forget all rows, and start counting again."""
+        """Drop all rows and reset the count."""
         self.kept = Concatenate(max_rows=self._max_rows)
         self.seen = 0
 
 
 class ActivationCollector:
-    """Rows of activations over many batches, within one budget for all hook points. A context manager.
+    """A context manager that keeps rows of activations over many batches, within one budget for all hook points.
 
     ``(batch, tokens, features)`` becomes ``(batch * tokens, features)``; values of more dimensions are refused. All
-    hook points hold the same rows: one that saw another number of rows, kept or not, is an error. Values are copied
-    when they are seen, straight to where they stay.
+    hook points hold the same rows; it is an error if one saw a different number of rows. Values are copied once, to
+    their final device.
 
     Args:
         model: any module.
         hook_points: paths, regexes on paths, or TransformerLens-style names; see
             :func:`tdcache.harvesting.resolve_hook_points`.
-        max_activations: the most rows, exactly.
+        max_activations: how many rows are kept at most, exactly.
         device: where rows are kept.
         save_path: a file, or a folder in which ``activations.safetensors`` is written.
-        layout: where the model has its blocks, if that is not found out.
+        layout: where the blocks of the model are, if its layout is not a known one.
     """
 
     def __init__(
@@ -125,7 +128,7 @@ class ActivationCollector:
 
     @property
     def rows(self) -> int:
-        """How many rows there are, the same at every hook point."""
+        """The number of rows, the same at every hook point."""
         return min(self.counts.values())
 
     @property
@@ -135,7 +138,7 @@ class ActivationCollector:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Rows by hook point."""
+        """The number of rows by hook point."""
         return {name: rows.kept.rows for name, rows in self._rows.items()}
 
     def __enter__(self) -> Self:
@@ -163,7 +166,7 @@ class ActivationCollector:
         self._rows[name].take(value)
 
     def _check_aligned(self) -> None:
-        seen = {name: rows.seen for name, rows in self._rows.items()}  # counts are alike once the budget is used up
+        seen = {name: rows.seen for name, rows in self._rows.items()}  # counts are equal once the budget is used up
         if len(set(seen.values())) > 1:
             raise CaptureError(
                 f"the hook points saw different numbers of rows, which therefore do not belong together: {seen}; "
@@ -172,7 +175,7 @@ class ActivationCollector:
             )
 
     def get_activations(self, hook_point: str | None = None) -> dict[str, Tensor]:
-        """The rows ``(rows, features)`` by hook point: of all, or of one alone.
+        """The rows ``(rows, features)``, by hook point, or of one hook point.
 
         Raises:
             SelectionError: no such hook point.
@@ -185,7 +188,7 @@ class ActivationCollector:
         return {name: self._rows[name].kept.compute() for name in names}
 
     def clear(self) -> None:
-        """Forget the rows of all sites."""
+        """Drop the rows of all sites."""
         for rows in self._rows.values():
             rows.clear()
 
@@ -196,10 +199,10 @@ class ActivationCollector:
 
     @staticmethod
     def load_activations(path: str | os.PathLike[str], hook_points: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """What :meth:`save_activations` wrote to a file or folder, names as they were; of all hook points or of some.
+        """Load what :meth:`save_activations` wrote to a file or folder, for all hook points or some.
 
         Raises:
-            SelectionError: a hook point that is not there.
+            SelectionError: the file has no such hook point.
             StoreError: no such file.
         """
         found = load_activations(_file_in(Path(path)))
@@ -226,16 +229,16 @@ def collect_activations_from_dataloader(
     *,
     layout: Layout | str | None = None,
 ) -> dict[str, Tensor]:
-    """Run batches until the budget is met, and give the rows of every hook point.
+    """Run batches until the budget is used up; returns the rows of every hook point.
 
     Args:
         model: any module; run without gradients in eval mode, and left as it was.
         dataloader: batches: tensors, tuples or lists that begin with the inputs, or mappings (``"input_ids"``, or
             keyword arguments that the model takes).
         hook_points: see :class:`ActivationCollector`.
-        max_activations: the most rows, exactly.
+        max_activations: how many rows are kept at most, exactly.
         device: where rows are kept.
-        save_path: where they are written as well.
+        save_path: a file to write them to in addition.
         verbose: print rows per second and the time left to the standard error stream.
         layout: see :class:`ActivationCollector`.
     """

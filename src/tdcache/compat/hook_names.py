@@ -1,4 +1,8 @@
-"""TransformerLens-style hook points as places in other people's models, by a table."""
+"""Resolves TransformerLens-style hook points to module paths, by a table of known model layouts.
+
+For scripts that use these names on Hugging Face models; :func:`tdcache.names` finds and proves names in models that are
+in no table.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where one family of transformers has its parts.
+    """The paths of the parts of a block in one family of transformers.
 
     Args:
         block: the path of a block, with ``{layer}`` in it.
@@ -63,7 +67,7 @@ _NAME = regex.compile(r"blocks\.(?P<layer>\d+)\.(?P<part>[\w.]+)")
 
 @dataclass(frozen=True, slots=True)
 class HookSite:
-    """One hook point in one model."""
+    """A hook point, resolved in one model."""
 
     name: str
     """As the user wrote it, or the path where a pattern was given."""
@@ -72,7 +76,7 @@ class HookSite:
 
 
 def find_layout(model: nn.Module) -> tuple[str, Layout] | None:
-    """The prefix and layout of a model whose blocks are where a known family has them; None where they are not.
+    """The prefix and layout of a model, if its blocks are where a known family has them; otherwise None.
 
     The attention and feed-forward parts must be there as well, so that one family is not taken for another.
     """
@@ -95,16 +99,16 @@ def _prefix(layout: Layout, paths: Sequence[str]) -> str | None:
 def resolve_hook_points(
     model: nn.Module, hook_points: str | Sequence[str], *, layout: Layout | str | None = None
 ) -> tuple[HookSite, ...]:
-    """The places that hook points mean.
+    """Resolve hook points to sites of a model.
 
     Args:
-        model: any module; for TransformerLens-style names one of a known layout.
+        model: any module; TransformerLens-style names need one of a known layout.
         hook_points: ``"blocks.3.hook_resid_pre"`` (the block's *input*), ``hook_resid_post``, ``hook_attn_out`` (or
             ``attn``), ``hook_mlp_out`` (or ``mlp``); otherwise paths, or regexes on whole paths.
-        layout: one of :data:`LAYOUTS` by name, or one of your own; found out by default.
+        layout: a name in :data:`LAYOUTS`, or a :class:`Layout`; by default the one that fits.
 
     Raises:
-        SelectionError: a hook point that means nothing in this model; the nearest names are in the message.
+        SelectionError: the model has no such hook point; the message lists the nearest names.
     """
     names = [hook_points] if isinstance(hook_points, str) else list(hook_points)
     if not names:
@@ -161,15 +165,15 @@ def _layout_of(model: nn.Module, name: str, layout: Layout | str | None, paths: 
 
 
 def is_called(path: str, module: nn.Module) -> bool:
-    """Whether a module is one that has a forward: lists and dicts of modules have none."""
+    """Whether a module has a forward; ``ModuleList`` and ``ModuleDict`` have none."""
     return not isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
 def literal_first(model: nn.Module, layers: Selector) -> Selector:
-    """A string that is the path of a module means that module, and not what its dots would match.
+    """A selector in which a string that is a module's path means only that module.
 
     Raises:
-        SelectionError: one of several matches nothing, which a union would pass over.
+        SelectionError: one of several matches nothing, which a union would ignore.
     """
     if isinstance(layers, str):
         return literal_first(model, [layers])
@@ -195,5 +199,5 @@ class Exactly:
         return f"exactly {self.path!r}"
 
     def __call__(self, path: str, module: nn.Module) -> bool:
-        """Whether it is this one."""
+        """Whether ``path`` is this path."""
         return path == self.path

@@ -1,4 +1,4 @@
-"""The surface of KempnerForge: the latest activations of a model, and what its layers make of a dataset."""
+"""The interface of KempnerForge: the latest activations of a model, and its representations of a dataset."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -17,7 +16,8 @@ from tdcache.compat.hook_names import is_called, literal_first
 from tdcache.errors import SelectionError, UnfiredSiteWarning
 from tdcache.harvesting.capture import BatchCapture
 from tdcache.harvesting.options import HarvestOptions
-from tdcache.hooks.values import first_tensor
+from tdcache.hooks.port import own_entries
+from tdcache.hooks.values import first_tensor, is_entries
 from tdcache.modules import HookedModule
 from tdcache.reducers import Concatenate
 from tdcache.selection import select
@@ -27,11 +27,11 @@ __all__ = ["ActivationStore", "extract_representations"]
 
 
 class ActivationStore:
-    """The latest activations of some modules, as copies on the CPU, while it is enabled. Also a context manager.
+    """Keeps the latest activations of some modules, as copies on the CPU, while enabled; also a context manager.
 
     Args:
         model: any module.
-        layers: paths, or any selector; every module that is called by default.
+        layers: paths, or any selector; by default every module that is called.
         device: where copies are kept.
 
     Example:
@@ -56,15 +56,15 @@ class ActivationStore:
 
     @property
     def enabled(self) -> bool:
-        """Whether activations are kept now."""
+        """Whether activations are being kept."""
         return bool(self._hooks)
 
     @property
     def layer_names(self) -> list[str]:
-        """The paths.
+        """The paths of the modules.
 
         Raises:
-            SelectionError: a name that no module has; the nearest are named.
+            SelectionError: no module has this path; the message lists the nearest.
         """
         return list(select(self._model, self._selector()).paths)
 
@@ -80,21 +80,21 @@ class ActivationStore:
         return {path: value for path, value in self._cache.items() if path not in without}
 
     def get(self, name: str) -> Tensor | None:
-        """The latest activation at a path; None where there is none."""
+        """The latest activation at a path, or None."""
         return self.activations.get(name)
 
     def enable(self) -> None:
-        """Start keeping; if that fails, the model is as it was. When it is enabled already, nothing happens.
+        """Start keeping activations, if not enabled already; if this fails, the model is unchanged.
 
         Raises:
-            SelectionError: a name that no module has; the nearest are named.
+            SelectionError: no module has this path; the message lists the nearest.
         """
         if not self._hooks:
             factory = ActivationCaching(self._selector(), callback=self._every, hold="snapshot", device=self._device)
             self._hooks.append(factory.prepare(self._model).open())
 
     def disable(self) -> None:
-        """Stop keeping, and take every hook off the model; what was kept stays."""
+        """Stop, and remove every hook from the model; the activations stay."""
         while self._hooks:
             hooked = self._hooks.pop()
             try:
@@ -102,11 +102,11 @@ class ActivationStore:
             finally:
                 with warnings.catch_warnings():
                     if self._every is not None:
-                        warnings.simplefilter("ignore", UnfiredSiteWarning)  # nobody asked for these modules by name
+                        warnings.simplefilter("ignore", UnfiredSiteWarning)  # nobody named these modules
                     hooked.restore()
 
     def clear(self) -> None:
-        """Forget what was kept."""
+        """Drop the activations kept so far."""
         for hooked in self._hooks:
             hooked.hooking_context.clear()
         self._cache = {}
@@ -122,25 +122,23 @@ class ActivationStore:
 
 
 def _restore_all(hooks: list[HookedModule]) -> None:
-    """Take the hooks of a store that nobody has any more off the model."""
+    """Remove the hooks of a store that was garbage collected."""
     while hooks:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UnfiredSiteWarning)  # nobody is left who would read it
+            warnings.simplefilter("ignore", UnfiredSiteWarning)  # nobody would read a warning
             hooks.pop().restore()
 
 
 class _FirstIfAny:
-    """The callback where nobody named the layers: the first tensor of an output; what has none is passed over."""
+    """The callback when no layers were named: the first tensor of an output, or nothing."""
 
     def __init__(self) -> None:
         self.without: set[str] = set()
         """The paths whose latest output holds no tensor."""
 
     def __call__(self, *, module: nn.Module, output: Any, key: str, **_: Any) -> Tensor:
-        out_keys: Any = getattr(module, "out_keys", None)
-        if isinstance(output, TensorDictBase) and out_keys:
-            output = output.get(out_keys[0])
-        found = first_tensor(output)
+        own = own_entries(module, "out_keys") if is_entries(output) else []
+        found = first_tensor(output.get(own[0]) if own else output)
         if found is None:
             self.without.add(key)
             return torch.empty(0)
@@ -156,22 +154,22 @@ def extract_representations(
     batch_size: int = 32,
     max_samples: int | None = None,
 ) -> dict[str, Tensor]:
-    """What some layers make of a dataset: one tensor per path, samples along the first dimension, on the CPU.
+    """The outputs of some layers for a dataset: one tensor per path on the CPU, samples along the first dimension.
 
-    The model is run without gradients in eval mode; every module's own flag is put back. Rows are written where they
-    stay, so that the peak is the result and one batch.
+    The model runs without gradients in eval mode, and every module's training flag is restored. Rows are written to
+    their final place, so that peak memory is the result and one batch.
 
     Args:
         model: any module.
         dataset: samples; mappings of tensors, tuples that begin with the inputs, or tensors.
         layers: paths, or any selector.
-        device: where batches are moved; by default where the model is.
+        device: where batches are moved; by default the device of the model.
         batch_size: samples per batch.
-        max_samples: the most samples; no batch beyond them is run.
+        max_samples: how many samples are run at most.
 
     Raises:
-        SelectionError: a layer that is not there, no samples, or none asked for.
-        CaptureError: shapes that differ between batches, as where samples are padded per batch.
+        SelectionError: no such layer, no samples, or no layers were given.
+        CaptureError: shapes differ between batches, for instance because samples are padded per batch.
     """
     if max_samples is not None and max_samples < 1:
         raise SelectionError(f"max_samples is at least 1, got {max_samples}", selector=max_samples)

@@ -1,4 +1,4 @@
-"""The surface of TransformerLens: its names for hook points and for the roots of models that hold them.
+"""The interface of TransformerLens: its names for hook points and for models that contain them.
 
 They are those of :mod:`tdcache.points`; a script for TransformerLens needs no other change than its imports.
 """

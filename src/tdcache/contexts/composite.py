@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import nn
 
 from tdcache.cache.target import Written, first_clash
 from tdcache.contexts.cached import HookingContextWithCache
@@ -19,6 +20,7 @@ from tdcache.contexts.context import HookingContext
 from tdcache.contexts.factory import HookingContextFactory
 from tdcache.errors import CacheWriteError, ContextError, StopForward
 from tdcache.modules.hooked import HookedModule
+from tdcache.tables import shorten
 
 __all__ = ["CompositeHookingContext", "CompositeHookingContextFactory"]
 
@@ -152,7 +154,9 @@ class CompositeHookingContextFactory(HookingContextFactory):
         given: tuple[object, ...] = factories
         strangers = [factory for factory in given if not isinstance(factory, HookingContextFactory)]
         if strangers:
-            raise ContextError(f"a composite is made of factories such as ActivationCaching(...), got {strangers[0]!r}")
+            wrong = strangers[0]
+            got = f"the module {type(wrong).__name__}" if isinstance(wrong, nn.Module) else shorten(repr(wrong), 80)
+            raise ContextError(f"a composite is made of factories such as ActivationCaching(...), got {got}")
         self.factories: Sequence[HookingContextFactory] = factories
         tables = {id(factory.names): factory.names for factory in factories if factory.names is not None}
         self.names = next(iter(tables.values())) if len(tables) == 1 else None

@@ -10,17 +10,17 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
-from tdcache.contexts.opened import begin_opening, closed
 from tdcache.errors import ContextError, StopForward
 from tdcache.function_calls.sites import split_selector
 from tdcache.function_calls.stand_in import select_sites
 from tdcache.hooks.compiled import refuse_scripted, running_eagerly
+from tdcache.hooks.opened import begin_opening, closed
 from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.hooks.threads import Fence, RunningThread, fencing
 from tdcache.introspect import may_be_compiled
@@ -52,6 +52,10 @@ class Recipe(Protocol):
         """Whether the hooks may become part of a compiled graph of the model."""
 
     @property
+    def hooks_calls_only(self) -> bool:
+        """Whether all sites are function calls, where graphs notice hooks."""
+
+    @property
     def prepares_module(self) -> bool:
         """Whether :meth:`_prepare_module` does something, which :meth:`_restore_module` undoes."""
 
@@ -72,13 +76,6 @@ class Recipe(Protocol):
     def _run_module(
         self, module: HookedModule, data: TensorDictBase, forward: Callable[[TensorDictBase], TensorDictBase]
     ) -> TensorDictBase: ...
-
-
-class _Remembered(NamedTuple):
-    """What was selected at one entry, and among which modules."""
-
-    tree: list[tuple[str, nn.Module]]
-    selection: Selection
 
 
 class HookingContext:
@@ -118,15 +115,16 @@ class HookingContext:
         self._in_context = False
         self._paused = False
         self._managed = True
-        self._remembered: dict[Hashable, _Remembered] = {}
+        self._remembered: dict[Hashable, tuple[list[tuple[str, nn.Module]], Selection]] = {}
+        """What was selected at earlier entries, and among which modules."""
         self._selected: list[Selection] = []
         """The sites of the last entry, for display."""
         self._hooked_module: HookedModule | None = None
-        self._handle = MultiHookHandle()
+        self._handle: MultiHookHandle | None = None
         self._undo: ExitStack | None = None
         self.thread: RunningThread | None = None
         """The thread that opened the context, whose forwards its hooks act in; None while it is closed."""
-        self.fence = Fence()
+        self.fence: Fence | None = None
         self.is_child = False
         """Whether it belongs to a composite."""
         self.names: Names | None = factory.names
@@ -175,11 +173,14 @@ class HookingContext:
             self._wrapped = working = self._enter_inner()
             extra = working.relative_path if isinstance(working, HookedModule) else self._extra_relative_path
             keys: tuple[Any, ...] = (self._in_keys, self._out_keys, extra)
-            prepared = self.factory._prepare_module(working, *keys)
+            prepared = working
             if self.factory.prepares_module:
+                prepared = self.factory._prepare_module(working, *keys)
                 self._to_undo().callback(self.factory._restore_module, prepared, *keys)
             if may_be_compiled(self.model):
-                eagerly = running_eagerly(self.model, fits_graph=self._fits_graph, tell=not self.runs_module)
+                noticed = self.factory.hooks_calls_only
+                tell = not self.runs_module
+                eagerly = running_eagerly(self.model, fits_graph=self._fits_graph, noticed=noticed, tell=tell)
                 self._to_undo().enter_context(eagerly)
             hooked: HookedModule = self.factory._spawn_hooked_module(prepared, self, extra)
             self._hooked_module = hooked
@@ -210,12 +211,21 @@ class HookingContext:
         """Install the recipe's hooks, all or none."""
         begin_opening(self)
         with fencing(self.fence):
-            handle: MultiHookHandle = self.factory._hook_module(hooked)
-        return handle
+            hooks: Any = self.factory._hook_module(hooked)
+        if isinstance(hooks, MultiHookHandle):
+            return hooks
+        if not hasattr(hooks, "remove"):
+            raise ContextError(
+                f"{type(self.factory).__name__}._hook_module returned {hooks!r}, which cannot remove its hooks: return "
+                "a MultiHookHandle, or the handle of the one hook"
+            )
+        return MultiHookHandle([hooks])
 
     @property
     def handle(self) -> MultiHookHandle:
         """The registrations of the hooks."""
+        if self._handle is None:
+            self._handle = MultiHookHandle()
         return self._handle
 
     def __exit__(
@@ -243,10 +253,10 @@ class HookingContext:
         undo, self._undo = self._undo, None
         try:
             if undo is None:  # the usual case
-                self._handle.remove()
+                self.handle.remove()
             else:
                 with undo:
-                    self._handle.remove()
+                    self.handle.remove()
                     if error is not None:
                         undo.__exit__(type(error), error, error.__traceback__)
         finally:
@@ -273,7 +283,7 @@ class HookingContext:
         self._paused = True
         self._set_taking(False)
         try:
-            with self._handle.muted():
+            with self.handle.muted():
                 yield
         finally:
             self._paused = False
@@ -331,23 +341,23 @@ class HookingContext:
             self._selected.append(named_selection(self.model, self.names, selector, **options))
             return self._selected[-1]
         root = self.model if root is None else root
-        if split_selector(selector)[1]:
+        if matcher is None and split_selector(selector)[1]:  # a matcher is one of modules
             find, shown = partial(self.select, root=root), len(self._selected)
             found = select_sites(root, selector, match=match, allow_empty=allow_empty, find=find)
             self._selected[shown:] = [found]  # the calls, and not the modules that make them
             return found
         tree = walk(root)
-        key = (selector, match, id(root)) if isinstance(selector, Hashable) else None
+        key = (selector, match, id(root)) if type(selector) is str or isinstance(selector, Hashable) else None
         remembered = self._remembered.get(key)
-        if remembered is not None and remembered.tree == tree:
-            self._selected.append(remembered.selection)
-            return remembered.selection
+        if remembered is not None and remembered[0] == tree:
+            self._selected.append(remembered[1])
+            return remembered[1]
         matcher = as_matcher(selector, match) if matcher is None else matcher
         selection = select_matching(root, matcher, selector, match=match, allow_empty=allow_empty, tree=tree)
-        refuse_scripted(root, selection)
+        refuse_scripted(root, tuple(zip(selection.paths, selection.modules, strict=True)))
         self._selected.append(selection)
         if key is not None and depends_on_names_only(matcher):
-            self._remembered[key] = _Remembered(tree, selection)
+            self._remembered[key] = (tree, selection)
         return selection
 
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

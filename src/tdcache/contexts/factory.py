@@ -7,7 +7,7 @@ conventions are the same for all of them, and are not overridden.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast, overload
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -94,6 +94,11 @@ class HookingContextFactory:
         return self.fits_graph
 
     @property
+    def hooks_calls_only(self) -> bool:
+        """Whether all sites are function calls: ``torch.compile`` notices hooks there, and not those on modules."""
+        return False
+
+    @property
     def hooked_module_class(self) -> type[HookedModule]:
         """The class of the hooked module that the context yields."""
         return self._hooked_module_class
@@ -147,6 +152,15 @@ class HookingContextFactory:
         context = self._hooking_context_class(self, module, in_keys, out_keys, **self._hooking_context_kwargs)
         return context if return_context else context.open()
 
+    if not TYPE_CHECKING:  # type checkers refuse `with factory` by themselves
+
+        def __enter__(self) -> None:
+            raise ContextError(
+                f"a recipe is bound to a model first: `with {type(self).__name__}(...).prepare(model) as hooked:`"
+            )
+
+        def __exit__(self, *error: object) -> None: ...
+
     def _prepare_module(
         self, module: TensorDictModuleBase, in_keys: list[CacheKey], out_keys: list[CacheKey], extra_relative_path: str
     ) -> TensorDictModuleBase:
@@ -164,13 +178,18 @@ class HookingContextFactory:
     ) -> HookedModule:
         """The hooked module that the context yields."""
         kwargs = dict(self._hooked_module_kwargs)
-        relative_path = join(kwargs.pop("relative_path", "td_module"), extra_relative_path)
+        relative_path = kwargs.pop("relative_path", "td_module")
+        if extra_relative_path:
+            relative_path = join(relative_path, extra_relative_path)
         return self._hooked_module_class(
             prep_module, hooking_context=hooking_context, relative_path=relative_path, **kwargs
         )
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
-        """Register the hooks, either all of them or none, and return the handle that removes them."""
+        """Register the hooks, either all of them or none, and return the handle that removes them.
+
+        The handle of a single hook, one of tdcache's or of torch's, may be returned as it is.
+        """
         return MultiHookHandle()
 
     def _run_module(

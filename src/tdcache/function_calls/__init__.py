@@ -14,6 +14,7 @@ from tdcache.function_calls.attach import attach_call, attach_rules, call_rule
 from tdcache.function_calls.record import CallTable, calls, record_calls, select
 from tdcache.function_calls.roles import attach_attention, attention_rule
 from tdcache.function_calls.sites import CallPattern, CallSite, is_call
+from tdcache.public_names import MissingName
 
 __all__ = [
     "CallPattern",
@@ -29,3 +30,5 @@ __all__ = [
     "record_calls",
     "select",
 ]
+
+__getattr__ = MissingName(__name__)

@@ -9,6 +9,7 @@ from tdcache.harvesting.buffer import ActivationBuffer
 from tdcache.harvesting.entry import harvest, preflight
 from tdcache.harvesting.plan import Preflight
 from tdcache.harvesting.ray_fleet import harvest_with_ray
+from tdcache.public_names import MissingName
 from tdcache.store import ActivationDataset
 
 if TYPE_CHECKING:
@@ -51,4 +52,4 @@ def __getattr__(name: str) -> Any:
     """The adapters of :mod:`tdcache.compat` that can be had from here as well; they stand on this package."""
     if name in __all__ and name not in _HERE:
         return getattr(import_module("tdcache.compat"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return MissingName(__name__)(name)

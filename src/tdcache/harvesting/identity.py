@@ -1,17 +1,21 @@
 """What makes two harvests the same computation: their options as JSON, equal in every process that means the same.
 
 A store is continued, or handed out again, where its spec agrees with what is asked for. So a function in an option must
-come out differently as soon as it computes something else: its code counts, and so do its defaults, what it closes
-over, the globals that it looks up, and the attributes of an object that is called. What has no such spelling (a lock, a
-generator, a connection) is refused, unless the user names the computation with ``tag=``.
+come out differently as soon as it computes something else: its code counts, and so do its defaults and attributes,
+what it closes over, the globals that it looks up, and the class and attributes of an object that is called. Other
+objects are spelled by what they pickle to. What cannot be pickled (a lock, a generator, a connection) is refused,
+unless the user names the computation with ``tag=``.
 """
 
 from __future__ import annotations
 
-import builtins
-import dataclasses
+import copyreg
+import dis
 import enum
 import hashlib
+import json
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import PurePath
@@ -22,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from tdcache.errors import SpecError
+from tdcache.introspect import module_hooks
 from tdcache.named_places import NamedPlace
 
 __all__ = ["identity_of", "spelled_place", "spelled_positions"]
@@ -102,22 +107,15 @@ class _Speller:
                 yield type(value).__qualname__
                 yield from spell(value, where, depth)
                 return
-        if dataclasses.is_dataclass(value) or _has_plain_state(value):
-            yield f"{type(value).__module__}.{type(value).__qualname__}"
-            yield from self._mapping(_state_of(value), where, depth)
-            for name in ("__call__", "convert", "forward"):
-                method = getattr(type(value), name, None)
-                if isinstance(method, FunctionType):
-                    yield from self.spell(method, f"{where}.{name}", depth + 1)
-            return
-        raise _NoSpellingError(f"{where} ({type(value).__module__}.{type(value).__qualname__})")
+        yield from self._pickled(value, where, depth)
 
     def _kinds(self) -> tuple[tuple[Any, Callable[[Any, str, int], Iterator[str]]], ...]:
         return (
             (partial, self._partial),
             (MethodType, self._method),
             (FunctionType, self._function),
-            (BuiltinFunctionType | type | ModuleType, self._named),
+            (type, self._class),
+            (BuiltinFunctionType | ModuleType, self._named),
             (enum.Enum | torch.dtype | torch.device | torch.layout | PurePath | range | slice, self._by_repr),
             (Tensor, self._tensor),
             (nn.Module, self._module),
@@ -142,12 +140,13 @@ class _Speller:
             yield str(value.__module__)
             return
         yield from self._code(value.__code__, where, depth)
+        yield from self._mapping(vars(value), f"an attribute of {value.__qualname__}", depth)
         yield from self.spell(value.__defaults__, f"a default of {value.__qualname__}", depth)
         yield from self._mapping(value.__kwdefaults__ or {}, f"a default of {value.__qualname__}", depth)
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             yield name
             yield from self.spell(_content(cell), f"{name!r}, which {value.__qualname__} closes over", depth + 1)
-        for name in sorted(_names_in(value.__code__)):
+        for name in sorted(_globals_of(value.__code__)):
             if name in value.__globals__:
                 yield name
                 yield from self.spell(
@@ -159,6 +158,56 @@ class _Speller:
         yield " ".join(code.co_names)
         for constant in code.co_consts:
             yield from self.spell(constant, where, depth)
+
+    def _class(self, value: Any, where: str, depth: int) -> Iterator[str]:
+        """Its name and, of the user's own, the functions and values in its body and in those of its bases."""
+        yield f"{value.__module__}.{value.__qualname__}"
+        if depth > _DEEPEST or _is_of_library(value):
+            return
+        for name, item in sorted(vars(value).items()):
+            own = getattr(item, "__func__", getattr(item, "fget", item))
+            is_function = isinstance(own, FunctionType)
+            if is_function and own.__code__.co_filename == "<string>":
+                continue  # written by dataclasses, whose fields are values of the body
+            if is_function or not (name.startswith("_abc_") or _is_dunder(name) or hasattr(type(own), "__get__")):
+                yield name
+                yield from self.spell(own, f"{value.__qualname__}.{name}", depth + 1)
+        yield from self.spell(value.__bases__, where, depth)
+
+    def _pickled(self, value: Any, where: str, depth: int) -> Iterator[str]:
+        """Its class and state, as pickle would save them."""
+        if type(value).__module__ == "tokenizers":
+            yield from self._tokenizer(value)
+            return
+        try:
+            reduce: Any = copyreg.dispatch_table.get(type(value))
+            found = value.__reduce_ex__(4) if reduce is None else reduce(value)
+        except Exception:  # noqa: BLE001 - whatever a class says instead of what it holds
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise _NoSpellingError(f"{where} ({kind})") from None
+        if isinstance(found, str):  # it pickles to its name, as a function behind functools.lru_cache does
+            yield found
+            yield from self.spell(getattr(value, "__wrapped__", None), where, depth + 1)
+            return
+        make, arguments, state, items, pairs = (*found, None, None, None)[:5]
+        yield from self.spell(make, where, depth + 1)
+        yield from self._sequence(arguments, where, depth + 1)
+        yield from self._state(state, where, depth)
+        yield from self._sequence(list(items or ()), where, depth)
+        yield from self._mapping(dict(pairs or ()), where, depth)
+
+    def _tokenizer(self, value: Any) -> Iterator[str]:
+        # Each call of a transformers tokenizer sets padding and truncation anew; the caller's code says how.
+        told = json.loads(value.to_str())
+        yield json.dumps({name: item for name, item in told.items() if name not in ("padding", "truncation")})
+
+    def _state(self, state: Any, where: str, depth: int) -> Iterator[str]:
+        if isinstance(state, tuple) and len(state) == 2:  # of a class with slots: its __dict__, and theirs
+            yield from self._mapping({**(state[0] or {}), **(state[1] or {})}, where, depth)
+        elif isinstance(state, dict):
+            yield from self._mapping(state, where, depth)
+        else:
+            yield from self.spell(state, where, depth)
 
     def _named(self, value: Any, where: str, depth: int) -> Iterator[str]:
         yield f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
@@ -177,7 +226,16 @@ class _Speller:
             yield hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
     def _module(self, value: Any, where: str, depth: int) -> Iterator[str]:
-        yield repr(value)
+        yield re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+        for path, each in value.named_modules():
+            yield path
+            yield from self.spell(type(each), where, depth + 1)
+            for entry in module_hooks(each):
+                yield entry.kind
+                yield from self.spell(entry.hook, f"a hook on {where}", depth + 1)
+            if not _is_of_library(type(each)):
+                own = {name: item for name, item in vars(each).items() if name not in _OF_EVERY_MODULE}
+                yield from self._mapping(own, where, depth)
         for name, tensor in sorted(value.state_dict().items()):
             yield name
             if isinstance(tensor, Tensor):
@@ -206,27 +264,25 @@ def _content(cell: Any) -> Any:
         return None
 
 
-def _names_in(code: CodeType) -> set[str]:
-    """The names that a function may look up in its globals, those of the functions inside it included."""
-    inner = (_names_in(each) for each in code.co_consts if isinstance(each, CodeType))
-    return set(code.co_names).union(*inner) - set(dir(builtins))
+def _globals_of(code: CodeType) -> set[str]:
+    """The names that a function looks up in its globals, those of the functions inside it included."""
+    inner = (_globals_of(each) for each in code.co_consts if isinstance(each, CodeType))
+    looked_up = (each.argval for each in dis.get_instructions(code) if each.opname in _LOOKS_UP)
+    return set(looked_up).union(*inner)
 
 
-def _is_of_library(function: Any) -> bool:
-    """Whether a function is an installed package's: its name and version say what it does."""
-    return str(function.__module__).partition(".")[0] in {"torch", "tensordict", "transformers", "numpy", "tdcache"}
+_LOOKS_UP = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
+_LIBRARIES = frozenset({"torch", "tensordict", "transformers", "numpy", "tdcache"}) | sys.stdlib_module_names
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
-def _has_plain_state(value: Any) -> bool:
-    kind: Any = type(value)
-    return kind.__reduce_ex__ is object.__reduce_ex__ and (hasattr(value, "__dict__") or hasattr(kind, "__slots__"))
+def _is_of_library(value: Any) -> bool:
+    """Whether a function or class is a library's: its name says what it does."""
+    return str(value.__module__).partition(".")[0] in _LIBRARIES - {"__main__"}
 
 
-def _state_of(value: Any) -> dict[str, Any]:
-    if dataclasses.is_dataclass(value):
-        return {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
-    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-    return {**{name: getattr(value, name) for name in slots if hasattr(value, name)}, **getattr(value, "__dict__", {})}
+def _is_dunder(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
 
 
 def spelled_place(place: NamedPlace) -> dict[str, Any]:

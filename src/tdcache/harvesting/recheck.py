@@ -27,6 +27,7 @@ __all__ = ["check_like", "refuse_overflow", "run_again"]
 # computation moves values by about their own size.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _COARSE = 0.15
+_SMALL = 0.01  # of a site's largest value: features below it are held against this, as they share its rounding
 
 
 def run_again(capture: BatchCapture, source: Source, rule: RowRule, shard: Shard, writer: StoreWriter) -> None:
@@ -51,7 +52,7 @@ def run_again(capture: BatchCapture, source: Source, rule: RowRule, shard: Shard
         if apart > _TOLERANCE.get(now.dtype, _COARSE):
             raise SpecError(
                 f"{writer.folder} holds other values than this computation gives: at {path!r} the first batch's rows "
-                f"differ by {apart:.2g} of their largest; something that the spec does not know has changed (an "
+                f"differ by {apart:.2g} of a feature's largest; something that the spec does not know has changed (an "
                 "object that forward= uses, the model's code, another library version). Harvest into a new folder, or "
                 "accept what is there with recheck=False",
                 path=writer.folder,
@@ -60,15 +61,19 @@ def run_again(capture: BatchCapture, source: Source, rule: RowRule, shard: Shard
 
 
 def _distance(now: Tensor, there: Tensor) -> float:
-    """The largest difference, as a part of the largest value; 0 where both have the same NaNs and infinities."""
-    one, other = now.double(), there.double()
+    """The largest difference, as a part of its feature's largest value; 0 where both have the same NaNs and infinities.
+
+    By features, because one of thousands that is a thousand times as large, as many models have, would hide the others.
+    """
+    if not now.numel():
+        return 0.0
+    one, other = (each.double().reshape(len(each), -1) for each in (now, there))
     finite = torch.isfinite(one) & torch.isfinite(other)
     if not torch.equal(torch.where(finite, 0.0, one).nan_to_num(5.0), torch.where(finite, 0.0, other).nan_to_num(5.0)):
         return float("inf")
-    if not bool(finite.any()):
-        return 0.0
-    largest = float(other[finite].abs().max())
-    return float((one - other)[finite].abs().max()) / max(largest, torch.finfo(torch.float32).tiny)
+    apart, size = (torch.where(finite, each, 0.0).abs().amax(0) for each in (one - other, other))
+    floor = max(_SMALL * float(size.max()), torch.finfo(torch.float32).tiny)
+    return float((apart / size.clamp(min=floor)).max())
 
 
 def check_like(values: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Any]], batch: int) -> None:

@@ -1,7 +1,7 @@
-"""Places that are no modules of a model, and still take hooks as modules do.
+"""Places that accept hooks as a module does, although they are not modules of the model.
 
-Whatever registers hooks on modules can register them there: the place is put into the model when the first hook comes,
-and taken out when the last one goes. Who registers need not know.
+Code that registers hooks on modules can register them here without a case of its own: the place is installed in the
+model when its first hook is registered, and removed with its last one.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class OnDemandPlace(nn.Module):
         return ()
 
     def admit(self, hook: Any, *, before: bool) -> None:
-        """Raise where the place cannot call such a hook."""
+        """Raise if the place cannot call such a hook."""
 
     def settle(self) -> None:
-        """Install the place if anything is registered, else take it out."""
+        """Install the place if anything is registered, else remove it."""
         if pre_hooks(self) or post_hooks(self) or "forward" in self.__dict__:
             if self._installed is None:
                 self._installed = self.install()
@@ -49,7 +49,7 @@ class OnDemandPlace(nn.Module):
             installed.remove()
 
     def run_before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Call the pre-hooks, as torch does before a module; gives the arguments to go on with."""
+        """Call the pre-hooks, as torch does before a module; returns the arguments to continue with."""
         for hook, with_kwargs in _called(self, before=True):
             if with_kwargs:
                 args, kwargs = hook(self, args, kwargs) or (args, kwargs)
@@ -60,7 +60,7 @@ class OnDemandPlace(nn.Module):
         return args, kwargs
 
     def run_after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Call the hooks, as torch does after a module; gives the output to go on with."""
+        """Call the hooks, as torch does after a module; returns the output to continue with."""
         for hook, with_kwargs in _called(self, before=False):
             new = hook(self, args, kwargs, output) if with_kwargs else hook(self, args, output)
             if new is not None:
@@ -76,7 +76,7 @@ def _called(place: nn.Module, *, before: bool) -> Iterator[tuple[Any, bool]]:
 
 
 class _TellingDict(OrderedDict[int, Any]):
-    """The hooks of one side of a place, which is told when the first one comes or the last one goes."""
+    """The hooks of one side of a place; tells the place when the first is added and the last removed."""
 
     def __init__(self, place: OnDemandPlace, *, before: bool = False) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class _TellingDict(OrderedDict[int, Any]):
         self._tell()
 
     def pop(self, number: int, default: Any = None) -> Any:
-        """Take one out, if it is there."""
+        """Remove one, if it is there."""
         if number not in self:
             return default
         hook = self[number]

@@ -94,22 +94,22 @@ class Registration:
             self._handle.remove()
 
     def mute(self) -> None:
-        """Silence it without giving up its place."""
+        """Silence the hook; it keeps its position."""
         with one_at_a_time:
             _mute(self._handle.hooks_dict_ref() or {}, self._handle.id)
 
     def unmute(self) -> None:
-        """Let it act again."""
+        """Let the hook act again."""
         with one_at_a_time:
             _unmute(self._handle.hooks_dict_ref() or {}, self._handle.id)
 
     @property
     def is_there(self) -> bool:
-        """Whether it has not been removed."""
+        """Whether it is still registered."""
         return self._handle.id in (self._handle.hooks_dict_ref() or ())
 
     def put_behind(self, fence: Fence) -> None:
-        """Have it act in no thread that is fenced off."""
+        """Make it ignore the threads that the fence excludes."""
         _fence_off(self._handle.hooks_dict_ref() or {}, self._handle.id, fence)
 
 
@@ -133,20 +133,20 @@ class NumberedRegistrations:
             self.always_called.pop(number, None)
 
     def mute(self) -> None:
-        """Silence them without giving up their places."""
+        """Silence the hooks; they keep their positions."""
         with one_at_a_time:
             for hooks in self.dicts:
                 _mute(hooks, self.number)
 
     def unmute(self) -> None:
-        """Let them act again."""
+        """Let the hooks act again."""
         with one_at_a_time:
             for hooks in self.dicts:
                 _unmute(hooks, self.number)
 
     @property
     def is_there(self) -> bool:
-        """Whether they have not been removed."""
+        """Whether they are still registered."""
         return bool(self.dicts)
 
     def put_behind(self, fence: Fence) -> None:

@@ -1,13 +1,13 @@
 """Hooks and threads: a context acts only in the forwards of the thread that opened it.
 
-Hooks sit on the modules, which several threads may run at once. Where each of them has a context open on one model, the
-hooks of one would see, and change, the values of the other. So every thread that opens a context on a model is fenced
-off from the hooks that other threads have there. Threads that open none (the replicas of ``DataParallel``, a pool) are
-not: they work for whoever called them. As long as one thread opens contexts there is no fence, and no cost.
+Hooks sit on the modules, which several threads may run at once. If two threads had a context open on one model, the
+hooks of each would see, and change, the values of the other. So a thread that opens a context on a model is fenced off
+from the hooks that other threads have there. Threads that open none (the replicas of ``DataParallel``, a pool) are not:
+they work for whoever called them. As long as only one thread opens contexts there is no fence, and no cost.
 
-A thread may come at any moment, also while another is half way through entering or leaving. So a fence exists from the
-first hook to the last, and knows what was registered under it; hooks are put behind it when the first thread is fenced
-off.
+Another thread may start at any time, also while a context is half way through entering or exiting. So a fence exists
+from the first hook to the last and records what was registered under it; the hooks are wrapped when the first thread is
+fenced off.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable
 from threading import RLock
 from typing import Protocol
-from weakref import WeakSet
+from weakref import ReferenceType, WeakSet, ref
 
 from torch import nn
 
@@ -39,13 +39,22 @@ one_at_a_time = RLock()
 
 
 class RunningThread:
-    """One thread that runs models. The numbers that Python gives to threads are given again when a thread has ended."""
+    """A thread that runs models; Python reuses the identifiers of threads that have ended, so they will not do."""
 
-    __slots__ = ("__weakref__", "models")
+    __slots__ = ("__weakref__", "_latest", "models")
 
     def __init__(self) -> None:
         self.models: WeakSet[nn.Module] = WeakSet()
         """On which it opened contexts: it may be running them still."""
+        self._latest: ReferenceType[nn.Module] | None = None
+
+    def opens_on(self, model: nn.Module) -> bool:
+        """The thread opens a context on ``model``; returns whether the one before was not on the same model."""
+        if self._latest is not None and self._latest() is model:
+            return False
+        self._latest = ref(model)
+        self.models.add(model)
+        return True
 
 
 class Placed(Protocol):
@@ -56,7 +65,7 @@ class Placed(Protocol):
         """Whether it has not been removed."""
 
     def put_behind(self, fence: Fence) -> None:
-        """Have it act in no thread that is fenced off."""
+        """Make it ignore the threads that the fence excludes."""
 
 
 class Fence:
@@ -69,15 +78,14 @@ class Fence:
         self.placed: list[Placed] = []
         self._pruned_at = 32
 
-    def take_in(self, placed: Placed) -> None:
-        """Something was registered under the fence; what was removed since is forgotten now and then."""
-        self.placed.append(placed)
+    def prune(self) -> None:
+        """Drop removed registrations, from time to time."""
         if len(self.placed) > self._pruned_at:
             self.placed = [each for each in self.placed if each.is_there]
             self._pruned_at = 32 + 2 * len(self.placed)
 
     def keep_out(self, thread: RunningThread) -> None:
-        """Fence a thread off, from what is registered and from what will be."""
+        """Exclude a thread from what is registered now and later."""
         with one_at_a_time:
             self.others.add(thread)
             for placed in self.placed:
@@ -109,20 +117,29 @@ _here = _Here()
 
 
 def this_thread() -> RunningThread:
-    """The thread that asks; the object is dropped when it ends."""
+    """The calling thread; the object is dropped when the thread ends."""
     return _here.thread
 
 
 def active_fence() -> Fence | None:
-    """The fence under which this thread registers hooks, if some thread is fenced off by it."""
+    """The fence under which this thread registers hooks, if it excludes some thread."""
     fence = _here.fence
     return fence if fence is not None and fence.others else None
 
 
-def note_placed(placed: Placed) -> None:
-    """Something is registered: threads that are fenced off later are kept from it too."""
-    if _here.fence is not None:
-        _here.fence.take_in(placed)
+def note_placed(placed: Placed) -> Fence | None:
+    """Record a registration, so that threads that are fenced off later do not run it either.
+
+    Returns:
+        The active fence.
+    """
+    fence = _here.fence
+    if fence is None:
+        return None
+    fence.placed.append(placed)
+    if len(fence.placed) > 32:
+        fence.prune()
+    return fence if fence.others else None
 
 
 class fencing:  # noqa: N801  (used as a function)

@@ -118,8 +118,11 @@ def tensor_only(picked: Any, pick: Pick, path: str) -> Any:
     """
     if isinstance(picked, Tensor) or is_entries(picked):
         return picked
+    missing = f"leave pick= out for the first tensor; attention weights are '{path}::pattern', whatever kernel runs"
     raise CaptureError(
-        f"pick={pick!r} gives {type(picked).__name__} at {path!r}; a cache holds tensors (or TensorDicts of them)",
+        f"pick={pick!r} gives None at {path!r}, which was not computed; {missing}"
+        if picked is None
+        else f"pick={pick!r} gives {type(picked).__name__} at {path!r}; a cache holds tensors (or TensorDicts of them)",
         paths=(path,),
     )
 

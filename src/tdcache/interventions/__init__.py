@@ -14,6 +14,7 @@ from tdcache.interventions.path_patching import PathPatching
 from tdcache.interventions.resume import ResumeFrom, resume_from
 from tdcache.interventions.saving import load_intervention, save_intervention
 from tdcache.interventions.steering import SteeringVectors
+from tdcache.public_names import MissingName
 from tdcache.regions import Region
 
 __all__ = [
@@ -31,3 +32,5 @@ __all__ = [
     "resume_from",
     "save_intervention",
 ]
+
+__getattr__ = MissingName(__name__)

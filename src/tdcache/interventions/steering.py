@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -162,6 +162,8 @@ class SteeringVectors(Intervention):
             vectors, steer_fn = None, vectors
         if (vectors is None) == (steer_fn is None):
             raise EditError("steering needs either vectors (a tensor, or one per path) or steer_fn=, and not both")
+        if isinstance(vectors, Sequence):
+            raise EditError(f"vectors is a tensor, or a mapping of one per path, got a {type(vectors).__name__}")
         self.vectors: Any = vectors
         self.steer_fn = steer_fn
         self.coefficient = coefficient

@@ -38,7 +38,7 @@ class OwningContext(Protocol):
     _in_context: bool
     model: nn.Module
     names: Names | None
-    fence: Fence
+    fence: Fence | None
 
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call of the hooked module."""
@@ -121,7 +121,10 @@ class HookedModule(ModuleVerbs, TensorDictModuleWrapper):
             ContextError: there is no context, or it has no cache.
         """
         if self._hooking_context is None or not hasattr(type(self._hooking_context), "cache"):
-            raise ContextError("this hooked module has no cache; prepare a caching factory such as ActivationCaching")
+            raise ContextError(
+                "this hooked module has no cache; prepare a caching factory such as ActivationCaching (scores of an "
+                "attribution are in the TensorDict that the call returns)"
+            )
         return cast(TensorDictBase, self._hooking_context.cache)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 from tdcache.errors import TdcacheWarning, warn_user
 from tdcache.function_calls.places import refuse_direction
 from tdcache.function_calls.sites import is_call
-from tdcache.hooks.attach import attach
+from tdcache.hooks.attach import UserHook, attach
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.factory import HookFactory, check_callback
 from tdcache.hooks.registrations import Order
@@ -25,11 +25,18 @@ from tdcache.modules.run import HookedModuleRun
 from tdcache.modules.taps import Forwards, GetTap, SetTap, ValueProxy
 from tdcache.modules.value_part import ValuePart, WhereOptions
 from tdcache.named_places import Names
+from tdcache.options import refuse_unknown
 from tdcache.place_modules import dims_of, refuse_at_names
 from tdcache.reducers import Reducer
 from tdcache.types import CacheKey, Hold, HookDirection, Pick, Removable
 
 __all__ = ["ModuleVerbs"]
+
+
+_OPTIONS = (
+    *("callback", "direction", "hold", "pick", "prepend", "reducer", "relative"),
+    *WhereOptions.__annotations__,
+)
 
 
 class ModuleVerbs(DirectedForms):
@@ -176,7 +183,8 @@ class ModuleVerbs(DirectedForms):
         self._warn_if_skipped(key)
         path, module = self.find_site(key)
         with self.fencing():
-            return attach(module, HookFactory.make_stopping_hook(path), "fwd", order=Order.STOP)
+            stop = UserHook(HookFactory.make_stopping_hook(path), path, "fwd", Order.STOP)
+            return attach(module, stop, "fwd", order=Order.STOP)
 
     def declare_set(
         self,
@@ -250,6 +258,7 @@ class ModuleVerbs(DirectedForms):
 
     def _part(self, key: str, where: WhereOptions) -> ValuePart:
         """The part of a value that a verb means; of a name, along the axes that the table says it has."""
+        refuse_unknown("this verb", where, _OPTIONS)
         if self.names is not None and key in self.names:
             known: Any = dims_of(self.names[key])
             return ValuePart(**{**known, **where})

@@ -10,5 +10,8 @@ copies, inputs, gradients            what forwards are run on, and what both hal
 from tdcache.naming.front import names
 from tdcache.naming.prove import Verdict, prove, proved, verdict_of
 from tdcache.naming.resolve import resolve
+from tdcache.public_names import MissingName
 
 __all__ = ["Verdict", "names", "prove", "proved", "resolve", "verdict_of"]
+
+__getattr__ = MissingName(__name__)

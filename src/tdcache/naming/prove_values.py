@@ -16,6 +16,7 @@ from tdcache.function_calls import CallSite, attach_attention, attach_call, is_c
 from tdcache.hooks.attach import attach
 from tdcache.hooks.port import port_at
 from tdcache.hooks.registrations import MultiHookHandle, Order
+from tdcache.hooks.transient import Transient
 from tdcache.named_places import NamedPlace
 from tdcache.naming.gradients import edge_of
 from tdcache.paths import resolve
@@ -63,7 +64,7 @@ class Readings:
 
 
 @dataclass(slots=True, eq=False)
-class _Take:
+class _Take(Transient):
     """Takes the value at one place; called as hooks on modules, on calls and on attention places are."""
 
     name: str

@@ -22,6 +22,7 @@ from tdcache.pipeline.transformer_hooks import (
     ResidualStreamTorsoHooks,
     TransformerHooks,
 )
+from tdcache.public_names import MissingName
 
 __all__ = [
     "AtCalls",
@@ -61,3 +62,5 @@ __all__ = [
     "sparse_latents",
     "stop_gradient",
 ]
+
+__getattr__ = MissingName(__name__)

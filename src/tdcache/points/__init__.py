@@ -9,6 +9,7 @@ from tdcache.points.report import HookReport, HookRow, list_hooks
 from tdcache.points.reshape import Reshape
 from tdcache.points.root import HookedRootModule, HookRoot, hook_root
 from tdcache.points.splice import SplicedPoint, insert_hook_point
+from tdcache.public_names import MissingName
 
 __all__ = [
     "HookPoint",
@@ -23,3 +24,5 @@ __all__ = [
     "insert_hook_point",
     "list_hooks",
 ]
+
+__getattr__ = MissingName(__name__)

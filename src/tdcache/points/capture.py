@@ -102,9 +102,11 @@ class _MappingTarget:
 
     def write(self, entries: Mapping[CacheKey, Any], *, complete: bool) -> None:
         """Make ``entries`` the direction's entries."""
+        self.cache.update(entries)
+        if complete and len(self._written) == len(entries):  # as after most forwards
+            return
         for key in self._written.keys() - entries.keys():
             self.cache.pop(key, None)
-        self.cache.update(entries)
         self._written = dict.fromkeys(entries)
 
     def put(self, key: CacheKey, value: Any) -> None:
@@ -308,10 +310,13 @@ class SavingPointHook(PointHook):
         kept = output
         if self.copies:
             kept = (output.detach() if output.requires_grad else output).clone()
-        if kept.is_inference() or kept._version:  # those who read ``values`` ask for a counter, and expect 0
-            return super().on_output(module, args, output)
-        values[name] = kept
-        return None
+        try:
+            if not kept._version:  # those who read ``values`` expect 0
+                values[name] = kept
+                return None
+        except RuntimeError:  # an inference tensor, which has no version counter
+            pass
+        return super().on_output(module, args, output)
 
 
 class SavingHook:

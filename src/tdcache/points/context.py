@@ -6,16 +6,17 @@ removes the hooks that it added.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from torch import nn
 
-from tdcache.errors import ContextError
+from tdcache.errors import ContextError, HookSignatureError
 from tdcache.hooks import MultiHookHandle
 from tdcache.hooks.compiled import running_eagerly
+from tdcache.hooks.opened import OpenedHere
 from tdcache.points.hook_point import LensHandle, hook_name
 
 __all__ = ["HookedByName", "PointHooks"]
@@ -58,6 +59,10 @@ class PointHooks:
     def __init__(
         self, root: HookedByName, fwd_hooks: Pairs, bwd_hooks: Pairs, reset_hooks_end: bool, clear_contexts: bool
     ) -> None:
+        pair: Any
+        for pair in (*fwd_hooks, *bwd_hooks):
+            if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2 or not callable(pair[1]):
+                raise HookSignatureError(f"hooks are pairs of a name and a hook, [('hook_embed', hook)], got {pair!r}")
         self.root = root
         self.fwd_hooks = fwd_hooks
         self.bwd_hooks = bwd_hooks
@@ -82,10 +87,11 @@ class PointHooks:
         with ExitStack() as undo, handle.installing():
             root.context_level += 1
             undo.callback(self._lower)
-            for direction, pairs in self._by_direction():
-                for name, hook in pairs:
-                    for added in root.install(name, hook, direction, level=root.context_level):
-                        handle.add(added.hook)
+            with undo.enter_context(OpenedHere(root.called_model)):
+                for direction, pairs in self._by_direction():
+                    for name, hook in pairs:
+                        for added in root.install(name, hook, direction, level=root.context_level):
+                            handle.add(added.hook)
             undo.enter_context(running_eagerly(root.called_model))
             if self.reset_hooks_end:
                 undo.callback(handle.remove)

@@ -4,6 +4,7 @@ They are independent of hooks, so that statistics over a data set use the same c
 their own, and the results of several processes can be merged.
 """
 
+from tdcache.public_names import MissingName
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.calls import First, Last, Stack
 from tdcache.reducers.concatenate import Concatenate
@@ -11,3 +12,5 @@ from tdcache.reducers.rows import RowReducer
 from tdcache.reducers.statistics import Mean, TopK, Variance
 
 __all__ = ["Concatenate", "First", "Last", "Mean", "Reducer", "RowReducer", "Stack", "TopK", "Variance"]
+
+__getattr__ = MissingName(__name__)

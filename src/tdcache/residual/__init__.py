@@ -4,6 +4,7 @@ Everything here works on kept values and never runs the model: only its norms an
 are. What is said of a sum is checked against what was kept, and refused where it does not hold.
 """
 
+from tdcache.public_names import MissingName
 from tdcache.residual.decomposition import accumulated, decompose, needed
 from tdcache.residual.logits import logit_attribution, logit_lens, token_directions
 from tdcache.residual.norm import apply_norm
@@ -26,3 +27,5 @@ __all__ = [
     "token_directions",
     "tuned_lens",
 ]
+
+__getattr__ = MissingName(__name__)

@@ -1,4 +1,8 @@
-"""Linear modules as functions of their input, weight and bias."""
+"""Linear modules as functions of their input, weight and bias.
+
+Most rules apply a layer with other weights than its own: their positive part, their squares, or those with a batch norm
+folded in. Calling the module would need these written into it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which rule is applied where: maps by class and by regex, and ready composites of them."""
+"""Which rule is applied where: maps by class and by regex, and the composites that papers name.
+
+A module that no rule covers would lose or create relevance unnoticed; these maps also find such modules.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from torch import nn
 
 from tdcache.attribution.lrp.linear import ELEMENTWISE, LINEAR, is_linear
 from tdcache.attribution.lrp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZPlus
+from tdcache.errors import AttributionError
 from tdcache.selection import Matcher, as_matcher, walk
+from tdcache.tables import shorten
 from tdcache.types import Selector
 
 __all__ = [
@@ -31,7 +36,7 @@ RuleMap: TypeAlias = "Sequence[tuple[Selector, Rule | None]]"
 
 
 def is_activation(path: str, module: nn.Module) -> bool:
-    """Whether the module acts on each number by itself: torch's activations and Hugging Face's."""
+    """Whether the module is elementwise: an activation of torch or of Hugging Face."""
     return isinstance(module, ELEMENTWISE) or type(module).__module__ == "transformers.activations"
 
 
@@ -71,7 +76,7 @@ def epsilon_gamma(gamma: float = 0.25, eps: float = 1e-6) -> RuleMap:
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-# Twice the input, twice the output: the gradient times the input is then the gradient times the output.
+# f(c x) = c f(x), or an average or selection of inputs: gradient x input sums to gradient x output.
 _CONSERVING: tuple[type[nn.Module], ...] = (
     nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
     nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.LPPool1d, nn.LPPool2d,
@@ -91,7 +96,12 @@ class Rules:
     @classmethod
     def of(cls, rules: RuleMap | Rule) -> Rules:
         """Parse; a single rule is :func:`uniform`."""
-        pairs = uniform(rules) if isinstance(rules, Rule) else rules
+        pairs: Any = uniform(rules) if isinstance(rules, Rule) else rules
+        if not isinstance(pairs, Sequence) or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
+            raise AttributionError(
+                "rules= is a rule such as Epsilon(), a map such as epsilon_plus(), or pairs of a selector and a rule, "
+                f"got {shorten(repr(rules), 80)}"
+            )
         return cls(tuple((as_matcher(selector), rule) for selector, rule in pairs))
 
     def at(self, path: str, module: nn.Module) -> Any:
@@ -99,12 +109,15 @@ class Rules:
         return next(self._fitting(path, module), None)
 
     def forgotten(self, model: nn.Module, *, canonise: bool) -> dict[str, nn.Module]:
-        """Modules without parts of their own that no pair selects, and whose gradient does not conserve relevance."""
+        """Modules that no pair selects and whose ordinary gradient does not conserve relevance.
+
+        Those are leaves, and modules with parameters of their own beside their children, as ``nn.MultiheadAttention``.
+        """
         conserving = (*_CONSERVING, *(BATCH_NORMS if canonise else ()))
         return {
             path: module
             for path, module in [("", model), *walk(model)]
-            if not any(True for _ in module.children())
+            if (next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None)
             and not isinstance(module, conserving)
             and not any(True for _ in self._fitting(path, module))
         }

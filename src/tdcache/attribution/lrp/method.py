@@ -20,6 +20,7 @@ from tdcache.attribution.place import Place
 from tdcache.attribution.point import PointRows, wide
 from tdcache.errors import AttributionError, TdcacheWarning, listed, warn_user
 from tdcache.hooks import MultiHookHandle, Order, attach
+from tdcache.hooks.transient import Transient
 from tdcache.modules import HookedModule
 from tdcache.selection import walk
 from tdcache.types import Selector
@@ -60,8 +61,8 @@ class RelevanceRules(Installed):
         handle.add(attach(model, _Forget(followers).on_output, order=Order.EDIT))
 
 
-class _Forget:
-    """Lets go of the outputs that were kept to recognise who reads them."""
+class _Forget(Transient):
+    """Drops, when the forward ends, the outputs that were kept to recognise the norms that read them."""
 
     order = Order.EDIT
     rowwise = True
@@ -70,7 +71,7 @@ class _Forget:
         self.followers = followers
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """The forward is over."""
+        """Drop the outputs of this forward."""
         self.followers.clear()
 
 
@@ -85,7 +86,7 @@ class _Applied:
         return repr(self.rule)
 
     def check(self, module: nn.Module) -> None:
-        """Refuse a rule with weights at a module without."""
+        """Refuse a rule that needs weights at a module that has none."""
         if isinstance(self.rule, Rule) and not isinstance(self.rule, Pass) and not is_linear(module):
             raise AttributionError(
                 f"{self.rule!r} needs a linear module, and {self.path!r} is a {type(module).__name__}; choose others, "

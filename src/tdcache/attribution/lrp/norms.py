@@ -1,4 +1,8 @@
-"""Normalisation layers in a backward: their scale counts as a constant."""
+"""Normalisation layers in a backward: their scale counts as a constant.
+
+A norm divides by the size of its input, so its true gradient is orthogonal to that input and would carry (almost) no
+relevance back; RelP and AttnLRP both hold the scale fixed.
+"""
 
 from __future__ import annotations
 

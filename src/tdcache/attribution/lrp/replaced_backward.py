@@ -1,4 +1,8 @@
-"""Hooks that keep a module's forward and exchange its backward, in some rows."""
+"""Hooks that keep a module's forward and exchange its backward, in some rows.
+
+A rule needs input, output and gradient of one call together, and rows of other methods in the same pass must keep the
+ordinary backward; torch's full backward hooks offer neither, and fail before an in-place activation.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from torch import Tensor, nn
 
 from tdcache.attribution.point import PointRows
 from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach
+from tdcache.hooks.transient import Transient
 
 __all__ = ["AfterTaps", "ModuleCall", "ReplacedBackward", "ReplacedRule", "install_replaced"]
 
@@ -25,7 +30,7 @@ class ReplacedRule(Protocol):
         """
 
 
-class ReplacedBackward:
+class ReplacedBackward(Transient):
     """The hooks of one module.
 
     Args:
@@ -81,7 +86,7 @@ class ReplacedBackward:
 
 
 @dataclass(frozen=True, slots=True)
-class AfterTaps:
+class AfterTaps(Transient):
     """A pre-hook that runs after the taps of inputs, so that it sees the alias that they hand on."""
 
     hook: Callable[..., Any]
