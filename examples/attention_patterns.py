@@ -3,9 +3,9 @@ Attention patterns under a fused kernel: heads ablated, induction heads found
 =============================================================================
 
 ``scaled_dot_product_attention`` does not return its attention patterns. At ``"...::pattern"`` they can be read, edited
-and differentiated all the same, without reloading the model. First in a pretrained sentence encoder: which heads tell
-"bank" from "bank"? Then in a small transformer that is trained here to continue repeated sequences: its induction heads
-(Olsson et al. 2022, arXiv:2209.11895) show in their patterns.
+and differentiated, without reloading the model. First in a pretrained sentence encoder: which heads distinguish the
+two meanings of "bank"? Then in a small transformer that is trained here to continue repeated sequences: its induction
+heads (Olsson et al. 2022, arXiv:2209.11895) show in their patterns.
 """
 
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from tdcache import Ablation, ActivationCaching, select
+from tdcache.plot import color_bar
 
 model = AutoModel.from_pretrained(get_model_path(), attn_implementation="sdpa").eval()
 tokenizer = AutoTokenizer.from_pretrained(get_model_path())
@@ -49,7 +50,7 @@ layers, _, heads, _, _ = patterns.shape
 print(f"{tuple(patterns.shape)}: rows sum to one: {torch.allclose(patterns.sum(-1), torch.ones(()))}")
 
 # %%
-# **Edit.** Each head in turn is ablated at its pattern, so that it mixes nothing: what becomes of the similarity?
+# **Edit.** Ablate each head in turn by setting its pattern to zero. How does the similarity change?
 change = np.zeros((layers, heads))
 with torch.no_grad():
     for layer in range(layers):
@@ -61,34 +62,37 @@ layer, head = np.unravel_index(change.argmax(), change.shape)
 print(f"similarity {plain:.3f}; without head {head} of layer {layer} {plain + change[layer, head]:.3f}")
 
 # %%
-# The head without which the two sentences are most alike, and where it looks.
+# The head without which the two sentences are most alike, and what it attends to.
 figure, panels = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained", width_ratios=[1.25, 1, 1])
 limit = np.abs(change).max()
-image = panels[0].pcolormesh(change, cmap="RdBu", vmin=-limit, vmax=limit, edgecolors="white", linewidth=1)
+panels[0].pcolormesh(change, cmap="RdBu_r", vmin=-limit, vmax=limit, edgecolors="white", linewidth=1)
 panels[0].add_patch(plt.Rectangle((head, layer), 1, 1, fill=False, linewidth=2))
-panels[0].set(xlabel="head", ylabel="layer", ylim=(layers, 0), title="change of the similarity without the head")
+panels[0].set(xlabel="head", ylabel="layer", ylim=(layers, 0), title="Each head in turn ablated")
 panels[0].set_xticks(np.arange(heads) + 0.5, range(heads))
 panels[0].set_yticks(np.arange(layers) + 0.5, range(layers))
-figure.colorbar(image, ax=panels[0], aspect=30).outline.set_visible(False)
+color_bar(panels[0], limit=limit, label="change of the cosine similarity")
 for panel, row, sentence in zip(panels[1:], patterns[layer, :, head], sentences, strict=True):
     tokens = tokenizer(sentence).tokens()
-    panel.pcolormesh(row[: len(tokens), : len(tokens)], cmap="Blues", vmin=0, vmax=1)
+    image = panel.pcolormesh(row[: len(tokens), : len(tokens)], cmap="Blues", vmin=0, vmax=1)
     panel.set_xticks(np.arange(len(tokens)) + 0.5, tokens, rotation=60, ha="right", rotation_mode="anchor")
     panel.set_yticks(np.arange(len(tokens)) + 0.5, tokens)
-    panel.set(ylim=(len(tokens), 0), aspect="equal", title=f"“{sentence}”")
+    panel.set(ylim=(len(tokens), 0), aspect="equal", xlabel="key", title=f"“{sentence}”")
+panels[1].set_ylabel("query")
+figure.colorbar(image, ax=panels[1:], aspect=30, label=f"attention of head {head}").outline.set_visible(False)
 for panel in panels:
     panel.set_frame_on(False)
     panel.tick_params(length=0)
 title = (
-    f"Without head {head} of layer {layer} the two banks are {change[layer, head]:+.2f} more alike ({plain:.2f} with)"
+    f"Without head {head} of layer {layer} the two sentences are more alike: "
+    f"{plain:.2f} becomes {plain + change[layer, head]:.2f}"
 )
 figure.suptitle(title, x=0.02, ha="left", fontsize=13, weight="bold")
 figure.savefig(Path("attention_patterns.png"), dpi=120)
 
 
 # %%
-# **Induction heads.** Two layers of attention learn to continue sequences that are repeated once. What comes next is
-# what came after this token the last time, so some head has to look there.
+# **Induction heads.** Two layers of attention learn to continue a sequence that is repeated once. The next token is the
+# one that followed the current token the first time, so some head has to attend to it.
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
@@ -132,8 +136,8 @@ for _ in range(400):
     optimiser.step()
 
 # %%
-# How much attention each head pays to the token before, while the sequence is new, and to the token after the last
-# occurrence, while it is repeated; and what it costs to ablate one such head, and all of them.
+# How much attention each head pays to the previous token in the first half, and to the token after the last occurrence
+# in the second half; then the loss without one such head, and without all of them.
 half = 13
 ids = repeated(64, half)
 with torch.no_grad(), ActivationCaching(r"layers\.(?P<layer>\d)::pattern", stack_by="layer").prepare(small) as hooked:
@@ -157,7 +161,7 @@ for which in ([strongest], [0, 1, 2, 3]):
         print(f"loss without heads {which} of the second layer: {loss_of(hooked):.3f}")
 
 # %%
-# The first layer attends to the token before, the second to what came after this token the last time.
+# The first layer attends to the previous token, the second to the token after the last occurrence.
 figure, panels = plt.subplots(1, 3, figsize=(13, 4.3), layout="constrained", width_ratios=[1, 1, 1])
 bars = np.arange(4)
 for at, name in enumerate(("first", "second")):
@@ -166,18 +170,19 @@ for at, name in enumerate(("first", "second")):
     )
     label = "to the one after the last occurrence" if at == 0 else None
     panels[0].bar(bars + 4.6 * at + 0.4, induction[at], 0.4, color="tab:blue", label=label)
-    panels[0].text(1.7 + 4.6 * at, -0.17, f"{name} layer", ha="center")
+    panels[0].text(1.7 + 4.6 * at, -0.17, f"head of the {name} layer", ha="center")
 panels[0].set_xticks([*(bars + 0.2), *(bars + 4.8)], [*range(4), *range(4)])
-panels[0].set(ylim=(0, 1.05), title="share of the attention, by head")
+panels[0].set(ylim=(0, 1.2), yticks=[0, 0.5, 1], ylabel="share of the attention", title="All heads")
 panels[0].legend(frameon=False, loc="upper left")
 before = int(previous[0].argmax())
 for panel, layer, head, name in ((panels[1], 0, before, "first"), (panels[2], 1, strongest, "second")):
-    panel.pcolormesh(found[layer, 0, head], cmap="Blues", vmin=0, vmax=1)
+    image = panel.pcolormesh(found[layer, 0, head], cmap="Blues", vmin=0, vmax=1)
     panel.set(
         ylim=(2 * half, 0), aspect="equal", xlabel="key", ylabel="query", title=f"head {head} of the {name} layer"
     )
     panel.axhline(half, color="grey", linewidth=0.5)
     panel.axvline(half, color="grey", linewidth=0.5)
+figure.colorbar(image, ax=panels[1:], aspect=30, label="attention").outline.set_visible(False)
 for panel in panels:
     panel.set_frame_on(False)
     panel.tick_params(length=0)
@@ -186,6 +191,6 @@ figure.suptitle(title, x=0.02, ha="left", fontsize=13, weight="bold")
 figure.savefig(Path("induction_heads.png"), dpi=120)
 
 # %%
-# **Check.** The second layer looks where an induction head looks, and the first at the token before.
+# **Check.** The second layer has induction heads, and the first has heads that attend to the previous token.
 assert induction[1].max() > 0.5
 assert previous[0].max() > 0.5

@@ -3,8 +3,8 @@ Which strokes make a digit? Four methods in one pass
 ====================================================
 
 A small convolutional net learns scikit-learn's handwritten digits in a few seconds. Integrated gradients, Grad-CAM,
-guided backpropagation and layer-wise relevance propagation then explain the same predictions: they stand in one
-composite, and share one forward and one backward.
+guided backpropagation and layer-wise relevance propagation then explain the same predictions: combined in one
+composite, they share one forward and one backward.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ labels = torch.tensor(digits.target)
 train, test = slice(0, 1400), slice(1400, None)
 
 # %%
-# **Train.** Batch norms and in-place ReLUs are there on purpose: attribution must cope with both.
+# **Train.** Batch norms and in-place ReLUs are there on purpose, since attribution must handle both.
 model = nn.Sequential(
     nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(inplace=True),
     nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True),
@@ -44,7 +44,8 @@ accuracy = (model(images[test]).argmax(1) == labels[test]).float().mean()
 print(f"accuracy on unseen digits: {accuracy:.1%}")
 
 # %%
-# **Explain.** The target of each row is its own label. One call gives all scores, and what they miss.
+# **Explain.** The target of each row is its own label. One call returns all scores, and by how much they miss the
+# target.
 chosen = torch.tensor([int((labels[test] == digit).nonzero()[0]) for digit in (0, 3, 4, 7)])
 x, y = images[test][chosen], labels[test][chosen]
 methods = Together(

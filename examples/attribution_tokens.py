@@ -2,8 +2,8 @@
 Which words make two sentences similar?
 =======================================
 
-A pretrained sentence encoder (all-MiniLM-L6-v2) says how similar two sentences are. Integrated gradients at its word
-embeddings say which words it takes that from.
+A pretrained sentence encoder (all-MiniLM-L6-v2) measures how similar two sentences are. Integrated gradients at its
+word embeddings show which words the similarity comes from.
 """
 
 from pathlib import Path

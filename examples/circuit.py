@@ -4,8 +4,8 @@ Finding the induction circuit, and checking every edge of it
 
 A two-layer transformer learns to recall: shown a shuffled alphabet and one of its letters again, it must say which
 letter came after it. The known solution takes two attention heads, one after the other. EAP-IG scores all edges between
-the model's parts from one small batch of gradients; the picture shows which edges it finds, and patching each edge for
-real shows whether it is right.
+the model's parts from one small batch of gradients; the picture shows which edges it finds, and patching each edge
+shows whether the estimates are right.
 """
 
 from pathlib import Path
@@ -73,8 +73,8 @@ answer = ids.gather(1, at + 1)[:, 0]
 print(f"recalled: {(model(ids)[:, -1].argmax(1) == answer).float().mean():.0%}")
 
 # %%
-# **Score the edges.** In the counterfactual the asked letter has changed places with another one, so that another
-# letter comes after it. The target is the difference of their logits.
+# **Score the edges.** In the counterfactual the queried letter is swapped with another one, so that a different letter
+# follows it. The target is the difference of their logits.
 place = (at + torch.randint(2, LETTERS - 2, at.shape)) % (LETTERS - 1)
 other = ids.gather(1, place + 1)[:, 0]
 corrupt = ids.scatter(1, at, ids.gather(1, place)).scatter(1, place, ids.gather(1, at))

@@ -136,12 +136,12 @@ print(
 # **Look.** Left: the tokens that activate the latent most. Right: how similar sentences about instruments are to the
 # name of each kind, with the latent and without it.
 red, grey = "#c44e52", "0.55"
-figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(1.15, 1))
+figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.6), layout="constrained", width_ratios=(1.3, 1))
 left.barh(range(6), values, color=red, height=0.78)
 for height, (value, (row, spot)) in enumerate(zip(values.tolist(), strongest, strict=True)):
     left.text(0.02 * values.max(), height, spelled[row][spot], color="white", va="center", weight="bold")
     left.text(value + 0.02 * values.max(), height, held_out[row], va="center", fontsize=9, color="0.3")
-left.set(xlim=(0, 2 * values.max()), ylim=(5.6, -0.6), yticks=[], xlabel=f"activation of latent {latent}")
+left.set(xlim=(0, 2.3 * values.max()), ylim=(5.6, -0.6), yticks=[], xlabel=f"activation of latent {latent}")
 left.set_xticks(range(int(values.max()) + 1))
 left.set_title(f"Held-out tokens that activate latent {latent} most", loc="left", fontsize=11)
 

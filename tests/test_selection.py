@@ -67,6 +67,18 @@ def test_a_sequence_is_a_union_without_repetition(model):
     assert select(model, union).paths == ("embed", "layers.0.attn", "layers.0.act")
 
 
+@pytest.mark.parametrize("union", [["embed", "layer.0"], ["embed", ["layer.0"]], ("layer.0", nn.Linear)])
+def test_a_string_in_a_sequence_that_matches_nothing_is_an_error(model, union):
+    with pytest.raises(SelectionError, match=r"pattern 'layer\.0' matches none of the \d+ modules"):
+        select(model, union)
+    assert len(select(model, union, allow_empty=True)) > 0
+
+
+def test_a_class_or_a_predicate_in_a_sequence_may_match_nothing(model):
+    union = ["embed", nn.Conv2d, [nn.LSTM], lambda path, module: False]
+    assert select(model, union).paths == ("embed",)
+
+
 def test_the_groups_of_a_union_are_those_of_the_first_member_that_matches(model):
     first, second = r"layers\.(?P<layer>0)\.attn", r"layers\.(?P<at>\d+)\.attn"
     selection = select(model, [first, second])

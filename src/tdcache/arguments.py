@@ -1,7 +1,7 @@
 """The arguments of a forward by name, and how much a key-value cache among them holds.
 
-Masks, caches and token ids may come by position, by keyword, or as entries of a mapping or TensorDict. What reads them
-reads them here, so that all of the library finds the same ones.
+Masks, caches and token ids may be passed by position, by keyword, or as entries of a mapping or TensorDict. They are
+looked up here only, so that all of the library finds the same ones.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def forward_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def call_with(model: nn.Module, inputs: Any) -> Any:
-    """Call a model with what a user passes as ``inputs=``, and return what it returns.
+    """Call a model with a user's ``inputs=``, and return its result.
 
     Args:
         model: the model.
@@ -89,7 +89,7 @@ class Cached(NamedTuple):
     """The cache that a call was given."""
 
     cache: Any
-    """The object itself, None if there is none."""
+    """The cache object, or None."""
     length: int | None
     """How many tokens it holds; None if it holds some and does not say how many."""
 

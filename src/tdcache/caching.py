@@ -19,17 +19,16 @@ from tdcache.cache import Capture, Keep
 from tdcache.cache.step_gate import StepGate
 from tdcache.contexts import HookingContext, HookingContextFactory, HookingContextWithCache
 from tdcache.errors import ContextError, DirectionError
-from tdcache.function_calls.places import call_places, calls_fit_graph, refuse_direction
+from tdcache.function_calls.places import call_places, graph_shows, refuse_direction
 from tdcache.function_calls.sites import split_selector
 from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import MultiHookHandle, attach, bracket
-from tdcache.introspect import may_be_compiled
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
 from tdcache.place_modules import position_dims, refuse_at_names, region_in
 from tdcache.reducers import Last, Reducer
 from tdcache.regions import Along, Region
-from tdcache.selection import Matcher, Selection, as_matcher, select
+from tdcache.selection import Matcher, Selection, as_matcher
 from tdcache.steps import Steps
 from tdcache.tokens import Positions
 from tdcache.types import Check, Hold, HookDirection, Index, Match, Pick, Selector
@@ -185,16 +184,16 @@ class ActivationCaching(HookingContextFactory):
         )
         self.key_pattern = key_pattern
 
-    @property
-    def fits_graph(self) -> bool:
-        """Whether the hooks may become part of a compiled graph: those for plain outputs may."""
-        return self._capture.fits_graph and self.names is None
-
     def fits_graph_of(self, model: nn.Module) -> bool:
-        """Whether the calls that are meant, if any, are such that dynamo can trace them."""
-        if not self._calls or not self.fits_graph or not may_be_compiled(model):
-            return self.fits_graph
-        return calls_fit_graph(call_places(partial(select, model), self._calls, match=self._match, allow_empty=True))
+        """Whether the hooks may become part of a compiled graph: those for plain outputs, and at calls it can trace."""
+        if self.names is not None or not self._capture.fits_graph_at(calls_only=self.hooks_calls_only):
+            return False
+        return not self._calls or graph_shows(model, self._calls, self._match)
+
+    @property
+    def hooks_calls_only(self) -> bool:
+        """Whether all sites are function calls, where graphs notice hooks."""
+        return self._modules is None
 
     @property
     def key_pattern(self) -> Selector:
@@ -242,8 +241,8 @@ class ActivationCaching(HookingContextFactory):
             if places:
                 self._capture.place_calls(model, places, recorder, handle)
             part = recorder.channels[0].part
-            if part is not None and part.positions is not None:
-                handle.add(attach(model, part.positions.on_call, "fwd_pre_kwargs", order=part.positions.order))
+            if part is not None and part.fed is not None:
+                handle.add(attach(model, part.fed.on_call, "fwd_pre_kwargs", order=part.fed.order))
             if self._capture.steps is None:
                 bracket(model, recorder.begin, recorder.end, handle)
             else:
@@ -313,6 +312,9 @@ def cache_activations(
     return _CacheBlock(cast(HookingContextWithCache, ActivationCaching(pattern, **options).prepare(model)))
 
 
+_NOT_ENTERED = "nothing was cached: write `with cache_activations(model, pattern) as cache:` and call the model inside"
+
+
 class _CacheBlock(AbstractContextManager[TensorDictBase, bool]):
     """A caching context that gives its cache; reading it without ``with`` is an error that says so."""
 
@@ -329,6 +331,7 @@ class _CacheBlock(AbstractContextManager[TensorDictBase, bool]):
         return stopped
 
     def __getitem__(self, key: object) -> NoReturn:
-        raise ContextError(
-            "nothing was cached: write `with cache_activations(model, pattern) as cache:` and call the model inside"
-        )
+        raise ContextError(_NOT_ENTERED)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(_NOT_ENTERED)

@@ -65,7 +65,7 @@ def _is_of_user_code(error: BaseException) -> bool:
 
 
 class _RecipeError(Exception):
-    """Code that the user named has failed; the cause is its own error."""
+    """The code named by the user failed; the cause is its own error."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -271,9 +271,12 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _repack(options: argparse.Namespace) -> int:
     """Write the rows of a store to a new one: shuffled, fewer sites, another dtype, other shards."""
-    made: dict[str, Any] = {"shuffle": options.shuffle, "seed": options.seed, "keys": options.key}
+    made: dict[str, Any] = {"shuffle": options.shuffle, "seed": options.seed}
     dtype = DTYPES[options.dtype] if options.dtype else None
-    source = ActivationDataset.open(options.path)
+    try:
+        source = ActivationDataset.open(options.path, keys=options.key)
+    except KeyError as error:
+        raise ValueError(error.args[0]) from None
     print(source.repack(options.target, dtype=dtype, shard_bytes=options.shard_bytes, **made))
     return 0
 

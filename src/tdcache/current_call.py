@@ -1,7 +1,7 @@
-"""What a hook has to know of the forward it takes part in: the step, the real tokens, which call of a module it is.
+"""What a hook needs to know about the current forward: the step, the real tokens, and the number of a module's call.
 
-An edit or a capture sits on one module, and none of these can be seen there. They are told by the arguments of the
-model's own forward, which hooks on the model see.
+None of these can be seen from the module that an edit or a capture is on. They follow from the arguments of the model's
+own forward, which hooks on the model receive.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tdcache.arguments import forward_names, named_arguments
 from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle, Order, attach, bracket
+from tdcache.hooks.transient import Transient
 from tdcache.introspect import in_backward
 from tdcache.regions import Region
 from tdcache.sequences import Sequences
@@ -49,7 +50,7 @@ class CallOptions(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class InSteps:
-    """The options of something that acts in some forwards, on the whole of each value."""
+    """The options of something that acts in some forwards, on whole values."""
 
     steps: Steps
     positions: None = None
@@ -66,7 +67,7 @@ class CurrentCall:
 
     Attributes:
         further: arguments beside those of the call among which the mask may be.
-        wants_tokens: whether :meth:`tokens_at` will be asked.
+        wants_tokens: whether :meth:`tokens_at` or :meth:`region_at` will be asked.
     """
 
     def __init__(self, model: nn.Module, options: CallOptions) -> None:
@@ -90,7 +91,7 @@ class CurrentCall:
         for path, module in listening.items():
             ears = _Ears(self, path, forward_names(module))
             handle.add(attach(module, ears.on_call, "fwd_pre_kwargs", order=Order.FIRST))
-            bracket(module, _nothing, ears.end, handle)
+            bracket(module, ears.begin, ears.end, handle)
 
     def begin(self, path: str, names: tuple[str, ...], args: Any, kwargs: Mapping[str, Any]) -> None:
         """A forward of the model, or of a module that receives its cache, begins."""
@@ -144,8 +145,13 @@ class CurrentCall:
         """The columns that the region's positions are in this call; None if it has none of them.
 
         Raises:
-            SelectionError: a row has too few tokens, or the mask is not one of this value.
+            SelectionError: a row has too few tokens, the mask is not one of this value, or the value does not have the
+                rows of the call.
         """
+        if region.rows is None and region.positions is None:
+            return region
+        if value.ndim:
+            self._fed().check_rows(path, value, region.row_axis(value))
         if region.positions is None or value.ndim < 2:
             return region
         batch, length = value.shape[region.row_axis(value)], value.shape[region.position_dim % value.ndim]
@@ -156,16 +162,21 @@ class CurrentCall:
 
     def tokens_at(self, path: str, batch: int, length: int, device: torch.device | None) -> Tokens | None:
         """The real tokens of a value; None where each of its columns is one, numbered from 0."""
+        sequences = self._fed()
+        if all(each.mask is None and each.past == 0 and not each.ids for each in sequences.fed):
+            return None
+        tokens = sequences.at(path, batch=batch, length=length, device=device)
+        plain = tokens.before is not None and not bool(tokens.before.any()) and bool(tokens.real.all())
+        return None if plain and tokens.sequence is None else tokens
+
+    def _fed(self) -> Sequences:
+        """What the forward under way feeds."""
         if self._sequences is None:
             if in_backward() and not self._running and self._latest is not None:  # a checkpoint runs the module again
                 self._sequences = self._latest
             else:
                 self._sequences = self._sequences_of(self._running[0][1] if self._running else {})
-        if all(each.mask is None and each.past == 0 for each in self._sequences.fed):
-            return None
-        tokens = self._sequences.at(path, batch=batch, length=length, device=device)
-        plain = tokens.before is not None and not bool(tokens.before.any()) and bool(tokens.real.all())
-        return None if plain and tokens.sequence is None else tokens
+        return self._sequences
 
     def _columns(
         self, path: str, batch: int, length: int, device: torch.device | None, region: Region
@@ -186,8 +197,8 @@ class CurrentCall:
         return dataclasses.replace(region, positions=chosen)
 
 
-class _Ears:
-    """Listens to one module."""
+class _Ears(Transient):
+    """The hooks on one module that receives arguments of interest."""
 
     order = Order.FIRST
 
@@ -200,13 +211,12 @@ class _Ears:
         """Note that a forward begins, with its arguments."""
         self.call.begin(self.path, self.names, args, kwargs)
 
+    def begin(self, module: nn.Module, args: Any) -> None:
+        """Do nothing: the arguments are needed, which the hook of a bracket is not given."""
+
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Note that the forward is over."""
         self.call.end(self.path)
-
-
-def _nothing(module: nn.Module, args: Any) -> None:
-    """What a bracket begins with where the beginning is heard elsewhere."""
 
 
 def _count(positions: Any) -> int:
@@ -216,7 +226,7 @@ def _count(positions: Any) -> int:
 
 
 def among(number: int, calls: Any) -> bool:
-    """Whether the call of this number is meant."""
+    """Whether the call with this number is selected."""
     if isinstance(calls, slice):
         return number in range(calls.start or 0, calls.stop if calls.stop is not None else number + 1, calls.step or 1)
     return number == calls if isinstance(calls, int) else number in calls

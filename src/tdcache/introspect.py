@@ -30,6 +30,7 @@ __all__ = [
     "break_graph",
     "calls_on_stack",
     "current_node",
+    "eval_frame",
     "function_mode_at",
     "function_mode_count",
     "global_hooks",
@@ -56,6 +57,7 @@ __all__ = [
     "set_hook_dicts",
     "skip_frame",
     "storage_users",
+    "uncompiled",
     "why_not_called",
 ]
 
@@ -70,6 +72,8 @@ pop_function_mode: Callable[[], Any] = torch._C._pop_torch_function_stack
 
 set_eval_frame: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame
 """Exchange dynamo's callback of this thread for another one, None for plain Python; returns the one before."""
+eval_frame: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
+"""That callback: None outside of compiled code."""
 
 
 def skip_frame(code: CodeType) -> None:
@@ -246,6 +250,11 @@ def is_optimized_module(model: nn.Module) -> bool:
     return type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What ``torch.compile(module)`` was given, for what it returns; any other model itself."""
+    return model.get_submodule("_orig_mod") if is_optimized_module(model) else model
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether ``torch.compile(module)`` or ``module.compile()`` was called for this model or a part of it."""
     return any(is_optimized_module(module) or _is_compiled_in_place(module) for module in model.modules())
@@ -262,64 +271,57 @@ def may_be_compiled(model: nn.Module) -> bool:
         backends = list(dynamo.eval_frame.cached_backends.values())  # torch.compiler.disable() leaves None there
         if backends.count(None) < len(backends) or dynamo.convert_frame.input_codes.seen:
             return True
-    return "_orig_mod" in model._modules or model.__dict__.get("_compiled_call_impl") is not None
+    return is_optimized_module(model) or _is_compiled_in_place(model)
 
 
-def has_stale_graph(model: nn.Module) -> bool:
+def has_stale_graph(model: nn.Module, *, noticed: bool = False) -> bool:
     """Whether ``torch.compile`` has made a graph with modules like these in it, which skips hooks that are added now.
 
     It may be that of a part, or of another module or function that calls the model. Guards name classes, not modules:
     a graph is taken for one of this model if it was made for something of the model's class, or if it begins with a
-    module of the class of a part.
+    module of the class of a part. A model of torch.nn's classes that was compiled in place never makes a graph (its
+    frames are skipped), but would have every hook compiled by itself; it counts as traced from the beginning.
 
-    A model of torch.nn's classes that was compiled in place never makes a graph (its frames are skipped), but would
-    have every hook compiled by itself; it counts as traced from the beginning.
+    With ``noticed``, only hooks on the model itself may be skipped, and a graph of its own forward skips none of them.
     """
     if not may_be_compiled(model):
         return False
-    inner = model.get_submodule("_orig_mod") if is_optimized_module(model) else model
+    inner = uncompiled(model)
     modules = list(inner.modules())
-    if any(_is_torchs_own(type(module)) and _is_compiled_in_place(module) for module in modules):
+    if any(type(each).__module__.startswith("torch.nn.") and _is_compiled_in_place(each) for each in modules):
         return True
-    kinds = {str(id(type(module))) for module in modules}
-    graphs = map(_guarded_classes, _graphs())
-    return any(str(id(type(inner))) in graph.inside or not kinds.isdisjoint(graph.first) for graph in graphs)
+    kind, parts = str(id(type(inner))), {str(id(type(module))) for module in modules}
+    own = getattr(getattr(type(inner), "forward", None), "__code__", None)
+    return any(
+        kind in inside and not (code is own and kind in first)
+        if noticed
+        else kind in inside or not parts.isdisjoint(first)
+        for code, first, inside in _graphs()
+    )
 
 
-def _is_torchs_own(kind: type) -> bool:
-    return kind.__module__.startswith("torch.nn.")
-
-
-def _graphs() -> Iterator[Any]:
-    """The guards of every graph that ``torch.compile`` keeps in this process."""
+def _graphs() -> Iterator[tuple[CodeType, frozenset[str], frozenset[str]]]:
+    """Every graph that ``torch.compile`` keeps in this process: the code it was made of, and what it guards."""
     dynamo = sys.modules["torch._dynamo"]
     for reference in list(dynamo.convert_frame.input_codes.seen):
         code = reference()
         if code is not None:
             for entry in dynamo.eval_frame._debug_get_cache_entry_list(code):
-                yield entry.guard_manager
-
-
-class _Classes(NamedTuple):
-    """The ids of the classes that the guards of a graph name, as text."""
-
-    first: frozenset[str]
-    """Of what the graph gets at directly."""
-    inside: frozenset[str]
-    """Of everything in it."""
+                yield code, *_guarded_classes(entry.guard_manager)
 
 
 _TYPE_GUARD = re.compile(r"___check_type_id\((.*?), (\d+)\)")
-_classes_by_guards: WeakKeyDictionary[Any, _Classes] = WeakKeyDictionary()
+_NO_GRAPH = "no graph can hold this hook of tdcache; compile without fullgraph=True, or run once before the block"
+_classes_by_guards: WeakKeyDictionary[Any, tuple[frozenset[str], frozenset[str]]] = WeakKeyDictionary()
 
 
-def _guarded_classes(guards: Any) -> _Classes:
-    known = _classes_by_guards.get(guards)
-    if known is None:
+def _guarded_classes(guards: Any) -> tuple[frozenset[str], frozenset[str]]:
+    """The ids, as text, of the classes that guards name: of what the graph gets at directly, and of all in it."""
+    if guards not in _classes_by_guards:
         found = _TYPE_GUARD.findall(str(guards))
         first = frozenset(number for source, number in found if "_modules" not in source)
-        known = _classes_by_guards[guards] = _Classes(first, frozenset(number for _, number in found))
-    return known
+        _classes_by_guards[guards] = first, frozenset(number for _, number in found)
+    return _classes_by_guards[guards]
 
 
 def keep_frames_out_of_graphs(*functions: Callable[..., Any]) -> None:
@@ -341,10 +343,8 @@ def keep_frames_out_of_graphs(*functions: Callable[..., Any]) -> None:
 def keep_out_of_graphs(*functions: Callable[..., Any]) -> None:
     """What ``torch.compiler.disable`` does, without a wrapper that every call would pay for."""
     keep_frames_out_of_graphs(*functions)
-    for function in functions:
-        marked: Any = function
-        marked._torchdynamo_disable = True
-        marked._torchdynamo_disable_msg = "no graph can hold this hook of tdcache; open the context before compiling"
+    for marked in cast(tuple[Any, ...], functions):
+        marked._torchdynamo_disable, marked._torchdynamo_disable_msg = True, _NO_GRAPH
 
 
 def break_graph() -> None:

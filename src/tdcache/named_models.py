@@ -42,7 +42,7 @@ def _holds(model: nn.Module, other: nn.Module) -> bool:
 
 
 def structure_of(model: nn.Module) -> str:
-    """What two models have in common that one table fits: paths, classes, shapes of parameters, numbers of heads."""
+    """What two models must share to use one table: paths, classes, parameter shapes, numbers of heads."""
     lines = [type(model).__qualname__]
     for path, module in walk(model):
         shapes = [tuple(each.shape) for each in module.parameters(recurse=False)]

@@ -19,6 +19,7 @@ from tdcache.named_models import root_among, structure_of
 from tdcache.named_proof import Proof
 from tdcache.named_roles import name_in_block, names_in_blocks
 from tdcache.named_rows import place_rows, refusal_rows
+from tdcache.named_streams import ResidualStream
 from tdcache.paths import near_misses
 from tdcache.tables import html_note, html_table, text_table
 from tdcache.types import Pick
@@ -46,8 +47,8 @@ class NamedPlace:
         call: which call of the module in one forward, from 0, where it runs several times; None where it runs once.
         axes: what the axes of the kept value are: ``"batch"``, ``"head"``, ``"kv_head"``, ``"position"``, ``"query"``,
             ``"key"``, ``"unit"``, ``"expert"``.
-        heads: ``(n, axis)`` where that axis of the tensor holds ``n`` heads side by side: it is split into
-            ``(n, size / n)``. None where nothing is split.
+        heads: ``(n, axis)`` where that axis of the tensor holds ``n`` heads: it is split into heads and units, or into
+            rows and heads where ``axes`` says so. None where nothing is split.
         order: the axes of the tensor, after that split, in the order of ``axes``; None where they are in order.
         note: one sentence where the name needs one, for instance on norms in the stream.
     """
@@ -90,8 +91,13 @@ class NamedPlace:
                 raise EditError(
                     f"{self.name!r} has {count} heads along axis {axis}, and its value has shape {tuple(value.shape)}"
                 )
-            value = value.unflatten(axis, (count, -1))
+            value = value.unflatten(axis, (-1, count) if self._heads_in_rows(axis, value.ndim) else (count, -1))
         return value if self.order is None else value.permute(self.order)
+
+    def _heads_in_rows(self, axis: int, ndim: int) -> bool:
+        """Whether the axis that is split holds the heads of every row, and not the units of every head."""
+        axes = self.axes if self.order is None else [self.axes[self.order.index(at)] for at in range(len(self.axes))]
+        return len(axes) > ndim and axes[axis % ndim + 1] in ("head", "kv_head")
 
     def given_back(self, value: Tensor) -> Tensor:
         """What :meth:`shown` made of a value, back in the layout that the model has."""
@@ -101,40 +107,6 @@ class NamedPlace:
             axis = self.heads[1] % (value.ndim - 1)
             value = value.flatten(axis, axis + 1)
         return value
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResidualStream:
-    """What is known of one residual stream: a stack of blocks, what goes into it and what reads it.
-
-    Attributes:
-        prefix: what the names of the stack begin with: ``""``, ``"encoder."``, ``"vision."``.
-        layouts: of each block, ``"pre-norm"``, ``"post-norm"``, ``"parallel"`` or ``"sandwich"``.
-        embeddings: the names whose values sum to the first ``resid_pre``.
-        embedding_norm: the path of the norm that this sum goes through first; None if there is none.
-        final_norm: the path of the norm after the last block; None if there is none.
-        unembed: the path of the module that makes logits; None if there is none.
-        out_projections: of each block, the path of what maps ``z`` back to the stream; None where there is none.
-        down_projections: of each block, the path of what maps ``mlp.post`` back to the stream; None as before.
-        logit_scale: what the unembedding's result is multiplied by to give the logits.
-        logit_softcap: the ``c`` of ``c * tanh(logits / c)``; None if logits are not capped.
-    """
-
-    prefix: str = ""
-    layouts: tuple[str, ...] = ()
-    embeddings: tuple[str, ...] = ()
-    embedding_norm: str | None = None
-    final_norm: str | None = None
-    unembed: str | None = None
-    out_projections: tuple[str | None, ...] = ()
-    down_projections: tuple[str | None, ...] = ()
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
-
-    @property
-    def blocks(self) -> int:
-        """The number of blocks."""
-        return len(self.layouts)
 
 
 class Names(Mapping[str, NamedPlace]):

@@ -1,6 +1,6 @@
-"""What was checked before a table of canonical names was given out, to be read and printed.
+"""What was checked before a table of canonical names was returned.
 
-A table without its proof could not be told from one that somebody guessed.
+Without this record, a proved table could not be distinguished from a guessed one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["Proof", "ProvedIdentity"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProvedIdentity:
-    """One identity that was checked, over all places that it speaks of.
+    """One identity that was checked, at all places it applies to.
 
     Attributes:
         identity: the identity, ``"resid_pre + attn.contribution + mlp.contribution == resid_post"``.
@@ -31,7 +31,7 @@ class ProvedIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """What was checked before a table was given out; ``print(proof)`` shows it.
+    """All that was checked before a table was returned; ``print(proof)`` shows it.
 
     Attributes:
         inputs: the input that the values were taken from, in words.

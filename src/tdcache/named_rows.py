@@ -1,4 +1,4 @@
-"""How a table of canonical names is printed: one row for what differs only in the number of the block."""
+"""Prints a table of canonical names, with one row for names that differ only in the number of the block."""
 
 from __future__ import annotations
 

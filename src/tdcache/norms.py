@@ -1,7 +1,7 @@
-"""What a normalisation layer computes, told by probing it.
+"""What a normalisation layer computes, determined by probing it.
 
-Names say nothing: ``GemmaRMSNorm`` multiplies by ``1 + weight``, ``T5LayerNorm`` subtracts no mean. A wrong guess would
-make every score that freezes a norm wrong without a word, so a module that is none is refused.
+Class names are not reliable: ``GemmaRMSNorm`` multiplies by ``1 + weight``, ``T5LayerNorm`` subtracts no mean. A wrong
+guess would silently falsify every score that freezes a norm, so a module that computes no norm is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-3, to
 
 
 class _NoNormError(Exception):
-    """A probe's verdict: why the module is no norm."""
+    """The result of a failed probe: why the module is not a norm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def is_norm(path: str, module: nn.Module) -> bool:
-    """Whether the module computes a norm; where only an input could tell its width, whether its name says so."""
+    """Whether the module computes a norm; if its width is only known from an input, whether its name says so."""
     width = _width(module)
     if width is None:
         named = "norm" in type(module).__name__.lower() and not isinstance(module, nn.GroupNorm | _NormBase)
@@ -113,7 +113,7 @@ def is_norm(path: str, module: nn.Module) -> bool:
 
 
 def refuse_no_norm(path: str, module: nn.Module) -> None:
-    """Refuse a module that is no norm, as far as that can be told without its input.
+    """Refuse a module that is not a norm, as far as this is known without its input.
 
     Raises:
         AttributionError: it is none.

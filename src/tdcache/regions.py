@@ -1,4 +1,4 @@
-"""Which part of an activation an intervention means: rows of the batch, positions of a sequence, units or heads."""
+"""The part of an activation that an intervention acts on: rows of the batch, positions, units or heads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def as_index(along: Along, what: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
-    """Part of a tensor such as ``(batch, seq, features)``; None means all along that axis.
+    """A part of a tensor such as ``(batch, seq, features)``; None selects all along that axis.
 
     Args:
         positions: along ``position_dim``: an int, a slice, a sequence of ints; or, with one choice per row, an integer
@@ -80,7 +80,7 @@ class Region:
 
     @property
     def whole(self) -> bool:
-        """Whether it is all of the tensor."""
+        """Whether the region is the whole tensor."""
         return self.positions is None and self.units is None and self.heads is None and self.rows is None
 
     @property
@@ -220,7 +220,8 @@ def _along(tensor: Tensor, dim: int, index: Any, path: str, what: str) -> tuple[
     elif index.dtype == torch.bool:
         outside = index.shape != (size,)
     else:
-        outside = index.device.type == "cpu" and index.numel() > 0
+        # On an accelerator, and in a compiled graph, which cannot look at values, indexing itself raises.
+        outside = index.device.type == "cpu" and index.numel() > 0 and not torch.compiler.is_compiling()
         outside = outside and not bool((-size <= index.min()) & (index.max() < size))
     if outside:
         hint = "; in generate(), steps='prefill' leaves the steps of one token out" if what == "positions" else ""

@@ -1,7 +1,7 @@
-"""The sequences that one call of a model feeds, with the mask of each: which tokens a value at some site consists of.
+"""The input sequences of one call of a model, with their masks: which tokens the values at a site belong to.
 
-A call can feed two sequences (encoder and decoder), a mask can be longer than what is fed (a cache), and each library
-names masks its own way. A site must get the mask of its own sequence, or none at all and an error.
+A call can have two input sequences (encoder and decoder), a mask can be longer than the input (a cache), and each
+library names masks differently. A site must get the mask of its own sequence, or an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import regex
 import torch
 from torch import Tensor
 
-from tdcache.arguments import cached_in, length_of_first
+from tdcache.arguments import cached_in, length_of_first, tokens_fed
 from tdcache.errors import SelectionError, listed
 from tdcache.masks import attended_columns, real_columns
 from tdcache.paths import near_misses
@@ -33,7 +33,7 @@ _CROSS = regex.compile(r"(?i).*(cross_?att|encoder_attn|encdecattention|multihea
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fed:
-    """One sequence that a call feeds."""
+    """One input sequence of a call."""
 
     role: Role
     length: int | None
@@ -44,6 +44,8 @@ class Fed:
     """How many columns are cached; None if some are and it is unknown how many."""
     more: bool = False
     position_ids: Tensor | None = None
+    ids: bool = False
+    """Whether the length is that of token ids, so that any other axis than theirs has to have another meaning."""
 
     def tokens(self, path: str, batch: int, length: int, device: torch.device | None) -> Tokens:
         """The tokens of a value ``(batch, length, ...)`` at the site ``path``.
@@ -54,6 +56,12 @@ class Fed:
         ids = self._ids(batch, length, device)
         begin = 0
         if self.mask is None:
+            if self.ids and length != self.length:
+                raise SelectionError(
+                    f"the value at {path!r} has {length} positions, and this call feeds {self.length} tokens; set "
+                    "position_dim= to the axis of tokens, or count columns with mask_key=None",
+                    selector=path,
+                )
             real, known = torch.ones(batch, length, dtype=torch.bool, device=device), self.past is not None
             before = torch.full((batch,), self.past or 0, device=device)
         else:
@@ -137,6 +145,7 @@ class Sequences:
 
     def __init__(self, arguments: Mapping[Any, Any], *, mask_key: Any = "auto") -> None:
         given = {name: each for name, each in arguments.items() if each is not None}
+        self._shapes = [each.shape for each in given.values() if isinstance(each, Tensor) and each.dim()]
         self.fed: tuple[Fed, ...]
         if mask_key is None:
             self.fed = (Fed("", None),)
@@ -153,6 +162,24 @@ class Sequences:
         """
         return self.own(path, length).tokens(path, batch, length, device)
 
+    def check_rows(self, path: str, value: Tensor, axis: int) -> None:
+        """Check that a value has the rows of this call along ``axis``.
+
+        Without this check an expert, which is given a list of tokens, would have tokens taken for rows.
+
+        Raises:
+            SelectionError: no argument of the call has that many.
+        """
+        # A model that is fed rows first may work on positions first, so that either axis of an argument may be rows.
+        sizes = {size for shape in self._shapes for size in shape[: axis + 1]}
+        if sizes and value.shape[axis] not in sizes:
+            raise SelectionError(
+                f"the value at {path!r} has shape {tuple(value.shape)}, with {value.shape[axis]} along axis {axis}, "
+                f"where this call feeds {listed(sorted(sizes))} rows: it is no value of (batch, ...), so rows= "
+                "and positions= mean nothing there; select a module that every row passes, or set position_dim=",
+                selector=path,
+            )
+
     def own(self, path: str, length: int) -> Fed:
         """The sequence that the value at ``path``, of ``length`` positions, consists of.
 
@@ -162,12 +189,10 @@ class Sequences:
         fits = [each for each in self.fed if each.length in (None, length)]
         if len(self.fed) == 1:
             fits = list(self.fed)
-        if len(fits) > 1 and all(each.mask is None and each.past == 0 for each in fits):
-            return fits[0]
         if len(fits) > 1 and not _CROSS.fullmatch(path):
             under = next((part for part in path.split(".") if part in ("encoder", "decoder")), None)
             fits = [each for each in fits if each.role == under] or fits
-        if len(fits) == 1:
+        if len(fits) == 1 or (fits and all(each.mask is None and each.past == 0 for each in fits)):
             return fits[0]
         lengths = [f"{each.role or 'the only one'}: {each.length}" for each in self.fed]
         found = "no sequence" if not fits else "more than one sequence"
@@ -192,10 +217,12 @@ def _named(given: Mapping[Any, Any], key: Any) -> Any:
 
 def _single(given: Mapping[Any, Any], mask: Any, name: Any) -> Fed:
     cached = cached_in(given)
-    length = _length_in(given, _IDS)
+    fed = tokens_fed(given) if mask is None else None
+    ids = fed is not None and fed.dim() == 2 and not fed.is_floating_point()
+    length = fed.shape[1] if fed is not None and ids else _length_in(given, _IDS)
     if name in _TORCH:
         length = _of_torch("", given, name).length
-    return Fed("", length, mask, name, cached.length, cached.cache is not None, given.get("position_ids"))
+    return Fed("", length, mask, name, cached.length, cached.cache is not None, given.get("position_ids"), ids)
 
 
 def _chosen(given: Mapping[Any, Any], arguments: Mapping[Any, Any], key: Any) -> Fed:

@@ -1,7 +1,7 @@
 """The clock of generation: which forwards read a prompt, and which add tokens to it.
 
 ``generate()`` calls a model once for the prompt and then once for each token. An edit for one of these phases has to
-tell them apart, and everything it can see is what one call feeds and what its cache holds. All of the library asks this
+tell them apart, from nothing but the tokens of one call and the contents of its cache. All of the library uses this
 clock, so that ``steps="decode"`` means the same in an edit, a capture and a run.
 """
 
@@ -77,7 +77,7 @@ def check_steps(steps: Any) -> Steps:
 
 
 class Clock:
-    """Tells the step of each forward from what it feeds and what its cache holds.
+    """Determines the step of each forward from its tokens and the contents of its cache.
 
     It listens to the models that receive the cache: every module whose forward takes a cache and tokens, wherever it
     sits below a wrapper; of those that run inside one another the outermost counts. A model without any is one forward

@@ -1,6 +1,6 @@
-"""Tables for a terminal and for a notebook, of what the library prints: selections, contexts, hook points.
+"""Tables of selections, contexts and hook points, as text for a terminal and as HTML for a notebook.
 
-One file, so that what is printed looks the same everywhere, and so that no name of a user's reaches a notebook as HTML.
+All printing goes through here so that tables look the same everywhere and user-chosen names are always escaped in HTML.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ __all__ = ["html_note", "html_table", "shorten", "text_table"]
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[str] = ()) -> list[str]:
-    r"""One line for the heads and each row, columns as wide as their widest cell.
+    r"""A header line and one line per row; columns are as wide as their widest cell.
 
     Args:
         head: the names of the columns.

@@ -26,7 +26,7 @@ _MOST_ROWS = 5
 
 
 def check_positions(positions: Any) -> slice | tuple[int, ...] | Tensor | None:
-    """``positions`` in the one form that is worked with: numbers become a tuple.
+    """``positions`` in normal form: numbers become a tuple.
 
     Raises:
         SelectionError: not positions.
@@ -61,7 +61,7 @@ def _is_index(value: Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tokens:
-    """Which columns of what a forward feeds are tokens, and which token of its sequence each one is.
+    """Which columns of an input are tokens, and the number of each token in its sequence.
 
     Args:
         real: bool ``(batch, seq)``: the columns that are no padding.

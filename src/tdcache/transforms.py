@@ -1,4 +1,8 @@
-"""Tensors inside a transform of ``torch.func``: what a module sees there is a wrapper with no meaning outside of it."""
+"""Tensors inside a transform of ``torch.func``.
+
+A module inside ``vmap`` or ``grad`` sees wrapper tensors that are invalid once the transform ends; a cache that kept
+them would fail when it is read.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names that signatures share."""
+"""The type names used in signatures."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Index: TypeAlias = Any
 
 
 class Removable(Protocol):
-    """What a hook registration gives back."""
+    """What a hook registration returns."""
 
     def remove(self) -> None:
         """Undo the registration; a second call does nothing."""

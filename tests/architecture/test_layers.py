@@ -10,7 +10,17 @@ from architecture.source_tree import PACKAGE, Source, imports_of, package_source
 FLOORS = (
     ("errors", "public_names", "types"),
     (
-        *("arguments", "inplace", "masks", "named_models", "named_places", "named_proof", "named_roles", "named_rows"),
+        *(
+            "arguments",
+            "inplace",
+            "masks",
+            "named_models",
+            "named_places",
+            "named_proof",
+            "named_roles",
+            "named_rows",
+            "named_streams",
+        ),
         *("named_selection", "norms", "options", "paths", "regions", "selection", "tables", "tokens"),
     ),
     ("current_call", "function_calls", "hooks", "introspect", "place_modules", "sequences", "steps", "transforms"),
@@ -28,6 +38,7 @@ NEIGHBOURS = {
     ("named_models", "paths"),
     ("named_places", "named_models"),
     ("named_places", "named_proof"),
+    ("named_places", "named_streams"),
     ("named_proof", "tables"),
     ("named_places", "named_roles"),
     ("options", "paths"),

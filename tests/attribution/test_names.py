@@ -19,7 +19,7 @@ from tdcache.attribution import (
     Unit,
     attention_rollout,
 )
-from tdcache.named_places import ResidualStream
+from tdcache.named_streams import ResidualStream
 
 
 def right(data):
@@ -95,7 +95,9 @@ def test_direct_logit_attribution_sums_to_the_target_with_the_names_alone(model,
     assert torch.allclose(total, right({"output": model(ids())}), atol=1e-5)  # sums of seven parts in float32
     stream = ResidualStream(layouts=("post-norm",), final_norm="norm", unembed="head")
     normed = Names({"final_norm": "norm"}, streams={"": stream}, model=model)
-    with pytest.raises(AttributionError, match=r"^the blocks of Transformer norm the stream after each addition"):
+    with pytest.raises(
+        AttributionError, match=r"^the blocks of Transformer norm or scale the stream between additions"
+    ):
         DirectLogitAttribution(names=normed, target=right)
     with pytest.raises(TypeError, match=r"^DirectLogitAttribution takes writers and norm=, or names=tdcache.names"):
         DirectLogitAttribution("blocks", target=right)

@@ -133,7 +133,7 @@ def test_a_pick_that_finds_nothing_is_one_error(pick, direction):
         (lambda x: (x, 3), 1, "int"),
         (lambda x: (x, 3), -1, "int"),
         (lambda x: (x, [x, x]), 1, "list"),
-        (lambda x: (x, None), 1, "NoneType"),
+        (lambda x: (x, None), 1, "None"),
         (lambda x: (x, {"a": "text"}), (1, "a"), "str"),
         (lambda x: (x, 3), lambda value: value[1], "int"),
     ],

@@ -13,10 +13,12 @@ from tdcache import (
     ActivationCaching,
     CompositeHookingContextFactory,
     Concatenate,
+    HookedModule,
     HookFactory,
     HookingContextFactory,
     MultiHookManager,
 )
+from tdcache.points import HookedRootModule, HookPoint
 
 SITES = r"layers\.\d|head"
 ROUNDS = 100
@@ -28,6 +30,16 @@ def threads_change_places_often():
     sys.setswitchinterval(1e-5)
     yield
     sys.setswitchinterval(before)
+
+
+class Pointed(HookedRootModule):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.point = nn.Linear(3, 3), HookPoint()
+        self.setup()
+
+    def forward(self, x):
+        return self.point(self.linear(x))
 
 
 class Scaled(HookingContextFactory):
@@ -139,3 +151,55 @@ def test_an_edit_reaches_the_replicas_of_its_thread():
     with Scaled(2.0).prepare(model) as hooked, torch.no_grad():
         y = hooked(torch.ones(2, 4))
     assert torch.equal(y, 2 * model.inner(torch.ones(2, 4)[:1]).expand(2, 3))
+
+
+def in_another_thread(work):
+    """What ``work()`` returns in a thread of its own."""
+    found, failures = [], []
+
+    def guarded():
+        try:
+            found.append(work())
+        except BaseException as error:  # noqa: BLE001  (raised again in this thread)
+            failures.append(error)
+
+    thread = threading.Thread(target=guarded)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+    return found[0]
+
+
+def test_runs_of_two_threads_see_and_change_their_own_values():
+    model, x = MLP(), torch.ones(2, 4)
+    plain = model(x)
+
+    def other():
+        with HookedModule.from_module(model).run(x) as run:
+            value = run.get("head")
+        return value.value, run.result
+
+    seen = []
+
+    def call(hooked, x):
+        result = hooked(x)
+        seen.append(in_another_thread(other))
+        return result
+
+    with HookedModule.from_module(model).run(x, run_callback=call) as run:
+        run.set("layers.0", torch.zeros_like(model.layers[0](x)))
+        mine = run.get("head")
+    assert all(torch.equal(value, plain) for value in seen[0])
+    assert torch.equal(mine.value, run.result)
+    assert not torch.equal(run.result, plain)
+
+
+def test_hooks_at_points_act_in_their_own_thread():
+    model, x = Pointed(), torch.ones(2, 3)
+    plain = model(x)
+    with model.hooks(fwd_hooks=[("point", lambda value, hook: 0 * value)]):
+        output, cache = in_another_thread(lambda: model.run_with_cache(x))
+        assert not model(x).any()
+    assert torch.equal(output, plain)
+    assert torch.equal(cache["point"], plain)

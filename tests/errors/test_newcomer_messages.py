@@ -80,6 +80,10 @@ MISTAKES = {
         lambda: cache_activations(MODEL, "decoder")["decoder"],
         "nothing was cached: write `with cache_activations(model, pattern) as cache:` and call the model inside",
     ),
+    "asking for the keys of a cache without `with`": (
+        lambda: cache_activations(MODEL, "decoder").keys(),
+        "nothing was cached: write `with cache_activations(model, pattern) as cache:` and call the model inside",
+    ),
     "a recipe in place of a context": (
         without_prepare,
         "a recipe is bound to a model first: `with ActivationCaching(...).prepare(model) as hooked:`",

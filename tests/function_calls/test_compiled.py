@@ -10,7 +10,6 @@ import torch._dynamo.testing
 from torch import nn
 
 from call_models import Attention, Chain
-from tdcache import ActivationCaching, TdcacheWarning
 from tdcache.function_calls.attach import attach_call
 from tdcache.function_calls.roles import attach_attention
 from tdcache.function_calls.sites import CallSite
@@ -244,68 +243,3 @@ def test_nothing_of_an_overlay_stays_in_the_process():
     torch._dynamo.reset()
     gc.collect()
     assert alive() is None
-
-
-def small_llama(**settings):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=60,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=48,
-        use_cache=False,
-        **settings,
-    )
-    torch.manual_seed(0)
-    return transformers.LlamaModel(config).eval()
-
-
-IN_GRAPH = [r"layers\.\d\.self_attn::(q|k|v|pattern|z)", r"layers\.\d\.self_attn::apply_rotary_pos_emb"]
-
-
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_context_captures_calls_inside_one_full_graph(backend):
-    model, ids = small_llama(), torch.arange(7)[None]
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    with torch.no_grad():
-        with ActivationCaching(IN_GRAPH, hold="snapshot").prepare(model) as hooked:
-            expected = hooked(ids).last_hidden_state
-        values = hooked.cache
-        with ActivationCaching(IN_GRAPH).prepare(compiled) as hooked:
-            for _ in range(2):
-                found = hooked(ids).last_hidden_state
-        assert counter.frame_count == 1
-        assert torch.equal(found, expected)
-        assert set(hooked.cache.keys()) == set(values.keys())
-        assert len(values.keys()) == 18
-        for key, value in values.items():
-            assert torch.equal(hooked.cache[key], value)
-        assert torch.equal(compiled(ids).last_hidden_state, expected)
-        with ActivationCaching(IN_GRAPH).prepare(
-            compiled
-        ) as hooked:  # the graph is made by now: the model runs eagerly
-            hooked(ids)
-        assert set(hooked.cache.keys()) == set(values.keys())
-
-
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(
-    "selector", [r"layers\.\d\.mlp::mul", r"layers\.\d\.self_attn::.*", r"layers\.\d\.self_attn::softmax"]
-)
-def test_a_context_runs_eagerly_where_no_graph_can_show_the_calls(selector):
-    kind = "eager" if "softmax" in selector else "sdpa"
-    model, ids = small_llama(attn_implementation=kind), torch.arange(7)[None]
-    compiled = torch.compile(model, backend="eager")
-    with ActivationCaching(selector).prepare(model) as hooked, torch.no_grad():
-        expected = hooked(ids).last_hidden_state
-    with pytest.warns(TdcacheWarning, match="is compiled, and runs eagerly while this context is open"):
-        context = ActivationCaching(selector).prepare(compiled).open()
-    with torch.no_grad():
-        assert torch.equal(context(ids).last_hidden_state, expected)
-    context.restore()
-    assert len(context.cache.keys()) >= 3
-    for key, value in hooked.cache.items():
-        assert torch.equal(context.cache[key], value)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tdcache import harvest
@@ -74,6 +75,27 @@ def test_decoder_rows_have_the_decoders_mask_and_ids(t5, tmp_path, decoder_width
         t5(**batch)
     handle.remove()
     assert torch.equal(stored["decoder.block.0.layer.2"][:], seen[0][batch["decoder_attention_mask"].bool()])
+
+
+class Listener(nn.Module):
+    """An encoder of sound that makes four tokens of it, and a decoder that is fed ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Conv1d(3, 5, 2, stride=2)
+        self.decoder = nn.Embedding(50, 5)
+
+    def forward(self, input_features, decoder_input_ids):
+        return self.decoder(decoder_input_ids) + self.encoder(input_features).mean(2)[:, None]
+
+
+def test_rows_of_a_decoder_beside_an_encoder_without_ids_are_its_tokens(tmp_path):
+    torch.manual_seed(0)
+    batch = {"input_features": torch.randn(2, 3, 8), "decoder_input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
+    stored = harvest(Listener(), [batch], tmp_path / "a", select="decoder")
+    assert stored["tok"][:].tolist() == [1, 2, 3, 4, 5, 6]
+    heard = harvest(Listener(), [batch], tmp_path / "b", select="encoder", rows="tokens")
+    assert (len(heard), heard["encoder"].shape) == (10, (10, 4))
 
 
 def test_encoder_rows_have_the_encoders(t5, tmp_path):

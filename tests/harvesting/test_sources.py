@@ -80,6 +80,14 @@ def test_a_dataset_of_hugging_face_is_one_of_samples(tmp_path):
     assert torch.equal(dataset["seq"][...], torch.arange(20))
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_dataset_of_hugging_face_without_a_format_is_one_of_rows(tmp_path, streamed):
+    rows = pytest.importorskip("datasets").Dataset.from_dict({"x": X.tolist()})
+    rows = rows.to_iterable_dataset() if streamed else rows
+    dataset = harvest(Counting(), rows, tmp_path / "a.acts", select="first", batch_size=8)
+    assert torch.equal(dataset["seq"][...], torch.arange(20))
+
+
 class Stream(IterableDataset):
     """Samples one by one."""
 

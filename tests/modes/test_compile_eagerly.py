@@ -15,6 +15,7 @@ from tdcache import (
     MultiHookManager,
     Stack,
     SteeringVectors,
+    cache_activations,
 )
 from tdcache.attribution import GradientXActivation
 from tdcache.pipeline import AttachedPipeline
@@ -208,3 +209,27 @@ def test_with_fullgraph_a_model_compiled_in_the_block_refuses_what_no_graph_can_
         pytest.raises(torch._dynamo.exc.Unsupported, match="no graph can hold this hook of tdcache"),
     ):
         torch.compile(model, backend="eager", fullgraph=True)(rows())
+
+
+@pytest.mark.parametrize(
+    "options", [{"directions": ["fwd_pre"]}, {"directions": ["bwd"]}, {"reducer": Stack()}, {"stop_early": True}]
+)
+def test_a_whole_graph_of_the_prepared_model_is_left_for_what_it_cannot_hold(options):
+    model, x = UserModel(), rows()
+    with cache_activations(model, "second", **options) as wanted:
+        model(x).sum().backward()
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    with cache_activations(model, "second", **options) as found:
+        whole(x).sum().backward()
+    assert torch.equal(found["second"], wanted["second"])
+    assert not counters["stats"]  # nothing was traced
+    assert torch.equal(whole(x), model(x))
+
+
+def test_a_whole_graph_of_another_model_is_left_alone():
+    model, x = UserModel(), rows()
+    whole = torch.compile(UserModel(), backend="eager", fullgraph=True)
+    with cache_activations(model, "second", reducer=Stack()):
+        whole(x)
+        model(x)
+    assert counters["stats"]["unique_graphs"] == 1

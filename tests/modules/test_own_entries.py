@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tensordict import TensorDict, tensorclass
+from tensordict import TensorDict, lazy_stack, tensorclass
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 
 from small_models import MLP
-from tdcache import ActivationCaching, HookedModule, HookFactory
+from tdcache import Ablation, ActivationCaching, CaptureError, HookedModule, HookFactory
 from user_recipes import TwoRuns
 
 
@@ -93,3 +93,35 @@ def test_a_tensorclass_is_data_of_a_run_and_without_a_context():
     assert torch.equal(batch.output, torch.ones(2, 2))
     hooked(batch)
     assert torch.equal(batch.output, model(batch.input))
+
+
+def test_an_index_counts_the_modules_own_entries():
+    pair = TensorDictModule(lambda x: (x + 1, {"deep": x + 2}), ["x"], ["a", "b"])
+    model = TensorDictSequential(pair)
+    data = TensorDict({"before": torch.zeros(2, 3), "x": torch.randn(2, 3)}, batch_size=[2])
+    for pick, wanted in [(0, 1), (-2, 1), ((1, "deep"), 2), ((-1, "deep"), 2)]:
+        with ActivationCaching(r"module\.0", pick=pick).prepare(model) as hooked:
+            hooked(data.clone())
+        assert torch.equal(hooked.cache["module.0"], data["x"] + wanted)
+    with Ablation(r"module\.0", pick=0).prepare(model):
+        after = model(data.clone())
+    assert not after["a"].any()
+    assert torch.equal(after["x"], data["x"])
+
+
+def test_an_index_beyond_the_modules_own_entries_is_an_error(model, data):
+    with (
+        ActivationCaching(r"module\.0", pick=1).prepare(model) as hooked,
+        pytest.raises(CaptureError, match=r"pick=1 finds nothing at 'module\.0': the module writes 1 entries, \['a'\]"),
+    ):
+        hooked(data)
+
+
+@pytest.mark.parametrize("direction", ["bwd", "grad_in"])
+def test_a_gradient_in_a_lazy_stack_is_refused_because_its_entries_are_made_when_they_are_read(model, direction):
+    data = lazy_stack([TensorDict({"x": torch.randn(3, requires_grad=True)}) for _ in range(2)])
+    with (
+        ActivationCaching(r"module\.1", directions=[direction]).prepare(model) as hooked,
+        pytest.raises(CaptureError, match=r"at 'module\.1' is made anew each time it is read .* cannot be watched"),
+    ):
+        hooked(data)

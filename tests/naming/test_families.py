@@ -6,6 +6,9 @@ from torch import nn
 
 import families
 import names_zoo
+import tdcache
+from naming.planted import lies
+from tdcache import Ablation, ActivationCaching
 from tdcache.errors import CanonicalNameError
 from tdcache.named_places import NamedPlace, Names
 from tdcache.naming import proved, resolve
@@ -17,6 +20,7 @@ WHOLE = {
     "bloom": "pre-norm",
     "clip": "pre-norm",
     "distilbert": "post-norm",
+    "doge": "mixed",
     "falcon": "parallel",
     "gemma2": "sandwich",
     "gpt_oss": "pre-norm",
@@ -26,7 +30,9 @@ WHOLE = {
     "opt": "pre-norm",
     "swin": "pre-norm",
     "t5": "pre-norm",
+    "wav2vec2-conformer": "mixed, mixer",
     "whisper": "pre-norm",
+    "xlm": "post-norm",
 }
 
 
@@ -41,6 +47,29 @@ def test_all_blocks_of_a_family_are_proved(family):
     for prefix, stream in table.streams.items():
         head = f"{prefix}blocks.{stream.blocks - 1}."
         assert {f"{head}{role}" for role in ("attn.contribution", "attn.pattern", "mlp.contribution")} <= set(table)
+
+
+@pytest.mark.filterwarnings("default")
+def test_heads_that_a_model_holds_with_its_rows_have_an_axis_of_their_own():
+    model, tokens = families.build("bloom"), torch.tensor([[3, 4, 5], [6, 7, 8], [9, 3, 4]])
+    table = tdcache.names(model)
+    assert table["blocks.1.attn.k"].axes == ("batch", "head", "key", "unit")
+    with ActivationCaching(r"blocks\.1\.attn\.(q|v|z|pattern)", names=table).prepare(model) as hooked:
+        plain = model(tokens).logits
+    cache = hooked.cache
+    assert cache["attn.q", 1].shape == (3, 4, 3, 8)
+    torch.testing.assert_close(cache["attn.pattern", 1] @ cache["attn.v", 1], cache["attn.z", 1])
+    cut = Ablation("blocks.1.attn.z", heads=[2], positions=-1, names=table)
+    with cut.prepare(model) as hooked, hooked.run(tokens) as run:
+        ablated, logits = run.get("blocks.1.attn.z"), run.get("lm_head")
+    wanted = cache["attn.z", 1].clone()
+    wanted[:, 2, -1] = 0
+    assert torch.equal(ablated.resolve(), wanted)
+    assert not torch.equal(logits.resolve(), plain)
+    spelled = tdcache.names(model, style="transformer_lens")
+    with ActivationCaching("blocks.1.attn.hook_z", names=spelled).prepare(model) as hooked:
+        model(tokens)
+    assert torch.equal(hooked.cache["z", 1], cache["attn.z", 1].transpose(1, 2))
 
 
 @pytest.mark.filterwarnings("default")
@@ -147,12 +176,40 @@ def test_however_a_block_adds_its_term_is_found(change, place):
     assert table["blocks.1.mlp.post"].where == "input of blocks.1.down"
 
 
-def test_what_is_no_sum_is_refused_with_the_reason():
+def test_a_stream_that_is_scaled_between_its_sums_is_followed():
     model = Stack(lambda x, c: 0.5 * (x + c))
-    table = resolve(model, torch.randn(2, 5, 4))
-    assert table.refused["blocks.1.mlp.contribution"].startswith(
-        "the stream itself is changed between its sums (add, scale)"
+    table = proved(model, resolve(model, torch.randn(2, 5, 4)))
+    assert table.stream().layouts == ("mixed", "mixed")
+    assert [(each.kind, each.factor) for each in table.stream().changes[1]] == [("add", 1.0), ("scale", 0.5)]
+    assert "0.5 * (resid_pre + mlp.contribution) == resid_post" in str(table.proof)
+
+
+def plain(x, c):
+    return x + c
+
+
+def rounded_stream(x, c):
+    return x.float() + c
+
+
+def rounded_sum(x, c):
+    return (x + c).float().to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "rounds", "refused"), [(plain, False, True), (rounded_stream, True, True), (rounded_sum, True, False)]
+)
+def test_a_sum_may_be_off_by_what_float32_gives_only_where_the_model_rounds_to_it(change, rounds, refused):
+    model, inputs = Stack(change), torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    table = proved(model, resolve(model, inputs))
+    total = next(
+        each for each in table.proof.identities if each.identity == "resid_pre + mlp.contribution == resid_post"
     )
+    assert (1e-9 < total.error < 1e-6) is rounds  # rounding to float32 is 6e-8 of a number
+    assert total.tolerance == (3e-6 if rounds else 1e-9)
+    off = [lie for lie in lies(model, table) if lie.kind == "a_ten_millionth"]
+    assert [lie.names for lie in off] == [("blocks.1.mlp.contribution",)]
+    assert ("blocks.1.mlp.contribution" in proved(off[0].model, off[0].table).refused) is refused
 
 
 def test_a_class_that_is_defined_anew_is_proved_anew():

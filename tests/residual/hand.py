@@ -8,7 +8,8 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdcache.hooks.values import first_tensor
-from tdcache.named_places import NamedPlace, Names, ResidualStream
+from tdcache.named_places import NamedPlace, Names
+from tdcache.named_streams import ResidualStream
 from tdcache.paths import resolve
 
 transformers = pytest.importorskip("transformers")

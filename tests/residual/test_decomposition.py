@@ -148,18 +148,6 @@ def test_rows_and_positions_that_the_model_holds_in_one_axis_are_told_apart(case
     near(sum(parts.values()), this.cache["blocks.2.resid_post"][:, -1])
 
 
-def test_heads_that_the_model_holds_with_the_rows_in_one_axis_are_told_apart(case):
-    this = case("bloom")
-    packed, places = this.cache.clone(), dict(this.table)
-    for i in range(3):
-        name = f"blocks.{i}.attn.z"
-        packed[name] = this.cache[name].transpose(1, 2).flatten(0, 1)  # as BLOOM multiplies them
-        places[name] = replace(places[name], axes=("batch*head", "query", "unit"), heads=None)
-    table = Names(places, streams=this.table.streams, model=this.model)
-    found, wanted = residual.head_results(packed, names=table), residual.head_results(this.cache, names=this.table)
-    assert all(torch.equal(found[key], part) for key, part in wanted.items())
-
-
 def test_the_heads_of_granite_are_scaled_as_the_model_scales_them(case):
     this = case("granite")
     found = residual.head_results(this.cache, layers=1, names=this.table)

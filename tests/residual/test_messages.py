@@ -7,7 +7,8 @@ from torch import nn
 
 from tdcache import residual
 from tdcache.errors import CanonicalNameError, ResidualError, SelectionError
-from tdcache.named_places import Names, ResidualStream
+from tdcache.named_places import Names
+from tdcache.named_streams import ResidualStream
 from tdcache.residual.linear import LinearMap, NormStep, run
 
 

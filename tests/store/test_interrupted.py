@@ -1,6 +1,8 @@
 """Copies of stores that fail or are killed at any operation can be run again, and leave nothing but what they made."""
 
 import errno
+import io
+import os
 import signal
 
 import pytest
@@ -8,9 +10,10 @@ import torch
 from tensordict import TensorDict
 
 from store.faulty_files import Counted, ForkServer, contents, disk_full, write_units
+from tdcache import harvest
 from tdcache.errors import StoreError
 from tdcache.store import ActivationDataset
-from tdcache.store.files import Files
+from tdcache.store.files import Files, save_by_torch
 
 COPIES = {
     "repack": lambda ds, path: ds.repack(path, shard_bytes=1000),
@@ -152,6 +155,46 @@ def test_errors_of_the_disk_name_what_could_not_be_written(folder, monkeypatch):
         write_units(folder)
     with pytest.raises(StoreError, match=r"b.acts could not be written: Read-only file system"):
         write_units(folder.with_name("b.acts"))
+
+
+def test_names_that_cannot_be_written_to_are_named(folder, tmp_path):
+    store = ActivationDataset.open(folder)
+    (tmp_path / "file").touch()
+    taken, too_long = "file is there already; write to another folder", "could not be written: File name too long"
+    for call in (lambda path: store.repack(path), lambda path: store.merge(store, path=path)):
+        with pytest.raises(StoreError, match=taken):
+            call(tmp_path / "file")
+        with pytest.raises(StoreError, match="could not be written: File exists"):
+            call(tmp_path / "file" / "b.acts")
+        with pytest.raises(StoreError, match=too_long):
+            call(tmp_path / ("x" * 300))
+    with pytest.raises(StoreError, match=too_long):
+        harvest(torch.nn.Linear(2, 2), torch.ones(3, 2), tmp_path / ("x" * 300), select="")
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_torch_save_shows_why_the_disk_did_not_take_it(fails_at):
+    class Full(io.BytesIO):
+        writes = 0
+
+        def write(self, data):
+            self.writes += 1
+            if self.writes > fails_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    with pytest.raises(OSError, match="No space left on device"):
+        save_by_torch({"a": torch.ones(3)}, Full())
+
+
+def test_a_model_that_changes_the_working_directory_does_not_move_the_store(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model.register_forward_pre_hook(lambda *_: os.chdir(tmp_path / "elsewhere"))
+    store = harvest(model, torch.ones(30, 2), "m.acts", select="0", batch_size=2, shard_bytes=1)
+    assert (store.path, len(store), store.complete) == (tmp_path / "m.acts", 30, True)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_a_memory_mapped_export_reserves_its_space_before_it_writes(folder, tmp_path):

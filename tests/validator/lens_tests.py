@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -23,9 +24,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 FOLDER = Path(__file__).resolve().parents[1]
-TESTS = ("tests/unit",)
-"""Those that need no weights from the hub."""
-
+USES_HOOKS = re.compile(r"HookPoint|HookedRootModule|hook_dict|add_hook")
 PLUGIN = "validator.points_in_lens"
 PYTEST = (
     *("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", "--continue-on-collection-errors", "-o", "addopts="),
@@ -42,6 +41,12 @@ def source_of(version: str, folder: Path) -> Path:
     with tarfile.open(archive) as packed:
         packed.extractall(folder, filter="data")
     return folder / archive.name.removesuffix(".tar.gz")
+
+
+def tests_of_hooks(source: Path) -> list[str]:
+    """The files of its unit tests, which need no weights from the hub, that use hook points."""
+    files = sorted((source / "tests" / "unit").rglob("test_*.py"))
+    return [str(file.relative_to(source)) for file in files if USES_HOOKS.search(file.read_text(encoding="utf-8"))]
 
 
 def outcomes(source: Path, tests: Sequence[str], *, ours: bool, report: Path) -> dict[str, str]:
@@ -82,13 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run both, print what differs; 1 if anything does."""
     parser = argparse.ArgumentParser(description="TransformerLens' own tests on tdcache's hook points.")
     parser.add_argument("--source", type=Path, help="a checkout or unpacked sdist; by default pip downloads one")
-    parser.add_argument("tests", nargs="*", default=TESTS, help=f"what pytest runs; by default {' '.join(TESTS)}")
+    parser.add_argument("tests", nargs="*", help="what pytest runs; by default the unit tests that use hook points")
     options: Any = parser.parse_args(arguments)
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         source = options.source.resolve() if options.source else source_of(installed_version(), folder)
-        theirs = outcomes(source, options.tests, ours=False, report=folder / "theirs.xml")
-        ours = outcomes(source, options.tests, ours=True, report=folder / "ours.xml")
+        tests = options.tests or tests_of_hooks(source)
+        theirs = outcomes(source, tests, ours=False, report=folder / "theirs.xml")
+        ours = outcomes(source, tests, ours=True, report=folder / "ours.xml")
     said, lost = compared(theirs, ours)
     print(*lost, said, sep="\n")
     return 1 if lost else 0

@@ -21,6 +21,16 @@ with the version that `constraints.txt` names:
 ```bash
 python -m nox -s peers -- tests/points/test_transformer_lens.py
 ```
+
+TransformerLens' own unit tests are run on its own models with tdcache's hook points: a pytest plugin replaces
+`HookPoint`, `LensHandle` and `HookedRootModule` before any of its modules is imported. Each test that passes with its
+own classes should pass with ours; the session lists those that do not. It downloads the source distribution, which has
+the tests, or takes a checkout:
+
+```bash
+python -m nox -s lens_tests
+python -m nox -s lens_tests -- --source TransformerLens
+```
 """
 
 DIFFERS = """## What differs

@@ -151,10 +151,12 @@ class Attribution(HookingContextFactory):
         running = _RUNNING.get()
         if id(model) in running:  # another method's pass: it asks us when it is our turn
             return forward(data)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self._run_module(module, data, forward)
         token = _RUNNING.set(running | {id(model)})
         try:
-            with torch.inference_mode(False):
-                return _any_batch(module, data, forward, list(_OPEN.get(model, ())))
+            return _any_batch(module, data, forward, list(_OPEN.get(model, ())))
         finally:
             _RUNNING.reset(token)
 
@@ -259,54 +261,58 @@ def _any_batch(module: HookedModule, data: TensorDictBase, forward: Forward, cro
 
 
 def _shared_pass(module: HookedModule, data: TensorDictBase, forward: Forward, crowd: list[_Member]) -> TensorDictBase:
-    results = {"attr", "gap", "leak", "baseline", "corrupt"}
-    bare = data.exclude(*(key for key in results if key in data)) if results & set(data.keys()) else data
-    runner = _runner(module, _without_inference(bare), forward, crowd)
+    given, bare = dict(data.items()), data
+    if not _RESULTS.isdisjoint(given):
+        bare = data.exclude(*_RESULTS.intersection(given))
+    given = dict(_leaves(bare))
+    runner = _runner(module, _without_inference(bare, given), forward, crowd)
     base = Point(label="base")
-    frames = [Frame(runner, data, member.factory, member.selections, base=base) for member in crowd]
-    scores = _work_together(runner, [(m, m.factory.work(f)) for m, f in zip(crowd, frames, strict=True)], base)
-    final = runner.finish(base)
-    graph = any(member.factory.create_graph for member in crowd)
-    given = set(bare.keys(include_nested=True, leaves_only=True))
-    for key in final.keys(include_nested=True, leaves_only=True):
+    works = []
+    for member in crowd:
+        frame = Frame(runner, data, member.factory, member.selections, base=base)
+        works.append((member.factory, member.factory.work(frame)))
+    scores = _work_together(runner, works, base)
+    for key, value in _leaves(runner.finish(base)):
         if key not in given or key in runner.out_keys:
-            value = final.get(key)
-            data.set(key, value if graph else value.detach())
+            data.set(key, value if runner.create_graph else value.detach())
     for key, value in scores.items():
         _write(data, key, value)
     return data
 
 
+_RESULTS = frozenset({"attr", "gap", "leak", "baseline", "corrupt"})
+
+
+def _leaves(data: TensorDictBase) -> Iterable[tuple[Any, Any]]:
+    """The entries, with those of nested TensorDicts in their place."""
+    flat = list(data.items())
+    for _, value in flat:
+        if not isinstance(value, Tensor):
+            return data.items(include_nested=True, leaves_only=True)
+    return flat
+
+
 def _runner(module: HookedModule, data: TensorDictBase, forward: Forward, crowd: list[_Member]) -> Runner:
-    survey = Survey.of(module.model)
-    factories = [member.factory for member in crowd]
-    chunks = [factory.chunk for factory in factories if factory.chunk is not None]
-    copies = [factory.snapshot for factory in factories if factory.snapshot is not None]
-    selections = [selection for member in crowd for selection in member.selections.values()]
-    return Runner(
-        module.model,
+    model, called = module.model, module.td_module
+    survey = Survey.of(model)
+    runner = Runner(
+        model,
         forward,
         data,
-        in_keys=module.in_keys,
-        out_keys=module.out_keys,
-        modules={path: submodule for selection in selections for path, submodule, _ in selection},
-        chunk=min(chunks) if chunks else None,
+        in_keys=called.in_keys,
+        out_keys=called.out_keys,
         watched=survey.watched or _runs_otherwise(module),
         survey=survey,
-        create_graph=any(factory.create_graph for factory in factories),
-        snapshot=any(copies) if copies else None,
-        tables=[factory.names for factory in factories if factory.names is not None],
     )
+    for member in crowd:
+        runner.add(member.factory, member.selections.values())
+    return runner
 
 
-def _without_inference(data: TensorDictBase) -> TensorDictBase:
+def _without_inference(data: TensorDictBase, given: Mapping[Any, Any]) -> TensorDictBase:
     """A copy of inference tensors, which cannot take part in a backward."""
-    copies = {
-        key: value.clone()
-        for key, value in data.items(include_nested=True, leaves_only=True)
-        if isinstance(value, Tensor) and value.is_inference()
-    }
-    return data.copy().update(copies) if copies else data
+    found = {key: value.clone() for key, value in given.items() if isinstance(value, Tensor) and value.is_inference()}
+    return data.copy().update(found) if found else data
 
 
 def _runs_otherwise(module: HookedModule) -> bool:
@@ -319,13 +325,13 @@ def _runs_otherwise(module: HookedModule) -> bool:
     return False
 
 
-def _work_together(runner: Runner, works: list[tuple[_Member, Work]], base: Point) -> dict[tuple[Any, ...], Any]:
+def _work_together(runner: Runner, works: list[tuple[Attribution, Work]], base: Point) -> dict[tuple[Any, ...], Any]:
     """Collect the requests of all methods and run them together, until each method has returned its scores."""
     scores: dict[tuple[Any, ...], Any] = {}
     while works:
         asks: list[Ask] = []
         left = []
-        for member, work in works:
+        for factory, work in works:
             try:
                 asks += next(work)
             except StopIteration as done:
@@ -334,10 +340,10 @@ def _work_together(runner: Runner, works: list[tuple[_Member, Work]], base: Poin
                         raise AttributionError(
                             f"two methods in one pass write {key!r}; tell them apart with name='...'"
                         ) from None
-                    keep = member.factory.create_graph or not isinstance(value, Tensor)
+                    keep = factory.create_graph or not isinstance(value, Tensor)
                     scores[key] = value if keep else value.detach()
             else:
-                left.append((member, work))
+                left.append((factory, work))
         works = left
         if asks:
             runner.run(asks, base)

@@ -89,8 +89,12 @@ class Frame:
         keys = self.method.inputs
         if keys is not None:
             self._refuse_unknown("inputs=", keys)
-        found = {key: self.data.get(key) for key in self.runner.in_keys if keys is None or key in keys}
-        return {key: tensor for key, tensor in found.items() if tensor is not None and tensor.is_floating_point()}
+        found: dict[CacheKey, Tensor] = {}
+        for key in self.runner.in_keys:
+            tensor = self.data.get(key) if keys is None or key in keys else None
+            if tensor is not None and tensor.is_floating_point():
+                found[key] = tensor
+        return found
 
     def explained(self) -> list[Place]:
         """The inputs that can be explained.

@@ -55,9 +55,9 @@ class Seen:
     def __call__(self, view: View) -> None:
         """Keep the values and gradients of the view."""
         if self.with_values:
-            self.values = {place: view.value(place) for place in self.places if view.ran(place)}
+            self.values = view.values(self.places)
         if self.with_grads:
-            self.grads = {place: view.grad(place) for place in self.places if view.reached(place)}
+            self.grads = view.grads(self.places)
         self.target = view.target
 
     def needed_target(self) -> Tensor:

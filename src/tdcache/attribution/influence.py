@@ -151,10 +151,10 @@ class _StepSink:
 
     def __call__(self, view: View) -> None:
         steps, at = self.steps, self.at
-        values = {place: wide(view.value(place)) for place in steps.places if view.ran(place)}
-        grads = {place: wide(view.grad(place)) for place in values if view.reached(place)}
+        grads = view.grads(steps.places)
         steps.waiting[at] = {
-            place: (value, grads.get(place, torch.zeros_like(value))) for place, value in values.items()
+            place: (wide(value), wide(grads.get(place, torch.zeros_like(value))))
+            for place, value in view.values(steps.places).items()
         }
         for low in (at - 1, at):
             if low in steps.waiting and low + 1 in steps.waiting:

@@ -48,14 +48,11 @@ class WeightedTerm:
 
     def __call__(self, view: View) -> None:
         """Add the gradients of the point."""
-        sums = self.total.sums
-        for place in self.places:
-            if view.reached(place):
-                term = wide(view.grad(place))
-            elif view.ran(place):
-                term = torch.zeros_like(wide(view.value(place)))
-            else:
-                continue
+        sums, grads = self.total.sums, view.grads(self.places)
+        for place, value in view.values(self.places).items():
+            grads.setdefault(place, torch.zeros_like(value))
+        for place, grad in grads.items():
+            term = wide(grad)
             known = same_rows(place, sums[place], term) if place in sums else None
             sums[place] = term * self.weight if known is None else torch.add(known, term, alpha=self.weight)
 

@@ -18,7 +18,8 @@ from tdcache.attribution.point import Point, wide
 from tdcache.attribution.reductions import gradient_x_activation
 from tdcache.errors import AttributionError
 from tdcache.hooks.values import first_tensor
-from tdcache.named_places import Names, ResidualStream
+from tdcache.named_places import Names
+from tdcache.named_streams import ResidualStream
 from tdcache.norms import NormForm
 from tdcache.paths import resolve
 from tdcache.place_modules import module_behind, refuse_at_names
@@ -63,7 +64,7 @@ class DirectLogitAttribution(RoleAttribution):
             raise TypeError("DirectLogitAttribution takes writers and norm=, or names=tdcache.names(model)")
         if names is not None:
             writers = _writers_of(names) if writers is None else writers
-            norm = _exactly(names[names.spelled("final_norm")].name) if norm is None else norm
+            norm = regex.escape(names[names.spelled("final_norm")].name) if norm is None else norm
         norm = "" if norm is None else norm
         modifiers = (*options.pop("modifiers", ()), FreezeNorm(norm, names))
         super().__init__(modifiers=modifiers, names=names, **options)
@@ -145,7 +146,7 @@ class LogitLens(SiteAttribution):
         if names is None and (selector is None or unembed is None):
             raise TypeError("LogitLens takes a selector, norm= and unembed=, or names=tdcache.names(model)")
         if names is not None and selector is None:
-            selector = list(map(_exactly, names.in_blocks("resid_post")))
+            selector = list(map(regex.escape, names.in_blocks("resid_post")))
         super().__init__(selector, names=names, **options)
         self.norm = norm
         self.unembed = unembed
@@ -182,18 +183,14 @@ class LogitLens(SiteAttribution):
         return modules, stream
 
 
-def _exactly(name: str) -> str:
-    return regex.escape(name)
-
-
 def _writers_of(names: Names) -> list[str]:
     """The names of all that is added to the one stream that logits are made of."""
     stream = names.reading_stream()
-    if "post-norm" in stream.layouts:
+    if {"post-norm", "mixed"} & set(stream.layouts):
         raise AttributionError(
-            f"the blocks of {names.model_name or 'this model'} norm the stream after each addition, so its value at "
-            "the end is no sum of contributions, and no part of a logit is theirs directly; give writers="
+            f"the blocks of {names.model_name or 'this model'} norm or scale the stream between additions, so its "
+            "value at the end is no sum of contributions, and no part of a logit is theirs directly; give writers="
         )
     parts = ("attn", "mixer", "cross_attn", "mlp", "mlp2")
     written = names.in_blocks(*(f"{part}.contribution" for part in parts), prefix=stream.prefix)
-    return [_exactly(name) for name in (*map(names.spelled, stream.embeddings), *written)]
+    return [regex.escape(name) for name in (*map(names.spelled, stream.embeddings), *written)]

@@ -17,6 +17,7 @@ from tdcache.attribution.point import PointRows
 from tdcache.contexts import HookingContextFactory
 from tdcache.function_calls.stand_in import check_selector, resolve_site
 from tdcache.hooks import MultiHookHandle, Order, OutputPort, attach
+from tdcache.hooks.transient import Transient
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
 from tdcache.place_modules import place_at, refuse_at_names, sites_of
@@ -86,7 +87,7 @@ class Modifier(Installed):
 
 
 @dataclass(frozen=True, slots=True)
-class ModifierHook:
+class ModifierHook(Transient):
     """Watches the gradient of what one module returns; of a tensor that it hands on, the module's own part."""
 
     modifier: Modifier

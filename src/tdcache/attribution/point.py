@@ -41,8 +41,7 @@ class Between(Mapping[_Key, Tensor]):
     node: float
 
     def __getitem__(self, key: _Key) -> Tensor:
-        low = self.low[key]
-        return low + self.node * (self.high[key] - low)
+        return torch.lerp(self.low[key], self.high[key], self.node)
 
     def __iter__(self) -> Iterator[_Key]:
         return iter(self.low)
@@ -68,8 +67,7 @@ class Point:
     modifiers: Sequence[Modifies] = ()
 
 
-@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
-class Ask:
+class Ask(NamedTuple):
     """What one method wants to see of one point.
 
     Args:
@@ -111,7 +109,9 @@ class PointRows(NamedTuple):
 
     def axis_at(self, place: Place, tensor: Tensor) -> int | None:
         """The axis of a place's value that holds the rows; None if all rows share it."""
-        return 0 if self.axes is None else self.axes.at(place, tensor.shape, self.total, str(place.name))
+        if place.kind == "key" or self.axes is None:
+            return 0
+        return self.axes.at(place, tensor.shape, self.total, str(place.name))
 
     def axis_in(self, port: Port, module: nn.Module, args: Any, rest: Any, tensor: Tensor) -> int:
         """The axis of one of the tensors at a port.
@@ -152,23 +152,17 @@ class View:
         self.target: Tensor = target
         """The target's values, one per row."""
 
-    def value(self, place: Place) -> Tensor:
-        """The activation; one that all rows share, such as that of position embeddings, is given as it is."""
-        return self._own(self._values[place], place)
+    def values(self, places: Sequence[Place]) -> dict[Place, Tensor]:
+        """The activations, where the model ran; one that all rows share, such as position embeddings, as it is."""
+        return self._own(self._values, places)
 
-    def ran(self, place: Place) -> bool:
-        """Whether there is a value."""
-        return self._values.get(place) is not None
+    def grads(self, places: Sequence[Place]) -> dict[Place, Tensor]:
+        """The gradients of the target's sum, where one came."""
+        return self._own(self._grads, places)
 
-    def reached(self, place: Place) -> bool:
-        """Whether a gradient came."""
-        return place in self._grads
-
-    def grad(self, place: Place) -> Tensor:
-        """The gradient of the target's sum."""
-        return self._own(self._grads[place], place)
-
-    def _own(self, tensor: Tensor, place: Place) -> Tensor:
-        if self._rows is None:
-            return tensor
-        return self._rows.part(tensor, 0 if place.kind == "key" else self._rows.axis_at(place, tensor))
+    def _own(self, found: Mapping[Place, Any], places: Sequence[Place]) -> dict[Place, Tensor]:
+        there = {place: found[place] for place in places if found.get(place) is not None}
+        rows = self._rows
+        if rows is None:
+            return there
+        return {place: rows.part(tensor, rows.axis_at(place, tensor)) for place, tensor in there.items()}

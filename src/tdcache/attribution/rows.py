@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tdcache.attribution.place import Place
 from tdcache.errors import CaptureError, listed
 from tdcache.hooks import MultiHookHandle, Order, Port, attach, port_at
+from tdcache.hooks.transient import Transient
 from tdcache.selection import walk
 from tdcache.types import HookDirection
 
@@ -134,7 +135,7 @@ _DIRECTIONS: Mapping[str, HookDirection] = {"out": "fwd", "in": "fwd_pre_kwargs"
 
 
 @dataclass(frozen=True, slots=True)
-class _NotingAll:
+class _NotingAll(Transient):
     """Notes the shape of every tensor at one side of a module."""
 
     axes: RowAxes
@@ -147,7 +148,7 @@ class _NotingAll:
 
 
 @dataclass(frozen=True, slots=True)
-class _NotingOne:
+class _NotingOne(Transient):
     """Notes the shape of the value at one place, which need not be a module's."""
 
     axes: RowAxes

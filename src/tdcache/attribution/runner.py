@@ -8,8 +8,9 @@ apart, points run one after the other and the user's own rows last, so that what
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from operator import attrgetter
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -22,6 +23,7 @@ from tdcache.attribution.rows import RowAxes, UnstackableError
 from tdcache.attribution.survey import Survey
 from tdcache.attribution.taps import Replacement, SiteTap, check_unchanged
 from tdcache.attribution.targets import Target, Unit
+from tdcache.contexts import HookingContext
 from tdcache.contexts.cached import capturing_contexts
 from tdcache.errors import ContextError
 from tdcache.function_calls.stand_in import resolve_site
@@ -29,6 +31,7 @@ from tdcache.hooks import MultiHookHandle, Order, attach, attach_ports
 from tdcache.hooks.attach import AttachedElsewhere
 from tdcache.named_places import Names
 from tdcache.place_modules import place_at
+from tdcache.selection import Selection
 from tdcache.types import CacheKey
 
 __all__ = ["Runner"]
@@ -37,6 +40,17 @@ _MANY = 16
 """Above this many points those without a backward get a forward of their own."""
 
 Forward = Callable[[TensorDictBase], TensorDictBase]
+
+_GRADS = attrgetter("grads")
+
+
+class PassOptions(Protocol):
+    """The options of a method that concern the pass; see :class:`~tdcache.attribution.base.Attribution`."""
+
+    create_graph: bool
+    chunk: int | None
+    snapshot: bool | None
+    names: Names | None
 
 
 class Runner:
@@ -48,12 +62,8 @@ class Runner:
         data: the user's TensorDict, without results.
         in_keys: what the model reads.
         out_keys: what it writes.
-        modules: the modules by path.
-        chunk: how many points one forward may take; None for all.
         watched: whether something else looks on.
         survey: what is known of the model.
-        create_graph: whether gradients are differentiable.
-        snapshot: whether values are copied; None for where the model has modules that work in place.
     """
 
     def __init__(
@@ -64,13 +74,8 @@ class Runner:
         *,
         in_keys: Sequence[CacheKey],
         out_keys: Sequence[CacheKey],
-        modules: dict[str, nn.Module],
-        chunk: int | None,
         watched: bool,
         survey: Survey,
-        create_graph: bool,
-        snapshot: bool | None,
-        tables: Sequence[Names] = (),
     ) -> None:
         self.model = model
         self.data = data
@@ -84,13 +89,13 @@ class Runner:
         """The TensorDict after the forward of the user's own rows."""
         self._forward = forward
         self._survey = survey
-        self._modules = modules
-        self._tables = tables
-        self._create_graph = create_graph
-        self._snapshot = survey.inplace if snapshot is None else snapshot
+        self._modules: dict[str, nn.Module] = {}
+        self._tables: list[Names] = []
+        self.create_graph = False
+        """Whether gradients are differentiable."""
+        self._snapshot: bool | None = None
         self._stacks = data.batch_dims > 0 and not watched and not survey.statistics
-        self._chunk = (chunk or 1 << 30) if self._stacks else 1
-        self._modified = not (watched or create_graph)
+        self._chunk = 1 << 30 if self._stacks else 1
         self._base: Point | None = None
         self._giving: set[Any] = set()
         """The labels of the points whose outputs are those of the user's rows."""
@@ -100,6 +105,18 @@ class Runner:
         """Whether a forward of the user's rows was shown to those that capture."""
         self._calls: dict[Place, int] = {}
 
+    def add(self, method: PassOptions, selections: Iterable[Selection]) -> None:
+        """Take the options of a method, and the modules that it selected, into account."""
+        self.create_graph |= method.create_graph
+        if method.chunk is not None:
+            self._chunk = min(self._chunk, method.chunk)
+        if method.snapshot is not None:
+            self._snapshot = self._snapshot or method.snapshot
+        if method.names is not None:
+            self._tables.append(method.names)
+        for selection in selections:
+            self._modules.update((path, module) for path, module, _ in selection)
+
     def run(self, asks: Iterable[Ask], base: Point) -> None:
         """Run the points that are asked for, each once, and hand the sinks their views."""
         by_label: dict[Any, list[Ask]] = {}
@@ -107,7 +124,14 @@ class Runner:
             by_label.setdefault(ask.point.label, []).append(ask)
         groups = list(by_label.values())
         self._base = base
-        self._giving = giving_own_outputs([group[0].point for group in groups], modified=self._modified)
+        if len(groups) == 1 and groups[0][0].point is base:
+            self._run_chunk(groups)
+        else:
+            self._run_points(groups, base)
+
+    def _run_points(self, groups: list[list[Ask]], base: Point) -> None:
+        modified = not (self.watched or self.create_graph)
+        self._giving = giving_own_outputs([group[0].point for group in groups], modified=modified)
         given = self._giving or any(group[0].base_follows for group in groups)
         if self._stacks and self.final is None and not given:
             groups.append([_only_run(base)])  # so that the outputs need no forward of their own
@@ -166,23 +190,29 @@ class Runner:
         rows = self._rows(points, asks)
         data, inputs = self._stack(points, asks)
         taps, handle = self._hook(points, rows, asks)
-        graph = self._create_graph or any(ask.grads for ask in asks)
-        kept = self.final is None and self._is_final(points[0])
-        with torch.set_grad_enabled(graph), self._survey.unchanged(kept=kept):
-            shown = not self._shown and self._is_final(points[0])
-            with handle, nullcontext() if shown else self._unseen():
+        graph = self.create_graph or any(map(_GRADS, asks))
+        shown = not self._shown and self._is_final(points[0])
+        with torch.set_grad_enabled(graph), self._survey.unchanged(kept=shown and self.final is None):
+            with handle, self._unseen(shown):
                 after = self._forward(data)
-            self._shown |= shown
             self._check_outputs(after, asks)
-            check_unchanged(taps.values())
-            self.fired |= {place: tap.when for place, tap in taps.items() if place not in self.fired}
-            self._calls |= {place: tap.calls for place, tap in taps.items()}
-            unused = {place for ask in asks if ask.unused for place in (*ask.values, *ask.grads)}
-            taps = {place: tap for place, tap in taps.items() if tap.calls or place not in unused}
-            values: dict[Place, Any] = {place: tap.chosen().value for place, tap in taps.items()}
-            values |= {Place("key", key): tensor for key, tensor in inputs.items()}
+            values: dict[Place, Any] = self._seen(taps, asks) if taps else {}
+            values.update(inputs)
             self._differentiate(groups, rows, Targets(after, taps), values, inputs)
+        self._shown |= shown
         self._last = points[-1]
+
+    def _seen(self, taps: dict[Place, SiteTap], asks: list[Ask]) -> dict[Place, Any]:
+        """What the taps noted; those of modules that did not run, and need not, are dropped."""
+        check_unchanged(taps.values())
+        needed = {place for ask in asks for place in _read_by(ask.target)}
+        needed.update(place for ask in asks if not ask.unused for place in (*ask.values, *ask.grads))
+        for place, tap in list(taps.items()):
+            self.fired.setdefault(place, tap.when)
+            self._calls[place] = tap.calls
+            if not tap.calls and place not in needed:
+                del taps[place]
+        return {place: tap.chosen().value for place, tap in taps.items()}
 
     def _rows(self, points: list[Point], asks: list[Ask]) -> list[PointRows | None]:
         if len(points) == 1:
@@ -205,19 +235,20 @@ class Runner:
         with self._unseen():
             return self._forward(data)
 
-    @contextmanager
-    def _unseen(self) -> Iterator[None]:
+    def _unseen(self, shown: bool = False) -> AbstractContextManager[Any]:
         """Pause what captures: reducers over several forwards would count rows that are not the user's."""
-        with ExitStack() as stack:
-            for context in capturing_contexts(self.model) if self.watched else ():
-                stack.enter_context(context.paused())
-            yield
+        return nullcontext() if shown or not self.watched else _paused(capturing_contexts(self.model))
 
-    def _stack(self, points: list[Point], asks: list[Ask]) -> tuple[TensorDictBase, dict[CacheKey, Tensor]]:
-        """The TensorDict of all points, and the inputs that need a gradient."""
-        needed = {place.name for ask in asks for place in (*ask.grads, *ask.values) if place.kind == "key"}
-        differentiated = {place.name for ask in asks for place in ask.grads if place.kind == "key"}
-        differentiated |= set(self._floating()) if self.watched and any(ask.grads for ask in asks) else set()
+    def _stack(self, points: list[Point], asks: list[Ask]) -> tuple[TensorDictBase, dict[Place, Tensor]]:
+        """The TensorDict of all points, and the inputs whose values or gradients are wanted."""
+        needed: dict[Place, bool] = {}
+        for ask in asks:
+            needed.update({place: True for place in ask.grads if place.kind == "key"})
+            for place in ask.values:
+                if place.kind == "key":
+                    needed.setdefault(place, False)
+        if self.watched and any(map(_GRADS, asks)):
+            needed.update({Place("key", key): True for key in self.in_keys if self.data.get(key).is_floating_point()})
         if len(points) == 1:
             stacked = self.data.copy()
             if points[0].inputs:
@@ -228,22 +259,22 @@ class Runner:
             for name, value in self.data.items(include_nested=True, leaves_only=True):
                 parts: list[Any] = [point.inputs.get(name, value) for point in points]
                 stacked.set(name, torch.cat(parts))
-        inputs: dict[CacheKey, Tensor] = {}
-        for key in needed | differentiated:
-            tensor: Tensor = stacked.get(key)
-            if key in differentiated and not (self._create_graph and tensor.requires_grad):
+        inputs: dict[Place, Tensor] = {}
+        for place, differentiated in needed.items():
+            tensor: Tensor = stacked.get(place.name)
+            if differentiated and not (self.create_graph and tensor.requires_grad):
                 tensor = tensor.detach().requires_grad_()
-                stacked.set(key, tensor)
-            inputs[key] = tensor
+                stacked.set(place.name, tensor)
+            inputs[place] = tensor
         return stacked, inputs
-
-    def _floating(self) -> list[CacheKey]:
-        return [key for key in self.in_keys if self.data.get(key).is_floating_point()]
 
     def _hook(
         self, points: list[Point], rows: list[PointRows | None], asks: list[Ask]
     ) -> tuple[dict[Place, SiteTap], MultiHookHandle]:
         handle = MultiHookHandle()
+        taps = self._taps(asks, rows[0])
+        if not taps and all(not (point.modifiers or point.replace) for point in points):
+            return taps, handle
         with handle.installing():
             replaced: dict[Place, list[tuple[PointRows | None, Tensor]]] = {}
             for point, part in zip(points, rows, strict=True):
@@ -253,7 +284,6 @@ class Runner:
                     replaced.setdefault(place, []).append((part, tensor))
             swaps = {place: Replacement(place, self._call(place), parts) for place, parts in replaced.items()}
             self._attach(swaps, handle, Order.EDIT)
-            taps = self._taps(asks, rows[0])
             inside = {place: tap for place, tap in taps.items() if self._is_no_module(place)}
             self._attach({place: tap for place, tap in taps.items() if place not in inside}, handle, SiteTap.order)
             for place, tap in inside.items():
@@ -284,13 +314,14 @@ class Runner:
 
     def _taps(self, asks: list[Ask], rows: PointRows | None) -> dict[Place, SiteTap]:
         taps: dict[Place, SiteTap] = {}
+        snapshot = self._survey.inplace if self._snapshot is None else self._snapshot
         for ask in asks:
             wanted = (("wants_value", ask.values), ("wants_grad", ask.grads), ("is_target", _read_by(ask.target)))
             for what, places in wanted:
                 for place in places:
                     if place.kind != "key":
                         if place not in taps:
-                            taps[place] = SiteTap(place, rows, snapshot=self._snapshot, live=self._create_graph)
+                            taps[place] = SiteTap(place, rows, snapshot=snapshot, live=self.create_graph)
                         setattr(taps[place], what, True)
         return taps
 
@@ -309,7 +340,7 @@ class Runner:
         rows: list[PointRows | None],
         targets: Targets,
         values: dict[Place, Any],
-        inputs: dict[CacheKey, Tensor],
+        inputs: dict[Place, Tensor],
     ) -> None:
         """Compute the targets, go backward once per target, and hand the sinks their views."""
         by_target: dict[int, list[tuple[Ask, PointRows | None]]] = {}
@@ -318,18 +349,28 @@ class Runner:
                 self.final = targets.outputs(part)
             for ask in group:
                 by_target.setdefault(id(ask.target), []).append((ask, part))
-        for entries in by_target.values():  # all of them first: an error comes before any sink has seen a view
+        backwards = []
+        for number, entries in by_target.items():  # all of them first: an error comes before any sink has seen a view
             targets.compute(entries[0][0].target, entries)
-        left = sum(any(ask.grads for ask, _ in entries) for entries in by_target.values())
+            if any(ask.grads for ask, _ in entries):
+                backwards.append(number)
         for number, entries in by_target.items():
-            target = entries[0][0].target
-            asks = [ask for ask, _ in entries if ask.grads]
-            left -= bool(asks)
-            keep = left > 0 or self._create_graph
-            grads = gradients(targets, target, asks, inputs, keep=keep, graph=self._create_graph) if asks else {}
+            grads: dict[Place, Tensor] = {}
+            if number in backwards:
+                asks = [ask for ask, _ in entries if ask.grads]
+                keep = number != backwards[-1] or self.create_graph
+                grads = gradients(targets, asks[0].target, asks, inputs, keep=keep, graph=self.create_graph)
             for ask, part in entries:
                 seen = targets.found.get((number, part))
-                ask.sink(View(part, values, grads, seen if seen is None or self._create_graph else seen.detach()))
+                ask.sink(View(part, values, grads, seen if seen is None or self.create_graph else seen.detach()))
+
+
+@contextmanager
+def _paused(contexts: Sequence[HookingContext]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context.paused())
+        yield
 
 
 def _only_run(point: Point) -> Ask:

@@ -35,13 +35,15 @@ class Survey:
         """Look at every module once."""
         watched = inplace = False
         statistics = []
-        for module in (model, *(module for _, module in walk(model))):
-            after, before = post_hooks(module), pre_hooks(module)
-            if after or before:
-                watched = watched or any(map(_is_foreign, (*after.values(), *before.values())))
-            watched = watched or has_rules(module)
-            inplace = inplace or module.__dict__.get("inplace") is True
-            if module.training and module not in statistics and getattr(module, "running_mean", None) is not None:
+        for _, module in (("", model), *walk(model)):
+            after, before, own = post_hooks(module), pre_hooks(module), module.__dict__
+            if (after or before) and not watched:
+                watched = any(map(_is_foreign, (*after.values(), *before.values())))
+            if "forward" in own and has_rules(module):
+                watched = True
+            if "inplace" in own and own["inplace"] is True:
+                inplace = True
+            if module.training and getattr(module, "running_mean", None) is not None and module not in statistics:
                 statistics.append(module)
         return cls(watched, tuple(statistics), inplace)
 

@@ -20,6 +20,7 @@ from tdcache.attribution.rows import UnstackableError
 from tdcache.errors import AttributionError
 from tdcache.hooks import Order
 from tdcache.hooks.gradients import handed_on, watch_made
+from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import leaves
 from tdcache.inplace import overwritten, version_of
 
@@ -35,7 +36,7 @@ class _SeenCall(NamedTuple):
     edge: GradientEdge | None
 
 
-class SiteTap:
+class SiteTap(Transient):
     """Notes what passes one place in one forward: the value of each call, and the edge its gradient comes by.
 
     Args:
@@ -159,7 +160,7 @@ class _Arrived:
         self.grads[self.call] = grad
 
 
-class Replacement:
+class Replacement(Transient):
     """Puts tensors in place of the value at one place, each in the rows of one point."""
 
     order = Order.EDIT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -35,16 +35,15 @@ class At:
     index: Any = None
     key: CacheKey | None = None
     default: CacheKey = "output"
-    _identity: tuple[Any, ...] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        index = id(self.index) if isinstance(self.index, Tensor) else repr(self.index)
-        object.__setattr__(self, "_identity", (index, self.key, self.default))
 
     @property
     def is_one_for_all(self) -> bool:
         """Whether every row has the same index."""
         return not isinstance(self.index, Tensor) or self.index.ndim == 0
+
+    @property
+    def _identity(self) -> tuple[Any, ...]:
+        return (id(self.index) if isinstance(self.index, Tensor) else repr(self.index), self.key, self.default)
 
     def __repr__(self) -> str:  # as it was given
         return repr(self.index if self.key is None else (self.key, self.index))
@@ -53,7 +52,7 @@ class At:
         return isinstance(other, At) and self._identity == other._identity
 
     def __hash__(self) -> int:
-        return hash(self._identity)
+        return hash((self.key, self.default))
 
     def __call__(self, data: TensorDictBase) -> Tensor:
         """Pick the values, of shape ``(batch,)``."""
@@ -136,7 +135,7 @@ def as_targets(target: TargetLike, out_keys: Sequence[CacheKey]) -> dict[str | N
 
 
 def _as_target(target: Any, out_keys: Sequence[CacheKey]) -> Target:
-    default = next((key for key in out_keys if key != "_"), "output")
+    default = out_keys[0] if out_keys else "output"
     if target is None or isinstance(target, Tensor):
         return At(target, default=default)
     if isinstance(target, Integral):

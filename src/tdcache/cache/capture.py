@@ -19,7 +19,7 @@ from tdcache.cache.channel import Channel
 from tdcache.cache.gradient_taps import GradientTap, InputGradientTap, OutputAndGradientTap, PlainGradientTap
 from tdcache.cache.keep import Keep
 from tdcache.cache.part import PartFilter
-from tdcache.cache.positions import PositionFilter
+from tdcache.cache.positions import FedByCall, PositionFilter
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.taps import CallbackTap, OutputTap, StopTap, ValueTap
@@ -80,13 +80,13 @@ class Capture:
     """Whether all positions, rows, units and heads are kept."""
     order: int = field(init=False)
     """The position of the taps among the hooks of a site."""
-    fits_graph: bool = field(init=False)
-    """Whether the capture fits into a compiled graph: only the latest outputs, unmodified."""
+    _plain: bool = field(init=False)
+    """Whether only the latest values are kept, unmodified."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keeps_all", self.positions is None and self.region.whole)
         object.__setattr__(self, "order", Order.FIRST if self.prepend else Order.CAPTURE)
-        object.__setattr__(self, "fits_graph", self._fits_graph())
+        object.__setattr__(self, "_plain", self._is_plain())
         check_positions(self.positions)
         check_steps(self.steps)
         if self.stack_by is not None and self.pick == "all":
@@ -107,10 +107,17 @@ class Capture:
         with_callback = self.callback is not None and any(direction_row(each).gradient for each in self.directions)
         return "grad_in" in self.directions or with_callback
 
-    def _fits_graph(self) -> bool:
-        asked = (self.callback, self.pick, self.positions, self.steps)
+    def _is_plain(self) -> bool:
+        asked = (self.callback, self.positions, self.steps)
         asks_more = any(each is not None for each in asked) or self.stop_early or not self.region.whole
-        return self.directions == ("fwd",) and self.keep == Keep() and isinstance(self.reducer, Last) and not asks_more
+        named = self.pick != "all" and not callable(self.pick)
+        return self.keep == Keep() and isinstance(self.reducer, Last) and named and not asks_more
+
+    def fits_graph_at(self, *, calls_only: bool) -> bool:
+        """Whether the capture fits into a compiled graph: of outputs; at calls also of arguments, and with ``pick``."""
+        if calls_only:
+            return self._plain and self.directions in (("fwd",), ("fwd_pre",))
+        return self._plain and self.directions == ("fwd",) and self.pick is None
 
     def recorder(
         self,
@@ -147,14 +154,18 @@ class Capture:
                 target.check(selection.paths if stack_by is None else tuple(stack_by.members))
             options = (stack_by, has_parts, part, self.steps is not None, by_value)
             channels.append(Channel(direction, selection.paths, keep, target, self.reducer, *options))
-        return Recorder(channels, fits_graph=self.fits_graph and channels[0].takes_aliases)
+        fits = self.fits_graph_at(calls_only=bool(places) and not len(selection))
+        return Recorder(channels, fits_graph=fits and channels[0].takes_aliases)
 
     def _part(self, position_dims: Mapping[str, int] | None, regions: Mapping[str, Region]) -> PartFilter | None:
-        positions = None
+        fed = positions = None
         if self.positions is not None:
-            positions = PositionFilter(self.positions, self.mask_key, self.position_dim, position_dims)
+            fed = FedByCall(self.mask_key)
+            positions = PositionFilter(self.positions, fed, self.position_dim, position_dims)
+        elif any(each.rows is not None for each in (self.region, *regions.values())):
+            fed = FedByCall(None)
         whole = self.region.whole and all(region.whole for region in regions.values())
-        return None if positions is None and whole else PartFilter(self.region, positions, regions)
+        return None if positions is None and whole else PartFilter(self.region, fed, positions, regions)
 
     def place_calls(
         self, root: nn.Module, places: Sequence[CallPlace], recorder: Recorder, handle: MultiHookHandle

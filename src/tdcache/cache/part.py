@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from tdcache.cache.positions import PositionFilter
+from tdcache.cache.positions import FedByCall, PositionFilter
 from tdcache.errors import CaptureError
 from tdcache.function_calls.sites import at_call
 from tdcache.inplace import shares_memory
@@ -28,11 +28,13 @@ class PartFilter:
 
     Args:
         region: rows, units and heads, without positions.
+        fed: what the call under way feeds, if rows or positions are chosen: a value must have its rows.
         positions: which positions are kept; None for all columns.
         regions: by path, the region of sites whose axes differ.
     """
 
     region: Region
+    fed: FedByCall | None = None
     positions: PositionFilter | None = None
     regions: Mapping[str, Region] = field(default_factory=dict)
 
@@ -47,17 +49,20 @@ class PartFilter:
         Raises:
             CaptureError: there is no call to take a mask from, or rows keep different numbers of positions.
             EditError: the value has no such rows, units or heads.
-            SelectionError: the mask does not fit, or a row lacks a position.
+            SelectionError: the value does not have the rows of the call, the mask does not fit, or a row lacks a
+                position.
         """
         region = self.regions.get(path) or at_call(self.region, path)
-        if region.whole and self.positions is not None:
-            return self.positions.of(path, value, reducer)
         if not isinstance(value, Tensor):
             raise CaptureError(
-                f"rows=, units= and heads= choose from a tensor, and at {path!r} there is a {type(value).__name__}; "
-                "name one of its tensors by pick=",
+                f"rows=, positions=, units= and heads= choose from a tensor, and at {path!r} there is a "
+                f"{type(value).__name__}; name one of its tensors by pick=",
                 paths=(path,),
             )
+        if value.ndim and self.fed is not None and self.fed.sequences is not None:
+            self.fed.sequences.check_rows(path, value, region.row_axis(value))
+        if region.whole and self.positions is not None:
+            return self.positions.of(path, value, reducer)
         kept, mask = replace(region, rows=None).take(value, path), None
         unit_axis = region.unit_dim % kept.ndim if kept.ndim else 0
         row_axis, taken_off = region.row_axis(kept), None
@@ -91,5 +96,5 @@ class PartFilter:
 
     def forget(self) -> None:
         """Drop the current call."""
-        if self.positions is not None:
-            self.positions.forget()
+        if self.fed is not None:
+            self.fed.sequences = None

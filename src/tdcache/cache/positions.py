@@ -16,49 +16,61 @@ from tdcache.arguments import forward_names, named_arguments
 from tdcache.errors import CaptureError
 from tdcache.function_calls.sites import at_call
 from tdcache.hooks.registrations import Order
+from tdcache.hooks.transient import Transient
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
 from tdcache.regions import Region
 from tdcache.sequences import Sequences
 from tdcache.tokens import Positions, Tokens, check_positions
 
-__all__ = ["PositionFilter"]
+__all__ = ["FedByCall", "PositionFilter"]
 
 
-class PositionFilter:
-    """Picks positions of the values of one forward; a pre-hook on the model hands it the arguments of the call.
+class FedByCall(Transient):
+    """What the call under way feeds; its pre-hook on the model is given the arguments.
 
     Args:
-        positions: see :class:`tdcache.ActivationCaching`.
         mask_key: the name of the mask among the arguments; see :class:`tdcache.sequences.Sequences`.
-        position_dim: the axis of positions in values; the batch is axis 0.
-        dims: by path, the axis of positions at sites where it differs.
     """
 
     order = Order.FIRST
 
-    def __init__(
-        self, positions: Positions, mask_key: Any, position_dim: int, dims: Mapping[str, int] | None = None
-    ) -> None:
-        self.positions = check_positions(positions)
-        self.single = not isinstance(positions, Tensor) and hasattr(positions, "__index__")
-        """Whether a single number was given, which removes its axis, as indexing does."""
+    def __init__(self, mask_key: Any) -> None:
         self.mask_key = mask_key
-        self.position_dim = position_dim
-        self.dims = dims or {}
-        self._sequences: Sequences | None = None
+        self.sequences: Sequences | None = None
+        """The sequences of the call; None outside of one."""
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.positions!r})"
+        return f"{type(self).__name__}({self.mask_key!r})"
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward begins: use its masks."""
         arguments = named_arguments(forward_names(module), args, kwargs)
-        self._sequences = Sequences(arguments, mask_key=self.mask_key)
+        self.sequences = Sequences(arguments, mask_key=self.mask_key)
 
-    def forget(self) -> None:
-        """Drop the current call."""
-        self._sequences = None
+
+class PositionFilter:
+    """Picks positions of the values of one forward.
+
+    Args:
+        positions: see :class:`tdcache.ActivationCaching`.
+        fed: what the call under way feeds.
+        position_dim: the axis of positions in values; the batch is axis 0.
+        dims: by path, the axis of positions at sites where it differs.
+    """
+
+    def __init__(
+        self, positions: Positions, fed: FedByCall, position_dim: int, dims: Mapping[str, int] | None = None
+    ) -> None:
+        self.positions = check_positions(positions)
+        self.single = not isinstance(positions, Tensor) and hasattr(positions, "__index__")
+        """Whether a single number was given, which removes its axis, as indexing does."""
+        self.fed = fed
+        self.position_dim = position_dim
+        self.dims = dims or {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.positions!r})"
 
     @staticmethod
     def outside(path: str) -> CaptureError:
@@ -113,11 +125,11 @@ class PositionFilter:
         return dim % value.dim()
 
     def _tokens_of(self, path: str, value: Tensor, dim: int) -> tuple[Tokens, Tensor]:
-        if self._sequences is None:
+        if self.fed.sequences is None:
             raise self.outside(path)
         moved = value.movedim(dim, 1)
         batch, length = moved.shape[:2]
-        return self._sequences.at(path, batch=batch, length=length, device=value.device), moved
+        return self.fed.sequences.at(path, batch=batch, length=length, device=value.device), moved
 
     def _is_numbers(self) -> bool:
         return isinstance(self.positions, tuple) or (

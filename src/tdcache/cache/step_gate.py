@@ -14,12 +14,13 @@ from tdcache.cache.recorder import Recorder
 from tdcache.current_call import CurrentCall, InSteps
 from tdcache.hooks.attach import bracket
 from tdcache.hooks.registrations import MultiHookHandle
+from tdcache.hooks.transient import Transient
 from tdcache.steps import Steps
 
 __all__ = ["StepGate"]
 
 
-class StepGate:
+class StepGate(Transient):
     """Passes a recorder the forwards that ``steps`` select, and hides all others from it.
 
     Args:

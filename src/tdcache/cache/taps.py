@@ -96,15 +96,17 @@ class OutputTap(Tap):
 
 @torch.compiler.substitute_in_graph(OutputTap.on_output, skip_signature_check=True)
 def _on_output_in_graph(self: OutputTap, module: nn.Module, args: Any, output: Any) -> None:
-    """:meth:`OutputTap.on_output` in a compiled graph: copies, since the graph may reuse the memory of the output."""
-    tensor = output if isinstance(output, Tensor) else OutputPort(self.path).read(module, args, output)
-    if self.path in self.values:
-        self.recorder.repeated.add(self.path)
-    self.channel.has_copies = True
-    self.values[self.path] = CopyInGraph(tensor.detach().clone())
+    """:meth:`OutputTap.on_output` in a compiled graph."""
+    _keep_in_graph(self, output if isinstance(output, Tensor) else OutputPort(self.path).read(module, args, output))
 
 
-keep_frames_out_of_graphs(OutputTap.on_output)
+def _keep_in_graph(tap: Tap, tensor: Tensor) -> None:
+    """Keep a copy, since the graph may reuse the memory of the value."""
+    values = tap.channel.values
+    if tap.path in values:
+        tap.recorder.repeated.add(tap.path)
+    tap.channel.has_copies = True
+    values[tap.path] = CopyInGraph(tensor.detach().clone())
 
 
 class ValueTap(Tap):
@@ -124,6 +126,19 @@ class ValueTap(Tap):
                 self.recorder.take(self.channel, part_key(path, steps), path, tensor)
         else:
             self.recorder.take(self.channel, path, path, port.read(module, args, rest))
+
+
+@torch.compiler.substitute_in_graph(ValueTap.on_call, skip_signature_check=True)
+def _on_value_in_graph(self: ValueTap, module: nn.Module, args: Any, rest: Any) -> None:
+    """:meth:`ValueTap.on_call` in a compiled graph, or eagerly between two graphs."""
+    if self.recorder.fits_graph:
+        _keep_in_graph(self, self.port.read(module, args, rest))
+    else:
+        _take_eagerly(self, module, args, rest)
+
+
+def _take_eagerly(tap: ValueTap, module: nn.Module, args: Any, rest: Any) -> None:
+    tap.on_call(module, args, rest)
 
 
 def part_key(path: str, steps: Steps) -> CacheKey:
@@ -201,8 +216,9 @@ class StopTap(Transient):
         self.recorder.stop_when_done(self.path)
 
 
+keep_frames_out_of_graphs(OutputTap.on_output, ValueTap.on_call)
 keep_out_of_graphs(
-    ValueTap.on_call,
+    _take_eagerly,
     CallbackTap.on_call,
     StopTap.on_call,
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 from tdcache.errors import DamagedError, StoreError
 from tdcache.store.atomic import new_folder, replacing_file
 from tdcache.store.dtypes import DTYPES, dtype_name
-from tdcache.store.files import as_store_error
+from tdcache.store.files import as_store_error, save_by_torch
 from tdcache.store.memmap import check_memmap, load_memmap_folder, write_memmap_column, write_memmap_meta
 from tdcache.store.regular import open_regular
 from tdcache.store.safetensors import read_tensors, write_tensors
@@ -82,7 +82,7 @@ def _save_folder(acts: Mapping[str, Tensor], target: Path) -> None:
 
 
 def _save_pt(acts: Mapping[str, Tensor], file: IO[bytes]) -> None:
-    torch.save(_of_their_own(acts), file)
+    save_by_torch(_of_their_own(acts), file)
 
 
 def _of_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

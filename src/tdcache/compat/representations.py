@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -17,7 +16,8 @@ from tdcache.compat.hook_names import is_called, literal_first
 from tdcache.errors import SelectionError, UnfiredSiteWarning
 from tdcache.harvesting.capture import BatchCapture
 from tdcache.harvesting.options import HarvestOptions
-from tdcache.hooks.values import first_tensor
+from tdcache.hooks.port import own_entries
+from tdcache.hooks.values import first_tensor, is_entries
 from tdcache.modules import HookedModule
 from tdcache.reducers import Concatenate
 from tdcache.selection import select
@@ -106,7 +106,7 @@ class ActivationStore:
                     hooked.restore()
 
     def clear(self) -> None:
-        """Drop the activations."""
+        """Drop the activations kept so far."""
         for hooked in self._hooks:
             hooked.hooking_context.clear()
         self._cache = {}
@@ -137,10 +137,8 @@ class _FirstIfAny:
         """The paths whose latest output holds no tensor."""
 
     def __call__(self, *, module: nn.Module, output: Any, key: str, **_: Any) -> Tensor:
-        out_keys: Any = getattr(module, "out_keys", None)
-        if isinstance(output, TensorDictBase) and out_keys:
-            output = output.get(out_keys[0])
-        found = first_tensor(output)
+        own = own_entries(module, "out_keys") if is_entries(output) else []
+        found = first_tensor(output.get(own[0]) if own else output)
         if found is None:
             self.without.add(key)
             return torch.empty(0)

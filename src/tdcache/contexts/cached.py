@@ -17,8 +17,8 @@ from tdcache.cache.recorder import Recorder
 from tdcache.cache.reductions import Carried
 from tdcache.cache.target import Written, first_clash
 from tdcache.contexts.context import HookingContext
-from tdcache.contexts.opened import open_contexts, overlap
 from tdcache.errors import CacheWriteError, ContextError, StopForward, UnfiredSiteWarning, warn_user
+from tdcache.hooks.opened import open_contexts, overlap
 from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.hooks.threads import this_thread
 from tdcache.modules.call import holds_entries

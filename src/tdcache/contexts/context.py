@@ -16,11 +16,11 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
-from tdcache.contexts.opened import begin_opening, closed
 from tdcache.errors import ContextError, StopForward
 from tdcache.function_calls.sites import split_selector
 from tdcache.function_calls.stand_in import select_sites
 from tdcache.hooks.compiled import refuse_scripted, running_eagerly
+from tdcache.hooks.opened import begin_opening, closed
 from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.hooks.threads import Fence, RunningThread, fencing
 from tdcache.introspect import may_be_compiled
@@ -50,6 +50,10 @@ class Recipe(Protocol):
 
     def fits_graph_of(self, model: nn.Module) -> bool:
         """Whether the hooks may become part of a compiled graph of the model."""
+
+    @property
+    def hooks_calls_only(self) -> bool:
+        """Whether all sites are function calls, where graphs notice hooks."""
 
     @property
     def prepares_module(self) -> bool:
@@ -174,7 +178,9 @@ class HookingContext:
                 prepared = self.factory._prepare_module(working, *keys)
                 self._to_undo().callback(self.factory._restore_module, prepared, *keys)
             if may_be_compiled(self.model):
-                eagerly = running_eagerly(self.model, fits_graph=self._fits_graph, tell=not self.runs_module)
+                noticed = self.factory.hooks_calls_only
+                tell = not self.runs_module
+                eagerly = running_eagerly(self.model, fits_graph=self._fits_graph, noticed=noticed, tell=tell)
                 self._to_undo().enter_context(eagerly)
             hooked: HookedModule = self.factory._spawn_hooked_module(prepared, self, extra)
             self._hooked_module = hooked

@@ -94,6 +94,11 @@ class HookingContextFactory:
         return self.fits_graph
 
     @property
+    def hooks_calls_only(self) -> bool:
+        """Whether all sites are function calls: ``torch.compile`` notices hooks there, and not those on modules."""
+        return False
+
+    @property
     def hooked_module_class(self) -> type[HookedModule]:
         """The class of the hooked module that the context yields."""
         return self._hooked_module_class

@@ -11,6 +11,7 @@ from torch import nn
 
 from tdcache.errors import EditError
 from tdcache.function_calls.attention_calls import progress
+from tdcache.function_calls.graph import TracedForward
 from tdcache.function_calls.handlers import Call, CallRule, Handler, Need
 from tdcache.function_calls.mode import run_forward
 from tdcache.function_calls.names import is_torch_name
@@ -18,7 +19,7 @@ from tdcache.function_calls.scope import ForwardScope, frontier
 from tdcache.function_calls.sites import CallPattern, CallSite
 from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.threads import Fence, active_fence, note_placed, one_at_a_time, this_thread
-from tdcache.introspect import skip_frame
+from tdcache.introspect import skip_frame, uncompiled
 from tdcache.paths import resolve_all
 from tdcache.types import Removable
 
@@ -200,13 +201,15 @@ def attach_rules(
     ``fenced=False`` the handlers themselves ask which thread they are in.
     """
     attached = _Attached()
-    for function in (ForwardScope.__call__, run_forward):
+    called = uncompiled(root)
+    for function in (ForwardScope.__call__, TracedForward.__call__, run_forward):
         skip_frame(function.__code__)
     members = frozenset(map(id, root.modules()))
     handle = MultiHookHandle([attached])
     with handle.installing(), one_at_a_time:
         for module, rule in pairs:
             attached.add(module, rule, members)
+            attached.held[module].is_top = module is called
         fence = None
         if fenced:
             note_placed(attached)

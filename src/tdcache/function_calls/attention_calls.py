@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from tdcache.function_calls.handlers import Call
 
-__all__ = ["PRODUCTS", "SDPA", "SOFTMAX", "Spelled", "argument", "exchange", "progress", "role_of"]
+__all__ = [
+    "PRODUCTS",
+    "SDPA",
+    "SOFTMAX",
+    "Factor",
+    "Product",
+    "Spelled",
+    "argument",
+    "exchange",
+    "inverse",
+    "progress",
+    "role_of",
+]
 
 SDPA = "scaled_dot_product_attention"
 SOFTMAX = "softmax"
@@ -18,7 +31,98 @@ PRODUCTS = {
     "matmul": ((0, "input"), (1, "other")),
     "bmm": ((0, "input"), (1, "mat2")),
     "baddbmm": ((1, "batch1"), (2, "batch2")),
+    "einsum": ((1, ""), (2, "")),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """An argument of a product with its axes in the order of a place of attention: heads, positions, width."""
+
+    at: int
+    keyword: str
+    axes: tuple[int, ...] | None = None
+    """None for the order that it has."""
+
+    def read(self, call: Call) -> Tensor:
+        """The argument in that order, as a view."""
+        value: Tensor = argument(call, self.at, self.keyword)
+        return value if self.axes is None else value.permute(self.axes)
+
+    def write(self, call: Call, new: Tensor) -> None:
+        """Give the call another argument, which has that order."""
+        exchange(call, self.at, self.keyword, new if self.axes is None else new.permute(inverse(self.axes)))
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A product of two tensors: ``q k^T`` if it comes before the softmax, ``pattern v`` if it comes after."""
+
+    left: Factor
+    """``q``, or the pattern, as it is."""
+    right: Factor
+    """``k`` or ``v``, positions before width."""
+    shape: tuple[int, ...]
+    """Of the result."""
+    axes: tuple[int, ...] | None = None
+    """Those of the result, in the order of ``z``; None for the order that they have."""
+
+    @classmethod
+    def of(cls, call: Call, *, mixes: bool) -> Product | None:
+        """The product that ``call`` makes, after the softmax (``mixes``) or before it; None if it could be neither."""
+        if call.name == "einsum":
+            return _einsum(call, mixes=mixes)
+        factors = [argument(call, *place) for place in PRODUCTS[call.name]]
+        if any(not isinstance(factor, Tensor) or factor.dim() < 3 for factor in factors):
+            return None
+        (left, right), (first, second) = factors, PRODUCTS[call.name]
+        turned = None if mixes else (*range(right.dim() - 2), -1, -2)
+        return cls(Factor(*first), Factor(*second, turned), (*left.shape[:-1], right.shape[-1]))
+
+
+def _einsum(call: Call, *, mixes: bool) -> Product | None:
+    """``torch.einsum`` with two operands that share one letter which the result lacks."""
+    if len(call.args) == 2 and isinstance(call.args[1], list | tuple):
+        call.args = (call.args[0], *call.args[1])
+    equation, *operands = call.args
+    if not isinstance(equation, str) or len(operands) != 2:
+        return None
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    named = [_spelled_out(term, operand.dim()) for term, operand in zip(terms.split(","), operands, strict=False)]
+    if not arrow or len(named) != 2:
+        return None
+    free = max((len(term) - len(text.replace("...", "")) for term, text in zip(named, terms.split(","), strict=True)))
+    result = _spelled_out(result, free + len(result.replace("...", "")))
+    if len(result) < 3 or (result[-1] in named[0]) == (result[-1] in named[1]):
+        return None
+    first, second = (1, 0) if result[-1] in named[0] else (0, 1)
+    left, right = named[first], named[second]
+    shared = [letter for letter in left if letter in right and letter not in result]
+    if not mixes and result[0] not in right:
+        return None  # a table of relative positions, which is no key: it has no rows of the batch
+    if len(shared) != 1 or set(left + right) != {*result, *shared} or (mixes and left[-1] != shared[0]):
+        return None
+    order = left.replace(shared[0], "") if mixes else result[:-1]
+    sizes = dict(zip(left + right, (*operands[first].shape, *operands[second].shape), strict=True))
+    own, rows = result[-1], "".join(letter for letter in order if letter in right)
+    width = shared[0] + own if mixes else own + shared[0]
+    return Product(
+        Factor(1 + first, "", tuple(map(left.index, order + shared[0]))),
+        Factor(1 + second, "", tuple(map(right.index, rows + width))),
+        tuple(sizes[letter] for letter in result),
+        tuple(map(result.index, order + own)),
+    )
+
+
+def _spelled_out(term: str, dims: int) -> str:
+    """A term of an equation with letters of their own, the same in every term, for its ``...``."""
+    free = dims - len(term.replace("...", ""))
+    return term.replace("...", "ZYXWVUTS"[8 - free :] if free else "")
+
+
+def inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The order of axes that undoes another one."""
+    return tuple(sorted(range(len(axes)), key=lambda at: axes[at] % len(axes)))
 
 
 class Spelled:
@@ -43,13 +147,14 @@ class Spelled:
             given = argument(call, 0, "input")
             fits = self.products and isinstance(given, Tensor) and _rows(given.shape) == _rows(self.shape)
             return "softmax" if fits and given.shape[-1] >= self.shape[-1] else None
-        left, right = (argument(call, *place) for place in PRODUCTS[call.name])
-        if any(not isinstance(factor, Tensor) or factor.dim() < 3 for factor in (left, right)):
+        product = call.notes["product"] = Product.of(call, mixes=self.softmax is not None)
+        if product is None:
             return None
         if self.softmax is not None:
-            return "av" if _rows(left.shape) == _rows(self.shape) and left.shape[-1] == self.shape[-1] else None
+            left = product.left.read(call).shape
+            return "av" if _rows(left) == _rows(self.shape) and left[-1] == self.shape[-1] else None
         self.products += 1
-        self.shape = (*left.shape[:-1], right.shape[-1])
+        self.shape = product.shape
         return "qk"
 
     def made(self, call: Call, role: str | None) -> None:

@@ -11,8 +11,8 @@ import dis
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from functools import lru_cache
-from types import CellType, CodeType, FunctionType
+from functools import lru_cache, partial
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -63,9 +63,15 @@ def global_functions(function: Any) -> dict[str, Any]:
     return found
 
 
+def may_attend(module: nn.Module) -> bool:
+    """Whether a forward may take a softmax: by the names in it, or because it calls functions from elsewhere."""
+    given = (isinstance(value, FunctionType | MethodType | partial) for value in module.__dict__.values())
+    kind: Any = type(module)
+    return _kind_may_attend(kind) or any(given)
+
+
 @lru_cache(maxsize=1024)
-def may_attend(kind: type[nn.Module]) -> bool:
-    """Whether a forward may take a softmax: by the names in it, or because it calls functions of other files."""
+def _kind_may_attend(kind: type[nn.Module]) -> bool:
     function = innermost(kind.forward)
     if function is None:
         return True

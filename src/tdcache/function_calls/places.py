@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
@@ -23,7 +24,9 @@ from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.port import InputPort, Port, port_at
 from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.values import leaves
+from tdcache.introspect import may_be_compiled, uncompiled
 from tdcache.selection import Site
+from tdcache.selection import select as select_modules
 from tdcache.types import HookDirection, Match, Pick
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
     "MakeTap",
     "call_places",
     "calls_fit_graph",
+    "graph_shows",
     "nearest_calls",
     "port_of",
     "refuse_direction",
@@ -70,7 +74,7 @@ def call_places(select: FindModules, selectors: Iterable[str], *, match: Match, 
     for selector in selectors:
         pattern = CallPattern.parse(selector)
         found = select(pattern.path, match=match, allow_empty=allow_empty)
-        places += [CallPlace(site, pattern, selector) for site in found]
+        places += [CallPlace(Site(path, uncompiled(each), groups), pattern, selector) for path, each, groups in found]
     return places
 
 
@@ -96,6 +100,12 @@ def port_of(path: str, direction: str, pick: Pick, module: nn.Module) -> Port:
     if is_call(path) and isinstance(port, InputPort):
         return InputPort(path, pick, parameters_of(CallSite.parse(path).name, module))
     return port
+
+
+def graph_shows(model: nn.Module, selectors: Iterable[str], match: Match) -> bool:
+    """Whether dynamo can trace every call that selectors mean in a model; only asked of one that may be compiled."""
+    find = partial(select_modules, model)
+    return may_be_compiled(model) and calls_fit_graph(call_places(find, selectors, match=match, allow_empty=True))
 
 
 def calls_fit_graph(places: Sequence[CallPlace]) -> bool:
@@ -142,7 +152,6 @@ class CallTaps:
         """Once removed: a sentence for each selector that meant no call that was made."""
         self._at: dict[tuple[int, str], _AtPlace] = {}
         self._served: dict[str, _AtPlace] = {}
-        self._fired: set[str] = set()
         self._attached = MultiHookHandle()
 
     def __repr__(self) -> str:
@@ -186,7 +195,6 @@ class CallTaps:
     def serve(self, at: _AtPlace) -> Callable[..., Any] | None:
         """The tap of a call that is made for the first time; None where another selector has put one there."""
         path = str(at.site)
-        self._fired.add(at.place.selector)
         if self._served.setdefault(path, at) is not at:
             return None
         module, groups = at.place.site.module, at.place.site.groups
@@ -201,8 +209,9 @@ class CallTaps:
 
     def _unfired(self) -> Iterator[str]:
         silent: dict[str, list[CallPlace]] = {}
+        fired = {at.place.selector for at in self._at.values() if at.fired}
         for place in self.places:
-            if place.selector not in self._fired:
+            if place.selector not in fired:
                 silent.setdefault(place.selector, []).append(place)
         for selector, places in silent.items():
             made = (what_is_called(selector, place.site.path, place.site.module) for place in places)
@@ -234,14 +243,14 @@ class _MakeHandler:
 class _AtPlace:
     """The hooks at one call: they make the tap when they are first called, and pass everything on to it."""
 
-    __slots__ = ("hook", "made", "place", "site", "spelled", "taps")
+    __slots__ = ("fired", "hook", "made", "place", "site", "spelled", "taps")
 
     def __init__(self, taps: CallTaps, place: CallPlace, site: CallSite) -> None:
         self.taps = taps
         self.place = place
         self.site = site
         self.spelled = place.pattern.labels is not None
-        self.made = False
+        self.made = self.fired = False
         self.hook: Callable[..., Any] | None = None
 
     def __repr__(self) -> str:
@@ -250,6 +259,7 @@ class _AtPlace:
     def _ready(self, value: Any) -> Callable[..., Any] | None:
         if not self.spelled and next(leaves(value), None) is None:
             return None  # a pattern takes many calls, and not all of them are about tensors
+        self.fired = True
         if not self.made:
             self.make()
         return self.hook

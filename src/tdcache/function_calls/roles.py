@@ -17,7 +17,17 @@ from torch.compiler import is_dynamo_compiling
 from tdcache.errors import CaptureError, SelectionError
 from tdcache.function_calls.attach import attach_rules, module_of, refuse_recomputed
 from tdcache.function_calls.attention import Attention, derive_attention, derive_registered, prove
-from tdcache.function_calls.attention_calls import PRODUCTS, SDPA, SOFTMAX, argument, exchange, progress, role_of
+from tdcache.function_calls.attention_calls import (
+    PRODUCTS,
+    SDPA,
+    SOFTMAX,
+    Product,
+    argument,
+    exchange,
+    inverse,
+    progress,
+    role_of,
+)
 from tdcache.function_calls.handlers import Call, CallRule, Handler, Need
 from tdcache.function_calls.names import DERIVED
 from tdcache.function_calls.overlay import INTERFACE, may_attend
@@ -175,9 +185,11 @@ class AttentionHook:
     def at_result(self, call: Call) -> None:
         """Offer ``z``, or scores and pattern as they follow from the arguments."""
         if self.site.name == "z":
-            new = self.through(call, _result(call))
+            product: Product | None = call.notes.get("product")
+            axes = None if product is None else product.axes
+            new = self.through(call, _result(call) if axes is None else _result(call).permute(axes))
             if new is not None:
-                _set_result(call, new)
+                _set_result(call, new if axes is None else new.permute(inverse(axes)))
         elif self.site.name in _COMPUTED:
             self.derive(call)
 
@@ -205,15 +217,14 @@ class AttentionHook:
 
     def at_product(self, call: Call) -> None:
         """Offer a factor of the product before the softmax; the second one is ``k`` transposed."""
-        if progress(call).products > 1 or not may_attend(cast(Any, type(call.module))):
+        if progress(call).products > 1 or not may_attend(call.module):
             progress(call).product = call.name
             return
-        place = PRODUCTS[call.name][_POSITIONS[self.site.name]]
-        factor = argument(call, *place)
-        transposed = self.site.name == "k"
-        new = self.through(call, factor.transpose(-1, -2) if transposed else factor)
+        product: Product = call.notes["product"]
+        factor = product.left if self.site.name == "q" else product.right
+        new = self.through(call, factor.read(call))
         if new is not None:
-            exchange(call, *place, new.transpose(-1, -2) if transposed else new)
+            factor.write(call, new)
 
     def refuse_untold(self, call: Call) -> None:
         """Refuse ``q`` and ``k`` where several products may be theirs; known once there is a softmax after them.
@@ -239,19 +250,19 @@ class AttentionHook:
 
     def at_mixture(self, call: Call) -> None:
         """Offer a factor of the product after the softmax."""
-        weights, values = PRODUCTS[call.name]
+        product: Product = call.notes["product"]
         if self.site.name == "v":
-            new = self.through(call, argument(call, *values))
+            new = self.through(call, product.right.read(call))
             if new is not None:
-                exchange(call, *values, new)
+                product.right.write(call, new)
             return
-        used, softmax = argument(call, *weights), cast(Tensor, progress(call).softmax)
+        used, softmax = product.left.read(call), cast(Tensor, progress(call).softmax)
         if "exchanged" not in call.notes:
             self.prove_used(call, used, softmax)
         shape = (*softmax.shape[:-1], used.shape[-1])
         new = self.through(call, used if used.shape == shape else used.reshape(shape))
         if new is not None:
-            exchange(call, *weights, new.reshape(used.shape))
+            product.left.write(call, new.reshape(used.shape))
             call.notes["exchanged"] = True
 
     def prove_used(self, call: Call, used: Tensor, softmax: Tensor) -> None:

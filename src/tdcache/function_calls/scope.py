@@ -6,8 +6,6 @@ not do: torch calls none of them when a ``BaseException`` such as our stop ends 
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Callable, Container, Iterator
 from types import MethodType
 from typing import Any
@@ -22,8 +20,10 @@ from tdcache.function_calls.mode import run_forward
 from tdcache.function_calls.names import is_torch_name
 from tdcache.function_calls.overlay import PythonCall, Registry, global_functions, innermost, is_registry, overlaid
 from tdcache.function_calls.sites import CallSite
+from tdcache.hooks.transient import TransientForward
+from tdcache.introspect import eval_frame
 
-__all__ = ["ForwardScope", "OwnForward", "fits_graph", "frontier", "has_rules"]
+__all__ = ["ForwardScope", "fits_graph", "frontier", "has_rules"]
 
 _FORWARD = "forward"
 
@@ -32,7 +32,7 @@ _FORWARD = "forward"
 _scopes: WeakKeyDictionary[nn.Module, ForwardScope] = WeakKeyDictionary()
 
 
-class ForwardScope:
+class ForwardScope(TransientForward):
     """Calls a module's own forward with the mode on, if the module has rules, and without it otherwise."""
 
     def __init__(self) -> None:
@@ -46,6 +46,8 @@ class ForwardScope:
         """As ``found``, by the names of Python functions."""
         self.members: frozenset[int] = frozenset()
         self.holders = 0
+        self.is_top = False
+        """Whether the module is one that the user calls: where it is compiled, a graph begins with its forward."""
         self.everything = False
         """Whether the mode is on from the beginning of the forward to its end."""
         self.traced: Any = None
@@ -67,24 +69,13 @@ class ForwardScope:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward, with its calls shown to the handlers."""
-        if is_dynamo_compiling() and self.traced is not None:
+        if self.traced is not None and (is_dynamo_compiling() or (self.is_top and eval_frame() is not None)):
             return self.traced(self.module, *args, **kwargs)
         return run_forward(self, args, kwargs)
 
     def called(self) -> list[str]:
         """The functions that the module was seen to call, in the order they came first."""
         return [*self.found.by_name, *self.python.by_name]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the module made meanwhile has no sites."""
-        if self.own is not None:
-            return copy.deepcopy(self.own, memo)
-        return OwnForward(copy.deepcopy(self.module, memo))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self.own is not None:
-            return _same, (self.own,)
-        return OwnForward, (self.module,)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.module).__name__}, {len(self.rules)} rules)"
@@ -118,7 +109,7 @@ class ForwardScope:
         else:
             held[_FORWARD] = self.own
         self.module = self.own = self.body = self.traced = None
-        self.members = frozenset()
+        self.members, self.is_top = frozenset(), False
         self.found.forget()
         self.python.forget()
 
@@ -160,26 +151,6 @@ class ForwardScope:
             by_label = {label: sorted((at for name, at in found if name == label), key=by_order) for label, _ in found}
             traced.open({label: tuple(handlers) for label, handlers in by_label.items()})
             self.traced = traced
-
-
-class OwnForward:
-    """What stands as ``forward`` in a copy of a module that had a scope: it goes away when it is first called."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(MethodType(type(self.module).forward, self.module))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Leave, and call the class's forward."""
-        self.module.__dict__.pop(_FORWARD, None)
-        return self.module.forward(*args, **kwargs)
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def frontier(module: nn.Module) -> Iterator[nn.Module]:

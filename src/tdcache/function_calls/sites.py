@@ -162,8 +162,8 @@ def at_call(region: Region, path: str) -> Region:
     """
     if not has_heads_first(path):
         return region
-    unit_dim = -3 if region.heads is not None and region.unit_dim == -1 else region.unit_dim
-    return replace(region, unit_dim=unit_dim, position_dim=-2 if region.position_dim == 1 else region.position_dim)
+    head_dim = -3 if region.heads is not None and region.unit_dim == -1 else region.head_dim
+    return replace(region, head_dim=head_dim, position_dim=-2 if region.position_dim == 1 else region.position_dim)
 
 
 class FindModules(Protocol):

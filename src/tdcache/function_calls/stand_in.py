@@ -24,6 +24,7 @@ from tdcache.function_calls.sites import CallPattern, CallSite, FindModules, is_
 from tdcache.hooks.gradient_hooks import GradInputHook
 from tdcache.hooks.on_demand import OnDemandPlace
 from tdcache.hooks.registrations import Order
+from tdcache.introspect import uncompiled
 from tdcache.paths import resolve_all
 from tdcache.selection import Selection, Site, as_matcher
 from tdcache.selection import select as select_modules
@@ -197,7 +198,7 @@ def select_sites(
         for path, host, groups in find(pattern.path, match=match, allow_empty=allow_empty):
             for label in labels:
                 site = CallSite.parse(f"{path}::{label}")
-                sites.append(Site(str(site), CallModule.of(model, host, site), groups))
+                sites.append(Site(str(site), CallModule.of(model, uncompiled(host), site), groups))
     return Selection(sites, selector=selector, model_name=type(model).__name__)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -127,7 +128,8 @@ def harvest(
     request = Request.of(model, data, path, HarvestOptions.among(locals()))
     share, sent = Share.of(model, rank, world), None if upload is None else (upload, storage_options)
     HarvestRun.begun(request, share, resume=resume, shown=progress, files=files, upload=sent).go(recheck=recheck)
-    return ActivationDataset.open(request.folder)
+    is_here = Path(path).absolute() == request.folder  # the model may have changed the working directory
+    return ActivationDataset.open(path if is_here else request.folder)
 
 
 def preflight(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -92,7 +93,7 @@ class HarvestRun:
         ahead = None if found is None else request.preflight(found)  # refused before anything is written
         if ahead is not None and shown and share.rank == 0 and share.writes:
             print(ahead, file=sys.stderr)
-        if not resume and (request.folder / "spec.json").exists():
+        if not resume and os.path.lexists(request.folder / "spec.json"):
             raise SpecError(f"{request.folder} holds a store already, and resume=False", path=request.folder)
         made_by = {"torch": torch.__version__, "tensordict": str(tensordict.__version__)}
         writer = StoreWriter(request.folder, spec, made_by=made_by, files=files)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -114,10 +115,8 @@ def probe(
     batch = source.first()
     if batch is None:
         raise SelectionError("the data holds no batch, so there is nothing to harvest")
-    likely = kind or _likely_kind(batch)
-    two = likely == "tokens" and isinstance(batch, Mapping) and "decoder_input_ids" in batch
-    in_decoder = any("decoder" in path.split(".") for path in paths)
-    guess = ("decoder" if in_decoder else "encoder") if two else ""
+    guess = _likely_side(batch, paths)
+    likely = kind or ("tokens" if has_tokens(batch, guess) else "samples")
     rows = RowRule(kind=likely, side=guess, **rule)(batch, first=0)
     look = capture.look(batch, rows)
     taken = [path for path in look.described if path in ROW_COLUMNS]
@@ -126,7 +125,7 @@ def probe(
     shapes = {path: shape for path, (_, shape) in look.described.items()}
     kind = kind or _kind_of(shapes, rows)
     side = _side_of(batch, shapes) if kind == "tokens" else ""
-    length = _length_of(batch, shapes, rows) if kind == "tokens" else None
+    length = _length_of(batch, shapes, rows, side or guess) if kind == "tokens" else None
     made = RowRule(kind=kind, side=side, length=length, **rule)
     if length is not None or (side and side != guess):  # rows were taken by another sequence's mask
         look = capture.look(batch, made(batch, first=0))
@@ -155,9 +154,9 @@ def _check_grid(shapes: Mapping[str, tuple[int, ...]], rows: BatchRows) -> None:
         )
 
 
-def _length_of(batch: Any, shapes: Mapping[str, tuple[int, ...]], rows: BatchRows) -> int | None:
+def _length_of(batch: Any, shapes: Mapping[str, tuple[int, ...]], rows: BatchRows, side: str) -> int | None:
     """The tokens that a model makes of samples, as a vision transformer of images; None where the batch has them."""
-    if has_tokens(batch) or any(row_dims(shape, rows.grid) for shape in shapes.values()):
+    if has_tokens(batch, side) or any(row_dims(shape, rows.grid) for shape in shapes.values()):
         return None
     lengths = {shape[1] for shape in shapes.values() if len(shape) > 2 and shape[0] == batch_length(batch)}
     return lengths.pop() if len(lengths) == 1 else None
@@ -181,8 +180,11 @@ def _side_of(batch: Any, shapes: Mapping[str, tuple[int, ...]]) -> str:
     return found[0] if found else ""
 
 
-def _likely_kind(batch: Any) -> RowKind:
-    return "tokens" if has_tokens(batch) else "samples"
+def _likely_side(batch: Any, paths: Sequence[str]) -> str:
+    """Which of two sequences the sites belong to, by their names; ``""`` where the batch feeds no decoder's tokens."""
+    if not (isinstance(batch, Mapping) and "decoder_input_ids" in batch):
+        return ""
+    return "decoder" if any("decoder" in path.split(".") for path in paths) else "encoder"
 
 
 def _kind_of(shapes: Mapping[str, tuple[int, ...]], rows: BatchRows) -> RowKind:
@@ -269,7 +271,7 @@ class Preflight:
         rows = None if batches is None else batches * found.rows
         if limit is not None:
             rows = limit if rows is None else min(rows, limit)
-        there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        there = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
         return cls(
             folder=folder,
             sites=found.sites,

@@ -33,6 +33,9 @@ class Request:
     """What was asked for, in the forms that it has inside."""
 
     folder: Path
+    """Absolute, because a model may change the working directory."""
+    given: Path
+    """The same as the user wrote it, for messages."""
     options: HarvestOptions
     capture: BatchCapture
     source: Source
@@ -52,7 +55,8 @@ class Request:
         """
         capture = BatchCapture(model, options)
         return cls(
-            folder=Path(path),
+            folder=Path(path).absolute(),
+            given=Path(path),
             options=options,
             capture=capture,
             source=Source(data, batch_size=options.batch_size, collate=options.collate),
@@ -95,7 +99,7 @@ class Request:
         """What would be stored, by what the first forward showed."""
         per_unit = batches_per_unit(found, shard_bytes=self.options.shard_bytes, batches=self.source.batches)
         limit = self.budget.limit(found.row_bytes)
-        return Preflight.of(self.folder, found, batches=self.source.batches, per_unit=per_unit, limit=limit)
+        return Preflight.of(self.given, found, batches=self.source.batches, per_unit=per_unit, limit=limit)
 
     def row_rule(self, spec: Mapping[str, Any]) -> RowRule:
         """Which rows are kept, once the spec says what was found out."""
@@ -111,7 +115,7 @@ class Request:
             new: there is no store, whatever is in the folder.
         """
         asked = self._fixed()
-        exists = not new and (self.folder / "spec.json").exists()
+        exists = not new and os.path.lexists(self.folder / "spec.json")
         is_there = frozenset({0}) if exists else frozenset()
         if share.agree(is_there):
             there = read_spec(self.folder)

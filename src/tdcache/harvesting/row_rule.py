@@ -241,10 +241,10 @@ def ids_of(batch: Any, side: str = "") -> Tensor | None:
     return ids if is_ids else None
 
 
-def has_tokens(batch: Any) -> bool:
-    """Whether a batch says that it consists of tokens, by ids or a mask of them."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return ids_of(batch) is not None or (isinstance(mask, Tensor) and mask.dim() == 2)
+def has_tokens(batch: Any, side: str = "") -> bool:
+    """Whether a batch says that (one side of) it consists of tokens, by ids or a mask of them."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) and side != "decoder" else None
+    return ids_of(batch, side) is not None or (isinstance(mask, Tensor) and mask.dim() == 2)
 
 
 def row_dims(shape: Sequence[int], grid: tuple[int, ...]) -> int | None:

@@ -213,6 +213,8 @@ def _holds_samples(data: Any) -> bool:
 def _has_no_format(data: Any) -> bool:
     """Whether a dataset of Hugging Face gives Python's own lists and numbers."""
     told: Any = getattr(data, "format", None)
+    if isinstance(data, IterableDataset):  # those have no ``format``
+        return getattr(data, "_formatting", data) is None
     return isinstance(told, Mapping) and told.get("type") is None
 
 

@@ -7,6 +7,8 @@ cannot run faithfully (gradients, reducers, edits that depend on values) must no
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
@@ -19,13 +21,13 @@ import torch
 from torch import nn
 
 from tdcache.errors import ContextError, TdcacheWarning, warn_user
-from tdcache.introspect import has_stale_graph, is_compiled, is_optimized_module, may_be_compiled, scripted_ancestor
+from tdcache.introspect import has_stale_graph, is_compiled, may_be_compiled, scripted_ancestor, uncompiled
 
 __all__ = ["refuse_scripted", "running_eagerly"]
 
 
 def running_eagerly(
-    model: nn.Module, *, fits_graph: bool = False, tell: bool = False
+    model: nn.Module, *, fits_graph: bool = False, noticed: bool = False, tell: bool = False
 ) -> AbstractContextManager[None, None]:
     """Make ``model`` run eagerly inside the block if its compiled graphs would ignore its hooks.
 
@@ -34,14 +36,15 @@ def running_eagerly(
 
     Args:
         model: the hooked model.
-        fits_graph: whether the hooks may become part of a graph that does not exist yet.
+        fits_graph: whether the hooks may become part of a graph.
+        noticed: whether graphs notice these hooks, as they do at function calls: one that exists is made anew.
         tell: warn, once per model, if it is compiled and has no graph yet, since the user may expect one to be used.
     """
     if not may_be_compiled(model):
         return _AS_IT_IS
-    if has_stale_graph(model):
+    if has_stale_graph(model, noticed=fits_graph and noticed):
         return _stance
-    if fits_graph or not is_compiled(model):
+    if fits_graph or not (is_compiled(model) or _wrappers.need_whole_graph_of(model)):
         return _AS_IT_IS
     if tell:
         _tell(model)
@@ -77,18 +80,41 @@ class _EagerStance:
 
 
 _stance = _EagerStance()
+
+
+class _Wrappers:
+    """What ``torch.compile(module)`` has returned in this process; the module does not know of it.
+
+    They are looked for among all objects, which takes a while, and again only if their number has changed.
+    """
+
+    def __init__(self) -> None:
+        self._found: WeakSet[Any] = WeakSet()
+        self._seen = (-1, -1)
+
+    def need_whole_graph_of(self, model: nn.Module) -> bool:
+        """Whether ``model`` is in a wrapper with ``fullgraph=True``, which fails where a hook fits no graph."""
+        kind = sys.modules["torch._dynamo"].OptimizedModule
+        if self._seen != (sys.getrefcount(kind), len(self._found)):  # a class counts its instances as references
+            self._found = WeakSet(each for each in gc.get_objects() if type(each) is kind)
+            self._seen = (sys.getrefcount(kind), len(self._found))
+        whole = [each for each in self._found if getattr(each.dynamo_ctx, "fullgraph", False)]
+        return any(model is part for each in whole for part in each.modules())
+
+
+_wrappers = _Wrappers()
 _told: WeakSet[nn.Module] = WeakSet()
 
 
 def _tell(model: nn.Module) -> None:
-    if is_optimized_module(model):
-        model = model.get_submodule("_orig_mod")
+    model = uncompiled(model)
     if model in _told:
         return
     _told.add(model)
     warn_user(
         f"{type(model).__name__} is compiled, and runs eagerly while this context is open; what can be part of a graph "
-        "is an ActivationCaching of 'fwd' that keeps outputs as they are (no reducer=, pick=, callback=, stop_early=)",
+        "is an ActivationCaching of 'fwd' that keeps outputs as they are (no reducer=, pick=, callback=, stop_early=), "
+        "and what reads or edits calls of Python functions alone ('path::function')",
         TdcacheWarning,
     )
 

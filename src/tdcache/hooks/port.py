@@ -36,7 +36,7 @@ from tdcache.hooks.values import (
 )
 from tdcache.types import CacheKey, HookDirection, Pick
 
-__all__ = ["InputPort", "OutputPort", "Port", "Steps", "own_entry", "port_at"]
+__all__ = ["InputPort", "OutputPort", "Port", "Steps", "own_entries", "port_at"]
 
 Steps = tuple[int | str, ...]
 
@@ -46,7 +46,7 @@ class OutputPort:
     """The output of a module.
 
     Without ``pick`` the first tensor is picked; from the TensorDict that a TensorDict module returns, the first entry
-    that the module itself wrote.
+    that the module itself wrote. An index counts these, not what the TensorDict held before.
     """
 
     path: str
@@ -91,28 +91,34 @@ class OutputPort:
             The return value for the hook: None, or the output with the tensor replaced by an alias.
         """
         handed = watch_output(module, args, tensor, on_grad, self.path)
+        if output is tensor:
+            return None if handed is tensor else handed
+        if is_entries(output) and not callable(self.pick):
+            return self._entry_exchanged(output, tensor, handed)
         if handed is tensor:
             return None
-        if output is tensor:
-            return handed
-        if is_entries(output):
-            return self._entry_exchanged(output, tensor, handed)
         return exchanged(output, iter([handed if each is tensor else None for _, each in leaves(output)]))
 
-    def _entry_exchanged(self, output: TensorDictBase, tensor: Tensor, handed: Tensor) -> TensorDictBase:
+    def _entry_exchanged(self, output: TensorDictBase, tensor: Tensor, handed: Tensor) -> Any:
         steps = next((steps for steps, each in leaves(output) if each is tensor), None)
         if steps is None:
-            raise CaptureError(
-                f"the entry at {self.path!r} is made anew each time it is read (a lazily stacked TensorDict?), so its "
-                "gradient cannot be watched; capture a module that returns the tensor itself",
-                paths=(self.path,),
-            )
-        return output.set(steps, handed)  # type: ignore[arg-type]
+            raise _made_anew(self.path)
+        return None if handed is tensor else output.set(steps, handed)  # type: ignore[arg-type]
 
     def _pick_in(self, module: nn.Module, output: Any) -> Pick:
-        if self.pick is None and is_entries(output):
-            return own_entry(module, "out_keys")
-        return self.pick
+        pick = self.pick
+        first = pick[0] if isinstance(pick, tuple) and pick else pick
+        if not (first is None or isinstance(first, int)) or not is_entries(output):
+            return pick
+        own = own_entries(module, "out_keys")
+        if first is None:
+            return own[0] if own else None
+        if own and not -len(own) <= first < len(own):
+            raise CaptureError(
+                f"pick={pick!r} finds nothing at {self.path!r}: the module writes {len(own)} entries, {own!r}",
+                paths=(self.path,),
+            )
+        return (*_as_steps(own[first]), *_as_steps(pick)[1:]) if own else pick
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +203,8 @@ class InputPort:
             if meant and self.pick is None:  # of attention(x, x, x) the first argument, as in edits
                 meant = all(other is None for other in new)
             new.append(alias if meant else None)
+        if wanted is not None and not any(each is not None for each in new):
+            raise _made_anew(self.path)
         args, kwargs, loan = lend(args, kwargs, iter(new))
         return (args, kwargs), alias, loan
 
@@ -208,8 +216,8 @@ class InputPort:
         """The steps in ``(args, kwargs)`` that ``pick`` stands for; None for the first tensor."""
         pick = self.pick
         if pick is None:
-            entry = own_entry(module, "in_keys") if args and is_entries(args[0]) else None
-            return None if entry is None else (0, 0, *_as_steps(entry))
+            own = own_entries(module, "in_keys") if args and is_entries(args[0]) else None
+            return (0, 0, *_as_steps(own[0])) if own else None
         first, *rest = _as_steps(pick)
         names = list(kwargs)
         if first in kwargs:
@@ -238,10 +246,17 @@ def port_at(path: str, direction: str, pick: Pick = None) -> Port:
     return InputPort(path, pick) if direction in ("fwd_pre", "fwd_pre_kwargs", "grad_in") else OutputPort(path, pick)
 
 
-def own_entry(module: nn.Module, keys: str) -> CacheKey | None:
-    """The first key of a TensorDict module's ``in_keys`` or ``out_keys``; None for other modules."""
-    named = getattr(module, keys, None) or ()
-    return next((key for key in named if key != "_"), None)
+def own_entries(module: nn.Module, keys: str) -> list[CacheKey]:
+    """The keys of a TensorDict module's ``in_keys`` or ``out_keys``; none for other modules."""
+    return [key for key in getattr(module, keys, None) or () if key != "_"]
+
+
+def _made_anew(path: str) -> CaptureError:
+    return CaptureError(
+        f"the entry at {path!r} is made anew each time it is read (a lazily stacked TensorDict?), so its gradient "
+        "cannot be watched; capture a module that returns the tensor itself",
+        paths=(path,),
+    )
 
 
 def _as_steps(pick: Any) -> Steps:

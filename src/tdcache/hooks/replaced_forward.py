@@ -14,6 +14,7 @@ from torch import nn
 
 from tdcache.hooks.on_demand import OnDemandPlace
 from tdcache.hooks.threads import Fence, active_fence, note_placed, one_at_a_time, this_thread
+from tdcache.hooks.transient import TransientForward
 
 __all__ = ["ReplacedForward", "replace_forward", "skip_module"]
 
@@ -31,15 +32,13 @@ class _ForwardStack:
         acting = [each for each in reversed(self.replacements) if not each.muted]
         if not acting and self.own is None:
             module.__dict__.pop("forward", None)
-        elif acting and acting[0].fence is not None:
-            module.__dict__["forward"] = _ByThread(acting, self.own, module)
         else:
-            module.__dict__["forward"] = acting[0].instead if acting else self.own
+            module.__dict__["forward"] = _ActingForward(acting, self.own, module) if acting else self.own
         if isinstance(module, OnDemandPlace):
             module.settle()
 
 
-class _ByThread:
+class _ActingForward(TransientForward):
     """Calls the replacement that is meant for the thread that runs the module, or the module's own forward."""
 
     def __init__(self, acting: list[ReplacedForward], own: Any, module: nn.Module) -> None:

@@ -1,26 +1,29 @@
-"""Hooks that are left out when their module is copied, pickled or saved inside a block.
+"""Hooks, replaced forwards and added modules that are left out when a model is copied, pickled or saved inside a block.
 
 A copy of a hooked module would contain our hooks and everything they refer to: the recorder, the cache, the values of a
-forward. Nothing could remove them there. So our hooks are copied as inert placeholders, which are removed from the copy
-as soon as it is complete. That is when the memo of ``copy.deepcopy`` (or of the unpickler) is freed, which calls the
-finalizer of the :class:`_StandInSweep` in it.
+forward. Nothing could remove them there. So what we put into a module is copied as inert placeholders, which are
+removed from the copy as soon as it is complete. That is when the memo of ``copy.deepcopy`` (or of the unpickler) is
+freed, which calls the finalizer of the :class:`_StandInSweep` in it.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections import OrderedDict
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+from torch import nn
+
 from tdcache.introspect import remove_hooks
 
-__all__ = ["Transient"]
+__all__ = ["Transient", "TransientForward"]
 
 
 class Transient:
-    """Base of objects that are registered as hooks or whose methods are; left out of copies of the module."""
+    """Base of what is left out of copies of a module: its hooks (or what these are methods of), its added children."""
 
     __slots__ = ()
 
@@ -29,6 +32,24 @@ class Transient:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _StandIn, (_SWEEP_OF_A_LOAD,)
+
+
+class TransientForward(Transient):
+    """Base of what stands as ``forward`` on a module; copies have the ``forward`` that stood there before, if any."""
+
+    __slots__ = ()
+
+    own: Callable[..., Any] | None
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
+        return super().__deepcopy__(memo) if self.own is None else copy.deepcopy(self.own, memo)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return super().__reduce__() if self.own is None else (_same, (self.own,))
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 class _StandIn:
@@ -54,11 +75,16 @@ class _StandInSweep:
 
     def __del__(self) -> None:
         left = self.left
-        methods = [each for each in gc.get_referrers(*left) if type(each) is MethodType] if left else []
         if not left:
             return
-        hook_dicts = [each for each in gc.get_referrers(*left, *methods) if type(each) is OrderedDict]
-        remove_hooks(hook_dicts, _is_stand_in)
+        methods = [each for each in gc.get_referrers(*left) if type(each) is MethodType]
+        holders = gc.get_referrers(*left, *methods)
+        remove_hooks([each for each in holders if type(each) is OrderedDict], _is_stand_in)
+        for holder in holders:  # a module with a replaced forward, or what holds its children
+            held = holder.__dict__ if isinstance(holder, nn.Module) else holder
+            if isinstance(held, dict):
+                for name in [name for name, value in held.items() if type(value) is _StandIn]:
+                    del held[name]
 
 
 def _is_stand_in(hook: Any) -> bool:

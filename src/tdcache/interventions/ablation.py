@@ -180,6 +180,10 @@ class Ablation(Intervention):
         self.seed = seed
         self.center = center
 
+    @property
+    def _traceable(self) -> bool:
+        return super()._traceable and self.mode != "resample"  # dynamo knows no generators
+
     def edit_at(self, site: Site, context: InterventionContext) -> Edit | RegionEdit:
         """The edit of the mode at this site."""
         given = self._given(self.source, site.path, "source=")

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.current_call import CurrentCall
 from tdcache.errors import ContextError, EditError, UnfiredSiteWarning, warn_user
-from tdcache.function_calls.places import CallPlace, CallTaps, MakeTap, call_places, refuse_direction
+from tdcache.function_calls.places import CallPlace, CallTaps, MakeTap, call_places, graph_shows, refuse_direction
 from tdcache.function_calls.sites import at_call, has_heads_first, split_selector
 from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach_ports, direction_row, port_at
@@ -32,6 +32,7 @@ from tdcache.interventions.options import (
     signature_with_options,
 )
 from tdcache.interventions.unread import UnreadWatch
+from tdcache.introspect import may_be_compiled
 from tdcache.modules import HookedModule
 from tdcache.paths import near_misses
 from tdcache.place_modules import region_in
@@ -134,6 +135,20 @@ class Intervention(HookingContextFactory):
             shown.append(repr(value) if name == "selector" else f"{name}={brief(value)}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
+    @property
+    def hooks_calls_only(self) -> bool:
+        """Whether all sites are function calls, where graphs notice hooks."""
+        return self._modules is None
+
+    @property
+    def _traceable(self) -> bool:
+        """Whether dynamo can trace the edits themselves."""
+        return not self.options.asks_for_call and self.pick in (None, 0)
+
+    def fits_graph_of(self, model: nn.Module) -> bool:
+        """Whether the edits may become part of a compiled graph: those at calls that dynamo can trace."""
+        return self._modules is None and self._traceable and graph_shows(model, self._calls, self.match)
+
     def select(self, module: HookedModule) -> Selection:
         """The selected sites of the bound model; reused from the last entry if the modules have not changed."""
         context = module.hooking_context
@@ -223,7 +238,7 @@ class Intervention(HookingContextFactory):
     def _add_call_taps(self, module: HookedModule, handle: MultiHookHandle, make: MakeTap, **options: Any) -> None:
         if self._calls:
             taps = CallTaps(self.call_places(module), make, self._hook_direction, self.pick, **options)
-            taps.attach(module.model, handle)
+            taps.attach(module.model, handle, made=may_be_compiled(module.model) and self.fits_graph_of(module.model))
             module.hooking_context.call_taps.append(taps)
 
     def add_call_reads(

@@ -15,6 +15,7 @@ from tdcache.current_call import CurrentCall
 from tdcache.hooks.attach import attach
 from tdcache.hooks.port import Port
 from tdcache.hooks.registrations import MultiHookHandle, Order
+from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import check_fits
 from tdcache.regions import Region
 
@@ -35,7 +36,7 @@ class RegionEdit(Protocol):
         """The new part, or None for no change; ``region.take(full)`` is ``part``."""
 
 
-class EditTap:
+class EditTap(Transient):
     """Changes the output or the input of one module.
 
     Args:
@@ -93,7 +94,7 @@ class EditTap:
         return region.put(old, new, self.path)
 
 
-class ReadTap:
+class ReadTap(Transient):
     """Calls a function ``(path, tensor)`` with the final value at one port."""
 
     __slots__ = ("order", "port", "read")

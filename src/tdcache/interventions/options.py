@@ -136,7 +136,7 @@ class EditOptions:
     @property
     def asks_for_call(self) -> bool:
         """Whether an edit needs the arguments of the current forward."""
-        return self.positions is not None or self.steps is not None or self.calls is not None
+        return any(each is not None for each in (self.positions, self.rows, self.steps, self.calls))
 
 
 _OPTIONS = tuple(each for each in dataclasses.fields(EditOptions) if each.init)

@@ -251,6 +251,10 @@ class ActivationPatching(Intervention):
         """Whether calls need a TensorDict, for a second input or for a sweep."""
         return self.source is None or self._over is not None
 
+    @property
+    def _traceable(self) -> bool:
+        return super()._traceable and not self.runs_module
+
     def edit_at(self, site: Site, context: InterventionContext) -> Edit | RegionEdit:
         """The edit that pastes the value of the source."""
         value: Any = Recalled(context.state, site.path) if self.source is None else self.value_at(site.path)

@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdcache.errors import EditError
 from tdcache.hooks import MultiHookHandle, Order, attach
+from tdcache.hooks.port import own_entries
 from tdcache.hooks.replaced_forward import replace_forward
+from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import children, is_entries, leaves, with_parts
 from tdcache.inplace import storage_address
 from tdcache.selection import walk
@@ -147,7 +149,7 @@ class Recording:
             yield
 
 
-class MemberTap:
+class MemberTap(Transient):
     """Reports when a layer runs, and passes a copy of its output on, since later code may write into it.
 
     Args:
@@ -189,7 +191,7 @@ class ModuleOutput:
         self.value = output
         self.entries: dict[CacheKey, Tensor] | None = None
         if is_entries(output) and args and output is args[0]:
-            self.entries = {key: output.get(key) for key in getattr(module, "out_keys", ()) if key != "_"}
+            self.entries = {key: output.get(key) for key in own_entries(module, "out_keys")}
 
     def again(self, blocks: int, rows: int, args: Any) -> Any:
         """A copy, repeated along the batch once per block."""

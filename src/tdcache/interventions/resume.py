@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import EditError
 from tdcache.hooks import InputPort, MultiHookHandle, Order
+from tdcache.hooks.port import own_entries
 from tdcache.hooks.replaced_forward import replace_forward
 from tdcache.hooks.values import first_tensor, is_entries
 from tdcache.interventions.base import entry_of
@@ -246,7 +247,7 @@ class _SkipEntries:
 
     def __init__(self, path: str, module: nn.Module, value: Any) -> None:
         self.path = path
-        self.keys = [key for key in getattr(module, "out_keys", ()) if key != "_"]
+        self.keys = own_entries(module, "out_keys")
         self.value = value
 
     def __call__(self, data: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:

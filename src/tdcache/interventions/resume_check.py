@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tdcache.errors import EditError, listed
 from tdcache.hooks import MultiHookHandle, Order, attach
 from tdcache.hooks.replaced_forward import ReplacedForward
+from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import is_entries
 from tdcache.interventions.random_state import SharedRandomState
 from tdcache.interventions.replay import MemberTap, SideChannels
@@ -37,7 +38,7 @@ def check_once(
     handle.add(attach(model, check.on_call, "fwd_pre_kwargs", order=Order.FIRST))
 
 
-class _Check:
+class _Check(Transient):
     order = Order.FIRST
 
     def __init__(

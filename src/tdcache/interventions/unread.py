@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from tdcache.errors import TdcacheWarning, listed, warn_user
 from tdcache.hooks import MultiHookHandle, bracket
+from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import leaves
 from tdcache.types import Pick
 
@@ -19,7 +20,7 @@ _ABOUT = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layou
 """What may be asked of a tensor without using its values."""
 
 
-class UnreadWatch:
+class UnreadWatch(Transient):
     """Looks, in the first forward of a model, whether any operation takes the edited tensors; warns if none does.
 
     Args:

@@ -21,8 +21,10 @@ from tdcache.errors import ContextError, EditError, StopForward, UnfiredSiteWarn
 from tdcache.hooks.attach import AttachedElsewhere, attach
 from tdcache.hooks.compiled import running_eagerly
 from tdcache.hooks.directions import direction_row
+from tdcache.hooks.opened import OpenedHere
 from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.replaced_forward import skip_module
+from tdcache.hooks.transient import Transient
 from tdcache.introspect import why_not_called
 from tdcache.modules.directed_verbs import DirectedForms
 from tdcache.modules.taps import Forwards, GetTap, SetTap, SkipTap, ValueProxy
@@ -140,9 +142,10 @@ class HookedModuleRun(DirectedForms):
         with ExitStack() as undo:
             if placing:
                 undo.enter_context(running_eagerly(model))
+            acting_here = undo.enter_context(OpenedHere(model))
             handle = MultiHookHandle()
             undo.callback(handle.remove)
-            with self._module.fencing():
+            with acting_here, self._module.fencing():
                 for place in placing:
                     handle.add(place())
                 if any(isinstance(tap, GetTap) for tap in taps):  # only these tell a second call from a second forward
@@ -321,7 +324,7 @@ class _RunStopped(BaseException):
     """Ends a run. The hooked module would swallow a StopForward, and ``run_callback`` would go on without output."""
 
 
-class _StopRun:
+class _StopRun(Transient):
     order = Order.STOP
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> None:

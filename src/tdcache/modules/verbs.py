@@ -15,7 +15,7 @@ from torch import nn
 from tdcache.errors import TdcacheWarning, warn_user
 from tdcache.function_calls.places import refuse_direction
 from tdcache.function_calls.sites import is_call
-from tdcache.hooks.attach import attach
+from tdcache.hooks.attach import UserHook, attach
 from tdcache.hooks.directions import Direction, direction_row
 from tdcache.hooks.factory import HookFactory, check_callback
 from tdcache.hooks.registrations import Order
@@ -183,7 +183,8 @@ class ModuleVerbs(DirectedForms):
         self._warn_if_skipped(key)
         path, module = self.find_site(key)
         with self.fencing():
-            return attach(module, HookFactory.make_stopping_hook(path), "fwd", order=Order.STOP)
+            stop = UserHook(HookFactory.make_stopping_hook(path), path, "fwd", Order.STOP)
+            return attach(module, stop, "fwd", order=Order.STOP)
 
     def declare_set(
         self,

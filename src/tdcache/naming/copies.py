@@ -20,6 +20,9 @@ FLOAT64_PARAMETERS = 300_000_000
 """Models with more parameters are run in their own dtype."""
 
 
+_BELOW_FLOAT32 = 1e-9
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class WorkingCopy:
     """A copy in evaluation mode.
@@ -84,7 +87,11 @@ def working_copy(model: nn.Module, *, noise: float = 0.0, double: bool = True) -
 
 
 def _shake(model: nn.Module, noise: float) -> None:
-    """Move what may be constant: biases, the weights of norms, and whatever a fresh model has as zeros or ones."""
+    """Move what may be constant: biases, the weights of norms, and whatever a fresh model has as zeros or ones.
+
+    All other weights are moved by less than float32 shows, so that a float64 value which float32 could hold as well was
+    computed in float32, and is not merely a weight that was stored so.
+    """
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -95,3 +102,5 @@ def _shake(model: nn.Module, noise: float) -> None:
                 size = torch.clamp(flat.double().std() if flat.numel() > 1 else flat.new_zeros(()), min=0.1)
                 draw = torch.randn(parameter.shape, generator=random, dtype=torch.float32)
                 parameter.add_(draw.to(parameter) * (noise * size).to(parameter))
+            elif parameter.dtype is torch.float64:
+                parameter.mul_(1 + _BELOW_FLOAT32)

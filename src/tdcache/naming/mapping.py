@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from tdcache.errors import CanonicalNameError, PathError, TdcacheError
-from tdcache.named_places import NamedPlace, Names, ResidualStream
+from tdcache.named_places import NamedPlace, Names
 from tdcache.named_roles import block_name
+from tdcache.named_streams import ResidualStream
 from tdcache.naming.resolve import resolve
 from tdcache.naming.resolve_roles import ATTENTION_AXES
 from tdcache.paths import resolve as module_at
@@ -104,11 +105,13 @@ def _unknown(prefix: str, blocks: int) -> ResidualStream:
 
 
 def _with_ends(stream: ResidualStream, places: Mapping[str, NamedPlace]) -> ResidualStream:
-    """The stream with the final norm, the unembedding and the embeddings that the names say."""
+    """The stream with the ends that the names say, and with changes of its own only where all of them have names."""
     norm, unembed = (places.get(f"{stream.prefix}{end}") for end in ("final_norm", "unembed"))
     embeddings = tuple(name for name in (f"{stream.prefix}embed", f"{stream.prefix}pos_embed") if name in places)
+    added = [each.name for block in stream.changes for each in block if each.kind == "add" and each.name]
     return replace(
         stream,
+        changes=stream.changes if places.keys() >= set(added) else (),
         final_norm=stream.final_norm if norm is None else norm.path,
         unembed=stream.unembed if unembed is None else unembed.path,
         embeddings=embeddings,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import regex
@@ -20,8 +21,9 @@ from tdcache.naming.copies import WorkingCopy, in_best_dtype
 from tdcache.naming.inputs import like, own_inputs
 from tdcache.naming.prove_attention import check_attention
 from tdcache.naming.prove_bench import IdentityCheck, ProofBench
-from tdcache.naming.prove_stream import check_chain, check_ends, check_norms, check_sums
+from tdcache.naming.prove_stream import check_chain, check_ends
 from tdcache.naming.prove_sublayers import check_mixing, check_mlp, check_outputs, check_routers
+from tdcache.naming.prove_sums import check_norms, check_sums
 from tdcache.naming.prove_values import read_places
 
 __all__ = ["Verdict", "prove", "proved", "verdict_of"]
@@ -51,6 +53,8 @@ class Verdict:
     proof: Proof
     refused: dict[str, str]
 
+
+_EMPTY = CellType()
 
 _verdicts: dict[str, Verdict] = {}
 
@@ -98,19 +102,36 @@ def verdict_of(model: nn.Module, names: Names, inputs: Any = None, *, skip: Iter
 
 
 def _key(model: nn.Module, names: Names, inputs: Any, skipped: tuple[str, ...]) -> str:
-    config = getattr(model, "config", None)
-    parts = (type(model).__module__, type(model).__qualname__, str(config), str(model))
+    """What a verdict depends on: classes with their code, configuration, settings, shapes, the table, kind of input."""
+    kinds = sorted({str(_code_of_class(type(module))) for module in model.modules()})  # one defined anew is another one
+    settings = [_settings(module) for module in model.modules()]
     shapes = [(name, tuple(each.shape)) for name, each in model.named_parameters()]
-    kinds_of_modules = {type(module) for module in model.modules()}
-    code = sorted(str(_code_of(kind)) for kind in kinds_of_modules)  # a class that is defined anew is another one
-    kinds = None if inputs is None else str(sorted(inputs) if isinstance(inputs, dict) else type(inputs))
-    text = repr((parts, shapes, code, sorted(map(repr, names.values())), repr(dict(names.streams)), kinds, skipped))
-    return hashlib.sha256(text.encode()).hexdigest()
+    parts = (type(model).__module__, str(getattr(model, "config", None)), str(model), kinds, settings, shapes)
+    table = sorted(map(repr, names.values())), repr(dict(names.streams)), skipped
+    given = None if inputs is None else str(sorted(inputs) if isinstance(inputs, dict) else type(inputs))
+    return hashlib.sha256(repr((parts, table, given)).encode()).hexdigest()
 
 
-def _code_of(kind: type[nn.Module]) -> tuple[Any, ...]:
-    code = getattr(kind.forward, "__code__", None)
-    return (kind.__qualname__,) if code is None else (kind.__qualname__, code.co_code, code.co_names, code.co_varnames)
+def _settings(module: nn.Module) -> list[tuple[str, Any]]:
+    """The numbers and functions that a module keeps beside its parameters."""
+    plain = (bool, int, float, str, tuple, FunctionType)
+    return [(name, _plain(each)) for name, each in vars(module).items() if isinstance(each, plain) and name[0] != "_"]
+
+
+def _plain(value: Any) -> Any:
+    """A value without the addresses that its repr may hold."""
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_names, value.co_varnames, [_plain(each) for each in value.co_consts]
+    if isinstance(value, FunctionType):
+        held = [cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY]
+        return _plain(value.__code__), [each for each in held if isinstance(each, bool | int | float | str)]
+    return value
+
+
+def _code_of_class(kind: type[nn.Module]) -> str:
+    own = [each for each in kind.__mro__ if each not in nn.Module.__mro__]
+    functions = [(name, _plain(each)) for base in own for name, each in vars(base).items() if callable(each)]
+    return repr((kind.__qualname__, [each for each in functions if not callable(each[1])]))
 
 
 def _verdict(copy: WorkingCopy, names: Names, inputs: Any, skipped: tuple[str, ...]) -> Verdict:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tdcache.naming.prove_bench import FLOAT32_INSIDE, IdentityCheck, ProofBench, apply_module
+from tdcache.naming.prove_bench import IdentityCheck, ProofBench, apply_module
 from tdcache.naming.prove_gradients import gradient_between, leads, random_like
 
 __all__ = ["check_attention"]
@@ -40,7 +40,7 @@ def _check_pattern(bench: ProofBench, name: str) -> None:
             words = "rows of pattern sum to at most one (a sink takes the rest)"
             bench.true(words, (pattern,), bool((bench[pattern] >= 0).all()))
         else:
-            bench.equal("rows of pattern sum to one", (pattern,), rows, torch.ones_like(rows), inside=True)
+            bench.equal("rows of pattern sum to one", (pattern,), rows, torch.ones_like(rows), through=[bench[pattern]])
     if bench.has(pattern, scores):
         if bench[pattern].shape != bench[scores].shape:
             bench.true("scores and pattern have one shape", (scores, pattern), False)
@@ -48,7 +48,7 @@ def _check_pattern(bench: ProofBench, name: str) -> None:
         rows = bench[pattern].sum(-1, keepdim=True)
         made = torch.softmax(bench[scores].double(), -1)
         made = torch.where(made.isnan(), 0, made) * rows
-        bench.equal("softmax(scores) == pattern", (scores, pattern), made, bench[pattern], inside=True)
+        bench.equal("softmax(scores) == pattern", (scores, pattern), made, bench[pattern])
 
 
 def _check_product(bench: ProofBench, name: str) -> None:
@@ -61,8 +61,8 @@ def _check_product(bench: ProofBench, name: str) -> None:
     if math.prod(weights.shape[:-2]) == math.prod(mixed.shape[:-2]):  # batch and heads may be one axis or two
         weights = weights.reshape(*mixed.shape[:-2], *weights.shape[-2:])
     fits = weights.shape[-1] == mixed.shape[-2] and weights.shape[:-2] == mixed.shape[:-2]
-    made = weights @ mixed if fits else torch.zeros(0)
-    bench.equal("pattern @ v == z", (pattern, value, z), made, bench[z].double(), inside=True)
+    made, seen = weights @ mixed if fits else torch.zeros(0), bench[z].double()
+    bench.equal("pattern @ v == z", (pattern, value, z), made, seen, through=[seen, bench[pattern], bench[value]])
 
 
 def _check_operands(bench: ProofBench, name: str) -> None:
@@ -101,7 +101,8 @@ def _check_key(bench: ProofBench, name: str, seed: Tensor, query: Tensor) -> Non
     direction = query.double() / query.double().norm()
     apart = (rows - (rows @ direction)[:, None] * direction).norm(dim=-1) / rows.norm(dim=-1)
     error = float(apart.max()) if len(rows) else float("inf")
-    bench.checks.append(IdentityCheck("dz/dk is along q", names, error, 10 * FLOAT32_INSIDE[bench.dtype]))
+    through = [bench[part] for part in (*names, name + ".z", name + ".pattern") if bench.has(part)]
+    bench.checks.append(IdentityCheck("dz/dk is along q", names, error, 10 * bench.allowed(error, through)))
 
 
 def _check_tie(bench: ProofBench, head: str, label: str) -> None:
@@ -126,7 +127,7 @@ def _check_projection(bench: ProofBench, name: str, module: nn.Module | None) ->
     if made is None:
         bench.true("W_O z == attn.out", (z, out), False, f"{type(module).__name__} cannot be applied to z")
     else:
-        bench.bound("W_O z == attn.out", (z, out), made, bench[out], inside=True)
+        bench.bound("W_O z == attn.out", (z, out), made, bench[out])
 
 
 def _merged(z: Tensor, out: Tensor) -> Tensor | None:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from tdcache.errors import TdcacheError
 from tdcache.function_calls import is_call
-from tdcache.named_places import NamedPlace, ResidualStream
+from tdcache.named_places import NamedPlace
 from tdcache.named_roles import block_name
+from tdcache.named_streams import ResidualStream, StreamChange
 from tdcache.naming.prove_values import Readings
 from tdcache.paths import resolve
 
-__all__ = ["FLOAT32_INSIDE", "IdentityCheck", "ProofBench", "apply_module", "deviation"]
+__all__ = ["Applied", "IdentityCheck", "ProofBench", "apply_module", "deviation"]
 
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
 """What sums may deviate by, relative to the largest value: a few additions in another order."""
-FLOAT32_INSIDE = {torch.float64: 3e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
-"""The same where a float64 model computes in float32 inside: norms, softmax, a recurrent state."""
+FLOAT32_INSIDE = {**EXACT, torch.float64: 3e-6}
+"""The same where a float64 model is seen to compute in float32 inside: norms, softmax, a recurrent state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,10 @@ class IdentityCheck:
         return f"{self.identity} is off by {self.error:.1e} of the largest value"
 
 
+Applied: TypeAlias = tuple[nn.Module, Tensor]
+"""A module, and what it was given."""
+
+
 @dataclass(slots=True, eq=False)
 class ProofBench:
     """A model, what is known of its streams, and the values of its places.
@@ -88,22 +93,56 @@ class ProofBench:
     def __getitem__(self, name: str) -> Tensor:
         return self.readings[name]
 
-    def compared(
-        self, identity: str, names: Sequence[str], one: Tensor, other: Tensor, *, inside: bool = False
-    ) -> IdentityCheck:
-        """The check that two values agree; with ``inside`` only to what float32 gives."""
-        error = deviation(one, other)
-        exact, loose = EXACT[self.dtype], FLOAT32_INSIDE[self.dtype]
-        allowed = loose if inside or error > exact else exact
-        return IdentityCheck(identity, tuple(names), error, allowed, binds=tuple(names))
+    def allowed(self, error: float, through: Iterable[Tensor] = (), by: Iterable[Applied] = ()) -> float:
+        """What an error may come to.
 
-    def equal(self, identity: str, names: Sequence[str], one: Tensor, other: Tensor, *, inside: bool = False) -> None:
-        """Check that two values agree; with ``inside`` only to what float32 gives."""
-        self.checks.append(replace(self.compared(identity, names, one, other, inside=inside), binds=()))
+        What float32 gives is enough only where it is seen that numbers passed through float32: a value equals its own
+        rounding, or a module makes the same of what it is given and of that rounded.
 
-    def bound(self, identity: str, names: Sequence[str], one: Tensor, other: Tensor, *, inside: bool = False) -> None:
-        """Check that two values agree, in an identity that binds its names to the stream."""
-        self.checks.append(self.compared(identity, names, one, other, inside=inside))
+        Args:
+            error: the error that was found.
+            through: the values that the identity holds against each other.
+            by: the modules on the way, each with what it was given.
+        """
+        exact = EXACT[self.dtype]
+        if error <= exact or not (any(map(_is_float32, through)) or any(map(_rounds, by))):
+            return exact
+        return FLOAT32_INSIDE[self.dtype]
+
+    def equal(
+        self,
+        identity: str,
+        names: Sequence[str],
+        made: Tensor,
+        seen: Tensor,
+        *,
+        through: Iterable[Tensor] | None = None,
+        by: Iterable[Applied] = (),
+        coarse: Tensor | None = None,
+        binds: bool = False,
+    ) -> None:
+        """Check that two values agree.
+
+        Args:
+            identity: what should hold.
+            names: the names that it speaks of.
+            made: what the identity gives.
+            seen: what was kept.
+            through: see :meth:`allowed`; by default what was kept.
+            by: see :meth:`allowed`.
+            coarse: what the identity gives if its operands are rounded to float32: that it is then exact shows as well
+                that they are.
+            binds: whether the identity binds its names to the stream.
+        """
+        error = deviation(made, seen)
+        allowed = self.allowed(error, (seen,) if through is None else through, by)
+        if error > allowed and coarse is not None and deviation(coarse, seen) <= allowed:
+            allowed = FLOAT32_INSIDE[self.dtype]
+        self.checks.append(IdentityCheck(identity, tuple(names), error, allowed, binds=tuple(names) if binds else ()))
+
+    def bound(self, identity: str, names: Sequence[str], made: Tensor, seen: Tensor, **options: Any) -> None:
+        """Check that two values agree, as :meth:`equal` does, in an identity that binds its names to the stream."""
+        self.equal(identity, names, made, seen, binds=True, **options)
 
     def true(self, identity: str, names: Sequence[str], holds: bool, reason: str = "", **options: Any) -> None:
         """Check something that holds or does not, such as where a gradient goes."""
@@ -130,6 +169,11 @@ class ProofBench:
             layout = stream.layouts[at] if stream is not None and at < stream.blocks else ""
             yield prefix, f"{prefix}blocks.{at}.", at, layout
 
+    def changes(self, prefix: str, number: int) -> tuple[StreamChange, ...]:
+        """What happens to the stream in one block; the usual, where the table does not know the stream."""
+        stream = self.streams.get(prefix) or ResidualStream(prefix=prefix)
+        return stream.changes_in(number, self.places)
+
     def labels(self, head: str, part: str) -> list[str]:
         """The sublayers of a block that have ``part``: ``["attn", "cross_attn", "mlp"]``, in the order they run."""
         order = {"attn": 0, "mixer": 0, "cross_attn": 1, "mlp": 2}
@@ -153,6 +197,20 @@ def deviation(one: Tensor, other: Tensor) -> float:
     if not size > 0:
         return float("inf")
     return float((one.double() - other.double()).abs().max() / size)
+
+
+def _is_float32(value: Tensor) -> bool:
+    """Whether a value of a float64 model holds nothing that float32 does not."""
+    return value.dtype is torch.float32 or (value.dtype is torch.float64 and bool((value == value.float()).all()))
+
+
+def _rounds(applied: Applied) -> bool:
+    """Whether a module computes in float32: it makes the same of a value and of that value rounded to float32."""
+    module, value = applied
+    if value.dtype is not torch.float64 or _is_float32(value):
+        return False
+    whole, rounded = apply_module(module, value), apply_module(module, value.float().double())
+    return whole is not None and rounded is not None and torch.equal(whole, rounded)
 
 
 def apply_module(module: nn.Module, value: Tensor) -> Tensor | None:

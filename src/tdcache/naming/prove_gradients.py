@@ -18,7 +18,10 @@ def random_like(tensor: Tensor) -> Tensor:
 
 def gradient_between(end: Reading, start: Reading, seed: Tensor) -> Tensor | None:
     """The gradient of ``(seed * end).sum()`` at ``start``; None if no graph leads from one to the other."""
-    return None if end.edge is None or start.edge is None else gradient_of(end.edge, start.edge, seed)
+    if end.edge is None or start.edge is None:
+        return None
+    found = gradient_of(end.edge, start.edge, end.place.given_back(seed))
+    return None if found is None else start.place.shown(found)
 
 
 def leads(start: Reading, end: Reading) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tdcache.naming.prove_bench import FLOAT32_INSIDE, IdentityCheck, ProofBench, apply_module, deviation
+from tdcache.named_streams import StreamChange
+from tdcache.naming.prove_bench import Applied, IdentityCheck, ProofBench, apply_module, deviation
 from tdcache.naming.prove_gradients import leads, mixes, unit_by_unit
 
 __all__ = ["check_mixing", "check_mlp", "check_outputs", "check_routers"]
@@ -13,36 +14,30 @@ __all__ = ["check_mixing", "check_mlp", "check_outputs", "check_routers"]
 
 def check_mixing(bench: ProofBench) -> None:
     """Attention mixes positions; an MLP leaves them apart; cross attention reads another stream."""
-    for _, head, _, layout in bench.blocks():
-        labels = bench.labels(head, "contribution")
-        for label in labels:
-            name, kind = f"{head}{label}.contribution", label.rstrip("0123456789")
-            source = _source(bench, head, kind, layout, labels)
-            if source is None or not bench.has(name, source):
-                continue
-            mixing = mixes(bench.readings.values[source], bench.readings.values[name])
-            short = source.removeprefix(head)
-            if kind == "mlp":
-                bench.true(f"{label}.contribution leaves positions of {short} apart", (name,), mixing is False)
-            elif kind in ("attn", "mixer"):
-                bench.true(f"{label}.contribution mixes positions of {short}", (name,), mixing is True)
-                if label == kind and bench.has(head + "resid_mid") and len(labels) > 1:
-                    values = bench.readings.values
-                    before = not leads(values[head + "resid_mid"], values[name])
-                    bench.true(f"{label}.contribution is there before resid_mid", (name,), before)
-            elif kind == "cross_attn":
-                bench.true(f"{label}.contribution leaves positions of {short} apart", (name,), mixing is False)
+    for prefix, head, number, _ in bench.blocks():
+        changes, middle = bench.changes(prefix, number), f"{head}resid_mid"
+        streams = [f"{head}resid_pre"]
+        for change in changes:
+            if change.kind == "add" and change.name:
+                early = any(each.after == middle for each in changes[len(streams) - 1 :])
+                source = streams[change.reads] if change.reads < len(streams) else ""
+                _check_mixing(bench, head, change, source, middle if early else "")
+            streams.append(change.after or (change.name if change.kind == "norm" else ""))
 
 
-def _source(bench: ProofBench, head: str, kind: str, layout: str, labels: list[str]) -> str | None:
-    """The value of the stream that a sublayer reads."""
-    if kind in ("attn", "mixer") or layout == "parallel":
-        return head + "resid_pre"
-    middles = ("resid_mid",) if kind == "cross_attn" else ("resid_mid_cross", "resid_mid")
-    after = [head + name for name in middles if head + name in bench.places]
-    if after:
-        return after[0]
-    return head + "resid_pre" if not {"attn", "mixer", "cross_attn"} & set(labels) else None
+def _check_mixing(bench: ProofBench, head: str, change: StreamChange, source: str, middle: str) -> None:
+    name, label = change.name, change.name.removeprefix(head).removesuffix(".contribution")
+    kind = label.rstrip("0123456789")
+    mixing = kind in ("attn", "mixer")
+    source = source or (f"{head}resid_pre" if mixing else "")
+    if kind not in ("attn", "mixer", "mlp", "cross_attn") or not bench.has(name, source):
+        return
+    values = bench.readings.values
+    found, short = mixes(values[source], values[name]), source.removeprefix(head)
+    words = f"mixes positions of {short}" if mixing else f"leaves positions of {short} apart"
+    bench.true(f"{label}.contribution {words}", (name,), found is mixing)
+    if mixing and label == kind and bench.has(middle):
+        bench.true(f"{label}.contribution is there before resid_mid", (name,), not leads(values[middle], values[name]))
 
 
 def check_outputs(bench: ProofBench) -> None:
@@ -53,18 +48,23 @@ def check_outputs(bench: ProofBench) -> None:
             if not bench.has(out, end):
                 continue
             norms = [name for name in bench.places if name.startswith(head + "ln") and name.endswith("_post")]
-            made = [("out", bench[out])]
+            made: list[tuple[str, Tensor, list[Applied]]] = [("out", bench[out], [])]
             for name in norms:
                 module = bench.module(name)
                 normed = None if module is None else apply_module(module, bench[out])
-                if normed is not None:
-                    made.append((f"{name.removeprefix(head)}(out)", normed))
-            made += [(f"constant * {words}", _scaled(value, bench[end])) for words, value in list(made)]
-            errors = [(deviation(value, bench[end]), words) for words, value in made]
-            tolerance = FLOAT32_INSIDE[bench.dtype]
-            error, words = next((each for each in errors if each[0] <= tolerance), errors[0])
-            identity = f"contribution == {words}"
-            bench.checks.append(IdentityCheck(identity, (out, end), error, tolerance, binds=(out,)))
+                if module is not None and normed is not None:
+                    made.append((f"{name.removeprefix(head)}(out)", normed, [(module, bench[out])]))
+            made += [(f"constant * {words}", _scaled(value, bench[end]), by) for words, value, by in list(made)]
+            checks = [_output_check(bench, (out, end), *each) for each in made]
+            bench.checks.append(next((check for check in checks if check.holds), checks[0]))
+
+
+def _output_check(
+    bench: ProofBench, names: tuple[str, str], words: str, value: Tensor, by: list[Applied]
+) -> IdentityCheck:
+    error = deviation(value, bench[names[1]])
+    allowed = bench.allowed(error, (bench[names[1]],), by)
+    return IdentityCheck(f"contribution == {words}", names, error, allowed, binds=names[:1])
 
 
 def _scaled(value: Tensor, like: Tensor) -> Tensor:
@@ -88,10 +88,8 @@ def check_mlp(bench: ProofBench) -> None:
             module = bench.module_at(path) if label == "mlp" else bench.module(post)
             if module is not None and bench.has(post, out):
                 made = apply_module(module, bench[post])
-                error = float("inf") if made is None else deviation(made, bench[out])
-                words = f"W_out({label}.post) == {label}.out"
-                check = IdentityCheck(words, (post, out), error, FLOAT32_INSIDE[bench.dtype], binds=(post, out))
-                bench.checks.append(check)
+                seen = torch.zeros(0) if made is None else made
+                bench.bound(f"W_out({label}.post) == {label}.out", (post, out), seen, bench[out])
             values = bench.readings.values
             if bench.has(pre, post):
                 alone = unit_by_unit(values[pre], values[post])

@@ -16,6 +16,7 @@ from tdcache.function_calls import CallSite, attach_attention, attach_call, is_c
 from tdcache.hooks.attach import attach
 from tdcache.hooks.port import port_at
 from tdcache.hooks.registrations import MultiHookHandle, Order
+from tdcache.hooks.transient import Transient
 from tdcache.named_places import NamedPlace
 from tdcache.naming.gradients import edge_of
 from tdcache.paths import resolve
@@ -28,10 +29,17 @@ _COMPUTED = ("scores", "pattern")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reading:
-    """What was seen at one place: a copy of the tensor, and where a gradient of it can be asked for."""
+    """What was seen at one place: a copy of the tensor, and where a gradient of it can be asked for.
+
+    Attributes:
+        data: the copy, as the place shows it.
+        edge: where a gradient begins or ends.
+        place: the place.
+    """
 
     data: Tensor
     edge: GradientEdge | None
+    place: NamedPlace
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +58,7 @@ class Readings:
 
 
 @dataclass(slots=True, eq=False)
-class _Take:
+class _Take(Transient):
     """Takes the value at one place; called as hooks on modules, on calls and on attention places are."""
 
     name: str
@@ -66,7 +74,7 @@ class _Take:
             return
         tensor = port_at(self.place.path, self.place.side, self.place.pick).read(module, args, rest)
         edge = edge_of(tensor)
-        self.readings.values[self.name] = Reading(self.place.shown(tensor.detach().clone()), edge)
+        self.readings.values[self.name] = Reading(self.place.shown(tensor.detach().clone()), edge, self.place)
 
     def of_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Take what a function returned."""

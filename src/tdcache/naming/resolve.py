@@ -8,15 +8,17 @@ from typing import Any
 from torch import nn
 
 from tdcache.errors import CanonicalNameError
-from tdcache.named_places import Names, ResidualStream
+from tdcache.named_places import Names
+from tdcache.named_streams import ResidualStream
 from tdcache.naming.copies import WorkingCopy, in_best_dtype
 from tdcache.naming.inputs import own_inputs
 from tdcache.naming.prove_values import read_places
 from tdcache.naming.resolve_axes import fit_axes
-from tdcache.naming.resolve_blocks import BlockStack, find_stacks
+from tdcache.naming.resolve_blocks import BlockStack
 from tdcache.naming.resolve_ends import embedding_names, final_names, inputs_of
-from tdcache.naming.resolve_places import Placer
-from tdcache.naming.resolve_roles import FoundNames, block_names
+from tdcache.naming.resolve_places import FoundNames, Placer
+from tdcache.naming.resolve_roles import block_names
+from tdcache.naming.resolve_stacks import find_stacks
 from tdcache.naming.trace import ForwardTrace, trace
 from tdcache.naming.trace_flow import DataFlow
 
@@ -66,13 +68,14 @@ def _stream(found: FoundNames, stack: BlockStack) -> ResidualStream:
     norm, head = final_names(found, stack)
     return ResidualStream(
         prefix=stack.prefix,
-        layouts=tuple(layout for layout, _, _ in rows),
+        layouts=tuple(row.layout for row in rows),
+        changes=tuple(row.changes for row in rows),
         embeddings=embeddings,
         embedding_norm=embedding_norm,
         final_norm=norm,
         unembed=None if head is None else head.call.path,
-        out_projections=tuple(path for _, path, _ in rows),
-        down_projections=tuple(path for _, _, path in rows),
+        out_projections=tuple(row.out_projection for row in rows),
+        down_projections=tuple(row.down_projection for row in rows),
         logit_scale=1.0 if head is None else head.scale,
         logit_softcap=None if head is None else head.softcap,
     )

@@ -10,7 +10,7 @@ from tdcache.naming.prove_values import Readings
 
 __all__ = ["fit_axes"]
 
-_TOGETHER = "batch and heads are one axis, heads side by side within a row"
+_TOGETHER = "the model holds rows and heads in one axis"
 
 
 def fit_axes(names: Names, readings: Readings) -> Names:
@@ -45,9 +45,10 @@ def _stream_of(name: str, readings: Readings) -> tuple[int, ...] | None:
 
 def _fitted_heads(name: str, place: NamedPlace, readings: Readings) -> NamedPlace:
     shape, axes = readings[name].shape, place.axes
-    if len(shape) == 3:
-        return replace(place, axes=("batch*head", *axes[2:]), note=_TOGETHER)
-    query = name.rpartition(".")[0] + ".q"
-    if "kv_head" in axes and query in readings and readings[query].shape[1:2] == shape[1:2]:
-        return replace(place, axes=("batch", "head", *axes[2:]))
-    return place
+    stream, query = _stream_of(name, readings), f"{name.rpartition('.')[0]}.q"
+    at = len(shape) - 3  # the axis with the heads, or with rows and heads
+    if "kv_head" in axes and query in readings and readings[query].shape[at : at + 1] == shape[at : at + 1]:
+        axes = ("batch", "head", *axes[2:])
+    if len(shape) == 3 and stream is not None and shape[0] % stream[0] == 0:
+        return replace(place, axes=axes, heads=(shape[0] // stream[0], 0), note=_TOGETHER)
+    return replace(place, axes=axes)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from tdcache.naming.gradients import gradient_of, positions
 from tdcache.naming.trace import ForwardTrace, ModuleRun, TracedValue
-from tdcache.naming.trace_attention import AttentionCall, attentions
+from tdcache.naming.trace_attention import AttentionCall
 from tdcache.naming.trace_flow import ADD, DataFlow, StreamStep, operands
 
-__all__ = ["BlockStack", "StreamTerm", "TracedBlock", "find_stacks", "mixed_axes"]
+__all__ = ["BlockStack", "StreamTerm", "TracedBlock", "called_stack", "fill", "mixed_axes"]
 
 Kind = Literal["attn", "cross_attn", "mlp", "mixer"]
 
@@ -72,31 +72,8 @@ class BlockStack:
     prefix: str = ""
 
 
-def find_stacks(trace: ForwardTrace, flow: DataFlow) -> list[BlockStack]:
-    """The stacks of a forward, in the order in which they run.
-
-    A stack is a container whose children are called and each add something to a stream. Of containers in containers
-    the outermost counts whose children all do.
-    """
-    found: list[BlockStack] = []
-    everything = attentions(trace)
-    for path, module in trace.model.named_modules():
-        if not isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict) or _inside(path, found):
-            continue
-        stack = _stack_of(path, module, trace, flow)
-        if stack is not None:
-            found.append(stack)
-    for stack in found:
-        for block in stack.blocks:
-            _fill(block, flow, everything)
-    return sorted(found, key=lambda stack: stack.blocks[0].call.begin)
-
-
-def _inside(path: str, found: Sequence[BlockStack]) -> bool:
-    return any(path.startswith(stack.path + ".") for stack in found)
-
-
-def _stack_of(path: str, module: nn.Module, trace: ForwardTrace, flow: DataFlow) -> BlockStack | None:
+def called_stack(path: str, module: nn.Module, trace: ForwardTrace, flow: DataFlow) -> BlockStack | None:
+    """The stack of a container whose children are called and each add something to a stream; None if they do not."""
     paths = {f"{path}.{name}" if path else name for name, _ in module.named_children()}
     calls = sorted((call for call in trace.calls if call.path in paths), key=lambda call: call.begin)
     blocks = [_block_of(call, flow) for call in calls]
@@ -137,7 +114,7 @@ def _broken(call: ModuleRun) -> TracedBlock | None:
     return None
 
 
-def _fill(block: TracedBlock, flow: DataFlow, everything: Sequence[AttentionCall]) -> None:
+def fill(block: TracedBlock, flow: DataFlow, everything: Sequence[AttentionCall]) -> None:
     """Find the terms of a block."""
     if block.fault:
         return

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tdcache.naming.resolve_blocks import BlockStack
 from tdcache.naming.resolve_mlp import projection
-from tdcache.naming.resolve_roles import FoundNames, norm_place, stream_axes
+from tdcache.naming.resolve_places import FoundNames, norm_place
+from tdcache.naming.resolve_roles import stream_axes
 from tdcache.naming.trace import ModuleRun, TracedOp, TracedValue
 from tdcache.naming.trace_flow import ADD, PASS, SCALE, DataFlow, constant, main_operand, operands
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
+
 import torch
 
 from tdcache.function_calls.sites import CallSite
 from tdcache.named_places import NamedPlace
 from tdcache.naming.trace import ForwardTrace, ModuleRun, TracedValue
-from tdcache.naming.trace_flow import PASS, main_operand
+from tdcache.naming.trace_flow import PASS, DataFlow, main_operand
 from tdcache.types import Pick
 
-__all__ = ["Placer"]
+__all__ = ["FoundNames", "Placer", "norm_place"]
 
 _UNREADABLE = frozenset({"get", "setitem"})
 
@@ -90,3 +92,32 @@ def _pick(steps: tuple[int | str, ...]) -> Pick:
     if not steps:
         return None
     return steps[0] if len(steps) == 1 else steps
+
+
+@dataclass(slots=True)
+class FoundNames:
+    """What was found so far: places by name, reasons by name, and what the streams are made of."""
+
+    flow: DataFlow
+    placer: Placer
+    places: dict[str, NamedPlace] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def put(self, name: str, place: NamedPlace | None, *, axes: tuple[str, ...] = (), note: str = "") -> None:
+        """Note a place, or that the value cannot be read anywhere."""
+        if place is None:
+            self.refuse(name, "no module returns this value and no call that can be named makes it")
+        else:
+            self.places[name] = replace(place, name=name, axes=axes, note=note or place.note)
+            self.refused.pop(name, None)
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Note why a name is not given, unless it is."""
+        if name not in self.places:
+            self.refused[name] = reason
+
+
+def norm_place(found: FoundNames, value: TracedValue) -> NamedPlace | None:
+    """The output of the norm's own module, also where that of a module around it is the same tensor."""
+    call = found.flow.norm_call(value)
+    return found.placer.output(value) if call is None else found.placer.returned(call, call.made[0][0])

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 
 from tdcache.function_calls.names import DERIVED
 from tdcache.function_calls.sites import CallSite
 from tdcache.named_places import NamedPlace
+from tdcache.named_streams import StreamChange
 from tdcache.naming.resolve_blocks import BlockStack, StreamTerm, TracedBlock
+from tdcache.naming.resolve_changes import block_changes
 from tdcache.naming.resolve_mlp import activation, base_of, projection, router
-from tdcache.naming.resolve_places import Placer
+from tdcache.naming.resolve_places import FoundNames
 from tdcache.naming.trace import TracedValue
 from tdcache.naming.trace_attention import AttentionCall
-from tdcache.naming.trace_flow import PASS, DataFlow, main_operand
+from tdcache.naming.trace_flow import PASS, main_operand
 
-__all__ = ["ATTENTION_AXES", "FoundNames", "block_names", "norm_place", "stream_axes"]
+__all__ = ["ATTENTION_AXES", "NamedBlock", "block_names", "stream_axes"]
 
 ATTENTION_AXES = {
     "q": ("batch", "head", "query", "unit"),
@@ -29,27 +31,6 @@ ATTENTION_AXES = {
 """The axes of the values of an attention call, by what follows ``attn.`` in their names."""
 
 
-@dataclass(slots=True)
-class FoundNames:
-    """What was found so far: places by name, reasons by name, and what the streams are made of."""
-
-    flow: DataFlow
-    placer: Placer
-    places: dict[str, NamedPlace] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-
-    def put(self, name: str, place: NamedPlace | None, *, axes: tuple[str, ...] = (), note: str = "") -> None:
-        """Note a place, or that the value cannot be read anywhere."""
-        if place is None:
-            self.refuse(name, "no module returns this value and no call that can be named makes it")
-        else:
-            self.places[name] = replace(place, name=name, axes=axes, note=note or place.note)
-
-    def refuse(self, name: str, reason: str) -> None:
-        """Note why a name is not given."""
-        self.refused[name] = reason
-
-
 def stream_axes(stack: BlockStack) -> tuple[str, ...]:
     """The axes of a stack's stream: positions are where attention mixes, units the last."""
     shape = stack.blocks[0].given.shape
@@ -60,33 +41,39 @@ def stream_axes(stack: BlockStack) -> tuple[str, ...]:
     return (*names, "unit")
 
 
-def block_names(found: FoundNames, stack: BlockStack, at: int) -> tuple[str, str | None, str | None]:
-    """Name everything in one block; gives its layout and the paths of its two output projections."""
+@dataclass(frozen=True, slots=True)
+class NamedBlock:
+    """What is known of a block beside its names.
+
+    Attributes:
+        layout: as in :class:`tdcache.named_streams.ResidualStream`.
+        changes: what happens to its stream.
+        out_projection: the path of what maps ``z`` back to the stream.
+        down_projection: the path of what maps ``mlp.post`` back to the stream.
+    """
+
+    layout: str
+    changes: tuple[StreamChange, ...] = ()
+    out_projection: str | None = None
+    down_projection: str | None = None
+
+
+def block_names(found: FoundNames, stack: BlockStack, at: int) -> NamedBlock:
+    """Name everything in one block."""
     block, head, axes = stack.blocks[at], f"{stack.prefix}blocks.{at}.", stream_axes(stack)
-    found.put(head + "resid_pre", found.placer.given(block.call, block.given), axes=axes)
+    found.put(head + "resid_pre", _given(found, block), axes=axes)
     found.put(head + "resid_post", _returned(found, block), axes=axes)
     if block.fault:
-        return _refused(found, head, block)
-    layout = _layout(found, block)
-    if layout == "unknown":
-        block.fault = f"the stream itself is changed between its sums ({', '.join(s.kind for s in block.steps)})"
-        return _refused(found, head, block)
-    out: dict[str, str | None] = {}
-    for label, term in _labelled(block.terms):
-        out[label] = _sublayer(found, head, label, block, term, layout, axes)
-    _norms(found, head, block, axes)
-    _middles(found, head, block, layout, axes)
+        for name in ("attn.contribution", "mlp.contribution", "resid_mid"):
+            found.refuse(head + name, f"{block.fault}; nearest: {head}resid_post")
+        return NamedBlock("unknown")
+    layout, labelled = _layout(found, block), _labelled(block.terms)
+    out = {label: _sublayer(found, head, label, block, term, layout, axes) for label, term in labelled}
+    changes = block_changes(found, head, block, labelled, axes, layout == "parallel")
     for kind in ("attn", "mlp"):
         if kind not in out:
             found.refuse(f"{head}{kind}.contribution", _missing(kind, out, head))
-    return layout, out.get("attn"), out.get("mlp")
-
-
-def _refused(found: FoundNames, head: str, block: TracedBlock) -> tuple[str, None, None]:
-    """Refuse what a block that is not understood would have."""
-    for name in ("attn.contribution", "mlp.contribution", "resid_mid"):
-        found.refuse(head + name, f"{block.fault}; nearest: {head}resid_post")
-    return "unknown", None, None
+    return NamedBlock(layout, changes, out.get("attn"), out.get("mlp"))
 
 
 def _missing(kind: str, labels: dict[str, str | None], head: str) -> str:
@@ -95,9 +82,14 @@ def _missing(kind: str, labels: dict[str, str | None], head: str) -> str:
     return f"nothing that {what} is added to the stream of this block{near}"
 
 
+def _given(found: FoundNames, block: TracedBlock) -> NamedPlace | None:
+    """Where the stream goes into a block; of one that is no module, where it was made."""
+    return found.placer.given(block.call, block.given) or found.placer.output(block.given)
+
+
 def _returned(found: FoundNames, block: TracedBlock) -> NamedPlace | None:
     steps = next((steps for steps, value in block.call.made if value is block.made), None)
-    return None if steps is None else found.placer.returned(block.call, steps)
+    return found.placer.output(block.made) if steps is None else found.placer.returned(block.call, steps)
 
 
 def _labelled(terms: list[StreamTerm]) -> list[tuple[str, StreamTerm]]:
@@ -112,11 +104,9 @@ def _labelled(terms: list[StreamTerm]) -> list[tuple[str, StreamTerm]]:
 
 
 def _layout(found: FoundNames, block: TracedBlock) -> str:
-    kinds_of_steps = [step.kind for step in block.steps]
-    if "norm" in kinds_of_steps:
-        return "post-norm" if kinds_of_steps == ["add", "norm"] * (len(kinds_of_steps) // 2) else "unknown"
-    if "scale" in kinds_of_steps:
-        return "unknown"
+    steps = [step.kind for step in block.steps]
+    if {"norm", "scale"} & set(steps):
+        return "post-norm" if steps == ["add", "norm"] * (len(steps) // 2) else "mixed"
     kinds = {term.kind: term for term in block.terms}
     first, last = kinds.get("attn") or kinds.get("mixer"), kinds.get("mlp")
     if first is not None and last is not None and block.stream.index(last.reads) <= first.step:
@@ -209,73 +199,3 @@ def _mlp(found: FoundNames, name: str, term: StreamTerm, base: TracedValue, bloc
         return None
     found.put(f"{name}.post", found.placer.given(hidden.down, hidden.post), axes=units)
     return hidden.down.path
-
-
-def _norms(found: FoundNames, head: str, block: TracedBlock, axes: tuple[str, ...]) -> None:
-    """Name the norms by the order in which sublayers use them."""
-    number = 0
-    named: set[TracedValue] = set()
-    for _, term in _labelled(block.terms):
-        before = _norm_between(found, term, block)
-        after = _norm_after(found, term, block)
-        if before is not None and before not in named:
-            number += 1
-            named.add(before)
-            found.put(f"{head}ln{number}", norm_place(found, before), axes=axes)
-        elif before is None and after is not None:
-            number += 1
-        if after is not None and after not in named:
-            named.add(after)
-            post_norm = after in block.stream
-            name = f"{head}ln{number}" if post_norm and before is None else f"{head}ln{number}_post"
-            note = "post-norm: this is the stream itself" if post_norm else ""
-            found.put(name, norm_place(found, after), axes=axes, note=note)
-
-
-def norm_place(found: FoundNames, value: TracedValue) -> NamedPlace | None:
-    """The output of the norm's own module, also where that of a module around it is the same tensor."""
-    call = found.flow.norm_call(value)
-    return found.placer.output(value) if call is None else found.placer.returned(call, call.made[0][0])
-
-
-def _norm_between(found: FoundNames, term: StreamTerm, block: TracedBlock) -> TracedValue | None:
-    """The norm through which a term reads the stream, or None."""
-    ops, _ = found.flow.between(term.value, block.stream)
-    for op in sorted(ops, key=lambda op: op.time):
-        for value in op.made:
-            normed = found.flow.norm_input(value)
-            if normed is not None and normed[0] is term.reads:
-                return value
-    return None
-
-
-def _norm_after(found: FoundNames, term: StreamTerm, block: TracedBlock) -> TracedValue | None:
-    """The norm of a contribution, or of the stream after it in a post-norm block."""
-    if term.step + 1 < len(block.steps) and block.steps[term.step + 1].kind == "norm":
-        return block.steps[term.step + 1].value
-    for each, _ in found.flow.before_scale(term.value):
-        if found.flow.norm_input(each) is not None:
-            return each
-    return None
-
-
-def _middles(found: FoundNames, head: str, block: TracedBlock, layout: str, axes: tuple[str, ...]) -> None:
-    """Name the stream between sublayers, where there is such a value."""
-    labelled = _labelled(block.terms)
-    last = next((term for label, term in labelled if label == "mlp"), None)
-    first = next((term for label, term in labelled if label in ("attn", "mixer")), None)
-    if layout == "parallel" or first is None or last is None or first.step >= last.step:
-        reason = "attention and MLP read the same stream" if layout == "parallel" else "one sublayer alone adds here"
-        found.refuse(f"{head}resid_mid", f"{reason}, nothing lies between; nearest: {head}resid_pre, {head}resid_post")
-        return
-    cross = next((term for _, term in labelled if term.kind == "cross_attn"), None)
-    found.put(f"{head}resid_mid", _stream_place(found, block, first.step), axes=axes)
-    if cross is not None:
-        found.put(f"{head}resid_mid_cross", _stream_place(found, block, cross.step), axes=axes)
-
-
-def _stream_place(found: FoundNames, block: TracedBlock, step: int) -> NamedPlace | None:
-    """Where the stream stands after the step that adds a term, norms and factors after it included."""
-    while step + 1 < len(block.steps) and block.steps[step + 1].kind != "add":
-        step += 1
-    return found.placer.output(block.steps[step].value, block.call)

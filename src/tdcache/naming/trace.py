@@ -19,6 +19,7 @@ from tdcache.arguments import call_with
 from tdcache.function_calls.names import call_name
 from tdcache.hooks.attach import attach
 from tdcache.hooks.registrations import MultiHookHandle, Order
+from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import leaves
 from tdcache.inplace import storage_address
 from tdcache.naming.gradients import edge_of
@@ -225,7 +226,7 @@ def _swapped(value: Any, known: Mapping[int, TracedValue]) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class _EnterCall:
+class _EnterCall(Transient):
     recorder: _TraceRecorder
     path: str
     order: ClassVar[int] = Order.CAPTURE
@@ -235,7 +236,7 @@ class _EnterCall:
 
 
 @dataclass(frozen=True, slots=True)
-class _LeaveCall:
+class _LeaveCall(Transient):
     recorder: _TraceRecorder
     order: ClassVar[int] = Order.CAPTURE
 

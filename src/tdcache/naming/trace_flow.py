@@ -48,7 +48,8 @@ class StreamStep:
         value: the stream after the step.
         term: what is added.
         norm: the call of the norm's module; None for a norm that is a function.
-        factor: the constant.
+        factor: the constant, where it is a number.
+        weight: the constant, or what is added, where it is a parameter.
     """
 
     kind: Literal["add", "norm", "scale"]
@@ -56,6 +57,7 @@ class StreamStep:
     term: TracedValue | None = None
     norm: ModuleRun | None = None
     factor: float = 1.0
+    weight: TracedValue | None = None
 
 
 def operands(op: TracedOp) -> tuple[Any, Any] | None:
@@ -155,9 +157,9 @@ class DataFlow:
             return None if given is None else self._stream(source, given, seen)
         if op.name in ADD:
             return self._through_add(source, end, op, seen)
-        if op.name in SCALE:
-            return self._through_scale(source, end, op, seen)
-        return None
+        found = self._through_scale(source, end, op, seen) if op.name in SCALE else None
+        same = next((each for each in op.given if _same(each, end)), None) if found is None else None
+        return found if same is None else self._stream(source, same, seen)  # a cut that leaves all, a mask of ones
 
     def _through_add(
         self, source: TracedValue, end: TracedValue, op: TracedOp, seen: dict[Any, Any]
@@ -166,7 +168,8 @@ class DataFlow:
         for one, other in (pair, pair[::-1]) if pair else ():
             before = self._stream(source, one, seen) if isinstance(one, TracedValue) else None
             if before is not None:
-                return [*before, StreamStep("add", end, term=other)] if isinstance(other, TracedValue) else None
+                step = StreamStep("add", end, term=other, weight=other if _is_weight(other, one) else None)
+                return [*before, step] if isinstance(other, TracedValue) else None
         return None
 
     def _through_scale(
@@ -174,12 +177,14 @@ class DataFlow:
     ) -> list[StreamStep] | None:
         pair = operands(op)
         for one, other in (pair, pair[::-1]) if pair else ():
+            weight = other if isinstance(one, TracedValue) and _is_weight(other, one) else None
             factor = constant(other)
-            if factor is not None and isinstance(one, TracedValue):
-                before = self._stream(source, one, seen)
-                if before is not None:
-                    factor = 1 / factor if op.name.startswith("div") else factor
-                    return [*before, StreamStep("scale", end, factor=factor)]
+            before = self._stream(source, one, seen) if isinstance(one, TracedValue) else None
+            divided = op.name.startswith("div")
+            if before is not None and weight is not None and not divided:
+                return [*before, StreamStep("scale", end, weight=weight)]
+            if before is not None and factor is not None and weight is None:
+                return [*before, StreamStep("scale", end, factor=1 / factor if divided else factor)]
         return None
 
     def between(self, value: TracedValue, cuts: Collection[TracedValue]) -> tuple[list[TracedOp], set[TracedValue]]:
@@ -231,6 +236,10 @@ def _before(value: TracedValue) -> tuple[TracedValue, bool] | None:
             if isinstance(one, TracedValue) and ((scaled and constant(other) is not None) or _is_weight(other, one)):
                 return one, scaled
     return None
+
+
+def _same(one: TracedValue, other: TracedValue) -> bool:
+    return one.shape == other.shape and one.data.dtype == other.data.dtype and torch.equal(one.data, other.data)
 
 
 def _is_weight(other: Any, beside: TracedValue) -> bool:

@@ -21,6 +21,7 @@ from tdcache.function_calls.stand_in import check_selector
 from tdcache.hooks import MultiHookHandle, Order, OutputPort, Port, port_at
 from tdcache.hooks import attach as attach_hook
 from tdcache.hooks.gradients import handed_on
+from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import check_fits, leaves
 from tdcache.inplace import NO_COUNTER, eager_version_of, shares_memory
 from tdcache.introspect import add_tensor_hook, has_tensor_hooks, in_backward
@@ -42,7 +43,7 @@ Where: TypeAlias = "Selector | Mapping[str, Selector]"
 _NONE: dict[str, Any] = dict.fromkeys(VARYING)
 
 
-class _ForwardCounter:
+class _ForwardCounter(Transient):
     """Counts the forwards of a model."""
 
     def __init__(self) -> None:
@@ -55,7 +56,7 @@ class _ForwardCounter:
 
 
 @dataclass(slots=True, eq=False)
-class _AttachedHook:
+class _AttachedHook(Transient):
     """The pipeline of one site, as a hook on its module."""
 
     port: Port

@@ -13,6 +13,7 @@ from torch import nn
 from tdcache.errors import ContextError
 from tdcache.function_calls.sites import CallSite, is_call
 from tdcache.hooks import MultiHookHandle, bracket
+from tdcache.hooks.transient import Transient
 from tdcache.paths import join, resolve
 
 __all__ = ["Planted", "plant", "shown_path"]
@@ -28,7 +29,7 @@ def shown_path(path: str) -> str:
     return join(site.path, site.label)
 
 
-class Planted:
+class Planted(Transient):
     """A module that was added to another module's children; ``remove()`` takes it out."""
 
     def __init__(self, holder: nn.Module, name: str, module: nn.Module) -> None:

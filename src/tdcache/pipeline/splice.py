@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from tdcache.contexts import HookingContext, HookingContextFactory
 from tdcache.errors import CaptureError, ContextError, InplaceModificationError, SelectionError, listed
-from tdcache.function_calls.stand_in import check_selector
+from tdcache.function_calls.stand_in import check_selector, resolve_site
 from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach_ports, direction_row
+from tdcache.hooks.transient import Transient
 from tdcache.hooks.values import first_tensor
 from tdcache.inplace import eager_version_of
 from tdcache.modules import HookedModule
@@ -29,7 +30,7 @@ from tdcache.types import Match, Pick, Selector
 __all__ = ["Splice", "SpliceContext", "SpliceSite", "sparse_latents"]
 
 
-class SpliceSite(nn.Module):
+class SpliceSite(Transient, nn.Module):
     """The modules that a splice adds to the model's tree: identities for its latents, reconstruction and error.
 
     It has no parameters: those of the autoencoder stay outside the model.
@@ -71,7 +72,7 @@ class SpliceSite(nn.Module):
 
 
 @dataclass(slots=True, eq=False)
-class _SourceTap:
+class _SourceTap(Transient):
     """Records the input of a spliced module, if the input is what is encoded."""
 
     port: InputPort
@@ -97,7 +98,7 @@ class _SourceTap:
 
 
 @dataclass(slots=True, eq=False)
-class _DictionaryTap:
+class _DictionaryTap(Transient):
     """Passes the output of a module through its splice."""
 
     port: OutputPort
@@ -204,6 +205,9 @@ class Splice(HookingContextFactory):
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         selection = module.hooking_context.select(self._selector, match=self._match)
         shown: dict[str, SpliceSite] = module.hooking_context.sites
+        if isinstance(self._pairs, Mapping) and self.names is None:
+            for path in self._pairs.keys() - set(selection.paths):
+                resolve_site(module.model, path)  # of a module that is not selected, or misspelt
         handle = MultiHookHandle()
         with handle.installing():
             for site in distinct_sites(selection):

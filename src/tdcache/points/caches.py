@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tdcache.errors import ContextError
 from tdcache.hooks import MultiHookHandle
 from tdcache.hooks.compiled import running_eagerly
+from tdcache.hooks.opened import OpenedHere
 from tdcache.hooks.values import first_tensor
 from tdcache.points.capture import CaptureOptions, PointCapture
 from tdcache.points.names import NamesFilter
@@ -129,7 +130,8 @@ class CachingSurface(PointSurface):
         with ExitStack() as undo:
             if reset_hooks_end:
                 undo.callback(capture.recorder.close)
-                undo.enter_context(capture.attached(self.points_root))
+                with undo.enter_context(OpenedHere(self.points_root)):
+                    undo.enter_context(capture.attached(self.points_root))
                 undo.enter_context(running_eagerly(self.called_model))
             else:
                 self._leave_hooks(capture)

@@ -16,6 +16,7 @@ from torch import nn
 from tdcache.errors import ContextError, HookSignatureError
 from tdcache.hooks import MultiHookHandle
 from tdcache.hooks.compiled import running_eagerly
+from tdcache.hooks.opened import OpenedHere
 from tdcache.points.hook_point import LensHandle, hook_name
 
 __all__ = ["HookedByName", "PointHooks"]
@@ -86,10 +87,11 @@ class PointHooks:
         with ExitStack() as undo, handle.installing():
             root.context_level += 1
             undo.callback(self._lower)
-            for direction, pairs in self._by_direction():
-                for name, hook in pairs:
-                    for added in root.install(name, hook, direction, level=root.context_level):
-                        handle.add(added.hook)
+            with undo.enter_context(OpenedHere(root.called_model)):
+                for direction, pairs in self._by_direction():
+                    for name, hook in pairs:
+                        for added in root.install(name, hook, direction, level=root.context_level):
+                            handle.add(added.hook)
             undo.enter_context(running_eagerly(root.called_model))
             if self.reset_hooks_end:
                 undo.callback(handle.remove)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from tdcache.hooks import MultiHookHandle
-from tdcache.introspect import is_optimized_module
+from tdcache.introspect import uncompiled
 from tdcache.points.caches import CachingSurface
 from tdcache.points.hook_point import HookPoint
 from tdcache.points.splice import insert_hook_point
@@ -65,7 +65,7 @@ class HookRoot(CachingSurface):
     @property
     def points_root(self) -> nn.Module:
         """The model to which names are relative; if it is compiled, the model inside."""
-        return self.model.get_submodule("_orig_mod") if is_optimized_module(self.model) else self.model
+        return uncompiled(self.model)
 
     @property
     def called_model(self) -> nn.Module:

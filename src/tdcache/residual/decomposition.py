@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import regex
 import torch
 from tensordict import TensorDictBase
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from tdcache.errors import ResidualError
 from tdcache.named_places import Names
+from tdcache.named_streams import StreamChange
 from tdcache.residual.columns import Columns
 from tdcache.residual.linear import NormStep, deviation, tolerance
 from tdcache.residual.parts import Parts
@@ -43,7 +46,7 @@ def needed(
         CanonicalNameError: the model has no such values, or they are refused there.
 
     Example:
-        >>> from tdcache.named_places import ResidualStream
+        >>> from tdcache.named_streams import ResidualStream
         >>> places = {"blocks.0.mlp.contribution": "mlp", "blocks.0.resid_pre": "", "blocks.0.resid_post": ""}
         >>> needed(Names(places, streams={"": ResidualStream(layouts=("pre-norm",))}))
         'blocks\\.(0\\.resid_pre|\\d+\\.(mlp\\.contribution|resid_post))'
@@ -139,23 +142,18 @@ def decompose(
         ResidualError: the cache lacks a value, or the parts do not sum to one that it keeps.
     """
     stream = CachedStream.of(cache, names, prefix, Columns(positions, mask))
-    of, last, role = stream.until(of)
+    of, last, _ = stream.until(of)
     sums = _embedded(stream)
     for block in range(last + 1):
         if block == 0 or not stream.keeps(stream.name("resid_post", block - 1)):  # else it was, under that name
-            sums.compare("resid_pre", block)
-        kinds = [] if block == last and role == "resid_pre" else stream.contributions(block)
-        for number, kind in enumerate(kinds, 1):
-            if block == last and role == "resid_mid" and number == len(kinds):
+            sums.compare(stream.name("resid_pre", block))
+        if of == stream.name("resid_pre", block):
+            break
+        for change in stream.changes(block):
+            sums.follow(change, pieces=_pieces(stream, block, change, heads, neurons))
+            sums.compare(change.after, refused=stream.refused(block) if change.after.endswith("resid_post") else ())
+            if change.after == of:
                 break
-            sums.add(block, kind, pieces=_pieces(stream, block, kind, heads, neurons))
-            if stream.stream.layouts[block] == "post-norm":
-                norm = stream.name(f"ln{number}", block)
-                sums.normalise(stream.place(norm).path, norm)
-            if number == len(kinds) - 1:
-                sums.compare("resid_mid", block)
-        if len(kinds) and not (block == last and role == "resid_mid"):
-            sums.compare("resid_post", block)
     return Parts.made(sums.parts, stream.names, stream.stream.prefix, of=of, at=sums.total)
 
 
@@ -167,12 +165,21 @@ class _RunningSum:
         self.parts = parts
         self.total = sum(parts.values(), torch.zeros(()))
 
-    def add(self, block: int, kind: str, *, pieces: Pieces | None) -> None:
-        """Add a contribution, in pieces or whole."""
-        name = self._stream.name(f"{kind}.contribution", block)
-        value = self._stream.value(name)
-        self.parts.update({name: value} if pieces is None else pieces.all())
-        self.total = self.total + value
+    def follow(self, change: StreamChange, *, pieces: Pieces | None) -> None:
+        """Add a contribution, in pieces or whole, or send all parts through what acts on the stream itself."""
+        if change.kind == "add" and not change.name:
+            self.parts[change.path] = self._stream.parameter(change.path).detach().to(self.total).expand_as(self.total)
+            self.total = self.total + self.parts[change.path]
+        elif change.kind == "add":
+            value = self._stream.value(change.name)
+            self.parts.update({change.name: value} if pieces is None else pieces.all())
+            self.total = self.total + value
+        elif change.kind == "norm":
+            self.normalise(change.path or self._stream.place(change.name).path, change.name)
+        else:
+            factor = self._stream.parameter(change.path).detach().to(self.total) if change.path else change.factor
+            self.parts = {key: part * factor for key, part in self.parts.items()}
+            self.total = self.total * factor
 
     def normalise(self, path: str, name: str) -> None:
         """Send all parts through a norm that stands in the stream, and call its bias by that name."""
@@ -183,8 +190,8 @@ class _RunningSum:
             self.parts[f"{name}.bias"] = norm.bias.expand_as(self.total)
         self.total = sum(self.parts.values(), torch.zeros(()))
 
-    def compare(self, role: str, block: int) -> None:
-        """Hold the sum against the value that is kept, if one is.
+    def compare(self, name: str, *, refused: Sequence[str] = ()) -> None:
+        """Hold the sum against the value that is kept under a name, if one is.
 
         A contribution that is refused is one that the block does not have if the sum holds without it.
 
@@ -192,8 +199,7 @@ class _RunningSum:
             CanonicalNameError: the sum does not hold, or cannot be compared, and a contribution is refused.
             ResidualError: it does not hold.
         """
-        name, refused = self._stream.name(role, block), self._stream.refused(block) if role == "resid_post" else []
-        if not self._stream.keeps(name):
+        if not name or not self._stream.keeps(name):
             if refused:  # a block without attention, or one whose attention is not seen
                 raise self._stream.error(refused[0])
             return
@@ -231,7 +237,7 @@ def _chained(stream: CachedStream, block: int) -> str:
     return before if block and not stream.keeps(name) and stream.keeps(before) else name
 
 
-def _pieces(stream: CachedStream, block: int, kind: str, heads: bool, neurons: bool) -> Pieces | None:
-    if heads and kind == "attn":
+def _pieces(stream: CachedStream, block: int, change: StreamChange, heads: bool, neurons: bool) -> Pieces | None:
+    if heads and change.name == stream.name("attn.contribution", block):
         return heads_of(stream, block)
-    return neurons_of(stream, block) if neurons and kind == "mlp" else None
+    return neurons_of(stream, block) if neurons and change.name == stream.name("mlp.contribution", block) else None

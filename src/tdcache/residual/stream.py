@@ -11,7 +11,8 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdcache.errors import CanonicalNameError, ResidualError, SelectionError, listed
-from tdcache.named_places import NamedPlace, Names, ResidualStream
+from tdcache.named_places import NamedPlace, Names
+from tdcache.named_streams import ResidualStream, StreamChange
 from tdcache.norms import wide
 from tdcache.paths import resolve
 from tdcache.residual.columns import Columns
@@ -124,7 +125,9 @@ class CachedStream:
         Raises:
             ResidualError: its axes are not known.
         """
-        value, axes = self._unpacked(name)
+        value, axes = self.whole(name), self.place(name).axes
+        if self.whole(f"{name.rpartition('.')[0]}.contribution").ndim == 2:  # one position of each row was kept
+            axes = tuple(axis for axis in axes if axis not in ("position", "query"))
         if value.ndim != len(axes) or not {"head", "unit"} <= set(axes):
             raise ResidualError(
                 f"{name!r} is {tuple(value.shape)}, with axes {axes or 'that the table does not name'}; axes with "
@@ -133,21 +136,6 @@ class CachedStream:
             )
         rest = [axis for axis, what in enumerate(axes) if what not in ("head", "unit")]
         return self.columns.of(value.permute(*rest, axes.index("head"), axes.index("unit")), name, axis=-3)
-
-    def _unpacked(self, name: str) -> tuple[Tensor, tuple[str, ...]]:
-        """A kept value and its axes, with those apart that the model holds as one, ``"batch*head"``.
-
-        Where one position of each row was kept, or rows of positions were gathered, there is no axis of positions.
-        """
-        value, axes = self.whole(name), self.place(name).axes
-        added = self.whole(f"{name.rpartition('.')[0]}.contribution")
-        if added.ndim == 2:
-            axes = tuple(axis for axis in axes if axis not in ("position", "query"))
-        if "batch*head" in axes and value.ndim == len(axes):
-            at, rows = axes.index("batch*head"), len(added)
-            if value.shape[at] % rows == 0:
-                return value.unflatten(at, (rows, -1)), (*axes[:at], "batch", "head", *axes[at + 1 :])
-        return value, axes
 
     def place(self, name: str) -> NamedPlace:
         """What the name stands for."""
@@ -178,6 +166,10 @@ class CachedStream:
     def contributions(self, block: int) -> list[str]:
         """What is added to the stream in one block, in the order of the table: ``["attn", "mlp"]``."""
         return [name[len(self.name("", block)) : -len(_ADDED)] for name in self._added(block, refused=False)]
+
+    def changes(self, block: int) -> tuple[StreamChange, ...]:
+        """What happens to the stream in one block."""
+        return self.stream.changes_in(block, self.canonical(refused=False))
 
     def refused(self, block: int) -> list[str]:
         """The contributions to one block that are refused: there is none, or one that cannot be read."""
@@ -252,6 +244,11 @@ class CachedStream:
         if wrong := [each for each in asked if not -count <= each < count]:
             raise SelectionError(f"layers={wrong[0]!r} is none of {count} blocks", selector=layers)
         return [each % count for each in asked]
+
+    def parameter(self, path: str) -> Tensor:
+        """The parameter at a path."""
+        (module,) = self.modules("")
+        return module.get_parameter(path)
 
     def modules(self, *paths: str | None) -> Iterator[nn.Module]:
         """The modules behind paths; nothing for None.

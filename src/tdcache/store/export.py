@@ -15,7 +15,7 @@ from torch import Tensor
 from tdcache.store.arrow import write_hf, write_parquet
 from tdcache.store.atomic import new_folder, refuse_existing, replacing_file
 from tdcache.store.dtypes import for_numpy
-from tdcache.store.files import as_store_error
+from tdcache.store.files import as_store_error, save_by_torch
 from tdcache.store.memmap import check_memmap, safe_name, write_memmap_column, write_memmap_meta
 from tdcache.store.reader import StoreReader
 
@@ -94,7 +94,7 @@ def _write_npz(dataset: StoreReader, target: IO[bytes]) -> None:
 
 
 def _write_pt(dataset: StoreReader, target: IO[bytes]) -> None:
-    torch.save(dict(dataset.rows(...).items()), target)
+    save_by_torch(dict(dataset.rows(...).items()), target)
 
 
 def _write_memmap(dataset: StoreReader, path: Path) -> None:

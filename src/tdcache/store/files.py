@@ -8,10 +8,13 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
+
+import torch
 
 from tdcache.errors import StoreError
 
-__all__ = ["Files", "as_store_error"]
+__all__ = ["Files", "as_store_error", "save_by_torch"]
 
 _PART = 1 << 22  # bytes
 _UNSUPPORTED = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -30,6 +33,39 @@ def as_store_error(path: Path) -> Iterator[None]:
         raise StoreError(
             f"{path} could not be written: {error.strerror or error}; what was there before is whole", path=path
         ) from error
+
+
+class _WatchedFile:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def save_by_torch(value: Any, file: IO[bytes]) -> None:
+    """``torch.save``, which hides an error of the disk behind a ``RuntimeError`` about its archive.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    watched = _WatchedFile(file)
+    try:
+        torch.save(value, watched)  # type: ignore[arg-type]
+    except RuntimeError:
+        if watched.error is None:
+            raise
+        raise watched.error from None
 
 
 def _start_writing(descriptor: int, offset: int, size: int) -> None:

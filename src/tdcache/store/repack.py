@@ -167,8 +167,11 @@ def _target(path: str | os.PathLike[str], *stores: StoreReader) -> Path:
             raise StoreError(f"{store.path} is unfinished; run its harvest to the end first", path=store.path)
     layout = StorePaths(path)
     own = {each.name for each in (layout.shards, layout.scratch)}  # of one that was killed before it had a spec
-    is_store = (layout.folder / "spec.json").exists()
-    if not is_store and layout.folder.exists() and {each.name for each in layout.folder.iterdir()} - own:
+    is_store = os.path.lexists(layout.folder / "spec.json")
+    is_empty = not os.path.lexists(layout.folder) or (
+        layout.folder.is_dir() and {each.name for each in layout.folder.iterdir()} <= own
+    )
+    if not is_store and not is_empty:
         raise StoreError(
             f"{layout.folder} is there already; write to another folder, or remove it first", path=layout.folder
         )

@@ -47,7 +47,7 @@ class StoreWriter:
         self.files = files or Files()
         self.layout = StorePaths(folder)
         with as_store_error(self.layout.folder):
-            if not (self.layout.folder / "spec.json").exists():  # a finished store may be on a disk that is read-only
+            if not os.path.lexists(self.layout.folder / "spec.json"):  # a finished one may be on a read-only disk
                 self.layout.prepare(self.files)
             self.spec = write_spec(self.layout.folder, spec, made_by=made_by or {}, files=self.files)
             self.layout.sweep(self.files)

@@ -20,6 +20,7 @@ from tdcache.attribution.place import Place
 from tdcache.attribution.point import PointRows, wide
 from tdcache.errors import AttributionError, TdcacheWarning, listed, warn_user
 from tdcache.hooks import MultiHookHandle, Order, attach
+from tdcache.hooks.transient import Transient
 from tdcache.modules import HookedModule
 from tdcache.selection import walk
 from tdcache.types import Selector
@@ -60,7 +61,7 @@ class RelevanceRules(Installed):
         handle.add(attach(model, _Forget(followers).on_output, order=Order.EDIT))
 
 
-class _Forget:
+class _Forget(Transient):
     """Drops, when the forward ends, the outputs that were kept to recognise the norms that read them."""
 
     order = Order.EDIT
@@ -70,7 +71,7 @@ class _Forget:
         self.followers = followers
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Drop them."""
+        """Drop the outputs of this forward."""
         self.followers.clear()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tdcache.attribution.point import PointRows
 from tdcache.hooks import InputPort, MultiHookHandle, Order, OutputPort, attach
+from tdcache.hooks.transient import Transient
 
 __all__ = ["AfterTaps", "ModuleCall", "ReplacedBackward", "ReplacedRule", "install_replaced"]
 
@@ -29,7 +30,7 @@ class ReplacedRule(Protocol):
         """
 
 
-class ReplacedBackward:
+class ReplacedBackward(Transient):
     """The hooks of one module.
 
     Args:
@@ -85,7 +86,7 @@ class ReplacedBackward:
 
 
 @dataclass(frozen=True, slots=True)
-class AfterTaps:
+class AfterTaps(Transient):
     """A pre-hook that runs after the taps of inputs, so that it sees the alias that they hand on."""
 
     hook: Callable[..., Any]

@@ -1,4 +1,4 @@
-"""The registry of contexts that are open in this process, and of the threads that opened contexts on each model.
+"""The registry of contexts and runs that are open in this process, and of the threads that open them on each model.
 
 Without it, the hooks of one thread's context would capture and change the forwards of another thread on the same model.
 """
@@ -6,14 +6,15 @@ Without it, the hooks of one thread's context would capture and change the forwa
 from __future__ import annotations
 
 from threading import RLock
+from types import TracebackType
 from typing import Protocol
 from weakref import WeakSet
 
 from torch import nn
 
-from tdcache.hooks.threads import Fence, RunningThread, this_thread
+from tdcache.hooks.threads import Fence, RunningThread, fencing, this_thread
 
-__all__ = ["Opened", "begin_opening", "closed", "open_contexts", "overlap"]
+__all__ = ["Opened", "OpenedHere", "begin_opening", "closed", "open_contexts", "overlap"]
 
 
 class Opened(Protocol):
@@ -22,7 +23,6 @@ class Opened(Protocol):
     model: nn.Module
     fence: Fence | None
     thread: RunningThread | None
-    is_child: bool
 
 
 open_contexts: set[Opened] = set()
@@ -65,3 +65,24 @@ def _runs(thread: RunningThread, model: nn.Module) -> bool:
 def overlap(one: nn.Module, other: nn.Module) -> bool:
     """Whether one module is the other, or part of it."""
     return one is other or any(each is other for each in one.modules()) or any(each is one for each in other.modules())
+
+
+class OpenedHere:
+    """Hooks on ``model`` for the length of a block, without a context, such as those of a run.
+
+    They act in the same threads as those of a context: entering it gives the block to register them in.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.fence: Fence | None = None
+        self.thread: RunningThread | None = None
+
+    def __enter__(self) -> fencing:
+        begin_opening(self)
+        return fencing(self.fence)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        closed(self)
