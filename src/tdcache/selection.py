@@ -193,13 +193,10 @@ def _described(stranger: Any) -> str:
     """What is no selector, in a line: a model or a tensor would print as many."""
     kind = type(stranger).__name__
     if isinstance(stranger, nn.Module):
-        return (
-            f"the module {kind} itself: write its path or its class; a factory gets the model from prepare(model), "
-            "and functions take the model first, then the pattern"
-        )
-    if isinstance(stranger, Tensor):
-        return f"a {kind} of shape {tuple(stranger.shape)}"
-    return f"{shorten(repr(stranger), 120)} ({kind})"
+        advice = "write its path or its class; factories get the model from prepare(), functions before the pattern"
+        return f"the module {kind} itself: {advice}"
+    shape = f"a {kind} of shape {tuple(stranger.shape)}" if isinstance(stranger, Tensor) else ""
+    return shape or f"{shorten(repr(stranger), 120)} ({kind})"
 
 
 def _compile(pattern: str, flags: int = 0) -> regex.Pattern[str]:

@@ -11,11 +11,11 @@ from torch import Tensor
 from tdcache.function_calls.handlers import Call
 
 __all__ = [
+    "Factor",
     "PRODUCTS",
+    "Product",
     "SDPA",
     "SOFTMAX",
-    "Factor",
-    "Product",
     "Spelled",
     "argument",
     "exchange",
