@@ -119,7 +119,7 @@ class _Memory:
             piece = self.pieces[next(iter(own.values())).untyped_storage().data_ptr()]
         piece.sent = True
         layout = {
-            key: (each.storage_offset() * each.itemsize, each.nbytes, each.dtype, tuple(each.shape))
+            key: (int(each.storage_offset()) * each.itemsize, each.nbytes, each.dtype, tuple(each.shape))
             for key, each in batch.items()
         }
         return self.process, piece.descriptor, layout, len(self.pieces) > _MOST
