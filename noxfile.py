@@ -177,7 +177,7 @@ def validate(session):
 @nox.session
 def lens_tests(session):
     """Run TransformerLens' own tests on tdcache's hook points; ``-- --source PATH`` takes a checkout of it."""
-    install_group(session, "tests", "-e", ".", "transformer-lens", "pytest-rerunfailures")
+    install_group(session, "tests", "-e", ".", "transformer-lens")
     env = {**OFFLINE, "PYTHONPATH": "tests"}
     session.run("python", "-W", "ignore", "-m", "validator.lens_tests", *session.posargs, env=env)
 
