@@ -222,7 +222,7 @@ def _recompile(pattern: Any) -> regex.Pattern[str]:
 class Selection(Sequence[Site]):
     """The sites that a selector means in one model, in the order of ``named_modules()``.
 
-    A sequence of :class:`Site`; ``print(selection)`` shows a table of path, class, parameters and named groups.
+    A sequence of :class:`Site`, also as ``paths`` and ``modules``; printed, a table with parameters and named groups.
     """
 
     __slots__ = ("_columns", "model_name", "modules", "paths", "selector")
@@ -231,9 +231,7 @@ class Selection(Sequence[Site]):
         # Sites are made when they are asked for: most contexts need only paths and modules.
         self._columns: tuple[Any, ...] = tuple(zip(*sites, strict=True)) or ((), ())
         self.paths: tuple[str, ...] = self._columns[0]
-        """The paths of the sites."""
         self.modules: tuple[nn.Module, ...] = self._columns[1]
-        """The modules of the sites."""
         self.selector = selector
         self.model_name = model_name
 
@@ -355,8 +353,7 @@ def _matches(tree: list[tuple[str, nn.Module]], matcher: Matcher) -> list[Any]:
     if matcher.pattern.groupindex:
         find = matcher.finder()  # the common case, without a Python call per module
         return [Site(path, module, Groups(hit)) for path, module in tree if (hit := find(path)) is not None]
-    paths: tuple[str, ...] = next(zip(*tree, strict=True), ())
-    return list(map(tree.__getitem__, _hits(matcher.pattern, matcher.match, paths)))
+    return [tree[at] for at in _hits(matcher.pattern, matcher.match, next(zip(*tree, strict=True), ()))]
 
 
 @lru_cache(maxsize=16)

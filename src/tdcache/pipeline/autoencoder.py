@@ -90,8 +90,11 @@ def _summed(x: Tensor, plain: Tensor, reconstruction: Tensor, error: Tensor, *, 
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return x - ((plain - reconstruction) + ((x - plain) - error)) if edited else x.clone()
     total = reconstruction + error  # for its graph: the gradients of both are that of the sum
-    with torch.no_grad():
-        total.copy_(x - ((plain - reconstruction) + ((x - plain) - error)) if edited else x)
+    value = x.detach()
+    if edited:
+        plain = plain.detach()
+        value = value - ((plain - reconstruction.detach()) + ((value - plain) - error.detach()))
+    total.detach().copy_(value)
     return total
 
 
