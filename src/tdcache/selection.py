@@ -364,9 +364,7 @@ def _hits(pattern: regex.Pattern[str], match: Match, paths: tuple[str, ...]) -> 
 
 
 def _wants_root(selector: Selector) -> bool:
-    if isinstance(selector, str):
-        return selector == ""
-    return isinstance(selector, Sequence) and any(_wants_root(member) for member in selector)
+    return selector == "" or (isinstance(selector, list | tuple) and any(map(_wants_root, selector)))
 
 
 def _nothing_matches(model: nn.Module, selector: Selector, match: Match) -> SelectionError:
@@ -392,6 +390,5 @@ def patterns_of(selector: Selector) -> list[str]:
         return [selector]
     if _is_compiled(selector):
         return [selector.pattern]
-    if isinstance(selector, Sequence):
-        return [pattern for member in selector for pattern in patterns_of(member)]
-    return []
+    members = selector if isinstance(selector, Sequence) else ()
+    return [pattern for member in members for pattern in patterns_of(member)]
