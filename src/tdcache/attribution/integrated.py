@@ -54,7 +54,7 @@ class WeightedTerm:
                 grads.setdefault(place, torch.zeros_like(value))
         for place, grad in grads.items():  # half-precision gradients are added to sums in single precision
             if place in sums:
-                sums[place] = torch.add(sums[place], grad, alpha=self.weight)
+                sums[place] = torch.add(same_rows(place, sums[place], grad), grad, alpha=self.weight)
             else:
                 sums[place] = wide(grad) * self.weight
 
