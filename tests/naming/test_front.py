@@ -226,7 +226,7 @@ def test_a_table_serves_copies_of_its_model(own):
 
 
 def test_a_table_is_made_once_for_a_class_and_configuration(own, monkeypatch):
-    model, table = own
+    _, table = own
     forwards = []
     monkeypatch.setattr(front, "in_best_dtype", lambda *args: forwards.append(args) or table)
     second = Transformer()
