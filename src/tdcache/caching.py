@@ -217,36 +217,36 @@ class ActivationCaching(HookingContextFactory):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._key_pattern!r}, directions={list(self._capture.directions)!r})"
 
-    def _named_axes(self, selection: Selection) -> tuple[dict[str, int], dict[str, Region]]:
+    def _named_axes(self, selection: Selection, names: Names) -> tuple[dict[str, int], dict[str, Region]]:
         """By canonical name, the axis of positions, and the part that is kept."""
-        if self.names is None:
-            return {}, {}
-        regions = {at.path: region_in(self._capture.region, self.names[at.path], self._heads) for at in selection}
-        return position_dims(self.names, selection), regions
+        regions = {at.path: region_in(self._capture.region, names[at.path], self._heads) for at in selection}
+        return position_dims(names, selection), regions
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         context: HookingContextWithCache = module.hooking_context
-        root = module.model if self._relative else module
+        model = context.model
+        root = model if self._relative else module
         options: Any = {"match": self._match, "allow_empty": self._allow_empty}
         if self._modules is None:
-            selection = Selection((), selector=self._key_pattern, model_name=type(module.model).__name__)
+            selection = Selection((), selector=self._key_pattern, model_name=type(model).__name__)
         else:
             selection = context.select(self._modules, root=root, matcher=self._matcher, **options)
         places = call_places(partial(context.select, root=root), self._calls, **options) if self._calls else ()
-        dims, regions = self._named_axes(selection)
+        dims, regions = ({}, {}) if self.names is None else self._named_axes(selection, self.names)
         recorder = self._capture.recorder(context.cache, selection, places, dims, regions)
         recorder.names = self.names
         handle = MultiHookHandle()
         with handle.installing():
             self._capture.place(selection, recorder, handle)
-            self._capture.place_calls(module.model, places, recorder, handle)
+            if places:
+                self._capture.place_calls(model, places, recorder, handle)
             part = recorder.channels[0].part
             if part is not None and part.fed is not None:
-                part.fed.attach(module.model, handle)
+                part.fed.attach(model, handle)
             if self._capture.steps is None:
-                bracket(module.model, recorder.begin, recorder.end, handle)
+                bracket(model, recorder.begin, recorder.end, handle)
             else:
-                StepGate(module.model, self._capture.steps, recorder).attach(handle)
+                StepGate(model, self._capture.steps, recorder).attach(handle)
         context.record(recorder)
         return handle
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 __all__ = [
+    "ALONE",
     "CALL_IMPL",
     "HookEntry",
     "NO_TASK",
@@ -106,9 +107,8 @@ def hooks_with_kwargs(module: nn.Module, *, before: bool) -> Any:
     return module._forward_pre_hooks_with_kwargs if before else module._forward_hooks_with_kwargs
 
 
-def hooks_always_called(module: nn.Module) -> Any:
-    """The dict of the registration numbers of forward hooks that are called also when the forward raises."""
-    return module._forward_hooks_always_called
+hooks_always_called: Callable[[nn.Module], Any] = attrgetter("_forward_hooks_always_called")
+"""The dict of the registration numbers of a module's forward hooks that are called also when the forward raises."""
 
 
 _tensor_hooks = count(1)
@@ -140,23 +140,23 @@ has_tensor_hooks = attrgetter("_backward_hooks")
 """What says whether anyone has set a tensor hook on this very tensor."""
 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
-
-
 _address = attrgetter("_cdata")
+
+ALONE = 2
+"""What :func:`storage_users` counts for a tensor that shares its memory with none."""
 
 
 def storage_users(tensors: Collection[Tensor]) -> list[int]:
-    """How many tensors (saved ones of a graph included) have the memory of each of these, itself among them.
+    """How many have the memory of each: tensors (saved ones of a graph included), and the object that is asked here.
 
-    Where torch does not say, or the memory is not the tensor's own, 2: somebody else may have it.
+    More than ``ALONE`` where torch does not say, or the memory is not the tensor's own: somebody else may have it.
     """
     if _use_count is None:
-        return [2] * len(tensors)
+        return [ALONE + 1] * len(tensors)
     try:
-        counts = list(map(_use_count, map(_address, map(Tensor.untyped_storage, tensors))))
+        return list(map(_use_count, map(_address, map(Tensor.untyped_storage, tensors))))
     except (NotImplementedError, RuntimeError):  # sparse, nested or wrapper tensors among them
-        return [2] * len(tensors) if len(tensors) == 1 else [storage_users((each,))[0] for each in tensors]
-    return [count - 1 for count in counts]  # the storage object that is asked counts as well
+        return [ALONE + 1] if len(tensors) == 1 else [storage_users((each,))[0] for each in tensors]
 
 
 class HookEntry(NamedTuple):
@@ -267,9 +267,10 @@ def _is_compiled_in_place(module: nn.Module) -> bool:
 def may_be_compiled(model: nn.Module) -> bool:
     """Whether :func:`is_compiled` and :func:`has_stale_graph` are worth asking; does not walk the model."""
     dynamo = sys.modules.get("torch._dynamo")
-    # torch.compiler.disable() leaves None among the backends
-    if dynamo and (any(dynamo.eval_frame.cached_backends.values()) or dynamo.convert_frame.input_codes.seen):
-        return True
+    if dynamo is not None:
+        backends = list(dynamo.eval_frame.cached_backends.values())  # torch.compiler.disable() leaves None there
+        if backends.count(None) < len(backends) or dynamo.convert_frame.input_codes.seen:
+            return True
     return is_optimized_module(model) or _is_compiled_in_place(model)
 
 

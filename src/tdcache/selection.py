@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from time import monotonic
 from typing import Any, NamedTuple, Protocol, TypeGuard, overload
 
@@ -228,27 +228,32 @@ class Selection(Sequence[Site]):
     A sequence of :class:`Site`; ``print(selection)`` shows a table of path, class, parameters and named groups.
     """
 
-    __slots__ = ("_sites", "model_name", "paths", "selector")
+    __slots__ = ("_columns", "model_name", "modules", "paths", "selector")
 
-    def __init__(self, sites: Sequence[Site], *, selector: Selector, model_name: str) -> None:
-        self._sites = tuple(sites)
-        self.paths = tuple([site[0] for site in sites])
+    def __init__(self, sites: Sequence[tuple[Any, ...]], *, selector: Selector, model_name: str) -> None:
+        # Sites are made when they are asked for: most contexts need only paths and modules.
+        self._columns: tuple[Any, ...] = tuple(zip(*sites, strict=True)) or ((), ())
+        self.paths: tuple[str, ...] = self._columns[0]
         """The paths of the sites."""
+        self.modules: tuple[nn.Module, ...] = self._columns[1]
+        """The modules of the sites."""
         self.selector = selector
         self.model_name = model_name
 
     def __len__(self) -> int:
-        return len(self._sites)
+        return len(self.paths)
 
     @overload
     def __getitem__(self, index: int) -> Site: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[Site]: ...
     def __getitem__(self, index: int | slice) -> Site | Sequence[Site]:
-        return self._sites[index]
+        if isinstance(index, slice):
+            return tuple(self)[index]
+        return Site(*[column[index] for column in self._columns])
 
     def __iter__(self) -> Iterator[Site]:
-        return iter(self._sites)
+        return map(Site, *self._columns)
 
     def __repr__(self) -> str:
         head, rows = self._cells()
@@ -262,8 +267,8 @@ class Selection(Sequence[Site]):
         return f"{len(self)} sites of {self.model_name} selected by {self.selector!r}"
 
     def _cells(self) -> tuple[Sequence[str], list[Sequence[str]]]:
-        columns = 4 if any(site.groups for site in self._sites) else 3
-        return _HEAD[:columns], [_row(site)[:columns] for site in self._sites]
+        columns = 4 if any(site.groups for site in self) else 3
+        return _HEAD[:columns], [_row(site)[:columns] for site in self]
 
 
 _HEAD, _RIGHT = ("path", "class", "parameters", "groups"), ("parameters",)
@@ -321,12 +326,13 @@ def select_matching(
     inner: nn.Module | None = model
     while not sites and inner is not None and (inner := wrapped(inner)) is not None:
         sites = _matches(walk(inner), matcher)
-    if _wants_root(selector):
+    if not (selector and type(selector) is str) and _wants_root(selector):
         sites.insert(0, Site("", model))
-    if not allow_empty:
-        if not sites:
-            raise _nothing_matches(model, selector, match)
-        _refuse_unmatched_member(model, matcher, selector, match)
+    if not sites and not allow_empty:
+        raise _nothing_matches(model, selector, match)
+    for member in selector if isinstance(selector, list | tuple) and not allow_empty else ():
+        if member and isinstance(member, str | list | tuple):  # a string that matches nothing is misspelt
+            select_matching(model, as_matcher(member, match), member, match=match)
     return Selection(sites, selector=selector, model_name=type(model).__name__)
 
 
@@ -334,7 +340,7 @@ def depends_on_names_only(matcher: Matcher) -> bool:
     """Whether the same modules under the same names always give the same selection; a predicate may change its mind."""
     if isinstance(matcher, AnyOf):
         return all(map(depends_on_names_only, matcher.members))
-    return isinstance(matcher, PathPattern | IsInstance)
+    return type(matcher) in (PathPattern, IsInstance)
 
 
 def distinct_sites(selection: Selection) -> list[Site]:
@@ -345,39 +351,28 @@ def distinct_sites(selection: Selection) -> list[Site]:
     return list(first.values())
 
 
-def _matches(tree: list[tuple[str, nn.Module]], matcher: Matcher) -> list[Site]:
+def _matches(tree: list[tuple[str, nn.Module]], matcher: Matcher) -> list[Any]:
+    """The sites that are meant; without their groups, as in ``tree``, where these are known to be empty."""
     if not isinstance(matcher, PathPattern):
         return [Site(path, module, groups) for path, module in tree if (groups := matcher(path, module)) is not None]
     if matcher.pattern.groupindex:
         find = matcher.finder()  # the common case, without a Python call per module
         return [Site(path, module, Groups(hit)) for path, module in tree if (hit := find(path)) is not None]
-    return [_site((*tree[at], _NO_GROUPS)) for at in _hits(matcher, tuple([path for path, _ in tree]))]
+    paths: tuple[str, ...] = next(zip(*tree, strict=True), ())
+    return list(map(tree.__getitem__, _hits(matcher.pattern, matcher.match, paths)))
 
 
 @lru_cache(maxsize=16)
-def _hits(matcher: PathPattern, paths: tuple[str, ...]) -> tuple[int, ...]:
+def _hits(pattern: regex.Pattern[str], match: Match, paths: tuple[str, ...]) -> tuple[int, ...]:
     """Which of these names a pattern matches; recipes are used again and again on models of one structure."""
-    find = matcher.finder()
+    find = PathPattern(pattern, match).finder()
     return tuple([at for at, path in enumerate(paths) if find(path) is not None])
-
-
-_site: Callable[[tuple[Any, ...]], Site] = partial(tuple.__new__, Site)  # Site._make without a Python call
 
 
 def _wants_root(selector: Selector) -> bool:
     if isinstance(selector, str):
         return selector == ""
     return isinstance(selector, Sequence) and any(_wants_root(member) for member in selector)
-
-
-def _refuse_unmatched_member(model: nn.Module, matcher: Matcher, selector: Selector, match: Match) -> None:
-    """Refuse a list in which some string matches nothing: it is misspelt. Classes and predicates may match nothing."""
-    if isinstance(matcher, AnyOf) and isinstance(selector, Sequence):
-        for member, each in zip(selector, matcher.members, strict=True):
-            if not isinstance(member, str):
-                _refuse_unmatched_member(model, each, member, match)
-            elif member:
-                select_matching(model, each, member, match=match)
 
 
 def _nothing_matches(model: nn.Module, selector: Selector, match: Match) -> SelectionError:

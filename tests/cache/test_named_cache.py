@@ -7,6 +7,7 @@ from tensordict import TensorDict
 
 from tdcache import CanonicalNameError, Names
 from tdcache.cache.named_cache import NamedCache, new_node
+from tdcache.points.point_cache import PointCache
 
 ROLES = ("resid_post", "attn.pattern", "attn.q")
 
@@ -91,3 +92,28 @@ def test_it_is_a_tensordict_and_copies_carry_the_table():
     batched = NamedCache({"blocks.0.attn.q": torch.arange(3)}, batch_size=[3])
     assert batched[1:]["attn.q", 0].tolist() == [1, 2]
     assert batched[1]["attn.q", 0].item() == 1
+
+
+@pytest.mark.parametrize("kind", [NamedCache, PointCache])
+def test_a_cache_takes_in_what_a_tensordict_would(kind):
+    for given in (
+        {"a": torch.ones(2), "b.c": torch.zeros(3)},
+        {"a": 2 * torch.ones(2)},
+        {"n": {"x": torch.ones(1)}},
+        {},
+    ):
+        cache, plain = kind({"a": torch.zeros(2)}), TensorDict({"a": torch.zeros(2)})
+        assert cache.update(given) is cache
+        plain.update(given)
+        assert list(cache.keys(include_nested=True)) == list(plain.keys(include_nested=True))
+        assert all(torch.equal(cache[key], value) for key, value in plain.items(leaves_only=True))
+
+
+@pytest.mark.parametrize("kind", [NamedCache, PointCache])
+def test_a_cache_refuses_what_a_tensordict_would(kind):
+    locked = kind({"a": torch.zeros(2)}).lock_()
+    with pytest.raises(RuntimeError, match="locked"):
+        locked.update({"a": torch.ones(2)})
+    with pytest.raises(RuntimeError, match="batch dimension mismatch"):
+        kind({}, batch_size=[2]).update({"a": torch.ones(3)})
+    assert kind({}, device="meta").update({"a": torch.ones(3)})["a"].device.type == "meta"

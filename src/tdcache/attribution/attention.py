@@ -13,7 +13,7 @@ from tdcache.attribution.base import RoleAttribution, Work
 from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import Seen, key_of
 from tdcache.attribution.place import Place
-from tdcache.attribution.point import wide
+from tdcache.attribution.point import expanded, wide
 from tdcache.errors import AttributionError
 from tdcache.function_calls.sites import is_call
 from tdcache.place_modules import axis_of
@@ -229,12 +229,12 @@ def _expanded(mask: Any, pattern: Tensor, path: str) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else repr(mask)
         raise AttributionError(f"mask= is 'causal' or a boolean tensor, True where a query sees a key; got {kind}")
-    try:
-        return mask.to(pattern.device).expand_as(pattern)
-    except RuntimeError:
+    found = expanded(mask.to(pattern.device), pattern)
+    if found is None:
         raise AttributionError(
             f"mask= has shape {tuple(mask.shape)}, which does not expand to that of {path!r}, {tuple(pattern.shape)}"
-        ) from None
+        )
+    return found
 
 
 def _underflow(dtype: torch.dtype) -> float:

@@ -58,9 +58,7 @@ class Targets:
         outputs = self.outputs(part)
         if not isinstance(target, Unit):
             return row_values(target, target(outputs), outputs.batch_size)
-        value = self.taps[target.place].chosen().live
-        if value is None:
-            raise AttributionError(f"target {target!r}: nothing was seen there")
+        value: Any = self.taps[target.place].chosen().live
         own = value if part is None else part.part(value, part.axis_at(target.place, value))
         return row_values(target, target.of(own), outputs.batch_size)
 

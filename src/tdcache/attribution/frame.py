@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.attribution.place import Place
-from tdcache.attribution.point import Ask, Between, Modifies, Point, View, wide
+from tdcache.attribution.point import Ask, Between, Modifies, Point, View, expanded, wide
 from tdcache.attribution.runner import Runner
 from tdcache.attribution.targets import Target, TargetLike, as_targets
 from tdcache.errors import AttributionError, listed
@@ -240,12 +240,10 @@ def _fitted(value: Any, like: Tensor, node: str, key: CacheKey) -> Tensor:
         value = value(like)
     if not isinstance(value, Tensor):
         return torch.full_like(like, value)
-    try:
-        if torch.broadcast_shapes(value.shape, like.shape) != like.shape:
-            raise RuntimeError
-    except RuntimeError:
+    found = expanded(value.to(like), like)
+    if found is None:
         raise AttributionError(
             f"the {node} of {key!r} has shape {tuple(value.shape)}, the input {tuple(like.shape)}; give one of that "
             "shape, or one that expands to it"
-        ) from None
-    return value.to(like).expand_as(like)
+        )
+    return found

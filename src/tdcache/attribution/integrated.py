@@ -13,7 +13,7 @@ from tdcache.attribution.base import Scores, SiteAttribution, Work
 from tdcache.attribution.frame import Baseline, Frame, nothing
 from tdcache.attribution.gradients import Seen, key_of, same_rows
 from tdcache.attribution.place import Place
-from tdcache.attribution.point import Ask, Between, Point, View, wide
+from tdcache.attribution.point import Ask, Between, Point, View, expanded, wide
 from tdcache.attribution.quadrature import quadrature
 from tdcache.attribution.targets import Target
 from tdcache.errors import AttributionError
@@ -166,13 +166,13 @@ class IntegratedGradients(SiteAttribution):
         value = 0.0 if self.baseline is None else self.baseline
         if not isinstance(value, Tensor):
             return torch.full_like(high, float(value))  # type: ignore[arg-type]  # others made a point
-        try:
-            return value.to(high).expand_as(high)
-        except RuntimeError:
+        found = expanded(value.to(high), high)
+        if found is None:
             raise AttributionError(
                 f"the baseline of {place.name!r} has shape {tuple(value.shape)}, the activation {tuple(high.shape)}; "
                 "give one of that shape"
-            ) from None
+            )
+        return found
 
     def _scores(
         self, frame: Frame, found: Sequence[tuple[Mapping[str | None, _Integral], Mapping[Place, Tensor]]]
@@ -202,14 +202,8 @@ class PathEnds:
         return [frame.ask(path(0.0), self.low, target), frame.ask(frame.base, self.high, target)]
 
     def rise(self) -> Tensor:
-        """The change of the target along the path.
-
-        Raises:
-            AttributionError: the model did not run at one of the ends.
-        """
-        if self.high.target is None or self.low.target is None:
-            raise AttributionError("the target was not computed at both ends of the path")
-        return wide(self.high.target) - wide(self.low.target)
+        """The change of the target along the path."""
+        return wide(self.high.needed_target()) - wide(self.low.needed_target())
 
 
 class _Integral(PathEnds):

@@ -14,7 +14,7 @@ from tdcache.attribution.frame import Frame
 from tdcache.attribution.gradients import Seen, key_of, one_backward
 from tdcache.attribution.lrp.norms import FreezeNorm
 from tdcache.attribution.place import Place
-from tdcache.attribution.point import Point, wide
+from tdcache.attribution.point import Point, expanded, wide
 from tdcache.attribution.reductions import gradient_x_activation
 from tdcache.errors import AttributionError
 from tdcache.hooks.values import first_tensor
@@ -110,12 +110,13 @@ class DirectLogitAttribution(RoleAttribution):
 
     @staticmethod
     def _fitting(value: Tensor, grad: Tensor, place: Place) -> Tensor:
-        if torch.broadcast_shapes(value.shape, grad.shape) != grad.shape:
+        found = expanded(wide(value), grad)  # position embeddings are written to every row
+        if found is None:
             raise AttributionError(
                 f"{place.name!r} gives {tuple(value.shape)}, the stream is {tuple(grad.shape)}; select modules whose "
                 "outputs are added to the stream"
             )
-        return wide(value).expand_as(grad)  # position embeddings are written to every row
+        return found
 
 
 class LogitLens(SiteAttribution):

@@ -16,10 +16,18 @@ from tdcache.hooks import MultiHookHandle, Port
 from tdcache.norms import wide
 from tdcache.types import CacheKey
 
-__all__ = ["Ask", "Between", "Modifies", "Point", "PointRows", "View", "giving_own_outputs", "wide"]
+__all__ = ["Ask", "Between", "Modifies", "Point", "PointRows", "View", "expanded", "giving_own_outputs", "wide"]
 
 
 _Key = TypeVar("_Key")
+
+
+def expanded(value: Tensor, like: Tensor) -> Tensor | None:
+    """``value`` in the shape of ``like``; None if it does not expand to it."""
+    try:
+        return value.expand_as(like)
+    except RuntimeError:
+        return None
 
 
 class Modifies(Protocol):

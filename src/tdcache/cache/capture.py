@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -75,10 +76,16 @@ class Capture:
     mask_key: Any = "auto"
     position_dim: int = 1
     steps: Steps = None
+    keeps_all: bool = field(init=False)
+    """Whether all positions, rows, units and heads are kept."""
+    order: int = field(init=False)
+    """The position of the taps among the hooks of a site."""
     _plain: bool = field(init=False)
     """Whether only the latest values are kept, unmodified."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "keeps_all", self.positions is None and self.region.whole)
+        object.__setattr__(self, "order", Order.FIRST if self.prepend else Order.CAPTURE)
         object.__setattr__(self, "_plain", self._is_plain())
         check_positions(self.positions)
         check_steps(self.steps)
@@ -93,11 +100,6 @@ class Capture:
                 raise DirectionError(
                     f"stop_early ends the forward, so no backward can bring {direction!r}; leave one of them out"
                 )
-
-    @property
-    def order(self) -> int:
-        """The position of the taps among the hooks of a site."""
-        return Order.FIRST if self.prepend else Order.CAPTURE
 
     @property
     def needs_places(self) -> bool:
@@ -142,12 +144,13 @@ class Capture:
             stack_by = StackBy(self.stack_by, selection)
         has_parts = self.pick == "all" or bool(places)
         by_value = self.check == "values"
-        part = self._part(position_dims, regions or {})
+        part = None if self.keeps_all and not regions else self._part(position_dims, regions or {})
         channels = []
         for direction in self.directions:
             target = Target(cache, direction if self.nested else None, self.batch_dims)
-            target.ensure()
-            if not has_parts:
+            if self.nested:
+                target.ensure()
+            if target.in_place and not has_parts:
                 target.check(selection.paths if stack_by is None else tuple(stack_by.members))
             options = (stack_by, has_parts, part, self.steps is not None, by_value)
             channels.append(Channel(direction, selection.paths, keep, target, self.reducer, *options))
@@ -177,12 +180,12 @@ class Capture:
     def place(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:
         """Attach the taps to the sites; ``handle`` owns the registrations."""
         channels = list(recorder.channels)
-        if self._takes_pairs(channels):
+        if len(channels) > 1 and self._takes_pairs(channels):
             output, gradient = channels.pop(0), channels.pop(0)
             order = self.order
             pairs = [
                 (module, OutputAndGradientTap(path, output, recorder, order, gradient).on_both)
-                for path, module, _ in selection
+                for path, module in zip(selection.paths, selection.modules, strict=True)
             ]
             attach_outputs(pairs, handle, order)
         for channel in channels:
@@ -216,17 +219,14 @@ class Capture:
         self, selection: Selection, channel: Channel, recorder: Recorder
     ) -> list[tuple[nn.Module, Callable[..., Any]]]:
         as_it_is, order = self.pick is None and channel.takes_aliases, self.order
+        places = zip(selection.paths, selection.modules, strict=True)
         if as_it_is and not channel.is_gradient:
-            return [(module, OutputTap(path, channel, recorder, order).on_output) for path, module, _ in selection]
+            return [(module, OutputTap(path, channel, recorder, order).on_output) for path, module in places]
         if as_it_is and not self.prepend:
-            return [
-                (module, PlainGradientTap(path, channel, recorder, order).on_plain) for path, module, _ in selection
-            ]
+            return [(module, PlainGradientTap(path, channel, recorder, order).on_plain) for path, module in places]
         kind: Any = GradientTap if channel.is_gradient else ValueTap
-        return [
-            (module, kind(OutputPort(path, self.pick), channel, recorder, order).on_call)
-            for path, module, _ in selection
-        ]
+        port = partial(OutputPort, pick=self.pick)
+        return [(module, kind(port(path), channel, recorder, order).on_call) for path, module in places]
 
     def _attach_callback(
         self, site: Site, channel: Channel, recorder: Recorder, callback: Callable[..., Any]

@@ -18,14 +18,14 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdcache.cache.keep import Keep, Transfers, detach_all
-from tdcache.cache.ownership import Outside, own
+from tdcache.cache.ownership import Outside, own, shared_keys
 from tdcache.cache.part import PartFilter
 from tdcache.cache.reductions import Reductions
 from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.stand_ins import ABSENT, CopyInGraph
 from tdcache.cache.target import EntryTarget, path_of
 from tdcache.errors import CaptureError
-from tdcache.hooks.directions import direction_row
+from tdcache.hooks.directions import DIRECTIONS
 from tdcache.inplace import InplaceWatch, overwritten, shares_memory
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Site
@@ -35,6 +35,7 @@ from tdcache.types import CacheKey, HookDirection
 __all__ = ["Channel"]
 
 _version = attrgetter("_version")
+_requires_grad = attrgetter("requires_grad")
 
 
 @dataclass(slots=True)
@@ -76,7 +77,9 @@ class Channel:
     reductions: Reductions | None = field(init=False)
     """The state of the reducers; None if each forward replaces the entries of the previous one."""
     fired: set[str] = field(default_factory=set)
-    """The paths that have seen a value since the context was entered."""
+    """The paths that have seen a value since the context was entered, if not ``all_fired``."""
+    all_fired: bool = False
+    """Whether every path has."""
     is_gradient: bool = field(init=False)
     """Whether values arrive in the backward."""
     latest_only: bool = field(init=False)
@@ -90,7 +93,7 @@ class Channel:
     """Whether some of ``values`` are placeholders for sites without a value."""
 
     def __post_init__(self) -> None:
-        self.is_gradient = direction_row(self.direction).gradient
+        self.is_gradient = DIRECTIONS[self.direction].gradient
         self.latest_only = isinstance(self.reducer, Last)
         self._checks_values = self.by_value and not self.is_gradient  # gradients that others can write to are copied
         plain = self.keep.plain and self.part is None and not (self.target.in_place or self.gated)
@@ -148,12 +151,13 @@ class Channel:
         """Whether the running forward has produced a value for this key."""
         return key in self.copies or self.values.get(key, ABSENT) is not ABSENT
 
-    def deliver(self, *, backward: bool = False) -> None:
+    def deliver(self) -> None:
         """A forward (or backward) has ended: check the aliases, detach them, and write the entries to the cache."""
-        if self.is_gradient != backward:
-            return
-        if len(self.fired) < len(self.paths):
-            self._note_fired()
+        complete = len(self.values) == len(self.paths) and not self.has_parts
+        if complete and not self._idle:
+            self.all_fired = True
+        elif not self.all_fired:
+            self.fired.update([path_of(key) for key in (*self.values, *self.copies) if self.has(key)])
         self.accepting = -1
         if self.has_copies:
             self._unwrap_copies()
@@ -161,30 +165,26 @@ class Channel:
         if self.reductions is not None:
             self.reductions.end_backward()
             return
-        self._settle_aliases(backward)
-        if self.copies or self.stack_by is not None or self.has_parts or len(self.values) != len(self.paths):
+        values = self.values
+        if self.is_gradient or transform_under_way() is not None or True in map(_requires_grad, values.values()):
+            self._settle_aliases()
+        if self.copies or self.stack_by is not None or not complete or len(values) != len(self.paths):
             self._deliver_slowly()
         else:
-            self.target.write(self.values, complete=True)
+            self.target.write(values, complete=True)
 
-    def _settle_aliases(self, backward: bool) -> None:
+    def _settle_aliases(self) -> None:
         """Detach values from graphs and ``torch.func`` transforms, and from what a backward may still write to."""
         values = self.values
-        if transform_under_way() is not None or (backward and in_transform()):
+        if transform_under_way() is not None or (self.is_gradient and in_transform()):
             self._unwrap()
-        if backward:
+        if self.is_gradient:
             for key in own(values):
                 self.versions.pop(key, None)
-        if self.keep.hold != "live":
+        if self.keep.hold != "live" and True in map(_requires_grad, values.values()):
             for key in detach_all(values):  # parameters and inputs, which others write to
                 self.copies[key] = values[key].clone()
                 self._vacate(key)
-
-    def _note_fired(self) -> None:
-        if len(self.values) == len(self.paths) and not (self._idle or self.has_parts):
-            self.fired.update(self.paths)
-        else:
-            self.fired.update(path_of(key) for key in (*self.values, *self.copies) if self.has(key))
 
     def _unwrap_copies(self) -> None:
         self.has_copies = False
@@ -354,17 +354,17 @@ class Channel:
         values = self.values
         if self._idle:
             values = {key: value for key, value in values.items() if value is not ABSENT}
-        if any(map(is_wrapped, values.values())) and not in_transform():
-            raise escaped([path_of(key) for key, value in values.items() if is_wrapped(value)])
+        holders = 2 if values is self.values else 3  # the dicts here, and the cache
+        shared = shared_keys(values, outside, holders=holders)
+        wrapped = [path_of(key) for key in shared if is_wrapped(values[key])] if shared else []
+        if wrapped and not in_transform():
+            raise escaped(wrapped)
         if self.keep.hold == "live" or self.target.in_place:
             return
         if self._watch.seen:
             self._settle_watched({id(each.tensor) for each in self._watch.seen})
-        if not self.latest_only or self.stack_by is not None or not values:
-            return
-        holders = 2 if values is self.values else 3  # the dicts here, and the cache
-        for key in own(values, outside, holders=holders):
-            self.target.put(key, values[key])
+        for key in shared if self.latest_only and self.stack_by is None else ():
+            self.target.put(key, values[key].clone())
 
     def _settle_watched(self, watched: set[int]) -> None:
         """Copy the aliases held by reducers and by TensorDicts that a callback returned."""
@@ -387,7 +387,7 @@ class Channel:
         """Drop all state except the cache itself; gradients that arrive later are ignored."""
         for held in (self.values, self.versions, self.copies, self.waiting, self.arrived):
             held.clear()
-        self._watch.clear()
+        self._watch.seen.clear()
         if self.reductions is not None:
             self.reductions.clear()
         if self.part is not None:

@@ -6,7 +6,7 @@ does not keep the memory of the whole activation alive.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, get_args
 
@@ -20,24 +20,21 @@ from tdcache.types import Hold, Index
 __all__ = ["Keep", "Transfers", "detach_all"]
 
 
-class Transfers:
-    """Copies from an accelerator to pinned memory that have not finished."""
-
-    def __init__(self) -> None:
-        self._devices: set[torch.device] = set()
+class Transfers(set[torch.device]):
+    """The accelerators from which copies to pinned memory have not finished."""
 
     def to_cpu(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Start copying ``tensor`` to pinned memory; readable after :meth:`wait`."""
         source = tensor if dtype is None else tensor.to(dtype)
         pinned = torch.empty_like(source, device="cpu", pin_memory=True)
         pinned.copy_(source, non_blocking=True)
-        self._devices.add(source.device)
+        self.add(source.device)
         return pinned
 
     def wait(self) -> None:
         """Wait until every copy has finished."""
-        while self._devices:
-            torch.accelerator.current_stream(self._devices.pop()).synchronize()
+        while self:
+            torch.accelerator.current_stream(self.pop()).synchronize()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +47,8 @@ class Keep:
     """A ``torch.dtype`` or the name of one."""
     device: Any = None
     """A ``torch.device`` or the name of one."""
+    plain: bool = field(init=False)
+    """Whether the tensor is kept unmodified, apart from its graph."""
 
     def __post_init__(self) -> None:
         if self.hold not in get_args(Hold):
@@ -71,11 +70,8 @@ class Keep:
                 f"device= is a torch.device or the name of one, such as 'cuda:0', got {self.device!r}"
             ) from error
         object.__setattr__(self, "device", device)
-
-    @property
-    def plain(self) -> bool:
-        """Whether the tensor is kept unmodified, apart from its graph."""
-        return self.hold != "snapshot" and self.index is None and self.dtype is None and self.device is None
+        plain = self.hold != "snapshot" and self.index is None and dtype is None and device is None
+        object.__setattr__(self, "plain", plain)
 
     def __call__(self, tensor: Tensor, transfers: Transfers) -> Tensor:
         """The kept tensor: ``tensor`` itself or an alias of it, unless an option requires a copy.
@@ -116,18 +112,12 @@ def detach_all(values: dict[Any, Any]) -> list[Any]:
     Returns:
         The keys of leaf tensors among them: parameters and inputs, which the optimiser or the user may write to.
     """
-    needing = list(map(_requires_grad, values.values()))
-    if True not in needing:
-        return []
-    leaves = []
-    if any(map(_is_leaf, values.values())):
-        leaves = [key for key, value in values.items() if value.requires_grad and value.is_leaf]
-    if False not in needing:
+    if True not in map(_is_leaf, values.values()):  # the usual case: all have a graph
         values.update(zip(values, map(Tensor.detach, values.values()), strict=True))
-    else:
-        values.update({key: value.detach() for key, value in values.items() if value.requires_grad})
+        return []
+    leaves = [key for key, value in values.items() if value.requires_grad and value.is_leaf]
+    values.update({key: value.detach() for key, value in values.items() if value.requires_grad})
     return leaves
 
 
-_requires_grad = attrgetter("requires_grad")
 _is_leaf = attrgetter("is_leaf")

@@ -8,15 +8,35 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 
 from tdcache.errors import CanonicalNameError, listed
 from tdcache.named_places import Names
 
-__all__ = ["NamedCache", "new_node"]
+__all__ = ["FlatCache", "NamedCache", "new_node"]
 
 
-class NamedCache(TensorDict):
+class FlatCache(TensorDict):
+    """Base of the caches that answer more than a TensorDict does; taking in the values of a forward costs the same.
+
+    TensorDict writes a dict of plain tensors into its own instances at once, and into those of a subclass key by key,
+    which takes ten times as long.
+    """
+
+    def update(self, input_dict_or_td: Any = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Write entries as :meth:`tensordict.TensorDict.update` does."""
+        given = input_dict_or_td
+        plain = type(given) is dict and {*map(type, given.values())} == {Tensor} and {*map(type, given)} == {str}
+        special = self.is_locked or self.batch_dims or self.device is not None or hasattr(self, "_consolidated")
+        if args or kwargs or special or not plain or torch.compiler.is_compiling():
+            return super().update(given, *args, **kwargs)
+        self._tensordict.update(given)
+        return self
+
+
+class NamedCache(FlatCache):
     """A TensorDict keyed by canonical names, together with the table that they come from.
 
     In addition to the keys of any TensorDict, ``cache["resid_post", 5]`` and ``cache["attn.pattern", -1]`` are the
@@ -121,6 +141,6 @@ def _names_in(cache: TensorDictBase) -> list[str]:
 def new_node(cache: TensorDictBase, batch_size: Any = ()) -> TensorDict:
     """An empty TensorDict for one direction of ``cache``, of the same kind."""
     options: dict[str, Any] = {"batch_size": batch_size, "device": cache.device}
-    if isinstance(cache, NamedCache) and cache.table is not None:
-        return NamedCache.of(cache.table, **options)
-    return TensorDict(**options)
+    if type(cache) is TensorDict or not isinstance(cache, NamedCache) or cache.table is None:
+        return TensorDict(**options)
+    return NamedCache.of(cache.table, **options)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor, UntypedStorage, nn
 
 from tdcache.inplace import storage_address
-from tdcache.introspect import storage_users
+from tdcache.introspect import ALONE, storage_users
 
 __all__ = ["Outside", "held_tensors", "own", "shared_keys", "storages_of"]
 
@@ -22,25 +22,23 @@ Key = TypeVar("Key")
 Outside = Callable[[], Collection[int]]
 
 
-def own(values: dict[Key, Any], outside: Outside | None = None, *, holders: int = 1) -> list[Key]:
+def own(values: dict[Key, Any]) -> list[Key]:
     """Replace, in ``values``, each tensor that others could write to by a copy.
 
     Args:
-        values: tensors, and TensorDicts of them, by key.
-        outside: see :func:`shared_keys`.
-        holders: how many of this library's containers hold each tensor, including this dict.
+        values: tensors, and TensorDicts of them, by key; no other of this library's containers holds them.
 
     Returns:
         The keys that were replaced.
     """
-    shared = shared_keys(values, outside, holders=holders)
+    shared = shared_keys(values)
     for key in shared:
         values[key] = values[key].clone()
     return shared
 
 
 def shared_keys(values: Mapping[Key, Any], outside: Outside | None = None, *, holders: int = 1) -> list[Key]:
-    """The keys of values whose memory others can reach; a TensorDict always counts as one.
+    """The keys of values whose memory others can reach, or has no address; a TensorDict always counts as one.
 
     Args:
         values: tensors, and TensorDicts of them, by key.
@@ -52,13 +50,14 @@ def shared_keys(values: Mapping[Key, Any], outside: Outside | None = None, *, ho
     """
     held = list(map(getrefcount, values.values()))
     users = storage_users(values.values())
-    if max(held, default=0) < _HELD_ONCE + holders and max(users, default=0) < 2:
+    if max(held, default=0) < _HELD_ONCE + holders and max(users, default=0) <= ALONE:
         return []
     written = outside() if outside is not None else None
     return [
         key
         for (key, value), references, count in zip(values.items(), held, users, strict=True)
-        if references >= _HELD_ONCE + holders or (count > 1 and (written is None or storage_address(value) in written))
+        if references >= _HELD_ONCE + holders
+        or (count > ALONE and (written is None or not (address := storage_address(value)) or address in written))
     ]
 
 

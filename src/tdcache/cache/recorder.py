@@ -7,7 +7,7 @@ gradient of an older forward, or to a module that was called on its own is decid
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from threading import RLock, get_ident
 from typing import Any
@@ -39,8 +39,7 @@ from tdcache.types import CacheKey
 
 __all__ = ["Recorder"]
 
-# Looked up once: these run in every forward.
-is_compiling = torch.compiler.is_compiling
+# Looked up once: it runs in every forward.
 is_grad_enabled = torch.is_grad_enabled
 
 
@@ -57,73 +56,74 @@ class Recorder(Transient):
 
     order = 1 << 10  # of the hooks on the root: after all other hooks of this library there
 
+    # How every recorder begins; set on the class, since one is made whenever a context is entered.
+    open = True
+    collecting = False
+    """Whether a backward is running at the end of which gradients are delivered."""
+    forwards = 0
+    gate: CurrentCall | None = None
+    """Which forwards of ``generate()`` count (``steps=``); None for all."""
+    left_out = 0
+    """How many forwards ``steps=`` left out."""
+    names: Names | None = None
+    """The table of canonical names that sites are called by, where they are."""
+    stop_after: frozenset[str] = frozenset()
+    _depth = 0
+    _delivered = True
+    _serial = 0
+    _graph = False
+    """Whether the latest forward made a graph."""
+    _outside: Sequence[int] = ()
+    """If a graph was made: the storages of the model's inputs and outputs."""
+    _written: Collection[int] | None = None
+    _root: nn.Module | None = None
+
     def __init__(self, channels: Iterable[Channel], *, fits_graph: bool = False) -> None:
         self.channels = tuple(channels)
+        self.forward_channels: list[Channel] = []
+        self.gradient_channels: list[Channel] = []
+        for channel in self.channels:
+            (self.gradient_channels if channel.is_gradient else self.forward_channels).append(channel)
         self.fits_graph = fits_graph
-        self.open = True
-        self.collecting = False
-        """Whether a backward is running at the end of which gradients are delivered."""
-        self.forwards = 0
         self.graphless: set[str] = set()
         self.repeated: set[str] = set()
         """Sites that ran twice in a compiled graph, which cannot warn itself."""
-        self.gate: CurrentCall | None = None
-        """Which forwards of ``generate()`` count (``steps=``); None for all."""
-        self.left_out = 0
-        """How many forwards ``steps=`` left out."""
-        self.names: Names | None = None
-        """The table of canonical names that sites are called by, where they are."""
         self.calls: list[CallTaps] = []
         """The taps at function calls inside forwards."""
-        self.stop_after: frozenset[str] = frozenset()
-        self._depth = 0
-        self._delivered = True
-        self._serial = 0
         self._thread = get_ident()
         self._elsewhere: dict[int, int] = {}
         """How many forwards run in each other thread; while there are any, every hook takes the slow path."""
         self._lock = RLock()
         """Held while values are delivered: another thread's forward may begin or end at the same time."""
-        self._graph = False
-        """Whether the latest forward made a graph."""
-        self._outside: list[int] = []
-        """If a graph was made: the storages of the model's inputs and outputs."""
-        self._written: Collection[int] | None = None
-        self._root: nn.Module | None = None
         self._warned: set[str] = set()
         self._to_stop: set[str] = set()
-        for channel in self.channels:
-            if not channel.is_gradient:
-                channel.idle()
+        for channel in self.forward_channels:
+            channel.idle()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(channel.direction for channel in self.channels)})"
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """Pre-hook of the root: a forward begins."""
-        if is_compiling():
-            if not self.fits_graph:
-                break_graph()
-        elif backward_task() != NO_TASK:
+        if backward_task() != NO_TASK:
             return
-        elif get_ident() != self._thread:
+        if get_ident() != self._thread:
             self._begin_elsewhere()
             return
-        if self._depth and calls_on_stack(module) < 2:
-            self._depth = 0  # an exception that torch shows to no hook ended the previous forward
-        self._depth += 1
-        if self._depth > 1:
+        self._begin(module)
+
+    def _begin(self, module: nn.Module) -> None:
+        if self._depth and calls_on_stack(module) > 1:
+            self._depth += 1
             return
+        self._depth = 1  # also if an exception that torch shows to no hook ended the previous forward
         if module is not self._root and self._root is not None:  # an encoder, and then the model that decodes
             for channel in self.channels:
                 channel.target.set_apart()
         self._root = module
         self._delivered = False
-        self._begin_channels()
         if self.stop_after:
             self._to_stop = set(self.stop_after)
-
-    def _begin_channels(self) -> None:
         alone = not self._elsewhere
         for channel in self.channels:
             channel.begin(alone)
@@ -148,11 +148,6 @@ class Recorder(Transient):
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook of the root, also called when the forward raised: a forward ends."""
-        if is_compiling():
-            if not self.fits_graph:
-                break_graph()
-            self._depth = max(0, self._depth - 1)
-            return
         if backward_task() != NO_TASK:
             return
         if get_ident() != self._thread:
@@ -168,8 +163,7 @@ class Recorder(Transient):
             self._outside = [storage_address(each) for each in handed if isinstance(each, Tensor)]
         try:
             self.forwards += not raised
-            with self._lock:
-                self._deliver()
+            self.deliver()
         except CaptureError:
             if not raised:
                 raise
@@ -190,15 +184,12 @@ class Recorder(Transient):
     def deliver(self) -> None:
         """Write the values of the forward to the cache."""
         with self._lock:
-            self._deliver()
-
-    def _deliver(self) -> None:
-        self._depth = 0
-        self._delivered = True
-        while self.repeated:  # by a compiled graph
-            self.warn_of_second_call(self.repeated.pop())
-        for channel in self.channels:
-            channel.deliver()
+            self._depth = 0
+            self._delivered = True
+            while self.repeated:  # by a compiled graph
+                self.warn_of_second_call(self.repeated.pop())
+            for channel in self.forward_channels:
+                channel.deliver()
 
     @property
     def running(self) -> bool:
@@ -272,15 +263,15 @@ class Recorder(Transient):
         """Schedule delivery of this backward's gradients for its end."""
         if not self.collecting:
             self.collecting = True
-            for channel in self.channels:
+            for channel in self.gradient_channels:
                 channel.accepting = channel.number if channel.takes_aliases else -1
             torch.autograd.Variable._execution_engine.queue_callback(self._deliver_gradients)
 
     def _deliver_gradients(self) -> None:
         with self._lock:  # a backward of another thread may end while the context is left
             self.collecting = False
-            for channel in self.channels:
-                channel.deliver(backward=True)
+            for channel in self.gradient_channels:
+                channel.deliver()
 
     def refresh(self) -> None:
         """Bring the cache up to date: deliver, compute the reducers, check the aliases.
@@ -289,17 +280,15 @@ class Recorder(Transient):
             InplaceModificationError: a kept alias was overwritten.
         """
         with self._lock:
-            self._refresh()
-
-    def _refresh(self) -> None:
-        if not self._delivered and not (self.running and calls_on_stack(self._root)):
-            self.forwards += not self.running  # a compiled forward, whose end cannot be seen from inside its graph
-            self.deliver()
-        if self.collecting and not in_backward():  # a backward that raised runs no end callback
-            self._deliver_gradients()
-        for channel in self.channels:
-            channel.compute()
-            channel.check()
+            if not self._delivered and not (self.running and calls_on_stack(self._root)):
+                self.forwards += not self.running  # a compiled forward, whose end cannot be seen from inside its graph
+                self.deliver()
+            if self.collecting and not in_backward():  # a backward that raised runs no end callback
+                self._deliver_gradients()
+            for channel in self.channels:
+                if channel.reductions is not None:
+                    channel.compute()
+                channel.check()
 
     def forget(self) -> None:
         """Drop every value and every entry that was written."""
@@ -334,7 +323,7 @@ class Recorder(Transient):
     @property
     def saw_nothing(self) -> bool:
         """Whether no forward was completed and no site fired, so that there is nothing to report about any site."""
-        return not (self.forwards or self.left_out or any(channel.fired for channel in self.channels))
+        return not (self.forwards or self.left_out or any(each.all_fired or each.fired for each in self.channels))
 
     def report_unfired(self, model: nn.Module) -> None:
         """Warn of the selected sites that saw nothing, by name, if a forward was completed."""
@@ -352,15 +341,15 @@ class Recorder(Transient):
                 "nothing was kept; a forward without a cache is prefill",
                 UnfiredSiteWarning,
             )
-        incomplete = [each for each in self.channels if not each.fired.issuperset(each.paths)]
-        for channel in incomplete if self.forwards else ():
-            silent = [path for path in channel.paths if path not in channel.fired]
-            warn_user(self._unfired_message(model, channel, silent), UnfiredSiteWarning)
-        said = dict.fromkeys(each for taps in self.calls for each in taps.unfired)
-        for sentence in said if self.forwards else ():
-            warn_user(sentence, UnfiredSiteWarning)
+        for channel in self.channels if self.forwards else ():
+            silent = () if channel.all_fired else [path for path in channel.paths if path not in channel.fired]
+            if silent:
+                warn_user(self._unfired_message(model, channel, silent), UnfiredSiteWarning)
+        if self.calls and self.forwards:
+            for sentence in dict.fromkeys(each for taps in self.calls for each in taps.unfired):
+                warn_user(sentence, UnfiredSiteWarning)
 
-    def _unfired_message(self, model: nn.Module, channel: Channel, silent: list[str]) -> str:
+    def _unfired_message(self, model: nn.Module, channel: Channel, silent: Sequence[str]) -> str:
         count = f"{len(silent)} of {len(channel.paths)} selected sites"
         what = f"{count} saw no {channel.direction!r} value: {listed(silent, 20)}"
         graphless = [path for path in silent if path in self.graphless]
@@ -388,6 +377,22 @@ class Recorder(Transient):
             "keep every call with reducer=Stack(), or the first with reducer=First()",
             RepeatedCallWarning,
         )
+
+
+@torch.compiler.substitute_in_graph(Recorder.begin, skip_signature_check=True)
+def _begin_in_graph(self: Recorder, module: nn.Module, args: Any) -> None:
+    """:meth:`Recorder.begin` in a compiled graph, which no other thread and no backward runs."""
+    if not self.fits_graph:
+        break_graph()
+    self._begin(module)
+
+
+@torch.compiler.substitute_in_graph(Recorder.end, skip_signature_check=True)
+def _end_in_graph(self: Recorder, module: nn.Module, args: Any, output: Any) -> None:
+    """:meth:`Recorder.end` in a compiled graph, which cannot deliver: that is done when the cache is read."""
+    if not self.fits_graph:
+        break_graph()
+    self._depth = max(0, self._depth - 1)
 
 
 keep_frames_out_of_graphs(Recorder.begin, Recorder.end)

@@ -26,7 +26,7 @@ class _Absent:
 
     _version = 0
     requires_grad = False
-    is_leaf = False
+    is_leaf = True
 
 
 ABSENT = _Absent()

@@ -35,8 +35,6 @@ __all__ = [
     "part_key",
 ]
 
-_version = Tensor._version.__get__  # type: ignore[attr-defined]  # faster than the attribute of a tensor
-
 
 class Tap(Transient):
     """Base of the taps: a site, the channel that its values go to, and the recorder of the context."""
@@ -75,13 +73,12 @@ class OutputTap(Tap):
         values = self.values
         path = self.path
         try:
-            if _version(output) or path in values:  # written in place; a second call; a call outside a forward
-                self._take_part(module, args, output)
+            if isinstance(output, Tensor) and not output._version and path not in values:
+                values[path] = output
                 return
-        except (TypeError, RuntimeError):  # not a tensor; an inference tensor, which has no version counter
-            self._take_part(module, args, output)
-            return
-        values[path] = output
+        except RuntimeError:  # an inference tensor, which has no version counter
+            pass
+        self._take_part(module, args, output)  # or written in place; a second call; a call outside a forward
 
     def _take_part(self, module: nn.Module, args: Any, output: Any) -> None:
         path = self.path

@@ -16,7 +16,7 @@ from tdcache.cache.named_cache import new_node
 from tdcache.errors import CacheWriteError, CaptureError, UnfiredSiteWarning, listed, warn_user
 from tdcache.types import CacheKey
 
-__all__ = ["CLOSED", "EntryTarget", "Target", "Written", "first_clash", "path_of"]
+__all__ = ["CLOSED", "EntryTarget", "NothingApart", "Target", "Written", "first_clash", "path_of"]
 
 
 class Written(NamedTuple):
@@ -84,13 +84,24 @@ class EntryTarget(Protocol):
         """Let these entries, or else all, stay until their modules run again."""
 
 
-class _ClosedTarget:
+class NothingApart:
+    """Base of targets whose entries are all of the latest forward."""
+
+    apart: frozenset[CacheKey] = frozenset()
+
+    def set_apart(self, *keys: CacheKey) -> None:
+        """Do nothing: the next forward replaces the entries."""
+
+    def own_apart(self, *, copies: bool) -> None:
+        """Do nothing: nothing stays."""
+
+
+class _ClosedTarget(NothingApart):
     """Drops all entries: the target of a channel whose context has closed."""
 
     cache = None
     node = None
     in_place = True
-    apart: frozenset[CacheKey] = frozenset()
 
     def write(self, entries: Mapping[CacheKey, Any], *, complete: bool) -> None:
         """Drop the entries, since the context has closed."""
@@ -103,12 +114,6 @@ class _ClosedTarget:
 
     def ensure(self) -> None:
         """Do nothing, since nothing will be written."""
-
-    def set_apart(self, *keys: CacheKey) -> None:
-        """Do nothing, since nothing was written."""
-
-    def own_apart(self, *, copies: bool) -> None:
-        """Do nothing, since nothing was written."""
 
 
 CLOSED = _ClosedTarget()
@@ -184,27 +189,33 @@ class Target:
             entries: key to tensor (or TensorDict).
             complete: whether every site is among them, so that no older entry can remain.
         """
-        self.apart.difference_update(entries)
+        if self.apart:
+            self.apart.difference_update(entries)
         if self.in_place:
             self._fill(entries)
             return
-        self.refuse_lock()
-        stale: list[CacheKey] = []
         if complete:
             self._complete = self._complete or tuple(entries)
         else:
-            self.written.update(dict.fromkeys(self._complete))
-            self._complete = ()
-            stale = [key for key in self.written if key not in entries and key not in self.apart]
-            self.written.update(dict.fromkeys(entries))
-        for key in stale:
-            self._drop(key)
+            self._drop_all_but(entries)
         if self.batch_dims:
+            self.refuse_lock()
             self._write_batched(entries)
-        elif self.node is None:
-            self.cache.update(entries)
-        else:
-            self._own_node().update(entries)
+            return
+        node = self.cache if self.node is None else self._own_node()
+        try:
+            node.update(entries)
+        except RuntimeError:
+            self.refuse_lock()
+            raise
+
+    def _drop_all_but(self, entries: Mapping[CacheKey, Any]) -> None:
+        self.refuse_lock()
+        self.written.update(dict.fromkeys(self._complete))
+        self._complete = ()
+        for key in [key for key in self.written if key not in entries and key not in self.apart]:
+            self._drop(key)
+        self.written.update(dict.fromkeys(entries))
 
     def _fill(self, entries: Mapping[CacheKey, Any]) -> None:
         for key, value in entries.items():
@@ -273,7 +284,9 @@ class Target:
         if self.in_place:
             self._make_void(key for key in self._preallocated if key not in self._void)
             return
-        node = None if self.node is None else self.cache.get(self.node, None)
+        if not (self._complete or self.written):
+            return
+        node = None if self.node is None else self._own_node()
         if node is not None and not self.written and len(node.keys()) == len(self._complete):
             # All entries were written here, as after most forwards: a new node is cheaper than emptying this one.
             self.cache[self.node] = new_node(self.cache, self.cache.batch_size)
@@ -291,11 +304,11 @@ class Target:
     def _own_node(self) -> TensorDictBase:
         if self.node is None:
             return self.cache
-        node = self.cache.get(self.node, None)
-        if node is None:
+        try:
+            return cast(TensorDictBase, self.cache[self.node])  # three times faster than get()
+        except KeyError:
             self.cache[self.node] = new_node(self.cache)
-            node = self.cache.get(self.node)
-        return cast(TensorDictBase, node)
+            return cast(TensorDictBase, self.cache[self.node])
 
     def _drop(self, key: CacheKey) -> None:
         full = self._full(key)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
-from torch import nn
+from torch import Size, nn
 
 from tdcache.cache.named_cache import NamedCache
 from tdcache.cache.recorder import Recorder
@@ -26,6 +26,7 @@ from tdcache.modules.hooked import HookedModule
 
 __all__ = ["HookingContextWithCache", "capturing_contexts"]
 
+_NO_BATCH = Size()
 _NEVER_ENTERED = (
     "this context was never entered, so its cache is empty; write `with context as hooked:` and call the model inside "
     "the block"
@@ -55,7 +56,7 @@ class HookingContextWithCache(HookingContext):
             raise ContextError(f"cache= is a TensorDict, got {type(cache).__name__}; TensorDict() makes an empty one")
         self.has_own_cache = cache is None
         self._cache = self._new_cache() if cache is None else cache
-        self._batch_size = self._cache.batch_size
+        self._batch_size = _NO_BATCH if cache is None else cache.batch_size
         self._clear_cache = self._forgets = clear_cache
         self._was_left = False
         self._empty_because = _NEVER_ENTERED if cache is None else ""
@@ -98,7 +99,7 @@ class HookingContextWithCache(HookingContext):
     def record(self, recorder: Recorder) -> None:
         """Let ``recorder`` keep the cache current until the context exits."""
         self.recorder = recorder
-        if self._clear_cache and self._holds_data() and not self._cache.is_locked:
+        if self._clear_cache and not self.has_own_cache and self._holds_data() and not self._cache.is_locked:
             self._drop_written(recorder)
         for channel, carried in zip(recorder.channels, self._carried, strict=False):
             if channel.reductions is not None and carried is not None:
@@ -139,12 +140,13 @@ class HookingContextWithCache(HookingContext):
 
     def _enter(self) -> HookedModule:
         if self._clear_cache and not self._in_context:
-            if self.has_own_cache and (self._was_left or len(self._cache.keys())):
+            if not self.has_own_cache:
+                if not self._holds_data():
+                    self.clear()
+            elif self._was_left or not self._cache.is_empty():
                 # Whoever still holds the previous block's cache keeps its entries.
                 self._cache = self._new_cache()
                 self._carried = []
-            elif not (self.has_own_cache or self._holds_data()):
-                self.clear()
         return super()._enter()
 
     def _hook(self, hooked: HookedModule) -> MultiHookHandle:
@@ -172,7 +174,7 @@ class HookingContextWithCache(HookingContext):
 
     def _holds_data(self) -> bool:
         """Whether the cache is also the model's input: it has all of the model's input keys."""
-        return not self.has_own_cache and all(self._cache.get(key, None) is not None for key in self._in_keys)
+        return all(self._cache.get(key, None) is not None for key in self._in_keys)
 
     def _drop_written(self, recorder: Recorder) -> None:
         for channel in recorder.channels:

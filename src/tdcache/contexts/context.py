@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -78,13 +78,6 @@ class Recipe(Protocol):
     ) -> TensorDictBase: ...
 
 
-class _Remembered(NamedTuple):
-    """What was selected at one entry, and among which modules."""
-
-    tree: list[tuple[str, nn.Module]]
-    selection: Selection
-
-
 class HookingContext:
     """A recipe bound to one model. Entering installs all hooks or none; exiting restores the model exactly.
 
@@ -122,15 +115,16 @@ class HookingContext:
         self._in_context = False
         self._paused = False
         self._managed = True
-        self._remembered: dict[Hashable, _Remembered] = {}
+        self._remembered: dict[Hashable, tuple[list[tuple[str, nn.Module]], Selection]] = {}
+        """What was selected at earlier entries, and among which modules."""
         self._selected: list[Selection] = []
         """The sites of the last entry, for display."""
         self._hooked_module: HookedModule | None = None
-        self._handle = MultiHookHandle()
+        self._handle: MultiHookHandle | None = None
         self._undo: ExitStack | None = None
         self.thread: RunningThread | None = None
         """The thread that opened the context, whose forwards its hooks act in; None while it is closed."""
-        self.fence = Fence()
+        self.fence: Fence | None = None
         self.is_child = False
         """Whether it belongs to a composite."""
         self.names: Names | None = factory.names
@@ -179,8 +173,9 @@ class HookingContext:
             self._wrapped = working = self._enter_inner()
             extra = working.relative_path if isinstance(working, HookedModule) else self._extra_relative_path
             keys: tuple[Any, ...] = (self._in_keys, self._out_keys, extra)
-            prepared = self.factory._prepare_module(working, *keys)
+            prepared = working
             if self.factory.prepares_module:
+                prepared = self.factory._prepare_module(working, *keys)
                 self._to_undo().callback(self.factory._restore_module, prepared, *keys)
             if may_be_compiled(self.model):
                 noticed = self.factory.hooks_calls_only
@@ -229,6 +224,8 @@ class HookingContext:
     @property
     def handle(self) -> MultiHookHandle:
         """The registrations of the hooks."""
+        if self._handle is None:
+            self._handle = MultiHookHandle()
         return self._handle
 
     def __exit__(
@@ -256,10 +253,11 @@ class HookingContext:
         undo, self._undo = self._undo, None
         try:
             if undo is None:  # the usual case
-                self._handle.remove()
+                if self._handle is not None:
+                    self._handle.remove()
             else:
                 with undo:
-                    self._handle.remove()
+                    self.handle.remove()
                     if error is not None:
                         undo.__exit__(type(error), error, error.__traceback__)
         finally:
@@ -286,7 +284,7 @@ class HookingContext:
         self._paused = True
         self._set_taking(False)
         try:
-            with self._handle.muted():
+            with self.handle.muted():
                 yield
         finally:
             self._paused = False
@@ -344,23 +342,23 @@ class HookingContext:
             self._selected.append(named_selection(self.model, self.names, selector, **options))
             return self._selected[-1]
         root = self.model if root is None else root
-        if split_selector(selector)[1]:
+        if matcher is None and split_selector(selector)[1]:  # a matcher is one of modules
             find, shown = partial(self.select, root=root), len(self._selected)
             found = select_sites(root, selector, match=match, allow_empty=allow_empty, find=find)
             self._selected[shown:] = [found]  # the calls, and not the modules that make them
             return found
         tree = walk(root)
-        key = (selector, match, id(root)) if isinstance(selector, Hashable) else None
+        key = (selector, match, id(root)) if type(selector) is str or isinstance(selector, Hashable) else None
         remembered = self._remembered.get(key)
-        if remembered is not None and remembered.tree == tree:
-            self._selected.append(remembered.selection)
-            return remembered.selection
+        if remembered is not None and remembered[0] == tree:
+            self._selected.append(remembered[1])
+            return remembered[1]
         matcher = as_matcher(selector, match) if matcher is None else matcher
         selection = select_matching(root, matcher, selector, match=match, allow_empty=allow_empty, tree=tree)
-        refuse_scripted(root, selection)
+        refuse_scripted(root, tuple(zip(selection.paths, selection.modules, strict=True)))
         self._selected.append(selection)
         if key is not None and depends_on_names_only(matcher):
-            self._remembered[key] = _Remembered(tree, selection)
+            self._remembered[key] = (tree, selection)
         return selection
 
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -178,7 +178,9 @@ class HookingContextFactory:
     ) -> HookedModule:
         """The hooked module that the context yields."""
         kwargs = dict(self._hooked_module_kwargs)
-        relative_path = join(kwargs.pop("relative_path", "td_module"), extra_relative_path)
+        relative_path = kwargs.pop("relative_path", "td_module")
+        if extra_relative_path:
+            relative_path = join(relative_path, extra_relative_path)
         return self._hooked_module_class(
             prep_module, hooking_context=hooking_context, relative_path=relative_path, **kwargs
         )

@@ -26,7 +26,7 @@ from tdcache.hooks.registrations import (
     behind,
     order_of,
 )
-from tdcache.hooks.threads import active_fence, note_placed, one_at_a_time
+from tdcache.hooks.threads import Fence, active_fence, note_placed, one_at_a_time
 from tdcache.hooks.transient import Transient
 from tdcache.introspect import hooks_always_called, next_registration, post_hooks, pre_hooks
 from tdcache.types import HookDirection, Removable
@@ -153,12 +153,8 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
     and the modules' dicts, but no handle per module.
     """
     with one_at_a_time:  # torch's counter is not thread-safe: a number used twice would lose a hook
-        number = next_registration()
-        placed = NumberedRegistrations(number)
-        handle.add(placed)
-        note_placed(placed)
-        fence = active_fence()
-        taken_in = placed.dicts.append
+        placed, fence = _numbered(handle)
+        number, taken_in = placed.number, placed.dicts.append
         elsewhere: list[tuple[AttachedElsewhere, Callable[..., Any]]] = []
         for module, hook in pairs:
             if isinstance(module, AttachedElsewhere):
@@ -182,6 +178,13 @@ def attach_outputs(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], handle
             handle.add(elsewhere[0][0].attach_hooks(elsewhere, "fwd", order))
 
 
+def _numbered(handle: MultiHookHandle) -> tuple[NumberedRegistrations, Fence | None]:
+    """Begin to register hooks under one number, which ``handle`` owns; with the fence that they go behind."""
+    placed = NumberedRegistrations(next_registration())
+    handle.add(placed)
+    return placed, note_placed(placed)
+
+
 def attach_ports(
     taps: Iterable[tuple[nn.Module, PortHook]], direction: HookDirection, handle: MultiHookHandle, order: int
 ) -> None:
@@ -203,15 +206,12 @@ class PortHook(Protocol):
 def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None], handle: MultiHookHandle) -> None:
     """Call ``begin`` before and ``end`` after every forward of ``root``, including one that raises."""
     with one_at_a_time:
-        number = next_registration()
-        placed = NumberedRegistrations(number)
-        handle.add(placed)
-        note_placed(placed)
-        fence = active_fence()
+        placed, fence = _numbered(handle)
+        number = placed.number
         before, after = placed.dicts = [pre_hooks(root), post_hooks(root)]
-        before[number] = behind(fence, begin)
+        before[number] = begin if fence is None else behind(fence, begin)
         before.move_to_end(number, last=False)
-        after[number] = behind(fence, end)
+        after[number] = end if fence is None else behind(fence, end)
         placed.always_called = hooks_always_called(root)
         placed.always_called[number] = True
 

@@ -11,6 +11,8 @@ import gc
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import repeat
+from operator import itemgetter
 from threading import Lock
 from typing import Any
 from weakref import WeakSet
@@ -123,7 +125,8 @@ def refuse_scripted(model: nn.Module, places: Sequence[tuple[Any, ...]]) -> None
     Raises:
         ContextError: it names the first one, and the script module, which can be hooked itself.
     """
-    if not any(issubclass(kind, torch.jit.ScriptModule) for kind in {type(each[1]) for each in places}):
+    kinds = set(map(type, map(itemgetter(1), places)))
+    if True not in map(issubclass, kinds, repeat(torch.jit.ScriptModule)):
         return
     for path in [each[0] for each in places if isinstance(each[1], torch.jit.ScriptModule)]:
         ancestor = scripted_ancestor(model, path)

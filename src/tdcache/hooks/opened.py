@@ -21,7 +21,7 @@ class Opened(Protocol):
     """The part of an open context that the registry uses."""
 
     model: nn.Module
-    fence: Fence
+    fence: Fence | None
     thread: RunningThread | None
 
 
@@ -35,23 +35,26 @@ def begin_opening(context: Opened) -> None:
     """A context is about to install its hooks; says whom its fence keeps out, and has others' keep out this thread."""
     me = this_thread()
     with _lock:
-        context.thread, context.fence = me, Fence()
+        fence = Fence()
+        context.thread, context.fence = me, fence
         open_contexts.add(context)
-        me.models.add(context.model)
-        _threads.add(me)
+        if me.opens_on(context.model):
+            _threads.add(me)
         if len(_threads) == 1:  # the usual case, whatever the number of models
             return
-        context.fence.others.update(each for each in _threads if each is not me and _runs(each, context.model))
+        fence.others.update(each for each in _threads if each is not me and _runs(each, context.model))
         for other in open_contexts:
-            if other.thread not in (me, None) and me not in other.fence.others and overlap(other.model, context.model):
-                other.fence.keep_out(me)
+            theirs = other.fence
+            if other.thread is me or theirs is None or me in theirs.others or not overlap(other.model, context.model):
+                continue
+            theirs.keep_out(me)
 
 
 def closed(context: Opened) -> None:
     """Forget a context that has exited."""
     with _lock:
         open_contexts.discard(context)
-        context.thread, context.fence = None, Fence()
+        context.thread = context.fence = None
 
 
 def _runs(thread: RunningThread, model: nn.Module) -> bool:
@@ -72,7 +75,7 @@ class OpenedHere:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.fence = Fence()
+        self.fence: Fence | None = None
         self.thread: RunningThread | None = None
 
     def __enter__(self) -> fencing:

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable
 from threading import RLock
 from typing import Protocol
-from weakref import WeakSet
+from weakref import ReferenceType, WeakSet, ref
 
 from torch import nn
 
@@ -41,11 +41,20 @@ one_at_a_time = RLock()
 class RunningThread:
     """A thread that runs models; Python reuses the identifiers of threads that have ended, so they will not do."""
 
-    __slots__ = ("__weakref__", "models")
+    __slots__ = ("__weakref__", "_latest", "models")
 
     def __init__(self) -> None:
         self.models: WeakSet[nn.Module] = WeakSet()
         """On which it opened contexts: it may be running them still."""
+        self._latest: ReferenceType[nn.Module] | None = None
+
+    def opens_on(self, model: nn.Module) -> bool:
+        """The thread opens a context on ``model``; returns whether the one before was not on the same model."""
+        if self._latest is not None and self._latest() is model:
+            return False
+        self._latest = ref(model)
+        self.models.add(model)
+        return True
 
 
 class Placed(Protocol):
@@ -69,9 +78,8 @@ class Fence:
         self.placed: list[Placed] = []
         self._pruned_at = 32
 
-    def take_in(self, placed: Placed) -> None:
-        """Record a registration under the fence; removed ones are dropped from time to time."""
-        self.placed.append(placed)
+    def prune(self) -> None:
+        """Drop removed registrations, from time to time."""
         if len(self.placed) > self._pruned_at:
             self.placed = [each for each in self.placed if each.is_there]
             self._pruned_at = 32 + 2 * len(self.placed)
@@ -119,10 +127,19 @@ def active_fence() -> Fence | None:
     return fence if fence is not None and fence.others else None
 
 
-def note_placed(placed: Placed) -> None:
-    """Record a registration, so that threads that are fenced off later do not run it either."""
-    if _here.fence is not None:
-        _here.fence.take_in(placed)
+def note_placed(placed: Placed) -> Fence | None:
+    """Record a registration, so that threads that are fenced off later do not run it either.
+
+    Returns:
+        The active fence.
+    """
+    fence = _here.fence
+    if fence is None:
+        return None
+    fence.placed.append(placed)
+    if len(fence.placed) > 32:
+        fence.prune()
+    return fence if fence.others else None
 
 
 class fencing:  # noqa: N801  (used as a function)

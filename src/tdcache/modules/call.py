@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from tensordict import TensorDictBase
@@ -47,15 +46,6 @@ def entries_of(data: Any) -> TensorDictBase:
     return entries
 
 
-@dataclass(slots=True)
-class _CallKeys:
-    """The keys that are read and written, in one attribute that is set without the slow ``nn.Module.__setattr__``."""
-
-    reads: list[CacheKey]
-    keywords: tuple[str, ...] | None
-    writes: list[CacheKey]
-
-
 class ModelCall(TensorDictModuleBase):
     """Reads a module's arguments from a TensorDict and writes its results back to it.
 
@@ -68,7 +58,9 @@ class ModelCall(TensorDictModuleBase):
     """
 
     module: nn.Module
-    call: _CallKeys
+    reads: list[CacheKey]
+    keywords: tuple[str, ...] | None
+    writes: list[CacheKey]
 
     def __init__(
         self,
@@ -79,29 +71,27 @@ class ModelCall(TensorDictModuleBase):
         init_module(self)
         self._modules["module"] = module
         given = ["input"] if in_keys is None else [in_keys] if isinstance(in_keys, str) else in_keys
-        self.__dict__["call"] = _CallKeys(
-            reads=list(given),
-            keywords=tuple(given.values()) if isinstance(given, Mapping) else None,
-            writes=[out_keys] if isinstance(out_keys, str) else list(out_keys or ["output"]),
-        )
+        keywords = None if in_keys is None or not isinstance(given, Mapping) else tuple(given.values())
+        writes = [out_keys] if isinstance(out_keys, str) else list(out_keys or ["output"])
+        self.__dict__.update(reads=list(given), keywords=keywords, writes=writes)  # nn.Module.__setattr__ is slow
 
     @property
     def in_keys(self) -> list[CacheKey]:
         """The entries that are read."""
-        return self.call.reads
+        return self.reads
 
     @in_keys.setter
     def in_keys(self, keys: Sequence[CacheKey]) -> None:
-        self.call.reads = list(keys)
+        self.__dict__["reads"] = list(keys)
 
     @property
     def out_keys(self) -> list[CacheKey]:
         """The entries that are written."""
-        return self.call.writes
+        return self.writes
 
     @out_keys.setter
     def out_keys(self, keys: Sequence[CacheKey]) -> None:
-        self.call.writes = list(keys)
+        self.__dict__["writes"] = list(keys)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """A TensorDict in, the same TensorDict out; other arguments are passed to the module unchanged."""
@@ -109,10 +99,10 @@ class ModelCall(TensorDictModuleBase):
             return self.module(*args, **kwargs)
         data = args[0]
         values = [self._read(data, key) for key in self.in_keys]
-        if self.call.keywords is None:
+        if self.keywords is None:
             result = self.module(*values, **kwargs)
         else:
-            result = self.module(**dict(zip(self.call.keywords, values, strict=True)), **kwargs)
+            result = self.module(**dict(zip(self.keywords, values, strict=True)), **kwargs)
         for key, value in self._named(result):
             data.set(key, value)
         return data

@@ -38,7 +38,7 @@ class OwningContext(Protocol):
     _in_context: bool
     model: nn.Module
     names: Names | None
-    fence: Fence
+    fence: Fence | None
 
     def call(self, module: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call of the hooked module."""

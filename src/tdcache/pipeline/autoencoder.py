@@ -85,14 +85,21 @@ def as_autoencoder(given: Any) -> Autoencoder:
     return Autoencoder(encode, decode, pair is None and getattr(given, "needs_source", False) is True)
 
 
-def _summed(x: Tensor, plain: Tensor, reconstruction: Tensor, error: Tensor) -> Tensor:
-    """The sum of reconstruction and error, with exactly the value of ``x``."""
+def _summed(x: Tensor, plain: Tensor, reconstruction: Tensor, error: Tensor, *, edited: bool) -> Tensor:
+    """The sum of reconstruction and error, which has exactly the value of ``x`` if nothing was edited."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return x - ((plain - reconstruction) + ((x - plain) - error))
+        return x - ((plain - reconstruction) + ((x - plain) - error)) if edited else x.clone()
     total = reconstruction + error  # for its graph: the gradients of both are that of the sum
     with torch.no_grad():
-        total.copy_(x - ((plain - reconstruction) + ((x - plain) - error)))
+        total.copy_(x - ((plain - reconstruction) + ((x - plain) - error)) if edited else x)
     return total
+
+
+def _passed(site: Callable[[Tensor], Tensor], value: Tensor) -> tuple[Tensor, bool]:
+    """What a site returns for ``value``, and whether that is edited."""
+    version = eager_version_of(value)
+    returned = site(value)
+    return returned, not untouched(value, returned, version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +117,9 @@ class Sites:
 
             r'(z') + e' = x - ((r - r') + (e - e')),
 
-        computed as on the right, where unedited both brackets are exactly zero, and differentiated as on the left,
-        where what comes back through r' and e' to ``x`` is exactly the gradient of the output: identities to the last
-        bit. The gradient of z' is the decoder transpose
+        computed as on the right, where unedited both brackets are exactly zero (and left out), and differentiated as on
+        the left, where what comes back through r' and e' to ``x`` is exactly the gradient of the output: identities to
+        the last bit. The gradient of z' is the decoder transpose
         applied to the gradient of the output, that of e' (and of r') the gradient of the output.
 
         Args:
@@ -132,12 +139,11 @@ class Sites:
         graph = torch.is_grad_enabled() and latents.requires_grad
         if graph or shares_memory(latents, x) or (source is not None and shares_memory(latents, source)):
             latents = latents.clone()
-        version = eager_version_of(latents)
-        hooked = self.latents(latents)
-        same = not graph and untouched(latents, hooked, version)
-        reconstruction = self.reconstruction(plain.clone() if same else autoencoder.decoded(hooked, x, source))
-        error = self.error(x - plain)
-        return _summed(x, plain, reconstruction, error)
+        hooked, edited = _passed(self.latents, latents)
+        decoded = autoencoder.decoded(hooked, x, source) if graph or edited else plain.clone()
+        reconstruction, changed = _passed(self.reconstruction, decoded)
+        error, moved = _passed(self.error, x - plain)
+        return _summed(x, plain, reconstruction, error, edited=edited or changed or moved)
 
     def _reconstruct(self, x: Tensor, latents: Tensor, autoencoder: Autoencoder, source: Tensor | None) -> Tensor:
         if shares_memory(latents, x):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tdcache.cache import Channel, EntryTarget, GradientTap, Keep, OutputTap, Recorder, Target
 from tdcache.cache.taps import Tap
+from tdcache.cache.target import NothingApart
 from tdcache.errors import CaptureError
 from tdcache.hooks import MultiHookHandle, Order, OutputPort, attach_outputs, bracket
 from tdcache.hooks.values import first_tensor
@@ -90,7 +91,7 @@ class CaptureOptions:
         return tensor[0]
 
 
-class _MappingTarget:
+class _MappingTarget(NothingApart):
     """Writes entries into a plain dict that the user passed."""
 
     node = None
@@ -102,9 +103,11 @@ class _MappingTarget:
 
     def write(self, entries: Mapping[CacheKey, Any], *, complete: bool) -> None:
         """Make ``entries`` the direction's entries."""
+        self.cache.update(entries)
+        if complete and len(self._written) == len(entries):  # as after most forwards
+            return
         for key in self._written.keys() - entries.keys():
             self.cache.pop(key, None)
-        self.cache.update(entries)
         self._written = dict.fromkeys(entries)
 
     def put(self, key: CacheKey, value: Any) -> None:
@@ -308,10 +311,13 @@ class SavingPointHook(PointHook):
         kept = output
         if self.copies:
             kept = (output.detach() if output.requires_grad else output).clone()
-        if kept.is_inference() or kept._version:  # those who read ``values`` ask for a counter, and expect 0
-            return super().on_output(module, args, output)
-        values[name] = kept
-        return None
+        try:
+            if not kept._version:  # those who read ``values`` expect 0
+                values[name] = kept
+                return None
+        except RuntimeError:  # an inference tensor, which has no version counter
+            pass
+        return super().on_output(module, args, output)
 
 
 class SavingHook:

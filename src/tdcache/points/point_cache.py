@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tensordict import TensorDict
+from tdcache.cache.named_cache import FlatCache
 
 __all__ = ["PointCache"]
 
 
-class PointCache(TensorDict):
+class PointCache(FlatCache):
     """A TensorDict without batch dimensions that can be used where a dict of activations is expected.
 
     TransformerLens' ``ActivationCache`` looks shorthands up in its dict before it expands them, ``("q", 0) in cache``,
