@@ -106,8 +106,6 @@ REFUSED = {
     r"int\(\)": int,
     "'in'": lambda v: 1 in v,
     r"an assignment to a part \(instead: run.set\(path, value, positions=": lambda v: v.__setitem__(0, 1),
-        v.__setitem__(0, 1)
-    ),
     r"an operation that writes in place \(mul_\)": BIAS.clone().mul_,
     r"an operation that writes in place \(__setitem__\)": lambda v: BIAS.clone().__setitem__(0, v),
 }
