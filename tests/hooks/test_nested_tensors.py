@@ -11,7 +11,8 @@ from tdcache import (
     SteeringVectors,
     cache_activations,
 )
-from tdcache.errors import CaptureError
+from tdcache.errors import CaptureError, StoreError
+from tdcache.harvesting import save_activations
 from tdcache.reducers import Mean, Stack
 
 # torch warns that its own fast path is a prototype.
@@ -102,6 +103,15 @@ def test_a_run_names_the_remedy(declare):
         hooked.run({"src": X, "src_key_padding_mask": PADDING}) as opened,
     ):
         declare(opened)
+
+
+def test_a_file_of_activations_refuses_them(tmp_path):
+    model = encoder()
+    cache = run(model, cache_activations(model, r"layers\.1"))
+    with pytest.raises(
+        StoreError, match=r"dense tensors with values, and 'layers\.1' is a nested tensor; give it as a"
+    ):
+        save_activations(cache, tmp_path / "x.pt")
 
 
 def test_the_remedies_work():

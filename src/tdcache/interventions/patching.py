@@ -190,7 +190,9 @@ class ActivationPatching(Intervention):
             unpatched run. Disable it for a model whose layers do more than return values.
         stack_by: for a sweep: the named group of the pattern that becomes a leading axis of the result.
         source_positions: the positions of the source that are pasted into ``positions``, by default the same ones. The
-            source may then differ in length, as in Patchscopes (Ghandeharioun et al. 2024, arXiv:2401.06102).
+            source may then differ in length, as in Patchscopes (Ghandeharioun et al. 2024, arXiv:2401.06102). In the
+            first input of ``data`` they count real tokens; in ``source=``, which has no mask, they are columns, and a
+            tensor ``(batch, k)`` gives each row its own.
         **options: where and when it acts: ``direction``, ``heads`` and the others of :class:`tdcache.EditOptions`. A
             sweep over heads needs ``heads=n_heads``, or ``(n_heads, which)`` for some of them.
 
