@@ -65,7 +65,11 @@ class Paste:
     def _part_of(self, given: Tensor, full: Tensor, region: Region) -> Tensor:
         """The part of the source that goes into the region."""
         if self.source_positions is not None:
-            return replace(region, positions=self.source_positions).take(given, self.path)
+            taken = replace(region, positions=self.source_positions).take(given, self.path)
+            if not region.joins_rows or taken.ndim != given.ndim or region.position_dim != 1:
+                return taken
+            counts = region.positions.sum(1)  # unequal ones do not fit, and joining could hide that
+            return taken.flatten(0, 1) if bool((counts == taken.shape[1]).all()) else taken
         return region.take(given, self.path) if given.shape == full.shape and not region.whole else given
 
 
