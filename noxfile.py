@@ -117,19 +117,19 @@ def soak(session):
 
 @nox.session
 def names_zoo(session):
-    """Find and prove canonical names in 190 families of transformers; writes docs/names_table.md."""
+    """Find and prove canonical names in 224 families of transformers; writes docs/names_table.md."""
     run_script(session, ".[examples]", "tests/names_zoo.py")
 
 
 @nox.session
 def residual_zoo(session):
-    """Take the residual streams of 190 families of transformers apart; every sum has to be exact, or refused."""
+    """Take the residual streams of 224 families of transformers apart; every sum has to be exact, or refused."""
     run_script(session, ".[examples]", "tests/residual_zoo.py")
 
 
 @nox.session
 def names_lies(session):
-    """Plant wrong names in 190 families of transformers; every one has to be refused."""
+    """Plant wrong names in 224 families of transformers; every one has to be refused."""
     run_script(session, ".[examples]", "tests/names_lies.py")
 
 
@@ -177,7 +177,7 @@ def validate(session):
 @nox.session
 def lens_tests(session):
     """Run TransformerLens' own tests on tdcache's hook points; ``-- --source PATH`` takes a checkout of it."""
-    install_group(session, "tests", "-e", ".", "transformer-lens", "pytest-rerunfailures")
+    install_group(session, "tests", "-e", ".", "transformer-lens")
     env = {**OFFLINE, "PYTHONPATH": "tests"}
     session.run("python", "-W", "ignore", "-m", "validator.lens_tests", *session.posargs, env=env)
 

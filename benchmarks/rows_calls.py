@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import statistics
+import timeit
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -12,10 +14,10 @@ from typing import Any
 
 import torch
 from harness import Call, Goal, Maker, Plan, Samples, Table, measure_makers, rounds_note, settle_process
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdcache import ActivationCaching
+from tdcache import Ablation, ActivationCaching
 from tdcache.function_calls import CallSite, attach_attention, attach_call
 
 LAYERS = 12
@@ -27,7 +29,8 @@ NAMED, SUMS = "a Python function in all", "both sums of all blocks"
 BARE = "bare hooks on all attentions"
 CONTEXT = "all patterns, ActivationCaching"
 HAND = "all patterns, in a copy edited by hand"
-NNSIGHT = "all attention calls, nnsight .source"  # torchlens, which logs every operation, takes seconds
+NNSIGHT = "all attention calls, nnsight .source"
+TORCHLENS = "all operations, torchlens.trace"
 
 
 @functools.cache
@@ -168,6 +171,21 @@ def _nnsight(stack: ExitStack, width: int = 64) -> Call:
     return again
 
 
+def _times_of_torchlens(skipped: dict[str, str]) -> float:
+    """How many forwards one trace takes; 0 where it is not installed. It takes seconds, so there is one."""
+    try:
+        import torchlens
+    except ImportError as error:
+        skipped[TORCHLENS] = str(error)
+        return 0.0
+    call = _called(copy.deepcopy(_llama(64, "sdpa")), 64)
+    forward = min(timeit.repeat(call, number=1, repeat=20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values that the masks of transformers ask for
+        traced = timeit.timeit(lambda: torchlens.trace(call.func, call.args), number=1)
+    return traced / forward
+
+
 def _calls(stack: ExitStack, width: int, labels: Sequence[str]) -> Call:
     model, kept = copy.deepcopy(_llama(width, "sdpa")), {}
     for at in range(LAYERS):
@@ -209,6 +227,7 @@ def calls(plan: Plan) -> list[Table]:
     with torch.no_grad():
         for width in SHAPES:
             by_width[width] = measure_makers(_makers(width), plan, skipped, copies=2)
+        lens = _times_of_torchlens(skipped)
     head = ["variant", *(f"d={width}: x forward" for width in SHAPES)]
     table = Table(f"Places inside a forward: {LAYERS}-layer Llama under SDPA, no_grad", head)
     for name in _makers(64):
@@ -217,10 +236,103 @@ def calls(plan: Plan) -> list[Table]:
         for width, ratio in ratios.items():
             if name in LIMITS[width]:
                 table.goals.append(Goal(f"{name}, d={width}", ratio, LIMITS[width][name]))
+    table.rows += [[TORCHLENS, f"{lens:.0f}", ""]] if lens else []
     table.notes += [rounds_note(by_width.values()), *(f"{name}: {why}" for name, why in skipped.items())]
-    return [table]
+    with torch.no_grad():
+        return [table, _compiled(plan)]
 
 
-def _ratio(samples: Samples, name: str) -> float:
-    pairs = zip(samples.seconds[name], samples.seconds[IDLE], strict=True)
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+class _Gated(nn.Module):
+    """A gated MLP with a residual sum; ``kept`` is what somebody adds to a copy in order to see the product."""
+
+    def __init__(self, at: int, kept: dict[int, Tensor] | None, width: int = 64) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(2 * width, width),
+        )
+        self.at, self.kept = at, kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = _gated(self.gate(x), self.up(x))
+        if self.kept is not None:
+            self.kept[self.at] = product
+        return x + self.down(product)
+
+
+class _Tower(nn.Module):
+    def __init__(self, kept: dict[int, Tensor] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(_Gated(at, kept) for at in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+GATED = r"blocks\.\d+::_gated"
+BY_HAND, CAPTURED = "kept by a copy edited by hand", "ActivationCaching"
+EDITED = "Ablation of four units"
+
+
+def _compiled_alone(stack: ExitStack) -> Call:
+    return partial(torch.compile(_Tower(), fullgraph=True), torch.ones(64, 64))
+
+
+def _compiled_by_hand(stack: ExitStack) -> Call:
+    kept: dict[int, Tensor] = {}
+    return _checked(partial(torch.compile(_Tower(kept), fullgraph=True), torch.ones(64, 64)), kept, LAYERS)
+
+
+def _compiled_captured(stack: ExitStack) -> Call:
+    model, x = _Tower(), torch.ones(64, 64)
+    compiled = torch.compile(model, fullgraph=True)
+    hooked = stack.enter_context(ActivationCaching(GATED).prepare(model))
+
+    def again() -> Any:
+        compiled(x)
+        if len(hooked.cache.keys()) != LAYERS:
+            raise RuntimeError(f"{len(hooked.cache.keys())} values were seen, {LAYERS} expected")
+
+    return again
+
+
+def _compiled_edited(stack: ExitStack) -> Call:
+    model, x = _Tower(), torch.ones(64, 64)
+    compiled = torch.compile(model, fullgraph=True)
+    plain = compiled(x)
+    stack.enter_context(Ablation(GATED, units=[0, 1, 2, 3]).prepare(model))
+    if torch.equal(compiled(x), plain):
+        raise RuntimeError("the edit changes nothing")
+    return partial(compiled, x)
+
+
+def _compiled(plan: Plan) -> Table:
+    skipped: dict[str, str] = {}
+    makers: dict[str, Maker] = {
+        IDLE: _compiled_alone,
+        BY_HAND: _compiled_by_hand,
+        CAPTURED: _compiled_captured,
+        EDITED: _compiled_edited,
+    }
+    samples = measure_makers(makers, plan, skipped, copies=1)
+    table = Table(
+        f"torch.compile(fullgraph=True): a Python function in {LAYERS} blocks", ["variant", "x compiled", "x by hand"]
+    )
+    for name in samples.seconds:
+        table.rows.append([name, f"{_ratio(samples, name):.3f}", f"{_ratio(samples, name, BY_HAND):.3f}"])
+    table.goals.append(Goal("calls in a full graph, captured", _ratio(samples, CAPTURED, BY_HAND), 1.1))
+    table.notes += [rounds_note([samples]), *(f"{name}: {why}" for name, why in skipped.items())]
+    return table
+
+
+def _ratio(samples: Samples, name: str, base: str = IDLE) -> float:
+    pairs = zip(samples.seconds[name], samples.seconds[base], strict=True)
     return statistics.median(mine / idle for mine, idle in pairs)

@@ -26,7 +26,6 @@ from harness import Goal, Plan, Table, settle_process
 from rows_memory import MB, forget_peak, map_big_blocks, resident, settled
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from zoo import small_gpt2
 
 from tdcache import ActivationDataset, harvest
 from tdcache.harvesting import collect_activations_from_dataloader, extract_representations
@@ -96,11 +95,13 @@ def _harvested(model: nn.Module, batches: list[dict[str, Tensor]], folder: Path,
 
 def compute(plan: Plan) -> list[Table]:
     """One layer of GPT-2 small, where the forward takes the time."""
+    from zoo import small_gpt2  # here: importing transformers would be most of the time of the peaks' processes
+
     settle_process()
-    count = 4 if plan.quick else 16
+    count, size = (2, 2) if plan.quick else (16, 4)
     model = small_gpt2().eval()
     model = model.transformer if hasattr(model, "transformer") else model
-    batches = [{"input_ids": torch.randint(1, 1000, (4, 64))} for _ in range(count)]
+    batches = [{"input_ids": torch.randint(1, 1000, (size, 64))} for _ in range(count)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         calls = {
@@ -110,7 +111,7 @@ def compute(plan: Plan) -> list[Table]:
             "tdcache.harvest, stop_early": partial(_harvested, model, batches, folder, stop_early=True),
         }
         seconds = _rounds(calls, 3 if plan.quick else 5)
-    tokens = count * 4 * 64
+    tokens = count * size * 64
     table = Table(
         f"Harvest, compute-bound: layer 6 of GPT-2 small, {tokens} tokens, bfloat16, durable",
         ["variant", "tokens/s", "x forward only"],
@@ -277,34 +278,35 @@ PEAKS: Mapping[str, Callable[[nn.Module, _Ones], Any]] = {
 }
 
 
-def _peak(variant: str, count: int) -> int:
-    """Run in a process of its own: bytes at the most over those before."""
+def _peaks_of(variant: str, counts: list[int]) -> list[int]:
+    """Run in a process of its own, with data of each size: bytes at the most over those before."""
     torch.set_num_threads(1)
     map_big_blocks()
     model = nn.Sequential(nn.Identity())
     run = partial(PEAKS[variant], model)
     run(_Ones(64))
-    before = settled()
-    forget_peak()
-    kept = run(_Ones(count))
-    del kept
-    return resident("VmHWM") - before
+    found = []
+    for count in counts:
+        before = settled()
+        forget_peak()
+        kept = run(_Ones(count))
+        del kept
+        found.append(resident("VmHWM") - before)
+    return found
 
 
 def peaks(plan: Plan) -> list[Table]:
     """The most memory there was, over one and ten times the data."""
-    sizes = (1024, 4096) if plan.quick else (1024, 10240)
+    sizes = (512, 2048) if plan.quick else (1024, 10240)
     table = Table(
         "Peak memory of a harvest, MB over what was there before",
         ["variant", *(f"{count * 16 * 1024 * 4 / MB:.0f} MB of data" for count in sizes)],
     )
     found: dict[str, list[float]] = {}
     for variant in PEAKS:
-        found[variant] = []
-        for count in sizes:
-            command = [sys.executable, __file__, variant, str(count)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[variant].append(json.loads(done.stdout.splitlines()[-1]) / MB)
+        command = [sys.executable, __file__, variant, *map(str, sizes)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[variant] = [each / MB for each in json.loads(done.stdout.splitlines()[-1])]
         table.rows.append([variant, *(f"{each:.0f}" for each in found[variant])])
     payload = [count * 16 * 1024 * 4 / MB for count in sizes]
     table.goals.append(Goal("peak of a harvest, growth with the data", found["harvest"][1] / payload[1], 0.2))
@@ -404,7 +406,7 @@ def _fill(folder: Path, rows: int) -> dict[str, str]:
 
 def reading(plan: Plan) -> list[Table]:
     """One shuffled epoch in batches of 1024, with files in the page cache and without."""
-    rows = (1 << 16) if plan.quick else (1 << 18)
+    rows = (1 << 15) if plan.quick else (1 << 18)
     table = Table(
         f"Shuffled reading: {rows:,} rows of {ROW} bfloat16, batches of 1024, Mrow/s",
         ["variant", "warm", "cold"],
@@ -473,7 +475,7 @@ def _through(batches: Any) -> float:
 
 def loading(plan: Plan) -> list[Table]:
     """One shuffled epoch, page cache warm, by our iterator and by a stock ``DataLoader``; and a column as an array."""
-    count = (1 << 17) if plan.quick else (1 << 19)
+    count = (1 << 16) if plan.quick else (1 << 19)
     options: dict[str, Any] = {"shuffle": "block", "seed": 0}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         _write_rows(Path(name), count)
@@ -589,7 +591,7 @@ def checking(plan: Plan) -> list[Table]:
     """A first epoch with and without checksums, and one row of a store that nobody has read; page cache warm."""
     rows = (1 << 16) if plan.quick else (1 << 18)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
-        _fill(Path(name), rows)
+        _write_rows(Path(name), rows)
         folder = Path(name, "a.acts")
         epochs = {each: partial(_epoch_of, folder, check=each) for each in (False, True)}
         seconds = _rounds(epochs, 5 if plan.quick else 9)
@@ -624,12 +626,12 @@ def rows(plan: Plan) -> list[Table]:
 
 
 def main() -> None:
-    """Measure one peak and print it as JSON."""
+    """Measure peaks over some sizes and print them as JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("variant", choices=PEAKS)
-    parser.add_argument("count", type=int)
+    parser.add_argument("counts", type=int, nargs="+")
     options = parser.parse_args()
-    print(json.dumps(_peak(options.variant, options.count)))
+    print(json.dumps(_peaks_of(options.variant, options.counts)))
 
 
 if __name__ == "__main__":

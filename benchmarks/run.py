@@ -42,7 +42,7 @@ ROWS = {
 }
 PEERS = (
     *("tensordict", "regex", "tdhook", "nnsight", "captum", "zennit", "transformer-lens", "pyvene", "transformers"),
-    "datasets",
+    *("datasets", "torchlens"),
 )
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 

@@ -8,11 +8,15 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from differential_models import CHANGES_IN_PLACE, Gives, Split, model_of, random_tree
+from differential_models import CHANGES_IN_PLACE, WIDTH, Gives, Split, model_of, random_tree
 from tdcache import Concatenate, First, Last, Mean, Stack
 
 GRADIENTS = ("bwd", "bwd_pre", "grad_in")
 OUTPUTS = ("fwd", "fwd_kwargs", "bwd", "bwd_pre")
+
+
+NO_ARGUMENT = torch.zeros(2, WIDTH, dtype=torch.float64)
+"""What a callback takes where all arguments are keywords, which hooks of inputs do not get."""
 
 
 @dataclass
@@ -59,7 +63,7 @@ def doubled_output(output, **others):
 
 
 def doubled_input(args, **others):
-    return first_leaf(args).detach() * 2
+    return first_leaf((*args, NO_ARGUMENT)).detach() * 2
 
 
 def doubled_gradient(grad_output, **others):

@@ -7,6 +7,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 WIDTH = 3
 
@@ -186,6 +187,41 @@ class ChangesView(nn.Module):
         return view.t() + 1
 
 
+class Named(nn.Module):
+    """Takes keyword arguments alone."""
+
+    def forward(self, *, x, scale):
+        return {"scaled": x * scale, "scale": scale}
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.named = Named()
+
+    def forward(self, x):
+        return self.named(x=x, scale=x * 0.5)["scaled"] + x
+
+
+class Recurrent(nn.Module):
+    """Returns a tensor and a tuple of states, of which it uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(WIDTH, WIDTH)
+
+    def forward(self, x):
+        output, (hidden, _) = self.lstm(x)
+        return output + hidden
+
+
+class Checkpointed(Part):
+    """Runs its child again in the backward."""
+
+    def forward(self, x):
+        return checkpoint(self.parts[0], x, use_reentrant=False)
+
+
 def linear() -> nn.Module:
     return nn.Linear(WIDTH, WIDTH)
 
@@ -202,6 +238,8 @@ LEAVES = {
     "collects": Collects,
     "entries": lambda: Entries(linear()),
     "views": Views,
+    "keywords": Keywords,
+    "recurrent": Recurrent,
     "changes view": ChangesView,
 }
 NODES = {
@@ -213,6 +251,7 @@ NODES = {
     "idle": Idle,
     "every other": EveryOther,
     "without graph": WithoutGraph,
+    "checkpointed": Checkpointed,
 }
 CHANGES_IN_PLACE = ("in place", "changes view")
 
@@ -223,6 +262,8 @@ def random_tree(rng: random.Random, depth: int = 2) -> Any:
         return rng.choice(sorted(LEAVES))
     kind = rng.choice(sorted(NODES))
     count = rng.randint(1, 3) if kind in ("chain", "sequential") else 1
+    if kind == "checkpointed":  # what it runs twice has to do the same twice, which "every other" does not
+        depth = 1
     return (kind, *(random_tree(rng, depth - 1) for _ in range(count)))
 
 

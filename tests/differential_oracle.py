@@ -17,6 +17,10 @@ class Stopped(Exception):
     pass
 
 
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
 @dataclass
 class Event:
     """One value that one call of one site gave."""
@@ -91,11 +95,13 @@ class Oracle:
         return [((), tensor) for _, tensor in parts[:1]]
 
     def on_input(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if in_backward():  # the second run of a checkpoint
+            return None
         self.serial += 1
         directions, serial = self.case.options["directions"], self.serial
         given = (*args, *kwargs.values())
         if self.case.options.get("callback") is doubled_input:
-            self.note(path, "fwd_pre", (), serial, first_leaf(args) * 2)
+            self.note(path, "fwd_pre", (), serial, doubled_input(args))
         else:
             for direction in {"fwd_pre", "fwd_pre_kwargs"} & set(directions):
                 for steps, tensor in self.picked(given, of_input=True, grad=False):
@@ -111,6 +117,8 @@ class Oracle:
         }
 
     def on_output(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if in_backward():
+            return None
         self.serial += 1
         directions, serial = self.case.options["directions"], self.serial
         callback = self.case.options.get("callback")

@@ -58,11 +58,12 @@ def look(family: str) -> list[Found]:
     except TdcacheError:
         return []
     inputs = own_inputs(model, seed=5)
-    return in_best_dtype(model, 0.1, lambda copy: _look_at(copy, table, inputs, family))
+    return in_best_dtype(model, lambda copy: _look_at(copy, table, inputs, family))
 
 
 def _look_at(copy: WorkingCopy, table: Names, inputs: Any, family: str) -> list[Found]:
     found = []
+    copy.shake()
     for prefix, stream in table.streams.items():
         if not all(f"{prefix}blocks.{at}.resid_post" in table for at in range(stream.blocks)):
             continue

@@ -22,7 +22,7 @@ from tdcache.errors import ContextError, DirectionError
 from tdcache.function_calls.places import call_places, graph_shows, refuse_direction
 from tdcache.function_calls.sites import split_selector
 from tdcache.function_calls.stand_in import check_selector
-from tdcache.hooks import MultiHookHandle, attach, bracket
+from tdcache.hooks import MultiHookHandle, bracket
 from tdcache.modules import HookedModule
 from tdcache.named_places import Names
 from tdcache.place_modules import position_dims, refuse_at_names, region_in
@@ -242,7 +242,7 @@ class ActivationCaching(HookingContextFactory):
                 self._capture.place_calls(model, places, recorder, handle)
             part = recorder.channels[0].part
             if part is not None and part.fed is not None:
-                handle.add(attach(model, part.fed.on_call, "fwd_pre_kwargs", order=part.fed.order))
+                part.fed.attach(model, handle)
             if self._capture.steps is None:
                 bracket(model, recorder.begin, recorder.end, handle)
             else:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tdcache.arguments import forward_names, named_arguments
-from tdcache.errors import EditError
+from tdcache.errors import EditError, SelectionError
 from tdcache.hooks import MultiHookHandle, Order, attach, bracket
 from tdcache.hooks.transient import Transient
 from tdcache.introspect import in_backward
@@ -101,7 +101,8 @@ class CurrentCall:
         receives = path in self.clock.receivers
         if receives and self.options.steps is not None:
             self.clock.begin(path, args, kwargs)
-        outermost = receives and not any(each in self.clock.receivers for each, _ in self._running)
+        alone = path in self.clock.encoders  # within another forward, the mask may be among the arguments of that
+        outermost = receives and not any(alone or each in self.clock.receivers for each, _ in self._running)
         self._running.append((path, named_arguments(names, args, kwargs)))
         if outermost and self.wants_tokens:  # now, for soon the cache holds what is being fed
             self._forget()
@@ -114,6 +115,10 @@ class CurrentCall:
         self.clock.end(path)
         if not self._running:
             self._forget()
+
+    def forget(self) -> None:
+        """Drop what is known of the latest forward."""
+        self._latest = None
 
     @property
     def is_outermost(self) -> bool:
@@ -151,7 +156,9 @@ class CurrentCall:
         if region.rows is None and region.positions is None:
             return region
         if value.ndim:
-            self._fed().check_rows(path, value, region.row_axis(value))
+            fed = self.sequences_now()
+            if fed is not None:
+                fed.check_rows(path, value, region.row_axis(value))
         if region.positions is None or value.ndim < 2:
             return region
         batch, length = value.shape[region.row_axis(value)], value.shape[region.position_dim % value.ndim]
@@ -160,23 +167,34 @@ class CurrentCall:
             self._regions[key] = self._columns(path, batch, length, value.device, region)
         return self._regions[key]
 
+    def sequences_now(self) -> Sequences | None:
+        """What is fed by the forward under way, or in a backward by the latest; None outside of these."""
+        if self._sequences is None and self._running:
+            self._sequences = self._sequences_of(self._running[0][1])
+        if self._sequences is not None:
+            return self._sequences
+        if in_backward() and self._latest is not None:  # a checkpoint runs the module again, or a gradient arrives
+            return self._latest
+        return Sequences({}, mask_key=None) if self.options.mask_key is None else None
+
     def tokens_at(self, path: str, batch: int, length: int, device: torch.device | None) -> Tokens | None:
-        """The real tokens of a value; None where each of its columns is one, numbered from 0."""
-        sequences = self._fed()
+        """The real tokens of a value; None where each of its columns is one, numbered from 0.
+
+        Raises:
+            SelectionError: no forward is under way, or its mask is not one of this value.
+        """
+        sequences = self.sequences_now()
+        if sequences is None:
+            raise SelectionError(
+                f"positions= counts the tokens of a call of the model, and {path!r} ran outside of one; call the model "
+                "itself, or count columns with mask_key=None",
+                selector=path,
+            )
         if all(each.mask is None and each.past == 0 and not each.ids for each in sequences.fed):
             return None
         tokens = sequences.at(path, batch=batch, length=length, device=device)
         plain = tokens.before is not None and not bool(tokens.before.any()) and bool(tokens.real.all())
         return None if plain and tokens.sequence is None else tokens
-
-    def _fed(self) -> Sequences:
-        """What the forward under way feeds."""
-        if self._sequences is None:
-            if in_backward() and not self._running and self._latest is not None:  # a checkpoint runs the module again
-                self._sequences = self._latest
-            else:
-                self._sequences = self._sequences_of(self._running[0][1] if self._running else {})
-        return self._sequences
 
     def _columns(
         self, path: str, batch: int, length: int, device: torch.device | None, region: Region

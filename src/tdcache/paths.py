@@ -40,11 +40,13 @@ def _walk_below(
     parent: nn.Module, prefix: str, lineage: tuple[nn.Module, ...], found: list[tuple[str, nn.Module]]
 ) -> None:
     for name, child in parent._modules.items():
-        if child is None or child in lineage:
+        if child is None:
             continue
         path = prefix + name
-        found.append((path, child))
-        if child._modules:
+        if not child._modules:
+            found.append((path, child))
+        elif child not in lineage:
+            found.append((path, child))
             _walk_below(child, path + ".", (*lineage, child), found)
 
 

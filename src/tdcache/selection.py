@@ -328,10 +328,11 @@ def select_matching(
         sites = _matches(walk(inner), matcher)
     if not (selector and type(selector) is str) and _wants_root(selector):
         sites.insert(0, Site("", model))
-    if not allow_empty:
-        if not sites:
-            raise _nothing_matches(model, selector, match)
-        _refuse_unmatched_member(model, matcher, selector, match)
+    if not sites and not allow_empty:
+        raise _nothing_matches(model, selector, match)
+    for member in selector if isinstance(selector, list | tuple) and not allow_empty else ():
+        if member and isinstance(member, str | list | tuple):  # a string that matches nothing is misspelt
+            select_matching(model, as_matcher(member, match), member, match=match)
     return Selection(sites, selector=selector, model_name=type(model).__name__)
 
 
@@ -372,16 +373,6 @@ def _wants_root(selector: Selector) -> bool:
     if isinstance(selector, str):
         return selector == ""
     return isinstance(selector, Sequence) and any(_wants_root(member) for member in selector)
-
-
-def _refuse_unmatched_member(model: nn.Module, matcher: Matcher, selector: Selector, match: Match) -> None:
-    """Refuse a list in which some string matches nothing: it is misspelt. Classes and predicates may match nothing."""
-    if isinstance(matcher, AnyOf) and isinstance(selector, Sequence):
-        for member, each in zip(selector, matcher.members, strict=True):
-            if not isinstance(member, str):
-                _refuse_unmatched_member(model, each, member, match)
-            elif member:
-                select_matching(model, each, member, match=match)
 
 
 def _nothing_matches(model: nn.Module, selector: Selector, match: Match) -> SelectionError:

@@ -23,6 +23,7 @@ from tdcache.tables import html_table
 __all__ = ["Clock", "Step", "Steps", "check_steps"]
 
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
+_READ = tuple((name,) for name in (*_TOKENS[:2], "input_features", "input_values", "pixel_values"))
 _BY_PAST = "; give steps= a predicate of what is cached, such as lambda step: step.past < 12 for a prompt of 12 tokens"
 _BY_FED = "; give steps= a predicate of what is fed, such as lambda step: step.fed > 1"
 
@@ -80,9 +81,9 @@ class Clock:
     """Determines the step of each forward from its tokens and the contents of its cache.
 
     It listens to the models that receive the cache: every module whose forward takes a cache and tokens, wherever it
-    sits below a wrapper; of those that run inside one another the outermost counts. A model without any is one forward
-    after the other. The clock registers no hook: whoever uses it calls :meth:`begin` before and :meth:`end` after each
-    forward of the modules in ``receivers``, also after one that raised.
+    sits below a wrapper, and every encoder; of those that run inside one another the outermost counts. A model without
+    any is one forward after the other. The clock registers no hook: whoever uses it calls :meth:`begin` before and
+    :meth:`end` after each forward of the modules in ``receivers``, also after one that raised.
 
     A forward is *prefill* if nothing is cached, or if it feeds several tokens beside a cache: a chunk of a prompt, the
     prompt of a second turn. It is *decode* if it feeds one token beside a cache; if it feeds what ``logits_to_keep``
@@ -95,6 +96,7 @@ class Clock:
 
     Attributes:
         receivers: the modules that tick, by path.
+        encoders: the paths of those without a cache, which tick when they are called by themselves.
 
     Example:
         >>> clock = Clock(nn.Linear(2, 2))
@@ -104,7 +106,7 @@ class Clock:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.receivers = _receivers(model)
+        self.receivers, self.encoders = _receivers(model)
         self._counters = {path: _Counter(forward_names(each)) for path, each in self.receivers.items()}
         self._running: list[str] = []
         self._step: Step | None = None
@@ -159,20 +161,22 @@ class Clock:
             each.reset()
 
 
-def _receivers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose forward takes a cache and tokens, and the root if it takes a cache.
+def _receivers(model: nn.Module) -> tuple[dict[str, nn.Module], frozenset[str]]:
+    """The modules whose forward takes a cache and tokens, and the root if it takes a cache; beside them the encoders.
 
-    Without any the outermost that take a cache; for layers in a list the model that has the list.
+    Without any the outermost that take a cache; for layers in a list the model that has the list. An encoder reads
+    tokens, images or sound without a cache, and may be called by itself.
     """
     modules = dict(model.named_modules())
-    takes = [
-        path
-        for path, module in modules.items()
-        if takes_cache(forward_names(module)) and not (path and type(module).__module__.startswith("torch.nn"))
-    ]
-    found = [path for path in takes if not path or any(name in _TOKENS for name in forward_names(modules[path]))]
+    names = {path: forward_names(module) for path, module in modules.items()}
+    built_in = {path for path, module in modules.items() if path and type(module).__module__.startswith("torch.nn")}
+    takes = [path for path in modules if path not in built_in and takes_cache(names[path])]
+    found = [path for path in takes if not path or any(name in _TOKENS for name in names[path])]
     found = found or _outermost([_owner(path, modules) for path in _outermost(takes)]) or [""]
-    return {path: modules[path] for path in found}
+    reads = [path for path in modules if names[path][:1] in _READ and any(modules[path].children())]
+    apart = [path for path in reads if not any(path == each or _inside(each, path) for each in found)]
+    encoders = frozenset(_outermost(apart))
+    return {path: modules[path] for path in (*found, *encoders)}, encoders
 
 
 def _outermost(paths: list[str]) -> list[str]:

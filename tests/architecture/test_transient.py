@@ -16,9 +16,11 @@ def hook_classes():
     """Every class of the package with a method that is registered as a hook."""
     for source in package_sources():
         for kind in vars(importlib.import_module(source.module)).values():
-            if inspect.isclass(kind) and kind.__module__ == source.module and not getattr(kind, "_is_protocol", False):
-                if any(hasattr(kind, name) for name in HOOKS):
-                    yield kind
+            own = (
+                inspect.isclass(kind) and kind.__module__ == source.module and not getattr(kind, "_is_protocol", False)
+            )
+            if own and any(hasattr(kind, name) for name in HOOKS):
+                yield kind
 
 
 def test_hooks_are_left_out_of_copies():

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
+from stable_ids import stable_id
 from tdcache import (
     Ablation,
     ActivationCaching,
@@ -154,7 +155,7 @@ class Functional(nn.Sequential):
 
 
 @copied
-@pytest.mark.parametrize("recipe", METHODS, ids=repr)
+@pytest.mark.parametrize("recipe", METHODS, ids=stable_id)
 @pytest.mark.filterwarnings("ignore::tdcache.UnfiredSiteWarning")  # the model does not run in the block
 def test_a_copy_of_a_model_under_any_method_is_clean(recipe, twin_of):
     model, x = Functional(nn.Linear(3, 3), nn.ReLU()), torch.ones(1, 3)

@@ -64,6 +64,14 @@ def test_the_epoch_is_said_where_workers_do_not_persist(dataset):
     assert identities(plain) == identities(loader)
 
 
+def test_workers_share_the_rows_also_where_the_parent_has_read_some_before(dataset):
+    iterable = dataset.iterable(7, **OPTIONS)
+    next(iter(iterable))
+    iterable.set_epoch(0)
+    assert sorted(identities(DataLoader(iterable, batch_size=None, num_workers=2))) == all_of(dataset)
+    assert sorted(identities(iterable)) == all_of(dataset)
+
+
 @pytest.mark.parametrize("stop", [0, 1, 4])
 def test_an_epoch_that_was_broken_off_goes_on(dataset, stop):
     whole = identities(dataset.iterable(7, **OPTIONS))

@@ -23,7 +23,7 @@ from tdcache.cache.part import PartFilter
 from tdcache.cache.reductions import Reductions
 from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.stand_ins import ABSENT, CopyInGraph
-from tdcache.cache.target import EntryTarget
+from tdcache.cache.target import EntryTarget, path_of
 from tdcache.errors import CaptureError
 from tdcache.hooks.directions import DIRECTIONS
 from tdcache.inplace import InplaceWatch, overwritten, shares_memory
@@ -126,6 +126,9 @@ class Channel:
         Args:
             alone: whether no other thread is running a forward; if one is, hooks must keep taking the slow path.
         """
+        if self.target.apart and not self.is_gradient:
+            self.check()
+            self.target.own_apart(copies=self.keep.hold != "live")
         if alone or self.is_gradient:
             self.values.clear()
             self._idle = False
@@ -154,7 +157,7 @@ class Channel:
         if complete and not self._idle:
             self.all_fired = True
         elif not self.all_fired:
-            self.fired.update([_path_of(key) for key in (*self.values, *self.copies) if self.has(key)])
+            self.fired.update([path_of(key) for key in (*self.values, *self.copies) if self.has(key)])
         self.accepting = -1
         if self.has_copies:
             self._unwrap_copies()
@@ -289,22 +292,23 @@ class Channel:
 
         With ``stack_by`` it waits for the values that it is stacked with.
         """
-        if self.part is not None:
-            self.fired.add(path)
-            self.part.refuse_outside(path)
         if self.stack_by is not None:
-            part = None if self.part is None else self.part.of(path, tensor, self.reducer)
-            kept, is_alias = self._keep(tensor if part is None else part[0], path)
             self.fired.add(path)
-            self.transfers.wait()
-            self.waiting[key] = kept.clone() if is_alias else kept
+            part = (tensor, None) if self.part is None else self.part.of(path, tensor, self.reducer)
+            if part is not None:
+                kept, is_alias = self._keep(part[0], path)
+                self.transfers.wait()
+                self.waiting[key] = kept.clone() if is_alias else kept
             if self.stack_by.complete(self.waiting):
                 self.target.write(self.stack_by(self.waiting), complete=False)
                 self.waiting.clear()
             return
         self.take(key, path, tensor)
+        if not self.has(key):  # none of the positions was fed
+            return
         self.transfers.wait()
         kept = self.copies.get(key)
+        self.target.set_apart(key)
         self.target.put(key, self.values[key] if kept is None else kept)
         if kept is not None:
             self.idle()
@@ -352,7 +356,7 @@ class Channel:
             values = {key: value for key, value in values.items() if value is not ABSENT}
         holders = 2 if values is self.values else 3  # the dicts here, and the cache
         shared = shared_keys(values, outside, holders=holders)
-        wrapped = [_path_of(key) for key in shared if is_wrapped(values[key])] if shared else []
+        wrapped = [path_of(key) for key in shared if is_wrapped(values[key])] if shared else []
         if wrapped and not in_transform():
             raise escaped(wrapped)
         if self.keep.hold == "live" or self.target.in_place:
@@ -390,10 +394,6 @@ class Channel:
             self.part.forget()
         self.number += 1
         self.accepting = -1
-
-
-def _path_of(key: CacheKey) -> str:
-    return key if isinstance(key, str) else key[0]
 
 
 def _copy_of(watched: set[int], tensor: Tensor) -> Tensor:

@@ -85,16 +85,7 @@ class PartFilter:
         kept = kept.squeeze(tuple(axes)) if axes else kept
         return (kept.clone() if shares_memory(kept, value) else kept), mask
 
-    def refuse_outside(self, path: str) -> None:
-        """Refuse a value that was seen outside a call of the model, where its positions cannot be counted.
-
-        Raises:
-            CaptureError: positions are chosen.
-        """
-        if self.positions is not None:
-            raise self.positions.outside(path)
-
     def forget(self) -> None:
         """Drop the current call."""
         if self.fed is not None:
-            self.fed.sequences = None
+            self.fed.forget()

@@ -12,41 +12,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdcache.arguments import forward_names, named_arguments
+from tdcache.current_call import CurrentCall
 from tdcache.errors import CaptureError
 from tdcache.function_calls.sites import at_call
-from tdcache.hooks.registrations import Order
-from tdcache.hooks.transient import Transient
+from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
 from tdcache.regions import Region
 from tdcache.sequences import Sequences
+from tdcache.steps import Steps
 from tdcache.tokens import Positions, Tokens, check_positions
 
 __all__ = ["FedByCall", "PositionFilter"]
 
 
-class FedByCall(Transient):
-    """What the call under way feeds; its pre-hook on the model is given the arguments.
+class FedByCall:
+    """What the call under way feeds: of the model, or of a module in it that is called by itself.
 
     Args:
         mask_key: the name of the mask among the arguments; see :class:`tdcache.sequences.Sequences`.
     """
 
-    order = Order.FIRST
+    positions = None
+    steps: Steps = None
+    calls = None
 
     def __init__(self, mask_key: Any) -> None:
         self.mask_key = mask_key
-        self.sequences: Sequences | None = None
-        """The sequences of the call; None outside of one."""
+        self._call: CurrentCall | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.mask_key!r})"
 
-    def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward begins: use its masks."""
-        arguments = named_arguments(forward_names(module), args, kwargs)
-        self.sequences = Sequences(arguments, mask_key=self.mask_key)
+    def attach(self, model: nn.Module, handle: MultiHookHandle) -> None:
+        """Listen to the model, and to the modules in it that are called by themselves."""
+        self._call = CurrentCall(model, self)
+        self._call.wants_tokens = True
+        self._call.attach(handle)
+
+    @property
+    def sequences(self) -> Sequences | None:
+        """The sequences of the call; None outside of one."""
+        return None if self._call is None else self._call.sequences_now()
+
+    def forget(self) -> None:
+        """Drop what is known of the latest call."""
+        if self._call is not None:
+            self._call.forget()
 
 
 class PositionFilter:
@@ -125,11 +137,12 @@ class PositionFilter:
         return dim % value.dim()
 
     def _tokens_of(self, path: str, value: Tensor, dim: int) -> tuple[Tokens, Tensor]:
-        if self.fed.sequences is None:
+        sequences = self.fed.sequences
+        if sequences is None:
             raise self.outside(path)
         moved = value.movedim(dim, 1)
         batch, length = moved.shape[:2]
-        return self.fed.sequences.at(path, batch=batch, length=length, device=value.device), moved
+        return sequences.at(path, batch=batch, length=length, device=value.device), moved
 
     def _is_numbers(self) -> bool:
         return isinstance(self.positions, tuple) or (

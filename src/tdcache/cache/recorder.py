@@ -117,6 +117,9 @@ class Recorder(Transient):
             self._depth += 1
             return
         self._depth = 1  # also if an exception that torch shows to no hook ended the previous forward
+        if module is not self._root and self._root is not None:  # an encoder, and then the model that decodes
+            for channel in self.channels:
+                channel.target.set_apart()
         self._root = module
         self._delivered = False
         if self.stop_after:
@@ -313,7 +316,7 @@ class Recorder(Transient):
         self.open = False
         for channel in self.channels:
             channel.release()
-            channel.target = CLOSED
+            channel.target, channel.part = CLOSED, None  # the part knows the model
         self.calls.clear()
         self._root = None
 

@@ -6,7 +6,7 @@ current is removed. Channels know nothing of this.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -16,7 +16,7 @@ from tdcache.cache.named_cache import new_node
 from tdcache.errors import CacheWriteError, CaptureError, UnfiredSiteWarning, listed, warn_user
 from tdcache.types import CacheKey
 
-__all__ = ["CLOSED", "EntryTarget", "Target", "Written", "first_clash"]
+__all__ = ["CLOSED", "EntryTarget", "NothingApart", "Target", "Written", "first_clash", "path_of"]
 
 
 class Written(NamedTuple):
@@ -58,6 +58,13 @@ class EntryTarget(Protocol):
         """The direction's name, if the cache has one node per direction."""
 
     @property
+    def apart(self) -> Collection[CacheKey]:
+        """The keys whose entries stay until their modules run again."""
+
+    def own_apart(self, *, copies: bool) -> None:
+        """A forward begins: keep copies of what stays."""
+
+    @property
     def in_place(self) -> bool:
         """Whether values are copied into existing tensors."""
 
@@ -73,8 +80,23 @@ class EntryTarget(Protocol):
     def ensure(self) -> None:
         """Make the direction's node exist."""
 
+    def set_apart(self, *keys: CacheKey) -> None:
+        """Let these entries, or else all, stay until their modules run again."""
 
-class _ClosedTarget:
+
+class NothingApart:
+    """Base of targets whose entries are all of the latest forward."""
+
+    apart: frozenset[CacheKey] = frozenset()
+
+    def set_apart(self, *keys: CacheKey) -> None:
+        """Do nothing: the next forward replaces the entries."""
+
+    def own_apart(self, *, copies: bool) -> None:
+        """Do nothing: nothing stays."""
+
+
+class _ClosedTarget(NothingApart):
     """Drops all entries: the target of a channel whose context has closed."""
 
     cache = None
@@ -120,6 +142,11 @@ class Target:
         self._complete: tuple[CacheKey, ...] = ()
         self._preallocated: dict[CacheKey, None] = {}
         """The keys to be written, if the cache is written in place."""
+        self.apart: set[CacheKey] = set()
+        """The keys of modules that ran outside the model's forward, which stay until these run again. Where entries
+        cannot be dropped one by one, or share a batch size, there are none."""
+        self._aliases: set[CacheKey] = set()
+        """Those of them that others may hold too."""
         self._void: set[CacheKey] = set()
         """Those keys whose tensors hold no current value."""
         self._warned: set[CacheKey] = set()
@@ -162,6 +189,8 @@ class Target:
             entries: key to tensor (or TensorDict).
             complete: whether every site is among them, so that no older entry can remain.
         """
+        if self.apart:
+            self.apart.difference_update(entries)
         if self.in_place:
             self._fill(entries)
             return
@@ -184,7 +213,7 @@ class Target:
         self.refuse_lock()
         self.written.update(dict.fromkeys(self._complete))
         self._complete = ()
-        for key in [key for key in self.written if key not in entries]:
+        for key in [key for key in self.written if key not in entries and key not in self.apart]:
             self._drop(key)
         self.written.update(dict.fromkeys(entries))
 
@@ -229,8 +258,29 @@ class Target:
         else:
             self._own_node()[key] = value
 
+    def set_apart(self, *keys: CacheKey) -> None:
+        """Let these entries, or else all, stay until their modules run again: the forwards to come are another's."""
+        if not (self.in_place or self.batch_dims):
+            new = set(keys or (*self._complete, *self.written))
+            self.apart |= new
+            self._aliases |= new
+
+    def own_apart(self, *, copies: bool) -> None:
+        """A forward begins: of what stays, writes to other holders cannot be noticed any more.
+
+        Args:
+            copies: whether to keep copies instead, detached from graphs.
+        """
+        for key in self._aliases if copies else ():
+            value = self._own_node().get(key, None)
+            if value is not None:
+                self.put(key, value.clone())
+        self._aliases.clear()
+
     def reset(self) -> None:
         """Drop every entry that was written here."""
+        self.apart.clear()
+        self._aliases.clear()
         if self.in_place:
             self._make_void(key for key in self._preallocated if key not in self._void)
             return
@@ -318,6 +368,11 @@ class Target:
             tuple(value.shape[: self.batch_dims]) == batch for value in self.cache.values()
         ):
             self.cache.batch_size = batch
+
+
+def path_of(key: CacheKey) -> str:
+    """The path of the site whose entry has this key."""
+    return key if isinstance(key, str) else key[0]
 
 
 def _void_value(dtype: torch.dtype) -> float | int | bool:

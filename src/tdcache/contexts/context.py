@@ -253,7 +253,8 @@ class HookingContext:
         undo, self._undo = self._undo, None
         try:
             if undo is None:  # the usual case
-                self.handle.remove()
+                if self._handle is not None:
+                    self._handle.remove()
             else:
                 with undo:
                     self.handle.remove()

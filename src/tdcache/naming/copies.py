@@ -20,6 +20,8 @@ FLOAT64_PARAMETERS = 300_000_000
 """Models with more parameters are run in their own dtype."""
 
 
+NOISE = 0.3
+"""The standard deviation of what is added to biases and the weights of norms, relative to their own."""
 _BELOW_FLOAT32 = 1e-9
 
 
@@ -35,6 +37,10 @@ class WorkingCopy:
     model: nn.Module
     dtype: torch.dtype
 
+    def shake(self) -> None:
+        """Move the parameters of the copy; see :func:`_shake`."""
+        _shake(self.model, NOISE)
+
     def fitted(self, inputs: Any) -> Any:
         """Inputs on the model's device, floats in its dtype and with a graph."""
         if isinstance(inputs, Mapping):
@@ -49,7 +55,7 @@ class WorkingCopy:
         return own.requires_grad_().clone() if own.is_floating_point() else own
 
 
-def in_best_dtype(model: nn.Module, noise: float, use: Callable[[WorkingCopy], T]) -> T:
+def in_best_dtype(model: nn.Module, use: Callable[[WorkingCopy], T]) -> T:
     """What ``use`` makes of a copy in float64, or of one in the model's own dtype where it cannot run in float64.
 
     Some models make masks for float32, whatever their dtype; large ones are not copied to twice their size.
@@ -57,37 +63,45 @@ def in_best_dtype(model: nn.Module, noise: float, use: Callable[[WorkingCopy], T
     with torch.inference_mode(False):
         if sum(parameter.numel() for parameter in model.parameters()) <= FLOAT64_PARAMETERS:
             try:
-                return use(working_copy(model, noise=noise, double=True))
+                return use(working_copy(model, double=True))
             except TdcacheError:  # said of the model, whatever its dtype
                 raise
             except (RuntimeError, TypeError, ValueError):
-                return use(working_copy(model, noise=noise, double=False))
-        return use(working_copy(model, noise=noise, double=False))
+                return use(working_copy(model, double=False))
+        return use(working_copy(model, double=False))
 
 
-def working_copy(model: nn.Module, *, noise: float = 0.0, double: bool = True) -> WorkingCopy:
+def working_copy(model: nn.Module, *, double: bool = True) -> WorkingCopy:
     """Copy ``model`` for forwards with a graph, in evaluation mode.
 
     Args:
         model: left alone; the copy shares nothing with it.
-        noise: the standard deviation of what is added to biases, norms and constant weights of the copy, relative to
-            their own. A fresh model has weights of one and biases of zero, which would let a wrong name pass.
         double: whether the copy is one in float64.
     """
-    twin = copy.deepcopy(model).eval().requires_grad_(True)
+    known = {id(each): _in_float64(each) for each in model.parameters() if _is_plain(each)} if double else {}
+    twin = copy.deepcopy(model, dict(known)).eval().requires_grad_(True)
     config = getattr(twin, "config", None)
     if config is not None and hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"  # noqa: SLF001  # grouped products have no float64
     if double:
         twin.double()
     dtype = next((each.dtype for each in twin.parameters() if each.is_floating_point()), torch.get_default_dtype())
-    if noise:
-        _shake(twin, noise)
     return WorkingCopy(twin, dtype)
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    return type(parameter) is nn.Parameter and parameter.is_floating_point() and not vars(parameter)
+
+
+def _in_float64(parameter: nn.Parameter) -> nn.Parameter:
+    """What a deep copy takes in the place of a parameter, so that this is copied once and not once more to convert."""
+    return nn.Parameter(parameter.detach().to(torch.float64, copy=True))
 
 
 def _shake(model: nn.Module, noise: float) -> None:
     """Move what may be constant: biases, the weights of norms, and whatever a fresh model has as zeros or ones.
+
+    A fresh model has weights of one and biases of zero, which would let a wrong name pass.
 
     All other weights are moved by less than float32 shows, so that a float64 value which float32 could hold as well was
     computed in float32, and is not merely a weight that was stored so.

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from tdcache.errors import CanonicalNameError
+from tdcache.errors import CanonicalNameError, TdcacheError
 from tdcache.modules.call import ModelCall
 from tdcache.modules.hooked import HookedModule
 from tdcache.named_places import NamedPlace, Names
+from tdcache.naming.copies import WorkingCopy, in_best_dtype
 from tdcache.naming.mapping import mapped
-from tdcache.naming.projections import before_rotation
-from tdcache.naming.prove import proved
-from tdcache.naming.resolve import resolve
+from tdcache.naming.prove import checked, judged
+from tdcache.naming.remembered import remembered
+from tdcache.naming.resolve import names_of, traced, with_axes
 from tdcache.naming.styles import STYLES, in_style
+from tdcache.naming.trace import ForwardTrace
 from tdcache.paths import wrapped
 
 __all__ = ["names"]
@@ -73,13 +75,49 @@ def names(
         known = ", ".join(map(repr, STYLES))
         raise CanonicalNameError(f"there is no style {style!r}; the styles are {known}, or None", selector=style)
     model = _own(model)
-    table = resolve(model, inputs) if mapping is None else mapped(model, inputs, mapping)
-    if prove is not False:
-        skip = () if prove is True else (prove,) if isinstance(prove, str) else tuple(prove)
-        table = proved(model, table, inputs, skip=skip)
-    if style == "transformer_lens":
-        table = before_rotation(model, table, inputs)
-    return table if style is None else in_style(table, style)
+    skip = None if prove is False else () if prove is True else (prove,) if isinstance(prove, str) else tuple(prove)
+    return remembered(
+        model,
+        (inputs, style, _as_data(mapping), skip),
+        lambda: in_best_dtype(model, lambda copy: _made(copy, model, inputs, style, mapping, skip)),
+    )
+
+
+def _made(
+    copy: WorkingCopy,
+    model: nn.Module,
+    inputs: Any,
+    style: str | None,
+    mapping: Mapping[str, str | NamedPlace] | None,
+    skip: Sequence[str] | None,
+) -> Names:
+    """The table, all of it from one copy of the model; ``skip`` is None where nothing is to be proved."""
+    known = isinstance(mapping, Names)
+    record = None if known and style is None else _record(copy, inputs, needed=mapping is None or style is not None)
+    found = record if mapping is None else None
+    table = mapped(model, mapping or {}, record) if found is None else names_of(found, model)
+    if skip is not None:
+        table = judged(*checked(copy, table, inputs, skip, fit=mapping is None))
+    elif mapping is None:
+        table = with_axes(copy, table, inputs)
+    if style is None or record is None:
+        return table
+    return in_style(STYLES[style].meant(table, record), style)
+
+
+def _record(copy: WorkingCopy, inputs: Any, *, needed: bool) -> ForwardTrace | None:
+    """A forward of the copy; None where none can be had and none is needed."""
+    try:
+        return traced(copy, inputs)
+    except TdcacheError:
+        if needed:
+            raise
+        return None
+
+
+def _as_data(mapping: Mapping[str, str | NamedPlace] | None) -> Any:
+    streams = repr(dict(mapping.streams)) if isinstance(mapping, Names) else ""
+    return mapping if mapping is None else [(name, repr(place)) for name, place in mapping.items()], streams
 
 
 def _own(model: nn.Module) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -12,8 +11,9 @@ from tdcache.errors import CanonicalNameError, PathError, TdcacheError
 from tdcache.named_places import NamedPlace, Names
 from tdcache.named_roles import block_name
 from tdcache.named_streams import ResidualStream
-from tdcache.naming.resolve import resolve
+from tdcache.naming.resolve import names_of
 from tdcache.naming.resolve_roles import ATTENTION_AXES
+from tdcache.naming.trace import ForwardTrace
 from tdcache.paths import resolve as module_at
 
 __all__ = ["mapped"]
@@ -22,11 +22,16 @@ _BLOCK = "{i}"
 _STREAM = ("batch", "position", "unit")
 
 
-def mapped(model: nn.Module, inputs: Any, mapping: Mapping[str, str | NamedPlace]) -> Names:
+def mapped(model: nn.Module, mapping: Mapping[str, str | NamedPlace], record: ForwardTrace | None) -> Names:
     """The table of a mapping, not proved yet.
 
     What is known of the streams (whether a block adds before or after its norm) is found by the data flow, where that
     sees blocks; where the mapping is another model's table, it is what that says. Places are those of the mapping.
+
+    Args:
+        model: the model.
+        mapping: the names.
+        record: a forward of the model; None where it could not be run.
 
     Raises:
         CanonicalNameError: an entry for every block, ``"blocks.{i}..."``, that no path fits.
@@ -36,7 +41,7 @@ def mapped(model: nn.Module, inputs: Any, mapping: Mapping[str, str | NamedPlace
     for name, place in Names(mapping).items():  # which refuses what is no place
         for spelled, at in _spread(model, name, place):
             places[spelled] = replace(at, name=spelled, axes=at.axes or _axes_of(spelled))
-    streams = mapping.streams if isinstance(mapping, Names) else _streams(model, inputs, places)
+    streams = mapping.streams if isinstance(mapping, Names) else _streams(model, record, places)
     return Names(places, streams=streams, model=model)
 
 
@@ -81,9 +86,11 @@ def _no_block(model: nn.Module, name: str, path: str) -> CanonicalNameError:
     )
 
 
-def _streams(model: nn.Module, inputs: Any, places: Mapping[str, NamedPlace]) -> dict[str, ResidualStream]:
+def _streams(
+    model: nn.Module, record: ForwardTrace | None, places: Mapping[str, NamedPlace]
+) -> dict[str, ResidualStream]:
     try:
-        found = dict(resolve(model, inputs).streams)
+        found = {} if record is None else dict(names_of(record, model).streams)
     except TdcacheError:  # no blocks that the data flow sees: then what the names say
         found = {}
     blocks: dict[str, int] = {}

@@ -8,16 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
-
-from torch import nn
 
 from tdcache.function_calls.sites import CallSite, is_call
 from tdcache.named_places import NamedPlace, Names
-from tdcache.naming.copies import in_best_dtype
-from tdcache.naming.inputs import own_inputs
 from tdcache.naming.resolve_places import Placer
-from tdcache.naming.trace import TracedValue, trace
+from tdcache.naming.trace import ForwardTrace, TracedValue
 from tdcache.naming.trace_attention import attentions
 from tdcache.naming.trace_flow import LINEAR, PASS, main_operand, sources
 
@@ -28,18 +23,19 @@ _PARTED = PASS | {"getitem", "split", "chunk", "unbind", "tensor_split", "expand
 _MOST = 200
 
 
-def before_rotation(model: nn.Module, names: Names, inputs: Any = None) -> Names:
+def before_rotation(names: Names, record: ForwardTrace) -> Names:
     """The table, in which ``attn.q`` and ``attn.k`` mean what the projections give; see the file.
 
     Where something happens to them before the product, what goes into it is ``attn.rot_q`` and ``attn.rot_k``; and
     where no module returns the projection alone, as where one makes queries, keys and values together, the name is
     refused.
+
+    Args:
+        names: the table.
+        record: a forward of its model.
     """
-    found = dict(_projections(model, names, inputs))
-    if not found:
-        return names
     places, refused, spelling = dict(names), dict(names.refused), dict(names.spelling)
-    for name, projected in found.items():
+    for name, projected in _projections(names, record):
         head, _, role = name.rpartition(".")
         turned = f"{head}.rot_{role}"
         places[turned] = replace(places.pop(name), name=turned)
@@ -51,13 +47,8 @@ def before_rotation(model: nn.Module, names: Names, inputs: Any = None) -> Names
     return names.replaced(places=places, refused=refused, spelling=spelling)
 
 
-def _projections(model: nn.Module, names: Names, inputs: Any) -> Iterator[tuple[str, NamedPlace | None]]:
+def _projections(names: Names, record: ForwardTrace) -> Iterator[tuple[str, NamedPlace | None]]:
     """For each query and key that is changed before the product: the place of its projection, or None."""
-    record = in_best_dtype(
-        model,
-        0.0,
-        lambda copy: trace(copy.model, copy.fitted(own_inputs(copy.model, seed=0) if inputs is None else inputs)),
-    )
     placer = Placer(record)
     calls = {(each.path, each.ordinal, each.call): each for each in attentions(record)}
     for name, place in names.items():

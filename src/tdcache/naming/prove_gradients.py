@@ -34,8 +34,13 @@ def mixes(start: Reading, end: Reading) -> bool | None:
     """Whether a position of ``end`` depends on others of ``start``; None where it depends on nothing there."""
     if end.data.numel() != start.data.numel():
         return None
-    found = [_mixes_at(at, start, end) for at in positions(tuple(start.data.shape[:-1]))]
-    return True if True in found else False if False in found else None
+    found: bool | None = None
+    for at in positions(tuple(start.data.shape[:-1])):
+        mixed = _mixes_at(at, start, end)
+        if mixed:
+            return True
+        found = mixed if found is None else found
+    return found
 
 
 def _mixes_at(at: tuple[int, ...], start: Reading, end: Reading) -> bool | None:

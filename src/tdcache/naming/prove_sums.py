@@ -105,7 +105,6 @@ def _compare_on_the_way(stream: _FollowedStream, changes: Sequence[StreamChange]
             return
         if change.kind == "norm" and bench.has(change.name):
             stream.compare(change.name)
-            stream.names.append(change.name)
         if change.after and bench.has(change.after):
             stream.compare(change.after)
     bench.checks[first:] = reversed(bench.checks[first:])  # the whole block first: its identity is the reason given

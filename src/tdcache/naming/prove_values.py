@@ -56,6 +56,12 @@ class Readings:
     def __contains__(self, name: str) -> bool:
         return name in self.values
 
+    def show(self, places: Mapping[str, NamedPlace]) -> None:
+        """Show the values, so far as the model has them, as these places do."""
+        for name, place in places.items():
+            found = self.values[name]
+            self.values[name] = Reading(place.shown(found.data), found.edge, place)
+
 
 @dataclass(slots=True, eq=False)
 class _Take(Transient):

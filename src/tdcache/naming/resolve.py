@@ -22,7 +22,7 @@ from tdcache.naming.resolve_stacks import find_stacks
 from tdcache.naming.trace import ForwardTrace, trace
 from tdcache.naming.trace_flow import DataFlow
 
-__all__ = ["names_of", "resolve"]
+__all__ = ["names_of", "resolve", "traced", "with_axes"]
 
 
 def resolve(model: nn.Module, inputs: Any = None) -> Names:
@@ -38,13 +38,21 @@ def resolve(model: nn.Module, inputs: Any = None) -> Names:
     Raises:
         CanonicalNameError: the model has no blocks, or an input for it cannot be made.
     """
-    return in_best_dtype(model, 0.0, lambda copy: _resolved(copy, inputs, model))
+    return in_best_dtype(model, lambda copy: with_axes(copy, names_of(traced(copy, inputs), model), inputs))
 
 
-def _resolved(copy: WorkingCopy, inputs: Any, model: nn.Module) -> Names:
-    given = copy.fitted(own_inputs(copy.model, seed=0) if inputs is None else inputs)
-    names = names_of(trace(copy.model, given), model)
-    return fit_axes(names, read_places(copy.model, names, given))
+def traced(copy: WorkingCopy, inputs: Any) -> ForwardTrace:
+    """One forward of a copy on these inputs, or on some of its own."""
+    return trace(copy.model, _given(copy, inputs))
+
+
+def with_axes(copy: WorkingCopy, names: Names, inputs: Any) -> Names:
+    """The table with axes as they are seen in another forward; names whose place shows nothing are refused."""
+    return fit_axes(names, read_places(copy.model, names, _given(copy, inputs)))
+
+
+def _given(copy: WorkingCopy, inputs: Any) -> Any:
+    return copy.fitted(own_inputs(copy.model, seed=0) if inputs is None else inputs)
 
 
 def names_of(record: ForwardTrace, model: nn.Module) -> Names:

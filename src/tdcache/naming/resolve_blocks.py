@@ -178,6 +178,8 @@ def mixed_axes(value: TracedValue, source: TracedValue) -> frozenset[int]:
     """The axes of ``source`` along which a position of ``value`` depends on others, by gradient."""
     axes: set[int] = set()
     for at in positions(source.shape[:-1]):
+        if axes == set(range(1, len(source.shape) - 1)):  # all but the rows: no other position can tell more
+            break
         touched = _reached(at, value, source)
         if touched is None:
             continue

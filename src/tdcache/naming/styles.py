@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import regex
 
 from tdcache.named_places import NamedPlace, Names
 from tdcache.named_roles import block_name
+from tdcache.naming.projections import before_rotation
+from tdcache.naming.trace import ForwardTrace
 
-__all__ = ["in_style"]
+__all__ = ["STYLES", "Style", "in_style"]
 
 _TRANSFORMER_LENS = {
     "embed": "hook_embed",
@@ -52,16 +54,28 @@ def _positions_first(place: NamedPlace) -> NamedPlace:
     return replace(place, axes=(batch, "position", head, unit), order=order)
 
 
-STYLES: Mapping[str, tuple[Callable[[str, str, str], str], Callable[[NamedPlace], NamedPlace]]] = {
-    "transformer_lens": (_transformer_lens, _positions_first)
-}
-"""By name: how prefix, block and role are spelled, and how values are laid out."""
+@dataclass(frozen=True, slots=True)
+class Style:
+    """Another spelling of names.
+
+    Attributes:
+        spell: prefix, block and role to a name.
+        lay_out: a place to the same place in the layout of that style.
+        meant: the table, with places for names that mean another value there, as one recorded forward shows them.
+    """
+
+    spell: Callable[[str, str, str], str]
+    lay_out: Callable[[NamedPlace], NamedPlace]
+    meant: Callable[[Names, ForwardTrace], Names]
+
+
+STYLES: Mapping[str, Style] = {"transformer_lens": Style(_transformer_lens, _positions_first, before_rotation)}
 
 
 def in_style(names: Names, style: str) -> Names:
     """The same table in another spelling; values are views in the layout of that style, read and written."""
-    spell, lay_out = STYLES[style]
-    places = {_spelled(name, spell): lay_out(place) for name, place in names.items()}
+    spell = STYLES[style].spell
+    places = {_spelled(name, spell): STYLES[style].lay_out(place) for name, place in names.items()}
     spelling = {name: _spelled(names.spelled(name), spell) for name in (*names, *names.refused, *names.spelling)}
     refused = {_spelled(name, spell): _in_words(reason, spelling) for name, reason in names.refused.items()}
     return names.replaced(

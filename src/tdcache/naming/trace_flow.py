@@ -36,6 +36,8 @@ _SHAPES2 = ("unflatten", "movedim", "view_as", "reshape_as", "expand", "expand_a
 _DTYPES = ("to", "float", "double", "half", "bfloat16", "type", "type_as", "dropout", "dropout1d", "dropout2d")
 PASS = frozenset((*_SHAPES, *_SHAPES2, *_DTYPES))
 """Calls that change shape or dtype alone; dropout is switched off."""
+_LIKE = frozenset({"expand_as", "view_as", "reshape_as", "type_as"})
+"""Calls whose second argument gives a shape or dtype, and no number."""
 NORM = frozenset({"layer_norm", "rms_norm"})
 
 
@@ -88,8 +90,8 @@ def constant(value: Any) -> float | None:
 def sources(value: TracedValue) -> tuple[TracedValue, ...]:
     """What a value was computed from: the arguments of its call, or of the module that made it out of sight."""
     if value.op is not None:
-        return value.op.given
-    if value.outputs:
+        return value.op.given[:1] if value.op.name in _LIKE else value.op.given
+    if value.outputs and not isinstance(value.tensor, nn.Parameter):  # a bias that a module returns is made by none
         call = value.outputs[0][0]
         return () if any(given is value for _, given in call.given) else tuple(given for _, given in call.given)
     return ()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tdcache.cache import Channel, EntryTarget, GradientTap, Keep, OutputTap, Recorder, Target
 from tdcache.cache.taps import Tap
+from tdcache.cache.target import NothingApart
 from tdcache.errors import CaptureError
 from tdcache.hooks import MultiHookHandle, Order, OutputPort, attach_outputs, bracket
 from tdcache.hooks.values import first_tensor
@@ -90,7 +91,7 @@ class CaptureOptions:
         return tensor[0]
 
 
-class _MappingTarget:
+class _MappingTarget(NothingApart):
     """Writes entries into a plain dict that the user passed."""
 
     node = None

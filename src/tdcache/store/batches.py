@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol, Self
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tdcache.errors import ContextError, SpecError
 from tdcache.store.reader import StoreReader
-from tdcache.store.rows import joined, pick_rows
+from tdcache.store.rows import pick_rows
 from tdcache.store.spans import Span
 
 __all__ = ["Batches", "EpochOrder", "Shuffle", "generator_of"]
@@ -68,8 +68,8 @@ class _Stream(Protocol):
     def rows(self) -> int:
         """How many there are."""
 
-    def take(self, begin: int, end: int, readers: Executor) -> TensorDict:
-        """The rows at places ``begin`` to ``end`` of the order."""
+    def take(self, begin: int, end: int, into: Mapping[str, Tensor], readers: Executor) -> None:
+        """Fill memory with the rows at places ``begin`` to ``end`` of the order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,9 @@ class _SingleRows:
     def rows(self) -> int:
         return self.numbers.numel()
 
-    def take(self, begin: int, end: int, readers: Executor) -> TensorDict:
-        return self.dataset.rows(self.numbers[begin:end])
+    def take(self, begin: int, end: int, into: Mapping[str, Tensor], readers: Executor) -> None:
+        for key, column in self.dataset.rows(self.numbers[begin:end], tuple(into)).items():
+            into[key].copy_(column)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +95,14 @@ class _Pool:
     reads: Sequence[Future[None]]
     order: Tensor | None
 
-    def rows(self, begin: int, end: int) -> TensorDict:
-        """Copies of the rows at these places of the pool's order."""
-        if self.order is None:
-            found = {key: column[begin:end].clone() for key, column in self.memory.items()}
-        else:
-            places = self.order[begin:end]
-            found = {key: pick_rows(column, places) for key, column in self.memory.items()}
-        return TensorDict(found, batch_size=[end - begin])
+    def take(self, begin: int, end: int, into: Mapping[str, Tensor], at: int) -> None:
+        """Copy the rows at these places of the pool's order to ``into``, from row ``at`` on."""
+        for key, column in self.memory.items():
+            target = into[key][at : at + end - begin]
+            if self.order is None:
+                target.copy_(column[begin:end])
+            else:
+                pick_rows(column, self.order[begin:end], out=target)
 
 
 @dataclass(slots=True)
@@ -129,12 +130,11 @@ class _Pools:
     def rows(self) -> int:
         return self.starts[-1]
 
-    def take(self, begin: int, end: int, readers: Executor) -> TensorDict:
-        parts = []
+    def take(self, begin: int, end: int, into: Mapping[str, Tensor], readers: Executor) -> None:
         for number in range(bisect_right(self.starts, begin) - 1, bisect_left(self.starts, end)):
             low, high = self.starts[number : number + 2]
-            parts.append(self._turn_to(number, readers).rows(max(begin - low, 0), min(end, high) - low))
-        return parts[0] if len(parts) == 1 else joined(parts)
+            pool, first = self._turn_to(number, readers), max(begin, low)
+            pool.take(first - low, min(end, high) - low, into, first - begin)
 
     def _turn_to(self, number: int, readers: Executor) -> _Pool:
         if self._pool is None or self._pool.number != number:
@@ -193,6 +193,8 @@ class Batches:
         """The number of the epoch that runs, or comes next."""
         self.position = 0
         """Rows of this epoch that were handed out."""
+        self.empty: Callable[[int], dict[str, Tensor]] | None = None
+        """Gives the memory for the rows of a batch; None for memory that is the batch's own."""
         self._began = dataset
         """The store as it was when the epoch began."""
 
@@ -211,9 +213,12 @@ class Batches:
         with ThreadPoolExecutor(_READERS, thread_name_prefix="tdcache-reader") as readers:
             while self.position < stream.rows:
                 here = self.epoch, min(self.position + self.order.size, stream.rows)
-                rows = stream.take(self.position, here[1], readers)
+                count = here[1] - self.position
+                rows = self._began.empty(count) if self.empty is None else self.empty(count)
+                stream.take(self.position, here[1], rows, readers)
                 self.position = here[1]  # only now: rows that could not be read were not handed out
-                yield rows
+                yield TensorDict(rows, batch_size=[count])
+                del rows
                 self._check_still_at(*here)
         self.epoch, self.position = self.epoch + 1, 0
 

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from tdcache.store.batches import Batches, EpochOrder
 from tdcache.store.reader import StoreReader
-from tdcache.store.transport import SentBatch
+from tdcache.store.transport import SentBatch, empty_to_send
 
 __all__ = ["RowIterable"]
 
@@ -33,6 +33,7 @@ class RowIterable(IterableDataset[dict[str, Tensor]]):
     order: EpochOrder
     epoch: int = 0
     _batches: Batches | None = field(default=None, init=False, repr=False)
+    _share: tuple[int, int] = field(default=(0, 0), init=False, repr=False)
     _state: Mapping[str, Any] | None = field(default=None, init=False, repr=False)
     _resumed: bool = field(default=False, init=False, repr=False)
 
@@ -69,12 +70,21 @@ class RowIterable(IterableDataset[dict[str, Tensor]]):
         if self._batches is not None:
             self._batches = None
 
+    def _empty_to_send(self, rows: int) -> dict[str, Tensor]:
+        described = {key: self.dataset.describe(key) for key in self.dataset.columns}
+        return empty_to_send({key: (dtype, (rows, *shape)) for key, (dtype, shape) in described.items()})
+
     def _current(self) -> Batches:
         info = get_worker_info()
         count, number = (1, 0) if info is None else (info.num_workers, info.id)
+        if self._share != (count, number):  # a fork begins with its parent's
+            self._batches = None
         if self._batches is None:
+            self._share = count, number
             self._batches = Batches(self.dataset, self.order.within(number, count))
             self._batches.epoch = self.epoch
+            if info is not None:
+                self._batches.empty = self._empty_to_send
         if self._state is not None:
             self._batches.load_state_dict(self._state)
             self._state = None

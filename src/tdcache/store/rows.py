@@ -79,9 +79,9 @@ def put_rows(target: Tensor, places: Tensor, rows: Tensor) -> None:
     _bytes(target).index_copy_(0, places, _bytes(rows))
 
 
-def pick_rows(rows: Tensor, numbers: Tensor) -> Tensor:
-    """``rows[numbers]``, at several times the speed."""
-    chosen = _bytes(rows).index_select(0, numbers)
+def pick_rows(rows: Tensor, numbers: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """``rows[numbers]``, at several times the speed, in memory of its own or in ``out``."""
+    chosen = torch.index_select(_bytes(rows), 0, numbers, out=None if out is None else _bytes(out))
     return chosen.view(rows.dtype) if chosen.dtype != rows.dtype else chosen
 
 
