@@ -27,7 +27,6 @@ from tdcache.types import Pick
 __all__ = [
     "NamedPlace",
     "Names",
-    "ResidualStream",
     "Side",
 ]
 

@@ -7,9 +7,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tdcache.tables import text_table
 
-__all__ = ["Proof", "ProvedIdentity"]
+__all__ = ["Proof", "ProvedIdentity", "deviation"]
+
+
+def deviation(one: Tensor, other: Tensor) -> float:
+    """The largest difference of two values relative to the largest number in them; infinite where shapes disagree."""
+    if one.shape != other.shape:
+        if one.numel() != other.numel():
+            return float("inf")
+        other = other.reshape(one.shape)
+    if not one.numel():
+        return 0.0
+    one, other = one.detach(), other.detach()
+    size, off = max(_largest(one), _largest(other)), _largest(one - other)
+    return off / size if size else off
+
+
+def _largest(value: Tensor) -> float:
+    low, high = value.aminmax()
+    return max(float(high), -float(low)) if bool(low == low) else float("nan")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -193,13 +193,10 @@ def _described(stranger: Any) -> str:
     """What is no selector, in a line: a model or a tensor would print as many."""
     kind = type(stranger).__name__
     if isinstance(stranger, nn.Module):
-        return (
-            f"the module {kind} itself: write its path or its class; a factory gets the model from prepare(model), "
-            "and functions take the model first, then the pattern"
-        )
-    if isinstance(stranger, Tensor):
-        return f"a {kind} of shape {tuple(stranger.shape)}"
-    return f"{shorten(repr(stranger), 120)} ({kind})"
+        advice = "write its path or its class; factories get the model from prepare(), functions before the pattern"
+        return f"the module {kind} itself: {advice}"
+    shape = f"a {kind} of shape {tuple(stranger.shape)}" if isinstance(stranger, Tensor) else ""
+    return shape or f"{shorten(repr(stranger), 120)} ({kind})"
 
 
 def _compile(pattern: str, flags: int = 0) -> regex.Pattern[str]:
@@ -367,9 +364,7 @@ def _hits(pattern: regex.Pattern[str], match: Match, paths: tuple[str, ...]) -> 
 
 
 def _wants_root(selector: Selector) -> bool:
-    if isinstance(selector, str):
-        return selector == ""
-    return isinstance(selector, Sequence) and any(_wants_root(member) for member in selector)
+    return selector == "" or (isinstance(selector, list | tuple) and any(map(_wants_root, selector)))
 
 
 def _nothing_matches(model: nn.Module, selector: Selector, match: Match) -> SelectionError:
@@ -395,6 +390,5 @@ def patterns_of(selector: Selector) -> list[str]:
         return [selector]
     if _is_compiled(selector):
         return [selector.pattern]
-    if isinstance(selector, Sequence):
-        return [pattern for member in selector for pattern in patterns_of(member)]
-    return []
+    members = selector if isinstance(selector, Sequence) else ()
+    return [pattern for member in members for pattern in patterns_of(member)]

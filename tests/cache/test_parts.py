@@ -164,7 +164,7 @@ def test_parts_that_are_not_there_are_refused(built):
         return TensorDict({"all": output})
 
     model, path, batch = built
-    message = r"rows=, positions=, units= and heads= choose from a tensor, and at '.*c_proj' there is a TensorDict; name one of its"
+    message = r"heads= choose from a tensor, and at '.*c_proj' there is a TensorDict; name one of its"
     with pytest.raises(CaptureError, match=message), ActivationCaching(path, callback=whole, rows=0).prepare(model):
         model(**batch)
 

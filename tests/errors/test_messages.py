@@ -82,8 +82,8 @@ MESSAGES = {
     "a class that is no module's": (lambda: select(MODEL, int), "got <class 'int'> (type)"),
     "a module instead of its path": (
         lambda: select(MODEL, MODEL.encoder),
-        "got the module Linear itself: write its path or its class; a factory gets the model from prepare(model), and "
-        "functions take the model first, then the pattern",
+        "got the module Linear itself: write its path or its class; factories get the model from "
+        "prepare(), functions before the pattern",
     ),
     "bytes": (lambda: select(MODEL, b"encoder"), "got b'encoder' (bytes)"),
     "no way to match": (

@@ -109,8 +109,8 @@ MISTAKES = {
     "a vector in place of the pattern": (lambda: SteeringVectors(torch.ones(999)), "; got a Tensor of shape (999,)"),
     "the factory's model first": (
         lambda: ActivationCaching(MODEL, "decoder"),
-        "got the module Stack itself: write its path or its class; a factory gets the model from prepare(model), and "
-        "functions take the model first, then the pattern",
+        "got the module Stack itself: write its path or its class; factories get the model from "
+        "prepare(), functions before the pattern",
     ),
     "a module in place of a path": (
         lambda: HookedModule(MODEL).get(TensorDict(), MODEL.decoder),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model_state import state_of
+from tdcache import Ablation, ActivationCaching
 from tdcache.function_calls.attach import CallsLike, attach_call, attach_rules
 from tdcache.function_calls.record import calls
 from tdcache.function_calls.roles import attach_attention
@@ -205,6 +206,37 @@ def test_generation_gives_the_same_tokens_and_a_pattern_per_step():
     with MultiHookHandle([keep]):
         assert torch.equal(model.generate(ids, **options), expected)
     assert shapes == [(5, 5), (1, 6), (1, 7), (1, 8)]
+
+
+@pytest.mark.parametrize("place", ["scores", "pattern"])
+def test_a_step_of_one_token_has_the_heads_of_the_model_where_its_kernel_packs_them_by_group(place):
+    ids, mask = torch.randint(3, 60, (2, 5)), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    seen, tokens, gradients = [], [], []
+    for kind in ("sdpa", "eager"):
+        config = transformers.AutoConfig.for_model("mistral", **GROUPED, sliding_window=3)
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=kind).eval()
+        site, values = CallSite("model.layers.1.self_attn", place), []
+        with MultiHookHandle(
+            [attach_attention(model, site, lambda m, a, k, v, kept=values: kept.append(v), use="read")]
+        ):
+            model.generate(ids, **options)
+        seen.append([value.softmax(-1) if place == "scores" else value for value in values])
+        with Ablation(r"model\.layers\.\d\.self_attn::" + place, heads=(4, [1, 2])).prepare(model):
+            tokens.append(model.generate(ids, **options))
+        cache = model(ids, attention_mask=mask).past_key_values
+        more = torch.ones(2, 6, dtype=torch.long) * torch.nn.functional.pad(mask, (0, 1), value=1)
+        with ActivationCaching(str(site).replace(".", r"\."), directions=["fwd", "bwd"]).prepare(model) as hooked:
+            model(ids[:, -1:], attention_mask=more, past_key_values=cache).logits.square().sum().backward()
+        gradients.append(hooked.cache["bwd", str(site)])
+        assert hooked.cache["fwd", str(site)].shape == gradients[-1].shape
+    assert torch.equal(*tokens)
+    assert [value.shape[:3] for value in seen[0][1:]] == [(2, 4, 1)] * 3
+    for one, other in zip(seen[0][1:], seen[1][1:], strict=True):
+        assert torch.allclose(one, other, atol=2e-6)
+    assert gradients[0].shape[:3] == (2, 4, 1)
+    assert torch.allclose(*gradients, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("default")

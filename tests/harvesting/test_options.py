@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -16,7 +17,7 @@ from small_models import MLP
 from store.faulty_files import contents
 from tdcache import ActivationBuffer, ActivationDataset, harvest
 from tdcache.compat import collector
-from tdcache.errors import SelectionError, SpecError, TdcacheWarning
+from tdcache.errors import CaptureError, SelectionError, SpecError, TdcacheWarning
 from tdcache.harvesting import ActivationStore, collect_activations_from_dataloader, loop, preflight
 from tdcache.harvesting.options import HarvestOptions
 from tdcache.harvesting.progress import Progress
@@ -227,3 +228,11 @@ def test_the_options_are_those_of_the_signature_with_the_same_defaults():
 def test_a_buffer_names_an_option_that_it_does_not_have():
     with pytest.raises(TypeError, match="ActivationBuffer has no option 'dytpe'; there are 'match', 'direction'"):
         ActivationBuffer(Counting(), X, select="first", rows=8, batch_size=4, dytpe=torch.bfloat16)
+
+
+def test_a_pick_that_gives_several_tensors_is_refused(tmp_path):
+    def both(value):
+        return TensorDict({"a": value, "b": value}, batch_size=[len(value)])
+
+    with pytest.raises(CaptureError, match=r"pick=<function .* gives TensorDict, no tensor, at '0'"):
+        harvest(torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.ones(3, 2), tmp_path / "a", select="0", pick=both)

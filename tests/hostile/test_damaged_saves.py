@@ -91,3 +91,12 @@ def test_a_npz_file_holds_one_converted_tensor_at_a_time(tmp_path, monkeypatch):
     target = save_activations(acts, tmp_path / "a.npz")
     assert max(most) == 1
     assert all(torch.equal(load_activations(target)[name], value) for name, value in acts.items())
+
+
+@pytest.mark.parametrize("name", ["a\0b", "half of a pair: \ud800"])
+def test_a_name_that_a_format_would_change_is_refused(tmp_path, name):
+    with pytest.raises(StoreError, match=r"cannot be a name in an archive; save to \.safetensors, or give it another"):
+        save_activations({name: torch.ones(2)}, tmp_path / "x.npz")
+    with pytest.raises(StoreError, match="cannot be the name of a file"):
+        save_activations({name: torch.ones(2)}, tmp_path / "x.memmap")
+    assert list(tmp_path.iterdir()) == []

@@ -204,6 +204,16 @@ def test_a_sound_safetensors_file_that_is_no_shard_is_refused(folder):
         ActivationDataset.open(folder)
 
 
+def test_a_header_that_was_changed_is_refused_by_its_checksum(folder):
+    raw = bytearray((folder / SHARD).read_bytes())
+    at = raw.index(b'"samples') if b'"samples' in raw else raw.index(b"unit")
+    raw[at + 1 : at + 3] = b"xy"
+    (folder / SHARD).write_bytes(raw)
+    (folder / "index.json").unlink()
+    with pytest.raises(DamagedError, match=r"u00000001.safetensors: the header has crc32 \w{8}, not \w{8}: it was cha"):
+        ActivationDataset.open(folder)
+
+
 def forge_header(path, change):
     """Change what a shard says of itself, with a checksum that fits: what a liar would write."""
     raw = path.read_bytes()

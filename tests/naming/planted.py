@@ -87,7 +87,14 @@ def with_places(table: Names, places: dict[str, NamedPlace]) -> Names:
 
 def _wrong_value(model, table, name, head, change) -> Iterator[Lie]:
     place, block = table.get(name), table.get(head + "resid_pre")
-    if place is None or block is None or "::" in place.path or place.call is not None or place.side == "fwd_pre":
+    if (
+        place is None
+        or block is None
+        or block.side != "fwd_pre"
+        or "::" in place.path
+        or place.call is not None
+        or place.side == "fwd_pre"
+    ):
         return
     liar, twin = Liar(change), copy.deepcopy(model)
     twin.add_module("liar", liar)

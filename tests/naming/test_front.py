@@ -10,6 +10,7 @@ import tdcache
 from model_state import state_of
 from named_model import LAYERS, Transformer, ids
 from tdcache import ActivationCaching, CanonicalNameError, HookedModule, NamedPlace, PathError, SelectionError
+from tdcache.naming import front
 from tiny_transformers import bert, gpt2, llama
 
 MAPPING = {
@@ -222,3 +223,24 @@ def test_a_table_serves_copies_of_its_model(own):
     with ActivationCaching("blocks.0.attn.z", names=table).prepare(twin) as hooked:
         twin(ids())
     assert hooked.cache["attn.z", 0].dtype == torch.float64
+
+
+def test_a_table_is_made_once_for_a_class_and_configuration(own, monkeypatch):
+    _, table = own
+    forwards = []
+    monkeypatch.setattr(front, "in_best_dtype", lambda *args: forwards.append(args) or table)
+    second = Transformer()
+    found = tdcache.names(second, ids())
+    assert not forwards
+    assert found == table
+    assert found.model is second
+    assert found.proof is table.proof
+    tdcache.names(second, ids()[:, :3])  # another shape may have other axes
+    assert len(forwards) == 1
+    second.blocks[0].scale = 2.0  # a setting that the class's code may read
+    tdcache.names(second, ids())
+    assert len(forwards) == 2
+    third = Transformer()
+    nn.init.zeros_(third.blocks[0].attn.out.weight)  # through which nothing is seen
+    tdcache.names(third, ids())
+    assert len(forwards) == 3

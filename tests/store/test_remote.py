@@ -60,6 +60,13 @@ def test_its_epochs_are_the_same_also_in_workers_and_with_checks(local, url):
     assert sorted(seen) == sorted(int(each) for batch in here for each in batch["seq"])
 
 
+def test_what_the_file_system_answers_is_named():
+    with pytest.raises(FileNotFoundError, match="there is nothing of that name"):
+        as_place("memory://nowhere/a.acts", None).read_bounded(100)
+    with pytest.raises(StoreError, match=r"^nosuch://a: ValueError: Protocol not known: nosuch"):
+        as_place("nosuch://a", None).read_bounded(100)
+
+
 def test_a_shard_that_was_changed_there_is_damage(local, url):
     system, path = fsspec.filesystem("memory"), f"{url.removeprefix('memory:/')}/shards/000/u00000000.safetensors"
     data = bytearray(system.cat_file(path))

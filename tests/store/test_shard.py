@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tdcache.errors import DamagedError, StoreError
 from tdcache.store import ActivationDataset, StoreWriter, site_column
 from tdcache.store.safetensors import read_tensors, write_tensors
 from tdcache.store.shard import BLOCK
+from tdcache.store.shard_header import IndexRow
 
 DTYPES = [
     torch.float64,
@@ -114,6 +116,25 @@ def test_a_dtype_that_the_format_does_not_know_is_refused(tmp_path):
     with pytest.raises(StoreError, match=r"tensor 'a' of torch.complex128 cannot be stored"):
         write_tensors({"a": torch.zeros(2, dtype=torch.complex128)}, tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_of_the_other_byte_order_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "byteorder", "big")
+    with pytest.raises(StoreError, match=r"safetensors files hold little-endian numbers, and this machine's are big-"):
+        write_tensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([0, 0, 3, 3, True, False, 100], "is no row of an index"),
+        ([0, 0, 3, 3, True, 0, 100, "abc"], "is no row of an index"),
+        ([0, 0, -3, 3, True, False, 100, "abc"], "holds a negative number"),
+    ],
+)
+def test_a_row_of_an_index_has_its_kinds_of_values(values, text):
+    with pytest.raises(ValueError, match=text):
+        IndexRow.parsed(values)
 
 
 def test_a_failed_overwrite_leaves_the_file_that_was_there(tmp_path):

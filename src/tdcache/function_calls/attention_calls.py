@@ -11,11 +11,11 @@ from torch import Tensor
 from tdcache.function_calls.handlers import Call
 
 __all__ = [
+    "Factor",
     "PRODUCTS",
+    "Product",
     "SDPA",
     "SOFTMAX",
-    "Factor",
-    "Product",
     "Spelled",
     "argument",
     "exchange",
@@ -138,6 +138,8 @@ class Spelled:
         self.shape: tuple[int, ...] = ()
         """The shape of the last of them."""
         self.softmax: Tensor | None = None
+        self.queries: tuple[int, ...] = ()
+        """Rows, heads and positions of what a function from a table of attention functions was given."""
 
     def role(self, call: Call) -> str | None:
         """What ``call`` is: ``"sdpa"``, ``"qk"``, ``"softmax"``, ``"av"``, or None; asked before it is made."""

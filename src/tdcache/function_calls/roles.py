@@ -7,6 +7,7 @@ of the product before the softmax, of the softmax, and of the product after it, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container
 from typing import Any, Literal, cast
 
@@ -126,6 +127,8 @@ class AttentionHook:
         name = self.site.name
         if call.name == INTERFACE:
             call.notes["at"] = progress(call).attentions
+            queries = argument(call, 1, "query")
+            progress(call).queries = tuple(queries.shape[:-1]) if isinstance(queries, Tensor) else ()
             return
         role = role_of(call)
         if role is None or not self.concerns(call):
@@ -204,9 +207,13 @@ class AttentionHook:
         result = _result(call)
         if not self.proved and "edited" not in call.notes and not is_dynamo_compiling():
             self.proved = prove(derived.attention, pattern, result, where=where)
-        new = self.offer(call, scores if self.site.name == "scores" else pattern)
+        value = scores if self.site.name == "scores" else pattern
+        shown = _unpacked(call, value)
+        if shown is not value and self.use == "watch":
+            derived.replace(self.site.name, shown.reshape(value.shape))
+        new = self.offer(call, shown)
         if new is not None:
-            derived.replace(self.site.name, new)
+            derived.replace(self.site.name, new.reshape(value.shape))
             call.notes["edited"] = True
             _set_result(call, derived.output(result))
         elif self.use == "watch" and "edited" not in call.notes and "watched" not in call.notes:
@@ -321,9 +328,17 @@ class InGraph:
 
     def after(self, call: Any) -> None:
         """Derive the value from the arguments, as it was proved for this one function; break the graph for others."""
-        if call.function.__name__ != "sdpa_attention_forward":
+        if call.function.__name__ != "sdpa_attention_forward" or call.kwargs.get("position_bias") is not None:
             torch._dynamo.graph_break()  # noqa: SLF001
         self.hook.derive(call)
+
+
+def _unpacked(call: Call, value: Tensor) -> Tensor:
+    """A value with the heads and queries that a table's function was given: for one token it may pack them by group."""
+    if call.name != SDPA or not call.run.inside:
+        return value
+    shape = (*progress(call).queries, value.shape[-1])
+    return value if value.shape == shape or value.numel() != math.prod(shape) else value.reshape(shape)
 
 
 def _result(call: Call) -> Tensor:

@@ -128,8 +128,12 @@ def harvest(
     request = Request.of(model, data, path, HarvestOptions.among(locals()))
     share, sent = Share.of(model, rank, world), None if upload is None else (upload, storage_options)
     HarvestRun.begun(request, share, resume=resume, shown=progress, files=files, upload=sent).go(recheck=recheck)
-    is_here = Path(path).absolute() == request.folder  # the model may have changed the working directory
-    return ActivationDataset.open(path if is_here else request.folder)
+    return ActivationDataset.open(_as_given(path, request.folder))
+
+
+def _as_given(path: str | os.PathLike[str], folder: Path) -> str | os.PathLike[str]:
+    """The path as the user wrote it, unless the model changed the working directory since."""
+    return path if Path(path).absolute() == folder else folder
 
 
 def preflight(

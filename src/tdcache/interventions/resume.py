@@ -161,7 +161,9 @@ class ResumeFrom(HookingContextFactory):
         return f"{type(self).__name__}({self.path!r})"
 
     def _value_at(self, path: str) -> Any:
-        return self.source if isinstance(self.source, Tensor) else entry_of(self.source, path, "fwd", "source=")
+        if isinstance(self.source, Mapping | TensorDictBase):
+            return entry_of(self.source, path, "fwd", "source=")
+        return self.source
 
     def _hook_module(self, module: HookedModule) -> MultiHookHandle:
         model = module.model if self.names is None else self.names.root_in(module.model)

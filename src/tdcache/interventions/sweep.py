@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tdcache.cache.stacking import StackBy
 from tdcache.current_call import CurrentCall
-from tdcache.errors import ContextError, EditError, TdcacheWarning, warn_user
+from tdcache.errors import EditError, TdcacheWarning, warn_user
 from tdcache.function_calls.sites import at_call
 from tdcache.hooks import MultiHookHandle, port_at
 from tdcache.interventions.base import with_inputs_of
@@ -135,7 +135,7 @@ class Sweep:
 
     def begin(self) -> None:
         """Begin a comparison, with the random state that all its forwards share."""
-        self.recording, self._regions, self.random = None, {}, SharedRandomState(self._needed_model())
+        self.recording, self._regions, self.random = None, {}, SharedRandomState(cast(nn.Module, self.model))
 
     def end(self) -> None:
         """It is over: what it kept is let go of."""
@@ -143,9 +143,7 @@ class Sweep:
 
     def alike(self) -> Any:
         """A block for one run, with the random numbers of the others."""
-        if self.random is None:
-            raise ContextError("this sweep has not begun")
-        return self.random.run()
+        return cast(SharedRandomState, self.random).run()
 
     def run_on(
         self,
@@ -180,7 +178,7 @@ class Sweep:
 
     def _record(self, base: TensorDictBase, forward: Forward) -> TensorDictBase:
         """Run once without a patch, to know what ran before what, and what it gave."""
-        self.recording = recording = Recording(self._needed_model())
+        self.recording = recording = Recording(cast(nn.Module, self.model))
         plain = base.copy()
         with recording.recording(), self.alike():
             forward(plain)
@@ -190,11 +188,6 @@ class Sweep:
                 f"{len(silent)} of {len(self.selection)} sites did not run, so they cannot be patched: {silent[:5]!r}"
             )
         return plain
-
-    def _needed_model(self) -> nn.Module:
-        if self.model is None:
-            raise ContextError("this sweep is not attached to a model")
-        return self.model
 
     def _measured(self, trials: list[Trial], runs: _Runs, seen: TensorDictBase) -> _Found:
         """The metric of each trial."""

@@ -2,6 +2,7 @@
 
 trace, trace_flow, trace_attention   one forward taken down, and walks over it
 front, mapping, styles               what users call; names of one's own; other spellings
+remembered                           tables made before
 resolve*                             stacks of blocks, their terms, and the places of names
 prove*                               identities over the values of a table's places
 copies, inputs, gradients            what forwards are run on, and what both halves ask for

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from tdcache.errors import TdcacheError
 from tdcache.function_calls import is_call
 from tdcache.named_places import NamedPlace
+from tdcache.named_proof import deviation
 from tdcache.named_roles import block_name
 from tdcache.named_streams import ResidualStream, StreamChange
 from tdcache.naming.prove_values import Readings
 from tdcache.paths import resolve
 
-__all__ = ["Applied", "IdentityCheck", "ProofBench", "apply_module", "deviation"]
+__all__ = ["Applied", "IdentityCheck", "ProofBench", "apply_module"]
 
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
 """What sums may deviate by, relative to the largest value: a few additions in another order."""
@@ -183,20 +184,6 @@ class ProofBench:
             if name.startswith(head) and name.endswith("." + part) and name.count(".", len(head)) == 1
         ]
         return sorted(found, key=lambda label: (order.get(label.rstrip("0123456789"), 3), label))
-
-
-def deviation(one: Tensor, other: Tensor) -> float:
-    """The largest difference relative to the largest value; infinite where shapes disagree or nothing is there."""
-    if one.shape != other.shape:
-        if one.numel() != other.numel():
-            return float("inf")
-        other = other.reshape(one.shape)
-    if one.numel() == 0:
-        return float("inf")
-    size = torch.maximum(one.abs().max(), other.abs().max()).double()
-    if not size > 0:
-        return float("inf")
-    return float((one.double() - other.double()).abs().max() / size)
 
 
 def _is_float32(value: Tensor) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tdcache.naming.prove_bench import Applied, ProofBench, apply_module, deviation
+from tdcache.named_proof import deviation
+from tdcache.naming.prove_bench import Applied, ProofBench, apply_module
 
 __all__ = ["check_chain", "check_ends"]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tdcache.named_proof import deviation
 from tdcache.named_streams import StreamChange
-from tdcache.naming.prove_bench import Applied, IdentityCheck, ProofBench, apply_module, deviation
+from tdcache.naming.prove_bench import Applied, IdentityCheck, ProofBench, apply_module
 from tdcache.naming.prove_gradients import leads, mixes, unit_by_unit
 
 __all__ = ["check_mixing", "check_mlp", "check_outputs", "check_routers"]

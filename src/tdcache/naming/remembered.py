@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
+import regex
 from torch import Tensor, nn
 
 from tdcache.introspect import module_hooks
@@ -16,6 +17,8 @@ __all__ = ["remembered"]
 
 _KEPT = 64
 _EMPTY = CellType()
+_TORCHS_OWN = vars(nn.Module()).keys()
+_ADDRESS = regex.compile(r"0x[0-9a-f]+")
 _tables: dict[str, Names] = {}
 
 
@@ -42,16 +45,20 @@ def _parts_of(model: nn.Module) -> tuple[Any, ...]:
     kinds = {type(module) for module in modules.values()}
     code = sorted(repr(_code_of_class(kind)) for kind in kinds)  # a class that is defined anew is another one
     settings = [(path, _settings(module)) for path, module in modules.items()]
-    shapes = [(name, tuple(each.shape)) for name, each in model.named_parameters()]
+    shapes = [(name, tuple(each.shape), _constant(each)) for name, each in model.named_parameters()]
     return type(model).__module__, str(getattr(model, "config", None)), str(model), code, settings, shapes
 
 
+def _constant(parameter: nn.Parameter) -> float | None:
+    """The one number that a parameter holds all over, as a fresh model's may; None where it holds several."""
+    flat = parameter.detach().flatten()[:1000]
+    return float(flat[0]) if len(flat) and bool((flat == flat[0]).all()) else None
+
+
 def _settings(module: nn.Module) -> list[Any]:
-    """The numbers and functions that a module keeps beside its parameters, and its hooks."""
-    plain = (bool, int, float, str, tuple, FunctionType)
-    own = [(name, _plain(each)) for name, each in vars(module).items() if isinstance(each, plain) and name[0] != "_"]
-    hooks = [each.hook for each in module_hooks(module)]
-    return [*own, *(_plain(hook) if isinstance(hook, FunctionType) else repr(type(hook)) for hook in hooks)]
+    """What a module keeps beside its parameters and children, and its hooks."""
+    own = [(name, _plain(each)) for name, each in vars(module).items() if name not in _TORCHS_OWN]
+    return [*own, *(_plain(each.hook) for each in module_hooks(module))]
 
 
 def _code_of_class(kind: type[nn.Module]) -> list[Any]:
@@ -73,4 +80,4 @@ def _plain(value: Any) -> Any:
     if isinstance(value, FunctionType):
         held = [cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY]
         return _plain(value.__code__), [each for each in held if isinstance(each, bool | int | float | str)]
-    return value
+    return value if value is None or isinstance(value, bool | int | float) else _ADDRESS.sub("", repr(value))

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tdcache.errors import ResidualError
 from tdcache.named_places import Names
+from tdcache.named_proof import deviation
 from tdcache.named_streams import StreamChange
 from tdcache.residual.columns import Columns
-from tdcache.residual.linear import NormStep, deviation, tolerance
+from tdcache.residual.linear import NormStep, tolerance
 from tdcache.residual.parts import Parts
 from tdcache.residual.pieces import Pieces, heads_of, neurons_of
 from tdcache.residual.stream import CachedStream

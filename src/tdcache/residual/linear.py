@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tdcache.errors import AttributionError, ResidualError
 from tdcache.hooks.values import first_tensor
+from tdcache.named_proof import deviation
 from tdcache.norms import NormForm, is_norm, wide
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "NormStep",
     "Scaled",
     "Unchanged",
-    "deviation",
     "run",
     "step_between",
     "tolerance",
@@ -231,15 +231,6 @@ def run(module: nn.Module, value: Tensor) -> Tensor:
 def _like(module: nn.Module, default: Tensor) -> Tensor:
     """A tensor of the dtype and on the device that a module computes with."""
     return next((each for each in module.parameters() if each.is_floating_point()), default)
-
-
-def deviation(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference, beside the largest value."""
-    if not wanted.numel():
-        return 0.0
-    found, wanted = found.detach(), wanted.detach()
-    off, size = (torch.maximum(high, -low) for low, high in (each.aminmax() for each in (found - wanted, wanted)))
-    return float(off / size.clamp(min=torch.finfo(wanted.dtype).tiny))
 
 
 def tolerance(*tensors: Tensor) -> float:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from tdcache.errors import ResidualError
 from tdcache.named_places import Names
+from tdcache.named_proof import deviation
 from tdcache.residual.columns import Columns
-from tdcache.residual.linear import NormStep, deviation, run, tolerance
+from tdcache.residual.linear import NormStep, run, tolerance
 from tdcache.residual.parts import Parts, tensors
 from tdcache.residual.stream import CachedStream, names_of
 from tdcache.tokens import Positions

@@ -82,8 +82,9 @@ class _SingleRows:
         return self.numbers.numel()
 
     def take(self, begin: int, end: int, into: Mapping[str, Tensor], readers: Executor) -> None:
-        for key, column in self.dataset.rows(self.numbers[begin:end], tuple(into)).items():
-            into[key].copy_(column)
+        rows = self.dataset.rows(self.numbers[begin:end], tuple(into))
+        for key, target in into.items():
+            target.copy_(rows.get(key))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from tdcache.store.files import Files
 from tdcache.store.regular import open_regular, parse_json, read_bounded
 from tdcache.store.shard_file import bytes_of
 
-__all__ = ["check_memmap", "load_memmap_folder", "safe_name", "write_memmap_column", "write_memmap_meta"]
+__all__ = ["check_memmap", "is_text", "load_memmap_folder", "safe_name", "write_memmap_column", "write_memmap_meta"]
 
 _WORDS = ("shape", "device", "_type", "_class", "_format_version", "_names")
 _FIELDS = {"dtype", "shape", "device", "is_nested"}
@@ -35,12 +35,17 @@ def safe_name(key: str) -> str:
     """``key``, where it can be a file's name.
 
     Raises:
-        StoreError: it would lead to another folder.
+        StoreError: it would lead to another folder, or is no text that a file system takes.
     """
-    is_drive = key[1:2] == ":"  # of Windows
-    if not key or key in (".", "..") or any(each in key for each in "/\\\0") or key.startswith("~") or is_drive:
+    leads_away = key in ("", ".", "..") or key.startswith("~") or key[1:2] == ":"  # the last one on Windows
+    if leads_away or any(each in key for each in "/\\\0") or not is_text(key):
         raise StoreError(f"site {key!r} cannot be the name of a file, so it cannot be exported; read it by ds[{key!r}]")
     return key
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be encoded; half of a surrogate pair cannot."""
+    return not any("\ud800" <= each <= "\udfff" for each in name)
 
 
 def check_memmap(key: str, dtype: torch.dtype) -> None:

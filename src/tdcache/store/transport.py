@@ -64,7 +64,7 @@ def empty_to_send(layout: Layout) -> dict[str, Tensor]:
     }
 
 
-class _Piece:
+class _SharedMemory:
     """Memory that two processes map."""
 
     def __init__(self, size: int) -> None:
@@ -88,12 +88,12 @@ class _Piece:
 
 
 @dataclass(slots=True)
-class _Memory:
+class _MemoryPool:
     """The pieces of one process; there are as many as batches are under way, or kept by receivers, at a time."""
 
     process: tuple[int, str]
     """Its id, and a word, because ids are used again."""
-    pieces: dict[int, _Piece] = field(default_factory=dict)
+    pieces: dict[int, _SharedMemory] = field(default_factory=dict)
     """By their addresses; the system frees them when the process ends."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """A worker gathers rows on one thread and sends batches on another."""
@@ -104,7 +104,7 @@ class _Memory:
         *begins, end = itertools.accumulate((-(-size // _HEAD) * _HEAD for size in sizes), initial=_HEAD)
         with self.lock:
             piece = next((each for each in self.pieces.values() if not each.memory[0] and each.size >= end), None)
-            piece = piece or _Piece(end)
+            piece = piece or _SharedMemory(end)
             whole = piece.take()
             self.pieces[whole.data_ptr()] = piece
         parts = zip(layout.items(), begins, sizes, strict=True)
@@ -119,20 +119,20 @@ class _Memory:
             piece = self.pieces[next(iter(own.values())).untyped_storage().data_ptr()]
         piece.sent = True
         layout = {
-            key: (each.storage_offset() * each.itemsize, each.nbytes, each.dtype, tuple(each.shape))
+            key: (int(each.storage_offset()) * each.itemsize, each.nbytes, each.dtype, tuple(each.shape))
             for key, each in batch.items()
         }
         return self.process, piece.descriptor, layout, len(self.pieces) > _MOST
 
 
 _Sent = tuple[tuple[int, str], int, Mapping[str, tuple[int, int, torch.dtype, tuple[int, ...]]], bool]
-_own: list[_Memory] = []
+_own: list[_MemoryPool] = []
 
 
-def _memory() -> _Memory:
+def _memory() -> _MemoryPool:
     """This process's; of a fork another one than its parent's."""
     if not _own or _own[0].process[0] != os.getpid():
-        _own[:] = [_Memory((os.getpid(), secrets.token_hex(4)))]
+        _own[:] = [_MemoryPool((os.getpid(), secrets.token_hex(4)))]
     return _own[0]
 
 
