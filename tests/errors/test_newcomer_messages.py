@@ -203,14 +203,10 @@ def test_arguments_of_a_harvest_in_another_order_are_named(arguments, message):
 
 
 def test_a_device_that_is_none_is_named_by_a_harvest_as_by_a_capture(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"^device= is a torch\.device or the name of one, such as 'cuda:0'"
-    ):
+    with pytest.raises(ValueError, match=r"^device= is a torch\.device or the name of one, such as 'cuda:0'"):
         harvest(nn.Sequential(nn.Linear(3, 4)), torch.ones(2, 3), tmp_path / "a.acts", select="0", device="gpu")
 
 
 def test_a_layer_map_of_one_tensor_is_told_what_it_needs():
-    with pytest.raises(
-        ValueError, match=r"^a layer map needs scores by layer, such as td\['attr'\]"
-    ):
+    with pytest.raises(ValueError, match=r"^a layer map needs scores by layer, such as td\['attr'\]"):
         plot.layer_map(torch.ones(2, 3))
