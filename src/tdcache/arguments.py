@@ -110,11 +110,15 @@ def takes_cache(names: Sequence[str]) -> bool:
 
 
 def cached_in(arguments: Mapping[Any, Any]) -> Cached:
-    """The first cache among the arguments of a call, with its length; what is fed is none, whatever its name."""
-    given = {name: each for name, each in arguments.items() if each is not None and _is_cache(name)}
+    """The first cache among the arguments of a call, with its length; those that tell their length come first.
+
+    The tokens that are fed are never taken for a cache, whatever their argument is called.
+    """
+    given = [name for name, each in arguments.items() if each is not None and _is_cache(name)]
     if given:
         fed = tokens_fed(arguments)
-        for name, cache in given.items():
+        for name in sorted(given, key=lambda name: name not in _KEYS_AND_VALUES):
+            cache = arguments[name]
             if cache is not fed:
                 return Cached(cache, _length(cache, name, arguments))
     return Cached(None, _offset(arguments) or 0)
