@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import regex
 from tensordict import TensorDictBase
@@ -40,6 +42,8 @@ _OFFSETS = ("cache_position", "input_pos", "start_pos")
 # Legacy caches under these names hold keys of shape (batch, heads, tokens, d_head); other states do not tell a length.
 _KEYS_AND_VALUES = ("past_key_values", "past_key_value", "past", "layer_past", "cache", "kv_cache")
 _FED = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "tgt", "tokens", "idx")
+_known: WeakKeyDictionary[FunctionType, tuple[str, ...]] = WeakKeyDictionary()
+"""By method, what :func:`forward_names` returns; reading the signatures of a whole model takes milliseconds."""
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -49,8 +53,18 @@ def forward_names(module: nn.Module) -> tuple[str, ...]:
     >>> forward_names(nn.LSTM(1, 1))
     ('input', 'hx')
     """
+    forward = module.forward
+    function = getattr(forward, "__func__", None)
+    if type(function) is not FunctionType:
+        return _positional(forward)
+    if function not in _known:
+        _known[function] = _positional(function)[1:]
+    return _known[function]
+
+
+def _positional(function: Any) -> tuple[str, ...]:
     try:
-        parameters = inspect.signature(module.forward).parameters.values()
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return ()
     return tuple(each.name for each in parameters if each.kind in _POSITIONAL)
