@@ -14,6 +14,7 @@ from torch import Tensor
 from tdcache.cache.positions import FedByCall, PositionFilter
 from tdcache.errors import CaptureError
 from tdcache.function_calls.sites import at_call
+from tdcache.hooks.values import check_dense
 from tdcache.inplace import shares_memory
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
@@ -59,6 +60,7 @@ class PartFilter:
                 f"{type(value).__name__}; name one of its tensors by pick=",
                 paths=(path,),
             )
+        check_dense(value, path)
         if value.ndim and self.fed is not None and self.fed.sequences is not None:
             self.fed.sequences.check_rows(path, value, region.row_axis(value))
         if region.whole and self.positions is not None:
