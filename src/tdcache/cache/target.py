@@ -210,12 +210,16 @@ class Target:
             raise
 
     def _drop_all_but(self, entries: Mapping[CacheKey, Any]) -> None:
-        self.refuse_lock()
-        self.written.update(dict.fromkeys(self._complete))
-        self._complete = ()
+        self._begin_partial()
         for key in [key for key in self.written if key not in entries and key not in self.apart]:
             self._drop(key)
         self.written.update(dict.fromkeys(entries))
+
+    def _begin_partial(self) -> None:
+        """Before some entries are written, or dropped, and others stay: note each of a complete write by itself."""
+        self.refuse_lock()
+        self.written.update(dict.fromkeys(self._complete))
+        self._complete = ()
 
     def _fill(self, entries: Mapping[CacheKey, Any]) -> None:
         for key, value in entries.items():
@@ -247,9 +251,7 @@ class Target:
         if self.in_place:
             self._copy_in(key, value)
             return
-        self.refuse_lock()
-        self.written.update(dict.fromkeys(self._complete))
-        self._complete = ()
+        self._begin_partial()
         self.written[key] = None
         if self.batch_dims:
             node = self._own_node()
