@@ -176,11 +176,10 @@ class Capture:
         self, root: nn.Module, places: Sequence[CallPlace], recorder: Recorder, handle: MultiHookHandle
     ) -> None:
         """Attach taps to calls in the forwards of modules below ``root``; ``handle`` owns the registrations."""
-        if places:
-            in_graph = recorder.fits_graph and may_be_compiled(root) and calls_fit_graph(places)
-            live = self.keep.hold == "live"
-            calls = CallCapture(recorder, self.callback, self.order, self.pick, live=live, in_graph=in_graph)
-            calls.attach(root, places, handle, nested=self.nested, stop_early=self.stop_early)
+        in_graph = recorder.fits_graph and may_be_compiled(root) and calls_fit_graph(places)
+        live = self.keep.hold == "live"
+        calls = CallCapture(recorder, self.callback, self.order, self.pick, live=live, in_graph=in_graph)
+        calls.attach(root, places, handle, nested=self.nested, stop_early=self.stop_early)
 
     def place(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:
         """Attach the taps to the sites; ``handle`` owns the registrations."""
