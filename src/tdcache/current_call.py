@@ -216,7 +216,7 @@ class CurrentCall:
 
 
 class _Ears(Transient):
-    """The hooks on one module that receives arguments of interest."""
+    """The hooks on one module that tell a :class:`CurrentCall` when its forward begins and ends."""
 
     order = Order.FIRST
 
