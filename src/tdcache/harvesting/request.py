@@ -54,6 +54,8 @@ class Request:
             StoreError: the order of the data is random.
         """
         capture = BatchCapture(model, options)
+        if not isinstance(path, str | os.PathLike):
+            raise SelectionError(f"path is the store's folder, after model and data: got a {type(path).__name__}")
         return cls(
             folder=Path(path).absolute(),
             given=Path(path),
