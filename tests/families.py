@@ -180,7 +180,14 @@ OWN: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 8,
     },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 16},
-    "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 4},
+    "minimax": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "block_size": 4,
+        "full_attn_alpha_factor": 1.5,
+        "full_attn_beta_factor": 0.7,
+        "mlp_alpha_factor": 1.2,
+        "mlp_beta_factor": 0.6,
+    },
     "bamba": {
         "attn_layer_indices": [1],
         "mamba_expand": 2,
