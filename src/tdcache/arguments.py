@@ -124,18 +124,12 @@ def takes_cache(names: Sequence[str]) -> bool:
 
 
 def cached_in(arguments: Mapping[Any, Any]) -> Cached:
-    """The first cache among the arguments of a call, with its length; those that tell their length come first.
-
-    The tokens that are fed are never taken for a cache, whatever their argument is called.
-    """
-    given = [name for name, each in arguments.items() if each is not None and _is_cache(name)]
-    if given:
-        fed = tokens_fed(arguments)
-        for name in sorted(given, key=lambda name: name not in _KEYS_AND_VALUES):
-            cache = arguments[name]
-            if cache is not fed:
-                return Cached(cache, _length(cache, name, arguments))
-    return Cached(None, _offset(arguments) or 0)
+    """The first cache among the arguments of a call that tells its length, or else the first; what is fed is none."""
+    given = {name: each for name, each in arguments.items() if each is not None and _is_cache(name)}
+    fed = tokens_fed(arguments) if given else None
+    found = [Cached(cache, _length(cache, name, arguments)) for name, cache in given.items() if cache is not fed]
+    telling = (each for each in found if each.length is not None)
+    return next(telling, found[0]) if found else Cached(None, _offset(arguments) or 0)
 
 
 def _offset(arguments: Mapping[Any, Any]) -> int | None:

@@ -168,15 +168,15 @@ class Sequences:
         Without this check an expert, which is given a list of tokens, would have tokens taken for rows.
 
         Raises:
-            SelectionError: no argument of the call has that many.
+            SelectionError: no input of the call has that many.
         """
-        # A model that is fed rows first may work on positions first, so that either axis of an argument may be rows.
-        sizes = {size for shape in self._shapes for size in shape[: axis + 1]}
+        # Rows may come second where a model works on positions first, and the edges of a graph are columns.
+        sizes = {size for shape in self._shapes for size in shape[:2]}
         if sizes and value.shape[axis] not in sizes:
             raise SelectionError(
-                f"the value at {path!r} has shape {tuple(value.shape)}, with {value.shape[axis]} along axis {axis}, "
-                f"where this call feeds {listed(sorted(sizes))} rows: it is no value of (batch, ...), so rows= "
-                "and positions= mean nothing there; select a module that every row passes, or set position_dim=",
+                f"the value at {path!r} has shape {tuple(value.shape)}, and no input of this call has "
+                f"{value.shape[axis]} along its first two axes ({listed(sorted(sizes))}): without rows of the batch, "
+                "rows= and positions= mean nothing there; select a module that every row passes, or set position_dim=",
                 selector=path,
             )
 

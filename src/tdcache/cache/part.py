@@ -15,6 +15,7 @@ from tdcache.cache.positions import PositionFilter
 from tdcache.current_call import CurrentCall
 from tdcache.errors import CaptureError
 from tdcache.function_calls.sites import at_call
+from tdcache.hooks.values import check_dense
 from tdcache.inplace import shares_memory
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
@@ -60,6 +61,7 @@ class PartFilter:
                 f"{type(value).__name__}; name one of its tensors by pick=",
                 paths=(path,),
             )
+        check_dense(value, path)
         sequences = None if self.call is None else self.call.sequences_now()
         if value.ndim and sequences is not None:
             sequences.check_rows(path, value, region.row_axis(value))
