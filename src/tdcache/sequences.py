@@ -45,7 +45,7 @@ class Fed:
     more: bool = False
     position_ids: Tensor | None = None
     ids: bool = False
-    """Whether the length is that of token ids, so that any other axis than theirs has to have another meaning."""
+    """Whether ``length`` is that of token ids, so that an axis of another length is not one of tokens."""
 
     def tokens(self, path: str, batch: int, length: int, device: torch.device | None) -> Tokens:
         """The tokens of a value ``(batch, length, ...)`` at the site ``path``.

@@ -18,7 +18,7 @@ from tdcache.reducers import Mean, Stack
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 REMEDY = (
     r"the value at 'layers\.0' is a nested tensor, whose rows differ in length, so that it has no axes to edit, "
-    r"reduce or choose from; build nn\.TransformerEncoder with enable_nested_tensor=False, or call it with gradients enabled"
+    r"reduce or choose from; build nn\.TransformerEncoder with enable_nested_tensor=False, or call it with gradients "
 )
 X, PADDING = torch.randn(3, 5, 8), torch.arange(5) >= torch.tensor([[3], [5], [4]])
 VECTOR = torch.ones(8)

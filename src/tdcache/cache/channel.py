@@ -26,7 +26,6 @@ from tdcache.cache.stand_ins import ABSENT, CopyInGraph
 from tdcache.cache.target import EntryTarget, path_of
 from tdcache.errors import CaptureError
 from tdcache.hooks.directions import DIRECTIONS
-from tdcache.hooks.values import check_dense
 from tdcache.inplace import InplaceWatch, overwritten, shares_memory
 from tdcache.reducers import Last, Reducer
 from tdcache.selection import Site
@@ -265,8 +264,6 @@ class Channel:
         """
         self.fired.add(path)
         mask: Tensor | None = None
-        if self.part is not None or self.reductions is not None:
-            check_dense(tensor, path)
         if self.part is not None:
             part = self.part.of(path, tensor, self.reducer)
             if part is None:

@@ -202,7 +202,7 @@ def check_dense(value: Any, path: str) -> None:
     Raises:
         CaptureError: the message names ``path`` and the remedy.
     """
-    if isinstance(value, Tensor) and value.is_nested and value.layout is torch.strided:
+    if type(value) is Tensor and value.is_nested and value.layout is torch.strided:
         raise CaptureError(
             f"the value at {path!r} is a nested tensor, whose rows differ in length, so that it has no axes to edit, "
             "reduce or choose from; build nn.TransformerEncoder with enable_nested_tensor=False, or call it with "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import regex
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from tdcache.errors import ResidualError
 from tdcache.named_places import Names
 from tdcache.named_proof import deviation
-from tdcache.named_streams import StreamChange
+from tdcache.named_streams import ResidualStream, StreamChange
 from tdcache.residual.columns import Columns
 from tdcache.residual.linear import NormStep, tolerance
 from tdcache.residual.parts import Parts
 from tdcache.residual.pieces import Pieces, heads_of, neurons_of
+from tdcache.residual.remembered import once
 from tdcache.residual.stream import CachedStream
 from tdcache.tokens import Positions
 
@@ -144,18 +146,50 @@ def decompose(
     """
     stream = CachedStream.of(cache, names, prefix, Columns(positions, mask))
     of, last, _ = stream.until(of)
+    if remembered := stream.columns.positions is None:  # some positions are few, and compared each time
+        once(partial(_checked, stream, of, last), key=(of, id(stream.stream)), **_behind(stream, last))
+    sums = _summed(stream, of, last, heads=heads, neurons=neurons, compared=not remembered)
+    at = stream.value(of) if stream.keeps(of) else sums.total
+    return Parts.made(sums.parts, stream.names, stream.stream.prefix, of=of, at=at)
+
+
+def _checked(stream: CachedStream, of: str, last: int) -> ResidualStream:
+    """Compare every sum; returns what is remembered with the verdict, so that its ``id`` stays its own."""
+    _summed(stream, of, last)
+    return stream.stream
+
+
+def _behind(stream: CachedStream, last: int) -> dict[str, Any]:
+    """What the verdict on the sums depends on: the kept values, and what acts on the stream itself."""
+    (owner,) = stream.modules("")
+    changes = [change for block in range(last + 1) for change in stream.changes(block)]
+    names = [*stream.stream.embeddings, *(stream.name("resid_pre", block) for block in range(last + 1))]
+    names += [name for change in changes for name in (change.name, change.after) if name]
+    values = [stream.raw(name) for name in dict.fromkeys(names) if stream.keeps(name)]
+    norms = [change.path or stream.place(change.name).path for change in changes if change.kind == "norm"]
+    parameters = [stream.parameter(change.path) for change in changes if change.kind != "norm" and change.path]
+    modules = list(stream.modules(stream.stream.embedding_norm, *norms))
+    return {"owner": owner, "values": [*values, *parameters], "modules": modules}
+
+
+def _summed(
+    stream: CachedStream, of: str, last: int, *, heads: bool = False, neurons: bool = False, compared: bool = True
+) -> _RunningSum:
+    """The parts of one value of the stream, compared on the way with every value that is kept."""
     sums = _embedded(stream)
     for block in range(last + 1):
-        if block == 0 or not stream.keeps(stream.name("resid_post", block - 1)):  # else it was, under that name
+        # After the first block, the value was compared under the name resid_post where that is kept.
+        if compared and (block == 0 or not stream.keeps(stream.name("resid_post", block - 1))):
             sums.compare(stream.name("resid_pre", block))
         if of == stream.name("resid_pre", block):
             break
         for change in stream.changes(block):
             sums.follow(change, pieces=_pieces(stream, block, change, heads, neurons))
-            sums.compare(change.after, refused=stream.refused(block) if change.after.endswith("resid_post") else ())
+            if compared:
+                sums.compare(change.after, block=block if change.after.endswith("resid_post") else None)
             if change.after == of:
                 break
-    return Parts.made(sums.parts, stream.names, stream.stream.prefix, of=of, at=sums.total)
+    return sums
 
 
 class _RunningSum:
@@ -164,23 +198,30 @@ class _RunningSum:
     def __init__(self, stream: CachedStream, parts: dict[str, Tensor]) -> None:
         self._stream = stream
         self.parts = parts
-        self.total = sum(parts.values(), torch.zeros(()))
+        self._total, self._added = torch.zeros(()), list(parts.values())
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the parts, taken when it is asked for."""
+        self._total, self._added = sum(self._added, self._total), []
+        return self._total
 
     def follow(self, change: StreamChange, *, pieces: Pieces | None) -> None:
         """Add a contribution, in pieces or whole, or send all parts through what acts on the stream itself."""
+        like = next(iter(self.parts.values()))
         if change.kind == "add" and not change.name:
-            self.parts[change.path] = self._stream.parameter(change.path).detach().to(self.total).expand_as(self.total)
-            self.total = self.total + self.parts[change.path]
+            self.parts[change.path] = self._stream.parameter(change.path).detach().to(like).expand_as(like)
+            self._added.append(self.parts[change.path])
         elif change.kind == "add":
             value = self._stream.value(change.name)
             self.parts.update({change.name: value} if pieces is None else pieces.all())
-            self.total = self.total + value
+            self._added.append(value)
         elif change.kind == "norm":
             self.normalise(change.path or self._stream.place(change.name).path, change.name)
         else:
-            factor = self._stream.parameter(change.path).detach().to(self.total) if change.path else change.factor
+            factor = self._stream.parameter(change.path).detach().to(like) if change.path else change.factor
             self.parts = {key: part * factor for key, part in self.parts.items()}
-            self.total = self.total * factor
+            self._total = self.total * factor
 
     def normalise(self, path: str, name: str) -> None:
         """Send all parts through a norm that stands in the stream, and call its bias by that name."""
@@ -189,24 +230,24 @@ class _RunningSum:
         self.parts = {key: norm(part) for key, part in self.parts.items()}
         if norm.bias is not None:
             self.parts[f"{name}.bias"] = norm.bias.expand_as(self.total)
-        self.total = sum(self.parts.values(), torch.zeros(()))
+        self._total, self._added = torch.zeros(()), list(self.parts.values())
 
-    def compare(self, name: str, *, refused: Sequence[str] = ()) -> None:
+    def compare(self, name: str, *, block: int | None = None) -> None:
         """Hold the sum against the value that is kept under a name, if one is.
 
-        A contribution that is refused is one that the block does not have if the sum holds without it.
+        A contribution to ``block`` that is refused is one that it does not have if the sum holds without it.
 
         Raises:
             CanonicalNameError: the sum does not hold, or cannot be compared, and a contribution is refused.
             ResidualError: it does not hold.
         """
         if not name or not self._stream.keeps(name):
-            if refused:  # a block without attention, or one whose attention is not seen
+            if refused := self._refused(block):  # a block without attention, or one whose attention is not seen
                 raise self._stream.error(refused[0])
             return
         off = deviation(self.total, self._stream.value(name))
         if not off <= tolerance(self._stream.raw(name)):
-            if refused:
+            if refused := self._refused(block):
                 raise self._stream.error(refused[0])
             raise ResidualError(
                 f"{name!r} differs by {off:.1e} of its largest value from the sum of what was written before: the "
@@ -214,6 +255,9 @@ class _RunningSum:
                 "written, or the table is not this model's",
                 names=[name],
             )
+
+    def _refused(self, block: int | None) -> list[str]:
+        return [] if block is None else self._stream.refused(block)
 
 
 def _embedded(stream: CachedStream) -> _RunningSum:
@@ -223,8 +267,8 @@ def _embedded(stream: CachedStream) -> _RunningSum:
         return _RunningSum(stream, {first: stream.value(first)})
     stream.require(names)
     values = [stream.whole(name) for name in names]
-    shape = torch.broadcast_shapes(*(value.shape for value in values))  # one row of positions serves all rows
-    parts = {name: stream.columns.of(value.expand(shape), name) for name, value in zip(names, values, strict=True)}
+    spread = torch.broadcast_tensors(*values)  # one row of positions serves all rows
+    parts = {name: stream.columns.of(value, name) for name, value in zip(names, spread, strict=True)}
     sums = _RunningSum(stream, parts)
     if stream.stream.embedding_norm is not None:
         sums.normalise(stream.stream.embedding_norm, stream.name("embed_norm"))

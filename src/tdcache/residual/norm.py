@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -12,6 +14,7 @@ from tdcache.named_proof import deviation
 from tdcache.residual.columns import Columns
 from tdcache.residual.linear import NormStep, run, tolerance
 from tdcache.residual.parts import Parts, tensors
+from tdcache.residual.remembered import once
 from tdcache.residual.stream import CachedStream, names_of
 from tdcache.tokens import Positions
 
@@ -81,7 +84,8 @@ def frozen_norm(stack: TensorDictBase, stream: CachedStream, path: str, name: st
     """
     (module,) = stream.modules(path)
     whole = _whole(stack, stream, at)
-    frozen = NormStep.of(module, path, whole)
+    make = partial(NormStep.of, module, path, whole)
+    frozen = once(make, key="norm", owner=module, values=[whole], modules=[module])
     for key, part in tensors(stack).items():
         _check_rows(part, key, frozen)
     if stream.keeps(name):

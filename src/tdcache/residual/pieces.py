@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tdcache.errors import PathError, ResidualError
 from tdcache.paths import resolve
 from tdcache.residual.linear import LinearMap, LinearStep, step_between, tolerance
+from tdcache.residual.remembered import once
 from tdcache.residual.stream import CachedStream
 
 __all__ = ["Pieces", "heads_of", "neurons_of"]
@@ -27,7 +29,6 @@ class Pieces:
         weight: its weight, ``(piece, unit, out)``.
         bias: what the projection adds, or None.
         step: what happens to the projection's result before it is added to the stream.
-        results: what the projection makes of every piece, ``(..., piece, out)``, where that is at hand.
     """
 
     name: str
@@ -36,7 +37,6 @@ class Pieces:
     weight: Tensor
     bias: Tensor | None
     step: LinearStep
-    results: Tensor | None = None
 
     def parts(self, chosen: Sequence[int], *, onto: Tensor | None = None) -> dict[str, Tensor]:
         """The chosen pieces, by name; with ``onto`` their products with that direction."""
@@ -44,8 +44,7 @@ class Pieces:
         values = self.values if every else self.values[..., list(chosen), :]
         weight = self.weight if every else self.weight[list(chosen)]
         if onto is None:
-            results = self.results if every and self.results is not None else _results(values, weight)
-            found = self.step(results).unbind(-2)
+            found = self.step(torch.einsum("...hi,hio->...ho", values, weight)).unbind(-2)
         else:
             back = self.step.back(onto.to(values))
             found = (values * torch.einsum("hio,...o->...hi", weight, back)).sum(-1).unbind(-1)
@@ -60,32 +59,30 @@ class Pieces:
         return {**found, f"{self.name}.bias": torch.stack(biases).sum(0)} if biases else found
 
 
-def heads_of(stream: CachedStream, block: int, *, all_at_once: bool = True) -> Pieces:
+def heads_of(stream: CachedStream, block: int) -> Pieces:
     """The heads of the attention of one block.
 
     Args:
         stream: the cache.
         block: the number of the block.
-        all_at_once: whether all of them are wanted, so that what they make serves the check as well.
 
     Raises:
         ResidualError: the cache lacks ``z`` or the contribution, or no projection leads from one to the other.
     """
-    return _pieces(stream, block, "attn", stream.stream.out_projections, all_at_once)
+    return _pieces(stream, block, "attn", stream.stream.out_projections)
 
 
-def neurons_of(stream: CachedStream, block: int, *, all_at_once: bool = True) -> Pieces:
+def neurons_of(stream: CachedStream, block: int) -> Pieces:
     """The neurons of the MLP of one block.
 
     Args:
         stream: the cache.
         block: the number of the block.
-        all_at_once: whether all of them are wanted; what they make takes that many times the memory of the stream.
 
     Raises:
         ResidualError: the cache lacks ``mlp.post`` or the contribution, or no projection leads from one to the other.
     """
-    return _pieces(stream, block, "mlp", stream.stream.down_projections, all_at_once)
+    return _pieces(stream, block, "mlp", stream.stream.down_projections)
 
 
 def _read(stream: CachedStream, name: str) -> Tensor:
@@ -93,15 +90,10 @@ def _read(stream: CachedStream, name: str) -> Tensor:
     return stream.split(f"{name}.z") if name.endswith("attn") else stream.value(f"{name}.post").unsqueeze(-1)
 
 
-def _results(values: Tensor, weight: Tensor) -> Tensor:
-    return torch.einsum("...hi,hio->...ho", values, weight)
-
-
-def _pieces(
-    stream: CachedStream, block: int, role: str, projections: Sequence[str | None], all_at_once: bool
-) -> Pieces:
+def _pieces(stream: CachedStream, block: int, role: str, projections: Sequence[str | None]) -> Pieces:
     name, kind = stream.name(role, block), "head" if role == "attn" else "neuron"
-    stream.require([f"{name}.{'z' if role == 'attn' else 'post'}", f"{name}.contribution"])
+    read = "z" if role == "attn" else "post"
+    stream.require([f"{name}.{read}", f"{name}.contribution"])
     path = projections[block] if block < len(projections) else None
     if path is None:
         raise ResidualError(
@@ -109,13 +101,21 @@ def _pieces(
             names=[f"{name}.contribution"],
         )
     values = _read(stream, name)
-    pieces, units = values.shape[-2:]
+    find = partial(_checked, stream, name, path, kind, values)
+    if stream.columns.positions is None:  # some positions are few, and compared each time
+        (module,) = stream.modules(path)
+        behind = [stream.raw(each) for each in (f"{name}.contribution", f"{name}.{read}")]
+        linear, step = once(find, key=(name, path), owner=module, values=behind, modules=[module])
+    else:
+        linear, step = find()
+    return Pieces(name, kind, values, linear.weight.reshape(*values.shape[-2:], -1), linear.bias, step)
+
+
+def _checked(stream: CachedStream, name: str, path: str, kind: str, values: Tensor) -> tuple[LinearMap, LinearStep]:
+    """The projection of ``name`` and what follows it, which lead from these values to the contribution."""
     (module,) = stream.modules(path)
     linear = _projection(stream, name, module, path, values.flatten(-2)).to(values)
-    weight = linear.weight.reshape(pieces, units, -1)
-    results = _results(values, weight) if all_at_once else None
-    given = linear(values.flatten(-2)) if results is None else linear.with_bias(results.sum(-2))
-    step = _step_to_stream(stream, name, given)
+    step = _step_to_stream(stream, name, linear(values.flatten(-2)))
     if step is None and stream.columns.positions is not None:
         # A scale for each unit cannot be told from few rows: all positions are asked where the wanted ones do not tell.
         every = stream.with_all_positions()
@@ -126,7 +126,7 @@ def _pieces(
             "model in training mode drops some of it, and a wrong table names another projection",
             names=[f"{name}.contribution"],
         )
-    return Pieces(name, kind, values, weight, linear.bias, step, results)
+    return linear, step
 
 
 def _projection(stream: CachedStream, name: str, module: nn.Module, path: str, given: Tensor) -> LinearMap:

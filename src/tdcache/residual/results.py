@@ -51,7 +51,7 @@ def head_results(
     stream = CachedStream.of(cache, names, prefix, Columns(positions, mask))
     found: dict[str, Tensor] = {}
     for block in stream.blocks(layers, "attn"):
-        pieces = heads_of(stream, block, all_at_once=onto is None)
+        pieces = heads_of(stream, block)
         found.update(pieces.parts(range(len(pieces.weight)), onto=onto))
     return _results(stream, found, onto, remainder)
 
@@ -93,7 +93,7 @@ def neuron_results(
     stream = CachedStream.of(cache, names, prefix, Columns(positions, mask))
     found: dict[str, Tensor] = {}
     for block in stream.blocks(layers, "mlp"):
-        pieces = neurons_of(stream, block, all_at_once=False)
+        pieces = neurons_of(stream, block)
         every = range(len(pieces.weight))
         found.update(pieces.parts(every[neurons] if isinstance(neurons, slice) else neurons, onto=onto))
     return _results(stream, found, onto, remainder)

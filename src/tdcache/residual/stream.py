@@ -169,7 +169,8 @@ class CachedStream:
 
     def changes(self, block: int) -> tuple[StreamChange, ...]:
         """What happens to the stream in one block."""
-        return self.stream.changes_in(block, self.canonical(refused=False))
+        known = block < len(self.stream.changes)
+        return self.stream.changes_in(block, () if known else self.canonical(refused=False))
 
     def refused(self, block: int) -> list[str]:
         """The contributions to one block that are refused: there is none, or one that cannot be read."""
