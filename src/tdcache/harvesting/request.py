@@ -35,7 +35,7 @@ class Request:
     folder: Path
     """Absolute, because a model may change the working directory."""
     given: Path
-    """The same as the user wrote it, for messages."""
+    """The same as the user wrote it, which people are shown while the working directory is that of the call."""
     options: HarvestOptions
     capture: BatchCapture
     source: Source
