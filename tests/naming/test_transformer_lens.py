@@ -22,7 +22,7 @@ if not hasattr(lens, "TransformerBridge"):
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # its models warn of themselves
 
-SCORES, QKVZ = "blocks.1.attn.hook_attn_scores", ["blocks.1.attn.hook_" + part for part in "qkvz"]
+SCORES = "blocks.1.attn.hook_attn_scores"
 DISAGREEMENTS = {
     "bert": {
         SCORES,
@@ -31,7 +31,7 @@ DISAGREEMENTS = {
         "blocks.1.attn.hook_out",
         "blocks.1.hook_resid_mid",
     },
-    "bloom": {"blocks.1.attn.hook_out", "blocks.1.mlp.hook_out", *QKVZ},
+    "bloom": {"blocks.1.attn.hook_out", "blocks.1.mlp.hook_out"},
     "gpt_neo": {SCORES},
     "gptj": {SCORES},
     "gpt_oss": {SCORES},
