@@ -39,9 +39,9 @@ class Packed(nn.Module):
 IDS = torch.tensor([[1, 3, 5, 2, 4], [7, 1, 3, 6, 0]])  # six tokens for the second expert, two rows
 
 AT_EXPERT = (
-    r"^the value at 'experts\.1' has shape \(6, 4\), with 6 along axis 0, where this call feeds 2 rows: it is no value "
-    r"of \(batch, \.\.\.\), so rows= and positions= mean nothing there; select a module that every row passes, or set "
-    r"position_dim="
+    r"^the value at 'experts\.1' has shape \(6, 4\), and no input of this call has 6 along its first two axes "
+    r"\(2, 5\): without rows of the batch, rows= and positions= mean nothing there; select a module that every row "
+    r"passes, or set position_dim="
 )
 
 
@@ -80,9 +80,7 @@ def test_a_list_of_tokens_is_kept_and_edited_whole_and_by_units():
 def test_the_data_of_a_packed_sequence_has_no_rows_and_no_positions(options):
     model, x, lengths = Packed(), torch.randn(2, 4, 3), torch.tensor([4, 3])
     with (
-        pytest.raises(
-            SelectionError, match=r"at 'rnn' has shape \(7, 4\), with 7 along axis 0, where this call feeds 2"
-        ),
+        pytest.raises(SelectionError, match=r"at 'rnn' has shape \(7, 4\), and no input of this call has 7 along"),
         ActivationCaching("rnn", **options).prepare(model) as hooked,
     ):
         hooked(x, lengths)

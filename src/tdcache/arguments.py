@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import regex
 from tensordict import TensorDictBase
@@ -40,6 +42,8 @@ _OFFSETS = ("cache_position", "input_pos", "start_pos")
 # Legacy caches under these names hold keys of shape (batch, heads, tokens, d_head); other states do not tell a length.
 _KEYS_AND_VALUES = ("past_key_values", "past_key_value", "past", "layer_past", "cache", "kv_cache")
 _FED = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "tgt", "tokens", "idx")
+_known: WeakKeyDictionary[FunctionType, tuple[str, ...]] = WeakKeyDictionary()
+"""By method, what :func:`forward_names` returns; reading the signatures of a whole model takes milliseconds."""
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -49,8 +53,18 @@ def forward_names(module: nn.Module) -> tuple[str, ...]:
     >>> forward_names(nn.LSTM(1, 1))
     ('input', 'hx')
     """
+    forward = module.forward
+    function = getattr(forward, "__func__", None)
+    if type(function) is not FunctionType:
+        return _positional(forward)
+    if function not in _known:
+        _known[function] = _positional(function)[1:]
+    return _known[function]
+
+
+def _positional(function: Any) -> tuple[str, ...]:
     try:
-        parameters = inspect.signature(module.forward).parameters.values()
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return ()
     return tuple(each.name for each in parameters if each.kind in _POSITIONAL)
@@ -110,14 +124,12 @@ def takes_cache(names: Sequence[str]) -> bool:
 
 
 def cached_in(arguments: Mapping[Any, Any]) -> Cached:
-    """The first cache among the arguments of a call, with its length; what is fed is none, whatever its name."""
+    """The first cache among the arguments of a call that tells its length, or else the first; what is fed is none."""
     given = {name: each for name, each in arguments.items() if each is not None and _is_cache(name)}
-    if given:
-        fed = tokens_fed(arguments)
-        for name, cache in given.items():
-            if cache is not fed:
-                return Cached(cache, _length(cache, name, arguments))
-    return Cached(None, _offset(arguments) or 0)
+    fed = tokens_fed(arguments) if given else None
+    found = [Cached(cache, _length(cache, name, arguments)) for name, cache in given.items() if cache is not fed]
+    telling = (each for each in found if each.length is not None)
+    return next(telling, found[0]) if found else Cached(None, _offset(arguments) or 0)
 
 
 def _offset(arguments: Mapping[Any, Any]) -> int | None:

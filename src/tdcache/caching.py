@@ -233,7 +233,7 @@ class ActivationCaching(HookingContextFactory):
             selection = context.select(self._modules, root=root, matcher=self._matcher, **options)
         places = call_places(partial(context.select, root=root), self._calls, **options) if self._calls else ()
         dims, regions = ({}, {}) if self.names is None else self._named_axes(selection, self.names)
-        recorder = self._capture.recorder(context.cache, selection, places, dims, regions)
+        recorder = self._capture.recorder(model, context.cache, selection, places, dims, regions)
         recorder.names = self.names
         handle = MultiHookHandle()
         with handle.installing():
@@ -241,8 +241,8 @@ class ActivationCaching(HookingContextFactory):
             if places:
                 self._capture.place_calls(model, places, recorder, handle)
             part = recorder.channels[0].part
-            if part is not None and part.fed is not None:
-                part.fed.attach(model, handle)
+            if part is not None and part.call is not None:
+                part.call.attach(handle)
             if self._capture.steps is None:
                 bracket(model, recorder.begin, recorder.end, handle)
             else:

@@ -50,12 +50,12 @@ class CallOptions(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class InSteps:
-    """The options of something that acts in some forwards, on whole values."""
+    """The options of something that acts in some forwards, whatever the positions and the call of a module."""
 
     steps: Steps
     positions: None = None
     calls: None = None
-    mask_key: None = None
+    mask_key: Any = None
 
 
 class CurrentCall:
@@ -216,7 +216,7 @@ class CurrentCall:
 
 
 class _Ears(Transient):
-    """The hooks on one module that receives arguments of interest."""
+    """The hooks on one module that tell a :class:`CurrentCall` when its forward begins and ends."""
 
     order = Order.FIRST
 

@@ -143,13 +143,13 @@ _use_count = getattr(torch._C, "_storage_Use_Count", None)
 _address = attrgetter("_cdata")
 
 ALONE = 2
-"""What :func:`storage_users` counts for a tensor that shares its memory with none."""
+"""What :func:`storage_users` counts for an unshared tensor: the tensor, and the storage object that is asked."""
 
 
 def storage_users(tensors: Collection[Tensor]) -> list[int]:
-    """How many have the memory of each: tensors (saved ones of a graph included), and the object that is asked here.
+    """How many references there are to the memory of each tensor: ``ALONE`` if no other tensor shares it.
 
-    More than ``ALONE`` where torch does not say, or the memory is not the tensor's own: somebody else may have it.
+    Tensors saved by a graph count. It is more than ``ALONE`` where torch does not tell, or the memory is not its own.
     """
     if _use_count is None:
         return [ALONE + 1] * len(tensors)

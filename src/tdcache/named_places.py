@@ -202,8 +202,19 @@ class Names(Mapping[str, NamedPlace]):
         return self.style == other.style and self._places == other._places
 
     def __reduce__(self) -> Any:
-        known = dict(self.refused), dict(self.streams), dict(self.spelling)
-        return _unpickled, (self._places, *known, self.proof, self.style, self.made_for)
+        return _unpickled, (self._arguments(),)
+
+    def _arguments(self) -> dict[str, Any]:
+        """The arguments that make this table anew, without the model."""
+        return {
+            "places": self._places,
+            "refused": dict(self.refused),
+            "streams": dict(self.streams),
+            "proof": self.proof,
+            "style": self.style,
+            "made_for": self.made_for,
+            "spelling": dict(self.spelling),
+        }
 
     @property
     def made_for(self) -> tuple[str, str]:
@@ -221,18 +232,8 @@ class Names(Mapping[str, NamedPlace]):
         return self if root is self.model else self.replaced(model=root)
 
     def replaced(self, **changes: Any) -> Names:
-        """The same table but for the arguments in ``changes``, as :func:`dataclasses.replace` has it."""
-        kept = {
-            "places": self._places,
-            "refused": self.refused,
-            "streams": self.streams,
-            "proof": self.proof,
-            "style": self.style,
-            "model": self.model,
-            "made_for": self.made_for,
-            "spelling": self.spelling,
-        }
-        return Names(**{**kept, **changes})
+        """The same table except for the arguments in ``changes``, as :func:`dataclasses.replace` does."""
+        return Names(**{**self._arguments(), "model": self.model, **changes})
 
     def root_in(self, model: nn.Module) -> nn.Module:
         """The module that the paths of the table are relative to, where ``model`` is to be hooked.
@@ -351,7 +352,5 @@ def _as_place(name: str, place: object) -> NamedPlace:
     )
 
 
-def _unpickled(places: Any, refused: Any, streams: Any, spelling: Any, *more: Any) -> Names:
-    proof, style, made_for = more
-    known: dict[str, Any] = {"refused": refused, "streams": streams, "spelling": spelling}
-    return Names(places, **known, proof=proof, style=style, made_for=made_for)
+def _unpickled(arguments: dict[str, Any]) -> Names:
+    return Names(**arguments)

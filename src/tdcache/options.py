@@ -1,4 +1,4 @@
-"""Options by keyword: which ones a class takes, and a refusal of misspelt ones that names the nearest.
+"""Options: which keywords a class takes, refusals of misspelt ones that name the nearest, and what ``device=`` may be.
 
 Python's own message for an unknown keyword names no near miss before 3.13, and where a class hands ``**options`` on it
 blames a constructor that the user did not call.
@@ -12,10 +12,11 @@ from functools import cache
 from typing import Any
 
 import regex
+import torch
 
 from tdcache.paths import near_misses
 
-__all__ = ["InitSignature", "option_names", "refuse_unknown"]
+__all__ = ["InitSignature", "as_device", "option_names", "refuse_unknown"]
 
 
 class InitSignature:
@@ -58,3 +59,15 @@ def refuse_unknown(owner: str, given: Iterable[str], known: Sequence[str]) -> No
             near = near_misses(regex.escape(name), known)
             hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(known)}"
             raise TypeError(f"{owner}() has no argument {name!r}; {hint}")
+
+
+def as_device(given: torch.device | str) -> torch.device:
+    """The device that is meant by ``device=``.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    try:
+        return torch.device(given)
+    except (RuntimeError, TypeError) as error:  # torch lists twenty kinds of devices
+        raise ValueError(f"device= is a torch.device or the name of one, such as 'cuda:0', got {given!r}") from error

@@ -240,10 +240,14 @@ def layer_map(
         The axes.
 
     Raises:
-        ValueError: a layer does not have one score per position, or words or labels are too many or too few.
+        ValueError: no mapping, a layer without one score per position, or words or labels are too many or too few.
     """
     import matplotlib.pyplot as plt
 
+    if not isinstance(scores, Mapping | TensorDictBase):
+        raise ValueError(
+            f"a layer map needs scores by layer, such as td['attr'] of one row, got a {type(scores).__name__}"
+        )
     leaves: Any = scores.items(True, True) if isinstance(scores, TensorDictBase) else scores.items()
     names, rows = [], []
     for key, value in leaves:

@@ -45,7 +45,7 @@ class Fed:
     more: bool = False
     position_ids: Tensor | None = None
     ids: bool = False
-    """Whether the length is that of token ids, so that any other axis than theirs has to have another meaning."""
+    """Whether ``length`` is that of token ids, so that an axis of another length is not one of tokens."""
 
     def tokens(self, path: str, batch: int, length: int, device: torch.device | None) -> Tokens:
         """The tokens of a value ``(batch, length, ...)`` at the site ``path``.
@@ -168,15 +168,15 @@ class Sequences:
         Without this check an expert, which is given a list of tokens, would have tokens taken for rows.
 
         Raises:
-            SelectionError: no argument of the call has that many.
+            SelectionError: no input of the call has that many.
         """
-        # A model that is fed rows first may work on positions first, so that either axis of an argument may be rows.
-        sizes = {size for shape in self._shapes for size in shape[: axis + 1]}
+        # Rows may come second where a model works on positions first, and the edges of a graph are columns.
+        sizes = {size for shape in self._shapes for size in shape[:2]}
         if sizes and value.shape[axis] not in sizes:
             raise SelectionError(
-                f"the value at {path!r} has shape {tuple(value.shape)}, with {value.shape[axis]} along axis {axis}, "
-                f"where this call feeds {listed(sorted(sizes))} rows: it is no value of (batch, ...), so rows= "
-                "and positions= mean nothing there; select a module that every row passes, or set position_dim=",
+                f"the value at {path!r} has shape {tuple(value.shape)}, and no input of this call has "
+                f"{value.shape[axis]} along its first two axes ({listed(sorted(sizes))}): without rows of the batch, "
+                "rows= and positions= mean nothing there; select a module that every row passes, or set position_dim=",
                 selector=path,
             )
 

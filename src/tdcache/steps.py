@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
 
 class _Untold(Step):
-    """One that can read a prompt or add to it: only asking which is an error."""
+    """A step that may read a prompt or add to it: its ``decoded`` raises, and its other fields are known."""
 
     reason: str
 

@@ -5,10 +5,11 @@ All printing goes through here so that tables look the same everywhere and user-
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from html import escape
 
-__all__ = ["html_note", "html_table", "shorten", "text_table"]
+__all__ = ["html_note", "html_table", "shorten", "text_table", "without_addresses"]
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[str] = ()) -> list[str]:
@@ -56,3 +57,8 @@ def _row(tag: str, cells: Sequence[str], styles: Sequence[str]) -> str:
 def shorten(text: str, limit: int) -> str:
     """At most ``limit`` characters, so that the repr of what a user passed does not fill a message."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def without_addresses(text: str) -> str:
+    """A repr that reads the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)

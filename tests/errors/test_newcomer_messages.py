@@ -11,8 +11,11 @@ from tdcache import (
     ActivationCaching,
     CompositeHookingContextFactory,
     HookedModule,
+    SelectionError,
     SteeringVectors,
     cache_activations,
+    harvest,
+    plot,
     select,
 )
 from tdcache.attribution import LRP, Epsilon, IntegratedGradients
@@ -181,3 +184,29 @@ def test_the_spelling_of_transformer_lens_says_where_it_is_had():
     with pytest.raises(tdcache.CanonicalNameError) as caught, caching.prepare(model):
         pass
     assert "; print(table) shows the names that there are, and tdcache.names(model, style='tr" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            lambda model, x: (x, model, "a.acts"),
+            "the model comes first, then data and path: got a Tensor as the model",
+        ),
+        (lambda model, x: (model, "a.acts", x), "path is the store's folder, after model and data: got a Tensor"),
+    ],
+    ids=["data first", "path before data"],
+)
+def test_arguments_of_a_harvest_in_another_order_are_named(arguments, message):
+    with pytest.raises(SelectionError, match=f"^{message}"):
+        harvest(*arguments(nn.Sequential(nn.Linear(3, 4)), torch.ones(2, 3)), select="0")
+
+
+def test_a_device_that_is_none_is_named_by_a_harvest_as_by_a_capture(tmp_path):
+    with pytest.raises(ValueError, match=r"^device= is a torch\.device or the name of one, such as 'cuda:0'"):
+        harvest(nn.Sequential(nn.Linear(3, 4)), torch.ones(2, 3), tmp_path / "a.acts", select="0", device="gpu")
+
+
+def test_a_layer_map_of_one_tensor_is_told_what_it_needs():
+    with pytest.raises(ValueError, match=r"^a layer map needs scores by layer, such as td\['attr'\]"):
+        plot.layer_map(torch.ones(2, 3))

@@ -100,3 +100,22 @@ def test_a_name_that_a_format_would_change_is_refused(tmp_path, name):
     with pytest.raises(StoreError, match="cannot be the name of a file"):
         save_activations({name: torch.ones(2)}, tmp_path / "x.memmap")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (torch.eye(2).to_sparse(), r"of torch\.sparse_coo on cpu"),
+        (torch.zeros(2, device="meta"), r"of torch\.strided on meta"),
+        ([1.0], "list"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt", ".memmap"])
+def test_what_is_no_dense_tensor_is_refused_and_the_old_file_stays(tmp_path, suffix, value, kind):
+    target = save_activations({"a": torch.ones(2)}, tmp_path / f"x{suffix}")
+    with pytest.raises(
+        StoreError, match=rf"hold dense tensors with values, and 'b' is {kind}; give it as a"
+    ) as failure:
+        save_activations({"a": torch.zeros(2), "b": value}, target)
+    assert failure.value.path == target
+    assert torch.equal(load_activations(target)["a"], torch.ones(2))

@@ -17,6 +17,7 @@ from tdcache import (
     PathPatching,
     SelectionError,
     SteeringVectors,
+    cache_activations,
 )
 from tdcache.reducers import Stack
 from tiny_transformers import bert, gpt2, llama
@@ -339,3 +340,20 @@ def test_a_normalised_vector_of_features_is_added_as_ever():
     expected = model(x) + 1
     with SteeringVectors("0", torch.ones(6)).prepare(model):
         assert torch.equal(model(x), expected)
+
+
+def test_a_slice_of_padded_rows_takes_as_many_positions_of_the_source():
+    model, path = gpt2()
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0], [1, 0, 0, 0, 0]])
+    batch = {"input_ids": torch.randint(2, 20, (3, 5)), "attention_mask": mask}
+    source, columns = torch.randn(3, 7, 8), torch.tensor([[1, 5], [0, 6], [2, 3]])
+    first = {name: each[:2] for name, each in batch.items()}
+    options = {"positions": slice(-2, None), "source_positions": columns[:2]}
+    recipe = ActivationPatching(path, {path: source[:2]}, **options)
+    with recipe.prepare(model), cache_activations(model, path) as cache:
+        model(**first)
+    for row, places in enumerate([[3, 4], [2, 3]]):
+        assert torch.equal(cache[path][row, places], source[row, columns[row]])
+    uneven = ActivationPatching(path, {path: source}, positions=slice(-2, None), source_positions=columns)
+    with pytest.raises(EditError, match=r"the replacement at .* does not fit"), uneven.prepare(model):
+        model(**batch)

@@ -25,6 +25,7 @@ EXPRESSIONS = {
     "functions": lambda v: nn.functional.gelu(torch.cat([v[:, :2], torch.relu(v[:, 2:])], dim=-1)),
     "chosen by element": lambda v: torch.where(torch.gt(v, 0), v, BIAS),
     "a mask as an index": lambda v: v.masked_fill(v.isnan() | ~torch.ge(v, 0), 0.0),
+    "fields of a result": lambda v: v.max(-1, keepdim=True).values + torch.sort(v).indices,
     "a proxy in an index": lambda v: v[v.argsort(0)[:, 0]],
     "a module": lambda v: nn.functional.linear(v, torch.eye(4)),
 }
@@ -104,7 +105,7 @@ REFUSED = {
     r"float\(\)": float,
     r"int\(\)": int,
     "'in'": lambda v: 1 in v,
-    r"an assignment to a part; use run.set\(path, value, positions=": lambda v: v.__setitem__(0, 1),
+    r"an assignment to a part \(instead: run.set\(path, value, positions=": lambda v: v.__setitem__(0, 1),
     r"an operation that writes in place \(mul_\)": BIAS.clone().mul_,
     r"an operation that writes in place \(__setitem__\)": lambda v: BIAS.clone().__setitem__(0, v),
 }

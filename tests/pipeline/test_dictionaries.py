@@ -127,6 +127,19 @@ def test_the_layout_with_a_linear_encoder_is_read(tmp_path):
     assert torch.equal(found.W_enc, tensors["W_enc"])
 
 
+def test_an_older_file_of_the_layout_with_a_linear_encoder_names_no_activation(tmp_path):
+    tensors = {name: each.clone() for name, each in tensors_of("topk").items()}
+    want = Dictionary(tensors, DictionaryConfig(architecture="topk", k=3))
+    theirs = {"encoder.weight": tensors["W_enc"].mT.contiguous(), "encoder.bias": tensors["b_enc"]}
+    theirs |= {name: tensors[name] for name in ("W_dec", "b_dec")}
+    settings = {"expansion_factor": 2, "normalize_decoder": True, "num_latents": 0, "k": 3, "signed": False, "d_in": D}
+    written(tmp_path, settings, theirs, weights="sae.safetensors")
+    found = load_dictionary(tmp_path)
+    x = torch.randn(5, D, dtype=torch.float64)
+    assert found.config == want.config
+    assert torch.equal(found(x), want(x))
+
+
 def test_a_file_of_statistics_beside_the_weights_is_no_trouble(tmp_path):
     written(tmp_path, {}, tensors_of("relu"))
     write_tensors({"sparsity": torch.ones(N)}, tmp_path / "sparsity.safetensors")
@@ -159,6 +172,7 @@ def test_a_file_of_statistics_beside_the_weights_is_no_trouble(tmp_path):
         ({"architecture": "transcoder", "apply_b_dec_to_input": True}, "a transcoder subtracts no decoder's bias"),
         ({"architecture": "topk"}, "k is a number from 1 for 'topk'"),
         ({"architecture": "topk", "k": 0}, "k is a number from 1"),
+        ({"architecture": "standard", "k": 3}, "k is a number from 1 for 'topk', and None for all others; got"),
         ({"architecture": "topk", "k": "3"}, "k is a number from 1"),
         ({"architecture": "topk", "activation_fn_kwargs": [3]}, "k is a number from 1"),
         ("[1]", "is no JSON config: a list instead of an object"),

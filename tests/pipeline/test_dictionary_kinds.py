@@ -194,6 +194,8 @@ def test_a_crosscoder_shares_its_latents_among_layers(tmp_path):
         torch.testing.assert_close(made(x)[:, layer].detach(), want, **CLOSE)
     save_dictionary(made, tmp_path)
     assert torch.equal(load_dictionary(tmp_path)(x), made(x))
+    folder_with(tmp_path, {"d_in": D, "dict_size": N}, tensors)  # others' files do not say whether they centre
+    assert load_dictionary(tmp_path).config == made.config
     assert repr(made) == (
         "Dictionary(layers=2, d_in=4, latents=7, DictionaryConfig(architecture='relu', center=False))"
     )

@@ -459,6 +459,15 @@ def test_kept_positions_are_a_copy_that_does_not_pin_the_whole(model, tokens, gi
             assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
 
 
+@pytest.mark.parametrize("batch_stays", [True, False])
+@pytest.mark.parametrize("head", ["q", "k", "v", "z", "result"])
+def test_positions_under_a_name_with_heads_are_found_where_the_heads_are_joined(head, batch_stays):
+    model, x = nn.Sequential(nn.Linear(4, 6)), torch.randn(1, 5, 4)  # (batch, positions, heads * features)
+    with hook_root(model, {f"0.hook_{head}": "0"}) as root:
+        y, cache = root.run_with_cache(x, pos_slice=[1, -1], remove_batch_dim=not batch_stays)
+    assert torch.equal(cache[f"0.hook_{head}"], y[:, [1, -1]] if batch_stays else y[0, [1, -1]])
+
+
 def test_positions_of_a_tensor_without_such_an_axis_are_its_own():
     class Flat(HookedRootModule):
         def __init__(self):

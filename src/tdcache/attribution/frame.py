@@ -148,10 +148,9 @@ class Frame:
 
     def _refuse_misspelt(self, node: str) -> None:
         """Refuse ``data["baselines", ...]``: what it holds would count as not given, and so as zeros."""
-        nodes = [key for key, value in self.data.items() if isinstance(value, TensorDictBase)]
         read = {key[0] for key in (*self.runner.in_keys, *self.runner.out_keys) if isinstance(key, tuple)}
-        others = set(nodes) - read - {"attr", "gap", "baseline", "corrupt"}
-        for key in get_close_matches(node, others, n=1, cutoff=0.75):
+        nodes = [key for key, value in self.data.items() if isinstance(value, TensorDictBase) and key not in read]
+        for key in get_close_matches(node, nodes, n=1, cutoff=0.75):
             raise AttributionError(
                 f"the TensorDict has entries {key!r} and none {node!r}; did you mean data[{node!r}, "
                 f"{self.runner.in_keys[0]!r}]? Give the entries another name if they are none of {node!r}"

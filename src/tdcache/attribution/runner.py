@@ -7,10 +7,10 @@ apart, points run one after the other and the user's own rows last, so that what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -23,8 +23,7 @@ from tdcache.attribution.rows import RowAxes, UnstackableError
 from tdcache.attribution.survey import Survey
 from tdcache.attribution.taps import Replacement, SiteTap, check_unchanged
 from tdcache.attribution.targets import Target, Unit
-from tdcache.contexts import HookingContext
-from tdcache.contexts.cached import capturing_contexts
+from tdcache.contexts.cached import all_paused, capturing_contexts
 from tdcache.errors import ContextError
 from tdcache.function_calls.stand_in import resolve_site
 from tdcache.hooks import MultiHookHandle, Order, attach, attach_ports
@@ -160,8 +159,7 @@ class Runner:
         self._base = base
         if self.final is None or (self.watched and (self._last is None or self._last.label != base.label)):
             self._run_chunk([[_only_run(base)]])
-        final: Any = self.final
-        return final  # type: ignore[no-any-return]  # the user's rows have run
+        return cast(TensorDictBase, self.final)  # the user's rows have run
 
     def ran_before(self, first: Place, second: Place) -> bool:
         """Whether ``first`` was seen before ``second``; both were asked for in the same point."""
@@ -237,7 +235,7 @@ class Runner:
 
     def _unseen(self, shown: bool = False) -> AbstractContextManager[Any]:
         """Pause what captures: reducers over several forwards would count rows that are not the user's."""
-        return nullcontext() if shown or not self.watched else _paused(capturing_contexts(self.model))
+        return nullcontext() if shown or not self.watched else all_paused(capturing_contexts(self.model))
 
     def _stack(self, points: list[Point], asks: list[Ask]) -> tuple[TensorDictBase, dict[Place, Tensor]]:
         """The TensorDict of all points, and the inputs whose values or gradients are wanted."""
@@ -363,14 +361,6 @@ class Runner:
             for ask, part in entries:
                 seen = targets.found.get((number, part))
                 ask.sink(View(part, values, grads, seen if seen is None or self.create_graph else seen.detach()))
-
-
-@contextmanager
-def _paused(contexts: Sequence[HookingContext]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context.paused())
-        yield
 
 
 def _only_run(point: Point) -> Ask:

@@ -19,11 +19,12 @@ from tdcache.cache.channel import Channel
 from tdcache.cache.gradient_taps import GradientTap, InputGradientTap, OutputAndGradientTap, PlainGradientTap
 from tdcache.cache.keep import Keep
 from tdcache.cache.part import PartFilter
-from tdcache.cache.positions import FedByCall, PositionFilter
+from tdcache.cache.positions import PositionFilter
 from tdcache.cache.recorder import Recorder
 from tdcache.cache.stacking import GrowingStackBy, StackBy
 from tdcache.cache.taps import CallbackTap, OutputTap, StopTap, ValueTap
 from tdcache.cache.target import Target
+from tdcache.current_call import CurrentCall, InSteps
 from tdcache.errors import CaptureError, DirectionError
 from tdcache.function_calls.places import CallPlace, calls_fit_graph
 from tdcache.hooks.attach import (
@@ -121,11 +122,12 @@ class Capture:
 
     def recorder(
         self,
+        model: nn.Module,
         cache: TensorDictBase,
         selection: Selection,
-        places: Sequence[CallPlace] = (),
-        position_dims: Mapping[str, int] | None = None,
-        regions: Mapping[str, Region] | None = None,
+        places: Sequence[CallPlace],
+        position_dims: Mapping[str, int],
+        regions: Mapping[str, Region],
     ) -> Recorder:
         """The state of one open context: a channel per direction, each with its own node of the cache.
 
@@ -144,7 +146,7 @@ class Capture:
             stack_by = StackBy(self.stack_by, selection)
         has_parts = self.pick == "all" or bool(places)
         by_value = self.check == "values"
-        part = None if self.keeps_all and not regions else self._part(position_dims, regions or {})
+        part = None if self.keeps_all and not regions else self._part(model, position_dims, regions)
         channels = []
         for direction in self.directions:
             target = Target(cache, direction if self.nested else None, self.batch_dims)
@@ -157,25 +159,27 @@ class Capture:
         fits = self.fits_graph_at(calls_only=bool(places) and not len(selection))
         return Recorder(channels, fits_graph=fits and channels[0].takes_aliases)
 
-    def _part(self, position_dims: Mapping[str, int] | None, regions: Mapping[str, Region]) -> PartFilter | None:
-        fed = positions = None
+    def _part(
+        self, model: nn.Module, position_dims: Mapping[str, int], regions: Mapping[str, Region]
+    ) -> PartFilter | None:
+        parts = (self.region, *regions.values())
+        if self.positions is None and all(each.rows is None for each in parts):
+            return None if all(each.whole for each in parts) else PartFilter(self.region, regions=regions)
+        call = CurrentCall(model, InSteps(None, mask_key=None if self.positions is None else self.mask_key))
+        call.wants_tokens = True
+        positions = None
         if self.positions is not None:
-            fed = FedByCall(self.mask_key)
-            positions = PositionFilter(self.positions, fed, self.position_dim, position_dims)
-        elif any(each.rows is not None for each in (self.region, *regions.values())):
-            fed = FedByCall(None)
-        whole = self.region.whole and all(region.whole for region in regions.values())
-        return None if positions is None and whole else PartFilter(self.region, fed, positions, regions)
+            positions = PositionFilter(self.positions, call, self.position_dim, position_dims)
+        return PartFilter(self.region, call, positions, regions)
 
     def place_calls(
         self, root: nn.Module, places: Sequence[CallPlace], recorder: Recorder, handle: MultiHookHandle
     ) -> None:
         """Attach taps to calls in the forwards of modules below ``root``; ``handle`` owns the registrations."""
-        if places:
-            in_graph = recorder.fits_graph and may_be_compiled(root) and calls_fit_graph(places)
-            live = self.keep.hold == "live"
-            calls = CallCapture(recorder, self.callback, self.order, self.pick, live=live, in_graph=in_graph)
-            calls.attach(root, places, handle, nested=self.nested, stop_early=self.stop_early)
+        in_graph = recorder.fits_graph and may_be_compiled(root) and calls_fit_graph(places)
+        live = self.keep.hold == "live"
+        calls = CallCapture(recorder, self.callback, self.order, self.pick, live=live, in_graph=in_graph)
+        calls.attach(root, places, handle, nested=self.nested, stop_early=self.stop_early)
 
     def place(self, selection: Selection, recorder: Recorder, handle: MultiHookHandle) -> None:
         """Attach the taps to the sites; ``handle`` owns the registrations."""

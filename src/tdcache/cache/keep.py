@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tdcache.errors import CaptureError
 from tdcache.inplace import shares_memory
+from tdcache.options import as_device
 from tdcache.types import Hold, Index
 
 __all__ = ["Keep", "Transfers", "detach_all"]
@@ -63,12 +64,7 @@ class Keep:
         if given is not None and not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype= is a torch.dtype or the name of one, such as 'float16', got {given!r}")
         object.__setattr__(self, "dtype", dtype)
-        try:
-            device = None if self.device is None else torch.device(self.device)
-        except RuntimeError as error:  # torch lists twenty kinds of devices
-            raise ValueError(
-                f"device= is a torch.device or the name of one, such as 'cuda:0', got {self.device!r}"
-            ) from error
+        device = None if self.device is None else as_device(self.device)
         object.__setattr__(self, "device", device)
         plain = self.hold != "snapshot" and self.index is None and dtype is None and device is None
         object.__setattr__(self, "plain", plain)

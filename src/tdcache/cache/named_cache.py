@@ -20,10 +20,10 @@ __all__ = ["FlatCache", "NamedCache", "new_node"]
 
 
 class FlatCache(TensorDict):
-    """Base of the caches that answer more than a TensorDict does; taking in the values of a forward costs the same.
+    """Base of the TensorDict subclasses used as caches: ``update`` is as fast as that of a plain TensorDict.
 
-    TensorDict writes a dict of plain tensors into its own instances at once, and into those of a subclass key by key,
-    which takes ten times as long.
+    TensorDict writes a dict of plain tensors into its own instances at once, but into those of a subclass key by key,
+    which takes ten times as long and is done after every forward.
     """
 
     def update(self, input_dict_or_td: Any = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]

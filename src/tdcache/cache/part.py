@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from tdcache.cache.positions import FedByCall, PositionFilter
+from tdcache.cache.positions import PositionFilter
+from tdcache.current_call import CurrentCall
 from tdcache.errors import CaptureError
 from tdcache.function_calls.sites import at_call
+from tdcache.hooks.values import check_dense
 from tdcache.inplace import shares_memory
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
@@ -28,13 +30,13 @@ class PartFilter:
 
     Args:
         region: rows, units and heads, without positions.
-        fed: what the call under way feeds, if rows or positions are chosen: a value must have its rows.
+        call: the forward under way, if rows or positions are chosen: a value must have its rows.
         positions: which positions are kept; None for all columns.
         regions: by path, the region of sites whose axes differ.
     """
 
     region: Region
-    fed: FedByCall | None = None
+    call: CurrentCall | None = None
     positions: PositionFilter | None = None
     regions: Mapping[str, Region] = field(default_factory=dict)
 
@@ -59,8 +61,10 @@ class PartFilter:
                 f"{type(value).__name__}; name one of its tensors by pick=",
                 paths=(path,),
             )
-        if value.ndim and self.fed is not None and self.fed.sequences is not None:
-            self.fed.sequences.check_rows(path, value, region.row_axis(value))
+        check_dense(value, path)
+        sequences = None if self.call is None else self.call.sequences_now()
+        if value.ndim and sequences is not None:
+            sequences.check_rows(path, value, region.row_axis(value))
         if region.whole and self.positions is not None:
             return self.positions.of(path, value, reducer)
         kept, mask = replace(region, rows=None).take(value, path), None
@@ -87,5 +91,5 @@ class PartFilter:
 
     def forget(self) -> None:
         """Drop the current call."""
-        if self.fed is not None:
-            self.fed.forget()
+        if self.call is not None:
+            self.call.forget()

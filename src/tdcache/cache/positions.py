@@ -7,58 +7,19 @@ padding, and in decode steps, where a forward sees one column of a longer sequen
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdcache.current_call import CurrentCall
 from tdcache.errors import CaptureError
 from tdcache.function_calls.sites import at_call
-from tdcache.hooks.registrations import MultiHookHandle
 from tdcache.reducers.base import Reducer
 from tdcache.reducers.rows import RowReducer
 from tdcache.regions import Region
-from tdcache.sequences import Sequences
-from tdcache.steps import Steps
 from tdcache.tokens import Positions, Tokens, check_positions
 
-__all__ = ["FedByCall", "PositionFilter"]
-
-
-class FedByCall:
-    """What the call under way feeds: of the model, or of a module in it that is called by itself.
-
-    Args:
-        mask_key: the name of the mask among the arguments; see :class:`tdcache.sequences.Sequences`.
-    """
-
-    positions = None
-    steps: Steps = None
-    calls = None
-
-    def __init__(self, mask_key: Any) -> None:
-        self.mask_key = mask_key
-        self._call: CurrentCall | None = None
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.mask_key!r})"
-
-    def attach(self, model: nn.Module, handle: MultiHookHandle) -> None:
-        """Listen to the model, and to the modules in it that are called by themselves."""
-        self._call = CurrentCall(model, self)
-        self._call.wants_tokens = True
-        self._call.attach(handle)
-
-    @property
-    def sequences(self) -> Sequences | None:
-        """The sequences of the call; None outside of one."""
-        return None if self._call is None else self._call.sequences_now()
-
-    def forget(self) -> None:
-        """Drop what is known of the latest call."""
-        if self._call is not None:
-            self._call.forget()
+__all__ = ["PositionFilter"]
 
 
 class PositionFilter:
@@ -66,32 +27,21 @@ class PositionFilter:
 
     Args:
         positions: see :class:`tdcache.ActivationCaching`.
-        fed: what the call under way feeds.
+        call: the forward under way, whose masks count.
         position_dim: the axis of positions in values; the batch is axis 0.
         dims: by path, the axis of positions at sites where it differs.
     """
 
-    def __init__(
-        self, positions: Positions, fed: FedByCall, position_dim: int, dims: Mapping[str, int] | None = None
-    ) -> None:
+    def __init__(self, positions: Positions, call: CurrentCall, position_dim: int, dims: Mapping[str, int]) -> None:
         self.positions = check_positions(positions)
         self.single = not isinstance(positions, Tensor) and hasattr(positions, "__index__")
         """Whether a single number was given, which removes its axis, as indexing does."""
-        self.fed = fed
+        self.call = call
         self.position_dim = position_dim
-        self.dims = dims or {}
+        self.dims = dims
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.positions!r})"
-
-    @staticmethod
-    def outside(path: str) -> CaptureError:
-        """The error for a site that ran outside of a call of the model."""
-        return CaptureError(
-            f"positions= counts the tokens of a call of the model, and {path!r} ran outside of one; call the model "
-            "itself, or use index=, which is plain indexing",
-            paths=(path,),
-        )
 
     def of(self, path: str, value: Tensor, reducer: Reducer) -> tuple[Tensor, Tensor | None] | None:
         """The part of a value that is kept, and the mask of its rows for a reducer that accepts one.
@@ -137,9 +87,13 @@ class PositionFilter:
         return dim % value.dim()
 
     def _tokens_of(self, path: str, value: Tensor, dim: int) -> tuple[Tokens, Tensor]:
-        sequences = self.fed.sequences
+        sequences = self.call.sequences_now()
         if sequences is None:
-            raise self.outside(path)
+            raise CaptureError(
+                f"positions= counts the tokens of a call of the model, and {path!r} ran outside of one; call the model "
+                "itself, or use index=, which is plain indexing",
+                paths=(path,),
+            )
         moved = value.movedim(dim, 1)
         batch, length = moved.shape[:2]
         return sequences.at(path, batch=batch, length=length, device=value.device), moved

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from tdcache.cache.arrivals import Arrivals, update
+from tdcache.hooks.values import check_dense
 from tdcache.inplace import InplaceWatch
 from tdcache.reducers import Reducer
 from tdcache.types import CacheKey
@@ -57,6 +58,7 @@ class Reductions:
         self, key: CacheKey, path: str, value: Any, mask: Tensor | None, *, serial: int | None, is_alias: bool
     ) -> None:
         """Add a value; ``mask`` selects the rows of it that count."""
+        check_dense(value, path)
         self.dirty = True
         if serial is not None and self._waits(serial):
             self._arrivals.add(key, path, serial, value, mask, is_alias=is_alias)

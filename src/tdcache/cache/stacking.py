@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tdcache.errors import CaptureError, listed
+from tdcache.hooks.values import check_dense
 from tdcache.selection import Groups, Site
 from tdcache.types import CacheKey
 
@@ -167,6 +168,8 @@ class StackBy:
                 "select only what runs, or leave stack_by= out",
                 paths=missing,
             )
+        for path in paths:
+            check_dense(entries[path], path)
         if len({tuple(entries[path].shape) for path in paths}) > 1:
             differing = ", ".join(f"{path!r} {tuple(entries[path].shape)}" for path in paths[:5])
             raise CaptureError(

@@ -59,10 +59,10 @@ class EntryTarget(Protocol):
 
     @property
     def apart(self) -> Collection[CacheKey]:
-        """The keys whose entries stay until their modules run again."""
+        """The keys whose entries outlast the next forward: they stay until their modules run again."""
 
     def own_apart(self, *, copies: bool) -> None:
-        """A forward begins: keep copies of what stays."""
+        """A forward begins: replace the entries that are ``apart`` by copies, unless aliases are to be kept."""
 
     @property
     def in_place(self) -> bool:
@@ -81,11 +81,11 @@ class EntryTarget(Protocol):
         """Make the direction's node exist."""
 
     def set_apart(self, *keys: CacheKey) -> None:
-        """Let these entries, or else all, stay until their modules run again."""
+        """Let these entries (without arguments, all) stay until their modules run again."""
 
 
 class NothingApart:
-    """Base of targets whose entries are all of the latest forward."""
+    """Base of targets that keep no entry beyond the latest forward."""
 
     apart: frozenset[CacheKey] = frozenset()
 
@@ -143,10 +143,10 @@ class Target:
         self._preallocated: dict[CacheKey, None] = {}
         """The keys to be written, if the cache is written in place."""
         self.apart: set[CacheKey] = set()
-        """The keys of modules that ran outside the model's forward, which stay until these run again. Where entries
-        cannot be dropped one by one, or share a batch size, there are none."""
+        """The keys of modules that ran outside the model's forward; their entries stay until these modules run again.
+        Always empty if the cache is written in place or its entries share a batch size."""
         self._aliases: set[CacheKey] = set()
-        """Those of them that others may hold too."""
+        """Those of them whose entries are not copies yet: others may hold, and write to, the same memory."""
         self._void: set[CacheKey] = set()
         """Those keys whose tensors hold no current value."""
         self._warned: set[CacheKey] = set()
@@ -210,12 +210,16 @@ class Target:
             raise
 
     def _drop_all_but(self, entries: Mapping[CacheKey, Any]) -> None:
-        self.refuse_lock()
-        self.written.update(dict.fromkeys(self._complete))
-        self._complete = ()
+        self._begin_partial()
         for key in [key for key in self.written if key not in entries and key not in self.apart]:
             self._drop(key)
         self.written.update(dict.fromkeys(entries))
+
+    def _begin_partial(self) -> None:
+        """Before some entries are written, or dropped, and others stay: note each of a complete write by itself."""
+        self.refuse_lock()
+        self.written.update(dict.fromkeys(self._complete))
+        self._complete = ()
 
     def _fill(self, entries: Mapping[CacheKey, Any]) -> None:
         for key, value in entries.items():
@@ -247,9 +251,7 @@ class Target:
         if self.in_place:
             self._copy_in(key, value)
             return
-        self.refuse_lock()
-        self.written.update(dict.fromkeys(self._complete))
-        self._complete = ()
+        self._begin_partial()
         self.written[key] = None
         if self.batch_dims:
             node = self._own_node()
@@ -259,17 +261,20 @@ class Target:
             self._own_node()[key] = value
 
     def set_apart(self, *keys: CacheKey) -> None:
-        """Let these entries, or else all, stay until their modules run again: the forwards to come are another's."""
+        """Let these entries (without arguments, all) stay until their modules run again.
+
+        The forwards that follow are those of other modules, such as a decoder's after its encoder was called.
+        """
         if not (self.in_place or self.batch_dims):
             new = set(keys or (*self._complete, *self.written))
             self.apart |= new
             self._aliases |= new
 
     def own_apart(self, *, copies: bool) -> None:
-        """A forward begins: of what stays, writes to other holders cannot be noticed any more.
+        """A forward begins, after which in-place writes to the entries that stay would not be noticed.
 
         Args:
-            copies: whether to keep copies instead, detached from graphs.
+            copies: whether to replace these entries by copies.
         """
         for key in self._aliases if copies else ():
             value = self._own_node().get(key, None)

@@ -47,7 +47,7 @@ def save_activations(acts: Mapping[str, Tensor], path: str | os.PathLike[str]) -
         The path that was written.
 
     Raises:
-        StoreError: the file cannot be written, or the format cannot hold a name or a dtype.
+        StoreError: the file cannot be written, a value is no dense tensor, or the format cannot hold a name or a dtype.
 
     Example:
         >>> import tempfile
@@ -58,6 +58,8 @@ def save_activations(acts: Mapping[str, Tensor], path: str | os.PathLike[str]) -
     target = Path(path)
     if target.suffix not in SUFFIXES:
         target = target.with_name(target.name + ".npz")
+    for name, tensor in acts.items():
+        _check_dense(name, tensor, target)
     kept = {name: tensor.detach().cpu() for name, tensor in acts.items()}
     with as_store_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -70,6 +72,20 @@ def save_activations(acts: Mapping[str, Tensor], path: str | os.PathLike[str]) -
             with replacing_file(target) as descriptor, os.fdopen(descriptor, "wb", closefd=False) as file:
                 save(kept, file)
     return target
+
+
+def _check_dense(name: str, value: Any, target: Path) -> None:
+    if isinstance(value, Tensor):
+        if value.layout == torch.strided and not (value.is_nested or value.is_meta):
+            return
+        kind = "a nested tensor" if value.is_nested else f"of {value.layout} on {value.device}"
+    else:
+        kind = type(value).__name__
+    raise StoreError(
+        f"files of activations hold dense tensors with values, and {name!r} is {kind}; give it as a dense tensor (for "
+        "a sparse one, tensor.to_dense()), or leave it out",
+        path=target,
+    )
 
 
 def _save_folder(acts: Mapping[str, Tensor], target: Path) -> None:

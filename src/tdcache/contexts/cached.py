@@ -6,7 +6,8 @@ was never entered, a forward that never ran, and two contexts that write one ent
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
@@ -24,7 +25,7 @@ from tdcache.hooks.threads import this_thread
 from tdcache.modules.call import holds_entries
 from tdcache.modules.hooked import HookedModule
 
-__all__ = ["HookingContextWithCache", "capturing_contexts"]
+__all__ = ["HookingContextWithCache", "all_paused", "capturing_contexts"]
 
 _NO_BATCH = Size()
 _NEVER_ENTERED = (
@@ -237,3 +238,12 @@ def capturing_contexts(model: nn.Module) -> list[HookingContextWithCache]:
     caching = [each for each in list(open_contexts) if isinstance(each, HookingContextWithCache)]
     mine = [each for each in caching if each.thread is this_thread() and overlap(each.model, model)]
     return [each for each in mine if each.recorder is not None and each.recorder.open]
+
+
+@contextmanager
+def all_paused(contexts: Iterable[HookingContext]) -> Iterator[None]:
+    """Mute the hooks of several contexts inside a block; see :meth:`HookingContext.paused`."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context.paused())
+        yield

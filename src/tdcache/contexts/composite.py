@@ -15,7 +15,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from tdcache.cache.target import Written, first_clash
-from tdcache.contexts.cached import HookingContextWithCache
+from tdcache.contexts.cached import HookingContextWithCache, all_paused
 from tdcache.contexts.context import HookingContext
 from tdcache.contexts.factory import HookingContextFactory
 from tdcache.errors import CacheWriteError, ContextError, StopForward
@@ -118,9 +118,7 @@ class CompositeHookingContext(HookingContextWithCache):
     def paused(self) -> Iterator[None]:
         """Mute the hooks of all children inside a block; each keeps its position."""
         self._needed()
-        with ExitStack() as stack:
-            for child in self.children:
-                stack.enter_context(child.paused())
+        with all_paused(self.children):
             yield
 
     @contextmanager

@@ -19,8 +19,9 @@ __all__ = [
     "Spelled",
     "argument",
     "exchange",
-    "inverse",
+    "ordered",
     "progress",
+    "restored",
     "role_of",
 ]
 
@@ -46,12 +47,11 @@ class Factor:
 
     def read(self, call: Call) -> Tensor:
         """The argument in that order, as a view."""
-        value: Tensor = argument(call, self.at, self.keyword)
-        return value if self.axes is None else value.permute(self.axes)
+        return ordered(argument(call, self.at, self.keyword), self.axes)
 
     def write(self, call: Call, new: Tensor) -> None:
         """Give the call another argument, which has that order."""
-        exchange(call, self.at, self.keyword, new if self.axes is None else new.permute(inverse(self.axes)))
+        exchange(call, self.at, self.keyword, restored(new, self.axes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +120,14 @@ def _spelled_out(term: str, dims: int) -> str:
     return term.replace("...", "ZYXWVUTS"[8 - free :] if free else "")
 
 
-def inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
-    """The order of axes that undoes another one."""
-    return tuple(sorted(range(len(axes)), key=lambda at: axes[at] % len(axes)))
+def ordered(value: Tensor, axes: tuple[int, ...] | None) -> Tensor:
+    """A view of a value with its axes in this order; None for the order that it has."""
+    return value if axes is None else value.permute(axes)
+
+
+def restored(value: Tensor, axes: tuple[int, ...] | None) -> Tensor:
+    """The view that undoes :func:`ordered`."""
+    return value if axes is None else value.permute(sorted(range(len(axes)), key=lambda at: axes[at] % len(axes)))
 
 
 class Spelled:

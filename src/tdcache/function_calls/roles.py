@@ -25,8 +25,9 @@ from tdcache.function_calls.attention_calls import (
     Product,
     argument,
     exchange,
-    inverse,
+    ordered,
     progress,
+    restored,
     role_of,
 )
 from tdcache.function_calls.handlers import Call, CallRule, Handler, Need
@@ -190,9 +191,9 @@ class AttentionHook:
         if self.site.name == "z":
             product: Product | None = call.notes.get("product")
             axes = None if product is None else product.axes
-            new = self.through(call, _result(call) if axes is None else _result(call).permute(axes))
+            new = self.through(call, ordered(_result(call), axes))
             if new is not None:
-                _set_result(call, new if axes is None else new.permute(inverse(axes)))
+                _set_result(call, restored(new, axes))
         elif self.site.name in _COMPUTED:
             self.derive(call)
 

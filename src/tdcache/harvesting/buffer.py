@@ -27,6 +27,7 @@ from tdcache.harvesting.request import Request
 from tdcache.harvesting.row_rule import BatchRows
 from tdcache.harvesting.source import SourceBatch, Visit
 from tdcache.harvesting.workers import Share
+from tdcache.options import as_device
 from tdcache.store.batches import generator_of
 from tdcache.store.dtypes import DTYPES
 from tdcache.store.rows import pick_rows, put_rows
@@ -111,7 +112,7 @@ class ActivationBuffer:
         self._request = Request.of(model, data, ".", HarvestOptions.of("ActivationBuffer", own | options))
         self._data, self._ahead = data, ahead
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self._device = torch.device(held_on)
+        self._device = as_device(held_on)
         self._share = Share.of(model, rank, world)
         self.spec, _ = self._request.settled(self._share, new=True)
         """What the rows are, of which model, and how; the spec of a store of them."""

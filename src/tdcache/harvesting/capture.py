@@ -21,6 +21,7 @@ from tdcache.harvesting.options import HarvestOptions
 from tdcache.harvesting.row_rule import BatchRows, row_dims
 from tdcache.harvesting.sharding import whole_tensor
 from tdcache.modules import HookedModule
+from tdcache.options import as_device
 from tdcache.place_modules import sites_of
 from tdcache.store.dtypes import DTYPES, count_lost
 from tdcache.types import Pick
@@ -141,12 +142,19 @@ class BatchCapture:
     Args:
         model: every module's own training flag is put back.
         options: which sites, and what is taken there.
+
+    Raises:
+        SelectionError: no model, nothing selected, or an option that means nothing.
     """
 
     def __init__(self, model: nn.Module, options: HarvestOptions) -> None:
+        if not isinstance(model, nn.Module):
+            raise SelectionError(
+                f"the model comes first, then data and path: got a {type(model).__name__} as the model"
+            )
         self.model = model
         self.taker = RowTaker(as_dtype(options.dtype), options.pick)
-        self.device = model_device(model) if options.device is None else torch.device(options.device)
+        self.device = model_device(model) if options.device is None else as_device(options.device)
         self._forward = options.forward
         self._factory = ActivationCaching(
             options.select,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -128,12 +127,7 @@ def harvest(
     request = Request.of(model, data, path, HarvestOptions.among(locals()))
     share, sent = Share.of(model, rank, world), None if upload is None else (upload, storage_options)
     HarvestRun.begun(request, share, resume=resume, shown=progress, files=files, upload=sent).go(recheck=recheck)
-    return ActivationDataset.open(_as_given(path, request.folder))
-
-
-def _as_given(path: str | os.PathLike[str], folder: Path) -> str | os.PathLike[str]:
-    """The path as the user wrote it, unless the model changed the working directory since."""
-    return path if Path(path).absolute() == folder else folder
+    return ActivationDataset.open(request.given if request.given.absolute() == request.folder else request.folder)
 
 
 def preflight(

@@ -14,7 +14,6 @@ import dis
 import enum
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -27,7 +26,9 @@ from torch import Tensor, nn
 
 from tdcache.errors import SpecError
 from tdcache.introspect import module_hooks
+from tdcache.modules.call import BLANK_MODULE
 from tdcache.named_places import NamedPlace
+from tdcache.tables import without_addresses
 
 __all__ = ["identity_of", "spelled_place", "spelled_positions"]
 
@@ -226,7 +227,7 @@ class _Speller:
             yield hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
     def _module(self, value: Any, where: str, depth: int) -> Iterator[str]:
-        yield re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+        yield without_addresses(repr(value))
         for path, each in value.named_modules():
             yield path
             yield from self.spell(type(each), where, depth + 1)
@@ -234,7 +235,7 @@ class _Speller:
                 yield entry.kind
                 yield from self.spell(entry.hook, f"a hook on {where}", depth + 1)
             if not _is_of_library(type(each)):
-                own = {name: item for name, item in vars(each).items() if name not in _OF_EVERY_MODULE}
+                own = {name: item for name, item in vars(each).items() if name not in BLANK_MODULE}
                 yield from self._mapping(own, where, depth)
         for name, tensor in sorted(value.state_dict().items()):
             yield name
@@ -273,7 +274,6 @@ def _globals_of(code: CodeType) -> set[str]:
 
 _LOOKS_UP = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
 _LIBRARIES = frozenset({"torch", "tensordict", "transformers", "numpy", "tdcache"}) | sys.stdlib_module_names
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _is_of_library(value: Any) -> bool:

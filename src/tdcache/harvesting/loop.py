@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from tdcache.modules import HookedModule
 from tdcache.store.dtypes import DTYPES
 from tdcache.store.files import Files
 from tdcache.store.shard import Shard
+from tdcache.store.spec import has_spec
 from tdcache.store.upload import StoreUpload
 from tdcache.store.writer import StoreWriter, site_column
 
@@ -93,7 +93,7 @@ class HarvestRun:
         ahead = None if found is None else request.preflight(found)  # refused before anything is written
         if ahead is not None and shown and share.rank == 0 and share.writes:
             print(ahead, file=sys.stderr)
-        if not resume and os.path.lexists(request.folder / "spec.json"):
+        if not resume and has_spec(request.folder):
             raise SpecError(f"{request.folder} holds a store already, and resume=False", path=request.folder)
         made_by = {"torch": torch.__version__, "tensordict": str(tensordict.__version__)}
         writer = StoreWriter(request.folder, spec, made_by=made_by, files=files)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from tdcache.harvesting.row_rule import BatchRows, RowKind, RowRule, batch_lengt
 from tdcache.harvesting.source import Source
 from tdcache.store.header import pack_header
 from tdcache.store.writer import ROW_COLUMNS
+from tdcache.tables import without_addresses
 
 __all__ = ["Budget", "Preflight", "Probe", "batches_per_unit", "model_fingerprint", "probe", "row_bytes"]
 
@@ -241,8 +241,7 @@ def _settings(model: nn.Module) -> str:
     config: Any = getattr(model, "config", None)
     told = config.to_dict() if callable(getattr(config, "to_dict", None)) else {}
     kept = {name: value for name, value in told.items() if name not in _NO_SETTINGS}
-    text = f"{model!r}\n{json.dumps(kept, sort_keys=True, default=repr)}"
-    return re.sub(r" at 0x[0-9a-f]+", "", text)  # addresses are others in every process
+    return without_addresses(f"{model!r}\n{json.dumps(kept, sort_keys=True, default=repr)}")
 
 
 _NO_SETTINGS = ("transformers_version", "_name_or_path")

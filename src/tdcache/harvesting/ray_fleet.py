@@ -14,6 +14,7 @@ from torch import nn
 from tdcache.errors import StoreError, TdcacheWarning, warn_user
 from tdcache.harvesting.entry import harvest
 from tdcache.store.dataset import ActivationDataset
+from tdcache.store.spec import has_spec
 
 __all__ = ["harvest_with_ray"]
 
@@ -79,7 +80,7 @@ def harvest_with_ray(
             except ray.exceptions.RayError as error:
                 failure = error
                 warn_user(f"the Ray actor of share {rank} was lost: {type(error).__name__}", TdcacheWarning)
-        if (folder / "spec.json").exists() and (dataset := ActivationDataset.open(folder)).complete:
+        if has_spec(folder) and (dataset := ActivationDataset.open(folder)).complete:
             return dataset
     raise StoreError(f"units are missing in {folder} after {rounds} rounds; run it again", path=folder) from failure
 

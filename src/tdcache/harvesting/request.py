@@ -21,7 +21,7 @@ from tdcache.harvesting.sharding import refuse_shards
 from tdcache.harvesting.sizes import as_bytes, as_count, dtype_name
 from tdcache.harvesting.source import Source
 from tdcache.harvesting.workers import Share
-from tdcache.store.spec import read_spec
+from tdcache.store.spec import has_spec, read_spec
 
 __all__ = ["Request"]
 
@@ -35,7 +35,7 @@ class Request:
     folder: Path
     """Absolute, because a model may change the working directory."""
     given: Path
-    """The same as the user wrote it, for messages."""
+    """The same as the user wrote it, which people are shown while the working directory is that of the call."""
     options: HarvestOptions
     capture: BatchCapture
     source: Source
@@ -54,6 +54,8 @@ class Request:
             StoreError: the order of the data is random.
         """
         capture = BatchCapture(model, options)
+        if not isinstance(path, str | os.PathLike):
+            raise SelectionError(f"path is the store's folder, after model and data: got a {type(path).__name__}")
         return cls(
             folder=Path(path).absolute(),
             given=Path(path),
@@ -115,7 +117,7 @@ class Request:
             new: there is no store, whatever is in the folder.
         """
         asked = self._fixed()
-        exists = not new and os.path.lexists(self.folder / "spec.json")
+        exists = not new and has_spec(self.folder)
         is_there = frozenset({0}) if exists else frozenset()
         if share.agree(is_there):
             there = read_spec(self.folder)

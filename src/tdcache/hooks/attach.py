@@ -209,9 +209,9 @@ def bracket(root: nn.Module, begin: Callable[..., None], end: Callable[..., None
         placed, fence = _numbered(handle)
         number = placed.number
         before, after = placed.dicts = [pre_hooks(root), post_hooks(root)]
-        before[number] = begin if fence is None else behind(fence, begin)
+        before[number] = behind(fence, begin)
         before.move_to_end(number, last=False)
-        after[number] = end if fence is None else behind(fence, end)
+        after[number] = behind(fence, end)
         placed.always_called = hooks_always_called(root)
         placed.always_called[number] = True
 

@@ -83,9 +83,9 @@ _stance = _EagerStance()
 
 
 class _Wrappers:
-    """What ``torch.compile(module)`` has returned in this process; the module does not know of it.
+    """The wrappers that ``torch.compile(module)`` has returned in this process; a module does not refer to its own.
 
-    They are looked for among all objects, which takes a while, and again only if their number has changed.
+    They are found by a slow search of all objects, which is repeated only if their number has changed.
     """
 
     def __init__(self) -> None:

@@ -32,7 +32,7 @@ _threads: WeakSet[RunningThread] = WeakSet()
 
 
 def begin_opening(context: Opened) -> None:
-    """A context is about to install its hooks; says whom its fence keeps out, and has others' keep out this thread."""
+    """A context is about to install its hooks: fence it off from the other threads on its model, and them from it."""
     me = this_thread()
     with _lock:
         fence = Fence()

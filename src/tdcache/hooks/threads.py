@@ -68,21 +68,26 @@ class Placed(Protocol):
         """Make it ignore the threads that the fence excludes."""
 
 
+_FEW = 32
+"""How many registrations a fence keeps before it looks for removed ones."""
+
+
 class Fence:
     """The threads in which the hooks of one context do not act, and what was registered under it."""
 
-    __slots__ = ("_pruned_at", "others", "placed")
+    __slots__ = ("_limit", "others", "placed")
 
     def __init__(self, others: Iterable[RunningThread] = ()) -> None:
         self.others = set(others)
         self.placed: list[Placed] = []
-        self._pruned_at = 32
+        self._limit = _FEW
 
-    def prune(self) -> None:
-        """Drop removed registrations, from time to time."""
-        if len(self.placed) > self._pruned_at:
+    def note(self, placed: Placed) -> None:
+        """Record a registration; if many were added since the last time, drop those that were removed."""
+        self.placed.append(placed)
+        if len(self.placed) > self._limit:
             self.placed = [each for each in self.placed if each.is_there]
-            self._pruned_at = 32 + 2 * len(self.placed)
+            self._limit = _FEW + 2 * len(self.placed)
 
     def keep_out(self, thread: RunningThread) -> None:
         """Exclude a thread from what is registered now and later."""
@@ -136,9 +141,7 @@ def note_placed(placed: Placed) -> Fence | None:
     fence = _here.fence
     if fence is None:
         return None
-    fence.placed.append(placed)
-    if len(fence.placed) > 32:
-        fence.prune()
+    fence.note(placed)
     return fence if fence.others else None
 
 

@@ -23,7 +23,10 @@ __all__ = ["Transient", "TransientForward"]
 
 
 class Transient:
-    """Base of what is left out of copies of a module: its hooks (or what these are methods of), its added children."""
+    """Base of everything that is left out of copies of a module.
+
+    That is a hook, an object whose method is a hook, or a module that was added to the module's children.
+    """
 
     __slots__ = ()
 

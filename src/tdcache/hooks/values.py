@@ -21,6 +21,7 @@ from tdcache.errors import CaptureError, EditError
 from tdcache.types import Pick
 
 __all__ = [
+    "check_dense",
     "check_fits",
     "children",
     "describe",
@@ -193,14 +194,33 @@ def exchanged(value: Any, new: Iterator[Tensor | None]) -> Any:
     return with_parts(value, changed) if changed else value
 
 
+def check_dense(value: Any, path: str) -> None:
+    """Refuse a nested tensor where its axes matter: torch computes almost nothing with it.
+
+    In inference, ``nn.TransformerEncoder`` makes one of a batch with padding.
+
+    Raises:
+        CaptureError: the message names ``path`` and the remedy.
+    """
+    if type(value) is Tensor and value.is_nested and value.layout is torch.strided:
+        raise CaptureError(
+            f"the value at {path!r} is a nested tensor, whose rows differ in length, so that it has no axes to edit, "
+            "reduce or choose from; build nn.TransformerEncoder with enable_nested_tensor=False, or call it with "
+            "gradients enabled (a capture without positions=, rows=, units=, heads= or reducer= keeps it as it is)",
+            paths=(path,),
+        )
+
+
 def check_fits(new: Any, old: Any, path: str) -> None:
     """Refuse a replacement tensor whose shape, dtype or device differs from the tensor it replaces.
 
     Raises:
+        CaptureError: the old tensor is nested.
         EditError: the message shows both signatures.
     """
     if not isinstance(old, Tensor):
         return
+    check_dense(old, path)
     if not isinstance(new, Tensor):
         raise EditError(f"the value at {path!r} is a tensor; it cannot be replaced by {describe(new)}")
     if new.shape != old.shape or new.dtype != old.dtype or new.device != old.device:

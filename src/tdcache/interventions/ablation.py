@@ -77,7 +77,7 @@ class _Resample:
         if region.joins_rows:
             raise EditError(
                 f"resampling within a batch exchanges rows, but at {self.path!r} the positions are a mask, in which "
-                "rows differ in their number of positions, so that values would move between the positions of one row: "
+                "rows can have different numbers of them, so that values would move between the positions of one row: "
                 "give as many positions for each row, as numbers or a tensor (batch, k), or rows to draw from, source="
             )
         if part.shape[axis] < 2:

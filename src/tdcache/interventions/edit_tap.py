@@ -16,7 +16,7 @@ from tdcache.hooks.attach import attach
 from tdcache.hooks.port import Port
 from tdcache.hooks.registrations import MultiHookHandle, Order
 from tdcache.hooks.transient import Transient
-from tdcache.hooks.values import check_fits
+from tdcache.hooks.values import check_dense, check_fits
 from tdcache.regions import Region
 
 __all__ = ["Edit", "EditTap", "ReadTap", "RegionEdit", "attach_taps"]
@@ -72,14 +72,11 @@ class EditTap(Transient):
 
     def on_call(self, module: nn.Module, args: Any, rest: Any) -> Any:
         """Return the edited value in its container."""
-        if self.plain:
-            old = self.port.read(module, args, rest)
-            new = self.edit(old, old)
-            return None if new is None else self.port.write(module, args, rest, new)
         if self.call is not None and not self.call.is_due(self.path):
             return None
         old = self.port.read(module, args, rest)
-        new = self._edited(old)
+        check_dense(old, self.path)
+        new = self.edit(old, old) if self.plain else self._edited(old)
         return None if new is None else self.port.write(module, args, rest, new)
 
     def _edited(self, old: Tensor) -> Tensor | None:

@@ -65,7 +65,11 @@ class Paste:
     def _part_of(self, given: Tensor, full: Tensor, region: Region) -> Tensor:
         """The part of the source that goes into the region."""
         if self.source_positions is not None:
-            return replace(region, positions=self.source_positions).take(given, self.path)
+            taken = replace(region, positions=self.source_positions).take(given, self.path)
+            if not region.joins_rows or taken.ndim != given.ndim or region.position_dim != 1:
+                return taken
+            counts = region.positions.sum(1)  # unequal ones do not fit, and joining could hide that
+            return taken.flatten(0, 1) if bool((counts == taken.shape[1]).all()) else taken
         return region.take(given, self.path) if given.shape == full.shape and not region.whole else given
 
 
@@ -190,7 +194,9 @@ class ActivationPatching(Intervention):
             unpatched run. Disable it for a model whose layers do more than return values.
         stack_by: for a sweep: the named group of the pattern that becomes a leading axis of the result.
         source_positions: the positions of the source that are pasted into ``positions``, by default the same ones. The
-            source may then differ in length, as in Patchscopes (Ghandeharioun et al. 2024, arXiv:2401.06102).
+            source may then differ in length, as in Patchscopes (Ghandeharioun et al. 2024, arXiv:2401.06102). In the
+            first input of ``data`` they count real tokens; in ``source=``, which has no mask, they are columns, and a
+            tensor ``(batch, k)`` gives each row its own.
         **options: where and when it acts: ``direction``, ``heads`` and the others of :class:`tdcache.EditOptions`. A
             sweep over heads needs ``heads=n_heads``, or ``(n_heads, which)`` for some of them.
 

@@ -18,20 +18,20 @@ from tdcache.errors import ContextError
 from tdcache.hooks.values import children, first_tensor
 from tdcache.types import CacheKey
 
-__all__ = ["ModelCall", "entries_of", "holds_entries", "init_module"]
+__all__ = ["BLANK_MODULE", "ModelCall", "entries_of", "holds_entries", "init_module"]
 
 
 def init_module(module: nn.Module) -> None:
     """``nn.Module.__init__(module)`` at a third of the cost, with the same state in the same order."""
     state = module.__dict__
-    state.update(_BLANK)
+    state.update(BLANK_MODULE)
     for name, kind in _CONTAINERS:
         state[name] = kind()
 
 
-_BLANK = vars(nn.Module())
+BLANK_MODULE = vars(nn.Module())
 """The attributes of a new module."""
-_CONTAINERS = [(name, type(value)) for name, value in _BLANK.items() if type(value) in (dict, OrderedDict, set)]
+_CONTAINERS = [(name, type(value)) for name, value in BLANK_MODULE.items() if type(value) in (dict, OrderedDict, set)]
 """The attributes that each module needs its own instance of, and the type of each."""
 
 

@@ -18,6 +18,7 @@ from tdcache.errors import ContextError
 __all__ = ["Computed", "Lazy", "NoValueYet", "resolved"]
 
 _VIEWS = ("T", "mT", "H", "mH", "real", "imag")
+_FIELDS = ("values", "indices")  # of what max, sort, topk and their like return
 
 
 class NoValueYet(Exception):  # noqa: N818  (it never reaches a user)
@@ -91,7 +92,7 @@ class Lazy:
         _refuse("'in'")
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        _refuse("an assignment to a part; use run.set(path, value, positions=..., units=...), or torch.where(...)")
+        _refuse("an assignment to a part (instead: run.set(path, value, positions=..., units=...))")
 
 
 class Computed(Lazy):
@@ -111,6 +112,9 @@ class Computed(Lazy):
     def __repr__(self) -> str:
         given = [_brief(each) for each in self._args] + [f"{key}={_brief(each)}" for key, each in self._kwargs.items()]
         return f"{getattr(self._function, '__name__', self._function)}({', '.join(given)})"
+
+    def __getattr__(self, name: str) -> Any:
+        return Computed(getattr, (self, name), {}) if name in _FIELDS else super().__getattr__(name)
 
     def resolve(self) -> Any:
         """The result, or None if an argument has no value yet.

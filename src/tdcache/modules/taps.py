@@ -21,7 +21,7 @@ from tdcache.hooks.factory import CacheProxy, read_at, write_at
 from tdcache.hooks.port import port_at
 from tdcache.hooks.registrations import Order
 from tdcache.hooks.transient import Transient
-from tdcache.hooks.values import exchanged, leaves, pick_tensor, tensor_only
+from tdcache.hooks.values import check_dense, exchanged, leaves, pick_tensor, tensor_only
 from tdcache.inplace import InplaceWatch
 from tdcache.introspect import in_backward
 from tdcache.modules.lazy import Lazy, NoValueYet, resolved
@@ -179,6 +179,7 @@ class GetTap(Transient):
         if self.reducer is None:
             self.proxy.write(kept)
             return
+        check_dense(kept, self.path)
         if self.reducer.aliases and isinstance(kept, Tensor):
             self.watch.add(self.path, kept)
         self.reducer.update(kept)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdcache.current_call import CurrentCall
 from tdcache.errors import CaptureError, EditError
-from tdcache.hooks.values import check_fits
+from tdcache.hooks.values import check_dense, check_fits
 from tdcache.regions import Along, Region
 from tdcache.steps import Steps, check_steps
 from tdcache.types import CacheKey
@@ -131,6 +131,7 @@ class ValuePart:
         return region.put(value, new, path)
 
     def _region_at(self, path: str, value: Tensor, call: CurrentCall | None) -> Region | None:
+        check_dense(value, path)
         return self.region if call is None else call.region_at(path, value, self.region)
 
     def _single_axes(self, value: Tensor, region: Region) -> tuple[int, ...]:

@@ -38,8 +38,23 @@ class WorkingCopy:
     dtype: torch.dtype
 
     def shake(self) -> None:
-        """Move the parameters of the copy; see :func:`_shake`."""
-        _shake(self.model, NOISE)
+        """Move parameters that may be constant: biases, the weights of norms, and what is all zeros or ones.
+
+        A fresh model has weights of one and biases of zero, which would let a wrong name pass.
+
+        All other weights are moved by less than float32 shows, so that a float64 value which float32 could hold as well
+        was computed in float32, and is not merely a weight that was stored so.
+        """
+        random = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in filter(torch.is_floating_point, self.model.parameters()):
+                flat = parameter.flatten()[:1000]
+                if parameter.dim() <= 1 or bool((flat == flat[:1]).all()):
+                    size = torch.clamp(flat.double().std() if flat.numel() > 1 else flat.new_zeros(()), min=0.1)
+                    draw = torch.randn(parameter.shape, generator=random, dtype=torch.float32)
+                    parameter.add_(draw.to(parameter) * (NOISE * size).to(parameter))
+                elif parameter.dtype is torch.float64:
+                    parameter.mul_(1 + _BELOW_FLOAT32)
 
     def fitted(self, inputs: Any) -> Any:
         """Inputs on the model's device, floats in its dtype and with a graph."""
@@ -78,8 +93,7 @@ def working_copy(model: nn.Module, *, double: bool = True) -> WorkingCopy:
         model: left alone; the copy shares nothing with it.
         double: whether the copy is one in float64.
     """
-    known = {id(each): _in_float64(each) for each in model.parameters() if _is_plain(each)} if double else {}
-    twin = copy.deepcopy(model, dict(known)).eval().requires_grad_(True)
+    twin = copy.deepcopy(model, _in_float64(model) if double else {}).eval().requires_grad_(True)
     config = getattr(twin, "config", None)
     if config is not None and hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"  # noqa: SLF001  # grouped products have no float64
@@ -89,32 +103,10 @@ def working_copy(model: nn.Module, *, double: bool = True) -> WorkingCopy:
     return WorkingCopy(twin, dtype)
 
 
-def _is_plain(parameter: nn.Parameter) -> bool:
-    return type(parameter) is nn.Parameter and parameter.is_floating_point() and not vars(parameter)
-
-
-def _in_float64(parameter: nn.Parameter) -> nn.Parameter:
-    """What a deep copy takes in the place of a parameter, so that this is copied once and not once more to convert."""
-    return nn.Parameter(parameter.detach().to(torch.float64, copy=True))
-
-
-def _shake(model: nn.Module, noise: float) -> None:
-    """Move what may be constant: biases, the weights of norms, and whatever a fresh model has as zeros or ones.
-
-    A fresh model has weights of one and biases of zero, which would let a wrong name pass.
-
-    All other weights are moved by less than float32 shows, so that a float64 value which float32 could hold as well was
-    computed in float32, and is not merely a weight that was stored so.
-    """
-    random = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.is_floating_point():
-                continue
-            flat = parameter.flatten()[:1000]
-            if parameter.dim() <= 1 or bool((flat == flat[:1]).all()):
-                size = torch.clamp(flat.double().std() if flat.numel() > 1 else flat.new_zeros(()), min=0.1)
-                draw = torch.randn(parameter.shape, generator=random, dtype=torch.float32)
-                parameter.add_(draw.to(parameter) * (noise * size).to(parameter))
-            elif parameter.dtype is torch.float64:
-                parameter.mul_(1 + _BELOW_FLOAT32)
+def _in_float64(model: nn.Module) -> dict[int, Any]:
+    """A memo for ``copy.deepcopy`` in which parameters are converted already, so that none is copied twice."""
+    return {
+        id(each): nn.Parameter(each.detach().to(torch.float64, copy=True))
+        for each in model.parameters()
+        if type(each) is nn.Parameter and each.is_floating_point() and not vars(each)
+    }

@@ -92,10 +92,13 @@ def _made(
     skip: Sequence[str] | None,
 ) -> Names:
     """The table, all of it from one copy of the model; ``skip`` is None where nothing is to be proved."""
-    known = isinstance(mapping, Names)
-    record = None if known and style is None else _record(copy, inputs, needed=mapping is None or style is not None)
-    found = record if mapping is None else None
-    table = mapped(model, mapping or {}, record) if found is None else names_of(found, model)
+    record: ForwardTrace | None
+    if mapping is None:
+        record = traced(copy, inputs)
+        table = names_of(record, model)
+    else:
+        record = _record(copy, inputs, mapping, style)
+        table = mapped(model, mapping, record)
     if skip is not None:
         table = judged(*checked(copy, table, inputs, skip, fit=mapping is None))
     elif mapping is None:
@@ -105,19 +108,23 @@ def _made(
     return in_style(STYLES[style].meant(table, record), style)
 
 
-def _record(copy: WorkingCopy, inputs: Any, *, needed: bool) -> ForwardTrace | None:
-    """A forward of the copy; None where none can be had and none is needed."""
+def _record(
+    copy: WorkingCopy, inputs: Any, mapping: Mapping[str, str | NamedPlace], style: str | None
+) -> ForwardTrace | None:
+    """A forward beside a mapping; a style needs one, streams are found by one that can be had, a table has its own."""
+    if style is None and isinstance(mapping, Names):
+        return None
     try:
         return traced(copy, inputs)
     except TdcacheError:
-        if needed:
+        if style is not None:
             raise
         return None
 
 
 def _as_data(mapping: Mapping[str, str | NamedPlace] | None) -> Any:
     streams = repr(dict(mapping.streams)) if isinstance(mapping, Names) else ""
-    return mapping if mapping is None else [(name, repr(place)) for name, place in mapping.items()], streams
+    return None if mapping is None else ([(name, repr(place)) for name, place in mapping.items()], streams)
 
 
 def _own(model: nn.Module) -> nn.Module:

@@ -63,7 +63,7 @@ class IdentityCheck:
         return f"{self.identity} is off by {self.error:.1e} of the largest value"
 
 
-Applied: TypeAlias = tuple[nn.Module, Tensor]
+Applied: TypeAlias = tuple[nn.Module | None, Tensor]
 """A module, and what it was given."""
 
 
@@ -200,8 +200,10 @@ def _rounds(applied: Applied) -> bool:
     return whole is not None and rounded is not None and torch.equal(whole, rounded)
 
 
-def apply_module(module: nn.Module, value: Tensor) -> Tensor | None:
-    """What a module makes of a value; None where it cannot be called with it alone."""
+def apply_module(module: nn.Module | None, value: Tensor) -> Tensor | None:
+    """What a module makes of a value; None where there is none, or it cannot be called with the value alone."""
+    if module is None:
+        return None
     try:
         with torch.no_grad():
             made = module(value)

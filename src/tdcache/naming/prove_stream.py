@@ -28,15 +28,10 @@ def check_ends(bench: ProofBench) -> None:
         last = f"{prefix}blocks.{stream.blocks - 1}.resid_post"
         norm, unembed = prefix + "final_norm", prefix + "unembed"
         module = bench.module_at(stream.final_norm)
-        if bench.has(norm, last) and module is not None:
-            made = apply_module(module, bench[last])
-            if made is not None:
-                bench.equal(
-                    "final_norm == norm(last resid_post)",
-                    (norm,),
-                    *_cut(made, bench[norm]),
-                    by=((module, bench[last]),),
-                )
+        made = apply_module(module, bench[last]) if bench.has(norm, last) else None
+        if made is not None:
+            by = ((module, bench[last]),)
+            bench.equal("final_norm == norm(last resid_post)", (norm,), *_cut(made, bench[norm]), by=by)
         source = norm if bench.has(norm) else last
         projection = bench.module_at(stream.unembed)
         if projection is not None and bench.has(unembed, source):

@@ -52,8 +52,8 @@ def check_outputs(bench: ProofBench) -> None:
             made: list[tuple[str, Tensor, list[Applied]]] = [("out", bench[out], [])]
             for name in norms:
                 module = bench.module(name)
-                normed = None if module is None else apply_module(module, bench[out])
-                if module is not None and normed is not None:
+                normed = apply_module(module, bench[out])
+                if normed is not None:
                     made.append((f"{name.removeprefix(head)}(out)", normed, [(module, bench[out])]))
             made += [(f"constant * {words}", _scaled(value, bench[end]), by) for words, value, by in list(made)]
             checks = [_output_check(bench, (out, end), *each) for each in made]

@@ -70,8 +70,8 @@ class _FollowedStream:
 
     def _norm(self, change: StreamChange) -> bool:
         module = self.bench.module_at(change.path or None) or self.bench.module(change.name)
-        made = None if module is None else apply_module(module, self.value)
-        if module is None or made is None:
+        made = apply_module(module, self.value)
+        if made is None:
             return False
         self.by.append((module, self.value))
         self.value = self.coarse = made
@@ -144,8 +144,8 @@ def _streams(bench: ProofBench, head: str, changes: Sequence[StreamChange]) -> l
 
 def _check_norm(bench: ProofBench, head: str, name: str, words: str, value: Tensor) -> None:
     module, short = bench.module(name), name.removeprefix(head)
-    made = None if module is None else apply_module(module, value)
-    if module is None or made is None:
+    made = apply_module(module, value)
+    if made is None:
         bench.true(f"{short} is what a module makes of {words}", (name,), False)
     else:
         bench.equal(f"{short} == norm({words})", (name,), made, bench[name], by=((module, value),))

@@ -7,18 +7,17 @@ from collections.abc import Callable, Mapping
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
-import regex
 from torch import Tensor, nn
 
 from tdcache.introspect import module_hooks
+from tdcache.modules.call import BLANK_MODULE
 from tdcache.named_places import Names
+from tdcache.tables import without_addresses
 
 __all__ = ["remembered"]
 
 _KEPT = 64
 _EMPTY = CellType()
-_TORCHS_OWN = vars(nn.Module()).keys()
-_ADDRESS = regex.compile(r"0x[0-9a-f]+")
 _tables: dict[str, Names] = {}
 
 
@@ -57,7 +56,7 @@ def _constant(parameter: nn.Parameter) -> float | None:
 
 def _settings(module: nn.Module) -> list[Any]:
     """What a module keeps beside its parameters and children, and its hooks."""
-    own = [(name, _plain(each)) for name, each in vars(module).items() if name not in _TORCHS_OWN]
+    own = [(name, _plain(each)) for name, each in vars(module).items() if name not in BLANK_MODULE]
     return [*own, *(_plain(each.hook) for each in module_hooks(module))]
 
 
@@ -80,4 +79,4 @@ def _plain(value: Any) -> Any:
     if isinstance(value, FunctionType):
         held = [cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY]
         return _plain(value.__code__), [each for each in held if isinstance(each, bool | int | float | str)]
-    return value if value is None or isinstance(value, bool | int | float) else _ADDRESS.sub("", repr(value))
+    return value if value is None or isinstance(value, bool | int | float) else without_addresses(repr(value))

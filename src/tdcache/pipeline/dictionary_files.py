@@ -155,7 +155,8 @@ def _config_of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Di
     if bool(settings.get("skip_connection", "W_skip" in tensors)) != ("W_skip" in tensors):
         there = "has" if "W_skip" in tensors else "lacks"
         raise ValueError(f"it was made with skip_connection={settings['skip_connection']!r} and {there} 'W_skip'")
-    architecture = settings.get("architecture", settings.get("activation", "standard"))
+    # sparsify's files have no architecture, and older ones no activation either, which then is topk.
+    architecture = settings.get("architecture", settings.get("activation", "topk" if "k" in settings else "standard"))
     transcodes = bool(settings.get("transcode", False)) or (
         isinstance(architecture, str) and architecture in _TRANSCODERS
     )
@@ -168,10 +169,11 @@ def _config_of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Di
         raise ValueError(f"its activation function is {function!r}, which is not implemented for {architecture!r}")
     options = settings.get("activation_fn_kwargs")
     k = settings.get("k", options.get("k") if isinstance(options, dict) else None)
+    crosses = "W_enc" in tensors and tensors["W_enc"].dim() > 2  # crosscoders do not centre, as published
     return DictionaryConfig(
         architecture=architecture,
-        k=k if architecture == "topk" else None,
-        center=bool(settings.get("apply_b_dec_to_input", not transcodes)),
+        k=None if architecture in ("jumprelu", "gated") else k,
+        center=bool(settings.get("apply_b_dec_to_input", not (transcodes or crosses))),
         normalize=normalize,
         rescale_by_decoder_norm=bool(settings.get("rescale_acts_by_decoder_norm", False)),
         transcodes=transcodes,

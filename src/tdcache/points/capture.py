@@ -22,6 +22,7 @@ from tdcache.cache.target import NothingApart
 from tdcache.errors import CaptureError
 from tdcache.hooks import MultiHookHandle, Order, OutputPort, attach_outputs, bracket
 from tdcache.hooks.values import first_tensor
+from tdcache.options import as_device
 from tdcache.points.hook_point import HookPoint, PointHook
 from tdcache.points.positions import PositionSlice
 from tdcache.reducers import Reducer
@@ -55,7 +56,7 @@ class CaptureOptions:
     @property
     def keep(self) -> Keep:
         """How a value is held after slicing."""
-        return Keep(hold=self.hold, device=None if self.device is None else torch.device(self.device))
+        return Keep(hold=self.hold, device=None if self.device is None else as_device(self.device))
 
     @property
     def shapes(self) -> bool:

@@ -27,10 +27,10 @@ _PER_HEAD = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_result")
 class PositionSlice:
     """A part of the position axis; the result is a copy, so that it does not keep the rest alive.
 
-    The axis is the point's ``pos_dim`` if set, otherwise the third from last for ``hook_q``, ``hook_k``, ``hook_v``,
-    ``hook_z`` and ``hook_result``, and the second from last for all others (for attention patterns, the queries). The
-    first axis is the batch and never sliced unless ``pos_dim`` names it; an activation without another axis is kept
-    whole.
+    The axis is the point's ``pos_dim`` if set, otherwise the second from last (for attention patterns, the queries), or
+    the third from last for ``hook_q``, ``hook_k``, ``hook_v``, ``hook_z`` and ``hook_result`` where these have an axis
+    of heads. The first axis is the batch and never sliced unless ``pos_dim`` names it; an activation without another
+    axis is kept whole.
     """
 
     index: int | slice | Tensor
@@ -52,7 +52,8 @@ class PositionSlice:
 
     def __call__(self, value: Tensor, name: str, pos_dim: int | None) -> Tensor:
         """The kept part of the activation ``name``."""
-        dim = pos_dim if pos_dim is not None else -3 if name.endswith(_PER_HEAD) else -2
+        per_head = name.endswith(_PER_HEAD) and value.dim() > 3  # projections in other models have the heads joined
+        dim = pos_dim if pos_dim is not None else -3 if per_head else -2
         if pos_dim is None and value.dim() + dim < 1:
             return value
         index = self.index.to(value.device) if isinstance(self.index, Tensor) else self.index

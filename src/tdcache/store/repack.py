@@ -24,7 +24,7 @@ from tdcache.store.reader import StoreReader
 from tdcache.store.rows import joined
 from tdcache.store.shard_header import site_column
 from tdcache.store.shuffle import shuffled_rows
-from tdcache.store.spec import differing
+from tdcache.store.spec import differing, has_spec
 from tdcache.store.writer import StoreWriter
 
 __all__ = ["merge", "repack"]
@@ -167,7 +167,7 @@ def _target(path: str | os.PathLike[str], *stores: StoreReader) -> Path:
             raise StoreError(f"{store.path} is unfinished; run its harvest to the end first", path=store.path)
     layout = StorePaths(path)
     own = {each.name for each in (layout.shards, layout.scratch)}  # of one that was killed before it had a spec
-    is_store = os.path.lexists(layout.folder / "spec.json")
+    is_store = has_spec(layout.folder)
     is_empty = not os.path.lexists(layout.folder) or (
         layout.folder.is_dir() and {each.name for each in layout.folder.iterdir()} <= own
     )

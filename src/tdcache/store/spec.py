@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tdcache.store.files import Files
 from tdcache.store.regular import parse_json, read_bounded
 from tdcache.store.remote import Place
 
-__all__ = ["FORMAT", "canonical", "differing", "read_spec", "spec_id", "write_spec"]
+__all__ = ["FORMAT", "canonical", "differing", "has_spec", "read_spec", "spec_id", "write_spec"]
 
 FORMAT = "tdcache.acts/1"
 _MOST = 1 << 24  # bytes
@@ -65,7 +66,7 @@ def write_spec(folder: Path, spec: Mapping[str, Any], *, made_by: Mapping[str, s
     document = {"format": FORMAT, "id": spec_id(spec), "made_by": dict(made_by), "spec": spec}
     document["crc32"] = f"{crc32(canonical(document)):08x}"
     target = folder / "spec.json"
-    if not target.exists():
+    if not has_spec(folder):
         with draft_file(folder / ".tmp", "spec", files) as (descriptor, temporary):
             files.write(descriptor, memoryview(_rendered(document)), 0)
             files.sync(descriptor)
@@ -98,6 +99,11 @@ def _at(spec: Any, field: str) -> str:
         spec, field = spec[name], field[len(name) + 1 :]
     text = json.dumps(spec)
     return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def has_spec(folder: Path) -> bool:
+    """Whether a folder on a disk is that of a store; False for a name that is too long, which writing to it reports."""
+    return os.path.lexists(folder / "spec.json")
 
 
 def read_spec(folder: Place) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tdcache.store.rows import ROW_COLUMNS
 from tdcache.store.shard import Shard, ShardCache
 from tdcache.store.shard_header import Contract, ShardInfo, own_column, site_column, statistics_column
 from tdcache.store.shard_writer import write_shard
-from tdcache.store.spec import spec_id, write_spec
+from tdcache.store.spec import has_spec, spec_id, write_spec
 from tdcache.store.statistics import SiteStatistics
 
 __all__ = ["ROW_COLUMNS", "StoreWriter", "own_column", "site_column"]
@@ -47,7 +47,7 @@ class StoreWriter:
         self.files = files or Files()
         self.layout = StorePaths(folder)
         with as_store_error(self.layout.folder):
-            if not os.path.lexists(self.layout.folder / "spec.json"):  # a finished one may be on a read-only disk
+            if not has_spec(self.layout.folder):  # a finished one may be on a read-only disk
                 self.layout.prepare(self.files)
             self.spec = write_spec(self.layout.folder, spec, made_by=made_by or {}, files=self.files)
             self.layout.sweep(self.files)
