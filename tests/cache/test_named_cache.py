@@ -117,3 +117,14 @@ def test_a_cache_refuses_what_a_tensordict_would(kind):
     with pytest.raises(RuntimeError, match="batch dimension mismatch"):
         kind({}, batch_size=[2]).update({"a": torch.ones(3)})
     assert kind({}, device="meta").update({"a": torch.ones(3)})["a"].device.type == "meta"
+
+
+def test_of_stacked_blocks_the_error_says_where_they_are():
+    cache = NamedCache.of(table())
+    cache["blocks.*.resid_post"] = torch.ones(3, 2)
+    with pytest.raises(
+        CanonicalNameError,
+        match=re.escape("first axis of 'blocks.*.resid_post', in order of their numbers among those that the pattern")
+        + r".*cache\['blocks\.\*\.resid_post'\]\[-1\] if it matched all",
+    ):
+        cache["resid_post", -1]

@@ -232,3 +232,11 @@ def test_a_class_that_is_defined_anew_is_proved_anew():
 def places_of_doubling(at):
     pre = NamedPlace(path=str(at), side="fwd_pre")
     return [("resid_pre", pre), ("resid_post", str(at)), ("mlp.contribution", f"{at}.inner")]
+
+
+def test_queries_of_one_key_are_refused_with_what_to_give_and_proved_on_larger_inputs():
+    model = families.build("segformer")
+    name = "vision.stages.0.blocks.0.attn.q"
+    assert "these inputs leave one key, whose weight is 1 whatever q is" in tdcache.names(model).refused[name]
+    table = tdcache.names(model, {"pixel_values": torch.randn(1, 3, 96, 64)})
+    assert {name, "vision.stages.0.blocks.0.attn.k"} <= table.keys()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tensordict import TensorDict
+from torch import Tensor, nn
 
 import tdcache
 from families import build
@@ -167,3 +168,34 @@ def test_attribution_by_names_gives_the_same_scores(case, family):
     with LogitLens(names=table).prepare(this.model, in_keys={"ids": "input_ids"}, out_keys=["logits"]) as hooked:
         data = hooked(TensorDict({"ids": TOKENS}, batch_size=[2]))
     near(data["attr", "blocks.1.resid_post"], lens["blocks.2.resid_pre"])
+
+
+class _Adapted(nn.Module):
+    """A linear map and a low-rank one beside it, as adapters put them there."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.dropout = base, nn.Dropout(0.1)
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+        self.scaling = {"default": 2.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.up(self.down(self.dropout(x))) * self.scaling["default"]
+
+
+def test_heads_and_neurons_go_through_projections_with_adapters() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes))
+    for layer in model.model.layers:
+        layer.self_attn.o_proj, layer.mlp.down_proj = _Adapted(layer.self_attn.o_proj), _Adapted(layer.mlp.down_proj)
+    model.eval().double()
+    table = tdcache.names(model)
+    pattern = residual.needed(table, heads=True, neurons=True)
+    with ActivationCaching(pattern, names=table).prepare(model) as hooked, torch.no_grad():
+        hooked(torch.arange(10).view(2, 5))
+    parts = residual.decompose(hooked.cache, heads=True, neurons=True)
+    # Sums of some tens of float64 values of order one round by far less than 1e-9.
+    torch.testing.assert_close(sum(parts.values()), hooked.cache["resid_post", -1], rtol=0, atol=1e-9)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import regex
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
@@ -124,8 +125,14 @@ class NamedCache(FlatCache):
         node: Any = self if at == 1 else super().get(before[:-1], None)
         there = [] if node is None else list(map(str, node.keys()))
         if name not in there:
+            stacked = regex.sub(r"(?<=blocks\.)\d+", "*", name)
+            told = (
+                f"; stack_by= put the blocks along the first axis of {stacked!r}, in order of their numbers among "
+                f"those that the pattern matched: cache[{stacked!r}][{index[at]}] if it matched all"
+            )
             raise CanonicalNameError(
-                f"{name!r} is not kept in this cache, which keeps {listed(there) or 'nothing'}",
+                f"{name!r} is not kept in this cache, which keeps {listed(there) or 'nothing'}"
+                f"{told if stacked in there else ''}",
                 selector=name,
                 near=tuple(there[:3]),
             )

@@ -73,6 +73,10 @@ def _check_operands(bench: ProofBench, name: str) -> None:
     if bench[query].shape[:-1] != bench[z].shape[:-1]:
         bench.true("q and z have the same heads and positions", (query,), False, refuses=(query, key))
         return
+    if bench.has(key) and bench.has(name + ".pattern") and bench[name + ".pattern"].shape[-1] == 1:
+        words = "z depends on q (these inputs leave one key, whose weight is 1 whatever q is; give larger inputs=)"
+        bench.true(words, (query,), False, refuses=(query, key))
+        return
     at = (*(size - 1 for size in bench[z].shape[:-2]), bench[z].shape[-2] - 1)
     seed = torch.zeros_like(bench[z])
     seed[at] = random_like(bench[z][at])

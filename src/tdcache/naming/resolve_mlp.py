@@ -40,15 +40,36 @@ def base_of(value: TracedValue, flow: DataFlow) -> tuple[TracedValue, TracedValu
 
 
 def projection(base: TracedValue, trace: ForwardTrace) -> ModuleRun | None:
-    """The call of the module that made ``base`` by one linear map, or None."""
+    """The call of the module that made ``base`` by one linear map, or by several added up, as adapters do; or None."""
     op = base.op
     if op is None or op.name not in LINEAR:
-        return None
+        return next((call for call, _ in base.outputs if call.given and _is_affine(base, call.given[0][1])), None)
     for call in trace.of_path(op.path):
         simple = not any(True for _ in call.module.children()) and any(True for _ in call.module.parameters())
         if simple and call.ordinal == op.call and call.given:
             return call
     return None
+
+
+def _is_affine(made: TracedValue, given: TracedValue) -> bool:
+    """Whether only linear maps, factors and sums lead from one value to the other, a linear map among them."""
+    todo, seen, linear, reached = [made], {made}, False, False
+    while todo:
+        value = todo.pop()
+        op = value.op
+        if value is given:
+            reached = True
+            continue
+        if op is None:
+            continue
+        before = [each for each in op.given if each.op is not None or each is given]
+        product = op.name in LINEAR | SCALE
+        if not (product or op.name in ADD | PASS) or (product and len(before) > 1):
+            return False
+        linear = linear or op.name in LINEAR
+        todo += [each for each in before if each not in seen]
+        seen.update(before)
+    return linear and reached
 
 
 def activation(base: TracedValue, flow: DataFlow, cuts: Collection[TracedValue]) -> HiddenLayer | None:
