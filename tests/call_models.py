@@ -1,5 +1,6 @@
 """Small models whose forwards are spelled out, beside copies edited by hand."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -82,3 +83,18 @@ class Net(nn.Module):
         y = self.two(y)
         y += x
         return F.relu(y)
+
+
+def small_llama(num_hidden_layers=3, **settings):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=4,
+        intermediate_size=48,
+        use_cache=False,
+        **settings,
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaModel(config).eval()

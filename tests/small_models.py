@@ -172,3 +172,17 @@ class Replicated(nn.Module):
             thread.start()
             thread.join()
         return torch.cat(results)
+
+
+class Wrapper(nn.Module):
+    """Hands everything on, as adapters do; generate() calls the inner model and not this forward."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        return self.inner.generate(*args, **kwargs)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from small_models import Wrapper
 from tdcache.errors import ContextError, SelectionError
 from tdcache.steps import Clock, Step, check_steps
 
@@ -41,20 +42,6 @@ def mamba():
 def t5(site="decoder.block.0"):
     made = config(transformers.T5Config, d_model=8, d_kv=4, num_heads=2, num_layers=1, d_ff=8, decoder_start_token_id=0)
     return transformers.T5ForConditionalGeneration(made).eval(), site
-
-
-class Wrapper(nn.Module):
-    """Hands everything on, as adapters do; generate() calls the inner model and not this forward."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args, **kwargs):
-        return self.inner(*args, **kwargs)
-
-    def generate(self, *args, **kwargs):
-        return self.inner.generate(*args, **kwargs)
 
 
 class NamedWrapper(Wrapper):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from small_models import Wrapper
 from tdcache import Ablation, Stack, cache_activations
 from tdcache.errors import InplaceModificationError, SelectionError
 
@@ -66,15 +67,6 @@ def test_the_last_token_of_an_encoder_is_edited_and_no_padding(make, options):
     expected[ENDS] = 0
     with Ablation(site.replace(".", r"\."), positions=-1, **options).prepare(model):
         assert torch.equal(seen_by_a_hook(model, site), expected)
-
-
-class Wrapper(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args, **kwargs):
-        return self.inner(*args, **kwargs)
 
 
 def test_positions_are_those_of_the_model_that_a_wrapper_calls():

@@ -9,7 +9,7 @@ import torch
 import torch._dynamo.testing
 from torch import nn
 
-from call_models import Attention, Chain
+from call_models import Attention, Chain, small_llama
 from tdcache.function_calls.attach import attach_call
 from tdcache.function_calls.roles import attach_attention
 from tdcache.function_calls.sites import CallSite
@@ -173,16 +173,7 @@ def llama_sites(model, paths, factor, kept):
 
 @pytest.mark.filterwarnings("default")
 def test_a_llama_is_read_and_edited_in_one_full_graph():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=60,
-        hidden_size=32,
-        num_hidden_layers=12,
-        num_attention_heads=4,
-        intermediate_size=48,
-        use_cache=False,
-    )
-    model, ids, kept = transformers.LlamaModel(config).eval(), torch.randint(0, 60, (1, 7)), {}
+    model, ids, kept = small_llama(num_hidden_layers=12), torch.randint(0, 60, (1, 7)), {}
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     paths = [f"layers.{at}.self_attn" for at in range(2)]

@@ -5,6 +5,7 @@ import torch
 import torch._dynamo.testing
 from torch import nn
 
+from call_models import small_llama
 from tdcache import (
     Ablation,
     ActivationCaching,
@@ -29,21 +30,6 @@ class Outer(nn.Module):
 
     def forward(self, x):
         return self.inner(x).sin()
-
-
-def small_llama(**settings):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=60,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=48,
-        use_cache=False,
-        **settings,
-    )
-    torch.manual_seed(0)
-    return transformers.LlamaModel(config).eval()
 
 
 IN_GRAPH = [r"layers\.\d\.self_attn::(q|k|v|pattern|z)", r"layers\.\d\.self_attn::apply_rotary_pos_emb"]
